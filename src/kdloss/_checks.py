@@ -1,0 +1,141 @@
+"""What every function says when it is called wrongly: what was asked, what came, what to write."""
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+
+def temperature(value: float) -> float:
+    """A softmax temperature: a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"temperature must be a number, got {type(value).__name__}: {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"temperature must be finite and above 0, got {value!r}")
+    return float(value)
+
+
+def fraction(name: str, value: float) -> float:
+    """A weight between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number between 0 and 1, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
+    return float(value)
+
+
+def weight(name: str, value: float) -> float:
+    """A weight of 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+    return float(value)
+
+
+def choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """One of a few words."""
+    words = list(allowed)
+    if value not in words:
+        near = get_close_matches(str(value), words, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {words}{hint}")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    """Logits and features are floating-point tensors."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}; write {name}.float()")
+
+
+def same_place(name: str, student: Tensor, other: Tensor) -> None:
+    """No silent copies between devices."""
+    if student.device != other.device:
+        raise ValueError(
+            f"student is on {student.device} and {name} on {other.device}; "
+            f"write {name}.to({str(student.device)!r})"
+        )
+
+
+def pair(what: str, student: Tensor, teacher: Tensor) -> None:
+    """Student and teacher tensors of one kind: same shape, same device, floating point."""
+    floating(f"student {what}", student)
+    floating(f"teacher {what}", teacher)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student {what} have shape {tuple(student.shape)} and teacher {what} "
+            f"{tuple(teacher.shape)}; they must be equal, nothing is broadcast"
+        )
+    same_place(f"teacher {what}", student, teacher)
+
+
+def logits(student: Tensor, teacher: Tensor) -> None:
+    """Logits `[..., V]` of student and teacher over one vocabulary."""
+    floating("student logits", student)
+    floating("teacher logits", teacher)
+    if student.ndim == 0 or teacher.ndim == 0 or student.shape[-1] == 0:
+        raise ValueError(
+            "logits need a last dimension of one entry per class, got shapes "
+            f"{tuple(student.shape)} (student) and {tuple(teacher.shape)} (teacher)"
+        )
+    s, t = student.shape[-1], teacher.shape[-1]
+    if s != t and student.shape[:-1] == teacher.shape[:-1]:
+        raise ValueError(
+            f"the student's vocabulary has {s} entries and the teacher's {t}. If one begins with "
+            f"the other, truncate both to the common prefix: student[..., :{min(s, t)}], "
+            f"teacher[..., :{min(s, t)}]; otherwise map the teacher's tokens to the student's: "
+            "teacher[..., ids] with the teacher's id of each student token"
+        )
+    pair("logits", student, teacher)
+
+
+def mask(mask: Tensor, shape: torch.Size, what: str) -> None:
+    """A boolean mask (True = keep) of exactly this shape."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a boolean tensor (True = keep), got {came}; write mask.bool()")
+    if mask.shape != shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)} but {what} have shape {tuple(shape)}; "
+            "give one entry per position"
+        )
+
+
+def labels(labels: Tensor, logits: Tensor) -> None:
+    """Integer class indices, one per position of the logits."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64 class indices, got {labels.dtype}; write labels.long()")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} but logits {tuple(logits.shape)} "
+            f"need {tuple(logits.shape[:-1])}"
+        )
+    same_place("labels", logits, labels)
+
+
+def finite(name: str, tensor: Tensor, keep: Tensor) -> None:
+    """No NaN and no +inf at a position that counts (-inf is a legal logit). Looks at the numbers."""
+    keep = keep.reshape(*keep.shape, *[1] * (tensor.ndim - keep.ndim))
+    bad = (tensor.isnan() | tensor.isposinf()) & keep
+    if bad.any():
+        index = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name}{list(index)} is {tensor[index].item()} at a position that counts")
+
+
+def label_range(labels: Tensor, keep: Tensor, classes: int, shift: bool = False) -> None:
+    """Every counted label names a class. Looks at the numbers."""
+    bad = ((labels < 0) | (labels >= classes)) & keep
+    if bad.any():
+        index = bad.nonzero()[0].tolist()
+        value = int(labels[tuple(index)])
+        index[-1] += shift  # under causal the labels lost their first column
+        raise ValueError(
+            f"labels{index} is {value}, outside the {classes} classes of the "
+            "logits; mark positions to skip with ignore_index"
+        )

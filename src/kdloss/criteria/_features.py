@@ -1,0 +1,131 @@
+"""What `FeatureKD` reads from outputs, and the one value per position it makes of a pair."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from einops import rearrange
+from torch import Size, Tensor, nn
+
+from kdloss import _checks
+from kdloss.capture import Captured
+from kdloss.criteria._positions import Positions
+from kdloss.layers import LayerMap, Name
+from kdloss.reduction import fill, per_example, precise
+
+Pairs = Sequence[tuple[Name, Name]]
+Features = Mapping[tuple[Name, Name], tuple[Tensor, Tensor]]
+
+
+def feature_pairs(student: Any, teacher: Any, chosen: LayerMap, pairs: Pairs | None) -> Features:
+    """Both features of every pair, with the width last."""
+    s, t = _hidden(student, chosen.blocks), _hidden(teacher, chosen.blocks)
+    depths = (len(s) - 1, len(t) - 1) if s is not None and t is not None else None
+    pairs = chosen.pairs(depths) if pairs is None else pairs
+    if depths is not None:
+        _last_against_last(pairs, depths)
+    return {
+        (i, j): (_feature(student, s, i, "student"), _feature(teacher, t, j, "teacher").detach())
+        for i, j in pairs
+    }
+
+
+def positions_shape(
+    logits: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    features: Features,
+    feature_mask: Tensor | None,
+) -> Size:
+    """The shape of the positions that count: the labels', else the mask's, else the features'."""
+    if logits is not None:
+        if labels is not None:
+            _checks.labels(labels, logits)
+        return logits.shape[:-1]
+    known = labels if labels is not None else mask
+    if known is not None:
+        return known.shape
+    student, _ = next(iter(features.values()))
+    whole_examples = student.ndim == 4 or feature_mask is not None
+    return student.shape[:1] if whole_examples else student.shape[:-1]
+
+
+def pair_values(
+    name: str,
+    distance: Callable[[Tensor, Tensor], Tensor],
+    project: nn.Module,
+    student: Tensor,
+    teacher: Tensor,
+    where: Positions,
+    feature_mask: Tensor | None,
+) -> Tensor:
+    """One distance per position of the batch.
+
+    Features that stand at the labels' positions are taken there. Others (an image's patches, an
+    encoder's tokens) are averaged within their example, over `feature_mask` where given, and all
+    positions of the example share that value.
+    """
+    _checks.floating(f"student features of {name}", student)
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"{name}: student features {tuple(student.shape)} and teacher features "
+            f"{tuple(teacher.shape)} (width last) stand at different positions; nothing is broadcast"
+        )
+    if feature_mask is None and student.shape[:-1] == where.shape:
+        projected = _project(name, project, where.take(student), teacher)
+        return distance(projected, where.take(teacher))
+    counted = where.examples(student.shape[:-1])
+    if feature_mask is not None:
+        _checks.mask(feature_mask, student.shape[:-1], "feature positions")
+        counted = feature_mask if counted is None else counted & feature_mask
+    projected = _project(name, project, fill(student, counted), teacher)
+    return where.spread(per_example(distance(projected, fill(teacher, counted)), counted))
+
+
+def _project(name: str, project: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+    weight = getattr(project, "weight", None)
+    student = project(precise(student) if weight is None else student.to(weight.dtype))
+    s, t = student.shape[-1], teacher.shape[-1]
+    if s != t:
+        raise ValueError(
+            f"{name}: the student's features have width {s} and the teacher's {t}, and there is no "
+            "trained projection between them. Before building the optimizer write "
+            "distill.prepare(student), for models without a Hugging Face configuration "
+            f"distill.prepare(student, **batch), or FeatureKD(..., widths=({s}, {t}), depths=...)"
+        )
+    return student
+
+
+def _hidden(output: Any, blocks: str | None) -> Sequence[Tensor] | None:
+    """Hugging Face's hidden states: the embedding, then the output of every block."""
+    if isinstance(output, Captured):
+        return None
+    own: Sequence[Tensor] | None = getattr(output, "hidden_states", None)
+    stack = "encoder" if blocks is not None and "encoder" in blocks else "decoder"
+    return own if own is not None else getattr(output, f"{stack}_hidden_states", None)
+
+
+def _feature(output: Any, hidden: Sequence[Tensor] | None, name: Name, whose: str) -> Tensor:
+    if isinstance(output, Captured):
+        features = output[name]
+    elif hidden is None:
+        raise TypeError(
+            f"the {whose}'s features are needed: call kdloss.Distiller, pass what kdloss.capture "
+            "recorded, or a Hugging Face output made with output_hidden_states=True; got "
+            f"{type(output).__name__}"
+        )
+    elif not isinstance(name, int):
+        raise TypeError(f"hidden_states are in order of blocks, they don't know {name!r}; capture it")
+    else:
+        features = hidden[name + 1]
+    return rearrange(features, "b c h w -> b h w c") if features.ndim == 4 else features
+
+
+def _last_against_last(pairs: Pairs, depths: tuple[int, int]) -> None:
+    """Hugging Face's last hidden state comes after the final norm, the others before it."""
+    for s, t in pairs:
+        if (s == depths[0] - 1) != (t == depths[1] - 1):
+            raise ValueError(
+                f"pair {(s, t)} of {depths} blocks holds a last block against another: in hidden_states "
+                "the last entry has passed the model's final norm, the others have not. "
+                "Call kdloss.Distiller, which captures the blocks themselves"
+            )

@@ -1,0 +1,30 @@
+"""Mean squared error in units of the teacher's mean square."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kdloss.distances._features import features
+
+
+def normalized_mse(
+    student: Float[Tensor, "*batch width"],
+    teacher: Float[Tensor, "*batch width"],
+    *,
+    eps: float = 1e-6,
+) -> Float[Tensor, "*batch"]:
+    r"""Mean squared error at every position, over the teacher's mean square there.
+
+    $\frac{\sum_d (s_d - t_d)^2}{\sum_d t_d^2 + D\,\epsilon}$: 0 at the teacher, 1 for a student
+    that gives zeros, whatever the size of the teacher's features.
+
+    Shapes: student and teacher `[..., D]`. Returns `[...]`, in float32 or better. The teacher is
+    detached.
+
+    Raises: ValueError for shapes or devices that differ; TypeError for integer features.
+
+    >>> import torch
+    >>> normalized_mse(torch.zeros(2), torch.tensor([30.0, 40.0]))
+    tensor(1.)
+    """
+    student, teacher = features(student, teacher)
+    return (student - teacher).square().mean(-1) / (teacher.square().mean(-1) + eps)

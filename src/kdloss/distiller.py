@@ -1,0 +1,187 @@
+"""Teachers and a criterion, called with the student and its batch."""
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdloss.adapter import evaluating, is_causal, masks, with_decoder_inputs, without_cache
+from kdloss.capture import Captured, capture
+from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
+from kdloss.criteria._terms import logits_of
+from kdloss.layers import Name, unwrap
+
+_log = logging.getLogger("kdloss")
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """One step: the loss to backpropagate, the student's own output, and the terms for logging."""
+
+    loss: Tensor
+    output: Any
+    components: dict[str, Tensor]
+
+    @property
+    def logits(self) -> Tensor:
+        """The student's logits."""
+        logits: Tensor = getattr(self.output, "logits", self.output)
+        return logits
+
+
+class Distiller:
+    """Runs student and teachers once each on a batch and returns the criterion's loss.
+
+    The teacher is run in eval mode without gradient and left as it was found; it ends at the
+    deepest block needed where its logits are not, and is not run at all where alpha is 1. A
+    `Distiller` is no module: nothing of the teacher is in anyone's parameters or state dict.
+
+    Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that both models
+    take. `labels` go to the criterion (an encoder-decoder's decoder inputs are made from them), so
+    does `num_items_in_batch`, and an `attention_mask` (or `mask`, True = keep) takes positions out
+    of every term. Returns a `Distilled` with `loss`, `logits`, `components` and `output`.
+
+    Raises: TypeError for a criterion that doesn't fit the number of teachers; whatever criterion
+    and capture raise.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> import kdloss
+    >>> shape = dict(n_head=2, vocab_size=9, bos_token_id=0, eos_token_id=0)
+    >>> teacher = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=16, **shape))
+    >>> student = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, **shape))
+    >>> distill = kdloss.Distiller(teacher, kdloss.FeatureKD(layers="auto")).prepare(student)
+    >>> tokens = torch.tensor([[1, 2, 3, 4]])
+    >>> out = distill(student, input_ids=tokens, labels=tokens)
+    >>> sorted(out.components)
+    ['ce', 'feature', 'feature/0-0', 'feature/1-5']
+    """
+
+    def __init__(self, teacher: nn.Module | Sequence[nn.Module], criterion: nn.Module) -> None:
+        self.criterion: Any = criterion
+        one = isinstance(teacher, nn.Module)
+        self._teachers: list[nn.Module] = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+        self._as_list = isinstance(criterion, MultiTeacherKD) or not one
+        ours = isinstance(criterion, VanillaKD | FeatureKD)
+        if ours and self._as_list and not isinstance(criterion, MultiTeacherKD):
+            raise TypeError(
+                f"{type(criterion).__name__} takes one teacher, got a list of {len(self._teachers)}; "
+                "write MultiTeacherKD(...), or pass the teacher itself"
+            )
+        self._prepared_for: Callable[[], nn.Module | None] = lambda: None
+
+    def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
+        """Pair the blocks and build the projections; do it before the optimizer.
+
+        With a batch, the widths of the features are measured on it; without one they are read from
+        Hugging Face configurations.
+        """
+        self._settle(student)
+        if isinstance(self.criterion, FeatureKD):
+            self.criterion.prepare(student, self._teachers[0])
+            if args or batch:
+                self._measure(self.criterion, student, args, batch)
+        return self
+
+    def __call__(
+        self,
+        student: nn.Module,
+        *args: Any,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **inputs: Any,
+    ) -> Distilled:
+        """One forward pass of each model, and the loss; see the class."""
+        self._settle(student)
+        inputs = with_decoder_inputs(student, inputs, labels)
+        pairs = self._pairs()
+        seen = self._run(student, [s for s, _ in pairs], args, inputs)
+        target: Any = None
+        if pairs or getattr(self.criterion, "uses_teacher_logits", True):
+            outputs = [self._teach(teacher, pairs, args, inputs) for teacher in self._teachers]
+            target = outputs if self._as_list else outputs[0]
+        settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
+        settings |= self._masks(student, seen, inputs, mask)
+        if pairs:
+            settings["pairs"] = pairs
+        loss = self.criterion(seen, target, labels, **settings)
+        return Distilled(loss, seen.output, getattr(self.criterion, "components", {}))
+
+    def _settle(self, student: nn.Module) -> None:
+        """Once per student: find out whether it is causal and where its blocks are."""
+        if self._prepared_for() is student:
+            return
+        if getattr(self.criterion, "causal", False) is None:
+            self.criterion.causal = is_causal(student)
+            _log.info(
+                "causal=%s, as %s is: logits at t are held against label %s",
+                self.criterion.causal,
+                type(unwrap(student)).__name__,
+                "t+1" if self.criterion.causal else "t",
+            )
+        if isinstance(self.criterion, FeatureKD):
+            self.criterion.layer_map.locate(student, self._teachers[0])
+        self._prepared_for = weakref.ref(student)
+
+    def _pairs(self) -> list[tuple[Name, Name]]:
+        criterion = self.criterion
+        if isinstance(criterion, FeatureKD) and criterion.alpha < 1:
+            return criterion.layer_map.pairs()
+        return []
+
+    def _run(
+        self,
+        model: nn.Module,
+        names: Sequence[Name],
+        args: tuple[Any, ...],
+        inputs: dict[str, Any],
+        stop: bool = False,
+    ) -> Captured:
+        blocks = self.criterion.layer_map.blocks if isinstance(self.criterion, FeatureKD) else None
+        with capture(model, dict.fromkeys(names), blocks=blocks, stop=stop) as seen:
+            seen.output = model(*args, **without_cache(model, inputs))
+        return seen
+
+    def _teach(
+        self,
+        teacher: nn.Module,
+        pairs: Sequence[tuple[Name, Name]],
+        args: tuple[Any, ...],
+        inputs: dict[str, Any],
+    ) -> Captured:
+        stop = not getattr(self.criterion, "uses_teacher_logits", True)
+        with evaluating(teacher), torch.no_grad():
+            return self._run(teacher, [t for _, t in pairs], args, inputs, stop)
+
+    def _measure(
+        self, criterion: FeatureKD, student: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]
+    ) -> None:
+        labels = batch.pop("labels", None)
+        inputs = with_decoder_inputs(student, batch, labels)
+        pairs = criterion.layer_map.pairs()
+        with evaluating(student), torch.no_grad():
+            seen = self._run(student, [s for s, _ in pairs], args, inputs)
+        target = self._teach(self._teachers[0], pairs, args, inputs)
+        criterion.build({s: (_width(seen[s]), _width(target[t])) for s, t in pairs})
+        criterion.to(next(student.parameters()).device)
+
+    def _masks(
+        self, student: nn.Module, seen: Captured, inputs: dict[str, Any], mask: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        logits = logits_of(seen, "student")
+        if not isinstance(self.criterion, FeatureKD) or not seen:
+            mask, _ = masks(student, inputs, mask, logits.shape[:-1], None)
+            return {"mask": mask}
+        stack = self.criterion.layer_map.blocks or ""
+        first = next(iter(seen.values()))
+        own = first.shape[:-1] if "encoder" in stack else None
+        mask, feature_mask = masks(student, inputs, mask, logits.shape[:-1], own)
+        return {"mask": mask, "feature_mask": feature_mask}
+
+
+def _width(features: Tensor) -> int:
+    return features.shape[1] if features.ndim == 4 else features.shape[-1]

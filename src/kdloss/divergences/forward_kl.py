@@ -1,0 +1,41 @@
+"""Forward Kullback-Leibler divergence, KL(teacher || student)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kdloss.divergences._log_probs import log_probs
+
+
+def forward_kl(
+    student: Float[Tensor, "*batch vocab"],
+    teacher: Float[Tensor, "*batch vocab"],
+    *,
+    temperature: float = 1.0,
+    t_squared: bool = True,
+) -> Float[Tensor, "*batch"]:
+    r"""KL(teacher || student) at every position: the student must cover all the teacher does.
+
+    $T^2 \sum_v p_v \log \frac{p_v}{q_v}$ with $p = \mathrm{softmax}(t/T)$ the teacher,
+    $q = \mathrm{softmax}(s/T)$ the student. Nats, never negative, 0 exactly at the teacher; a
+    class with p = 0 adds nothing, one with q = 0 < p makes it infinite.
+
+    Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The
+    teacher is detached. `t_squared=False` leaves out the factor T², which keeps the gradient's
+    size as T moves.
+
+    Raises: ValueError for a temperature that is not finite and positive, or shapes, vocabularies
+    or devices that differ; TypeError for integer logits.
+
+    >>> forward_kl(torch.tensor([0.0, 0.0]), torch.tensor([0.0, float("-inf")]))  # log 2
+    tensor(0.6931)
+
+    Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531.
+    """
+    log_q, log_p = log_probs(student, teacher, temperature)
+    p, q = log_p.exp(), log_q.exp()
+    gap = torch.where(p > 0, log_p - log_q, 0)
+    # + q - p sums to 0 and makes every summand non-negative: no cancellation between large
+    # terms at high T, and the gradient is exactly q - p.
+    values = (p * gap + (q - p)).sum(-1)
+    return values * temperature**2 if t_squared else values

@@ -1,0 +1,40 @@
+"""Reverse Kullback-Leibler divergence, KL(student || teacher)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kdloss.divergences._log_probs import log_probs
+
+
+def reverse_kl(
+    student: Float[Tensor, "*batch vocab"],
+    teacher: Float[Tensor, "*batch vocab"],
+    *,
+    temperature: float = 1.0,
+    t_squared: bool = True,
+) -> Float[Tensor, "*batch"]:
+    r"""KL(student || teacher) at every position: the student may keep to the teacher's modes.
+
+    $T^2 \sum_v q_v \log \frac{q_v}{p_v}$ with $p = \mathrm{softmax}(t/T)$ the teacher,
+    $q = \mathrm{softmax}(s/T)$ the student. Nats, never negative, 0 exactly at the teacher; a
+    class with q = 0 adds nothing, one with p = 0 < q makes it infinite.
+
+    Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The
+    teacher is detached. `t_squared=False` leaves out the factor T².
+
+    Raises: ValueError for a temperature that is not finite and positive, or shapes, vocabularies
+    or devices that differ; TypeError for integer logits.
+
+    >>> reverse_kl(torch.tensor([0.0, float("-inf")]), torch.tensor([0.0, 0.0]))  # log 2
+    tensor(0.6931)
+
+    Gu, Dong, Wei, Huang 2024, "MiniLLM: Knowledge Distillation of Large Language Models",
+    arXiv:2306.08543.
+    """
+    log_q, log_p = log_probs(student, teacher, temperature)
+    p, q = log_p.exp(), log_q.exp()
+    gap = torch.where(q > 0, log_q - log_p, 0)
+    # + p - q: see forward_kl.
+    values = (q * gap + (p - q)).sum(-1)
+    return values * temperature**2 if t_squared else values

@@ -1,0 +1,49 @@
+"""Names of modules, whatever a model is wrapped in."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own model inside DDP, torch.compile or peft."""
+    while True:
+        base: Any = getattr(model, "get_base_model", None)
+        if callable(base):
+            inner: Any = base()
+        elif "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+        elif list(model._modules) == ["module"] and not model._parameters:
+            inner = model._modules["module"]
+        else:
+            return model
+        model = inner
+
+
+def resolve(model: nn.Module, name: str) -> nn.Module:
+    """The module of this name, wrapper prefixes seen through.
+
+    Raises: ValueError with the nearest names when there is none.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    if name in modules and name:
+        return modules[name]
+    inner = {_plain(n): m for n, m in modules.items()}
+    inner |= {_plain(n): m for n, m in unwrap(model).named_modules(remove_duplicate=False)}
+    if (plain := _plain(name)) in inner and plain:
+        return inner[plain]
+    raise ValueError(f"{type(model).__name__} has no module {name!r}; {_nearest(name, inner)}")
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    known = [n for n in names if n]
+    near = get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"the nearest are {near}" if near else f"it has {known[:10]}"

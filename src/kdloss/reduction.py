@@ -1,0 +1,108 @@
+"""The contract every loss shares: which positions count, and how their values become one number."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from kdloss import _checks
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def precise(x: Tensor) -> Tensor:
+    """16-bit inputs are computed in float32; float32 and float64 stay as they are."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def fill(x: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."] | None) -> Shaped[Tensor, "..."]:
+    """Zeros where `mask` is False, so that nothing there, NaN included, reaches value or gradient."""
+    if mask is None:
+        return x
+    return x.masked_fill(~mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)), 0)
+
+
+def reduce(
+    values: Tensor,
+    mask: Bool[Tensor, "..."] | None = None,
+    *,
+    reduction: Reduction = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
+    r"""Reduce one value per position to a loss, over the positions that count.
+
+    $\text{mean} = \frac{1}{N}\sum_{i:\,m_i} v_i$ with N the number of positions where the mask is
+    True, or `num_items_in_batch` where given: the size of the whole batch of which this is a
+    micro-batch, so that micro-batches add up to exactly the loss and gradient of one batch.
+
+    Shapes: values `[...]`, mask `[...]` (True = keep). Returns a scalar, or `[...]` for "none".
+    Nothing to count gives 0, which backpropagates zeros.
+
+    Raises: ValueError for an unknown reduction, a mask of another shape, or a `num_items_in_batch`
+    that is not positive or comes with "sum" or "none"; TypeError for a mask that is not boolean.
+
+    >>> values = torch.tensor([1.0, 3.0, float("nan")])
+    >>> reduce(values, torch.tensor([True, True, False]))
+    tensor(2.)
+    """
+    _checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    if mask is not None:
+        _checks.mask(mask, values.shape, "values")
+        values = fill(values, mask)
+    if num_items_in_batch is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f"num_items_in_batch divides the sum of reduction='mean', got reduction={reduction!r}"
+            )
+        if not isinstance(num_items_in_batch, Tensor) and num_items_in_batch <= 0:
+            raise ValueError(f"num_items_in_batch must be positive, got {num_items_in_batch}")
+    if reduction == "none":
+        return values
+    total = values.sum()
+    if reduction == "sum":
+        return total
+    if isinstance(num_items_in_batch, Tensor):
+        return total / num_items_in_batch.to(total.device)
+    if num_items_in_batch is not None:
+        return total / num_items_in_batch
+    if mask is None:
+        return total / max(values.numel(), 1)
+    return total / mask.sum().clamp_min(1)
+
+
+def masked(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    student: Shaped[Tensor, "..."],
+    teacher: Shaped[Tensor, "..."],
+    mask: Bool[Tensor, "..."] | None = None,
+    *,
+    reduction: Reduction = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
+    """Evaluate any per-position loss under the shared contract.
+
+    Positions where `mask` is False are zeroed before the loss and dropped after it: what stands
+    there (NaN and inf too) touches neither value nor gradient, and its gradient is exactly 0.
+
+    Shapes: student and teacher `[..., D]` with mask `[...]`; see `reduce` for the rest.
+
+    >>> import kdloss
+    >>> student, teacher = torch.zeros(2, 5), torch.zeros(2, 5)
+    >>> student[1] = float("nan")
+    >>> masked(kdloss.forward_kl, student, teacher, torch.tensor([True, False]))
+    tensor(0.)
+    """
+    if mask is not None:
+        _checks.mask(mask, student.shape[: mask.ndim], "the leading dimensions of the student")
+    values = loss(fill(student, mask), fill(teacher, mask))
+    return reduce(values, mask, reduction=reduction, num_items_in_batch=num_items_in_batch)
+
+
+def per_example(values: Tensor, mask: Bool[Tensor, "..."] | None) -> Tensor:
+    """Mean over everything behind the first dimension: values `[B, ...]` to `[B]`."""
+    values = fill(values, mask).flatten(1)
+    if mask is None:
+        return values.sum(1) / max(values.shape[1], 1)
+    return values.sum(1) / mask.flatten(1).sum(1).clamp_min(1)

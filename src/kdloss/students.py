@@ -1,0 +1,75 @@
+"""Smaller models made of a teacher's own blocks."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from kdloss.layers import Layers, block_lists, select, unwrap
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def keep_blocks(teacher: Model, blocks: Layers) -> Model:
+    """A student of the teacher's class made of some of its blocks and all the rest.
+
+    `blocks` is any selection of `kdloss.select`: "auto", "all", "key", "late", "last", a list of
+    indices or a callable. Of an encoder-decoder both stacks are thinned by it. The student's
+    parameters are copies; its configuration remembers the kept blocks (also when saved), so that
+    `pairing="kept"` can hold each against the teacher's block just before the next kept one.
+
+    Raises: TypeError for a model without a Hugging Face configuration; ValueError for blocks that
+    do not exist, stand twice, or are not in ascending order.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> teacher = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=8, n_head=2, vocab_size=9))
+    >>> student = keep_blocks(teacher, [0, 2, 5])
+    >>> student.config.n_layer, student.config.kept_blocks
+    (3, {'transformer.h': [0, 2, 5]})
+
+    Sanh et al. 2019, "DistilBERT", arXiv:1910.01108; Sajjad et al. 2023, "On the effect of dropping
+    layers of pre-trained transformer models", arXiv:2004.03844.
+    """
+    config: Any = getattr(teacher, "config", None)
+    if config is None or unwrap(teacher) is not teacher:
+        raise TypeError(
+            f"keep_blocks needs a bare Hugging Face model, got {type(teacher).__name__}; unwrap it, or "
+            "build the student yourself and copy the blocks' state_dict"
+        )
+    lists = block_lists(teacher)
+    kept = {name: select(blocks, len(found)) for name, found in lists.items()}
+    for name, chosen in kept.items():
+        if chosen != sorted(chosen):
+            raise ValueError(f"blocks of {name} must be in ascending order, got {chosen}")
+    student = type(teacher)(_smaller(config, kept))
+    source, target = teacher.state_dict(), student.state_dict()
+    student.load_state_dict({key: _origin(key, source, kept) for key in target})
+    if hasattr(teacher, "generation_config"):
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+    example = next(teacher.parameters())
+    return student.to(device=example.device, dtype=example.dtype).train(teacher.training)
+
+
+def _smaller(config: Any, kept: Mapping[str, list[int]]) -> Any:
+    """The teacher's configuration for fewer blocks, with lists of one entry per block cut alike."""
+    config = copy.deepcopy(config)
+    depths = [len(chosen) for chosen in kept.values()]
+    first = next(iter(kept.values()))
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[i] for i in first]
+    config.num_hidden_layers = depths[0]
+    if len(depths) > 1:
+        config.num_decoder_layers = depths[1]
+    config.kept_blocks = dict(kept)
+    return config
+
+
+def _origin(key: str, source: Mapping[str, Tensor], kept: Mapping[str, list[int]]) -> Tensor:
+    """The teacher's tensor for a student's key: block i of the student is block kept[i]."""
+    for name, chosen in kept.items():
+        if key.startswith(f"{name}."):
+            i, _, rest = key.removeprefix(f"{name}.").partition(".")
+            # T5 keeps the position bias of all blocks in block 0, whichever block comes first.
+            return source.get(f"{name}.{chosen[int(i)]}.{rest}", source.get(key))  # type: ignore
+    return source[key]
