@@ -1,23 +1,261 @@
-"""Laws that hold for every exported loss; a new loss enters by being exported."""
+"""Laws that hold for every exported loss; a new loss enters by being exported (tests/losses.py)."""
 
+import numpy as np
+import oracles
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from losses import DISTANCES, DIVERGENCES, LOSSES, TOLERANCE, sample
 
 import kdloss
-from kdloss import divergences
 
-DIVERGENCES = [getattr(divergences, name) for name in divergences.__all__]
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
+every_divergence = pytest.mark.parametrize("loss", DIVERGENCES, ids=str)
+every_distance = pytest.mark.parametrize("loss", DISTANCES, ids=str)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_divergence_and_its_gradient_are_exactly_zero_at_the_teacher(divergence):
-    teacher = torch.randn(4, 7)
+def grad(value, *inputs):
+    return torch.autograd.grad(value.sum(), inputs)
+
+
+@every_loss
+def test_it_is_zero_with_zero_gradient_exactly_at_the_teacher(loss):
+    _, teacher = sample(4, 7)
     student = teacher.clone().requires_grad_()
-    value = divergence(student, teacher, temperature=2.0)
-    value.sum().backward()
+    value = loss.call(student, teacher)
     assert value.tolist() == [0.0] * 4
-    assert not student.grad.any()
+    assert not grad(value, student)[0].any()
 
 
-def test_the_public_names_exist():
-    assert all(hasattr(kdloss, name) for name in kdloss.__all__)
+@every_loss
+@settings(max_examples=50, deadline=None)
+@given(rows=st.lists(st.floats(-30, 30, width=32), min_size=12, max_size=12))
+def test_it_is_never_negative_and_never_nan(loss, rows):
+    student, teacher = torch.tensor(rows).view(2, 2, 3)
+    value = loss.call(student, teacher)
+    assert (value >= -loss.rounding).all()
+    assert value.isfinite().all()
+
+
+@every_divergence
+def test_a_constant_added_to_logits_changes_nothing(loss):
+    student, teacher = sample(4, 7, dtype=torch.float64)
+    value = loss.call(student, teacher)
+    moved = loss.call(student + 100.0, teacher - 50.0)
+    torch.testing.assert_close(moved, value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grad(moved, student), grad(value, student), rtol=1e-9, atol=1e-9)
+
+
+def test_what_each_normalised_distance_is_blind_to():
+    student, teacher = sample(4, 7, dtype=torch.float64)
+    scaled = kdloss.cosine(5 * student, teacher / 7)
+    torch.testing.assert_close(scaled, kdloss.cosine(student, teacher))
+    both = kdloss.normalized_mse(1e4 * student, 1e4 * teacher)
+    torch.testing.assert_close(both, kdloss.normalized_mse(student, teacher), rtol=1e-6, atol=0)
+    moved = kdloss.layer_norm_mse(20 * student + 3, teacher)
+    torch.testing.assert_close(moved, kdloss.layer_norm_mse(student, teacher), rtol=1e-5, atol=0)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_value_and_gradient_agree_with_the_float64_oracle(loss, dtype):
+    student, teacher = sample(5, 9, dtype=dtype)
+    value = loss.call(student, teacher)
+    slope = grad(value, student)[0]
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert slope.dtype == dtype
+    s, t = student.detach().double().numpy(), teacher.double().numpy()
+    tolerance = TOLERANCE[dtype]
+    np.testing.assert_allclose(value.detach(), loss.oracle(s, t), rtol=tolerance, atol=tolerance)
+    exact = oracles.gradient(lambda x: loss.oracle(x, t), s)
+    # a gradient is returned in the input's own dtype, so it can be no better than its rounding
+    rounding = max(tolerance, torch.finfo(dtype).eps)
+    np.testing.assert_allclose(slope.double(), exact, rtol=rounding, atol=tolerance * abs(exact).max())
+
+
+@every_loss
+def test_gradcheck_and_gradgradcheck_hold(loss):
+    student, teacher = sample(3, 5, dtype=torch.float64)
+    student = (student / 3).detach().requires_grad_()
+    assert torch.autograd.gradcheck(loss.call, (student, teacher / 3))
+    assert torch.autograd.gradgradcheck(loss.call, (student, teacher / 3))
+
+
+@every_loss
+def test_the_teacher_gets_no_gradient(loss):
+    student, teacher = sample(3, 5)
+    teacher.requires_grad_()
+    loss.call(student, teacher).sum().backward()
+    assert teacher.grad is None
+
+
+@every_loss
+def test_inputs_are_never_written_to_and_layout_does_not_matter(loss):
+    student, teacher = sample(6, 4, 5)
+    before = student.detach().clone(), teacher.clone()
+    value = loss.call(student, teacher)
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
+    strided = loss.call(student.mT.contiguous().mT, teacher.mT.contiguous().mT)
+    torch.testing.assert_close(strided, value)
+    row = teacher[:1].expand(6, 4, 5)
+    torch.testing.assert_close(loss.call(student, row), loss.call(student, row.clone()))
+
+
+@every_loss
+def test_same_inputs_give_the_same_bits(loss):
+    student, teacher = sample(8, 33)
+    first, second = loss.call(student, teacher), loss.call(student, teacher)
+    assert torch.equal(first, second)
+    assert torch.equal(grad(first, student)[0], grad(second, student)[0])
+
+
+@every_loss
+def test_one_position_one_class_one_example_are_enough(loss):
+    value = loss.call(torch.ones(1, 1, requires_grad=True), torch.full((1, 1), 2.0))
+    assert value.shape == (1,)
+    assert value.isfinite().all()
+    assert loss.call(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0,)
+
+
+@every_loss
+def test_constant_and_zero_rows_stay_finite_in_value_and_gradient(loss):
+    rows = torch.tensor([[0.0, 0.0, 0.0], [5.0, 5.0, 5.0], [0.0, 0.0, 0.0]])
+    student = rows.clone().requires_grad_()
+    value = loss.call(student, rows.flip(0).roll(1, 0))
+    assert value.isfinite().all()
+    assert grad(value, student)[0].isfinite().all()
+
+
+# -- the shared contract: mask and reduction --
+
+
+@every_loss
+def test_mean_is_the_mean_of_none_over_the_valid_positions(loss):
+    student, teacher = sample(3, 4, 5)
+    mask = torch.rand(3, 4) > 0.4
+    none = kdloss.masked(loss.call, student, teacher, mask, reduction="none")
+    mean = kdloss.masked(loss.call, student, teacher, mask)
+    total = kdloss.masked(loss.call, student, teacher, mask, reduction="sum")
+    assert not none[~mask].any()
+    torch.testing.assert_close(mean, none[mask].mean())
+    torch.testing.assert_close(total, none.sum())
+    torch.testing.assert_close(grad(mean, student), grad(none[mask].mean(), student))
+
+
+@every_loss
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_stands_at_a_masked_position_never_matters(loss, garbage):
+    student, teacher = sample(3, 4, 5)
+    mask = torch.rand(3, 4) > 0.4
+    clean = kdloss.masked(loss.call, student, teacher, mask)
+    clean_grad = grad(clean, student)[0]
+    dirty = student.detach().clone()
+    dirty[~mask] = garbage
+    dirty_teacher = teacher.clone()
+    dirty_teacher[~mask] = garbage
+    dirty.requires_grad_()
+    value = kdloss.masked(loss.call, dirty, dirty_teacher, mask)
+    slope = grad(value, dirty)[0]
+    assert torch.equal(value, clean)
+    assert torch.equal(slope, clean_grad)
+    assert not slope[~mask].any()
+
+
+@every_loss
+def test_nothing_valid_gives_zero_that_backpropagates_zeros(loss):
+    student, teacher = sample(3, 5)
+    student = (student * float("nan")).detach().requires_grad_()
+    for empty in (
+        kdloss.masked(loss.call, student, teacher, torch.zeros(3, dtype=torch.bool)),
+        kdloss.masked(loss.call, student[:0], teacher[:0]),
+    ):
+        assert empty == 0
+        assert torch.equal(grad(empty, student)[0], torch.zeros(3, 5))
+
+
+@every_loss
+def test_micro_batches_of_unequal_size_add_up_to_one_batch(loss):
+    student, teacher = sample(6, 5, dtype=torch.float64)
+    mask = torch.tensor([True, True, True, False, True, True])
+    whole = kdloss.masked(loss.call, student, teacher, mask)
+    parts = [
+        kdloss.masked(loss.call, student[cut], teacher[cut], mask[cut], num_items_in_batch=mask.sum())
+        for cut in (slice(0, 1), slice(1, 4), slice(4, 6))
+    ]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-12)
+    slope = grad(sum(parts), student)
+    torch.testing.assert_close(slope, grad(whole, student), rtol=1e-12, atol=1e-12)
+    number = kdloss.masked(loss.call, student, teacher, mask, num_items_in_batch=5)
+    torch.testing.assert_close(grad(number, student), slope)
+
+
+@every_loss
+def test_it_compiles_without_a_graph_break_mask_included(loss):
+    student, teacher = sample(3, 4, 5)
+    mask = torch.rand(3, 4) > 0.4
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda s, t, m: kdloss.masked(loss.call, s, t, m), fullgraph=True, backend="aot_eager"
+    )
+    value, plain = compiled(student, teacher, mask), kdloss.masked(loss.call, student, teacher, mask)
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(grad(value, student), grad(plain, student))
+
+
+@every_loss
+def test_meta_tensors_give_a_meta_scalar(loss):
+    student = torch.empty(3, 4, 5, device="meta", requires_grad=True)
+    mask = torch.empty(3, 4, device="meta", dtype=torch.bool)
+    value = kdloss.masked(loss.call, student, torch.empty(3, 4, 5, device="meta"), mask)
+    assert value.is_meta
+    assert value.shape == ()
+
+
+# -- what bad input gets --
+
+
+@every_loss
+@pytest.mark.parametrize("shape", [(3, 1), (1, 5), (5,), (3, 5, 1), (1, 3, 5), (2, 5)])
+def test_nothing_broadcasts(loss, shape):
+    with pytest.raises(ValueError, match=r"\(3, 5\)|vocabulary"):
+        loss.call(torch.zeros(3, 5), torch.zeros(shape))
+
+
+@every_loss
+def test_integers_and_other_devices_are_refused(loss):
+    with pytest.raises(TypeError, match="floating point"):
+        loss.call(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="meta"):
+        loss.call(torch.zeros(3, 5), torch.zeros(3, 5, device="meta"))
+
+
+@every_loss
+def test_dtypes_may_differ_and_are_computed_in_float32(loss):
+    student, teacher = sample(3, 5)
+    rounded = teacher.bfloat16()
+    torch.testing.assert_close(loss.call(student, rounded), loss.call(student, rounded.float()))
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "avg", None, "Mean"])
+def test_an_unknown_reduction_is_refused_with_the_known_ones(reduction):
+    for ask in (
+        lambda: kdloss.reduce(torch.zeros(3), reduction=reduction),
+        lambda: kdloss.VanillaKD(reduction=reduction),
+        lambda: kdloss.FeatureKD(reduction=reduction),
+    ):
+        with pytest.raises(ValueError, match=r"'mean', 'sum', 'none'"):
+            ask()
+
+
+def test_a_mask_of_another_kind_or_shape_is_refused():
+    student, teacher = sample(3, 4, 5)
+    with pytest.raises(TypeError, match=r"mask\.bool\(\)"):
+        kdloss.masked(kdloss.mse, student, teacher, torch.ones(3, 4))
+    with pytest.raises(ValueError, match=r"\(4,\)"):
+        kdloss.masked(kdloss.mse, student, teacher, torch.ones(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="num_items_in_batch"):
+        kdloss.masked(kdloss.mse, student, teacher, reduction="sum", num_items_in_batch=3)
+    with pytest.raises(ValueError, match="positive"):
+        kdloss.masked(kdloss.mse, student, teacher, num_items_in_batch=0)
