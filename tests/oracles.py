@@ -8,7 +8,8 @@ Im f(x + ih) / h is f'(x) to rounding, without the cancellation of finite differ
 import numpy as np
 
 
-def log_softmax(z):
+def log_softmax(z, temperature=1.0):
+    z = z.real / temperature + 1j * (z.imag / temperature) if np.iscomplexobj(z) else z / temperature
     z = z - z.real.max(-1, keepdims=True)
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
@@ -21,11 +22,11 @@ def _kl(log_a, log_b):
 
 
 def forward_kl(s, t, temperature=1.0):
-    return temperature**2 * _kl(log_softmax(t / temperature), log_softmax(s / temperature))
+    return temperature**2 * _kl(log_softmax(t, temperature), log_softmax(s, temperature))
 
 
 def reverse_kl(s, t, temperature=1.0):
-    return temperature**2 * _kl(log_softmax(s / temperature), log_softmax(t / temperature))
+    return temperature**2 * _kl(log_softmax(s, temperature), log_softmax(t, temperature))
 
 
 def cross_entropy(z, labels):

@@ -43,20 +43,23 @@ def masks(
     model: nn.Module,
     inputs: Mapping[str, Any],
     mask: Tensor | None,
-    positions: Size,
-    encoder_features: Size | None,
+    positions: Size | None,
+    encoder_features: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The mask of the labels' positions, and of features that stand at other positions."""
+    """The mask of the labels' positions, and that of features which stand elsewhere.
+
+    `positions` is None where there are neither labels nor logits: the features' are all there is.
+    """
     attention = _boolean(inputs.get("attention_mask"))
     if is_encoder_decoder(model):
         feature_mask = attention
         if encoder_features is None:
             feature_mask = None
         elif attention is None:
-            feature_mask = torch.ones(encoder_features, dtype=torch.bool)
+            feature_mask = encoder_features.new_ones(encoder_features.shape[:-1], dtype=torch.bool)
         decoder = _boolean(inputs.get("decoder_attention_mask"))
         return _both(mask, decoder), feature_mask
-    if attention is None or attention.shape == positions:
+    if attention is None or positions is None or attention.shape == positions:
         return _both(mask, attention), None
     return mask, attention
 

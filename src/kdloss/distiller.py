@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from kdloss.adapter import evaluating, is_causal, masks, with_decoder_inputs, without_cache
 from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
-from kdloss.criteria._terms import logits_of
 from kdloss.layers import Name, unwrap
 
 _log = logging.getLogger("kdloss")
@@ -105,7 +104,7 @@ class Distiller:
             outputs = [self._teach(teacher, pairs, args, inputs) for teacher in self._teachers]
             target = outputs if self._as_list else outputs[0]
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
-        settings |= self._masks(student, seen, inputs, mask)
+        settings |= self._masks(student, seen, inputs, labels, mask)
         if pairs:
             settings["pairs"] = pairs
         loss = self.criterion(seen, target, labels, **settings)
@@ -170,17 +169,22 @@ class Distiller:
         criterion.to(next(student.parameters()).device)
 
     def _masks(
-        self, student: nn.Module, seen: Captured, inputs: dict[str, Any], mask: Tensor | None
+        self,
+        student: nn.Module,
+        seen: Captured,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        mask: Tensor | None,
     ) -> dict[str, Tensor | None]:
-        logits = logits_of(seen, "student")
+        """The criterion's masks, as far as it knows them."""
+        logits = seen.output if isinstance(seen.output, Tensor) else getattr(seen.output, "logits", None)
+        positions = labels.shape if labels is not None else None if logits is None else logits.shape[:-1]
         if not isinstance(self.criterion, FeatureKD) or not seen:
-            mask, _ = masks(student, inputs, mask, logits.shape[:-1], None)
-            return {"mask": mask}
-        stack = self.criterion.layer_map.blocks or ""
+            return {"mask": masks(student, inputs, mask, positions, None)[0]}
+        of_encoder = "encoder" in (self.criterion.layer_map.blocks or "")
         first = next(iter(seen.values()))
-        own = first.shape[:-1] if "encoder" in stack else None
-        mask, feature_mask = masks(student, inputs, mask, logits.shape[:-1], own)
-        return {"mask": mask, "feature_mask": feature_mask}
+        mask, own = masks(student, inputs, mask, positions, first if of_encoder else None)
+        return {"mask": mask, "feature_mask": own}
 
 
 def _width(features: Tensor) -> int:

@@ -92,6 +92,11 @@ class FeatureKD(nn.Module):
         if widths is not None:
             pairs = self.layer_map.pairs()
             per_pair: Any = [widths] * len(pairs) if isinstance(widths[0], int) else widths
+            if len(per_pair) != len(pairs):
+                raise ValueError(
+                    f"{len(per_pair)} widths for {len(pairs)} pairs {pairs}; write widths=(student, "
+                    "teacher) for all pairs, or a list of one for each"
+                )
             self.build({s: w for (s, _), w in zip(pairs, per_pair, strict=True)})
 
     @property

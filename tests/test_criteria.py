@@ -1,0 +1,471 @@
+"""VanillaKD, FeatureKD and MultiTeacherKD against their formulas."""
+
+import copy
+import pickle
+from functools import partial
+from types import SimpleNamespace as Output
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from losses import sample
+from torch import nn
+
+import kdloss
+
+MASK = torch.tensor([[True, True, False, True], [True, False, True, True], [True, True, True, False]])
+
+
+def batch(dtype=torch.float64, positions=(3, 4), classes=7):
+    """Student and teacher logits, labels with one ignored, and a mask."""
+    student, teacher = sample(*positions, classes, dtype=dtype)
+    labels = torch.randint(0, classes, positions)
+    labels[0, 0] = -100
+    return student, teacher, labels, MASK
+
+
+def by_hand(student, teacher, labels, keep, *, alpha, temperature, divergence=oracles.forward_kl):
+    """The formula over the positions that count, in numpy."""
+    s, t = student.detach().double().numpy()[keep], teacher.double().numpy()[keep]
+    ce = oracles.cross_entropy(s, labels.numpy()[keep]).mean()
+    return alpha * ce + (1 - alpha) * divergence(s, t, temperature).mean()
+
+
+def grad(value, *inputs):
+    return torch.autograd.grad(value, inputs)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 7.0])
+def test_vanilla_is_alpha_ce_plus_the_rest_kl_times_t_squared(alpha, temperature):
+    student, teacher, labels, mask = batch()
+    criterion = kdloss.VanillaKD(temperature, alpha)
+    loss = criterion(student, teacher, labels, mask=mask)
+    keep = (mask & (labels != -100)).numpy()
+    hand = by_hand(student, teacher, labels, keep, alpha=alpha, temperature=temperature)
+    assert loss.item() == pytest.approx(hand, rel=1e-12)
+
+    def loss_of(s):
+        ce = oracles.cross_entropy(s[keep], labels.numpy()[keep]).sum()
+        kl = oracles.forward_kl(s[keep], teacher.numpy()[keep], temperature).sum()
+        return (alpha * ce + (1 - alpha) * kl) / keep.sum()
+
+    exact = oracles.gradient(lambda s: np.asarray(loss_of(s)), student.detach().numpy())
+    np.testing.assert_allclose(grad(loss, student)[0], exact, rtol=1e-9, atol=1e-12)
+
+
+def test_defaults_are_those_of_the_guide():
+    vanilla, feature = kdloss.VanillaKD(), kdloss.FeatureKD()
+    assert (vanilla.temperature, vanilla.alpha) == (2.0, 0.5)
+    assert (feature.temperature, feature.alpha, feature.logit_weight) == (2.0, 0.3, 0.0)
+    assert feature.layer_map.layers == "auto"
+    assert feature.distance is kdloss.mse
+
+
+def test_t_squared_multiplies_value_and_gradient_alike_and_one_flag_turns_it_off():
+    student, teacher, _, _ = batch()
+    with_it = kdloss.VanillaKD(3.0, 0.0)(student, teacher)
+    plain = partial(kdloss.forward_kl, t_squared=False)
+    without = kdloss.VanillaKD(3.0, 0.0, divergence=plain)(student, teacher)
+    torch.testing.assert_close(with_it, 9 * without)
+    torch.testing.assert_close(grad(with_it, student)[0], 9 * grad(without, student)[0])
+
+
+def test_mean_divides_by_positions_neither_by_classes_nor_by_batch():
+    student, teacher, _, _ = batch()
+    one = kdloss.VanillaKD(1.0, 0.0)(student, teacher)
+    twice_the_classes = kdloss.VanillaKD(1.0, 0.0)(
+        *(torch.cat([x, torch.full_like(x, -torch.inf)], -1) for x in (student, teacher))
+    )
+    longer = kdloss.VanillaKD(1.0, 0.0)(student.repeat(1, 5, 1), teacher.repeat(1, 5, 1))
+    torch.testing.assert_close(twice_the_classes, one)
+    torch.testing.assert_close(longer, one)
+
+
+def test_alpha_one_needs_no_teacher_and_alpha_zero_no_labels():
+    student, teacher, labels, _ = batch()
+    assert kdloss.VanillaKD(alpha=1.0)(student, None, labels).isfinite()
+    assert kdloss.VanillaKD(alpha=0.0)(student, teacher).isfinite()
+    broken = torch.full_like(teacher, float("nan"))
+    assert kdloss.VanillaKD(alpha=1.0)(student, broken, labels).isfinite()
+    with pytest.raises(ValueError, match="labels"):
+        kdloss.VanillaKD(alpha=0.5)(student, teacher)
+
+
+@pytest.mark.parametrize("make", [kdloss.VanillaKD, kdloss.MultiTeacherKD], ids=lambda c: c.__name__)
+def test_what_stands_at_an_ignored_position_reaches_neither_term_nor_gradient(make):
+    student, teacher, labels, mask = batch()
+    criterion = make()
+    wrap = (lambda t: [t]) if make is kdloss.MultiTeacherKD else (lambda t: t)
+    clean = criterion(student, wrap(teacher), labels, mask=mask)
+    clean_grad = grad(clean, student)[0]
+    out = ~(mask & (labels != -100))
+    dirty, dirty_teacher, dirty_labels = student.detach().clone(), teacher.clone(), labels.clone()
+    dirty[out], dirty_teacher[out] = float("nan"), float("inf")
+    dirty_labels[~mask] = 10**9
+    dirty.requires_grad_()
+    value = criterion(dirty, wrap(dirty_teacher), dirty_labels, mask=mask)
+    slope = grad(value, dirty)[0]
+    assert torch.equal(value, clean)
+    assert torch.equal(slope, clean_grad)
+    assert not slope[out].any()
+
+
+def test_all_ignored_gives_zero_and_zero_gradients():
+    student, teacher, labels, _ = batch()
+    loss = kdloss.VanillaKD()(student, teacher, torch.full_like(labels, -100))
+    assert loss == 0
+    assert not grad(loss, student)[0].any()
+
+
+def test_causal_holds_logits_against_the_next_label_in_every_term():
+    student, teacher, labels, mask = batch()
+    criterion = kdloss.VanillaKD(2.0, 0.4, causal=True)
+    loss = criterion(student, teacher, labels, mask=mask)
+    keep = (mask & (labels != -100))[:, 1:].numpy()
+    hand = by_hand(student[:, :-1], teacher[:, :-1], labels[:, 1:], keep, alpha=0.4, temperature=2.0)
+    assert loss.item() == pytest.approx(hand, rel=1e-12)
+    with pytest.raises(ValueError, match="causal=False"):
+        criterion(student[:, 0], teacher[:, 0], labels[:, 0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_unequal_micro_batches_add_up_to_the_gradient_of_one_batch(causal):
+    student, teacher, labels, _ = batch()
+    labels[1, 1:3] = -100
+    h_student, h_teacher = sample(3, 4, 5, dtype=torch.float64, seed=1)
+    criterion = kdloss.FeatureKD(layers="last", logit_weight=0.5, depths=(1, 1), causal=causal)
+    counted = (labels[:, 1:] if causal else labels) != -100
+
+    def loss(rows, **settings):
+        s = Output(logits=student[rows], hidden_states=[None, h_student[rows]])
+        t = Output(logits=teacher[rows], hidden_states=[None, h_teacher[rows]])
+        return criterion(s, t, labels[rows], **settings)
+
+    whole = loss(slice(None))
+    parts = [loss(slice(i, i + 1), num_items_in_batch=counted.sum()) for i in range(3)]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
+    one, many = grad(whole, student, h_student), grad(sum(parts), student, h_student)
+    torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-14)
+    means = sum(loss(slice(i, i + 1)) for i in range(3)) / 3
+    assert not torch.isclose(means, whole), "the mean of means is another number here"
+
+
+def test_components_are_the_detached_terms_of_the_loss():
+    student, teacher, labels, mask = batch()
+    criterion = kdloss.VanillaKD(alpha=0.25)
+    loss = criterion(student, teacher, labels, mask=mask)
+    ce, kd = criterion.components["ce"], criterion.components["kd"]
+    assert not ce.requires_grad
+    torch.testing.assert_close(0.25 * ce + 0.75 * kd, loss.detach())
+
+
+def test_reduction_none_gives_a_value_per_position():
+    student, teacher, labels, mask = batch()
+    for make in (kdloss.VanillaKD, partial(kdloss.FeatureKD, "last", logit_weight=1.0)):
+        none, mean, total = (make(reduction=r) for r in ("none", "mean", "sum"))
+        s, t = (Output(logits=x, hidden_states=[None, x]) for x in (student, teacher))
+        values = none(s, t, labels, mask=mask)
+        keep = mask & (labels != -100)
+        assert values.shape == (3, 4)
+        torch.testing.assert_close(values[keep].mean(), mean(s, t, labels, mask=mask))
+        torch.testing.assert_close(values.sum(), total(s, t, labels, mask=mask))
+
+
+def test_any_function_of_the_right_shape_is_a_divergence():
+    def squared(student, teacher, *, temperature):
+        return (student - teacher).square().sum(-1) / temperature
+
+    student, teacher, _, mask = batch()
+    loss = kdloss.VanillaKD(4.0, 0.0, divergence=squared)(student, teacher, mask=mask)
+    torch.testing.assert_close(loss, (student - teacher).square().sum(-1)[mask].mean() / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_inputs_are_computed_in_float32(dtype):
+    student, teacher, labels, mask = batch(dtype)
+    loss = kdloss.VanillaKD()(student, teacher, labels, mask=mask)
+    keep = (mask & (labels != -100)).numpy()
+    hand = by_hand(student, teacher, labels, keep, alpha=0.5, temperature=2.0)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(hand, rel=1e-5)
+    assert grad(loss, student)[0].dtype == dtype
+
+
+def test_under_autocast_the_loss_is_float32():
+    model = nn.Linear(8, 7)
+    features = torch.randn(3, 4, 8)
+    criterion = kdloss.FeatureKD("last", logit_weight=1.0, depths=(1, 1), widths=(8, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        student = Output(logits=model(features), hidden_states=[None, features])
+        teacher = Output(logits=torch.randn(3, 4, 7), hidden_states=[None, torch.randn(3, 4, 16)])
+        loss = criterion(student, teacher, torch.zeros(3, 4, dtype=torch.long))
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert model.weight.grad.isfinite().all()
+
+
+# -- features --
+
+
+def feature_outputs(s_width=5, t_width=5, s_depth=4, t_depth=8):
+    student = [sample(3, 4, s_width, seed=i)[0] for i in range(s_depth + 1)]
+    teacher = [sample(3, 4, t_width, seed=i)[1] for i in range(t_depth + 1)]
+    s_logits, t_logits = sample(3, 4, 7)
+    return Output(logits=s_logits, hidden_states=student), Output(logits=t_logits, hidden_states=teacher)
+
+
+def test_feature_loss_is_the_mean_over_pairs_positions_and_width():
+    student, teacher = feature_outputs()
+    labels = torch.randint(0, 7, (3, 4))
+    labels[0, 0] = -100
+    criterion = kdloss.FeatureKD(layers=[0, -1], alpha=0.3, logit_weight=0.5)
+    loss = criterion(student, teacher, labels, mask=MASK)
+    keep = (MASK & (labels != -100)).numpy()
+    squares = [
+        (student.hidden_states[s + 1].detach().numpy() - teacher.hidden_states[t + 1].numpy())[keep] ** 2
+        for s, t in [(0, 0), (3, 7)]
+    ]
+    s, t = student.logits.detach().double().numpy()[keep], teacher.logits.double().numpy()[keep]
+    ce = oracles.cross_entropy(s, labels.numpy()[keep]).mean()
+    feature, kl = np.mean([x.mean() for x in squares]), oracles.forward_kl(s, t, 2.0).mean()
+    assert loss.item() == pytest.approx(0.3 * ce + 0.7 * (feature + 0.5 * kl), rel=1e-5)
+    parts = {name: part.item() for name, part in criterion.components.items()}
+    assert parts["feature"] == pytest.approx(feature, rel=1e-5)
+    assert parts["feature/3-7"] == pytest.approx(squares[1].mean(), rel=1e-5)
+    assert parts["kd"] == pytest.approx(kl, rel=1e-5)
+    loss.backward()
+    assert student.hidden_states[1].grad[keep].abs().min() > 0
+    assert not student.hidden_states[1].grad[~torch.from_numpy(keep)].any()
+    assert student.hidden_states[2].grad is None
+
+
+def test_projections_receive_no_garbage_from_masked_positions():
+    student, teacher = feature_outputs(s_width=5, t_width=6)
+    criterion = kdloss.FeatureKD(alpha=0.0, depths=(4, 8), widths=(5, 6))
+    clean = criterion(student, teacher, mask=MASK)
+    clean_grads = grad(clean, *criterion.parameters())
+    for h in (*student.hidden_states, *teacher.hidden_states):
+        h.data[~MASK] = float("nan")
+    dirty = criterion(student, teacher, mask=MASK)
+    assert torch.equal(dirty, clean)
+    for a, b in zip(grad(dirty, *criterion.parameters()), clean_grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_width_mismatch_without_projection_says_what_to_write():
+    student, teacher = feature_outputs(s_width=5, t_width=6)
+    with pytest.raises(ValueError, match=r"width 5 .* 6.*distill\.prepare\(student\).*widths=\(5, 6\)"):
+        kdloss.FeatureKD(alpha=0.0)(student, teacher)
+
+
+def test_projections_exist_from_given_widths_before_the_optimizer_and_are_saved():
+    criterion = kdloss.FeatureKD(depths=(4, 8), widths=(5, 6))
+    assert len(list(criterion.parameters())) == 8
+    other = kdloss.FeatureKD(depths=(4, 8), widths=(5, 6))
+    other.load_state_dict(criterion.state_dict())
+    student, teacher = feature_outputs(s_width=5, t_width=6)
+    labels = torch.zeros(3, 4, dtype=torch.long)
+    assert torch.equal(criterion(student, teacher, labels), other(student, teacher, labels))
+    with pytest.raises(RuntimeError, match=r"projections\.0\.weight"):
+        kdloss.FeatureKD().load_state_dict(criterion.state_dict())
+    with pytest.raises(ValueError, match="depths"):
+        kdloss.FeatureKD(widths=(5, 6))
+    with pytest.raises(ValueError, match="1 widths for 2 pairs"):
+        kdloss.FeatureKD([0, 1], depths=(4, 8), widths=[(5, 6)])
+
+
+def test_equal_widths_need_no_parameters():
+    assert kdloss.FeatureKD(depths=(4, 8), widths=(5, 5)).state_dict() == {}
+    assert kdloss.VanillaKD().state_dict() == {}
+
+
+def test_maps_images_and_vectors_average_within_their_example():
+    labels = torch.tensor([1, -100, 2])
+    counted = [0, 2]
+    for shape in [(3, 5, 2, 4), (3, 9, 5), (3, 5)]:
+        s, t = sample(*shape)
+        logits = torch.randn(3, 7)
+        criterion = kdloss.FeatureKD("last", alpha=0.0)
+        student = Output(logits=logits, hidden_states=[None, s])
+        teacher = Output(logits=logits, hidden_states=[None, t])
+        loss = criterion(student, teacher, labels)
+        squares = (s.detach() - t).square().flatten(1).mean(1)
+        torch.testing.assert_close(loss.detach(), squares[counted].mean())
+        slope = grad(loss, s)[0]
+        assert not slope[1].any()
+        assert slope[0].any()
+
+
+def test_features_at_other_positions_follow_their_own_mask():
+    s, t = sample(2, 6, 5)
+    own = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    labels = torch.tensor([[1, 2, 3], [4, -100, -100]])  # a decoder's, of another length
+    logits = torch.randn(2, 3, 7)
+    criterion = kdloss.FeatureKD("last", alpha=0.0)
+    student = Output(logits=logits, hidden_states=[None, s])
+    teacher = Output(logits=logits, hidden_states=[None, t])
+    loss = criterion(student, teacher, labels, feature_mask=own)
+    squares = (s.detach() - t).square().mean(-1)
+    per_example = torch.stack([squares[0].mean(), squares[1, :2].mean()])
+    torch.testing.assert_close(loss.detach(), (3 * per_example[0] + per_example[1]) / 4)
+    assert not grad(loss, s)[0][1, 2:].any()
+
+
+def test_feature_needs_features_and_says_where_they_come_from():
+    logits = torch.randn(3, 4, 7)
+    with pytest.raises(ValueError, match=r"distill\.prepare"):
+        kdloss.FeatureKD(alpha=0.0)(logits, logits)
+    with pytest.raises(TypeError, match="output_hidden_states=True"):
+        kdloss.FeatureKD(alpha=0.0, depths=(2, 2))(logits, logits)
+
+
+def test_hidden_states_hold_a_last_block_against_a_last_block_only():
+    student, teacher = feature_outputs()
+    with pytest.raises(ValueError, match="final norm"):
+        kdloss.FeatureKD(alpha=0.0, pairing="first")(student, teacher)
+
+
+# -- several teachers --
+
+
+def test_one_teacher_equals_the_single_teacher_loss_exactly():
+    student, teacher, labels, mask = batch()
+    single = kdloss.VanillaKD()(student, teacher, labels, mask=mask)
+    for average in ("probabilities", "logits"):
+        several = kdloss.MultiTeacherKD(average=average)(student, [teacher], labels, mask=mask)
+        assert torch.equal(several, single)
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 0.5], [0.9, 0.1], [1.0, 0.0]])
+def test_teachers_are_averaged_in_probability_or_logits(weights):
+    student, first, labels, mask = batch()
+    second = sample(3, 4, 7, dtype=torch.float64, seed=5)[1]
+    keep = (mask & (labels != -100)).numpy()
+    w = weights or [0.5, 0.5]
+    a, b = first.numpy() / 2, second.numpy() / 2
+    mixed = {
+        "probabilities": 2
+        * np.log(w[0] * np.exp(oracles.log_softmax(a)) + w[1] * np.exp(oracles.log_softmax(b))),
+        "logits": w[0] * first.numpy() + w[1] * second.numpy(),
+    }
+    for average, target in mixed.items():
+        criterion = kdloss.MultiTeacherKD(weights, average=average)
+        loss = criterion(student, [first, second], labels, mask=mask)
+        hand = by_hand(student, torch.tensor(target), labels, keep, alpha=0.5, temperature=2.0)
+        assert loss.item() == pytest.approx(hand, rel=1e-12)
+
+
+def test_the_gradient_of_the_average_is_the_average_of_the_gradients():
+    student, first, _, _ = batch()
+    second = sample(3, 4, 7, dtype=torch.float64, seed=5)[1]
+    criterion = kdloss.MultiTeacherKD([0.3, 0.7], alpha=0.0)
+    slope = grad(criterion(student, [first, second]), student)[0]
+    single = kdloss.VanillaKD(alpha=0.0)
+    parts = [grad(single(student, teacher), student)[0] for teacher in (first, second)]
+    torch.testing.assert_close(slope, 0.3 * parts[0] + 0.7 * parts[1])
+
+
+def test_teachers_that_do_not_fit_are_refused():
+    student, teacher, labels, _ = batch()
+    with pytest.raises(ValueError, match="no teacher"):
+        kdloss.MultiTeacherKD()(student, [], labels)
+    with pytest.raises(TypeError, match=r"\[teacher\]"):
+        kdloss.MultiTeacherKD()(student, teacher, labels)
+    with pytest.raises(ValueError, match="one vocabulary"):
+        kdloss.MultiTeacherKD()(student, [teacher, teacher[..., :5]], labels)
+    for weights in ([0.5], [0.7, 0.7], [-0.5, 1.5], [float("nan"), 1.0]):
+        with pytest.raises(ValueError, match="weights"):
+            kdloss.MultiTeacherKD(weights)(student, [teacher, teacher], labels)
+
+
+# -- bad input, copies --
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_not_finite_and_positive_is_refused(temperature):
+    for ask in (
+        lambda: kdloss.VanillaKD(temperature),
+        lambda: kdloss.FeatureKD(temperature=temperature),
+        lambda: kdloss.forward_kl(torch.zeros(3), torch.zeros(3), temperature=temperature),
+    ):
+        with pytest.raises(ValueError, match="temperature must be finite and above 0"):
+            ask()
+
+
+@pytest.mark.parametrize("temperature", ["2", None, True, torch.tensor([1.0, 2.0])])
+def test_a_temperature_that_is_no_number_is_refused(temperature):
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        kdloss.VanillaKD(temperature)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_alpha_outside_zero_and_one_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
+        kdloss.VanillaKD(alpha=alpha)
+    with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
+        kdloss.FeatureKD(alpha=alpha)
+
+
+def test_vocabularies_that_differ_raise_with_both_sizes_and_the_two_ways_out():
+    with pytest.raises(ValueError, match=r"50257.*50272.*truncate.*:50257.*map"):
+        kdloss.VanillaKD(alpha=0.0)(torch.zeros(2, 50257), torch.zeros(2, 50272))
+
+
+def test_labels_that_do_not_fit_are_refused():
+    student, teacher, labels, _ = batch()
+    with pytest.raises(ValueError, match=r"\(3, 3\).*\(3, 4, 7\)"):
+        kdloss.VanillaKD()(student, teacher, labels[:, 1:])
+    with pytest.raises(TypeError, match=r"labels\.long\(\)"):
+        kdloss.VanillaKD()(student, teacher, labels.float())
+    with pytest.raises(ValueError, match="mask"):
+        kdloss.VanillaKD()(student, teacher, labels, mask=MASK[:, 1:])
+
+
+def test_check_finite_names_the_tensor_and_the_first_index():
+    student, teacher, labels, _ = batch()
+    criterion = kdloss.VanillaKD(check_finite=True)
+    assert criterion(student, teacher, labels).isfinite()
+    bad = teacher.clone()
+    bad[0, 0, 3] = float("nan")  # an ignored position
+    bad[1, 2, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"teacher\[1, 2, 4\] is nan"):
+        criterion(student, bad, labels)
+    assert kdloss.VanillaKD()(student, bad, labels).isnan()
+    labels[2, 1] = 7
+    for causal in (False, True):
+        with pytest.raises(ValueError, match=r"labels\[2, 1\] is 7, outside the 7 classes"):
+            kdloss.VanillaKD(check_finite=True, causal=causal)(student, teacher, labels)
+
+
+CRITERIA = [
+    kdloss.VanillaKD(3.0, 0.2),
+    kdloss.MultiTeacherKD([1.0]),
+    kdloss.FeatureKD("late", depths=(4, 8), widths=(5, 6), pairing="last", logit_weight=1.0),
+]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: type(c).__name__)
+def test_criteria_survive_deepcopy_pickle_and_state_dict(criterion):
+    student, teacher = feature_outputs(s_width=5, t_width=6)
+    labels = torch.randint(0, 7, (3, 4))
+    target = [teacher] if isinstance(criterion, kdloss.MultiTeacherKD) else teacher
+    loss = criterion(student, target, labels)
+    for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert torch.equal(twin(student, target, labels), loss)
+        assert repr(twin) == repr(criterion)
+        twin.load_state_dict(criterion.state_dict())
+        for mine, its in zip(criterion.parameters(), twin.parameters(), strict=True):
+            assert mine is not its
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: type(c).__name__)
+def test_criteria_compile_without_a_graph_break(criterion):
+    student, teacher = feature_outputs(s_width=5, t_width=6)
+    labels = torch.randint(0, 7, (3, 4))
+    target = [teacher.logits] if isinstance(criterion, kdloss.MultiTeacherKD) else teacher
+    plain = criterion(student, target, labels, mask=MASK)
+    torch._dynamo.reset()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(student, target, labels, mask=MASK), plain)

@@ -1,0 +1,101 @@
+"""Numbers at the edge, against mpmath and float64."""
+
+import mpmath
+import numpy as np
+import oracles
+import pytest
+import torch
+from losses import DIVERGENCES, TOLERANCE
+
+import kdloss
+from kdloss import divergences
+
+every_divergence = pytest.mark.parametrize("name", divergences.__all__)
+INF = float("inf")
+
+
+def both(name, student, teacher, temperature):
+    """Value and gradient of ours, and value of the float64 oracle on the same inputs."""
+    student = student.clone().requires_grad_()
+    value = getattr(divergences, name)(student, teacher, temperature=temperature)
+    slope = torch.autograd.grad(value.sum(), student)[0]
+    s, t = student.detach().double().numpy(), teacher.double().numpy()
+    exact = getattr(oracles, name)(s, t, temperature)
+    exact_slope = oracles.gradient(lambda x: getattr(oracles, name)(x, t, temperature), s)
+    return value.detach(), slope, exact, exact_slope
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_logits_of_1e4_at_any_temperature_agree_with_float64(name, temperature, dtype):
+    logits = 1e4 * torch.rand(2, 4, 9).mul(2).sub(1)
+    student, teacher = logits.to(dtype)
+    value, slope, exact, exact_slope = both(name, student, teacher, temperature)
+    rounding = max(TOLERANCE[dtype], torch.finfo(dtype).eps)
+    np.testing.assert_allclose(value, exact, rtol=TOLERANCE[dtype])
+    size = max(abs(exact_slope).max(), exact.max() / temperature)  # a saturated softmax has slopes of 1e-27
+    np.testing.assert_allclose(slope.double(), exact_slope, rtol=rounding, atol=rounding * size)
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [20.0, 100.0])
+def test_a_large_vocabulary_at_high_temperature_does_not_drown_in_rounding(name, temperature):
+    student, teacher = 3 * torch.randn(2, 2, 32_000)
+    value = getattr(divergences, name)(student, teacher, temperature=temperature)
+    exact = getattr(oracles, name)(student.double().numpy(), teacher.double().numpy(), temperature)
+    np.testing.assert_allclose(value, exact, rtol=1e-3)
+
+
+@every_divergence
+def test_a_class_excluded_by_both_sides_adds_nothing(name):
+    student, teacher = torch.randn(2, 3, 6)
+    extra = torch.full((3, 2), -INF)
+    value, slope, _, _ = both(name, torch.cat([student, extra], 1), torch.cat([teacher, extra], 1), 2.0)
+    plain, plain_slope, _, _ = both(name, student, teacher, 2.0)
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(slope[:, :6], plain_slope)
+    assert not slope[:, 6:].any()
+
+
+def test_a_class_excluded_by_one_side_is_finite_or_infinite_as_it_truly_is():
+    half, none = torch.tensor([0.0, 0.0]), torch.tensor([0.0, -INF])
+    for temperature in (0.5, 1.0, 4.0):
+        log_2 = temperature**2 * np.log(2)
+        forward, slope, _, _ = both("forward_kl", half, none, temperature)
+        assert forward.item() == pytest.approx(log_2)
+        np.testing.assert_allclose(slope, [-temperature / 2, temperature / 2])  # T (q - p)
+        assert kdloss.forward_kl(none, half, temperature=temperature) == INF
+        reverse, slope, _, _ = both("reverse_kl", none, half, temperature)
+        assert reverse.item() == pytest.approx(log_2)
+        assert not slope.any()  # q is (1, 0): nothing moves it
+        assert kdloss.reverse_kl(half, none, temperature=temperature) == INF
+
+
+def test_cross_entropy_equals_fifty_digits_of_mpmath():
+    logits = [3.25, -1.5, 0.125, 7.0]
+    with mpmath.workdps(50):
+        exact = mpmath.log(sum(mpmath.exp(z) for z in logits)) - mpmath.mpf(logits[1])
+        kl = _mpmath_kl(logits, [1.0, 2.0, -0.5, 0.25], 3)
+    z = torch.tensor(logits, dtype=torch.float64)
+    assert kdloss.cross_entropy(z[None], torch.tensor([1])).item() == pytest.approx(float(exact), rel=1e-14)
+    teacher = torch.tensor([1.0, 2.0, -0.5, 0.25], dtype=torch.float64)
+    ours = kdloss.forward_kl(z, teacher, temperature=3.0)
+    assert ours.item() == pytest.approx(float(kl), rel=1e-14)
+    ours = kdloss.reverse_kl(teacher, z, temperature=3.0)
+    assert ours.item() == pytest.approx(float(kl), rel=1e-14)
+
+
+def _mpmath_kl(student, teacher, temperature):
+    def probabilities(logits):
+        e = [mpmath.exp(mpmath.mpf(z) / temperature) for z in logits]
+        return [x / sum(e) for x in e]
+
+    p, q = probabilities(teacher), probabilities(student)
+    return temperature**2 * sum(a * mpmath.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize("loss", DIVERGENCES, ids=str)
+def test_all_sixteen_bit_garbage_is_at_least_as_good_as_float32_of_the_same_inputs(loss):
+    student, teacher = (3 * torch.randn(2, 8, 50)).bfloat16()
+    torch.testing.assert_close(loss.call(student, teacher), loss.call(student.float(), teacher.float()))

@@ -1,0 +1,174 @@
+"""Which blocks, against which."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import kdloss
+from kdloss.layers import block_lists, resolve, unwrap
+from kdloss.layers.select import STRATEGIES
+
+
+def test_strategies_choose_what_the_guide_says_of_twelve_blocks():
+    chosen = {name: kdloss.select(name, 12) for name in STRATEGIES}
+    assert chosen == {
+        "auto": [0, 3, 6, 9],
+        "all": list(range(12)),
+        "key": [0, 5, 11],
+        "late": [8, 9, 10, 11],
+        "last": [11],
+    }
+    assert kdloss.select("auto", 3) == [0, 1, 2]
+    assert kdloss.select([-1, 0], 12) == [11, 0]
+    assert kdloss.select(lambda depth: range(0, depth, 5), 12) == [0, 5, 10]
+
+
+@given(depth=st.integers(1, 100), name=st.sampled_from(sorted(STRATEGIES)))
+def test_every_strategy_gives_ascending_existing_blocks_at_any_depth(depth, name):
+    chosen = kdloss.select(name, depth)
+    assert chosen
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) <= set(range(depth))
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "match"),
+    [
+        ("lately", ValueError, r"'lately' is unknown.*'auto', 'all', 'key', 'late', 'last'"),
+        ([12], ValueError, r"block 12 does not exist: 12 blocks, -12 to 11"),
+        ([-13], ValueError, "-13 does not exist"),
+        ([0, -12], ValueError, "twice"),
+        ([], ValueError, "empty"),
+        ([1.0], TypeError, "integer"),
+        ([True], TypeError, "integer"),
+    ],
+)
+def test_a_selection_that_does_not_exist_is_refused_showing_what_does(layers, error, match):
+    with pytest.raises(error, match=match):
+        kdloss.select(layers, 12)
+
+
+def test_pairings_of_four_student_blocks_in_twelve_teacher_blocks():
+    def teachers(pairing, **settings):
+        return [t for _, t in kdloss.pair([0, 1, 2, 3], 4, 12, pairing, **settings)]
+
+    assert teachers("uniform") == [0, 4, 7, 11]  # i * 11 / 3: 0, 3.67, 7.33, 11
+    assert teachers("same") == [0, 1, 2, 3]
+    assert teachers("first") == [0, 1, 2, 3]
+    assert teachers("last") == [8, 9, 10, 11]
+    assert teachers("reverse") == [11, 7, 4, 0]
+    assert teachers("kept", kept=[0, 3, 6, 9]) == [2, 5, 8, 11]
+    assert teachers([(0, 5), (-1, -1)]) == [5, 11]
+    assert teachers(lambda selected, s, t: [(i, t - s + i) for i in selected]) == [8, 9, 10, 11]
+
+
+@given(student=st.integers(1, 40), teacher=st.integers(1, 40))
+def test_uniform_keeps_relative_depth_last_to_last(student, teacher):
+    pairs = kdloss.pair(list(range(student)), student, teacher)
+    partners = [t for _, t in pairs]
+    assert partners == sorted(partners)
+    assert partners[-1] == teacher - 1
+    for s, t in pairs if student > 1 else []:
+        assert abs(t - s * (teacher - 1) / (student - 1)) <= 0.5
+
+
+def test_random_draws_anew_in_ascending_order_from_torchs_generator():
+    draws = {tuple(kdloss.pair([0, 1, 2], 3, 12, "random")) for _ in range(50)}
+    assert len(draws) > 10
+    assert all([t for _, t in d] == sorted({t for _, t in d}) for d in draws)
+    torch.manual_seed(3)
+    first = kdloss.pair([0, 1, 2], 3, 12, "random")
+    torch.manual_seed(3)
+    assert kdloss.pair([0, 1, 2], 3, 12, "random") == first
+
+
+@pytest.mark.parametrize(
+    ("pairing", "error", "match"),
+    [
+        ("uniformly", ValueError, r"'uniform', 'same'"),
+        ("same", ValueError, "pairing='uniform'"),
+        ("first", ValueError, "pairing='uniform'"),
+        ("last", ValueError, "4 selected"),
+        ("random", ValueError, "teacher has 3"),
+        ("kept", ValueError, "keep_blocks"),
+        ([(0, 3)], ValueError, "teacher block 3 does not exist"),
+        ([(4, 0)], ValueError, "student block 4 does not exist"),
+        ([(0, 0), (0, 1)], ValueError, "twice"),
+        ([(0, 0.5)], TypeError, "integer"),
+        ([], TypeError, "pairs"),
+        ([0, 1], TypeError, "pairs"),
+    ],
+)
+def test_a_pairing_that_does_not_fit_a_shallow_teacher_is_refused(pairing, error, match):
+    with pytest.raises(error, match=match):
+        kdloss.pair([0, 1, 2, 3], 4, 3, pairing)
+
+
+def test_kept_of_another_teacher_is_refused():
+    with pytest.raises(ValueError, match="the teacher it was made from"):
+        kdloss.pair([0], 2, 4, "kept", kept=[0, 5])
+    with pytest.raises(ValueError, match="the teacher it was made from"):
+        kdloss.pair([0], 2, 8, "kept", kept=[0, 3, 5])
+
+
+class Wrapper(nn.Module):
+    """What DDP looks like from outside."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+class Stack(nn.Module):
+    def __init__(self, depth=3):
+        super().__init__()
+        self.body = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        for block in self.body:
+            x = block(x)
+        return self.head(x)
+
+
+def test_wrapper_prefixes_are_seen_through():
+    model, compiled = Stack(), partial(torch.compile, backend="eager")
+    for wrapped in (Wrapper(model), compiled(model), Wrapper(compiled(Wrapper(model)))):
+        assert unwrap(wrapped) is model
+        assert len(kdloss.find_blocks(wrapped)) == 3
+        for name in ("body.1", "module.body.1", "_orig_mod.body.1"):
+            assert resolve(wrapped, name) is model.body[1]
+
+
+def test_a_peft_model_is_seen_through():
+    from peft import LoraConfig, get_peft_model
+
+    model = Stack()
+    block = model.body
+    lora = get_peft_model(model, LoraConfig(target_modules=["head"]))
+    assert kdloss.find_blocks(lora)[0] is block[0]
+    assert resolve(lora, "body.2") is block[2]
+
+
+def test_an_unknown_name_is_refused_with_near_ones():
+    with pytest.raises(ValueError, match=r"no module 'body\.7'.*'body\.[012]'"):
+        resolve(Stack(), "body.7")
+
+
+def test_several_lists_of_blocks_are_listed_and_one_can_be_named():
+    both = nn.ModuleDict({"left": Stack(2), "right": Stack(5)})
+    with pytest.raises(ValueError, match=r"left\.body': 2, 'right\.body': 5.*blocks='left\.body'"):
+        kdloss.find_blocks(both)
+    assert len(kdloss.find_blocks(both, "right.body")) == 5
+    with pytest.raises(ValueError, match="not a list of blocks"):
+        kdloss.find_blocks(both, "right.head")
+
+
+def test_a_model_without_blocks_is_told_to_name_modules():
+    with pytest.raises(ValueError, match=r"name the modules instead.*layers=\['0'\]"):
+        kdloss.find_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    assert block_lists(nn.ModuleDict({"mixed": nn.ModuleList([nn.ReLU(), nn.Tanh()])})) == {}
