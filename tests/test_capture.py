@@ -170,7 +170,7 @@ def test_non_reentrant_checkpointing_gives_the_plain_gradient():
 def test_reentrant_checkpointing_is_refused_rather_than_trained_on_nothing():
     model = Net(checkpointing="reentrant")
     x = torch.ones(2, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="use_reentrant': False"), kdloss.capture(model, [1]):
+    with pytest.raises(RuntimeError, match="use_reentrant=False"), kdloss.capture(model, [1]):
         model(x)
     assert hooks(model) == 0
 

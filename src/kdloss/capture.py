@@ -104,8 +104,7 @@ class _Recorder:
         if trained and not tensor.requires_grad:
             raise RuntimeError(
                 f"{names} gave a tensor without gradient although it is trained: reentrant activation "
-                "checkpointing hides it. Write model.gradient_checkpointing_enable("
-                "gradient_checkpointing_kwargs={'use_reentrant': False})"
+                "checkpointing hides it. Write use_reentrant=False where checkpointing is turned on"
             )
         self.versions[module] = _version(tensor)
         self.captured.features.update(dict.fromkeys(names, tensor))

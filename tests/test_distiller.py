@@ -1,0 +1,371 @@
+"""One pass of each model, the teacher as it was found, Hugging Face's own loss at alpha 1."""
+
+import gc
+import logging
+import weakref
+from types import SimpleNamespace as Output
+
+import pytest
+import torch
+from models import CAUSAL, batch, build
+from torch import nn
+
+import kdloss
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
+
+
+class Runs:
+    """How often each block of a model and the model itself ran."""
+
+    def __init__(self, model):
+        self.model, self.blocks = 0, [0] * len(kdloss.find_blocks(model))
+        model.register_forward_hook(self.count_model)
+        for i, block in enumerate(kdloss.find_blocks(model)):
+            block.register_forward_hook(lambda *_, i=i: self.count(i))
+
+    def count(self, i):
+        self.blocks[i] += 1
+
+    def count_model(self, *_):
+        self.model += 1
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) for m in model.modules())
+
+
+def pair(width=16, teacher_width=24):
+    return build("gpt2", width=teacher_width, depth=8), build("gpt2", width=width, depth=4, seed=1)
+
+
+def test_a_ten_line_loop_trains_student_and_projections(tmp_path):
+    teacher, student = pair()
+    before_teacher = {k: v.clone() for k, v in teacher.state_dict().items()}
+    criterion = kdloss.FeatureKD(layers="auto")
+    distill = kdloss.Distiller(teacher, criterion)
+    distill.prepare(student)
+    optimizer = torch.optim.AdamW([*student.parameters(), *criterion.parameters()], lr=1e-2)
+    start = {k: v.clone() for k, v in criterion.state_dict().items()}
+    losses = []
+    for _ in range(20):
+        out = distill(student, **batch("gpt2"))
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out.components["feature"].item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(not torch.equal(v, start[k]) for k, v in criterion.state_dict().items())
+    assert all(torch.equal(v, before_teacher[k]) for k, v in teacher.state_dict().items())
+
+    torch.save({"student": student.state_dict(), "criterion": criterion.state_dict()}, tmp_path / "step.pt")
+    saved = torch.load(tmp_path / "step.pt")
+    fresh_student, fresh = pair()[1], kdloss.FeatureKD(layers="auto")
+    resumed = kdloss.Distiller(teacher, fresh).prepare(fresh_student)
+    fresh_student.load_state_dict(saved["student"])
+    fresh.load_state_dict(saved["criterion"])
+    resumed.prepare(fresh_student)  # a second time, as a script run again would: nothing is lost
+    again = resumed(fresh_student, **batch("gpt2"))
+    assert torch.equal(again.loss, distill(student, **batch("gpt2")).loss)
+
+
+def test_nothing_of_the_teacher_is_in_any_state_dict_or_parameter_list():
+    teacher, student = pair()
+    criterion = kdloss.FeatureKD(logit_weight=1.0)
+    distill = kdloss.Distiller(teacher, criterion).prepare(student)
+    distill(student, **batch("gpt2")).loss.backward()
+    theirs = {p.data_ptr() for p in teacher.parameters()}
+    assert len(student.state_dict()) == len(pair()[1].state_dict())
+    assert sorted(criterion.state_dict()) == [
+        f"projections.{i}.{part}" for i in range(4) for part in ("bias", "weight")
+    ]
+    assert not any(p.data_ptr() in theirs for p in [*student.parameters(), *criterion.parameters()])
+    assert not isinstance(distill, nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pairing", "logit_weight", "deepest"),
+    [
+        ("auto", "uniform", 0.0, 7),
+        ([0, 1], "uniform", 0.0, 2),
+        ("auto", "first", 0.0, 3),
+        ([0], "same", 1.0, 7),
+    ],
+)
+def test_one_student_pass_and_no_teacher_block_behind_the_deepest_needed(
+    layers, pairing, logit_weight, deepest
+):
+    teacher, student = pair()
+    criterion = kdloss.FeatureKD(layers, pairing=pairing, logit_weight=logit_weight)
+    distill = kdloss.Distiller(teacher, criterion).prepare(student)
+    of_teacher, of_student = Runs(teacher), Runs(student)
+    before = hooks(teacher), hooks(student)
+    distill(student, **batch("gpt2")).loss.backward()
+    assert (of_student.model, of_student.blocks) == (1, [1] * 4)
+    assert of_teacher.blocks == [1] * (deepest + 1) + [0] * (7 - deepest)
+    assert (hooks(teacher), hooks(student)) == before
+
+
+def test_at_alpha_one_the_teacher_does_not_run():
+    teacher, student = pair()
+    for criterion in (kdloss.VanillaKD(alpha=1.0), kdloss.FeatureKD(alpha=1.0)):
+        runs = Runs(teacher)
+        kdloss.Distiller(teacher, criterion)(student, **batch("gpt2"))
+        assert runs.blocks == [0] * 8
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_alpha_one_is_hugging_faces_own_loss_with_padding(family, padding):
+    student, inputs = build(family).eval(), batch(family)
+    if padding == "left":
+        inputs = {name: x.flip(1) for name, x in inputs.items()}
+    own = student(**inputs)
+    own.loss.backward()
+    slopes = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    criterion = kdloss.VanillaKD(alpha=1.0)
+    out = kdloss.Distiller(student, criterion)(student, **inputs)
+    out.loss.backward()
+    assert criterion.causal is True
+    assert out.loss.item() == pytest.approx(own.loss.item(), rel=1e-6)
+    for p, slope in zip(student.parameters(), slopes, strict=True):
+        torch.testing.assert_close(p.grad, slope, rtol=1e-5, atol=1e-7)
+
+
+def test_alpha_one_under_accumulation_is_hugging_faces_loss_of_the_whole_batch():
+    student, inputs = build("llama").eval(), batch("llama")
+    inputs["labels"][0, 3:] = -100
+    own = student(**inputs).loss
+    counted = (inputs["labels"][:, 1:] != -100).sum()
+    distill = kdloss.Distiller(student, kdloss.VanillaKD(alpha=1.0))
+    parts = []
+    for i in range(2):
+        micro = {name: x[i : i + 1] for name, x in inputs.items()}
+        parts.append(distill(student, **micro, num_items_in_batch=counted).loss)
+        its = student(**micro, num_items_in_batch=counted).loss
+        assert parts[-1].item() == pytest.approx(its.item(), rel=1e-6)
+    assert sum(parts).item() == pytest.approx(own.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "vit"])
+def test_models_that_do_not_shift_are_not_shifted(family):
+    model, inputs = build(family).eval(), batch(family)
+    criterion = kdloss.VanillaKD(alpha=1.0)
+    out = kdloss.Distiller(model, criterion)(model, **inputs)
+    assert criterion.causal is False
+    assert out.loss.item() == pytest.approx(model(**inputs).loss.item(), rel=1e-6)
+
+
+def test_what_was_found_to_be_causal_is_said(caplog):
+    caplog.set_level(logging.INFO, logger="kdloss")
+    teacher, student = pair()
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
+    for _ in range(2):
+        distill(student, **batch("gpt2"))
+    assert [r.getMessage() for r in caplog.records] == [
+        "causal=True, as GPT2LMHeadModel is: logits at t are held against label t+1"
+    ]
+
+
+def test_the_callers_own_setting_of_causal_stands():
+    teacher, student = pair()
+    criterion = kdloss.VanillaKD(causal=False)
+    inputs = batch("gpt2") | {"labels": torch.zeros(2, 8, dtype=torch.long)}
+    loss = kdloss.Distiller(teacher, criterion)(student, **inputs).loss
+    assert criterion.causal is False
+    assert loss.isfinite()
+
+
+def test_the_teacher_is_left_as_it_was_found():
+    teacher, student = pair()
+    teacher.train()
+    teacher.transformer.h[2].eval()
+    teacher.transformer.h[3].requires_grad_(False)
+    modes = [m.training for m in teacher.modules()]
+    wanted = [p.requires_grad for p in teacher.parameters()]
+    distill = kdloss.Distiller(teacher, kdloss.FeatureKD(logit_weight=1.0)).prepare(student)
+    seen = []
+    teacher.transformer.h[0].register_forward_hook(
+        lambda m, *_: seen.append((m.training, torch.is_grad_enabled()))
+    )
+    distill(student, **batch("gpt2")).loss.backward()
+    assert seen == [(False, False)]
+    assert [m.training for m in teacher.modules()] == modes
+    assert [p.requires_grad for p in teacher.parameters()] == wanted
+    assert all(p.grad is None for p in teacher.parameters())
+    with pytest.raises(IndexError):  # a token outside the vocabulary stops the pass
+        distill(student, input_ids=torch.full((1, 4), 999))
+    assert [m.training for m in teacher.modules()] == modes
+
+
+def test_nothing_is_held_after_the_step():
+    teacher, student = pair()
+    distill = kdloss.Distiller(teacher, kdloss.FeatureKD(logit_weight=1.0)).prepare(student)
+    features = []
+    handle = student.transformer.h[3].register_forward_hook(
+        lambda m, a, out: features.append(weakref.ref(out))
+    )
+    out = distill(student, **batch("gpt2"))
+    handle.remove()
+    out.loss.backward()
+    gc.collect()
+    before_next_step = [ref() for ref in features]
+    del out
+    gc.collect()
+    assert [ref() for ref in features] == [None], before_next_step
+
+
+def test_several_teachers_are_averaged():
+    teachers, student = [build("gpt2", seed=s, depth=4).eval() for s in (3, 4)], pair()[1].eval()
+    criterion = kdloss.MultiTeacherKD([0.2, 0.8], alpha=0.5, causal=True)
+    inputs = batch("gpt2")
+    out = kdloss.Distiller(teachers, criterion)(student, **inputs)
+    plain = {k: v for k, v in inputs.items() if k != "labels"}
+    with torch.no_grad():
+        targets = [teacher(**plain).logits for teacher in teachers]
+    by_hand = criterion(student(**plain), targets, inputs["labels"], mask=inputs["attention_mask"].bool())
+    torch.testing.assert_close(out.loss, by_hand)
+    with pytest.raises(TypeError, match="MultiTeacherKD"):
+        kdloss.Distiller(teachers, kdloss.VanillaKD())
+
+
+def test_captured_outputs_fit_every_criterion():
+    teacher, student = (m.eval() for m in pair())
+    inputs = {k: v for k, v in batch("gpt2").items() if k != "labels"}
+    labels, mask = batch("gpt2")["labels"], inputs["attention_mask"].bool()
+    with kdloss.capture(student, [0, 3]) as s:
+        student(**inputs)
+    with torch.no_grad(), kdloss.capture(teacher, [0, 7]) as t:
+        teacher(**inputs)
+    feature = kdloss.FeatureKD([0, 3], logit_weight=1.0, causal=True).prepare(student, teacher)
+    expected = kdloss.Distiller(teacher, feature)(student, **batch("gpt2")).loss
+    torch.testing.assert_close(feature(s, t, labels, mask=mask), expected)
+    vanilla = kdloss.VanillaKD(causal=True)
+    torch.testing.assert_close(
+        vanilla(s, t, labels, mask=mask), vanilla(s.output.logits, t.output.logits, labels, mask=mask)
+    )
+    several = kdloss.MultiTeacherKD(causal=True)
+    torch.testing.assert_close(several(s, [t, t], labels, mask=mask), vanilla(s, t, labels, mask=mask))
+
+
+def test_padding_reaches_no_term():
+    teacher, student = (m.eval() for m in pair())
+    distill = kdloss.Distiller(teacher, kdloss.FeatureKD(logit_weight=1.0)).prepare(student)
+    clean, dirty = batch("gpt2"), batch("gpt2")
+    dirty["input_ids"][1, 5:] = 9  # other padding
+    dirty["labels"][1, 5:] = 9  # and its labels not set to -100
+    one, other = distill(student, **clean), distill(student, **dirty)
+    torch.testing.assert_close(other.loss, one.loss)
+    for name, value in one.components.items():
+        torch.testing.assert_close(other.components[name], value)
+
+
+def test_a_forgotten_prepare_says_the_line_to_write():
+    teacher, student = pair()
+    with pytest.raises(
+        ValueError, match=r"Before building the optimizer write distill\.prepare\(student\)"
+    ):
+        kdloss.Distiller(teacher, kdloss.FeatureKD())(student, **batch("gpt2"))
+
+
+def test_equal_widths_need_no_prepare():
+    teacher, student = pair(width=24)
+    out = kdloss.Distiller(teacher, kdloss.FeatureKD())(student, **batch("gpt2"))
+    assert set(out.components) == {
+        "ce",
+        "feature",
+        "feature/0-0",
+        "feature/1-2",
+        "feature/2-5",
+        "feature/3-7",
+    }
+
+
+def test_random_pairing_captures_what_it_drew():
+    teacher, student = pair(width=24)
+    distill = kdloss.Distiller(teacher, kdloss.FeatureKD(pairing="random", alpha=0.0))
+    drawn = {tuple(sorted(distill(student, **batch("gpt2")).components)) for _ in range(10)}
+    assert len(drawn) > 1
+
+
+def test_vocabularies_that_differ_are_refused():
+    teacher, student = build("llama"), build("llama")
+    student.resize_token_embeddings(59)
+    inputs = batch("llama")
+    inputs["input_ids"] = inputs["input_ids"].clamp(max=58)
+    with pytest.raises(ValueError, match="59 entries and the teacher's 61"):
+        kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=0.0))(student, **inputs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_plain_gradient(reentrant):
+    """Transformers checkpoints a block's forward, so that hooks on the block see its real output."""
+    teacher, student = pair()
+    student.train()
+    distill = kdloss.Distiller(teacher, kdloss.FeatureKD()).prepare(student)
+    distill(student, **batch("gpt2")).loss.backward()
+    plain = {n: p.grad.clone() for n, p in student.named_parameters()}
+    student.zero_grad()
+    student.activation_checkpointing_enable({"use_reentrant": reentrant})
+    distill(student, **batch("gpt2")).loss.backward()
+    for n, p in student.named_parameters():
+        torch.testing.assert_close(p.grad, plain[n])
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+def test_a_lora_student_trains_its_adapters_and_the_projections():
+    from peft import LoraConfig, get_peft_model
+
+    teacher, student = pair()
+    student = get_peft_model(student, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    criterion = kdloss.FeatureKD()
+    out = kdloss.Distiller(teacher, criterion).prepare(student)(student, **batch("gpt2"))
+    out.loss.backward()
+    assert criterion.causal is True
+    assert all(p.grad is not None for p in criterion.parameters())
+    assert all((p.grad is not None) == ("lora" in n) for n, p in student.named_parameters())
+
+
+def test_a_compiled_student_is_distilled_by_logits():
+    teacher, student = (m.eval() for m in pair())
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
+    plain = distill(student, **batch("gpt2")).loss
+    compiled = torch.compile(student, backend="eager")
+    torch.testing.assert_close(distill(compiled, **batch("gpt2")).loss, plain)
+
+
+def test_a_criterion_of_ones_own_fits():
+    class LogitMSE(nn.Module):
+        def forward(self, student, teacher, labels, *, mask, num_items_in_batch):
+            values = kdloss.mse(student.output.logits, teacher.output.logits)
+            return kdloss.reduce(values, mask, num_items_in_batch=num_items_in_batch)
+
+    teacher, student = pair()
+    out = kdloss.Distiller(teacher, LogitMSE())(student, **batch("gpt2"))
+    assert out.loss > 0
+    assert out.components == {}
+
+
+def test_a_loop_without_hugging_face_works_on_tensors():
+    teacher, student = nn.Linear(6, 4), nn.Linear(6, 4)
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, -100, 2, 3])
+    criterion = kdloss.VanillaKD()
+    out = kdloss.Distiller(teacher, criterion)(student, x, labels=y)
+    torch.testing.assert_close(out.loss, criterion(student(x), teacher(x), y))
+    assert out.logits is out.output
+    masked = kdloss.Distiller(teacher, criterion)(student, x, labels=y, mask=y != 1).loss
+    torch.testing.assert_close(masked, criterion(student(x), teacher(x), y.masked_fill(y == 1, -100)))
+
+
+def test_an_output_object_with_logits_is_enough():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return Output(logits=self.layer(x))
+
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 2, 3])
+    assert kdloss.Distiller(Net(), kdloss.VanillaKD())(Net(), x, labels=y).logits.shape == (5, 4)
