@@ -49,6 +49,7 @@ def logits_of(output: Any, whose: str) -> Tensor:
 def logit_values(settings: Settings, student: Tensor, teacher: Any, where: Positions) -> dict[str, Tensor]:
     """Cross-entropy ("ce") and divergence ("kd") at every position, those that have weight."""
     values: dict[str, Tensor] = {}
+    logits = where.take(student)
     if settings.check_finite:
         _look_at_numbers(where, student=student)
     if settings.alpha > 0:
@@ -57,15 +58,14 @@ def logit_values(settings: Settings, student: Tensor, teacher: Any, where: Posit
                 f"alpha={settings.alpha} mixes in cross-entropy, which needs labels: "
                 "pass labels=..., or write alpha=0"
             )
-        values["ce"] = cross_entropy(where.take(student), where.labels)
+        values["ce"] = cross_entropy(logits, where.labels)
     if settings.uses_teacher_logits:
         target = logits_of(teacher, "teacher").detach()
         _checks.logits(student, target)
         if settings.check_finite:
             _look_at_numbers(where, teacher=target)
-        values["kd"] = settings.divergence(
-            where.take(student), where.take(target), temperature=settings.temperature
-        )
+        target = where.take(target)
+        values["kd"] = settings.divergence(logits, target, temperature=settings.temperature)
     return values
 
 

@@ -1,0 +1,39 @@
+"""The README's and the docs' Python blocks run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import batch, build
+from torch.optim import AdamW
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = [
+    (page.name, number, code)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
+@pytest.mark.parametrize(("page", "number", "code"), BLOCKS, ids=[f"{p}-{n}" for p, n, _ in BLOCKS])
+def test_a_block_of_python_runs(page, number, code):
+    """With what the text says the reader has: two models, their batches, an optimizer."""
+    teacher, student = build("gpt2", width=24, depth=8), build("gpt2", depth=4, seed=1)
+    before = [p.detach().clone() for p in student.parameters()]
+    names = {"teacher": teacher, "student": student, "loader": [batch("gpt2")] * 2, "AdamW": AdamW}
+    with torch.no_grad():
+        plain = {k: v for k, v in batch("gpt2").items() if k != "labels"}
+        names["teacher_logits"] = teacher(**plain).logits
+    names["student_logits"] = student(**plain).logits
+    names["labels"] = batch("gpt2")["labels"]
+    exec(compile(code, f"{page} block {number}", "exec"), names)
+    if "optimizer.step()" in code:
+        assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    elif "loss" in names:
+        assert names["loss"].isfinite()
+
+
+def test_there_are_blocks_to_run():
+    assert [page for page, _, _ in BLOCKS].count("README.md") >= 3
