@@ -4,6 +4,10 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export PYTHONPATH :=
 
+# The shapes in signatures, checked at run time by jaxtyping and beartype (bad input meets them first).
+TYPED := tests/test_laws.py tests/test_criteria.py tests/test_models.py tests/test_distiller.py \
+	-k 'not refused and not broadcasts and not compile' --jaxtyping-packages=kdloss,beartype.beartype
+
 .PHONY: test check demo demo-pretrained bench docs clean
 
 .venv/ready: pyproject.toml constraints.txt
@@ -21,6 +25,13 @@ check: .venv/ready  ## everything a change has to pass
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest --quiet --numprocesses 2
+	$(BIN)/pytest --quiet --numprocesses 2 $(TYPED)
+
+bench: .venv/ready  ## our losses beside the plain PyTorch recipe
+	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds
+
+docs: .venv/ready  ## the pages, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## back to a fresh clone
 	rm -rf .venv runs site .mypy_cache .ruff_cache .benchmarks

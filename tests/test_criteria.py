@@ -139,8 +139,8 @@ def test_unequal_micro_batches_add_up_to_the_gradient_of_one_batch(causal):
     counted = (labels[:, 1:] if causal else labels) != -100
 
     def loss(rows, **settings):
-        s = Output(logits=student[rows], hidden_states=[None, h_student[rows]])
-        t = Output(logits=teacher[rows], hidden_states=[None, h_teacher[rows]])
+        s = Output(logits=student[rows], hidden_states=[h_student[rows], h_student[rows]])
+        t = Output(logits=teacher[rows], hidden_states=[h_teacher[rows], h_teacher[rows]])
         return criterion(s, t, labels[rows], **settings)
 
     whole = loss(slice(None))
@@ -165,7 +165,7 @@ def test_reduction_none_gives_a_value_per_position():
     student, teacher, labels, mask = batch()
     for make in (kdloss.VanillaKD, partial(kdloss.FeatureKD, "last", logit_weight=1.0)):
         none, mean, total = (make(reduction=r) for r in ("none", "mean", "sum"))
-        s, t = (Output(logits=x, hidden_states=[None, x]) for x in (student, teacher))
+        s, t = (Output(logits=x, hidden_states=[x, x]) for x in (student, teacher))
         values = none(s, t, labels, mask=mask)
         keep = mask & (labels != -100)
         assert values.shape == (3, 4)
@@ -198,8 +198,8 @@ def test_under_autocast_the_loss_is_float32():
     features = torch.randn(3, 4, 8)
     criterion = kdloss.FeatureKD("last", logit_weight=1.0, depths=(1, 1), widths=(8, 16))
     with torch.autocast("cpu", torch.bfloat16):
-        student = Output(logits=model(features), hidden_states=[None, features])
-        teacher = Output(logits=torch.randn(3, 4, 7), hidden_states=[None, torch.randn(3, 4, 16)])
+        student = Output(logits=model(features), hidden_states=[features, features])
+        teacher = Output(logits=torch.randn(3, 4, 7), hidden_states=[torch.randn(3, 4, 16)] * 2)
         loss = criterion(student, teacher, torch.zeros(3, 4, dtype=torch.long))
     assert loss.dtype == torch.float32
     loss.backward()
@@ -288,8 +288,8 @@ def test_maps_images_and_vectors_average_within_their_example():
         s, t = sample(*shape)
         logits = torch.randn(3, 7)
         criterion = kdloss.FeatureKD("last", alpha=0.0)
-        student = Output(logits=logits, hidden_states=[None, s])
-        teacher = Output(logits=logits, hidden_states=[None, t])
+        student = Output(logits=logits, hidden_states=[s, s])
+        teacher = Output(logits=logits, hidden_states=[t, t])
         loss = criterion(student, teacher, labels)
         squares = (s.detach() - t).square().flatten(1).mean(1)
         torch.testing.assert_close(loss.detach(), squares[counted].mean())
@@ -304,8 +304,8 @@ def test_features_at_other_positions_follow_their_own_mask():
     labels = torch.tensor([[1, 2, 3], [4, -100, -100]])  # a decoder's, of another length
     logits = torch.randn(2, 3, 7)
     criterion = kdloss.FeatureKD("last", alpha=0.0)
-    student = Output(logits=logits, hidden_states=[None, s])
-    teacher = Output(logits=logits, hidden_states=[None, t])
+    student = Output(logits=logits, hidden_states=[s, s])
+    teacher = Output(logits=logits, hidden_states=[t, t])
     loss = criterion(student, teacher, labels, feature_mask=own)
     squares = (s.detach() - t).square().mean(-1)
     per_example = torch.stack([squares[0].mean(), squares[1, :2].mean()])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from kdloss.adapter import evaluating, is_causal, masks, with_decoder_inputs, without_cache
@@ -89,8 +90,8 @@ class Distiller:
         self,
         student: nn.Module,
         *args: Any,
-        labels: Tensor | None = None,
-        mask: Tensor | None = None,
+        labels: Int64[Tensor, "..."] | None = None,
+        mask: Bool[Tensor, "..."] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **inputs: Any,
     ) -> Distilled:

@@ -1,7 +1,7 @@
 """The terms that criteria share: what they read from outputs, and how they mix."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ from kdloss.cross_entropy import cross_entropy
 from kdloss.reduction import Reduction, reduce
 
 
+@runtime_checkable
 class Divergence(Protocol):
     """Anything of the shape of `kdloss.forward_kl`."""
 
     def __call__(self, student: Tensor, teacher: Tensor, /, *, temperature: float) -> Tensor: ...
 
 
+@runtime_checkable
 class Settings(Protocol):
     """What every criterion remembers."""
 

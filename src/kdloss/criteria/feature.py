@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from kdloss import _checks
@@ -130,13 +131,13 @@ class FeatureKD(nn.Module):
         self,
         student: Any,
         teacher: Any,
-        labels: Tensor | None = None,
+        labels: Int64[Tensor, "..."] | None = None,
         *,
-        mask: Tensor | None = None,
-        feature_mask: Tensor | None = None,
+        mask: Bool[Tensor, "..."] | None = None,
+        feature_mask: Bool[Tensor, "..."] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         pairs: Sequence[tuple[Name, Name]] | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, "..."]:
         """The mixed loss; see the class. `pairs` are those of this step, where they are random."""
         features: Features = {}
         if self.alpha < 1:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from kdloss import _checks
@@ -64,11 +65,11 @@ class MultiTeacherKD(VanillaKD):
         self,
         student: Any,
         teacher: Any,
-        labels: Tensor | None = None,
+        labels: Int64[Tensor, "..."] | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Bool[Tensor, "..."] | None = None,
         num_items_in_batch: int | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, "..."]:
         """The mixed loss against a list of teachers; see the class."""
         target = None
         if self.uses_teacher_logits:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from kdloss import _checks
@@ -74,11 +75,11 @@ class VanillaKD(nn.Module):
         self,
         student: Any,
         teacher: Any,
-        labels: Tensor | None = None,
+        labels: Int64[Tensor, "..."] | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Bool[Tensor, "..."] | None = None,
         num_items_in_batch: int | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, "..."]:
         """The mixed loss; see the class."""
         logits = logits_of(student, "student")
         if labels is not None:

