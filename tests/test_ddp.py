@@ -4,7 +4,7 @@ import socket
 
 import torch
 import torch.multiprocessing as mp
-from models import batch
+from families import batch
 from two_processes import counted, models, work
 
 

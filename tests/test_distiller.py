@@ -7,7 +7,7 @@ from types import SimpleNamespace as Output
 
 import pytest
 import torch
-from models import CAUSAL, batch, build
+from families import CAUSAL, batch, build
 from torch import nn
 
 import kdloss

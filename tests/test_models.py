@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import CAUSAL, FAMILIES, batch, blocks_argument, build
+from families import CAUSAL, FAMILIES, batch, blocks_argument, build
 from torch import nn
 from transformers import AutoModel
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import batch, build
+from families import batch, build
 from torch.optim import AdamW
 
 ROOT = Path(__file__).parent.parent

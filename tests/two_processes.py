@@ -4,7 +4,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from models import batch, build
+from families import batch, build
 from torch.nn.parallel import DistributedDataParallel
 
 import kdloss
