@@ -383,6 +383,33 @@ def test_teachers_that_do_not_fit_are_refused():
 # -- bad input, copies --
 
 
+def test_rows_may_be_none_but_classes_may_not():
+    student = torch.zeros(0, 5, requires_grad=True)
+    labels = torch.zeros(0, dtype=torch.long)
+    for loss in (
+        kdloss.VanillaKD()(student, torch.zeros(0, 5), labels),
+        kdloss.MultiTeacherKD()(student, [torch.zeros(0, 5)], labels),
+    ):
+        assert loss == 0
+        assert grad(loss, student)[0].shape == (0, 5)
+    with pytest.raises(ValueError, match="one entry per class"):
+        kdloss.forward_kl(torch.zeros(2, 0), torch.zeros(2, 0))
+
+
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn():
+    student = sample(3, 4, 7)[0]
+    loss = kdloss.VanillaKD(alpha=0.0)(student, student)
+    assert loss == 0
+    assert not grad(loss, student)[0].any()
+
+
+def test_criteria_give_meta_scalars_for_meta_tensors():
+    student, teacher, labels, mask = (x.to("meta") for x in batch())
+    loss = kdloss.VanillaKD(causal=True)(student, teacher, labels, mask=mask)
+    assert loss.is_meta
+    assert loss.shape == ()
+
+
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf")])
 def test_a_temperature_that_is_not_finite_and_positive_is_refused(temperature):
     for ask in (

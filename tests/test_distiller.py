@@ -335,6 +335,17 @@ def test_a_compiled_student_is_distilled_by_logits():
     torch.testing.assert_close(distill(compiled, **batch("gpt2")).loss, plain)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
+def test_a_student_of_compiled_blocks_is_distilled_by_features():
+    teacher, student = (m.eval() for m in pair(width=24))
+    distill = kdloss.Distiller(teacher, kdloss.FeatureKD())
+    plain = distill(student, **batch("gpt2")).loss
+    for block in kdloss.find_blocks(student):
+        block.compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(distill(student, **batch("gpt2")).loss, plain)
+
+
 def test_a_criterion_of_ones_own_fits():
     class LogitMSE(nn.Module):
         def forward(self, student, teacher, labels, *, mask, num_items_in_batch):

@@ -118,6 +118,17 @@ def test_keep_blocks_takes_every_selection_and_refuses_what_it_cannot_do():
     assert half.dtype == torch.bfloat16
 
 
+def test_keep_blocks_refuses_models_of_several_towers_or_none():
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    clip = CLIPModel(
+        CLIPConfig(text_config=small, vision_config=small | {"image_size": 16, "patch_size": 8})
+    )
+    with pytest.raises(ValueError, match=r"2 lists of blocks.*text_model.*vision_model"):
+        kdloss.keep_blocks(clip, [0])
+
+
 def test_layer_types_and_position_bias_go_with_their_blocks():
     teacher = build("gemma2", depth=4)
     student = kdloss.keep_blocks(teacher, [1, 2])

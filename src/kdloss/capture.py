@@ -120,7 +120,8 @@ class _Recorder:
         if missing:
             raise RuntimeError(
                 f"{missing} did not run inside the `with`: the model skips it, was not called, or was "
-                "compiled by torch.compile before the hook was there (capture the uncompiled model)"
+                "compiled by torch.compile before the hook was there; compile its blocks instead: "
+                "for block in kdloss.find_blocks(model): block.compile()"
             )
         for module, version in self.versions.items():
             names = self.asked[module]

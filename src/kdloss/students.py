@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from kdloss.layers import Layers, block_lists, select, unwrap
+from kdloss.layers import Layers, block_lists, find_blocks, select, unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,8 +19,8 @@ def keep_blocks(teacher: Model, blocks: Layers) -> Model:
     parameters are copies; its configuration remembers the kept blocks (also when saved), so that
     `pairing="kept"` can hold each against the teacher's block just before the next kept one.
 
-    Raises: TypeError for a model without a Hugging Face configuration; ValueError for blocks that
-    do not exist, stand twice, or are not in ascending order.
+    Raises: TypeError for a model without a Hugging Face configuration that sets its depth; ValueError
+    for blocks that do not exist, stand twice, or are not in ascending order.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> teacher = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=8, n_head=2, vocab_size=9))
@@ -38,11 +38,20 @@ def keep_blocks(teacher: Model, blocks: Layers) -> Model:
             "build the student yourself and copy the blocks' state_dict"
         )
     lists = block_lists(teacher)
+    if len(lists) != 1 and not getattr(config, "is_encoder_decoder", False):
+        find_blocks(teacher)  # says what there is instead
     kept = {name: select(blocks, len(found)) for name, found in lists.items()}
     for name, chosen in kept.items():
         if chosen != sorted(chosen):
             raise ValueError(f"blocks of {name} must be in ascending order, got {chosen}")
     student = type(teacher)(_smaller(config, kept))
+    if {name: len(found) for name, found in block_lists(student).items()} != {
+        name: len(chosen) for name, chosen in kept.items()
+    }:
+        raise TypeError(
+            f"the configuration of {type(teacher).__name__} sets its number of blocks in a way that "
+            "keep_blocks doesn't know; build the student yourself and copy the blocks' state_dict"
+        )
     source, target = teacher.state_dict(), student.state_dict()
     student.load_state_dict({key: _origin(key, source, kept) for key in target})
     if hasattr(teacher, "generation_config"):
