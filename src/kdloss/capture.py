@@ -1,7 +1,7 @@
 """Names in, outputs out: what chosen modules return during one forward pass."""
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -29,6 +29,9 @@ class Captured(Mapping[Name, Tensor]):
 
     def __len__(self) -> int:
         return len(self.features)
+
+
+Hook = Callable[[nn.Module, Any, Any], None]
 
 
 @contextmanager
@@ -60,8 +63,10 @@ def capture(
     for name in names:
         asked.setdefault(_module(model, name, blocks), []).append(name)
     recorder = _Recorder(asked, stop)
-    handles = [m.register_forward_hook(partial(recorder.record, m)) for m in asked]
-    handles.append(model.register_forward_hook(recorder.finish))
+    # Hooks on a compiled block run beside it, they are not traced into it.
+    eager: Callable[[Hook], Hook] = torch.compiler.disable
+    handles = [m.register_forward_hook(eager(partial(recorder.record, m))) for m in asked]
+    handles.append(model.register_forward_hook(eager(recorder.finish)))
     try:
         yield recorder.captured
     except _Stop as signal:
