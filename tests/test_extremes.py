@@ -39,6 +39,15 @@ def test_logits_of_1e4_at_any_temperature_agree_with_float64(name, temperature, 
 
 
 @every_divergence
+@pytest.mark.parametrize("temperature", [0.05, 0.3])
+def test_small_gaps_on_top_of_large_logits_survive_a_low_temperature(name, temperature):
+    student, teacher = 1e4 + torch.randint(0, 200, (2, 4, 9)) / 1024  # exact in float32
+    value, slope, exact, exact_slope = both(name, student, teacher, temperature)
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
+    np.testing.assert_allclose(slope, exact_slope, rtol=1e-4, atol=1e-5 * abs(exact_slope).max())
+
+
+@every_divergence
 @pytest.mark.parametrize("temperature", [20.0, 100.0])
 def test_a_large_vocabulary_at_high_temperature_does_not_drown_in_rounding(name, temperature):
     student, teacher = 3 * torch.randn(2, 2, 32_000)
