@@ -8,6 +8,8 @@ import torch
 from families import batch, build
 from torch.optim import AdamW
 
+import kdloss
+
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
     (page.name, number, code)
@@ -37,3 +39,11 @@ def test_a_block_of_python_runs(page, number, code):
 
 def test_there_are_blocks_to_run():
     assert [page for page, _, _ in BLOCKS].count("README.md") >= 3
+
+
+def test_every_public_name_has_a_row_in_the_readme_and_a_place_in_the_api_page():
+    readme, api = (ROOT / "README.md").read_text(), (ROOT / "docs" / "api.md").read_text()
+    box = readme[readme.index("## What is in the box") : readme.index("## What it promises")]
+    outputs = {"Captured", "Distilled"}
+    assert [n for n in kdloss.__all__ if f"`{n}" not in box and n not in outputs] == []
+    assert [n for n in kdloss.__all__ if f"::: kdloss.{n}\n" not in api] == []
