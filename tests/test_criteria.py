@@ -182,6 +182,22 @@ def test_any_function_of_the_right_shape_is_a_divergence():
     torch.testing.assert_close(loss, (student - teacher).square().sum(-1)[mask].mean() / 4)
 
 
+def test_the_teacher_is_detached_from_a_function_that_does_not_do_it_itself():
+    def squared(student, teacher, **_):
+        return (student - teacher).square().mean(-1)
+
+    student, teacher = feature_outputs()
+    teacher.logits.requires_grad_()
+    teacher.hidden_states[8].requires_grad_()
+    settings = {"divergence": squared, "alpha": 0.0}
+    feature = kdloss.FeatureKD("last", distance=squared, logit_weight=1.0, **settings)
+    for criterion in (feature, kdloss.VanillaKD(**settings)):
+        criterion(student, teacher).backward()
+    assert student.logits.grad.any()
+    assert teacher.logits.grad is None
+    assert teacher.hidden_states[8].grad is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_inputs_are_computed_in_float32(dtype):
     student, teacher, labels, mask = batch(dtype)
