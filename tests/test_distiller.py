@@ -369,14 +369,26 @@ def test_a_loop_without_hugging_face_works_on_tensors():
     torch.testing.assert_close(masked, criterion(student(x), teacher(x), y.masked_fill(y == 1, -100)))
 
 
-def test_an_output_object_with_logits_is_enough():
+@pytest.mark.parametrize(
+    "wrap", [lambda x: Output(logits=x), lambda x: {"logits": x}], ids=["object", "dict"]
+)
+def test_an_output_that_has_logits_is_enough(wrap):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(6, 4)
 
         def forward(self, x):
-            return Output(logits=self.layer(x))
+            return wrap(self.layer(x))
 
     x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 2, 3])
     assert kdloss.Distiller(Net(), kdloss.VanillaKD())(Net(), x, labels=y).logits.shape == (5, 4)
+
+
+def test_an_output_without_logits_says_what_is_needed():
+    class Net(nn.Linear):
+        def forward(self, x):
+            return (super().forward(x),)
+
+    with pytest.raises(TypeError, match=r"student's logits are needed.*got tuple"):
+        kdloss.Distiller(Net(6, 4), kdloss.VanillaKD(alpha=0.0))(Net(6, 4), torch.randn(5, 6))

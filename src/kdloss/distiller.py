@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdloss.adapter import evaluating, is_causal, masks, with_decoder_inputs, without_cache
 from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
+from kdloss.criteria._terms import find_logits, logits_of
 from kdloss.layers import Name, unwrap
 
 _log = logging.getLogger("kdloss")
@@ -29,8 +30,7 @@ class Distilled:
     @property
     def logits(self) -> Tensor:
         """The student's logits."""
-        logits: Tensor = getattr(self.output, "logits", self.output)
-        return logits
+        return logits_of(self.output, "student")
 
 
 class Distiller:
@@ -178,7 +178,7 @@ class Distiller:
         mask: Tensor | None,
     ) -> dict[str, Tensor | None]:
         """The criterion's masks, as far as it knows them."""
-        logits = seen.output if isinstance(seen.output, Tensor) else getattr(seen.output, "logits", None)
+        logits = find_logits(seen.output)
         positions = labels.shape if labels is not None else None if logits is None else logits.shape[:-1]
         if not isinstance(self.criterion, FeatureKD) or not seen:
             return {"mask": masks(student, inputs, mask, positions, None)[0]}

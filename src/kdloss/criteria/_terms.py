@@ -39,13 +39,21 @@ def logits_of(output: Any, whose: str) -> Tensor:
     """Logits from a plain tensor, a Hugging Face output or a captured one."""
     if isinstance(output, Captured):
         output = output.output
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
+    logits = find_logits(output)
+    if logits is None:
         raise TypeError(
-            f"the {whose}'s logits are needed: pass a tensor or an output with .logits, "
+            f"the {whose}'s logits are needed: pass a tensor, or an output or dict that has logits, "
             f"got {type(output).__name__}"
         )
     return logits
+
+
+def find_logits(output: Any) -> Tensor | None:
+    """The logits, where there are any."""
+    if isinstance(output, Tensor):
+        return output
+    output = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return output if isinstance(output, Tensor) else None
 
 
 def logit_values(settings: Settings, student: Tensor, teacher: Any, where: Positions) -> dict[str, Tensor]:
