@@ -331,7 +331,7 @@ def test_features_at_other_positions_follow_their_own_mask():
 
 def test_feature_needs_features_and_says_where_they_come_from():
     logits = torch.randn(3, 4, 7)
-    with pytest.raises(ValueError, match=r"distill\.prepare"):
+    with pytest.raises(ValueError, match=r"distill\.prepare.*output_hidden_states=True"):
         kdloss.FeatureKD(alpha=0.0)(logits, logits)
     with pytest.raises(TypeError, match="output_hidden_states=True"):
         kdloss.FeatureKD(alpha=0.0, depths=(2, 2))(logits, logits)

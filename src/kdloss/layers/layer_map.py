@@ -60,7 +60,8 @@ class LayerMap:
             raise ValueError(
                 f"layers={self.layers!r} cannot be chosen before the models are known: write "
                 "distill.prepare(student) with a kdloss.Distiller, criterion.prepare(student, teacher), "
-                "or FeatureKD(..., depths=(student_blocks, teacher_blocks))"
+                "FeatureKD(..., depths=(student_blocks, teacher_blocks)), or pass Hugging Face outputs "
+                "made with output_hidden_states=True"
             )
         selected = [] if self._explicit() else select(self.layers, depths[0])
         return list(pair(selected, *depths, self.pairing, self.kept))
