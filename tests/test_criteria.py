@@ -337,6 +337,21 @@ def test_feature_needs_features_and_says_where_they_come_from():
         kdloss.FeatureKD(alpha=0.0, depths=(2, 2))(logits, logits)
 
 
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"layers": "lately"}, "'auto', 'all', 'key', 'late', 'last'"),
+        ({"layers": []}, "empty"),
+        ({"pairing": "unifrom"}, "'uniform', 'same'"),
+        ({"layers": [0], "pairing": [(0, 1)]}, "leave layers out"),
+        ({"logit_weight": -1.0}, "not negative"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_at_construction(settings, match):
+    with pytest.raises(ValueError, match=match):
+        kdloss.FeatureKD(**settings)
+
+
 def test_hidden_states_hold_a_last_block_against_a_last_block_only():
     student, teacher = feature_outputs()
     with pytest.raises(ValueError, match="final norm"):

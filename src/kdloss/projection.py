@@ -16,3 +16,10 @@ def projection(student_width: int, teacher_width: int) -> nn.Module:
     if student_width == teacher_width:
         return nn.Identity()
     return nn.Linear(student_width, teacher_width)
+
+
+def fits(module: nn.Module, student_width: int, teacher_width: int) -> bool:
+    """Whether a projection is one between these widths."""
+    if isinstance(module, nn.Linear):
+        return (module.in_features, module.out_features) == (student_width, teacher_width)
+    return student_width == teacher_width

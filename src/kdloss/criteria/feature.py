@@ -14,7 +14,7 @@ from kdloss.criteria._terms import Divergence, logit_values, logits_of, mixed
 from kdloss.distances import mse
 from kdloss.divergences import forward_kl
 from kdloss.layers import LayerMap, Layers, Name, Pairing, width
-from kdloss.projection import projection
+from kdloss.projection import fits, projection
 from kdloss.reduction import Reduction
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -123,9 +123,8 @@ class FeatureKD(nn.Module):
         One that fits already is kept, with what it has learned.
         """
         for name, (student, teacher) in widths.items():
-            new, old = projection(student, teacher), self._projection(name)
-            if str(new) != str(old):
-                self.projections[_key(name)] = new
+            if not fits(self._projection(name), student, teacher):
+                self.projections[_key(name)] = projection(student, teacher)
 
     def forward(
         self,

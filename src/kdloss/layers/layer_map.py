@@ -8,8 +8,8 @@ from torch import nn
 
 from kdloss.layers.blocks import block_indices, find_blocks, kept_blocks
 from kdloss.layers.names import resolve
-from kdloss.layers.pair import pair
-from kdloss.layers.select import select
+from kdloss.layers.pair import known, pair
+from kdloss.layers.select import select, strategy
 
 Name = int | str
 
@@ -29,6 +29,12 @@ class LayerMap:
     kept: list[int] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, str):
+            strategy(self.layers)
+        elif not callable(self.layers) and not len(self.layers):
+            raise ValueError("layers is empty; write layers='auto', or name some")
+        if isinstance(self.pairing, str):
+            known(self.pairing)
         if self._explicit() and self.layers != "auto":
             raise ValueError(
                 f"layers={self.layers!r} and pairing={self.pairing!r} both choose student layers; "

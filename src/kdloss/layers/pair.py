@@ -40,6 +40,7 @@ def pair(
     if not isinstance(pairing, str):
         pairs = pairing(selected, student_depth, teacher_depth) if callable(pairing) else pairing
         return _checked(list(pairs), student_depth, teacher_depth)
+    known(pairing)
     if pairing == "kept":
         return list(zip(selected, _after(selected, student_depth, teacher_depth, kept), strict=True))
     count = len(selected)
@@ -61,12 +62,16 @@ def pair(
         "reverse": lambda: [_relative(i, student_depth, teacher_depth) for i in reversed(selected)],
         "random": lambda: sorted(torch.randperm(teacher_depth)[:count].tolist()),
     }
-    if pairing not in partners:
-        raise ValueError(
-            f"pairing={pairing!r} is unknown; choose one of {list(PAIRINGS)}, or give "
-            "(student, teacher) pairs or a callable"
-        )
     return list(zip(selected, partners[pairing](), strict=True))
+
+
+def known(pairing: str) -> None:
+    """A pairing by its name."""
+    if pairing not in PAIRINGS:
+        raise ValueError(
+            f"pairing={pairing!r} is unknown; choose one of {list(PAIRINGS)}, or give (student, "
+            "teacher) pairs or a callable"
+        )
 
 
 def _relative(i: int, student_depth: int, teacher_depth: int) -> int:

@@ -29,12 +29,7 @@ def select(layers: Layers, depth: int) -> list[int]:
     if depth < 1:
         raise ValueError(f"a model needs at least one block, got depth={depth}")
     if isinstance(layers, str):
-        if layers not in STRATEGIES:
-            raise ValueError(
-                f"layers={layers!r} is unknown; choose one of {list(STRATEGIES)}, or give "
-                "a list of indices or module names, or a callable of the depth"
-            )
-        return STRATEGIES[layers](depth)
+        return strategy(layers)(depth)
     chosen = list(layers(depth)) if callable(layers) else list(layers)
     if not chosen:
         raise ValueError(f"layers is empty; choose some of the {depth} blocks, or layers='auto'")
@@ -42,6 +37,16 @@ def select(layers: Layers, depth: int) -> list[int]:
     if len(set(indices)) < len(indices):
         raise ValueError(f"layers={chosen} names a block twice (of {depth}: {indices})")
     return indices
+
+
+def strategy(name: str) -> Callable[[int], list[int]]:
+    """A selection by its name."""
+    if name not in STRATEGIES:
+        raise ValueError(
+            f"layers={name!r} is unknown; choose one of {list(STRATEGIES)}, or give a list of indices "
+            "or module names, or a callable of the depth"
+        )
+    return STRATEGIES[name]
 
 
 def index(i: int, depth: int, whose: str = "") -> int:
