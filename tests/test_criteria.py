@@ -302,6 +302,7 @@ def test_maps_images_and_vectors_average_within_their_example():
     counted = [0, 2]
     for shape in [(3, 5, 2, 4), (3, 9, 5), (3, 5)]:
         s, t = sample(*shape)
+        s.data[1] = float("nan")  # the ignored example
         logits = torch.randn(3, 7)
         criterion = kdloss.FeatureKD("last", alpha=0.0)
         student = Output(logits=logits, hidden_states=[s, s])
@@ -367,6 +368,7 @@ def test_one_teacher_equals_the_single_teacher_loss_exactly():
     for average in ("probabilities", "logits"):
         several = kdloss.MultiTeacherKD(average=average)(student, [teacher], labels, mask=mask)
         assert torch.equal(several, single)
+        assert torch.equal(kdloss.mixture([teacher], temperature=3.0, average=average), teacher)
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 0.5], [0.9, 0.1], [1.0, 0.0]])

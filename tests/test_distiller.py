@@ -148,6 +148,16 @@ def test_alpha_one_under_accumulation_is_hugging_faces_loss_of_the_whole_batch()
     assert sum(parts).item() == pytest.approx(own.item(), rel=1e-6)
 
 
+def test_models_keep_no_generation_cache_and_compute_no_loss_of_their_own():
+    teacher, student = pair()
+    seen = []
+    teacher.register_forward_hook(lambda m, a, out: seen.append(out))
+    out = kdloss.Distiller(teacher, kdloss.VanillaKD())(student, **batch("gpt2"))
+    for output in (out.output, *seen):
+        assert output.past_key_values is None
+        assert output.loss is None
+
+
 @pytest.mark.parametrize("family", ["bert", "t5", "vit"])
 def test_models_that_do_not_shift_are_not_shifted(family):
     model, inputs = build(family).eval(), batch(family)
