@@ -292,6 +292,19 @@ def test_projections_exist_from_given_widths_before_the_optimizer_and_are_saved(
         kdloss.FeatureKD([0, 1], depths=(4, 8), widths=[(5, 6)])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_projections_take_features_of_any_precision(dtype):
+    student, teacher = feature_outputs(s_width=5, t_width=6)
+    criterion = kdloss.FeatureKD(alpha=0.0, depths=(4, 8), widths=(5, 6))
+    plain = criterion(student, teacher)
+    for output in (student, teacher):
+        output.hidden_states = [h.detach().to(dtype) for h in output.hidden_states]
+    loss = criterion(student, teacher)
+    torch.testing.assert_close(loss, plain, check_dtype=False, rtol=1e-2, atol=0)
+    loss.backward()
+    assert all(p.grad.any() for p in criterion.parameters())
+
+
 def test_equal_widths_need_no_parameters():
     assert kdloss.FeatureKD(depths=(4, 8), widths=(5, 5)).state_dict() == {}
     assert kdloss.VanillaKD().state_dict() == {}
