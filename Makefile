@@ -51,6 +51,7 @@ demo-pretrained: .venv/smollm2  ## the same script: 20 of SmolLM2-135M's 30 bloc
 
 bench: .venv/ready  ## our losses beside the plain PyTorch recipe
 	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds
+	$(BIN)/python benchmarks/peak_memory.py
 
 docs: .venv/ready  ## the pages, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
