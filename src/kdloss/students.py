@@ -80,5 +80,6 @@ def _origin(key: str, source: Mapping[str, Tensor], kept: Mapping[str, list[int]
         if key.startswith(f"{name}."):
             i, _, rest = key.removeprefix(f"{name}.").partition(".")
             # T5 keeps the position bias of all blocks in block 0, whichever block comes first.
-            return source.get(f"{name}.{chosen[int(i)]}.{rest}", source.get(key))  # type: ignore
+            moved = f"{name}.{chosen[int(i)]}.{rest}"
+            return source[moved if moved in source else key]
     return source[key]
