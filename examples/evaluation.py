@@ -11,7 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def clock(device: torch.device) -> float:
-    """Seconds of all CPU cores together, which other programs don't disturb; of the wall on a GPU."""
+    """Seconds of all CPU cores together; of the wall on a GPU.
+
+    Other programs disturb them little where waiting threads sleep (OMP_WAIT_POLICY=PASSIVE, which the
+    Makefile sets): threads that spin while another program has their partner's core count as work.
+    """
     if device.type == "cpu":
         return time.process_time()
     torch.accelerator.synchronize()
