@@ -39,9 +39,6 @@ typed: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
 	touch $@
 
-# Threads that wait asleep: as fast, and CPU seconds that a busy machine does not inflate.
-demo demo-pretrained: export OMP_WAIT_POLICY ?= PASSIVE
-
 demo: .venv/text  ## a small language model distilled four ways; more by ARGS="--seeds 0 1 2"
 	$(BIN)/python examples/distill_lm.py --samples 6000 $(ARGS)
 

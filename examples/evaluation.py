@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 def clock(device: torch.device) -> float:
     """Seconds of all CPU cores together; of the wall on a GPU.
 
-    Other programs disturb them little where waiting threads sleep (OMP_WAIT_POLICY=PASSIVE, which the
-    Makefile sets): threads that spin while another program has their partner's core count as work.
+    With OMP_NUM_THREADS=1 other programs disturb them little. Of several threads, those that wait
+    spin, which counts as work: measure on an idle machine then.
     """
     if device.type == "cpu":
         return time.process_time()
