@@ -1,0 +1,82 @@
+"""The laws that concern the one exported loss without a teacher; 50 digits are in test_extremes.py."""
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from losses import TOLERANCE, sample
+
+import kdloss
+
+LABELS = torch.tensor([[0, 3, 2, 4], [1, 1, 0, 2], [4, 0, 3, 3]])
+MASK = torch.tensor([[True, True, False, True], [True, False, True, True], [True, True, True, False]])
+
+
+def grad(value, logits):
+    return torch.autograd.grad(value, logits)[0]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_value_and_gradient_agree_with_the_float64_oracle(dtype):
+    logits, _ = sample(3, 4, 5, dtype=dtype)
+    value = kdloss.cross_entropy(logits, LABELS)
+    slope = grad(value.sum(), logits)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert slope.dtype == dtype
+    z, y, tolerance = logits.detach().double().numpy(), LABELS.numpy(), TOLERANCE[dtype]
+    np.testing.assert_allclose(value.detach(), oracles.cross_entropy(z, y), rtol=tolerance, atol=tolerance)
+    exact = oracles.gradient(lambda x: oracles.cross_entropy(x, y), z)
+    rounding = max(tolerance, torch.finfo(dtype).eps)
+    np.testing.assert_allclose(slope.double(), exact, rtol=rounding, atol=tolerance)
+
+
+def test_gradcheck_and_gradgradcheck_hold():
+    logits, _ = sample(3, 4, 5, dtype=torch.float64)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda z: kdloss.cross_entropy(z, LABELS), logits)
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_stands_at_a_masked_position_never_matters(garbage):
+    logits, _ = sample(3, 4, 5)
+    clean = kdloss.masked(kdloss.cross_entropy, logits, LABELS, MASK)
+    clean_grad = grad(clean, logits)
+    dirty, labels = logits.detach().clone(), LABELS.clone()
+    dirty[~MASK], labels[~MASK] = garbage, 10**9
+    dirty.requires_grad_()
+    value = kdloss.masked(kdloss.cross_entropy, dirty, labels, MASK)
+    slope = grad(value, dirty)
+    assert torch.equal(value, clean)
+    assert torch.equal(slope, clean_grad)
+    assert not slope[~MASK].any()
+
+
+def test_micro_batches_add_up_and_nothing_valid_gives_zero():
+    logits, _ = sample(3, 4, 5, dtype=torch.float64)
+    whole = kdloss.masked(kdloss.cross_entropy, logits, LABELS, MASK)
+    parts = [
+        kdloss.masked(
+            kdloss.cross_entropy, logits[i : i + 1], LABELS[i : i + 1], MASK[i : i + 1],
+            num_items_in_batch=MASK.sum(),
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad(sum(parts), logits), grad(whole, logits), rtol=1e-12, atol=1e-15)
+    none = kdloss.masked(kdloss.cross_entropy, logits, LABELS, torch.zeros_like(MASK))
+    assert none == 0
+    assert not grad(none, logits).any()
+
+
+def test_it_compiles_without_a_graph_break_and_runs_on_meta():
+    logits, _ = sample(3, 4, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda z: kdloss.masked(kdloss.cross_entropy, z, LABELS, MASK),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    plain = kdloss.masked(kdloss.cross_entropy, logits, LABELS, MASK)
+    torch.testing.assert_close(compiled(logits), plain)
+    torch.testing.assert_close(grad(compiled(logits), logits), grad(plain, logits))
+    assert kdloss.cross_entropy(logits.to("meta"), LABELS.to("meta")).is_meta
