@@ -35,7 +35,8 @@ def hooks(model):
     return sum(len(m._forward_hooks) for m in model.modules())
 
 
-def pair(width=16, teacher_width=24):
+def pair(width=64, teacher_width=96):
+    """A student of 4 blocks x 64 and a wider, deeper teacher of 8 x 96."""
     return build("gpt2", width=teacher_width, depth=8), build("gpt2", width=width, depth=4, seed=1)
 
 
@@ -45,16 +46,16 @@ def test_a_ten_line_loop_trains_student_and_projections(tmp_path):
     criterion = kdloss.FeatureKD(layers="auto")
     distill = kdloss.Distiller(teacher, criterion)
     distill.prepare(student)
-    optimizer = torch.optim.AdamW([*student.parameters(), *criterion.parameters()], lr=1e-2)
+    optimizer = torch.optim.AdamW([*student.parameters(), *criterion.parameters()], lr=1e-3)
     start = {k: v.clone() for k, v in criterion.state_dict().items()}
     losses = []
-    for _ in range(20):
+    for _ in range(40):
         out = distill(student, **batch("gpt2"))
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(out.components["feature"].item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
     assert all(not torch.equal(v, start[k]) for k, v in criterion.state_dict().items())
     assert all(torch.equal(v, before_teacher[k]) for k, v in teacher.state_dict().items())
 
@@ -280,7 +281,7 @@ def test_a_forgotten_prepare_says_the_line_to_write():
 
 
 def test_equal_widths_need_no_prepare():
-    teacher, student = pair(width=24)
+    teacher, student = pair(width=96)
     out = kdloss.Distiller(teacher, kdloss.FeatureKD())(student, **batch("gpt2"))
     assert set(out.components) == {
         "ce",
@@ -293,7 +294,7 @@ def test_equal_widths_need_no_prepare():
 
 
 def test_random_pairing_captures_what_it_drew():
-    teacher, student = pair(width=24)
+    teacher, student = pair(width=96)
     distill = kdloss.Distiller(teacher, kdloss.FeatureKD(pairing="random", alpha=0.0))
     drawn = {tuple(sorted(distill(student, **batch("gpt2")).components)) for _ in range(10)}
     assert len(drawn) > 1
@@ -347,7 +348,7 @@ def test_a_compiled_student_is_distilled_by_logits():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
 def test_a_student_of_compiled_blocks_is_distilled_by_features():
-    teacher, student = (m.eval() for m in pair(width=24))
+    teacher, student = (m.eval() for m in pair(width=96))
     distill = kdloss.Distiller(teacher, kdloss.FeatureKD())
     plain = distill(student, **batch("gpt2")).loss
     for block in kdloss.find_blocks(student):
