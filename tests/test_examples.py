@@ -187,6 +187,24 @@ def test_bad_text_is_refused(tmp_path, monkeypatch, name, content, options, said
         text.read_texts(name, **options)
 
 
+def test_a_dataset_is_read_by_name_with_its_config_and_split(tmp_path):
+    """The real loader, on a dataset that lies in a folder, as there is no hub in a test."""
+    folder = tmp_path / "stories"
+    for config in ("short", "long"):
+        for split in ("train", "test"):
+            (folder / config).mkdir(parents=True, exist_ok=True)
+            line = json.dumps({"id": "x", "text": f"{config} {split}"})
+            (folder / config / f"{split}.jsonl").write_text(line)
+    parts = "".join(
+        f"- config_name: {c}\n  data_files:\n"
+        + "".join(f"  - split: {s}\n    path: {c}/{s}.jsonl\n" for s in ("train", "test"))
+        for c in ("short", "long")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    assert text.read_texts(str(folder), config="long", split="test") == ["long test"]
+    assert text.read_texts(str(folder), config="short") == ["short train"]
+
+
 def test_a_dataset_that_cannot_be_reached_is_said_so(monkeypatch):
     def load_dataset(name, config, split):
         raise ConnectionError(f"{name}, {config}, {split}")
