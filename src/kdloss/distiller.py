@@ -62,9 +62,8 @@ class Distiller:
 
     def __init__(self, teacher: nn.Module | Sequence[nn.Module], criterion: nn.Module) -> None:
         self.criterion: Any = criterion
-        one = isinstance(teacher, nn.Module)
-        self._teachers: list[nn.Module] = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-        self._as_list = isinstance(criterion, MultiTeacherKD) or not one
+        self._teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+        self._as_list = isinstance(criterion, MultiTeacherKD) or not isinstance(teacher, nn.Module)
         ours = isinstance(criterion, VanillaKD | FeatureKD)
         if ours and self._as_list and not isinstance(criterion, MultiTeacherKD):
             raise TypeError(
