@@ -13,13 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import evaluation
-import memory
-import models
-import options
-import report
-import text
 import torch
+from parts import evaluation, memory, models, options, report, text
 from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm

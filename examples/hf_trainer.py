@@ -12,9 +12,9 @@ import json
 import math
 from pathlib import Path
 
-import text
 import torch
 from datasets import Dataset
+from parts import text
 from torch.optim import AdamW
 from transformers import (
     AutoModelForCausalLM,

@@ -5,13 +5,9 @@ import json
 import math
 
 import distill_lm
-import evaluation
-import memory
-import models
-import options
 import pytest
-import text
 import torch
+from parts import evaluation, memory, models, options, text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import kdloss

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from text import batches
 from torch import Tensor
 from torch.optim import AdamW
 from tqdm import tqdm
@@ -17,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     get_linear_schedule_with_warmup,
 )
+
+from parts.text import batches
 
 
 def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,0 +1,1 @@
+"""What the example scripts share: text, models, evaluation, checkpoints, reports. Copy it with a script."""
