@@ -1,12 +1,8 @@
 """Teachers and students: loaded, made of a teacher's blocks, or new."""
 
-import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.optim import AdamW
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,10 +10,9 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    get_linear_schedule_with_warmup,
 )
 
-from parts.text import batches
+from parts.files import replacing
 
 
 def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -63,25 +58,32 @@ def gpt2(
     return GPT2LMHeadModel(config)
 
 
-def train_alone(model: PreTrainedModel, blocks: Tensor, *, epochs: int, batch_size: int, lr: float) -> None:
-    """Plain training of a teacher on blocks of tokens."""
-    steps = epochs * -(-len(blocks) // batch_size)
-    optimizer = AdamW(model.parameters(), lr=lr)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-    model.train()
-    for batch in tqdm(batches(blocks, batch_size, steps, seed=0), "teacher", steps, unit="step"):
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+def check_length(model: PreTrainedModel, length: int, who: str) -> None:
+    """Refuse blocks that are longer than what a model can read."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ValueError(f"the {who} reads {context} tokens, not {length}: write --max-length {context}")
+
+
+def check_vocabulary(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Refuse two vocabularies before anything is trained."""
+    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
+    if ours == theirs and tokenizer.get_vocab() == teacher_tokenizer.get_vocab():
+        return
+    other = "; of the same size, but ids stand for other tokens" if ours == theirs else ""
+    raise ValueError(
+        f"the student has a vocabulary of {ours} tokens, the teacher one of {theirs}{other}: choose a "
+        "--student and a --teacher of one family, or write --keep-blocks auto instead of --student"
+    )
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write both under another name first, so that a folder of this name is always whole."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    """A folder that `from_pretrained` loads, whole whenever it is there."""
+    with replacing(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)

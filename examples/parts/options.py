@@ -1,4 +1,4 @@
-"""The flags of distill_lm.py: every setting has one."""
+"""The flags that the examples share: every setting has one."""
 
 import argparse
 from pathlib import Path
@@ -33,11 +33,14 @@ def positive(value: str) -> int:
     return int(value)
 
 
-def parser(description: str, methods: list[str]) -> argparse.ArgumentParser:
-    """Every setting is a flag."""
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser(description: str | None, **settings: Any) -> argparse.ArgumentParser:
+    """A parser that shows the script's own words as they stand."""
+    shown = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=shown, **settings)
+
+
+def text_flags(made: argparse.ArgumentParser) -> None:
+    """Which text."""
     add = made.add_argument_group("text").add_argument
     add(
         "--data",
@@ -47,7 +50,7 @@ def parser(description: str, methods: list[str]) -> argparse.ArgumentParser:
     add("--split", default="train", help="the dataset's split (%(default)s)")
     add("--text-column", help="where the text is (default: found by usual names, else the longest)")
     add("--samples", type=positive, help="use so many texts (default: all)")
-    add("--heldout-samples", type=positive, default=200, help="texts only evaluated on (%(default)s)")
+    add("--heldout-samples", type=positive, default=200, help="the last ones, for evaluation (%(default)s)")
     add(
         "--student-samples",
         type=positive,
@@ -55,21 +58,24 @@ def parser(description: str, methods: list[str]) -> argparse.ArgumentParser:
     )
     add("--max-length", type=positive, default=64, help="tokens in a block (%(default)s)")
 
+
+def teacher_flags(made: argparse.ArgumentParser) -> None:
+    """A teacher to load, or to train first."""
     add = made.add_argument_group("teacher").add_argument
     add("--teacher", help="folder, .gguf file or hub name (default: train one on all the text)")
-    add(
-        "--teachers",
-        type=Path,
-        default=Path("runs/teachers"),
-        help="where trained ones are kept (%(default)s)",
-    )
+    kept = Path("runs/teachers")
+    add("--teachers", type=Path, default=kept, help="where trained ones are kept (%(default)s)")
     add("--teacher-layers", type=positive, default=4, help="blocks of a trained one (%(default)s)")
     add("--teacher-width", type=positive, default=128, help="its width (%(default)s)")
     add("--teacher-heads", type=positive, default=4, help="its attention heads (%(default)s)")
     add("--teacher-epochs", type=positive, default=1, help="how often it sees its text (%(default)s)")
+    add("--teacher-samples", type=positive, help="texts that it sees (default: all but held-out ones)")
     add("--teacher-lr", type=float, default=1.5e-3, help="its learning rate (%(default)s)")
     add("--vocabulary", type=positive, default=2048, help="tokens of its tokenizer (%(default)s)")
 
+
+def student_flags(made: argparse.ArgumentParser) -> None:
+    """A student to load, to cut from the teacher, or to make."""
     group = made.add_argument_group("student")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--student", help="folder, .gguf file or hub name (default: a new GPT-2)")
@@ -83,9 +89,13 @@ def parser(description: str, methods: list[str]) -> argparse.ArgumentParser:
     add("--student-layers", type=positive, default=2, help="blocks of a new one (%(default)s)")
     add("--student-width", type=positive, default=96, help="its width (%(default)s)")
     add("--student-heads", type=positive, default=3, help="its attention heads (%(default)s)")
+    add("--student-blocks", type=positive, help="blocks of text it sees, drawn by its seed (default: all)")
     add("--dropout", type=float, default=0.0, help="its dropout (%(default)s)")
     add("--freeze-embeddings", action="store_true", help="don't train token embeddings")
 
+
+def training_flags(made: argparse.ArgumentParser) -> None:
+    """How long, how fast, where."""
     group = made.add_argument_group("training")
     one = group.add_mutually_exclusive_group()
     one.add_argument(
@@ -94,20 +104,20 @@ def parser(description: str, methods: list[str]) -> argparse.ArgumentParser:
     one.add_argument("--steps", type=positive, help="batches, instead of epochs")
     add = group.add_argument
     add("--batch-size", type=positive, default=8, help="blocks in a batch (%(default)s)")
-    add("--lr", type=float, default=1e-3, help="learning rate, the same for all methods (%(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], help="repeat for these (%(default)s)")
+    add("--lr", type=float, default=1e-3, help="learning rate (%(default)s)")
+    add("--seed", type=int, default=0, help="of the student's weights and the batches (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add("--save-every", type=float, default=60.0, help="seconds between checkpoints (%(default)s)")
 
+
+def distillation_flags(made: argparse.ArgumentParser) -> None:
+    """What the student learns from."""
     add = made.add_argument_group("distillation").add_argument
-    add("--methods", nargs="+", choices=methods, default=methods, help="(all)")
+    methods = ["vanilla", "feature", "both", "none"]
+    add("--method", choices=methods, default="vanilla", help="what to learn from (%(default)s)")
     add("--temperature", type=float, default=1.0, help="of both models' predictions (%(default)s)")
-    add("--alpha", type=float, default=0.1, help="share of cross-entropy in VanillaKD (%(default)s)")
-    add(
-        "--feature-alpha", type=float, default=0.3, help="share of cross-entropy in FeatureKD (%(default)s)"
-    )
-    add(
-        "--logit-weight", type=float, default=1.0, help="of the output term in feature+output (%(default)s)"
-    )
+    add("--alpha", type=float, help="share of cross-entropy (vanilla: 0.1, feature and both: 0.3)")
+    add("--logit-weight", type=float, default=1.0, help="of the output term in both (%(default)s)")
     add(
         "--layers",
         type=blocks_or_names,
@@ -126,8 +136,10 @@ def parser(description: str, methods: list[str]) -> argparse.ArgumentParser:
         help="between features (%(default)s)",
     )
 
+
+def evaluation_flags(made: argparse.ArgumentParser, output: str) -> None:
+    """What is measured, and where the results go."""
     add = made.add_argument_group("evaluation and results").add_argument
     add("--points", type=positive, default=6, help="evaluations along a learning curve (%(default)s)")
-    add("--continuations", type=positive, default=64, help="texts continued for ROUGE-L (%(default)s)")
-    add("--output", type=Path, default=Path("runs/demo"), help="folder of results (%(default)s)")
-    return made
+    add("--continuations", type=positive, default=64, help="texts continued for ROUGE (%(default)s)")
+    add("--output", type=Path, default=Path(output), help="folder of results (%(default)s)")

@@ -1,6 +1,5 @@
 """Results as a table, as JSON, and as a picture."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -8,8 +7,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from parts import files
+
 COLUMNS = {  # heading: (key, format)
     "held-out perplexity": ("perplexity", "{:.1f}"),
+    "against none %": ("against_none", "{:+.1f}"),
     "lowest on the way": ("lowest_perplexity", "{:.1f}"),
     "retention %": ("retention", "{:.1f}"),
     "ROUGE-L": ("rouge_l", "{:.2f}"),
@@ -22,7 +24,7 @@ COLUMNS = {  # heading: (key, format)
     "train MB": ("training_megabytes", "{:.0f}"),
 }
 
-Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+Runs = Mapping[str, Sequence[dict[str, Any]]]
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -55,19 +57,37 @@ def _cell(value: tuple[float, float] | None, form: str, several: bool) -> str:
     return form.format(average) + (f" ± {form.format(deviation)}" if spread else "")
 
 
-def save_json(runs: Runs, settings: Mapping[str, Any], file: Path) -> None:
-    """All runs with their curves, means and deviations, and the settings that made them."""
+def write(runs: Runs, settings: Mapping[str, Any], folder: Path, notes: str) -> str:
+    """Write results.json, results.md and results.png; returns the table to print."""
     means = {
-        method: {key: {"mean": m, "deviation": d} for key, (m, d) in summary(seeds).items()}
-        for method, seeds in runs.items()
+        row: {name: {"mean": m, "deviation": d} for name, (m, d) in summary(seeds).items()}
+        for row, seeds in runs.items()
     }
-    content = {"settings": dict(settings), "summary": means, "runs": runs}
-    file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    shown = "\n".join([table(runs), "", notes])
+    files.save_json({"settings": settings, "summary": means, "runs": runs}, folder / "results.json")
+    with files.replacing(folder / "results.md") as partial:
+        partial.write_text(shown + "\n", encoding="utf-8")
+    with files.replacing(folder / "results.png") as partial:
+        picture(runs).savefig(partial, dpi=110, format="png")
+    return f"\n{shown}\n\nwritten: {folder}/results.json, results.md, results.png"
 
 
-def save_picture(runs: Runs, file: Path, teacher: str = "teacher") -> None:
+def beside(
+    found: dict[str, Any], teacher: Mapping[str, Any], alone: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Results with what only shows beside others: the teacher, and the student trained without it."""
+    more = {
+        "retention": 100 * teacher["perplexity"] / found["perplexity"],
+        "compression": teacher["parameters"] / found["parameters"],
+    }
+    if alone is not None:
+        more["against_none"] = 100 * (found["perplexity"] / alone["perplexity"] - 1)
+    return found | more
+
+
+def picture(runs: Runs, teacher: str = "teacher") -> Figure:
     """Held-out perplexity over steps and over seconds, and what each method came to."""
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    figure = Figure(figsize=(15, max(4.6, 0.35 * len(runs))), layout="constrained")
     by_step, by_second, bars = figure.subplots(1, 3)
     students = [method for method in runs if method != teacher]
     for i, method in enumerate(students):
@@ -93,18 +113,4 @@ def save_picture(runs: Runs, file: Path, teacher: str = "teacher") -> None:
     bars.axvline(level, color="black", linewidth=1, linestyle=":")
     bars.invert_yaxis()
     bars.set(xlabel="held-out perplexity at the end (less is better)")
-    figure.savefig(file, dpi=110)
-
-
-def comparison(runs: Runs, distilled: Sequence[str], alone: Sequence[str]) -> list[str]:
-    """Whether each distilled student is ahead of those trained alone, at their end and at their best."""
-    found = {method: summary(seeds) for method, seeds in runs.items()}
-    return [
-        f"{ours}: {found[ours][key][0]:.1f} is "
-        f"{'below' if found[ours][key][0] < found[other][key][0] else 'NOT below'} "
-        f"{found[other][key][0]:.1f} ({other}, {when})"
-        for key, when in (("perplexity", "at the end"), ("lowest_perplexity", "lowest on the way"))
-        for ours in distilled
-        for other in alone
-        if ours in found and other in found
-    ]
+    return figure

@@ -133,6 +133,12 @@ def pack(token_ids: Sequence[Sequence[int]], length: int) -> Tensor:
     return stream[: len(stream) // length * length].view(-1, length)
 
 
+def draw(blocks: Tensor, count: int | None, seed: int) -> Tensor:
+    """So many blocks, others for another seed; all of them for None."""
+    generator = torch.Generator().manual_seed(seed)
+    return blocks if count is None else blocks[torch.randperm(len(blocks), generator=generator)[:count]]
+
+
 def batches(blocks: Tensor, batch_size: int, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """So many batches in the order of this seed, each block once before any comes again."""
     generator = torch.Generator().manual_seed(seed)

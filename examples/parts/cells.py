@@ -1,0 +1,31 @@
+"""Pieces of work that are done once: a run that was killed goes on with those that are missing."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from parts import files
+
+
+def key(settings: Mapping[str, Any]) -> str:
+    """A short name for these settings, the same in every process."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def cell(
+    folder: Path, name: str, settings: Mapping[str, Any], work: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """What came of this work with these settings, read if it was finished earlier.
+
+    `work` is given a folder for what it needs to go on after an interruption.
+    """
+    file = folder / f"{name}-{key(settings)}.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))["result"]
+    unfinished = file.with_suffix(".checkpoints")
+    result = work(unfinished)
+    files.save_json({"settings": settings, "result": result}, file)
+    files.remove(unfinished)
+    return result
