@@ -70,7 +70,7 @@ def teacher(study: str) -> None:
 
     _, rest = compare.parser().parse_known_args(flags(study))
     args = compare.settings(rest)
-    distill_lm.teacher_measured(args, distill_lm.prepare(args))
+    distill_lm.teacher_measured(args, distill_lm.prepare(args, distill_lm.train))
 
 
 def main() -> None:

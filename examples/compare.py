@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         cell = settings([*flags, *changed, f"--seed={seed}"])
         cell.method = method
         asked = {name: value for name, value in vars(cell).items() if name in prepared_by()}
-        setup = setups.get(cells.key(asked)) or distill_lm.prepare(cell)
+        setup = setups.get(cells.key(asked)) or distill_lm.prepare(cell, distill_lm.train)
         setups = {cells.key(asked): setup}  # one teacher in memory at a time
         alone = found.get((label(NONE, change), seed))
         if method == SAME_TIME:

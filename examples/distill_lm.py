@@ -10,7 +10,6 @@ Killed at any instant, the same command goes on from its last checkpoint.
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 import torch
 from parts import cells, evaluation, memory, models, options, report, text
 from parts.checkpoint import Checkpoint
+from parts.setup import Setup, prepare, student_of
 from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 import kdloss
 
@@ -108,105 +108,20 @@ def train(
     return curve
 
 
-@dataclass
-class Setup:
-    """What a student is trained and measured on."""
-
-    teacher: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    blocks: Tensor
-    heldout: Tensor
-    prompts: Tensor
-    reference: Tensor
-    key: str
-
-
-def prepare(args: argparse.Namespace) -> Setup:
-    """Read the text, get the teacher, cut the text into blocks and hold some of it out."""
-    source = {"config": args.data_config, "split": args.split, "column": args.text_column}
-    texts = text.read_texts(args.data, **source, limit=args.samples)
-    seen, heldout = texts[: -args.heldout_samples], texts[-args.heldout_samples :]
-    if not seen:
-        raise ValueError(
-            f"all {len(texts)} texts are held out, none is left to train on: --heldout-samples"
-        )
-    teacher, tokenizer = teacher_of(args, seen)
-    models.check_length(teacher, args.max_length, "teacher")
-    student_samples = args.student_samples or (len(seen) if args.teacher else 320)
-    blocks = text.pack(text.tokenize(tokenizer, seen[:student_samples]), args.max_length)
-    token_ids = text.tokenize(tokenizer, heldout)
-    prompts, reference = evaluation.continuations(token_ids, args.continuations, args.max_length)
-    unseen = text.pack(token_ids, args.max_length)
-    made_of = {"teacher": str(teacher.name_or_path), "blocks": blocks.tolist(), "heldout": token_ids}
-    teacher.to(args.device).eval()
-    return Setup(teacher, tokenizer, blocks.to(args.device), unseen, prompts, reference, cells.key(made_of))
-
-
-def teacher_of(
-    args: argparse.Namespace, texts: Sequence[str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The teacher asked for; else one trained on these texts, kept for the next time."""
-    if args.teacher is not None:
-        return models.load(args.teacher)
-    texts = texts[: args.teacher_samples]
-    names = ("vocabulary", "max_length", "batch_size", *(n for n in vars(args) if n.startswith("teacher_")))
-    key = cells.key({name: getattr(args, name) for name in names} | {"texts": texts})
-    folder = args.teachers / key
-    if folder.is_dir():
-        print(f"teacher: {folder}, trained earlier with these settings")
-        return models.load(str(folder))
-    torch.manual_seed(0)
-    tokenizer = text.train_tokenizer(texts, args.vocabulary)
-    shape = (args.teacher_layers, args.teacher_width, args.teacher_heads)
-    teacher = models.gpt2(*shape, dropout=0.0, tokenizer=tokenizer, length=args.max_length)
-    blocks = text.pack(text.tokenize(tokenizer, texts), args.max_length).to(args.device)
-    steps = args.teacher_epochs * -(-len(blocks) // args.batch_size)
-    alone = kdloss.Distiller(teacher.to(args.device), kdloss.VanillaKD(alpha=1.0))
-    checkpoint = Checkpoint(args.teachers / f"{key}.checkpoint", every=args.save_every)
-    train(
-        alone,
-        teacher,
-        AdamW(teacher.parameters(), lr=args.teacher_lr),
-        text.batches(blocks, args.batch_size, steps, seed=0),
-        steps,
-        lambda model: float("nan"),
-        checkpoint,
-        title="teacher",
-    )
-    models.save(teacher, tokenizer, folder)
-    checkpoint.remove()
-    print(f"teacher: kept in {folder}")
-    return models.load(str(folder))
-
-
-def student_of(args: argparse.Namespace, setup: Setup) -> PreTrainedModel:
-    """A student before training: the same one for the same seed."""
-    torch.manual_seed(args.seed)
-    if args.student is not None:
-        student, tokenizer = models.load(args.student)
-        models.check_vocabulary(student, setup.teacher, tokenizer, setup.tokenizer)
-    elif args.keep_blocks is not None:
-        student = kdloss.keep_blocks(setup.teacher, args.keep_blocks)
-    else:
-        shape = (args.student_layers, args.student_width, args.student_heads)
-        student = models.gpt2(
-            *shape, dropout=args.dropout, tokenizer=setup.tokenizer, length=args.max_length
-        )
-    models.check_length(student, args.max_length, "student")
-    student.get_input_embeddings().requires_grad_(not args.freeze_embeddings)
-    return student.to(args.device)
-
-
-def run(
-    args: argparse.Namespace, setup: Setup, checkpoints: Path, students: Path | None = None
+def fit(
+    distill: kdloss.Distiller,
+    student: PreTrainedModel,
+    args: argparse.Namespace,
+    setup: Setup,
+    checkpoints: Path,
+    students: Path | None = None,
+    title: str = "student",
 ) -> dict[str, Any]:
     """Train one student, keep it if there is a folder for it, and say what came of it."""
-    student, criterion = student_of(args, setup), criterion_for(args)
-    distill = kdloss.Distiller(setup.teacher, criterion).prepare(student)
-    optimizer = AdamW([*student.parameters(), *criterion.parameters()], lr=args.lr)
+    distill.prepare(student)
+    optimizer = AdamW([*student.parameters(), *distill.criterion.parameters()], lr=args.lr)
     blocks = text.draw(setup.blocks, args.student_blocks, args.seed)
     steps = args.steps or args.epochs * -(-len(blocks) // args.batch_size)
-    checkpoint = Checkpoint(checkpoints, every=args.save_every)
     curve = train(
         distill,
         student,
@@ -214,15 +129,15 @@ def run(
         text.batches(blocks, args.batch_size, steps, args.seed),
         steps,
         partial(evaluation.perplexity, blocks=setup.heldout),
-        checkpoint,
+        Checkpoint(checkpoints, every=args.save_every),
         points=args.points,
-        title=f"{args.method} ({args.seed})",
+        title=title,
     )
     if students is not None:
         models.save(student, setup.tokenizer, students)
     last = curve[-1]
     batch = next(text.batches(blocks, args.batch_size, 1, args.seed))
-    in_use = [student, criterion, setup.teacher] if criterion.alpha < 1 else [student, criterion]
+    in_use = [student, distill.criterion, *(distill.teachers if distill.criterion.alpha < 1 else [])]
     held = memory.held(optimizer, *in_use)
     peak = memory.training_memory(lambda: distill(student, **batch).loss.backward(), held)
     return {
@@ -236,6 +151,15 @@ def run(
         "training_megabytes": peak / 2**20,
         "curve": curve,
     }
+
+
+def run(
+    args: argparse.Namespace, setup: Setup, checkpoints: Path, students: Path | None = None
+) -> dict[str, Any]:
+    """The student and the method that these settings name."""
+    student = student_of(args, setup)
+    distill = kdloss.Distiller(setup.teacher, criterion_for(args))
+    return fit(distill, student, args, setup, checkpoints, students, f"{args.method} ({args.seed})")
 
 
 def settings_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
@@ -279,7 +203,7 @@ def parser(description: str | None = __doc__, **settings: Any) -> argparse.Argum
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Train the student alone and with the teacher, and write what came of both."""
     args = parser().parse_args(arguments)
-    setup = prepare(args)
+    setup = prepare(args, train)
     teacher = teacher_measured(args, setup)
     alone = measured(
         argparse.Namespace(**(vars(args) | {"method": "none"})), setup, args.output / "students"

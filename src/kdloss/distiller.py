@@ -62,12 +62,12 @@ class Distiller:
 
     def __init__(self, teacher: nn.Module | Sequence[nn.Module], criterion: nn.Module) -> None:
         self.criterion: Any = criterion
-        self._teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+        self.teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
         self._as_list = isinstance(criterion, MultiTeacherKD) or not isinstance(teacher, nn.Module)
         ours = isinstance(criterion, VanillaKD | FeatureKD)
         if ours and self._as_list and not isinstance(criterion, MultiTeacherKD):
             raise TypeError(
-                f"{type(criterion).__name__} takes one teacher, got a list of {len(self._teachers)}; "
+                f"{type(criterion).__name__} takes one teacher, got a list of {len(self.teachers)}; "
                 "write MultiTeacherKD(...), or pass the teacher itself"
             )
         self._prepared_for: Callable[[], nn.Module | None] = lambda: None
@@ -80,7 +80,7 @@ class Distiller:
         """
         self._settle(student)
         if isinstance(self.criterion, FeatureKD):
-            self.criterion.prepare(student, self._teachers[0])
+            self.criterion.prepare(student, self.teachers[0])
             if args or batch:
                 self._measure(self.criterion, student, args, batch)
         return self
@@ -101,7 +101,7 @@ class Distiller:
         seen = self._run(student, [s for s, _ in pairs], args, inputs)
         target: Any = None
         if pairs or getattr(self.criterion, "uses_teacher_logits", True):
-            outputs = [self._teach(teacher, pairs, args, inputs) for teacher in self._teachers]
+            outputs = [self._teach(teacher, pairs, args, inputs) for teacher in self.teachers]
             target = outputs if self._as_list else outputs[0]
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
         settings |= self._masks(student, seen, inputs, labels, mask)
@@ -123,7 +123,7 @@ class Distiller:
                 "t+1" if self.criterion.causal else "t",
             )
         if isinstance(self.criterion, FeatureKD):
-            self.criterion.layer_map.locate(student, self._teachers[0])
+            self.criterion.layer_map.locate(student, self.teachers[0])
         self._prepared_for = weakref.ref(student)
 
     def _pairs(self) -> list[tuple[Name, Name]]:
@@ -164,7 +164,7 @@ class Distiller:
         pairs = criterion.layer_map.pairs()
         with evaluating(student), torch.no_grad():
             seen = self._run(student, [s for s, _ in pairs], args, inputs)
-        target = self._teach(self._teachers[0], pairs, args, inputs)
+        target = self._teach(self.teachers[0], pairs, args, inputs)
         criterion.build({s: (_width(seen[s]), _width(target[t])) for s, t in pairs})
         criterion.to(next(student.parameters()).device)
 

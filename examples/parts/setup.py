@@ -1,0 +1,110 @@
+"""What a student is trained and measured on: text, a teacher, the student itself."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import kdloss
+from parts import cells, evaluation, models, text
+from parts.checkpoint import Checkpoint
+
+Train = Callable[..., Any]  # distill_lm.train
+
+
+@dataclass
+class Setup:
+    """What a student is trained and measured on."""
+
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    blocks: Tensor
+    heldout: Tensor
+    prompts: Tensor
+    reference: Tensor
+    key: str
+
+
+def prepare(args: argparse.Namespace, train: Train) -> Setup:
+    """Read the text, get the teacher, cut the text into blocks and hold some of it out."""
+    source = {"config": args.data_config, "split": args.split, "column": args.text_column}
+    texts = text.read_texts(args.data, **source, limit=args.samples)
+    seen, heldout = texts[: -args.heldout_samples], texts[-args.heldout_samples :]
+    if not seen:
+        raise ValueError(
+            f"all {len(texts)} texts are held out, none is left to train on: --heldout-samples"
+        )
+    teacher, tokenizer = teacher_of(args, seen, train)
+    models.check_length(teacher, args.max_length, "teacher")
+    student_samples = args.student_samples or (len(seen) if args.teacher else 320)
+    blocks = text.pack(text.tokenize(tokenizer, seen[:student_samples]), args.max_length)
+    token_ids = text.tokenize(tokenizer, heldout)
+    prompts, reference = evaluation.continuations(token_ids, args.continuations, args.max_length)
+    unseen = text.pack(token_ids, args.max_length)
+    made_of = {"teacher": str(teacher.name_or_path), "blocks": blocks.tolist(), "heldout": token_ids}
+    teacher.to(args.device).eval()
+    return Setup(teacher, tokenizer, blocks.to(args.device), unseen, prompts, reference, cells.key(made_of))
+
+
+def teacher_of(
+    args: argparse.Namespace,
+    texts: Sequence[str],
+    train: Train,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The teacher asked for; else one trained on these texts, kept for the next time."""
+    if args.teacher is not None:
+        return models.load(args.teacher)
+    texts = texts[: args.teacher_samples]
+    names = ("vocabulary", "max_length", "batch_size", *(n for n in vars(args) if n.startswith("teacher_")))
+    words = None if tokenizer is None else tokenizer.get_vocab()
+    key = cells.key({name: getattr(args, name) for name in names} | {"texts": texts, "words": words})
+    folder = args.teachers / key
+    if folder.is_dir():
+        print(f"teacher: {folder}, trained earlier with these settings")
+        return models.load(str(folder))
+    torch.manual_seed(0)
+    tokenizer = tokenizer or text.train_tokenizer(texts, args.vocabulary)
+    shape = (args.teacher_layers, args.teacher_width, args.teacher_heads)
+    teacher = models.gpt2(*shape, dropout=0.0, tokenizer=tokenizer, length=args.max_length)
+    blocks = text.pack(text.tokenize(tokenizer, texts), args.max_length).to(args.device)
+    steps = args.teacher_epochs * -(-len(blocks) // args.batch_size)
+    alone = kdloss.Distiller(teacher.to(args.device), kdloss.VanillaKD(alpha=1.0))
+    checkpoint = Checkpoint(args.teachers / f"{key}.checkpoint", every=args.save_every)
+    train(
+        alone,
+        teacher,
+        AdamW(teacher.parameters(), lr=args.teacher_lr),
+        text.batches(blocks, args.batch_size, steps, seed=0),
+        steps,
+        lambda model: float("nan"),
+        checkpoint,
+        title="teacher",
+    )
+    models.save(teacher, tokenizer, folder)
+    checkpoint.remove()
+    print(f"teacher: kept in {folder}")
+    return models.load(str(folder))
+
+
+def student_of(args: argparse.Namespace, setup: Setup) -> PreTrainedModel:
+    """A student before training: the same one for the same seed."""
+    torch.manual_seed(args.seed)
+    if args.student is not None:
+        student, tokenizer = models.load(args.student)
+        models.check_vocabulary(student, setup.teacher, tokenizer, setup.tokenizer)
+    elif args.keep_blocks is not None:
+        student = kdloss.keep_blocks(setup.teacher, args.keep_blocks)
+    else:
+        shape = (args.student_layers, args.student_width, args.student_heads)
+        student = models.gpt2(
+            *shape, dropout=args.dropout, tokenizer=setup.tokenizer, length=args.max_length
+        )
+    models.check_length(student, args.max_length, "student")
+    student.get_input_embeddings().requires_grad_(not args.freeze_embeddings)
+    return student.to(args.device)
