@@ -149,17 +149,9 @@ def fit(
         "trained_tokens_per_second": last["tokens"] / last["seconds"],
         "lowest_perplexity": min(point["perplexity"] for point in curve),
         "training_megabytes": peak / 2**20,
+        "student": str(students),
         "curve": curve,
     }
-
-
-def run(
-    args: argparse.Namespace, setup: Setup, checkpoints: Path, students: Path | None = None
-) -> dict[str, Any]:
-    """The student and the method that these settings name."""
-    student = student_of(args, setup)
-    distill = kdloss.Distiller(setup.teacher, criterion_for(args))
-    return fit(distill, student, args, setup, checkpoints, students, f"{args.method} ({args.seed})")
 
 
 def settings_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
@@ -168,13 +160,28 @@ def settings_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in unused} | {"text": setup.key}
 
 
-def measured(args: argparse.Namespace, setup: Setup, students: Path | None = None) -> dict[str, Any]:
-    """The results of `run`, or those it had when it ran with these settings earlier."""
-    settings = settings_of(args, setup)
-    kept = students / f"{args.method}-{cells.key(settings)}" if students is not None else None
-    return cells.cell(
-        args.output / "cells", args.method, settings, lambda folder: run(args, setup, folder, kept)
-    )
+def measured(
+    args: argparse.Namespace,
+    setup: Setup,
+    distill: kdloss.Distiller | None = None,
+    name: str | None = None,
+    *,
+    students: Path | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """What comes of the student of these settings, or came of it earlier.
+
+    It learns by the method of the settings, or by another distiller, of which `more` tells all.
+    """
+    name, settings = name or args.method, settings_of(args, setup) | more
+    kept = students / f"{name}-{cells.key(settings)}" if students is not None else None
+
+    def work(folder: Path) -> dict[str, Any]:
+        student = student_of(args, setup)
+        chosen = distill or kdloss.Distiller(setup.teacher, criterion_for(args))
+        return fit(chosen, student, args, setup, folder, kept, f"{name} ({args.seed})")
+
+    return cells.cell(args.output / "cells", name, settings, work, kept)
 
 
 def teacher_measured(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
@@ -210,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     )
     runs = {"teacher": [report.beside(teacher, teacher)], "none": [report.beside(alone, teacher)]}
     if args.method != "none":
-        found = measured(args, setup, args.output / "students")
+        found = measured(args, setup, students=args.output / "students")
         runs[args.method] = [report.beside(found, teacher, alone)]
     print(report.write(runs, vars(args), args.output, NOTES))
     return runs

@@ -1,9 +1,101 @@
-"""Average several teachers, beside each of them alone and no teacher at all.
+"""Average several teachers, beside each of them alone and beside no teacher.
 
-As it stands, two small GPT-2s learn from two halves of the text, and one student from both:
+As it stands, two small GPT-2s learn two halves of the text, and students learn from one or both:
 
-    python examples/multi_teacher.py --weights 0.5 0.5 --average probabilities
-    python examples/multi_teacher.py --teachers-from my/first my/second --weights 0.7 0.3
+    python examples/multi_teacher.py --weights 0.5,0.5 0.8,0.2
+    python examples/multi_teacher.py --several my/first my/second --student my/student
 
 Teachers need one vocabulary. Killed at any instant, the same command goes on.
 """
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import distill_lm
+from parts import models, report, setup
+from transformers import PreTrainedModel
+
+import kdloss
+
+
+def numbers(value: str) -> list[float]:
+    """Weights, one per teacher: "0.8,0.2"."""
+    return [float(part) for part in value.split(",")]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of distill_lm.py, and which teachers."""
+    made = distill_lm.parser(__doc__)
+    made.set_defaults(output=Path("runs/multi_teacher"), samples=6000)
+    add = made.add_argument_group("several teachers").add_argument
+    add(
+        "--several",
+        nargs="+",
+        help="folders or hub names (default: two trained on half of the text)",
+    )
+    add("--weights", type=numbers, nargs="+", default=[[0.5, 0.5], [0.8, 0.2]], help="(0.5,0.5 0.8,0.2)")
+    averages = ["probabilities", "logits"]
+    add("--average", nargs="+", choices=averages, default=averages, help="what is averaged (both)")
+    return made
+
+
+def teachers_of(args: argparse.Namespace) -> tuple[setup.Setup, list[PreTrainedModel]]:
+    """The teachers asked for; else one trained on each half of the text, with one tokenizer."""
+    if args.several:
+        args.teacher, *others = args.several
+        first = setup.prepare(args, distill_lm.train)
+        loaded = [models.load(name) for name in others]
+        for model, tokenizer in loaded:
+            models.check_vocabulary(model, first.teacher, tokenizer, first.tokenizer)
+        rest = [model for model, _ in loaded]
+    else:
+        args.teacher_samples = args.samples // 2
+        first = setup.prepare(args, distill_lm.train)
+        second_half = first.texts[args.teacher_samples :]
+        args.teacher_samples = None
+        rest = [setup.teacher_of(args, second_half, distill_lm.train, first.tokenizer)[0]]
+    return first, [first.teacher, *(model.to(args.device).eval() for model in rest)]
+
+
+def main(arguments: Sequence[str] | None = None) -> report.Runs:
+    """Train one student by every teacher alone and by their averages, and write what came of it."""
+    args = parser().parse_args(arguments)
+    first, teachers = teachers_of(args)
+    if any(len(weights) != len(teachers) for weights in args.weights):
+        raise ValueError(
+            f"--weights {args.weights} are not one per teacher, of which there are {len(teachers)}"
+        )
+    each = [replace(first, teacher=t, key=f"{first.key} {t.name_or_path}") for t in teachers]
+    known = [distill_lm.teacher_measured(args, one) for one in each]
+    best = min(known, key=lambda found: found["perplexity"])
+    runs = {"teacher": [report.beside(known[0], best)]}
+    runs |= {f"teacher {k}": [report.beside(x, best)] for k, x in enumerate(known[1:], start=2)}
+
+    alpha = 0.1 if args.alpha is None else args.alpha
+    vanilla = partial(kdloss.VanillaKD, args.temperature, alpha)
+    distillers = {"none": kdloss.Distiller(teachers[0], kdloss.VanillaKD(alpha=1.0))}
+    distillers |= {
+        f"of-teacher-{k}": kdloss.Distiller(t, vanilla()) for k, t in enumerate(teachers, start=1)
+    }
+    for weights in args.weights:
+        for average in args.average:
+            several = kdloss.MultiTeacherKD(weights, args.temperature, alpha, average=average)
+            name = f"{average}-{'-'.join(map(str, weights))}"
+            distillers[name] = kdloss.Distiller(teachers, several)
+
+    keys = [one.key for one in each]
+    for name, distill in distillers.items():
+        found = distill_lm.measured(
+            args, first, distill, name, students=args.output / "students", teachers=keys
+        )
+        alone = runs["none"][0] if "none" in runs else None
+        runs[name] = [report.beside(found, best, alone)]
+    print(report.write(runs, vars(args), args.output, distill_lm.NOTES))
+    return runs
+
+
+if __name__ == "__main__":
+    main()

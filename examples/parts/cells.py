@@ -15,14 +15,19 @@ def key(settings: Mapping[str, Any]) -> str:
 
 
 def cell(
-    folder: Path, name: str, settings: Mapping[str, Any], work: Callable[[Path], dict[str, Any]]
+    folder: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    work: Callable[[Path], dict[str, Any]],
+    product: Path | None = None,
 ) -> dict[str, Any]:
     """What came of this work with these settings, read if it was finished earlier.
 
-    `work` is given a folder for what it needs to go on after an interruption.
+    `work` is given a folder for what it needs to go on after an interruption. Work whose `product`
+    is gone is done again.
     """
     file = folder / f"{name}-{key(settings)}.json"
-    if file.is_file():
+    if file.is_file() and (product is None or product.exists()):
         return json.loads(file.read_text(encoding="utf-8"))["result"]
     unfinished = file.with_suffix(".checkpoints")
     result = work(unfinished)

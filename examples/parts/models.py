@@ -11,8 +11,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from parts.files import replacing
+
+logging.disable_progress_bar()  # of reading and writing, which take a moment
 
 
 def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,5 +1,6 @@
 """Results as a table, as JSON, and as a picture."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -54,7 +55,7 @@ def _cell(value: tuple[float, float] | None, form: str, several: bool) -> str:
         return "-"
     average, deviation = value
     spread = several and deviation > 0
-    return form.format(average) + (f" ± {form.format(deviation)}" if spread else "")
+    return form.format(average) + (f" ± {form.format(deviation).lstrip('+')}" if spread else "")
 
 
 def write(runs: Runs, settings: Mapping[str, Any], folder: Path, notes: str) -> str:
@@ -85,32 +86,34 @@ def beside(
     return found | more
 
 
-def picture(runs: Runs, teacher: str = "teacher") -> Figure:
-    """Held-out perplexity over steps and over seconds, and what each method came to."""
+def picture(runs: Runs) -> Figure:
+    """Held-out perplexity over steps and over seconds, and what each row came to; teachers as levels."""
     figure = Figure(figsize=(15, max(4.6, 0.35 * len(runs))), layout="constrained")
     by_step, by_second, bars = figure.subplots(1, 3)
-    students = [method for method in runs if method != teacher]
-    for i, method in enumerate(students):
-        for seed, run in enumerate(runs[method]):
-            style = {"color": f"C{i}", "marker": ".", "label": method if seed == 0 else None}
-            style["linestyle"] = "--" if "time" in method else "-"
+    students = [row for row, found in runs.items() if "curve" in found[0]]
+    for i, row in enumerate(students):
+        for nth, run in enumerate(runs[row]):
+            style = {"color": f"C{i}", "marker": ".", "label": row if nth == 0 else None}
+            style["linestyle"] = "--" if "time" in row else "-"
             seen = [point for point in run["curve"] if point["step"] > 0]
             values = [point["perplexity"] for point in seen]
             by_step.plot([point["step"] for point in seen], values, **style)
             by_second.plot([point["seconds"] for point in seen], values, **style)
-    level = summary(runs[teacher])["perplexity"][0]
+    levels = {row: summary(runs[row])["perplexity"][0] for row in runs if row not in students}
     for axes, label in ((by_step, "training steps"), (by_second, "CPU seconds of training")):
         axes.set(xlabel=label, ylabel="held-out perplexity", yscale="log")
         axes.yaxis.set_major_formatter("{x:.0f}")
         axes.yaxis.set_minor_formatter("{x:.0f}")
-        axes.axhline(level, color="black", linewidth=1, linestyle=":", label=teacher)
-    by_step.legend(fontsize="small")
-    heights = [summary(runs[method])["perplexity"] for method in students]
+    heights = [summary(runs[row])["perplexity"] for row in students]
     drawn = bars.barh(students, [m for m, _ in heights], xerr=[d for _, d in heights])
     for bar, i in zip(drawn, range(len(students)), strict=True):
         bar.set_color(f"C{i}")
     bars.bar_label(drawn, fmt="%.1f", label_type="center", color="white")
-    bars.axvline(level, color="black", linewidth=1, linestyle=":")
+    for (row, level), style in zip(levels.items(), itertools.cycle([":", "-.", "--"])):
+        for axes in (by_step, by_second):
+            axes.axhline(level, color="black", linewidth=1, linestyle=style, label=row)
+        bars.axvline(level, color="black", linewidth=1, linestyle=style)
+    by_step.legend(fontsize="small")
     bars.invert_yaxis()
     bars.set(xlabel="held-out perplexity at the end (less is better)")
     return figure

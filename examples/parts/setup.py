@@ -23,6 +23,7 @@ class Setup:
 
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    texts: list[str]
     blocks: Tensor
     heldout: Tensor
     prompts: Tensor
@@ -48,7 +49,9 @@ def prepare(args: argparse.Namespace, train: Train) -> Setup:
     unseen = text.pack(token_ids, args.max_length)
     made_of = {"teacher": str(teacher.name_or_path), "blocks": blocks.tolist(), "heldout": token_ids}
     teacher.to(args.device).eval()
-    return Setup(teacher, tokenizer, blocks.to(args.device), unseen, prompts, reference, cells.key(made_of))
+    return Setup(
+        teacher, tokenizer, seen, blocks.to(args.device), unseen, prompts, reference, cells.key(made_of)
+    )
 
 
 def teacher_of(

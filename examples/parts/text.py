@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 
 import datasets
 import torch
+from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -39,6 +40,9 @@ def read_texts(
     else:
         data = load(source, config, split)
         texts = data[text_column(data, column)]
+    wrong = next(((i, x) for i, x in enumerate(texts) if not isinstance(x, str | None)), None)
+    if wrong is not None:
+        raise ValueError(f"entry {wrong[0] + 1} of {source!r} is no text but {wrong[1]!r}: --text-column")
     found = list(dict.fromkeys(text.strip() for text in texts if text and text.strip()))
     if not found:
         raise ValueError(f"{source!r} holds no text: all {len(texts)} entries are empty")
@@ -52,10 +56,14 @@ def load(source: str, config: str | None, split: str) -> datasets.Dataset:
     if path.suffix in LOADERS:
         if not path.is_file():
             raise ValueError(f"there is no file {source!r}")
-        if not path.read_text(encoding="utf-8").strip():
-            raise ValueError(f"{source!r} is empty")
+        with path.open("rb") as lines:
+            if not any(line.strip() for line in lines):
+                raise ValueError(f"{source!r} is empty")
         options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-        return datasets.load_dataset(LOADERS[path.suffix], data_files=source, split="train", **options)
+        try:
+            return datasets.load_dataset(LOADERS[path.suffix], data_files=source, split="train", **options)
+        except (DatasetGenerationError, UnicodeDecodeError) as error:
+            raise ValueError(unreadable(path) or f"{source!r}: {error.__cause__ or error}") from error
     if path.is_file():
         raise ValueError(f"{source!r} ends in {path.suffix!r}; known are {list(LOADERS)}")
     try:
@@ -66,17 +74,41 @@ def load(source: str, config: str | None, split: str) -> datasets.Dataset:
         ) from error
 
 
+def unreadable(path: Path) -> str | None:
+    """What is wrong with a file, and in which line, as far as a second look can tell."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                decoded = line.decode("utf-8")
+                if path.suffix == ".jsonl" and decoded.strip():
+                    json.loads(decoded)
+            except ValueError as error:
+                return f"line {number} of '{path}' can't be read: {error}"
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            return f"line {error.lineno} of '{path}' can't be read: {error}"
+    return None
+
+
 def text_column(data: datasets.Dataset, column: str | None = None) -> str:
     """The column asked for, else one with a usual name, else the one with the longest text."""
     if column is not None:
         if column not in data.column_names:
             raise ValueError(f"there is no column {column!r}, only {data.column_names}")
         return column
-    text = [name for name, kind in data.features.items() if "string" in str(getattr(kind, "dtype", ""))]
+    text = [
+        name
+        for name, kind in data.features.items()
+        if "string" in str(getattr(kind, "dtype", "")) or isinstance(kind, datasets.Json)  # mixed entries
+    ]
     if not text:
-        raise ValueError(f"no column holds text; there are {dict(data.features)}")
+        empty = [name for name in data.column_names if not any(data.data[name].is_valid().to_pylist())]
+        also = f"; {empty} are empty in every line" if empty else ""
+        raise ValueError(f"no column holds text; there are {dict(data.features)}{also}")
     first = data[:1000]
-    lengths = {name: sum(len(entry or "") for entry in first[name]) for name in text}
+    lengths = {name: sum(len(str(entry or "")) for entry in first[name]) for name in text}
     return next((name for name in TEXT_COLUMNS if name in text), max(text, key=lengths.__getitem__))
 
 
