@@ -32,6 +32,7 @@ Retention: the teacher's perplexity over the student's. CPU seconds and tokens/s
 all cores together, evaluation left out. Train MB: tensors alive at the peak of one training step
 (weights of student and teacher, gradients, optimizer state, activations)."""
 
+ELSEWHERE = {"output", "teachers", "save_every", "device"}  # settings that change no result
 FEATURES = {"layers", "pairing", "distance"}
 OUTPUTS = {"temperature", "logit_weight"}
 UNUSED = {
@@ -156,7 +157,7 @@ def fit(
 
 def settings_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     """What a student's results depend on: settings that its method doesn't use are left out."""
-    unused = {"output", "teachers", "save_every", "device", *UNUSED[args.method]}
+    unused = {*ELSEWHERE, *UNUSED[args.method]}
     return {name: value for name, value in vars(args).items() if name not in unused} | {"text": setup.key}
 
 
@@ -177,7 +178,7 @@ def measured(
     kept = students / f"{name}-{cells.key(settings)}" if students is not None else None
 
     def work(folder: Path) -> dict[str, Any]:
-        student = student_of(args, setup)
+        student = student_of(args, setup.teacher, setup.tokenizer)
         chosen = distill or kdloss.Distiller(setup.teacher, criterion_for(args))
         return fit(chosen, student, args, setup, folder, kept, f"{name} ({args.seed})")
 

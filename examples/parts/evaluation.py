@@ -55,14 +55,15 @@ def generate(model: PreTrainedModel, prompts: Tensor, tokens: int) -> tuple[Tens
     return ids[:, prompts.shape[1] :], prompts.shape[0] * tokens / seconds
 
 
-def rouge_l(tokenizer: PreTrainedTokenizerBase, written: Tensor, reference: Tensor) -> float:
-    """Mean ROUGE-L (longest common subsequence of words, F1, percent) of continuations."""
-    scorer = RougeScorer(["rougeL"])
-    predictions, targets = (
-        tokenizer.batch_decode(x, skip_special_tokens=True) for x in (written, reference)
-    )
-    scores = [scorer.score(*pair)["rougeL"].fmeasure for pair in zip(targets, predictions, strict=True)]
-    return 100 * sum(scores) / len(scores)
+def rouge(written: Sequence[str], real: Sequence[str]) -> dict[str, float]:
+    """Mean ROUGE-1, -2 and -L: shared words, word pairs, longest common subsequence; F1, percent."""
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    scores = [scorer.score(target, prediction) for target, prediction in zip(real, written, strict=True)]
+    kinds = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+    return {
+        name: 100 * sum(score[kind].fmeasure for score in scores) / len(scores)
+        for name, kind in kinds.items()
+    }
 
 
 def continuations(token_ids: Sequence[Sequence[int]], count: int, length: int) -> tuple[Tensor, Tensor]:
@@ -81,9 +82,10 @@ def evaluate(
     reference: Tensor,
 ) -> dict[str, float]:
     """Continuations held against the real ones, generation speed and size."""
-    written, speed = generate(model, prompts, reference.shape[1])
+    ids, speed = generate(model, prompts, reference.shape[1])
+    written, real = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (ids, reference))
     return {
-        "rouge_l": rouge_l(tokenizer, written, reference),
+        "rouge_l": rouge(written, real)["rouge_l"],
         "generated_tokens_per_second": speed,
         "parameters": model.num_parameters(),
     }

@@ -15,6 +15,9 @@ COLUMNS = {  # heading: (key, format)
     "against none %": ("against_none", "{:+.1f}"),
     "lowest on the way": ("lowest_perplexity", "{:.1f}"),
     "retention %": ("retention", "{:.1f}"),
+    "gained": ("gained", "{:+.1f}"),
+    "ROUGE-1": ("rouge_1", "{:.2f}"),
+    "ROUGE-2": ("rouge_2", "{:.2f}"),
     "ROUGE-L": ("rouge_l", "{:.2f}"),
     "steps": ("steps", "{:.0f}"),
     "CPU s": ("seconds", "{:.0f}"),
@@ -37,10 +40,12 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]
 
 def table(runs: Runs) -> str:
     """One line per method, as Markdown; mean ± standard deviation where there are several seeds."""
-    lines = [["", *COLUMNS]]
+    known = {key for seeds in runs.values() for run in seeds for key in run}
+    columns = {heading: (key, form) for heading, (key, form) in COLUMNS.items() if key in known}
+    lines = [["", *columns]]
     for method, seeds in runs.items():
         found = summary(seeds)
-        cells = [_cell(found.get(key), form, len(seeds) > 1) for key, form in COLUMNS.values()]
+        cells = [_cell(found.get(key), form, len(seeds) > 1) for key, form in columns.values()]
         lines.append([method, *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])

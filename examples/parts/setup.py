@@ -95,18 +95,20 @@ def teacher_of(
     return models.load(str(folder))
 
 
-def student_of(args: argparse.Namespace, setup: Setup) -> PreTrainedModel:
+def student_of(
+    args: argparse.Namespace, teacher: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     """A student before training: the same one for the same seed."""
     torch.manual_seed(args.seed)
     if args.student is not None:
         student, tokenizer = models.load(args.student)
-        models.check_vocabulary(student, setup.teacher, tokenizer, setup.tokenizer)
+        models.check_vocabulary(student, teacher, tokenizer, teacher_tokenizer)
     elif args.keep_blocks is not None:
-        student = kdloss.keep_blocks(setup.teacher, args.keep_blocks)
+        student = kdloss.keep_blocks(teacher, args.keep_blocks)
     else:
         shape = (args.student_layers, args.student_width, args.student_heads)
         student = models.gpt2(
-            *shape, dropout=args.dropout, tokenizer=setup.tokenizer, length=args.max_length
+            *shape, dropout=args.dropout, tokenizer=teacher_tokenizer, length=args.max_length
         )
     models.check_length(student, args.max_length, "student")
     student.get_input_embeddings().requires_grad_(not args.freeze_embeddings)

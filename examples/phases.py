@@ -1,0 +1,89 @@
+"""Three phases: train the student alone, distil it, fine-tune it on the examples it finds hardest.
+
+Says what each phase gained, beside one method for all of the steps:
+
+    python examples/phases.py --train-epochs 2 --distil-epochs 4 --finetune-epochs 2 --hardest 0.25
+
+Killed at any instant, the same command goes on with the phase it was in.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import distill_lm
+import torch
+from parts import cells, models, options, report, setup
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import kdloss
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of distill_lm.py, and those of the phases."""
+    made = distill_lm.parser(__doc__)
+    made.set_defaults(output=Path("runs/phases"), samples=6000)
+    add = made.add_argument_group("phases").add_argument
+    add("--train-epochs", type=options.positive, default=2, help="passes without a teacher (%(default)s)")
+    add("--distil-epochs", type=options.positive, default=4, help="passes with it (%(default)s)")
+    add("--finetune-epochs", type=options.positive, default=2, help="passes over the hardest (%(default)s)")
+    add("--finetune-lr", type=float, default=2e-4, help="learning rate of the last phase (%(default)s)")
+    add("--hardest", type=float, default=0.25, help="share of the text in the last phase (%(default)s)")
+    return made
+
+
+@torch.no_grad()
+def hardest(model: PreTrainedModel, blocks: Tensor, share: float) -> Tensor:
+    """The blocks that the model predicts worst."""
+    model.eval()
+    losses = [
+        kdloss.cross_entropy(model(input_ids=part).logits[:, :-1], part[:, 1:]).mean(1)
+        for part in blocks.split(16)
+    ]
+    return blocks[torch.cat(losses).topk(max(1, round(share * len(blocks)))).indices]
+
+
+def main(arguments: Sequence[str] | None = None) -> report.Runs:
+    """Run the phases, then each method for as many steps as all of them took."""
+    args = parser().parse_args(arguments)
+    if not 0 < args.hardest <= 1:
+        raise ValueError(f"--hardest is a share above 0 and at most 1, got {args.hardest}")
+    first = setup.prepare(args, distill_lm.train)
+    best = distill_lm.teacher_measured(args, first)
+    runs = {"teacher": [report.beside(best, best)]}
+
+    def phase(name: str, data: setup.Setup, **settings: Any) -> dict[str, Any]:
+        chosen = argparse.Namespace(**(vars(args) | settings))
+        for ours in ("train_epochs", "distil_epochs", "finetune_epochs", "finetune_lr", "hardest"):
+            delattr(chosen, ours)
+        found = distill_lm.measured(chosen, data, name=name, students=args.output / "students")
+        before = list(runs.values())[-1][0] if "student" in settings else None
+        gain = {} if before is None else {"gained": before["perplexity"] - found["perplexity"]}
+        runs[name] = [report.beside(found, best) | gain]
+        return found
+
+    trained = phase("1 trained", first, method="none", epochs=args.train_epochs)
+    distilled = phase("2 distilled", first, student=trained["student"], epochs=args.distil_epochs)
+    student = models.load(distilled["student"])[0].to(args.device)
+    worst = hardest(student, first.blocks, args.hardest)
+    hard = replace(first, blocks=worst, key=cells.key({"text": first.key, "blocks": worst.tolist()}))
+    tuned = phase(
+        "3 fine-tuned",
+        hard,
+        method="none",
+        student=distilled["student"],
+        epochs=args.finetune_epochs,
+        lr=args.finetune_lr,
+    )
+    steps = sum(found["steps"] for found in (trained, distilled, tuned))
+    phase("none, all steps", first, method="none", steps=steps)
+    phase(f"{args.method}, all steps", first, steps=steps)
+    print(report.write(runs, vars(args), args.output, distill_lm.NOTES))
+    return runs
+
+
+if __name__ == "__main__":
+    main()
