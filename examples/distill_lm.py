@@ -213,9 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     args = parser().parse_args(arguments)
     setup = prepare(args, train)
     teacher = teacher_measured(args, setup)
-    alone = measured(
-        argparse.Namespace(**(vars(args) | {"method": "none"})), setup, args.output / "students"
-    )
+    without = argparse.Namespace(**(vars(args) | {"method": "none"}))
+    alone = measured(without, setup, students=args.output / "students")
     runs = {"teacher": [report.beside(teacher, teacher)], "none": [report.beside(alone, teacher)]}
     if args.method != "none":
         found = measured(args, setup, students=args.output / "students")

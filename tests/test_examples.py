@@ -1,4 +1,4 @@
-"""The main example in small, and what its parts promise."""
+"""The plain loop in small, and what the parts that examples share promise."""
 
 import copy
 import json
@@ -6,38 +6,27 @@ import math
 
 import distill_lm
 import pytest
+import tiny
 import torch
-from parts import evaluation, memory, models, options, text
+from parts import cells, evaluation, files, memory, models, report, text
+from parts.checkpoint import Checkpoint
+from tiny import SENTENCES
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import kdloss
 
-SENTENCES = [
-    f"Number {i} is {'even' if i % 2 == 0 else 'odd'}, and the number {i + 1} follows right after it."
-    for i in range(400)
-]
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "numbers.jsonl"
-    file.write_text("\n".join(json.dumps({"id": str(i), "note": s}) for i, s in enumerate(SENTENCES)))
-    return file
+    return tiny.data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def demo(data, tmp_path_factory):
-    """All methods in small: arguments, results, output folder."""
+    """A small run: arguments, results, output folder."""
     torch.set_num_threads(1)  # as in every test; this runs before the first
     output = tmp_path_factory.mktemp("runs")
-    small = {
-        "--data": data, "--heldout-samples": 40, "--max-length": 16, "--vocabulary": 300,
-        "--teacher-width": 32, "--teacher-layers": 3, "--teacher-heads": 2, "--teacher-lr": 5e-3,
-        "--teacher-epochs": 2, "--student-width": 16, "--student-heads": 2, "--student-samples": 60,
-        "--steps": 20, "--lr": 5e-3, "--points": 2, "--continuations": 4,
-        "--teachers": output / "teachers", "--output": output,
-    }  # fmt: skip
-    arguments = [str(part) for pair in small.items() for part in pair]
+    arguments = tiny.flags(data, output)
     return arguments, distill_lm.main(arguments), output
 
 
@@ -47,54 +36,85 @@ def new_model(layers=2, width=16):
     return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, **shape, **plain))
 
 
-def test_all_methods_start_from_one_student_and_learn(demo):
+def never(*args, **settings):
+    raise AssertionError("this was done before")
+
+
+def test_a_student_learns_alone_and_from_the_teacher(demo):
     _, runs, _ = demo
-    assert list(runs) == ["teacher", *distill_lm.METHODS]
-    found = [runs[method][0] for method in distill_lm.METHODS]
-    (start,) = {result["curve"][0]["perplexity"] for result in found}
-    assert all(result["perplexity"] < 0.8 * start for result in found)
-    assert len({result["perplexity"] for result in found}) == len(found)  # no two methods are one
-
-
-def test_training_alone_gets_the_seconds_of_the_slowest_distilled(demo):
-    _, runs, _ = demo
-    slowest = max(runs[method][0]["seconds"] for method in distill_lm.DISTILLED)
-    alone = runs["alone"][0]
-    assert runs["alone-same-time"][0]["steps"] == round(alone["steps"] * slowest / alone["seconds"])
-
-
-def test_written_students_load_and_are_those_that_were_measured(demo, data):
-    _, runs, output = demo
-    folder = output / "students" / "vanilla-seed0"
-    student, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    texts = text.read_texts(str(data))
-    blocks = text.pack(text.tokenize(tokenizer, texts[:40]), 16)
-    assert evaluation.perplexity(student, blocks) == pytest.approx(
-        runs["vanilla"][0]["perplexity"], rel=1e-4
+    assert list(runs) == ["teacher", "none", "vanilla"]
+    alone, distilled = runs["none"][0], runs["vanilla"][0]
+    assert alone["curve"][0]["perplexity"] == distilled["curve"][0]["perplexity"]
+    assert all(found["perplexity"] < 0.8 * found["curve"][0]["perplexity"] for found in (alone, distilled))
+    assert alone["perplexity"] != distilled["perplexity"]
+    assert distilled["against_none"] == pytest.approx(
+        100 * (distilled["perplexity"] - alone["perplexity"]) / alone["perplexity"]
+    )
+    assert distilled["retention"] == pytest.approx(
+        100 * runs["teacher"][0]["perplexity"] / distilled["perplexity"]
     )
 
 
-def test_results_are_written_and_the_teacher_is_kept(demo, capsys):
-    arguments, runs, output = demo
+def test_written_students_load_and_are_those_that_were_measured(demo, data):
+    _, runs, _ = demo
+    found = runs["vanilla"][0]
+    student = AutoModelForCausalLM.from_pretrained(found["student"])
+    tokenizer = AutoTokenizer.from_pretrained(found["student"])
+    texts = text.read_texts(str(data))
+    blocks = text.pack(text.tokenize(tokenizer, texts[-40:]), 16)
+    assert evaluation.perplexity(student, blocks) == pytest.approx(found["perplexity"], rel=1e-4)
+
+
+def test_results_are_written(demo):
+    _, runs, output = demo
     saved = json.loads((output / "results.json").read_text())
     assert saved["summary"]["vanilla"]["perplexity"]["mean"] == runs["vanilla"][0]["perplexity"]
-    assert saved["settings"]["seeds"] == [0]
-    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert saved["settings"]["seed"] == 0
+    assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
     assert "| vanilla" in (output / "results.md").read_text()
-    again = distill_lm.main([*arguments, "--methods", "alone", "--output", str(output / "again")])
+    assert not list(output.rglob("*.partial")) + list(output.rglob("*.checkpoints"))
+
+
+def test_the_same_command_trains_nothing_again(demo, monkeypatch, capsys):
+    arguments, runs, _ = demo
+    monkeypatch.setattr(distill_lm, "train", never)
+    assert distill_lm.main(arguments) == runs
     assert "trained earlier" in capsys.readouterr().out
-    assert again["teacher"][0]["perplexity"] == runs["teacher"][0]["perplexity"]
-    assert again["alone"][0]["perplexity"] == runs["alone"][0]["perplexity"]
+
+
+def test_other_settings_train_again_but_not_what_they_leave_as_it_was(demo, monkeypatch):
+    arguments, runs, _ = demo
+    trained = []
+    fit = distill_lm.fit
+    monkeypatch.setattr(distill_lm, "fit", lambda *a: trained.append(a[-1]) or fit(*a))
+    again = distill_lm.main([*arguments, "--temperature", "3"])
+    assert trained == ["vanilla (0)"]  # training alone has no temperature
+    assert again["none"] == runs["none"]
+    assert again["vanilla"][0]["perplexity"] != runs["vanilla"][0]["perplexity"]
 
 
 def test_a_student_of_kept_blocks_of_a_given_teacher(demo, tmp_path):
     arguments, _, output = demo
     (teacher,) = (output / "teachers").iterdir()
-    flags = f"--teacher {teacher} --keep-blocks 0,2 --pairing kept --layers all --methods feature --steps 3"
-    runs = distill_lm.main([*arguments, *flags.split(), "--output", str(tmp_path)])
+    more = f"--teacher {teacher} --keep-blocks 0,2 --pairing kept --layers all --method feature --steps 3"
+    runs = distill_lm.main([*arguments, *more.split(), "--output", str(tmp_path)])
     assert runs["feature"][0]["steps"] == 3
-    student = AutoModelForCausalLM.from_pretrained(tmp_path / "students" / "feature-seed0")
+    student = AutoModelForCausalLM.from_pretrained(runs["feature"][0]["student"])
     assert student.config.kept_blocks == {"transformer.h": [0, 2]}
+
+
+def test_a_student_deeper_than_its_teacher_is_distilled(demo, tmp_path):
+    more = "--student-layers 5 --layers all --method both --steps 2"
+    runs = distill_lm.main([*demo[0], *more.split(), "--output", str(tmp_path)])
+    assert runs["both"][0]["perplexity"] < runs["both"][0]["curve"][0]["perplexity"]
+
+
+def test_seeds_draw_other_blocks_of_text_and_the_same_seed_the_same():
+    blocks = torch.arange(10)[:, None]
+    first, again, other = (set(text.draw(blocks, 4, seed).flatten().tolist()) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(first) == 4
+    assert torch.equal(text.draw(blocks, None, 0), blocks)
 
 
 @pytest.mark.parametrize("criterion", [kdloss.VanillaKD(), kdloss.FeatureKD("last", logit_weight=1.0)])
@@ -172,13 +192,20 @@ def test_without_a_known_column_the_longest_text_is_taken(data):
         ("a.jsonl", '{"size": 1, "weight": 2.5}', {}, "no column holds text; there are.*size.*weight"),
         ("a.jsonl", '{"text": "A"}', {"column": "body"}, r"no column 'body', only \['text'\]"),
         ("a.jsonl", '{"text": " "}\n{"text": ""}', {}, "all 2 entries are empty"),
+        ("a.csv", "id,text\n1,\n2,\n", {}, r"\['text'\] are empty in every line"),
         ("a.txt", "\n\n", {}, "is empty"),
+        ("a.jsonl", '{"text": "A"}\n{"text": "B"\n{"text": "C"}', {}, "line 2 of 'a.jsonl' can't be read"),
+        ("a.json", '[{"text": "A"},\n{"text": }]', {}, "line 2 of 'a.json' can't be read"),
+        ("a.csv", "id,text\n1,A\n2,B,C,D\n", {}, "'a.csv': .*line 3, saw 4"),
+        ("a.txt", b"A\n\n\xff\xfe", {}, "line 3 of 'a.txt' can't be read: 'utf-8'"),
+        ("a.jsonl", b'{"text": "A"}\n\xff', {}, "line 2 of 'a.jsonl' can't be read: 'utf-8'"),
+        ("a.jsonl", '{"text": "A"}\n{"text": 5}', {}, "entry 2 of 'a.jsonl' is no text but 5"),
     ],
 )
 def test_bad_text_is_refused(tmp_path, monkeypatch, name, content, options, said):
     monkeypatch.chdir(tmp_path)
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=said):
         text.read_texts(name, **options)
 
@@ -214,15 +241,39 @@ def test_a_dataset_that_cannot_be_reached_is_said_so(monkeypatch):
     ("flags", "said"),
     [
         (["--heldout-samples", "400"], "all 400 texts are held out"),
-        (["--methods", "alone-same-time"], "needs 'alone'"),
         (["--max-length", "64"], "no held-out text has 64 tokens"),
         (["--teacher", "missing.gguf"], "there is no file"),
         (["--student-width", "15"], "does not divide into 2 heads"),
+        (["--student", "other-tokens"], "of the same size, but ids stand for other tokens"),
+        (["--student", "other-size"], "a vocabulary of 290 tokens, the teacher one of 300"),
+        (["--student", "short"], "the student reads 8 tokens, not 16: write --max-length 8"),
+        (["--teacher", "short"], "the teacher reads 8 tokens, not 16: write --max-length 8"),
     ],
 )
-def test_bad_settings_are_refused(demo, tmp_path, flags, said):
+def test_bad_settings_are_refused_before_anything_is_trained(
+    demo, models_that_do_not_fit, tmp_path, monkeypatch, flags, said
+):
+    monkeypatch.chdir(models_that_do_not_fit)
+    monkeypatch.setattr(distill_lm, "fit", never)
     with pytest.raises(ValueError, match=said):
-        distill_lm.main([*demo[0], "--output", str(tmp_path), *flags])
+        distill_lm.main([*demo[0], "--output", str(tmp_path / "out"), *flags])
+    assert not list(tmp_path.rglob("students"))
+
+
+@pytest.fixture(scope="module")
+def models_that_do_not_fit(demo, tmp_path_factory):
+    _, runs, _ = demo
+    folder = tmp_path_factory.mktemp("models")
+    right = AutoTokenizer.from_pretrained(runs["none"][0]["student"])
+    wrong = {
+        "other-tokens": (text.train_tokenizer(["zyx wvu tsr qpo nml " * 9, *SENTENCES], 300), 16),
+        "other-size": (text.train_tokenizer(SENTENCES, 290), 16),
+        "short": (right, 8),
+    }
+    for name, (tokenizer, length) in wrong.items():
+        model = models.gpt2(1, 16, 2, dropout=0.0, tokenizer=tokenizer, length=length)
+        models.save(model, tokenizer, folder / name)
+    return folder
 
 
 def test_without_the_wikipedia_package_pythons_documentation_is_read(monkeypatch, tmp_path):
@@ -254,6 +305,73 @@ def test_a_saved_folder_is_replaced_as_a_whole(tmp_path):
     ],
 )
 def test_layers_and_pairs_from_flags(flags, expected):
-    args = options.parser("", distill_lm.METHODS).parse_args(flags)
-    chosen = distill_lm.criterion_for("feature", args).layer_map
+    args = distill_lm.parser().parse_args([*flags, "--method", "feature"])
+    chosen = distill_lm.criterion_for(args).layer_map
     assert (chosen.layers, chosen.pairing) == expected
+
+
+def test_work_is_done_once_unless_its_settings_change_or_its_product_is_gone(tmp_path):
+    done = []
+
+    def work(folder):
+        done.append(folder)
+        return {"value": len(done)}
+
+    product = tmp_path / "model"
+    product.mkdir()
+    ask = [cells.cell(tmp_path, "a", {"x": x}, work, product)["value"] for x in (1, 1, 2, 1)]
+    assert ask == [1, 1, 2, 1]
+    product.rmdir()
+    assert cells.cell(tmp_path, "a", {"x": 1}, work, product) == {"value": 3}
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    file = tmp_path / "results.json"
+    files.save_json({"a": 1}, file)
+
+    def half(partial):
+        partial.write_text("half")
+        raise OSError("No space left on device")
+
+    with (
+        pytest.raises(OSError, match=r"results.json could not be written \(No space left"),
+        files.replacing(file) as partial,
+    ):
+        half(partial)
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+    model, notes = new_model(), {"step": 0}
+    checkpoint = Checkpoint(tmp_path, every=0.0, model=model)
+    weights = []
+    for step in (1, 2, 3):
+        torch.manual_seed(step)
+        torch.nn.init.normal_(model.lm_head.weight)
+        weights.append(model.lm_head.weight.detach().clone())
+        checkpoint.save(step, notes | {"step": step})
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-00000002.pt", "step-00000003.pt"]
+    newest = tmp_path / "step-00000003.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"step-00000003.pt can't be read and is passed over"):
+        assert checkpoint.load() == {"step": 2}
+    drawn = torch.rand(3)
+    assert torch.equal(model.lm_head.weight, weights[1])
+    torch.manual_seed(2)
+    torch.nn.init.normal_(torch.empty_like(weights[1]))
+    assert torch.equal(drawn, torch.rand(3))  # random numbers go on as they did after step 2
+
+
+def test_rouge_by_hand():
+    # "the cat sat" and "the cat ran off": 2 shared words of 3 and 4, 1 shared pair of 2 and 3
+    found = evaluation.rouge(["the cat sat"], ["the cat ran off"])
+    assert found == pytest.approx({"rouge_1": 100 * 4 / 7, "rouge_2": 100 * 2 / 5, "rouge_l": 100 * 4 / 7})
+
+
+def test_a_table_shows_means_deviations_and_only_columns_that_are_known():
+    runs = {"teacher": [{"perplexity": 9.0}], "none": [{"perplexity": 10.0}, {"perplexity": 14.0}]}
+    header, _, teacher, none = report.table(runs).splitlines()
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["", "held-out perplexity"]
+    assert "9.0 " in teacher
+    assert "12.0 ± 2.8" in none  # sqrt(((10-12)² + (14-12)²) / (2-1))

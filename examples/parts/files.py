@@ -19,6 +19,12 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*") if partial.is_dir() else [partial]:
             sync(file)
+    except Exception as error:
+        remove(partial)
+        raise OSError(
+            f"{path} could not be written ({error}); nothing of it is left and nothing else is lost: "
+            "free some space, then the same command goes on"
+        ) from error
     except BaseException:
         remove(partial)
         raise

@@ -1,0 +1,103 @@
+"""examples/compare.py in small: equal terms, the cells of a grid, and what a killed study keeps."""
+
+import json
+
+import compare
+import distill_lm
+import pytest
+import tiny
+import torch
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def study(data, tmp_path_factory):
+    """All methods in small: arguments, results, output folder."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("runs")
+    arguments = tiny.flags(data, output)
+    return arguments, compare.main([*arguments, "--seeds", "0", "1"]), output
+
+
+def test_all_methods_start_from_one_student_and_learn(study):
+    _, runs, _ = study
+    assert list(runs) == ["teacher", *compare.METHODS]
+    for seed in (0, 1):
+        found = [runs[method][seed] for method in compare.METHODS]
+        (start,) = {result["curve"][0]["perplexity"] for result in found}
+        assert all(result["perplexity"] < 0.8 * start for result in found)
+        assert len({result["perplexity"] for result in found}) == len(found)  # no two methods are one
+    assert runs["none"][0]["curve"][0] != runs["none"][1]["curve"][0]  # nor two seeds one student
+
+
+def test_training_alone_gets_the_seconds_of_the_slowest_distilled(study):
+    _, runs, _ = study
+    for alone, longer, *distilled in zip(
+        *(runs[m] for m in ("none", "none-same-time", "vanilla", "feature", "both")), strict=True
+    ):
+        slowest = max(found["seconds"] for found in distilled)
+        assert longer["steps"] == round(alone["steps"] * slowest / alone["seconds"])
+
+
+def test_means_and_deviations_are_over_the_seeds(study):
+    _, runs, output = study
+    first, second = (found["perplexity"] for found in runs["vanilla"])
+    summary = json.loads((output / "results.json").read_text())["summary"]["vanilla"]["perplexity"]
+    assert summary["mean"] == pytest.approx((first + second) / 2)
+    assert summary["deviation"] == pytest.approx(abs(first - second) / 2**0.5)
+    assert f"{summary['mean']:.1f} ± {summary['deviation']:.1f}" in (output / "results.md").read_text()
+    assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_study_repeats_no_finished_cell(study, tmp_path, monkeypatch):
+    arguments, runs, output = study
+    cells = sorted((output / "cells").glob("*.json"))
+    (tmp_path / "cells").mkdir()
+    kept = [cell for cell in cells if not cell.name.startswith("feature")]
+    for cell in kept:
+        (tmp_path / "cells" / cell.name).write_bytes(cell.read_bytes())
+    trained, fit = [], distill_lm.fit
+    monkeypatch.setattr(distill_lm, "fit", lambda *a: trained.append(a[-1]) or fit(*a))
+    again = compare.main([*arguments, "--seeds", "0", "1", "--output", str(tmp_path)])
+    assert trained == ["feature (0)", "feature (1)"]
+    for row in runs:
+        assert [x["perplexity"] for x in again[row]] == [x["perplexity"] for x in runs[row]]
+
+
+def test_a_grid_has_every_pair_of_values_and_trains_nothing_twice(data, study, tmp_path, monkeypatch):
+    asked = []
+
+    def fit(distill, student, args, setup, checkpoints, students, title):
+        asked.append((args.method, args.temperature, args.alpha))
+        return {"perplexity": 2.0, "parameters": 1, "seed": args.seed, "steps": 1, "seconds": 1.0,
+                "curve": [{"step": 1, "seconds": 1.0, "perplexity": 2.0}]}  # fmt: skip
+
+    monkeypatch.setattr(distill_lm, "fit", fit)
+    grid = "--methods none vanilla feature --vary temperature 1 2 --vary alpha 0.1 0.5"
+    runs = compare.main([*study[0], *grid.split(), "--output", str(tmp_path)])
+    pairs = [(1.0, 0.1), (1.0, 0.5), (2.0, 0.1), (2.0, 0.5)]
+    assert [x[1:] for x in asked if x[0] == "vanilla"] == pairs
+    assert [x[0] for x in asked].count("none") == 1  # it has neither
+    assert [x[2] for x in asked if x[0] == "feature"] == [0.1, 0.5]  # it has no temperature
+    assert list(runs)[2:5] == [
+        "vanilla, temperature 1, alpha 0.1",
+        "feature, alpha 0.1",
+        "vanilla, temperature 1, alpha 0.5",
+    ]
+
+
+def test_one_by_one_changes_one_flag_at_a_time():
+    args = compare.parser().parse_args(
+        ["--one-by-one", "--vary", "alpha", "0", "1", "--vary", "layers", "last", "0,-1"]
+    )
+    alone = [{"alpha": "0"}, {"alpha": "1"}, {"layers": "last"}, {"layers": "0,-1"}]
+    assert list(compare.changes(args)) == [{}, *alone]
+
+
+def test_the_same_time_needs_something_to_take_it_from(study):
+    with pytest.raises(ValueError, match="'none-same-time' needs 'none' and a method that distils"):
+        compare.main([*study[0], "--methods", "none-same-time"])

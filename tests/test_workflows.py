@@ -1,0 +1,162 @@
+"""Several teachers, chains, phases and summaries in small."""
+
+import chain
+import distill_lm
+import multi_teacher
+import phases
+import pytest
+import summarise
+import tiny
+import torch
+from parts import models, text
+from transformers import AutoModelForCausalLM
+
+import kdloss
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    return tmp_path_factory.mktemp("teachers")
+
+
+def never(*args, **settings):
+    raise AssertionError("this was done before")
+
+
+def close(a, b):
+    return a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-5)
+
+
+def test_several_teachers_are_averaged_by_their_weights(data, teachers, tmp_path, monkeypatch):
+    weights = ["--weights", "0.5,0.5", "1.0,0.0", "0.3,0.7"]
+    arguments = [*tiny.flags(data, tmp_path, teachers), *weights]
+    runs = multi_teacher.main(arguments)
+    found = {row: x[0] for row, x in runs.items()}
+    assert len(found) == 5 + 3 * 2
+    assert not close(found["teacher"], found["teacher 2"])  # each saw its own half
+    assert close(found["probabilities-1.0-0.0"], found["of-teacher-1"])
+    assert close(found["logits-1.0-0.0"], found["of-teacher-1"])
+    distinct = [
+        "of-teacher-1",
+        "of-teacher-2",
+        "probabilities-0.5-0.5",
+        "logits-0.5-0.5",
+        "probabilities-0.3-0.7",
+    ]
+    assert len({found[row]["perplexity"] for row in distinct}) == len(distinct)
+    assert found["none"]["perplexity"] > found["probabilities-0.5-0.5"]["perplexity"]
+    monkeypatch.setattr(distill_lm, "train", never)
+    assert multi_teacher.main(arguments) == runs
+
+
+def test_given_teachers_are_used_and_need_a_weight_each(data, teachers, tmp_path):
+    trained = [str(folder) for folder in teachers.iterdir() if (folder / "config.json").is_file()]
+    given = ["--several", trained[0], trained[0]]
+    arguments = [*tiny.flags(data, tmp_path, teachers, steps=3), *given]
+    found = {row: x[0] for row, x in multi_teacher.main([*arguments, "--weights", "0.5,0.5"]).items()}
+    assert close(found["teacher"], found["teacher 2"])
+    assert close(found["probabilities-0.5-0.5"], found["of-teacher-1"])
+    with pytest.raises(ValueError, match="--weights need one number for each of 2 teachers"):
+        multi_teacher.main([*arguments, "--weights", "0.5,0.3,0.2"])
+
+
+def test_in_a_chain_each_student_is_the_teacher_of_the_next(data, teachers, tmp_path, monkeypatch):
+    asked, fit = [], distill_lm.fit
+
+    def seen(distill, student, *rest):
+        asked.append((distill.teachers[0].num_parameters(), student.num_parameters()))
+        return fit(distill, student, *rest)
+
+    monkeypatch.setattr(distill_lm, "fit", seen)
+    arguments = [*tiny.flags(data, tmp_path, teachers), "--stages", "2x24", "1x16"]
+    runs = chain.main(arguments)
+    assert list(runs) == ["teacher", "2x24", "2x24 > 1x16", "direct", "direct, the chain's time", "none"]
+    teacher, middle, last = (runs[row][0]["parameters"] for row in list(runs)[:3])
+    assert asked == [(teacher, middle), (middle, last), (teacher, last), (teacher, last), (teacher, last)]
+    chained = runs["2x24"][0]["seconds"] + runs["2x24 > 1x16"][0]["seconds"]
+    direct = runs["direct"][0]
+    assert runs["direct, the chain's time"][0]["steps"] == round(
+        direct["steps"] * chained / direct["seconds"]
+    )
+
+    asked.clear()
+    (lost,) = (tmp_path / "cells").glob("2x24-1x16-*.json")
+    lost.unlink()
+    again = chain.main(arguments)
+    assert asked == [(middle, last)]
+    assert again["2x24 > 1x16"][0]["perplexity"] == runs["2x24 > 1x16"][0]["perplexity"]
+
+
+def test_three_phases_go_on_from_one_another(data, teachers, tmp_path, monkeypatch):
+    epochs = ["--train-epochs", "1", "--distil-epochs", "2", "--finetune-epochs", "1", "--hardest", "0.5"]
+    flags = tiny.flags(data, tmp_path, teachers)
+    flags.remove("--steps=20")
+    runs = {row: found[0] for row, found in phases.main([*flags, *epochs]).items()}
+    first, second, third, alone, distilled = list(runs.values())[1:]
+    assert second["curve"][0]["perplexity"] == pytest.approx(first["perplexity"], rel=1e-5)
+    assert third["curve"][0]["perplexity"] == pytest.approx(second["perplexity"], rel=1e-5)
+    assert second["gained"] == pytest.approx(first["perplexity"] - second["perplexity"])
+    assert second["steps"] == 2 * first["steps"]
+    assert third["steps"] == pytest.approx(first["steps"] / 2, abs=1)
+    total = first["steps"] + second["steps"] + third["steps"]
+    assert alone["steps"] == distilled["steps"] == total
+
+
+def test_the_hardest_blocks_are_those_of_the_highest_loss():
+    tokenizer = text.train_tokenizer(tiny.SENTENCES, 300)
+    model = models.gpt2(1, 16, 2, dropout=0.0, tokenizer=tokenizer, length=8)
+    blocks = torch.randint(0, 290, (40, 8))
+    losses = torch.tensor([model(input_ids=b[None], labels=b[None]).loss.item() for b in blocks])
+    chosen = phases.hardest(model, blocks, 0.25)
+    expected = blocks[losses.argsort(descending=True)[:10]]
+    assert {tuple(row) for row in chosen.tolist()} == {tuple(row) for row in expected.tolist()}
+
+
+def test_summaries_are_all_that_counts_and_padding_changes_nothing():
+    batch = summarise.batch_of([([1, 2, 3], [8, 9]), ([4], [7])], pad=0)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 8, 9], [4, 7, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 8, 9], [-100, 7, -100, -100, -100]]
+
+
+def test_a_summarising_student_learns_and_is_measured(teachers, tmp_path, monkeypatch):
+    file = tmp_path / "pairs.jsonl"
+    lines = (f'{{"article": "{s}", "title": "{s.split(",")[0]}"}}' for s in tiny.SENTENCES)
+    file.write_text("\n".join(lines))
+    task = "--document article --summary title --summary-length 12 --max-length 48 --keep-blocks 0,2"
+    flags = tiny.flags(file, tmp_path / "out", teachers, max_length=48, steps=12)
+    runs = summarise.main([*flags, *task.split()])
+    assert list(runs) == ["teacher", "none", "both"]
+    for method in ("none", "both"):
+        found = runs[method][0]
+        assert found["perplexity"] < 0.8 * found["curve"][0]["perplexity"]
+        assert 0 <= found["rouge_2"] <= found["rouge_1"] <= 100
+        assert found["examples"][0]["real"].startswith("Number")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/students" / method).config.n_layer == 2
+    monkeypatch.setattr(distill_lm, "train", never)
+    assert summarise.main([*flags, *task.split()]) == runs
+
+
+def test_perplexity_of_summaries_counts_their_tokens_alone():
+    tokenizer = text.train_tokenizer(tiny.SENTENCES, 300)
+    model = models.gpt2(1, 16, 2, dropout=0.0, tokenizer=tokenizer, length=8).eval()
+    pairs = [([5, 6, 7], [8, 9]), ([4], [7, 11, 12])]
+    values = []
+    for document, summary in pairs:
+        ids = torch.tensor([document + summary])
+        log_probs = model(input_ids=ids).logits.double().log_softmax(-1)[0]
+        values += [log_probs[i - 1, ids[0, i]] for i in range(len(document), ids.shape[1])]
+    expected = torch.stack(values).neg().mean().exp().item()
+    assert summarise.perplexity(model, pairs, pad=0) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_criterion_of_the_task_uses_late_layers_and_alpha_of_a_fifth():
+    args = summarise.parser().parse_args([])
+    criterion = distill_lm.criterion_for(args)
+    assert isinstance(criterion, kdloss.FeatureKD)
+    assert (criterion.alpha, criterion.layer_map.layers) == (0.2, "late")

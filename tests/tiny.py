@@ -1,0 +1,39 @@
+"""Settings with which the examples run in a second: a little text, a tiny teacher, a tiny student."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SENTENCES = [
+    f"Number {i} is {'even' if i % 2 == 0 else 'odd'}, and the number {i + 1} follows right after it."
+    for i in range(400)
+]
+
+
+def data(folder):
+    """A .jsonl file of sentences."""
+    file = folder / "numbers.jsonl"
+    file.write_text("\n".join(json.dumps({"id": str(i), "note": s}) for i, s in enumerate(SENTENCES)))
+    return file
+
+
+def flags(file, output, teachers=None, **more):
+    """The command line of a tiny run."""
+    settings = {
+        "data": file, "samples": 400, "heldout_samples": 40, "max_length": 16, "vocabulary": 300,
+        "teacher_width": 32, "teacher_layers": 3, "teacher_heads": 2, "teacher_lr": 5e-3,
+        "teacher_epochs": 2, "student_width": 16, "student_heads": 2, "student_samples": 60,
+        "steps": 20, "lr": 5e-3, "points": 2, "continuations": 4,
+        "teachers": teachers or output / "teachers", "output": output,
+    } | more  # fmt: skip
+    return [part for name, x in settings.items() for part in (f"--{name.replace('_', '-')}", str(x))]
+
+
+def script(code, *arguments):
+    """Run Python code in a process of its own, where the examples can be imported."""
+    examples = Path(__file__).parent.parent / "examples"
+    environment = os.environ | {"PYTHONPATH": str(examples), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
