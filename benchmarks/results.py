@@ -22,19 +22,20 @@ SMOLLM2 = (
     "--max-length 128 --batch-size 2 --steps 24 --points 1 --heldout-samples 20 --continuations 6 "
     "--samples 1000 --student-samples 300 --save-every 600"
 )
-SMALL = "--samples 6000 --points 3"
-DEEP = f"{SMALL} --epochs 4 --teacher-layers 8 --student-layers 6 --teacher-lr 1e-3 --methods none feature"
+SMALL = "--samples 6000 --points 2 --one-by-one"
 STUDIES = {  # name: flags of compare.py
     "smollm2-20-fresh": f"{SMOLLM2} --keep-blocks {TWENTY}",
     "smollm2-20-little": f"{SMOLLM2} --keep-blocks {TWENTY} --student-blocks 6",
     "smollm2-15-fresh": f"{SMOLLM2} --keep-blocks {FIFTEEN}",
     "smollm2-15-little": f"{SMOLLM2} --keep-blocks {FIFTEEN} --student-blocks 6",
-    "temperature": f"{SMALL} --methods none vanilla --vary temperature 0.5 1 2 4 8",
-    "alpha": f"{SMALL} --methods none vanilla --vary alpha 0 0.1 0.3 0.5 0.7 0.9",
-    "feature-alpha": f"{SMALL} --methods none feature --vary alpha 0.1 0.3 0.5 0.7",
-    "distance": f"{DEEP} --vary distance layer_norm_mse normalized_mse cosine mse",
-    "layers": f"{DEEP} --vary layers last late key auto all",
-    "pairing": f"{DEEP} --layers auto --vary pairing uniform same first last reverse random",
+    "output": (
+        f"{SMALL} --methods none vanilla --vary temperature 0.5 2 4 8 --vary alpha 0 0.3 0.5 0.7 0.9"
+    ),
+    "features": (
+        f"{SMALL} --methods none feature --epochs 3 --teacher-layers 8 --student-layers 6 "
+        "--teacher-lr 1e-3 --layers auto --vary alpha 0.1 0.5 0.7 --vary layers last late key all "
+        "--vary pairing same first last reverse random --vary distance normalized_mse cosine mse"
+    ),
 }
 
 
