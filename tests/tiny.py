@@ -28,7 +28,8 @@ def flags(file, output, teachers=None, **more):
         "steps": 20, "lr": 5e-3, "points": 2, "continuations": 4,
         "teachers": teachers or output / "teachers", "output": output,
     } | more  # fmt: skip
-    return [part for name, x in settings.items() for part in (f"--{name.replace('_', '-')}", str(x))]
+    given = {name.replace("_", "-"): str(x) for name, x in settings.items() if x is not None}
+    return [part for name, x in given.items() for part in (f"--{name}", x)]
 
 
 def script(code, *arguments):
