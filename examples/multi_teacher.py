@@ -63,11 +63,10 @@ def teachers_of(args: argparse.Namespace) -> tuple[setup.Setup, list[PreTrainedM
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Train one student by every teacher alone and by their averages, and write what came of it."""
     args = parser().parse_args(arguments)
+    count = len(args.several or ("first half", "second half"))
+    if any(len(weights) != count for weights in args.weights):
+        raise ValueError(f"--weights need one number for each of {count} teachers, not {args.weights}")
     first, teachers = teachers_of(args)
-    if any(len(weights) != len(teachers) for weights in args.weights):
-        raise ValueError(
-            f"--weights need one number for each of {len(teachers)} teachers, not {args.weights}"
-        )
     each = [replace(first, teacher=t, key=f"{first.key} {t.name_or_path}") for t in teachers]
     known = [distill_lm.teacher_measured(args, one) for one in each]
     best = min(known, key=lambda found: found["perplexity"])
