@@ -36,6 +36,8 @@ STUDIES = {  # name: flags of compare.py
         "--teacher-lr 1e-3 --layers auto --vary alpha 0.1 0.5 0.7 --vary layers last late key all "
         "--vary pairing same first last reverse random --vary distance normalized_mse cosine mse"
     ),
+    "weak-teacher": f"{SMALL} --methods none vanilla --teacher-samples 600 --vary alpha 0.3 0.5 0.7 0.9",
+    "size": f"{SMALL} --methods none vanilla --student-heads 2 --vary student-width 16 32 64 128",
 }
 
 

@@ -12,13 +12,15 @@ the cells that are missing. All other flags are those of distill_lm.py, which tr
 import argparse
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import distill_lm
 from parts import cells, options, report
 
 NONE, SAME_TIME = "none", "none-same-time"
-METHODS = [NONE, "vanilla", "feature", "both", SAME_TIME]
+DISTILLED = ["vanilla", "feature", "both"]
+METHODS = [NONE, *DISTILLED, SAME_TIME]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,37 +75,54 @@ def label(method: str, change: dict[str, str]) -> str:
     return ", ".join([method, *used])
 
 
+@dataclass
+class Cell:
+    """One student to train."""
+
+    row: str
+    change: dict[str, str]
+    method: str
+    seed: int
+    args: argparse.Namespace
+
+
+def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
+    """All cells, each one's settings checked before the first is run."""
+    cells = {}
+    for change, seed, method in itertools.product([*changes(args)], args.seeds, METHODS):
+        row = label(method, change)
+        if method not in args.methods or (row, seed) in cells:  # it varies what this method doesn't use
+            continue
+        chosen = settings([*flags, *(f"--{flag}={value}" for flag, value in change.items())])
+        chosen.seed, chosen.method = seed, method.removesuffix("-same-time")
+        distill_lm.criterion_for(chosen)
+        cells[row, seed] = Cell(row, change, method, seed, chosen)
+    return list(cells.values())
+
+
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Run all cells that are missing, and write what came of all of them."""
     args, flags = parser().parse_known_args(arguments)
     base = settings(flags)
-    methods = [method for method in METHODS if method in args.methods]
-    if SAME_TIME in methods and (NONE not in methods or len(methods) < 3):
+    distilled = [method for method in args.methods if method in DISTILLED]
+    if SAME_TIME in args.methods and not (NONE in args.methods and distilled):
         raise ValueError(f"{SAME_TIME!r} needs {NONE!r} and a method that distils for its time: --methods")
-    setups: dict[str, distill_lm.Setup] = {}
+    todo, setups = plan(args, flags), {}
+    runs: dict[str, list[dict[str, Any]]] = {"teacher": [], **{cell.row: [] for cell in todo}}
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for change, seed, method in itertools.product([*changes(args)], args.seeds, methods):
-        row = label(method, change)
-        if (row, seed) in found:  # a setting that this method doesn't use
-            continue
-        changed = [f"--{flag}={value}" for flag, value in change.items()]
-        cell = settings([*flags, *changed, f"--seed={seed}"])
-        cell.method = method
-        asked = {name: value for name, value in vars(cell).items() if name in prepared_by()}
-        setup = setups.get(cells.key(asked)) or distill_lm.prepare(cell, distill_lm.train)
-        setups = {cells.key(asked): setup}  # one teacher in memory at a time
-        alone = found.get((label(NONE, change), seed))
-        if method == SAME_TIME:
-            slowest = max(found[label(m, change), seed]["seconds"] for m in methods[1:-1])
-            cell.method, cell.steps = NONE, round(alone["steps"] * slowest / alone["seconds"])
-        print(f"{row}, seed {seed}")
-        teacher = distill_lm.teacher_measured(cell, setup)
-        result = distill_lm.measured(cell, setup)
-        found[row, seed] = report.beside(result, teacher, alone)
-        found.setdefault(("teacher", 0), report.beside(teacher, teacher))
-    rows = dict.fromkeys(row for row, _ in found)
-    runs = {row: [result for (name, _), result in found.items() if name == row] for row in rows}
-    runs = {"teacher": runs.pop("teacher")} | runs
+    for nth, cell in enumerate(todo, start=1):
+        print(f"{nth} of {len(todo)}: {cell.row}, seed {cell.seed}")
+        asked = cells.key({name: x for name, x in vars(cell.args).items() if name in prepared_by()})
+        setup = setups.get(asked) or distill_lm.prepare(cell.args, distill_lm.train)
+        setups = {asked: setup}  # one teacher in memory at a time
+        teacher = distill_lm.teacher_measured(cell.args, setup)
+        runs["teacher"] = runs["teacher"] or [report.beside(teacher, teacher)]
+        alone = found.get((label(NONE, cell.change), cell.seed))
+        if cell.method == SAME_TIME:
+            slowest = max(found[label(m, cell.change), cell.seed]["seconds"] for m in distilled)
+            cell.args.steps = round(alone["steps"] * slowest / alone["seconds"])
+        found[cell.row, cell.seed] = distill_lm.measured(cell.args, setup)
+        runs[cell.row].append(report.beside(found[cell.row, cell.seed], teacher, alone))
     print(report.write(runs, vars(base) | vars(args), base.output, distill_lm.NOTES))
     return runs
 

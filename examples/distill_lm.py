@@ -211,6 +211,7 @@ def parser(description: str | None = __doc__, **settings: Any) -> argparse.Argum
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Train the student alone and with the teacher, and write what came of both."""
     args = parser().parse_args(arguments)
+    criterion_for(args)  # settings that can't be are refused before a teacher is trained
     setup = prepare(args, train)
     teacher = teacher_measured(args, setup)
     without = argparse.Namespace(**(vars(args) | {"method": "none"}))

@@ -101,3 +101,10 @@ def test_one_by_one_changes_one_flag_at_a_time():
 def test_the_same_time_needs_something_to_take_it_from(study):
     with pytest.raises(ValueError, match="'none-same-time' needs 'none' and a method that distils"):
         compare.main([*study[0], "--methods", "none-same-time"])
+
+
+@pytest.mark.parametrize(("vary", "said"), [("alpha 0.1 1.5", "alpha"), ("layers last lats", "lats")])
+def test_a_value_that_cannot_be_is_refused_before_the_first_cell(study, monkeypatch, vary, said):
+    monkeypatch.setattr(distill_lm, "prepare", None)
+    with pytest.raises(ValueError, match=said):
+        compare.main([*study[0], "--vary", *vary.split()])
