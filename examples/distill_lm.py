@@ -66,28 +66,34 @@ def train(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[dict[str, Tensor]],
     steps: int,
-    perplexity: Callable[[PreTrainedModel], float],
-    checkpoint: Checkpoint | None = None,
+    perplexity: Callable[[PreTrainedModel], float] | None = None,
+    checkpoints: Path | None = None,
     *,
+    save_every: float = 60.0,
     points: int = 6,
     title: str = "student",
 ) -> list[dict[str, float]]:
     """Train the student; returns its learning curve, the seconds without those of evaluation."""
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    checkpoint = checkpoint or Checkpoint(None)
-    checkpoint.parts = {
+    states = {
         "student": student,
         "criterion": distill.criterion,
         "optimizer": optimizer,
         "schedule": schedule,
     }
-    done = checkpoint.load()
-    if done is None:
-        start = {"step": 0, "tokens": 0, "seconds": 0.0, "perplexity": perplexity(student)}
-        done = {"step": 0, "tokens": 0, "seconds": 0.0, "curve": [start]}
+    checkpoint = Checkpoint(checkpoints, every=save_every, **states)
+    done = checkpoint.load() or {"step": 0, "tokens": 0, "seconds": 0.0, "curve": []}
+
+    def measure() -> None:
+        """One point of the learning curve."""
+        reached = {name: done[name] for name in ("step", "tokens", "seconds")}
+        done["curve"].append(reached | {"perplexity": perplexity(student)})
+
+    if perplexity is not None and done["step"] == 0:
+        measure()
     student.train()
-    device, curve = student.device, done["curve"]
+    device = student.device
     rest = islice(batches, done["step"], steps)
     bar = tqdm(rest, title, steps, initial=done["step"], unit="step", dynamic_ncols=True)
     for step, batch in enumerate(bar, start=done["step"] + 1):
@@ -102,11 +108,13 @@ def train(
         done["seconds"] += evaluation.clock(device) - start
         done["tokens"] += batch["input_ids"].numel()
         if step * points // steps > (step - 1) * points // steps:
-            reached = {name: done[name] for name in ("step", "tokens", "seconds")}
-            curve.append(reached | {"perplexity": perplexity(student)})
-            bar.set_postfix(loss=f"{out.loss.item():.3f}", held_out=f"{curve[-1]['perplexity']:.1f}")
+            shown = {"loss": f"{out.loss.item():.3f}"}
+            if perplexity is not None:
+                measure()
+                shown["held_out"] = f"{done['curve'][-1]['perplexity']:.1f}"
+            bar.set_postfix(shown)
         checkpoint.save(step, done)
-    return curve
+    return done["curve"]
 
 
 def fit(
@@ -130,7 +138,8 @@ def fit(
         text.batches(blocks, args.batch_size, steps, args.seed),
         steps,
         partial(evaluation.perplexity, blocks=setup.heldout),
-        Checkpoint(checkpoints, every=args.save_every),
+        checkpoints,
+        save_every=args.save_every,
         points=args.points,
         title=title,
     )

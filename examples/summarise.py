@@ -20,7 +20,6 @@ from typing import Any
 import distill_lm
 import torch
 from parts import cells, evaluation, models, options, report, setup, text
-from parts.checkpoint import Checkpoint
 from torch import Tensor
 from torch.optim import AdamW
 from tqdm import tqdm
@@ -176,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
             batches(pairs, tokenizer.pad_token_id, steps, args),
             steps,
             partial(perplexity, pairs=unseen, pad=tokenizer.pad_token_id),
-            Checkpoint(folder, every=args.save_every),
+            folder,
+            save_every=args.save_every,
             points=args.points,
             title=method,
         )

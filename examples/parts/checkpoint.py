@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from parts.files import remove, replacing
+from parts.files import replacing
 
 
 class Checkpoint:
@@ -50,11 +50,6 @@ class Checkpoint:
         for old in self._files()[2:]:
             old.unlink()
         self.saved = time.monotonic()
-
-    def remove(self) -> None:
-        """Nothing is left to go on with: what came of the training is kept elsewhere."""
-        if self.folder is not None:
-            remove(self.folder)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.pt"), reverse=True) if self.folder is not None else []

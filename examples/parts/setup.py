@@ -11,8 +11,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kdloss
-from parts import cells, evaluation, models, text
-from parts.checkpoint import Checkpoint
+from parts import cells, evaluation, files, models, text
 
 Train = Callable[..., Any]  # distill_lm.train
 
@@ -78,19 +77,19 @@ def teacher_of(
     blocks = text.pack(text.tokenize(tokenizer, texts), args.max_length).to(args.device)
     steps = args.teacher_epochs * -(-len(blocks) // args.batch_size)
     alone = kdloss.Distiller(teacher.to(args.device), kdloss.VanillaKD(alpha=1.0))
-    checkpoint = Checkpoint(args.teachers / f"{key}.checkpoint", every=args.save_every)
+    unfinished = args.teachers / f"{key}.checkpoints"
     train(
         alone,
         teacher,
         AdamW(teacher.parameters(), lr=args.teacher_lr),
         text.batches(blocks, args.batch_size, steps, seed=0),
         steps,
-        lambda model: float("nan"),
-        checkpoint,
+        checkpoints=unfinished,
+        save_every=args.save_every,
         title="teacher",
     )
     models.save(teacher, tokenizer, folder)
-    checkpoint.remove()
+    files.remove(unfinished)
     print(f"teacher: kept in {folder}")
     return models.load(str(folder))
 
