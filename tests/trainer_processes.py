@@ -60,6 +60,7 @@ def two_steps_of(rank, port, folder):
     for model in (student, distill.criterion, *distill._teachers):
         model.double()
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
+    settings["per_device_eval_batch_size"] = 1
     saving = {"save_strategy": "steps", "save_steps": 2}
     trainer = make(folder, student, distill, ddp_backend="gloo", **settings, **saving)
     trainer.train()
