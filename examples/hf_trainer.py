@@ -16,11 +16,10 @@ import os
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from matplotlib.figure import Figure
 from parts import evaluation, models, text
 from parts.trainer import DistillationTrainer, whole
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -30,45 +29,51 @@ import kdloss
 def train(
     folder: Path,
     student: PreTrainedModel,
-    distill: kdloss.Distiller,
-    data: dict[str, Dataset],
+    teacher: PreTrainedModel,
+    criterion: nn.Module,
+    blocks: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     steps: int,
     flags: argparse.Namespace,
 ) -> None:
     """Train a student into `folder`, unless it is there; its perplexities are in result.json."""
-    if folder.is_dir():
-        return
     arguments = TrainingArguments(
         output_dir=str(flags.output / "checkpoints" / folder.name),
         max_steps=steps,
         per_device_train_batch_size=flags.batch_size,
         learning_rate=flags.learning_rate,
         bf16=flags.bf16,
-        use_cpu=flags.bf16 and not torch.cuda.is_available(),  # where bf16 has to be insisted on
         seed=flags.seed,
         logging_steps=max(1, steps // 5),
         eval_strategy="steps",
-        save_total_limit=1,
         save_steps=max(1, steps // 5),
+        save_total_limit=1,
+        use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
     )
+    teacher.to(arguments.device)
+    if folder.is_dir():
+        return
+    data = {name: [{"input_ids": x, "labels": x} for x in part] for name, part in blocks.items()}
     trainer = DistillationTrainer(
         student,
         arguments,
-        distill=distill,
+        distill=kdloss.Distiller(teacher, criterion),
         train_dataset=data["train"],
         eval_dataset=data["held-out"],
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=True)
-    measured = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    curve = [(entry["step"], math.exp(min(entry["eval_loss"], 700))) for entry in measured]
     if trainer.is_world_process_zero():
+        measured = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        result = {
+            "perplexity": evaluation.perplexity(student, blocks["held-out"]),
+            # a little different at the end: the Trainer gives a last, smaller batch full weight
+            "curve": [(entry["step"], math.exp(min(entry["eval_loss"], 700))) for entry in measured],
+        }
         with whole(folder) as partial:
             trainer.save_model(str(partial))
-            result = {"perplexity": curve[-1][1], "curve": curve}
             (partial / "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
 
@@ -172,23 +177,21 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         name: text.pack(text.tokenize(tokenizer, part), flags.max_length)
         for name, part in (("train", texts[held_out:]), ("held-out", texts[:held_out]))
     }
-    data = {name: Dataset.from_dict({"input_ids": x, "labels": x}) for name, x in blocks.items()}
     fingerprint = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     claim(flags.output, {n: v for n, v in vars(flags).items() if n != "output"} | {"texts": fingerprint})
 
     alone = kdloss.VanillaKD(alpha=1.0)  # cross-entropy; the teacher does not even run
     if not flags.teacher:
         folder = flags.output / "teacher"
-        train(folder, teacher, kdloss.Distiller(teacher, alone), data, tokenizer, 2 * flags.steps, flags)
+        train(folder, teacher, teacher, alone, blocks, tokenizer, 2 * flags.steps, flags)
         teacher, _ = models.load(str(folder))
-    teacher.to(torch.accelerator.current_accelerator() or "cpu")
     distilling = kdloss.FeatureKD(
         distance=kdloss.layer_norm_mse, alpha=flags.alpha, temperature=flags.temperature, logit_weight=1.0
     )
     results = {}
     for name, criterion in (("cross-entropy", alone), ("distilled", distilling)):
         folder, student = flags.output / name, new_student(tokenizer, flags)
-        train(folder, student, kdloss.Distiller(teacher, criterion), data, tokenizer, flags.steps, flags)
+        train(folder, student, teacher, criterion, blocks, tokenizer, flags.steps, flags)
         results[name] = json.loads((folder / "result.json").read_text())
     level = evaluation.perplexity(teacher, blocks["held-out"])
     if int(os.environ.get("RANK", 0)) == 0:

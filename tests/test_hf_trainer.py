@@ -404,10 +404,12 @@ def test_the_script_compares_two_students_and_writes_them(example, data):
     for name, value in {n: s["perplexity"] for n, s in found["students"].items()}.items():
         student = AutoModelForCausalLM.from_pretrained(example / name)
         tokenizer = AutoTokenizer.from_pretrained(example / name)
-        held_out = text.pack(text.tokenize(tokenizer, texts[:4]), 16)
+        held_out = text.pack(text.tokenize(tokenizer, texts[: len(texts) // 10]), 16)
         assert value == pytest.approx(evaluation.perplexity(student, held_out), rel=1e-5)
-        assert found["students"][name]["curve"][-1] == [5, value]
-        assert 1 < value < found["students"][name]["curve"][0][1]
+        steps, curve = zip(*found["students"][name]["curve"], strict=True)
+        assert steps == (1, 2, 3, 4, 5)
+        assert curve[-1] == pytest.approx(value, rel=0.02)
+        assert 1 < value < curve[0]
     assert saved(example / "cross-entropy").keys() == {"model.safetensors"}
     assert saved(example / "distilled").keys() == {"model.safetensors", "criterion.safetensors"}
     before, after = (load_file(example / name / "model.safetensors") for name in STUDENTS)
