@@ -136,6 +136,8 @@ def report(folder: Path, teacher: float, students: dict[str, dict]) -> None:
         axes.plot(*zip(*student["curve"], strict=True), marker=".", label=name)
     axes.axhline(teacher, color="black", linestyle=":", label="teacher")
     axes.set(xlabel="training steps", ylabel="held-out perplexity", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.legend()
     with whole(folder / "curves.png") as partial:
         figure.savefig(partial, format="png", dpi=110)

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from families import batch, build
 from parts.trainer import DistillationTrainer, whole
 from torch import nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import kdloss
 
@@ -63,6 +64,9 @@ def two_steps_of(rank, port, folder):
     settings["per_device_eval_batch_size"] = 1
     saving = {"save_strategy": "steps", "save_steps": 2}
     trainer = make(folder, student, distill, ddp_backend="gloo", **settings, **saving)
+    if rank == 1:
+        save = Trainer._save_rng_state
+        Trainer._save_rng_state = lambda *args: time.sleep(0.5) or save(*args)
     trainer.train()
     weights = [p.detach() for p in [*student.parameters(), *distill.criterion.parameters()]]
     torch.save((weights, trainer.evaluate()["eval_loss"]), f"{folder}/{rank}.pt")
