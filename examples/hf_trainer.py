@@ -48,7 +48,7 @@ def train(
         eval_strategy="steps",
         save_steps=max(1, steps // 5),
         save_total_limit=1,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
     )
@@ -151,7 +151,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     add = parser.add_argument
     add("--teacher", help="folder, .gguf file or hub name (default: train a small one first)")
     add("--student", help="folder, .gguf file or hub name (default: a new GPT-2 of 2 blocks)")
-    add("--lora", type=int, metavar="RANK", help="train LoRA adapters of this rank on the student only")
+    add(
+        "--lora", type=int, metavar="RANK", help="train LoRA adapters of this rank on the student (by peft)"
+    )
     add("--data", help=".jsonl, .json, .csv, .txt or a dataset's name (default: packaged)")
     add("--samples", type=int, default=2000, help="number of texts (%(default)s)")
     add("--max-length", type=int, default=128, help="tokens in a block of text (%(default)s)")

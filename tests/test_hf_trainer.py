@@ -157,7 +157,8 @@ def test_labels_that_are_all_ignored_change_nothing(tmp_path):
     data = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows()]
     student, distill = pair()
     before = trained(student, distill)
-    make(tmp_path, student, distill, data).train()
+    done = make(tmp_path, student, distill, data, logging_nan_inf_filter=False).train()
+    assert done.training_loss == 0
     assert all(map(torch.equal, trained(student, distill), before))
 
 
@@ -185,6 +186,11 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
     arguments._n_gpu = 2
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
         hf_trainer.DistillationTrainer(student, arguments, distill=distill)
+
+
+def test_another_loss_beside_the_distillers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="leave out label_smoothing_factor"):
+        make(tmp_path, *pair(), label_smoothing_factor=0.1)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -382,7 +388,7 @@ def test_a_full_disk_leaves_whole_checkpoints_only_and_says_so(full_at, run, und
 
 WORDS = "the teacher knows what the student will learn from every page of this book"
 LINES = [{"id": i, "text": f"{WORDS[i % 7 :]} {WORDS[: i % 11]}"} for i in range(40)]
-STUDENTS = {"cross-entropy", "distilled"}
+NAMES = ["cross-entropy", "distilled"]
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +423,7 @@ def results(output):
 
 def test_the_script_compares_two_students_and_writes_them(example, data):
     found = results(example)
-    assert set(found["students"]) == STUDENTS
+    assert list(found["students"]) == NAMES
     assert (example / "curves.png").read_bytes().startswith(b"\x89PNG")
     texts = text.read_texts(str(data))
     for name, value in {n: s["perplexity"] for n, s in found["students"].items()}.items():
@@ -431,7 +437,7 @@ def test_the_script_compares_two_students_and_writes_them(example, data):
         assert 1 < value < curve[0]
     assert saved(example / "cross-entropy").keys() == {"model.safetensors"}
     assert saved(example / "distilled").keys() == {"model.safetensors", "criterion.safetensors"}
-    before, after = (load_file(example / name / "model.safetensors") for name in STUDENTS)
+    before, after = (load_file(example / name / "model.safetensors") for name in NAMES)
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
@@ -439,12 +445,8 @@ def test_the_same_command_again_after_any_number_of_kills_gives_the_same_results
     example, command, start, run, tmp_path
 ):
     output = tmp_path / "out"
-    for begun in (
-        "checkpoints/teacher/*",
-        "teacher*",
-        "checkpoints/cross-entropy/*",
-        "checkpoints/distilled/*",
-    ):
+    later = "checkpoints/teacher/checkpoint-[4-8]", *(f"checkpoints/{n}/checkpoint-[2-5]" for n in NAMES)
+    for begun in (later[0], "teacher*", *later[1:]):
         process = start(script, command(output))
         while process.is_alive() and not any(output.glob(begun)):
             time.sleep(0.0005)
@@ -454,8 +456,12 @@ def test_the_same_command_again_after_any_number_of_kills_gives_the_same_results
     assert not (output / "results.json").exists()
     assert run(script, command(output)) == 0
     assert results(output) == results(example)
-    for name in ("teacher", *STUDENTS):
+    for name in ("teacher", *NAMES):
         assert saved(output / name) == saved(example / name)
+        first, *again = (output / "checkpoints" / name / "starts").read_text().split()
+        assert first == "0"
+        assert again
+        assert "0" not in again
 
 
 def test_a_full_disk_costs_no_finished_student(example, command, run, tmp_path):
@@ -502,7 +508,7 @@ def small(data, tmp_path_factory):
 def test_a_student_deeper_than_its_teacher_learns_with_lora_in_bf16(small, command, tmp_path):
     flags = ("--teacher", small(2), "--student", small(5), "--lora", 2, "--bf16", "--seed", 3)
     found = hf_trainer.main(command(tmp_path / "out", *flags))
-    assert set(found) == STUDENTS
+    assert list(found) == NAMES
     assert all(1 < student["perplexity"] < 1000 for student in found.values())
     assert (tmp_path / "out/distilled/adapter_model.safetensors").is_file()
     assert not (tmp_path / "out/teacher").exists()

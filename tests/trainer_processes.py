@@ -81,6 +81,14 @@ class StartNoted(TrainerCallback):
             file.write(f"{state.global_step}\n")
 
 
+class Noted(DistillationTrainer):
+    """Notes which step it begins at."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.add_callback(StartNoted())
+
+
 class DiskFull(TrainerCallback):
     """No file may grow beyond this size any more, from a step on."""
 
@@ -193,4 +201,5 @@ def script(argv, full=None):
     sys.stderr = open(output.with_suffix(".stderr"), "w")  # noqa: SIM115
     if full is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (full, resource.RLIM_INFINITY))
+    hf_trainer.DistillationTrainer = Noted
     hf_trainer.main(argv)

@@ -29,6 +29,10 @@ class DistillationTrainer(Trainer):
                 f"hook reaches; start it by torchrun --nproc-per-node {self.args.n_gpu} SCRIPT, or with "
                 "CUDA_VISIBLE_DEVICES=0"
             )
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            raise ValueError(
+                "the distiller computes the loss; leave out label_smoothing_factor and compute_loss_func"
+            )
         self.model_accepts_loss_kwargs = True  # the distiller takes num_items_in_batch for it
         self.distill, self.criterion = distill.prepare(self.model), distill.criterion
 
@@ -43,10 +47,10 @@ class DistillationTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one step and their labels that count: over all, per process.
+        """The micro-batches of one step, and how many labels in them count (those of padding are -100).
 
-        The Trainer's own count includes labels that GPT-2 never predicts. The loss is divided by the
-        mean over processes since DDP averages the gradients.
+        The Trainer's own count includes labels that GPT-2 never predicts. It is the mean over
+        processes, as DDP averages the gradients.
         """
         if self.state.global_step >= self.state.max_steps:
             return [], None  # resumed at the end, where the Trainer would go one step too far
