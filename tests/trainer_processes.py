@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -123,7 +124,9 @@ class Mortal:
 
 
 def save_half(state, path):
-    """A TrainerState that dies while it is written."""
+    """A TrainerState that dies while it is written, at step 4."""
+    if state.global_step != 4:
+        return save_to_json(state, path)
     whole_text = Path(path).with_name("whole")
     save_to_json(state, whole_text)
     text = whole_text.read_text()
@@ -138,8 +141,8 @@ save_to_json = TrainerState.save_to_json
 def seven_steps(folder, where=None, at=None, full=None):
     """Train to step 7, a checkpoint each 2, from whatever is in the folder; the end is `folder/final`.
 
-    The process dies `where` it is told ("save", "step", "state" at step 4, "end"), at its `at`-th call;
-    or the disk is `full` at a size.
+    The process dies `where` it is told, at its `at`-th call: in "step", "save", "state" (half-written)
+    or "rotation" (half-removed) at step 4, or at the "end". Or the disk is `full` at a size.
     """
     torch.set_num_threads(1)
     os.makedirs(folder, exist_ok=True)
@@ -172,14 +175,15 @@ def seven_steps(folder, where=None, at=None, full=None):
         trainer._save_checkpoint = watched(trainer._save_checkpoint, at_step(4))
     if where == "step":
         trainer.training_step = watched(trainer.training_step, at_step(4))
+    if where == "rotation":
+
+        def half_removed(checkpoint, ignore_errors):
+            Path(checkpoint, "model.safetensors").unlink()
+            die()
+
+        shutil.rmtree = half_removed  # what removes checkpoint-2 when checkpoint-4 is there
     if where == "state":
-        save = trainer._save_checkpoint
-
-        def half(*args):
-            TrainerState.save_to_json = save_half if trainer.state.global_step == 4 else save_to_json
-            save(*args)
-
-        trainer._save_checkpoint = half
+        TrainerState.save_to_json = save_half
     try:
         trainer.train(resume_from_checkpoint=True)
 
