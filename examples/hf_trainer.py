@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from parts import evaluation, models, text
-from parts.trainer import DistillationTrainer, whole
+from parts.files import replacing, save_json
+from parts.trainer import DistillationTrainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.utils.logging import disable_progress_bar
 
 import kdloss
 
@@ -72,42 +72,29 @@ def train(
             # a little different at the end: the Trainer gives a last, smaller batch full weight
             "curve": [(entry["step"], math.exp(min(entry["eval_loss"], 700))) for entry in measured],
         }
-        with whole(folder) as partial:
+        with replacing(folder) as partial:
             trainer.save_model(str(partial))
             (partial / "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
 
 
-def new_student(tokenizer: PreTrainedTokenizerBase, flags: argparse.Namespace) -> nn.Module:
+def new_student(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: argparse.Namespace
+) -> nn.Module:
     """The student before training, the same one each time."""
     set_seed(flags.seed)
     if flags.student:
-        student, _ = models.load(flags.student)
+        student, own_tokenizer = models.load(flags.student)
+        models.check_vocabulary(student, teacher, own_tokenizer, tokenizer)
     else:
         student = models.gpt2(2, 64, 4, dropout=0.1, tokenizer=tokenizer, length=flags.max_length)
+        student.resize_token_embeddings(teacher.config.vocab_size)  # some are padded
+    models.check_length(student, flags.max_length, "student")
     if flags.lora:
         from peft import LoraConfig, get_peft_model
 
         student = get_peft_model(student, LoraConfig(r=flags.lora, target_modules="all-linear"))
     return student
-
-
-def check(student: nn.Module, teacher: PreTrainedModel, max_length: int) -> None:
-    """Refuse before training what could not work in it."""
-    of_student, of_teacher = (model.config.get_text_config() for model in (student, teacher))
-    for name, config in (("student", of_student), ("teacher", of_teacher)):
-        context = getattr(config, "max_position_embeddings", None) or max_length
-        if max_length > context:
-            raise ValueError(
-                f"the {name}'s context has {context} tokens, got --max-length {max_length}; "
-                f"write --max-length {context}"
-            )
-    if of_student.vocab_size != of_teacher.vocab_size:
-        raise ValueError(
-            f"the student's vocabulary has {of_student.vocab_size} tokens, the teacher's "
-            f"{of_teacher.vocab_size}; write --student with a model that has the teacher's tokenizer "
-            "(and student.resize_token_embeddings(...) where only the padding differs)"
-        )
 
 
 def claim(folder: Path, settings: dict[str, object]) -> None:
@@ -121,15 +108,12 @@ def claim(folder: Path, settings: dict[str, object]) -> None:
                 "another folder, or delete this one"
             )
     elif int(os.environ.get("RANK", 0)) == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(file) as partial:
-            partial.write_text(json.dumps(settings, indent=1))
+        save_json(settings, file)
 
 
 def report(folder: Path, teacher: float, students: dict[str, dict]) -> None:
     """Results as JSON and as a picture."""
-    with whole(folder / "results.json") as partial:
-        partial.write_text(json.dumps({"teacher": teacher, "students": students}, indent=1))
+    save_json({"teacher": teacher, "students": students}, folder / "results.json")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, student in students.items():
@@ -139,7 +123,7 @@ def report(folder: Path, teacher: float, students: dict[str, dict]) -> None:
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.legend()
-    with whole(folder / "curves.png") as partial:
+    with replacing(folder / "curves.png") as partial:
         figure.savefig(partial, format="png", dpi=110)
 
 
@@ -166,7 +150,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--output", type=Path, default=Path("runs/hf_trainer"), help="folder of results (%(default)s)")
     flags = parser.parse_args(argv)
-    disable_progress_bar()  # of files; the Trainer's own stays
 
     texts = text.read_texts(flags.data, limit=flags.samples)
     set_seed(flags.seed)
@@ -175,7 +158,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     else:
         tokenizer = text.train_tokenizer(texts, vocabulary=2048)
         teacher = models.gpt2(4, 128, 4, dropout=0.1, tokenizer=tokenizer, length=flags.max_length)
-    check(new_student(tokenizer, flags), teacher, flags.max_length)
+    models.check_length(teacher, flags.max_length, "teacher")
+    new_student(teacher, tokenizer, flags)  # what does not fit is refused before anything is trained
     held_out = max(1, len(texts) // 10)
     blocks = {
         name: text.pack(text.tokenize(tokenizer, part), flags.max_length)
@@ -194,7 +178,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     )
     results = {}
     for name, criterion in (("cross-entropy", alone), ("distilled", distilling)):
-        folder, student = flags.output / name, new_student(tokenizer, flags)
+        folder, student = flags.output / name, new_student(teacher, tokenizer, flags)
         train(folder, student, teacher, criterion, blocks, tokenizer, flags.steps, flags)
         results[name] = json.loads((folder / "result.json").read_text())
     level = evaluation.perplexity(teacher, blocks["held-out"])

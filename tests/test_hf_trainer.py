@@ -72,7 +72,7 @@ def exact(kind):
     student, distill = pair("llama" if kind == "llama" else "gpt2")
     if kind == "strict":
         student.__class__ = Strict
-    for model in (student, distill.criterion, *distill._teachers):
+    for model in (student, distill.criterion, *distill.teachers):
         model.double()
     return student, distill
 
@@ -166,7 +166,7 @@ def test_bf16_is_near_fp32_and_covers_the_teacher_but_no_weight(tmp_path):
     def step(**settings):
         student, distill = pair()
         before, seen = trained(student, distill), []
-        (teacher,) = distill._teachers
+        (teacher,) = distill.teachers
         teacher.transformer.h[0].mlp.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
         make(tmp_path, student, distill, max_steps=1, **settings).train()
         after = trained(student, distill)
@@ -259,7 +259,7 @@ def test_a_checkpoint_holds_student_and_projections_and_no_teacher(tmp_path):
     assert shapes == sorted(tuple(p.shape) for p in weights for _ in range(2))
     rest = [x for n, x in found.items() if not n.startswith("optimizer")]
     assert all(x.dtype in (torch.uint8, torch.int64) for x in rest)
-    (teacher,) = distill._teachers
+    (teacher,) = distill.teachers
     values = {p.flatten()[:3].sum().item() for p in teacher.parameters() if p.std() > 0}
     assert not any(x.flatten()[:3].sum().item() in values for x in tensors_of(checkpoint).values())
     for file in checkpoint.iterdir():  # and no file is larger than what was found in it
@@ -376,8 +376,8 @@ def test_a_full_disk_leaves_whole_checkpoints_only_and_says_so(full_at, run, und
     sizes = {f.name: f.stat().st_size for f in (reference / "checkpoint-7").iterdir()}
     assert run(seven_steps, str(tmp_path), None, None, sizes[full_at] - 1) == 1
     said = (tmp_path / "stderr").read_text()
-    assert f"OSError: could not write {tmp_path}/checkpoint-4" in said
-    assert "make room, then run the same command again" in said
+    assert f"OSError: {tmp_path}/checkpoint-4 could not be written (" in said
+    assert "earlier checkpoints are whole: free some space, then the same command goes on" in said
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert run(seven_steps, str(tmp_path)) == 0
     assert (tmp_path / "starts").read_text().split() == ["0", "2"]
@@ -473,7 +473,7 @@ def test_a_full_disk_costs_no_finished_student(example, command, run, tmp_path):
     size = len(saved(example / "distilled")["model.safetensors"])
     assert run(script, command(output), size - 1) == 1
     said = output.with_suffix(".stderr").read_text()
-    assert f"could not write {output}/checkpoints/distilled/checkpoint-1" in said
+    assert f"{output}/checkpoints/distilled/checkpoint-1 could not be written" in said
     for unwanted in ("**/*.partial", "**/distilled/checkpoint-*", "distilled", "results.json"):
         assert not list(output.glob(unwanted))
     assert run(script, command(output)) == 0
@@ -514,16 +514,17 @@ def test_a_student_deeper_than_its_teacher_learns_with_lora_in_bf16(small, comma
     assert not (tmp_path / "out/teacher").exists()
 
 
+def test_a_new_student_has_the_words_of_a_teacher_with_padded_embeddings(small, command, tmp_path):
+    flags = ("--teacher", small(2, more_tokens=3), "--steps", 1)
+    assert list(hf_trainer.main(command(tmp_path / "out", *flags))) == NAMES
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
-        (
-            {},
-            {"context": 8},
-            "the teacher's context has 8 tokens, got --max-length 16; write .* 8",
-        ),
-        ({"context": 12}, {}, "the student's context has 12 tokens, got --max-length 16"),
-        ({"more_tokens": 3}, {}, "the student's vocabulary has 303 tokens, the teacher's 300;"),
+        ({}, {"context": 8}, "the teacher reads 8 tokens, not 16: write --max-length 8"),
+        ({"context": 12}, {}, "the student reads 12 tokens, not 16: write --max-length 12"),
+        ({"more_tokens": 3}, {}, "the student has a vocabulary of 303 tokens, the teacher one of 300"),
     ],
 )
 def test_models_that_do_not_fit_are_refused_before_anything_is_written(
@@ -535,9 +536,16 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_column_without_text_is_refused_before_anything_is_written(command, tmp_path):
-    file = tmp_path / "empty.jsonl"
-    file.write_text("\n".join(json.dumps({"text": ""}) for _ in range(9)))
-    with pytest.raises(ValueError, match="empty"):
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([json.dumps({"text": ""})] * 9, "empty"),
+        ([json.dumps({"text": "a"}), "{"], "line 2 of .*bad.jsonl"),
+    ],
+)
+def test_text_that_cannot_be_read_is_refused_before_anything_is_written(lines, message, command, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
         hf_trainer.main(command(tmp_path / "out", "--data", file))
     assert not (tmp_path / "out").exists()

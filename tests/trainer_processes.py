@@ -12,7 +12,8 @@ from pathlib import Path
 import hf_trainer
 import torch
 from families import batch, build
-from parts.trainer import DistillationTrainer, whole
+from parts.files import replacing
+from parts.trainer import DistillationTrainer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
@@ -59,7 +60,7 @@ def two_steps_of(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     student, distill = pair(seed=rank)  # unequal projections; rank 0's count
-    for model in (student, distill.criterion, *distill._teachers):
+    for model in (student, distill.criterion, *distill.teachers):
         model.double()
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
     settings["per_device_eval_batch_size"] = 1
@@ -188,7 +189,7 @@ def seven_steps(folder, where=None, at=None, full=None):
         trainer.train(resume_from_checkpoint=True)
 
         def finish():
-            with whole(Path(folder, "final")) as partial:
+            with replacing(Path(folder, "final")) as partial:
                 trainer.save_model(partial)
 
         watched(finish, lambda: where == "end")()

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import broadcast
@@ -104,8 +102,14 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         (folder / "trainer_state.json").unlink(missing_ok=True)  # of an earlier run
-        with removed_on_failure(folder):
+        try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own kinds
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"{folder} could not be written ({error}); nothing of it is left and earlier checkpoints "
+                "are whole: free some space, then the same command goes on"
+            ) from error
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -122,27 +126,3 @@ def newest_whole(folder: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(checkpoint, ignore_errors=True)
     return None
-
-
-@contextmanager
-def removed_on_failure(path: Path) -> Iterator[None]:
-    """Leave nothing half-written on a full disk, and say what to do."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(path, ignore_errors=True)
-        path.unlink(missing_ok=True)
-        raise OSError(
-            f"could not write {path}: {error}\nwhat was finished before is whole: make room, then run "
-            "the same command again"
-        ) from error
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Another name to write under, so that what has this name is always whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with removed_on_failure(partial):
-        yield partial
-        partial.replace(path)
