@@ -1,159 +1,193 @@
 """Distil a causal language model with the Hugging Face Trainer.
 
-One method is all that distinguishes it from training without a teacher. Trains the same student
-twice, without and with distillation, and prints both perplexities on held-out text:
+Trains the same student twice, without and with distillation, and compares both on held-out text:
 
     python examples/hf_trainer.py                               # a small teacher, trained first
     python examples/hf_trainer.py --teacher gpt2-large --student gpt2 --data my.jsonl
+
+Interrupted or killed at any moment, the same command goes on from the newest whole checkpoint.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from parts import text
-from torch.optim import AdamW
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from matplotlib.figure import Figure
+from parts import evaluation, models, text
+from parts.files import replacing, save_json
+from parts.trainer import DistillationTrainer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 import kdloss
 
 
-class DistillationTrainer(Trainer):
-    """A Trainer that asks a `kdloss.Distiller` for the training loss; evaluation stays plain."""
-
-    def __init__(self, *args, distill: kdloss.Distiller, **settings):
-        super().__init__(*args, **settings)
-        self.distill = distill
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The Trainer's own loss in evaluation, the distiller's in training."""
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        out = self.distill(model, **inputs, num_items_in_batch=num_items_in_batch)
-        return (out.loss, out.output) if return_outputs else out.loss
-
-
 def train(
+    folder: Path,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    criterion: torch.nn.Module,
-    data: dict[str, Dataset],
+    criterion: nn.Module,
+    blocks: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    arguments: TrainingArguments,
-) -> float:
-    """Train the student; its perplexity on the held-out part."""
-    distill = kdloss.Distiller(teacher, criterion).prepare(student)
+    steps: int,
+    flags: argparse.Namespace,
+) -> None:
+    """Train a student into `folder`, unless it is there; its perplexities are in result.json."""
+    arguments = TrainingArguments(
+        output_dir=str(flags.output / "checkpoints" / folder.name),
+        max_steps=steps,
+        per_device_train_batch_size=flags.batch_size,
+        learning_rate=flags.learning_rate,
+        bf16=flags.bf16,
+        seed=flags.seed,
+        logging_steps=max(1, steps // 5),
+        eval_strategy="steps",
+        save_steps=max(1, steps // 5),
+        save_total_limit=1,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+    teacher.to(arguments.device)
+    if folder.is_dir():
+        return
+    data = {name: [{"input_ids": x, "labels": x} for x in part] for name, part in blocks.items()}
     trainer = DistillationTrainer(
         student,
         arguments,
-        distill=distill,
+        distill=kdloss.Distiller(teacher, criterion),
         train_dataset=data["train"],
-        eval_dataset=data["test"],
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        optimizers=(
-            AdamW([*student.parameters(), *criterion.parameters()], lr=arguments.learning_rate),
-            None,
-        ),
+        eval_dataset=data["held-out"],
+        processing_class=tokenizer,
     )
-    trainer.train()
-    return math.exp(trainer.evaluate()["eval_loss"])
+    trainer.train(resume_from_checkpoint=True)
+    if trainer.is_world_process_zero():
+        measured = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        result = {
+            "perplexity": evaluation.perplexity(student, blocks["held-out"]),
+            # a little different at the end: the Trainer gives a last, smaller batch full weight
+            "curve": [(entry["step"], math.exp(min(entry["eval_loss"], 700))) for entry in measured],
+        }
+        with replacing(folder) as partial:
+            trainer.save_model(str(partial))
+            (partial / "result.json").write_text(json.dumps(result))
+    trainer.accelerator.wait_for_everyone()
 
 
-def fresh(tokenizer: PreTrainedTokenizerBase, blocks: int, width: int, length: int) -> PreTrainedModel:
-    """A GPT-2-shaped model that has learned nothing."""
-    torch.manual_seed(0)
-    end = tokenizer.eos_token_id
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=length,
-            n_layer=blocks,
-            n_embd=width,
-            n_head=4,
-            bos_token_id=end,
-            eos_token_id=end,
-        )
-    )
+def new_student(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: argparse.Namespace
+) -> nn.Module:
+    """The student before training, the same one each time."""
+    set_seed(flags.seed)
+    if flags.student:
+        student, own_tokenizer = models.load(flags.student)
+        models.check_vocabulary(student, teacher, own_tokenizer, tokenizer)
+    else:
+        student = models.gpt2(2, 64, 4, dropout=0.1, tokenizer=tokenizer, length=flags.max_length)
+        student.resize_token_embeddings(teacher.config.vocab_size)  # some are padded
+    models.check_length(student, flags.max_length, "student")
+    if flags.lora:
+        from peft import LoraConfig, get_peft_model
+
+        student = get_peft_model(student, LoraConfig(r=flags.lora, target_modules="all-linear"))
+    return student
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
+def claim(folder: Path, settings: dict[str, object]) -> None:
+    """Note the settings in the output folder; one that others made is not gone on with."""
+    file = folder / "settings.json"
+    if file.is_file():
+        made = json.loads(file.read_text())
+        if differing := {n: (made.get(n), value) for n, value in settings.items() if made.get(n) != value}:
+            raise ValueError(
+                f"{folder} was made with other settings (then, now): {differing}; write --output with "
+                "another folder, or delete this one"
+            )
+    elif int(os.environ.get("RANK", 0)) == 0:
+        save_json(settings, file)
+
+
+def report(folder: Path, teacher: float, students: dict[str, dict]) -> None:
+    """Results as JSON and as a picture."""
+    save_json({"teacher": teacher, "students": students}, folder / "results.json")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, student in students.items():
+        axes.plot(*zip(*student["curve"], strict=True), marker=".", label=name)
+    axes.axhline(teacher, color="black", linestyle=":", label="teacher")
+    axes.set(xlabel="training steps", ylabel="held-out perplexity", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.legend()
+    with replacing(folder / "curves.png") as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Read the flags, train a teacher where none is given, train two students, report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", help="path or hub name (default: train a small one first)")
-    parser.add_argument("--student", help="path or hub name (default: a fresh one of 2 blocks)")
-    parser.add_argument("--data", help=".jsonl, .json, .csv, .txt or a datasets name (default: packaged)")
-    parser.add_argument("--samples", type=int, default=2000, help="number of texts")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text that are used")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each student")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--alpha", type=float, default=0.3)
-    parser.add_argument("--output", type=Path, default=Path("runs/hf_trainer"))
+    add = parser.add_argument
+    add("--teacher", help="folder, .gguf file or hub name (default: train a small one first)")
+    add("--student", help="folder, .gguf file or hub name (default: a new GPT-2 of 2 blocks)")
+    add(
+        "--lora", type=int, metavar="RANK", help="train LoRA adapters of this rank on the student (by peft)"
+    )
+    add("--data", help=".jsonl, .json, .csv, .txt or a dataset's name (default: packaged)")
+    add("--samples", type=int, default=2000, help="number of texts (%(default)s)")
+    add("--max-length", type=int, default=128, help="tokens in a block of text (%(default)s)")
+    add("--steps", type=int, default=200, help="optimizer steps of each student (%(default)s)")
+    add("--batch-size", type=int, default=8, help="blocks in a batch, per device (%(default)s)")
+    add("--learning-rate", type=float, default=2e-3, help="(%(default)s)")
+    add("--temperature", type=float, default=1.0, help="of both models' predictions (%(default)s)")
+    add("--alpha", type=float, default=0.3, help="share of cross-entropy in the loss (%(default)s)")
+    add("--bf16", action="store_true", help="mixed precision")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--output", type=Path, default=Path("runs/hf_trainer"), help="folder of results (%(default)s)")
     flags = parser.parse_args(argv)
 
     texts = text.read_texts(flags.data, limit=flags.samples)
+    set_seed(flags.seed)
     if flags.teacher:
-        tokenizer = AutoTokenizer.from_pretrained(flags.teacher)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        teacher, tokenizer = models.load(flags.teacher)
     else:
         tokenizer = text.train_tokenizer(texts, vocabulary=2048)
-    encoded = tokenizer(texts, truncation=True, max_length=flags.max_length)
-    data = Dataset.from_dict(dict(encoded)).train_test_split(test_size=0.1, seed=0)
+        teacher = models.gpt2(4, 128, 4, dropout=0.1, tokenizer=tokenizer, length=flags.max_length)
+    models.check_length(teacher, flags.max_length, "teacher")
+    new_student(teacher, tokenizer, flags)  # what does not fit is refused before anything is trained
+    held_out = max(1, len(texts) // 10)
+    blocks = {
+        name: text.pack(text.tokenize(tokenizer, part), flags.max_length)
+        for name, part in (("train", texts[held_out:]), ("held-out", texts[:held_out]))
+    }
+    fingerprint = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    claim(flags.output, {n: v for n, v in vars(flags).items() if n != "output"} | {"texts": fingerprint})
 
-    def arguments(name: str, steps: int) -> TrainingArguments:
-        return TrainingArguments(
-            output_dir=str(flags.output / name),
-            max_steps=steps,
-            per_device_train_batch_size=flags.batch_size,
-            learning_rate=flags.learning_rate,
-            logging_steps=max(1, steps // 5),
-            save_strategy="no",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to="none",
-        )
-
-    plain = kdloss.VanillaKD(alpha=1.0)  # cross-entropy alone; the teacher does not even run
-    if flags.teacher:
-        teacher = AutoModelForCausalLM.from_pretrained(flags.teacher)
-    else:
-        teacher = fresh(tokenizer, blocks=4, width=128, length=flags.max_length)
-        train(teacher, teacher, plain, data, tokenizer, arguments("teacher", 2 * flags.steps))
-
-    results = {}
+    alone = kdloss.VanillaKD(alpha=1.0)  # cross-entropy; the teacher does not even run
+    if not flags.teacher:
+        folder = flags.output / "teacher"
+        train(folder, teacher, teacher, alone, blocks, tokenizer, 2 * flags.steps, flags)
+        teacher, _ = models.load(str(folder))
     distilling = kdloss.FeatureKD(
-        distance=kdloss.layer_norm_mse,
-        alpha=flags.alpha,
-        temperature=flags.temperature,
-        logit_weight=1.0,
+        distance=kdloss.layer_norm_mse, alpha=flags.alpha, temperature=flags.temperature, logit_weight=1.0
     )
-    for name, criterion in [("cross-entropy", plain), ("distilled", distilling)]:
-        if flags.student:
-            student = AutoModelForCausalLM.from_pretrained(flags.student)
-        else:
-            student = fresh(tokenizer, blocks=2, width=64, length=flags.max_length)
-        results[name] = train(student, teacher, criterion, data, tokenizer, arguments(name, flags.steps))
-        student.save_pretrained(flags.output / name)
-        tokenizer.save_pretrained(flags.output / name)
-    (flags.output / "results.json").write_text(json.dumps(results, indent=2))
-    print("\nheld-out perplexity")
-    for name, perplexity in results.items():
-        print(f"{name:>14}  {perplexity:8.1f}")
+    results = {}
+    for name, criterion in (("cross-entropy", alone), ("distilled", distilling)):
+        folder, student = flags.output / name, new_student(teacher, tokenizer, flags)
+        train(folder, student, teacher, criterion, blocks, tokenizer, flags.steps, flags)
+        results[name] = json.loads((folder / "result.json").read_text())
+    level = evaluation.perplexity(teacher, blocks["held-out"])
+    if int(os.environ.get("RANK", 0)) == 0:
+        report(flags.output, level, results)
+        print(f"\nheld-out perplexity\n{'teacher':>14}  {level:8.1f}")
+        for name, result in results.items():
+            print(f"{name:>14}  {result['perplexity']:8.1f}")
+        print(f"written: {flags.output}/results.json, curves.png, {', '.join(results)}")
     return results
 
 

@@ -81,7 +81,7 @@ def check_vocabulary(
     other = "; of the same size, but ids stand for other tokens" if ours == theirs else ""
     raise ValueError(
         f"the student has a vocabulary of {ours} tokens, the teacher one of {theirs}{other}: choose a "
-        "--student and a --teacher of one family, or write --keep-blocks auto instead of --student"
+        "--student and a --teacher of one family, or leave out --student"
     )
 
 
