@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import batch, build
 from torch.optim import AdamW
+from transformers import TrainingArguments
 
 import kdloss
 
@@ -20,8 +21,8 @@ BLOCKS = [
 
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 @pytest.mark.parametrize(("page", "number", "code"), BLOCKS, ids=[f"{p}-{n}" for p, n, _ in BLOCKS])
-def test_a_block_of_python_runs(page, number, code):
-    """With what the text says the reader has: two models, their batches, an optimizer."""
+def test_a_block_of_python_runs(page, number, code, tmp_path):
+    """With what the text says the reader has: two models, their batches, an optimizer's class, ..."""
     teacher, student = build("gpt2", width=24, depth=8), build("gpt2", depth=4, seed=1)
     before = [p.detach().clone() for p in student.parameters()]
     names = {"teacher": teacher, "student": student, "loader": [batch("gpt2")] * 2, "AdamW": AdamW}
@@ -30,8 +31,11 @@ def test_a_block_of_python_runs(page, number, code):
         names["teacher_logits"] = teacher(**plain).logits
     names["student_logits"] = student(**plain).logits
     names["labels"] = batch("gpt2")["labels"]
+    small = {"max_steps": 2, "use_cpu": True, "dataloader_pin_memory": False, "report_to": "none"}
+    names["arguments"] = TrainingArguments(str(tmp_path), **small)
+    names["data"] = [{name: x[0] for name, x in batch("gpt2").items()}] * 4
     exec(compile(code, f"{page} block {number}", "exec"), names)
-    if "optimizer.step()" in code:
+    if "optimizer.step()" in code or "trainer.train(" in code:
         assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     elif "loss" in names:
         assert names["loss"].isfinite()
