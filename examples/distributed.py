@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
 
+import distill_lm
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -170,7 +171,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **alone)
     try:
         first = dist.get_rank() == 0
-        found = scale.prepare(args, dist.get_world_size(), first, dist.barrier)
+        found = scale.prepare(args, dist.get_world_size(), first, dist.barrier, distill_lm.train)
         teacher, tokenizer, blocks, heldout = found
         if args.fsdp:  # moves a block to the GPU when it is sharded: the whole never has to fit there
             shard(teacher, kdloss.find_blocks(teacher))

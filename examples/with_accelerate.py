@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
 
+import distill_lm
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
@@ -140,7 +141,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     # Before there is an Accelerator: under ZeRO-3 it makes transformers load every model in shards,
     # which the engine gathers for the student, and nothing would for the teacher.
     parts, first = processes.num_processes * args.accumulate, processes.is_main_process
-    teacher, tokenizer, blocks, heldout = scale.prepare(args, parts, first, processes.wait_for_everyone)
+    teacher, tokenizer, blocks, heldout = scale.prepare(
+        args, parts, first, processes.wait_for_everyone, distill_lm.train
+    )
     accelerator = Accelerator(
         cpu=cpu,
         # A step always has all its micro-batches; the end of an epoch must not cut it short.

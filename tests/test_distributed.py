@@ -45,12 +45,13 @@ def given(tmp_path_factory):
     torch.set_num_threads(1)
     output = folder / "one"
     results = distributed.main(["--data", str(file), *SMALL, "--output", str(output)])
-    _, tokenizer = models.load(str(output / "teacher"))
+    (teacher,) = (output / "teachers").iterdir()
+    _, tokenizer = models.load(str(teacher))
     torch.manual_seed(1)
     models.save(
         models.gpt2(2, 16, 2, dropout=0.2, tokenizer=tokenizer, length=16), tokenizer, folder / "student"
     )
-    flags = ["--data", str(file), "--teacher", str(output / "teacher"), *SMALL]
+    flags = ["--data", str(file), "--teacher", str(teacher), *SMALL]
     return flags, output, results, folder / "student"
 
 
@@ -222,10 +223,12 @@ def test_models_that_do_not_fit_are_refused_with_what_to_give_instead():
         scale.check(build("gpt2", depth=5), teacher, args)
     other = build("gpt2", depth=2)
     other.resize_token_embeddings(70)
-    with pytest.raises(ValueError, match=r"vocabulary has 70 tokens, the teacher's 61: give a --student"):
+    with pytest.raises(
+        ValueError, match=r"vocabulary of 70 tokens, the teacher one of 61: give a --student"
+    ):
         scale.check(other, teacher, args)
     args.max_length = 17
-    with pytest.raises(ValueError, match=r"the student reads 16 tokens at most: --max-length 16"):
+    with pytest.raises(ValueError, match=r"the student reads 16 tokens, not 17: write --max-length 16"):
         scale.check(build("gpt2", depth=2), teacher, args)
 
 

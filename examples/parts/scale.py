@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kdloss
-from parts import models, options, text
+from parts import files, models, options, setup, text
 
 Curve = list[tuple[int, float]]
 
@@ -41,9 +40,7 @@ class Distillation(nn.Module):
 
 def parser(description: str, output: str) -> argparse.ArgumentParser:
     """The flags of both scripts."""
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = options.parser(description)
     add = made.add_argument
     add("--teacher", help="folder or hub name (default: train a small one first)")
     add("--student", help="folder or hub name (default: a new GPT-2 of 2 blocks)")
@@ -75,7 +72,7 @@ def criteria(args: argparse.Namespace) -> dict[str, kdloss.VanillaKD | kdloss.Fe
 
 
 def prepare(
-    args: argparse.Namespace, parts: int, first: bool, wait: Callable[[], None]
+    args: argparse.Namespace, parts: int, first: bool, wait: Callable[[], None], train: setup.Train
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor, Tensor]:
     """Teacher, tokenizer, and blocks of tokens to train and to evaluate on: the same in every process.
 
@@ -89,11 +86,11 @@ def prepare(
     prepared = same_settings(args)
     texts = text.read_texts(args.data, limit=args.samples)
     unseen, seen = texts[: -(-len(texts) // 10)], texts[-(-len(texts) // 10) :]
-    folder = args.output / "teacher"
-    if first and args.teacher is None and not prepared:
-        train_teacher(args, seen, folder)
-    wait()
-    teacher, tokenizer = models.load(args.teacher or str(folder))
+    if not first:
+        wait()
+    teacher, tokenizer = teacher_of(args, seen, train)
+    if first:
+        wait()
     check(student_of(args, teacher, tokenizer), teacher, args)
     blocks, heldout = (text.pack(text.tokenize(tokenizer, t), args.max_length) for t in (seen, unseen))
     if min(len(blocks), len(heldout)) < args.batch_size:
@@ -102,19 +99,30 @@ def prepare(
             f"of {args.batch_size}: more text (--samples), or a smaller --batch-size or --max-length"
         )
     if first and not prepared:
-        write(json.dumps(settings_of(args), indent=1), args.output / "settings.json")
+        files.save_json(settings_of(args), args.output / "settings.json")
     whole = len(heldout) // args.batch_size * args.batch_size  # every rank gets equally many
     return teacher.requires_grad_(False), tokenizer, blocks, heldout[:whole]
 
 
-def train_teacher(args: argparse.Namespace, texts: list[str], folder: Path) -> None:
-    """A small teacher of these texts, for want of a better one."""
-    torch.manual_seed(args.seed)
-    tokenizer = text.train_tokenizer(texts, vocabulary=2048)
-    teacher = models.gpt2(4, 128, 4, dropout=0.0, tokenizer=tokenizer, length=args.max_length)
-    blocks = text.pack(text.tokenize(tokenizer, texts), args.max_length)
-    models.train_alone(teacher, blocks, epochs=1, batch_size=8, lr=2e-3)
-    models.save(teacher, tokenizer, folder)
+def teacher_of(
+    args: argparse.Namespace, texts: list[str], train: setup.Train
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The teacher asked for; for want of one a small one of these texts."""
+    small = {"layers": 4, "width": 128, "heads": 4, "lr": 2e-3, "epochs": 1, "samples": None}
+    return setup.teacher_of(
+        argparse.Namespace(
+            teacher=args.teacher,
+            teachers=args.output / "teachers",
+            vocabulary=2048,
+            max_length=args.max_length,
+            batch_size=8,
+            save_every=60.0,
+            device="cpu",
+            **{f"teacher_{name}": value for name, value in small.items()},
+        ),
+        texts,
+        train,
+    )
 
 
 def student_of(
@@ -122,29 +130,28 @@ def student_of(
 ) -> PreTrainedModel:
     """A student before training; the seed makes it, and projections after it, the same in every process."""
     torch.manual_seed(args.seed)
-    if args.student is not None:
-        return models.load(args.student)[0]
-    return models.gpt2(2, 64, 4, dropout=0.0, tokenizer=tokenizer, length=args.max_length)
+    if args.student is None:
+        return models.gpt2(2, 64, 4, dropout=0.0, tokenizer=tokenizer, length=args.max_length)
+    student, its_own = models.load(args.student)
+    models.check_vocabulary(student, teacher, its_own, tokenizer)
+    return student
 
 
 def check(student: PreTrainedModel, teacher: PreTrainedModel, args: argparse.Namespace) -> None:
     """Say what does not fit before hours are spent on it."""
-    vocabularies = student.config.vocab_size, teacher.config.vocab_size
-    if vocabularies[0] != vocabularies[1]:
-        raise ValueError(
-            f"the student's vocabulary has {vocabularies[0]} tokens, the teacher's {vocabularies[1]}: give "
-            "a --student that was made for the teacher's tokenizer"
-        )
+    models.check_length(student, args.max_length, "student")
+    models.check_length(teacher, args.max_length, "teacher")
     depths = [len(kdloss.find_blocks(model)) for model in (student, teacher)]
     if depths[0] > depths[1]:
         raise ValueError(
             f"the student has {depths[0]} blocks, more than its teacher's {depths[1]}: give a smaller "
             "--student, or a deeper --teacher"
         )
-    for name, model in (("student", student), ("teacher", teacher)):
-        context = getattr(model.config, "max_position_embeddings", args.max_length)
-        if args.max_length > context:
-            raise ValueError(f"the {name} reads {context} tokens at most: --max-length {context}")
+    if student.config.vocab_size != teacher.config.vocab_size:  # a teacher may have more than its tokenizer
+        raise ValueError(
+            f"the student has a vocabulary of {student.config.vocab_size} tokens, the teacher one of "
+            f"{teacher.config.vocab_size}: give a --student of the teacher's family"
+        )
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -165,14 +172,6 @@ def same_settings(args: argparse.Namespace) -> bool:
             + "; give another --output, or remove the folder"
         )
     return True
-
-
-def write(content: str, file: Path) -> None:
-    """Under another name first, so that a file of this name is always whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(content + "\n", encoding="utf-8")
-    os.replace(partial, file)
 
 
 @contextmanager
@@ -197,13 +196,9 @@ def save(
 ) -> None:
     """Write the student of a `Distillation` with its gathered weights, and the tokenizer."""
     own = {name.removeprefix("student."): w for name, w in weights.items() if name.startswith("student.")}
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with writing(partial):
+    with files.replacing(folder) as partial, writing(partial):
         student.save_pretrained(partial, state_dict=own)
         tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def report(curves: Mapping[str, Curve], args: argparse.Namespace) -> dict[str, float]:
@@ -216,8 +211,9 @@ def report(curves: Mapping[str, Curve], args: argparse.Namespace) -> dict[str, f
         axes.plot(*zip(*curve, strict=True), marker=".", label=name)
     axes.set(xlabel="optimizer steps", ylabel="held-out perplexity", yscale="log")
     axes.legend()
-    figure.savefig(args.output / "curves.png", dpi=110)
-    write(json.dumps(content, indent=1), args.output / "results.json")
+    with files.replacing(args.output / "curves.png") as partial:
+        figure.savefig(partial, dpi=110, format="png")
+    files.save_json(content, args.output / "results.json")
     print("\nheld-out perplexity")
     for name, perplexity in results.items():
         print(f"{name:>14}  {perplexity:8.1f}")
