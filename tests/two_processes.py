@@ -1,42 +1,99 @@
-"""What each of two gloo processes runs; apart from the test, so that a spawned process can import it."""
+"""What each of two gloo processes runs: torchrun --nproc-per-node 2 tests/two_processes.py OUTPUT FLAGS."""
 
+import os
+import sys
 import warnings
+from pathlib import Path
+from unittest.mock import patch
 
+import distributed
 import torch
 import torch.distributed as dist
+import with_accelerate
 from families import batch, build
+from parts.scale import Distillation
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import kdloss
 
+STEPS = 3
+CASES = {  # how the student is wrapped, whether the teacher is sharded, whether its pass ends early
+    "ddp": ("ddp", False, False),
+    "fsdp": ("fsdp", False, False),
+    "fsdp, sharded teacher": ("fsdp", True, False),
+    "fsdp, sharded teacher that stops early": ("fsdp", True, True),
+    "ddp of the student alone": ("ddp of the student alone", False, False),
+}
 
-def models():
-    teacher = build("gpt2", width=24, depth=4).eval()
-    student = build("gpt2", depth=2, seed=1).eval()
+
+def shard(model, root=None):
+    for block in kdloss.find_blocks(model):
+        fully_shard(block)
+    return fully_shard(root or model)
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train(wrap=None, sharded=False, early=False):
+    """A few steps on this process's share of the batch: gradients, norms before clipping, weights."""
+    teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
     torch.manual_seed(0)
-    criterion = kdloss.FeatureKD(logit_weight=1.0)
-    return student, criterion, kdloss.Distiller(teacher, criterion).prepare(student)
+    criterion = kdloss.FeatureKD("all", pairing="first", logit_weight=0.0 if early else 1.0)
+    module = step = Distillation(student, criterion, teacher)
+    if wrap == "ddp":
+        step = DistributedDataParallel(module)
+    elif wrap == "fsdp":
+        shard(student, module)
+    elif wrap is not None:
+        wrapped, distill = DistributedDataParallel(student), kdloss.Distiller(teacher, criterion)
+
+        def step(**inputs):
+            return distill(wrapped, **inputs).loss
+
+    if sharded:
+        shard(teacher)
+    inputs, world = batch("gpt2"), 1 if wrap is None else dist.get_world_size()
+    items = (inputs["labels"][:, 1:] != -100).sum() / world  # gradients are averaged over ranks
+    share = slice(None) if wrap is None else slice(dist.get_rank(), dist.get_rank() + 1)
+    mine = {name: tensor[share] for name, tensor in inputs.items()}
+    parameters = dict(module.named_parameters())
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.5)
+    found = {"gradients": [], "norms": []}
+    for _ in range(STEPS):
+        step(**mine, num_items_in_batch=items).backward()
+        if wrap == "ddp of the student alone":  # projections are outside, so they are averaged by hand
+            for parameter in criterion.parameters():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world
+        found["gradients"].append({name: whole(p.grad) for name, p in parameters.items()})
+        found["norms"].append(whole(nn.utils.clip_grad_norm_(parameters.values(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+    found["weights"] = {name: whole(p) for name, p in parameters.items()}
+    found["teacher in shards"] = all(isinstance(p, DTensor) for p in teacher.parameters())
+    return found
 
 
-def counted(inputs):
-    return (inputs["labels"][:, 1:] != -100).sum()
+def main(output, flags):
+    """Both scripts, the cases above between them: killed at any time, it goes on with what is missing.
+
+    All in one process group: a second one in the same process can meet the first one's addresses in
+    torchrun's store, and hang.
+    """
+    file = output / f"{os.environ['RANK']}.pt"
+    with patch.object(dist, "destroy_process_group"):
+        distributed.main([*flags, "--fsdp", "--output", str(output / "distributed")])
+    if not file.exists():
+        torch.save({name: train(*case) for name, case in CASES.items()}, file)
+    with_accelerate.main([*flags, "--accumulate", "2", "--output", str(output / "with_accelerate")])
 
 
-def work(rank, port, path):
+if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    student, criterion, distill = models()
-    wrapped = DistributedDataParallel(student)
-    inputs = batch("gpt2")
-    mine = {name: x[rank : rank + 1] for name, x in inputs.items()}
-    # DDP averages over ranks, so the number of items is that of all ranks over the number of ranks
-    out = distill(wrapped, **mine, num_items_in_batch=counted(inputs) / 2)
-    out.loss.backward()
-    for p in criterion.parameters():
-        dist.all_reduce(p.grad)
-        p.grad /= 2
-    grads = [p.grad for p in [*student.parameters(), *criterion.parameters()]]
-    torch.save(grads, f"{path}/{rank}.pt")
-    dist.destroy_process_group()
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -76,6 +76,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def resharded(model: nn.Module) -> None:
+    """Put a model under FSDP2 back into shards: a pass that ended early, or without backward, doesn't."""
+    reset = getattr(model, "reset_iter_state", None)
+    if callable(reset):
+        reset()
+
+
 def _boolean(mask: Tensor | None) -> Tensor | None:
     """A padding mask `[batch, time]`; masks of more dimensions say what attends to what."""
     return mask.bool() if mask is not None and mask.ndim == 2 else None

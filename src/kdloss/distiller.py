@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
-from kdloss.adapter import evaluating, is_causal, masks, with_decoder_inputs, without_cache
+from kdloss.adapter import evaluating, is_causal, masks, resharded, with_decoder_inputs, without_cache
 from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.criteria._terms import find_logits, logits_of
@@ -154,7 +154,9 @@ class Distiller:
     ) -> Captured:
         stop = not getattr(self.criterion, "uses_teacher_logits", True)
         with evaluating(teacher), torch.no_grad():
-            return self._run(teacher, [t for _, t in pairs], args, inputs, stop)
+            seen = self._run(teacher, [t for _, t in pairs], args, inputs, stop)
+        resharded(teacher)
+        return seen
 
     def _measure(
         self, criterion: FeatureKD, student: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]

@@ -1,0 +1,239 @@
+"""Two gloo processes do what one does; the scripts go on after SIGKILL and end as if undisturbed."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import distributed
+import psutil
+import pytest
+import torch
+import two_processes
+import with_accelerate
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState, GradientState
+from families import batch, build
+from parts import evaluation, models, scale, text
+
+import kdloss
+
+EXAMPLES = Path(distributed.__file__).parent
+SENTENCES = [
+    f"Number {i} is {'even' if i % 2 == 0 else 'odd'}, and the number {i + 1} follows right after it."
+    for i in range(50)
+]
+SMALL = ["--max-length", "16", "--batch-size", "4", "--steps", "12", "--every", "4", "--lr", "5e-3"]
+SCRIPTS = {"distributed": distributed, "with_accelerate": with_accelerate}
+SAVERS = {
+    "distributed": (distributed.dcp, "save"),
+    "with_accelerate": (with_accelerate.Accelerator, "save_state"),
+}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Flags for text and a teacher made of it; what one process came to; a student with dropout."""
+    folder = tmp_path_factory.mktemp("given")
+    file = folder / "numbers.jsonl"
+    file.write_text("\n".join(json.dumps({"text": sentence}) for sentence in SENTENCES))
+    torch.set_num_threads(1)
+    output = folder / "one"
+    results = distributed.main(["--data", str(file), *SMALL, "--output", str(output)])
+    (teacher,) = (output / "teachers").iterdir()
+    _, tokenizer = models.load(str(teacher))
+    torch.manual_seed(1)
+    models.save(
+        models.gpt2(2, 16, 2, dropout=0.2, tokenizer=tokenizer, length=16), tokenizer, folder / "student"
+    )
+    flags = ["--data", str(file), "--teacher", str(teacher), *SMALL]
+    return flags, output, results, folder / "student"
+
+
+def start(output, flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, two_processes.__file__, str(output), *flags],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def kill(process):
+    """SIGKILL to the launcher and to every process it started."""
+    for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.communicate()
+
+
+def test_two_processes_killed_in_the_middle_of_both_scripts_do_what_one_undisturbed_does(given, tmp_path):
+    """One test, for processes are slow to start: the same command three times, twice ended by SIGKILL."""
+    flags, one, results, _ = given
+    for script, last_written in (("distributed", ".metadata"), ("with_accelerate", "curve.json")):
+        process = start(tmp_path, flags)
+        checkpoint = tmp_path / script / "checkpoints/alone/step-00000004" / last_written
+        while process.poll() is None and not checkpoint.exists():
+            time.sleep(0.005)
+        kill(process)
+        assert checkpoint.exists()
+        assert not (tmp_path / script / "results.json").exists()
+    last = start(tmp_path, flags)
+    said = last.communicate()[0]
+    assert last.returncode == 0, said
+    assert "alone:   0%" not in said  # both go on, neither begins again
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for case, (_, sharded, early) in two_processes.CASES.items():
+        ours = [rank[case] for rank in ranks]
+        gradients_are_those_of_one_process(ours, two_processes.train(early=early))
+        all_ranks_hold_the_same_weights_and_projections(*ours)
+        assert [found["teacher in shards"] for found in ours] == [sharded, sharded]
+    for script in SCRIPTS:
+        results_are_those_of_one_process(tmp_path / script, one, results)
+
+
+def gradients_are_those_of_one_process(ranks, one):
+    assert any(name.startswith("criterion.projections") for name in one["weights"])
+    for found in ranks:
+        torch.testing.assert_close(found["gradients"], one["gradients"], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found["norms"], one["norms"], rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(found["weights"], one["weights"], rtol=1e-5, atol=1e-7)
+
+
+def all_ranks_hold_the_same_weights_and_projections(first, second):
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name])
+
+
+def results_are_those_of_one_process(two, one, results):
+    found = json.loads((two / "results.json").read_text())
+    assert found["perplexity"] == pytest.approx(results, rel=1e-4)
+    assert [step for step, _ in found["curves"]["distilled"]] == [4, 8, 12]
+    tokens = torch.arange(32).view(2, 16)
+    for name in results:  # weights alone tell little: AdamW makes steps of gradients that are rounding only
+        ours, theirs = (models.load(str(folder / name))[0].eval()(tokens).logits for folder in (two, one))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def _a_fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_interrupted_while_it_saves_ends_bit_for_bit_as_one_undisturbed(
+    given, tmp_path, monkeypatch, script
+):
+    flags, _, _, student = given
+    module, saver = SCRIPTS[script], SAVERS[script]
+    flags = [*flags, "--student", str(student)]  # its dropout has to repeat itself
+    undisturbed = module.main([*flags, "--output", str(tmp_path / "whole")])
+    flags, checkpoints = [*flags, "--output", str(tmp_path / "broken")], tmp_path / "broken/checkpoints"
+
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(
+        *saver, half_of(getattr(*saver), number=5, error=full)
+    )  # of the distilled: its second
+    with pytest.raises(OSError, match=r"could not be written, .* MB are free there.*same command again"):
+        restarted(module, flags)
+    assert [path.name for path in (checkpoints / "distilled").iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    monkeypatch.setattr(*saver, half_of(getattr(*saver), number=1, error=KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        restarted(module, flags)
+    assert [path.parent.parent.name for path in checkpoints.glob("**/half")] == ["distilled"]
+    monkeypatch.undo()
+    assert restarted(module, flags) == undisturbed
+    ours, theirs = (
+        (tmp_path / run / "distilled/model.safetensors").read_bytes() for run in ("broken", "whole")
+    )
+    assert ours == theirs
+    kept = sorted(folder.name for folder in (checkpoints / "distilled").iterdir())
+    assert kept == ["step-00000008", "step-00000012"]
+
+
+def half_of(save, number, error):
+    """A function that saves until its so-manieth call, which begins and fails."""
+    calls = itertools.count(1)
+
+    def saving(*args, **kwargs):
+        if next(calls) < number:
+            return save(*args, **kwargs)
+        folder = Path(kwargs.get("checkpoint_id") or args[-1])
+        folder.mkdir()
+        (folder / "half").write_bytes(b"")
+        raise error
+
+    return saving
+
+
+def restarted(module, flags):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return module.main(flags)
+
+
+def test_the_written_student_is_the_one_that_was_measured(given):
+    flags, output, results, _ = given
+    unseen = text.read_texts(flags[1])[:5]  # a tenth
+    for name, perplexity in results.items():
+        student, tokenizer = models.load(str(output / name))
+        blocks = text.pack(text.tokenize(tokenizer, unseen), 16)
+        whole = blocks[: len(blocks) // 4 * 4]
+        assert evaluation.perplexity(student, whole) == pytest.approx(perplexity, rel=1e-4)
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_distillation_is_the_distillers_loss_in_training_and_the_students_own_in_evaluation():
+    teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
+    module, inputs = scale.Distillation(student, kdloss.FeatureKD(), teacher), batch("gpt2")
+    expected = kdloss.Distiller(teacher, module.criterion)(student, **inputs, num_items_in_batch=3).loss
+    assert module(**inputs, num_items_in_batch=torch.tensor(3)).item() == expected.item()
+    assert module.eval()(**inputs).item() == student(**inputs).loss.item()
+    assert not any(p is q for p in module.parameters() for q in teacher.parameters())
+
+
+def test_going_on_with_other_flags_is_refused(given):
+    flags, output, _, _ = given
+    with pytest.raises(
+        ValueError, match=r"holds a run with other flags: .*seed 0, not 3.*another --output"
+    ):
+        distributed.main([*flags, "--seed", "3", "--output", str(output)])
+
+
+def test_a_batch_that_does_not_divide_is_refused(given, tmp_path):
+    flags, _, _, _ = given
+    with pytest.raises(ValueError, match=r"batch of 4 does not divide into 3 .*--batch-size 6"):
+        with_accelerate.main([*flags, "--accumulate", "3", "--output", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+
+
+def test_models_that_do_not_fit_are_refused_with_what_to_give_instead():
+    args, teacher = scale.parser("", "").parse_args(["--max-length", "16"]), build("gpt2", depth=4)
+    scale.check(build("gpt2", depth=4), teacher, args)
+    with pytest.raises(ValueError, match=r"5 blocks, more than its teacher's 4: give a smaller --student"):
+        scale.check(build("gpt2", depth=5), teacher, args)
+    other = build("gpt2", depth=2)
+    other.resize_token_embeddings(70)
+    with pytest.raises(
+        ValueError, match=r"vocabulary of 70 tokens, the teacher one of 61: give a --student"
+    ):
+        scale.check(other, teacher, args)
+    args.max_length = 17
+    with pytest.raises(ValueError, match=r"the student reads 16 tokens, not 17: write --max-length 16"):
+        scale.check(build("gpt2", depth=2), teacher, args)
+
+
+def test_accelerate_reads_the_deepspeed_configuration():
+    config = load_config_from_file(str(EXAMPLES / "deepspeed_zero3.yaml"))
+    assert config.distributed_type == "DEEPSPEED"
+    assert config.deepspeed_config["zero_stage"] == 3
+    assert set(config.deepspeed_config) <= set(vars(launch_command_parser().parse_args(["script.py"])))
