@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             name: train(name, criterion, teacher, tokenizer, *data, args)
             for name, criterion in scale.criteria(args).items()
         }
-        return scale.report(curves, args) if first else {}
+        return scale.write(curves, args) if first else {}
     finally:
         dist.destroy_process_group()
 

@@ -16,8 +16,7 @@ import os
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
-from parts import evaluation, models, text
+from parts import evaluation, models, report, text
 from parts.files import replacing, save_json
 from parts.trainer import DistillationTrainer
 from torch import Tensor, nn
@@ -111,22 +110,6 @@ def claim(folder: Path, settings: dict[str, object]) -> None:
         save_json(settings, file)
 
 
-def report(folder: Path, teacher: float, students: dict[str, dict]) -> None:
-    """Results as JSON and as a picture."""
-    save_json({"teacher": teacher, "students": students}, folder / "results.json")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, student in students.items():
-        axes.plot(*zip(*student["curve"], strict=True), marker=".", label=name)
-    axes.axhline(teacher, color="black", linestyle=":", label="teacher")
-    axes.set(xlabel="training steps", ylabel="held-out perplexity", yscale="log")
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("{x:.0f}")
-    axes.legend()
-    with replacing(folder / "curves.png") as partial:
-        figure.savefig(partial, format="png", dpi=110)
-
-
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Read the flags, train a teacher where none is given, train two students, report."""
     parser = argparse.ArgumentParser(
@@ -183,11 +166,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         results[name] = json.loads((folder / "result.json").read_text())
     level = evaluation.perplexity(teacher, blocks["held-out"])
     if int(os.environ.get("RANK", 0)) == 0:
-        report(flags.output, level, results)
-        print(f"\nheld-out perplexity\n{'teacher':>14}  {level:8.1f}")
-        for name, result in results.items():
-            print(f"{name:>14}  {result['perplexity']:8.1f}")
-        print(f"written: {flags.output}/results.json, curves.png, {', '.join(results)}")
+        save_json({"teacher": level, "students": results}, flags.output / "results.json")
+        perplexities = {"teacher": level} | {name: found["perplexity"] for name, found in results.items()}
+        curves = {name: found["curve"] for name, found in results.items()}
+        print(report.curves(perplexities, curves, flags.output))
     return results
 
 

@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         name: train(name, criterion, teacher, tokenizer, *data, args, accelerator)
         for name, criterion in scale.criteria(args).items()
     }
-    results = scale.report(curves, args) if first else {}
+    results = scale.write(curves, args) if first else {}
     accelerator.end_training()
     return results
 

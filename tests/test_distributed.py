@@ -189,7 +189,7 @@ def test_the_written_student_is_the_one_that_was_measured(given):
         blocks = text.pack(text.tokenize(tokenizer, unseen), 16)
         whole = blocks[: len(blocks) // 4 * 4]
         assert evaluation.perplexity(student, whole) == pytest.approx(perplexity, rel=1e-4)
-    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_distillation_is_the_distillers_loss_in_training_and_the_students_own_in_evaluation():

@@ -424,7 +424,7 @@ def results(output):
 def test_the_script_compares_two_students_and_writes_them(example, data):
     found = results(example)
     assert list(found["students"]) == NAMES
-    assert (example / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (example / "results.png").read_bytes().startswith(b"\x89PNG")
     texts = text.read_texts(str(data))
     for name, value in {n: s["perplexity"] for n, s in found["students"].items()}.items():
         student = AutoModelForCausalLM.from_pretrained(example / name)

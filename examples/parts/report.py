@@ -29,6 +29,7 @@ COLUMNS = {  # heading: (key, format)
 }
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]
+Curve = Sequence[tuple[int, float]]  # perplexity over steps
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -122,3 +123,25 @@ def picture(runs: Runs) -> Figure:
     bars.invert_yaxis()
     bars.set(xlabel="held-out perplexity at the end (less is better)")
     return figure
+
+
+def curves(perplexities: Mapping[str, float], curves: Mapping[str, Curve], folder: Path) -> str:
+    """Held-out perplexities as results.md and, over steps, as results.png; returns the table to print."""
+    lines = ["| | held-out perplexity |", "|---|---|"]
+    shown = "\n".join(lines + [f"| {name} | {value:.1f} |" for name, value in perplexities.items()])
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, value in perplexities.items():
+        if name in curves:
+            axes.plot(*zip(*curves[name], strict=True), marker=".", label=name)
+        else:
+            axes.axhline(value, color="black", linestyle=":", label=name)
+    axes.set(xlabel="training steps", ylabel="held-out perplexity", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.legend()
+    with files.replacing(folder / "results.md") as partial:
+        partial.write_text(shown + "\n", encoding="utf-8")
+    with files.replacing(folder / "results.png") as partial:
+        figure.savefig(partial, dpi=110, format="png")
+    return f"\n{shown}\n\nwritten: {folder}/results.json, results.md, results.png"

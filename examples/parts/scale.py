@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kdloss
-from parts import files, models, options, setup, text
+from parts import files, models, options, report, setup, text
 
 Curve = list[tuple[int, float]]
 
@@ -195,20 +194,10 @@ def save(
         tokenizer.save_pretrained(partial)
 
 
-def report(curves: Mapping[str, Curve], args: argparse.Namespace) -> dict[str, float]:
-    """Held-out perplexities: the last ones returned and printed, all of them as JSON and as a picture."""
+def write(curves: Mapping[str, Curve], args: argparse.Namespace) -> dict[str, float]:
+    """Held-out perplexities: the last ones returned, all of them as JSON, and a table and a picture."""
     results = {name: curve[-1][1] for name, curve in curves.items()}
     content = {"perplexity": results, "curves": curves, "settings": settings_of(args)}
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        axes.plot(*zip(*curve, strict=True), marker=".", label=name)
-    axes.set(xlabel="optimizer steps", ylabel="held-out perplexity", yscale="log")
-    axes.legend()
-    with files.replacing(args.output / "curves.png") as partial:
-        figure.savefig(partial, dpi=110, format="png")
     files.save_json(content, args.output / "results.json")
-    print("\nheld-out perplexity")
-    for name, perplexity in results.items():
-        print(f"{name:>14}  {perplexity:8.1f}")
+    print(report.curves(results, curves, args.output))
     return results
