@@ -96,8 +96,6 @@ GROUPS = [  # what belongs together, and has to pass together before the next qu
     (["lr"], trainable),
     (["baseline"], None),
 ]
-
-
 STYLE = questionary.Style([("selected", "noreverse"), ("highlighted", "bold")])  # the arrow marks one line
 
 
@@ -139,9 +137,10 @@ class Interview:
         self.answers: dict[str, Any] = {}
         made.exit_on_error = False  # from now on the reason is shown and the question asked again
 
-    def command(self, *more: str) -> str:
-        """What makes the same run again."""
-        return shlex.join(["python", sys.argv[0], *more, *self.flags()])
+    def command(self, whole: bool) -> str:
+        """What makes the same run again, without any questions if they were all answered."""
+        yes = ["--yes"] if whole and "--yes" not in self.arguments else []
+        return shlex.join(["python", sys.argv[0], *yes, *self.flags()])
 
     def flags(self) -> list[str]:
         """As if everything had been said on the command line."""
@@ -207,17 +206,17 @@ def refuse(reason: Exception) -> None:
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows as a table for the screen."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *line[1:]]) for row, line in zip(rows, lines, strict=True)
-    )
+    first, *others = widths
+    lines = [[row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def sizes(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
     """Teacher and student beside each other."""
     rows = [["", "parameters", "blocks", "width", "smaller"]]
     for name, model in (("teacher", teacher), ("student", student)):
-        shape = (model.config.num_hidden_layers, model.config.hidden_size)
+        config = model.config.get_text_config()
+        shape = (config.num_hidden_layers, config.hidden_size)
         smaller = f"{teacher.num_parameters() / model.num_parameters():.2f}x"
         rows.append([name, f"{model.num_parameters():,}", *map(str, shape), smaller])
     return aligned(rows)
@@ -263,20 +262,21 @@ def run(args: argparse.Namespace, setup: Setup, baseline: bool) -> dict[str, Any
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Ask, show what is going to be trained, train it, and say what came of it."""
     interview = Interview(parser(), sys.argv[1:] if arguments is None else arguments)
-    more: list[str] = []
+    answered = False
     try:
         args, seen = interview.hold()
         print(f"\n{sizes(seen.setup.teacher, seen.student)}\n")
         if interview.answers and not questionary.confirm("Train it?").unsafe_ask():
             raise KeyboardInterrupt
-        more = ["--yes"]
+        answered = True
         print("The same run without questions; it goes on if it is stopped:")
-        print(f"\n  {interview.command(*more)}\n")
+        print(f"\n  {interview.command(answered)}\n")
         vars(args).pop("yes")
         setup = seen.setup if args.teacher is not None else prepare(args, distill_lm.train)
+        del seen  # models that were loaded to look at them
         return run(args, setup, vars(args).pop("baseline"))
     except (KeyboardInterrupt, EOFError):
-        print(f"\nStopped. This goes on:\n\n  {interview.command(*more)}", file=sys.stderr)
+        print(f"\nStopped. This goes on:\n\n  {interview.command(answered)}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as reason:
         sys.exit(f"\n{reason}")
