@@ -243,6 +243,7 @@ def test_a_dataset_that_cannot_be_reached_is_said_so(monkeypatch):
         (["--heldout-samples", "400"], "all 400 texts are held out"),
         (["--max-length", "64"], "no held-out text has 64 tokens"),
         (["--teacher", "missing.gguf"], "there is no file"),
+        (["--teacher", "no/such-model"], "'no/such-model' is neither a folder with a model"),
         (["--student-width", "15"], "does not divide into 2 heads"),
         (["--student", "other-tokens"], "of the same size, but ids stand for other tokens"),
         (["--student", "other-size"], "a vocabulary of 290 tokens, the teacher one of 300"),

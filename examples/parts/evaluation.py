@@ -9,6 +9,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import kdloss
+
 
 def clock(device: torch.device) -> float:
     """Seconds of all CPU cores together; of the wall on a GPU.
@@ -27,13 +29,12 @@ def perplexity(model: PreTrainedModel, blocks: Tensor, batch_size: int = 16) -> 
     """The exponential of the mean cross-entropy over all tokens of the blocks but each one's first."""
     was_training = model.training
     model.eval()
-    # Blocks are equally long, so that batch means weighted by their size are the mean of all tokens.
-    total = sum(
-        model(input_ids=batch, labels=batch).loss.item() * len(batch)
+    total = sum(  # without labels: transformers would compute, and warn of, a loss of its own
+        kdloss.cross_entropy(model(input_ids=batch).logits[:, :-1], batch[:, 1:]).sum().item()
         for batch in blocks.to(model.device).split(batch_size)
     )
     model.train(was_training)
-    return math.exp(min(total / len(blocks), 700))  # 700: the largest that a float can hold
+    return math.exp(min(total / blocks[:, 1:].numel(), 700))  # 700: the largest that a float can hold
 
 
 def generate(model: PreTrainedModel, prompts: Tensor, tokens: int) -> tuple[Tensor, float]:

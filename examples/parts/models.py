@@ -25,8 +25,14 @@ def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if not path.is_file():
             raise ValueError(f"there is no file {source!r}")
         source, options = str(path.parent), {"gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except OSError as error:
+        raise ValueError(
+            f"{source!r} is neither a folder with a model and its tokenizer nor a name that the hub knows: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     return (dequantized(model) if options else model), tokenizer
 
 
