@@ -365,9 +365,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
 
 
 def test_rouge_by_hand():
-    # "the cat sat" and "the cat ran off": 2 shared words of 3 and 4, 1 shared pair of 2 and 3
-    found = evaluation.rouge(["the cat sat"], ["the cat ran off"])
-    assert found == pytest.approx({"rouge_1": 100 * 4 / 7, "rouge_2": 100 * 2 / 5, "rouge_l": 100 * 4 / 7})
+    """F1 of what is shared, by words, by pairs of words, by the longest common subsequence."""
+    first = evaluation.rouge(["the cat sat"], ["the cat ran off"])  # 2 of 3 and 4; 1 of 2 and 3; 2
+    assert first == pytest.approx({"rouge_1": 400 / 7, "rouge_2": 200 / 5, "rouge_l": 400 / 7})
+    second = evaluation.rouge(["cat the sat"], ["the cat ran off"])  # 2 of 3 and 4; none; 1
+    assert second == pytest.approx({"rouge_1": 400 / 7, "rouge_2": 0, "rouge_l": 200 / 7})
 
 
 def test_a_table_shows_means_deviations_and_only_columns_that_are_known():
