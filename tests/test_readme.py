@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import batch, build
+from parts.scale import Distillation
 from torch.optim import AdamW
 from transformers import TrainingArguments
 
@@ -31,6 +33,9 @@ def test_a_block_of_python_runs(page, number, code, tmp_path):
         names["teacher_logits"] = teacher(**plain).logits
     names["student_logits"] = student(**plain).logits
     names["labels"] = batch("gpt2")["labels"]
+    alone = SimpleNamespace(all_reduce=lambda x: None, get_world_size=lambda: 1)
+    wrapped = Distillation(student, kdloss.VanillaKD(), teacher)
+    names |= {"nn": torch.nn, "dist": alone, "module": wrapped, "batch": batch("gpt2")}
     small = {"max_steps": 2, "use_cpu": True, "dataloader_pin_memory": False, "report_to": "none"}
     names["arguments"] = TrainingArguments(str(tmp_path), **small)
     names["data"] = [{name: x[0] for name, x in batch("gpt2").items()}] * 4
