@@ -169,7 +169,9 @@ def test_the_command_shown_repeats_the_run_after_sigkill_too_without_a_terminal(
     assert "? " not in killed.text
     assert not list((tmp_path / "cells").glob("both-*.json"))
     command = [sys.executable, str(EXAMPLES / "cli.py"), *again]
-    resumed = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the session: the same bits need it
+    ends = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    resumed = subprocess.run(command, env=one_thread, check=True, **ends)
     assert not re.search(r"both \(0\):   0%\|.* 0/", resumed.stderr)  # it didn't begin at the first step
     first, second = (next(output.glob("students/both-*")) for output in (folder / "runs", tmp_path))
     ours, theirs = (load_file(student / "model.safetensors") for student in (first, second))
