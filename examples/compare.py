@@ -88,16 +88,16 @@ class Cell:
 
 def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     """All cells, each one's settings checked before the first is run."""
-    cells = {}
+    planned = {}
     for change, seed, method in itertools.product([*changes(args)], args.seeds, METHODS):
         row = label(method, change)
-        if method not in args.methods or (row, seed) in cells:  # it varies what this method doesn't use
+        if method not in args.methods or (row, seed) in planned:  # it varies what this method doesn't use
             continue
         chosen = settings([*flags, *(f"--{flag}={value}" for flag, value in change.items())])
         chosen.seed, chosen.method = seed, method.removesuffix("-same-time")
         distill_lm.criterion_for(chosen)
-        cells[row, seed] = Cell(row, change, method, seed, chosen)
-    return list(cells.values())
+        planned[row, seed] = Cell(row, change, method, seed, chosen)
+    return list(planned.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 import torch
-from parts import evaluation, models, report, text
+from parts import cells, evaluation, models, report, text
 from parts.files import replacing, save_json
 from parts.trainer import DistillationTrainer
 from torch import Tensor, nn
@@ -96,20 +96,6 @@ def new_student(
     return student
 
 
-def claim(folder: Path, settings: dict[str, object]) -> None:
-    """Note the settings in the output folder; one that others made is not gone on with."""
-    file = folder / "settings.json"
-    if file.is_file():
-        made = json.loads(file.read_text())
-        if differing := {n: (made.get(n), value) for n, value in settings.items() if made.get(n) != value}:
-            raise ValueError(
-                f"{folder} was made with other settings (then, now): {differing}; write --output with "
-                "another folder, or delete this one"
-            )
-    elif int(os.environ.get("RANK", 0)) == 0:
-        save_json(settings, file)
-
-
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Read the flags, train a teacher where none is given, train two students, report."""
     parser = argparse.ArgumentParser(
@@ -149,7 +135,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         for name, part in (("train", texts[held_out:]), ("held-out", texts[:held_out]))
     }
     fingerprint = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    claim(flags.output, {n: v for n, v in vars(flags).items() if n != "output"} | {"texts": fingerprint})
+    settings = {n: v for n, v in vars(flags).items() if n != "output"} | {"texts": fingerprint}
+    first = int(os.environ.get("RANK", 0)) == 0
+    if not cells.begun(flags.output, settings) and first:
+        save_json(settings, flags.output / "settings.json")
 
     alone = kdloss.VanillaKD(alpha=1.0)  # cross-entropy; the teacher does not even run
     if not flags.teacher:
@@ -165,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         train(folder, student, teacher, criterion, blocks, tokenizer, flags.steps, flags)
         results[name] = json.loads((folder / "result.json").read_text())
     level = evaluation.perplexity(teacher, blocks["held-out"])
-    if int(os.environ.get("RANK", 0)) == 0:
+    if first:
         save_json({"teacher": level, "students": results}, flags.output / "results.json")
         perplexities = {"teacher": level} | {name: found["perplexity"] for name, found in results.items()}
         curves = {name: found["curve"] for name, found in results.items()}

@@ -85,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
             name = f"{average}-{'-'.join(map(str, weights))}"
             distillers[name] = kdloss.Distiller(teachers, several)
 
-    keys = [one.key for one in each]
+    keys, kept = [one.key for one in each], args.output / "students"
+    rows = {"several", "weights", "average"}  # what is asked for besides changes no row
+    settings = argparse.Namespace(**{name: x for name, x in vars(args).items() if name not in rows})
     for name, distill in distillers.items():
-        found = distill_lm.measured(
-            args, first, distill, name, students=args.output / "students", teachers=keys
-        )
+        found = distill_lm.measured(settings, first, distill, name, students=kept, teachers=keys, row=name)
         alone = runs["none"][0] if "none" in runs else None
         runs[name] = [report.beside(found, best, alone)]
     print(report.write(runs, vars(args), args.output, distill_lm.NOTES))

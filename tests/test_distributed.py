@@ -204,7 +204,7 @@ def test_distillation_is_the_distillers_loss_in_training_and_the_students_own_in
 def test_going_on_with_other_flags_is_refused(given):
     flags, output, _, _ = given
     with pytest.raises(
-        ValueError, match=r"holds a run with other flags: .*seed 0, not 3.*another --output"
+        ValueError, match=r"holds a run with other settings: .*seed 0, not 3.*another --output"
     ):
         distributed.main([*flags, "--seed", "3", "--output", str(output)])
 

@@ -54,8 +54,12 @@ def test_several_teachers_are_averaged_by_their_weights(data, teachers, tmp_path
     ]
     assert len({found[row]["perplexity"] for row in distinct}) == len(distinct)
     assert found["none"]["perplexity"] > found["probabilities-0.5-0.5"]["perplexity"]
-    monkeypatch.setattr(distill_lm, "train", never)
+    trained, fit = [], distill_lm.fit
+    monkeypatch.setattr(distill_lm, "fit", lambda *a: trained.append(a[-1]) or fit(*a))
     assert multi_teacher.main(arguments) == runs
+    assert trained == []
+    multi_teacher.main([*arguments, "0.9,0.1", "--average", "logits"])
+    assert trained == ["logits-0.9-0.1 (0)"]
 
 
 def test_given_teachers_are_used_and_need_a_weight_each(data, teachers, tmp_path):

@@ -34,3 +34,19 @@ def cell(
     files.save_json({"settings": settings, "result": result}, file)
     files.remove(unfinished)
     return result
+
+
+def begun(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a run with these settings (settings.json); one with others is refused."""
+    file = folder / "settings.json"
+    if not file.is_file():
+        return False
+    theirs = json.loads(file.read_text(encoding="utf-8"))
+    mine = {name: str(value) for name, value in settings.items()}
+    if differ := [name for name in mine if mine[name] != str(theirs.get(name))]:
+        raise ValueError(
+            f"{folder} holds a run with other settings: "
+            + ", ".join(f"{name} {theirs.get(name)}, not {mine[name]}" for name in differ)
+            + "; give another --output, or remove the folder"
+        )
+    return True

@@ -72,10 +72,15 @@ def write(runs: Runs, settings: Mapping[str, Any], folder: Path, notes: str) -> 
     }
     shown = "\n".join([table(runs), "", notes])
     files.save_json({"settings": settings, "summary": means, "runs": runs}, folder / "results.json")
+    return _shown(shown, picture(runs), folder)
+
+
+def _shown(shown: str, figure: Figure, folder: Path) -> str:
+    """Write results.md and results.png; returns what to print."""
     with files.replacing(folder / "results.md") as partial:
         partial.write_text(shown + "\n", encoding="utf-8")
     with files.replacing(folder / "results.png") as partial:
-        picture(runs).savefig(partial, dpi=110, format="png")
+        figure.savefig(partial, dpi=110, format="png")
     return f"\n{shown}\n\nwritten: {folder}/results.json, results.md, results.png"
 
 
@@ -140,8 +145,4 @@ def curves(perplexities: Mapping[str, float], curves: Mapping[str, Curve], folde
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.legend()
-    with files.replacing(folder / "results.md") as partial:
-        partial.write_text(shown + "\n", encoding="utf-8")
-    with files.replacing(folder / "results.png") as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    return f"\n{shown}\n\nwritten: {folder}/results.json, results.md, results.png"
+    return _shown(shown, figure, folder)

@@ -1,7 +1,6 @@
 """What distributed.py and with_accelerate.py share: the module they wrap, flags, data, results."""
 
 import argparse
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kdloss
-from parts import files, models, options, report, setup, text
+from parts import cells, files, models, options, report, setup, text
 
 Curve = list[tuple[int, float]]
 
@@ -82,7 +81,7 @@ def prepare(
             f"a batch of {args.batch_size} does not divide into {parts} equal parts (processes times "
             f"micro-batches): --batch-size {parts * -(-args.batch_size // parts)}"
         )
-    prepared = same_settings(args)
+    prepared = cells.begun(args.output, settings_of(args))
     texts = text.read_texts(args.data, limit=args.samples)
     unseen, seen = texts[: -(-len(texts) // 10)], texts[-(-len(texts) // 10) :]
     if not first:
@@ -150,21 +149,6 @@ def check(student: PreTrainedModel, teacher: PreTrainedModel, args: argparse.Nam
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What makes two runs the same."""
     return {name: str(value) for name, value in vars(args).items() if name != "output"}
-
-
-def same_settings(args: argparse.Namespace) -> bool:
-    """Whether the output folder holds this run already; another run's is refused."""
-    file, mine = args.output / "settings.json", settings_of(args)
-    if not file.is_file():
-        return False
-    theirs = json.loads(file.read_text(encoding="utf-8"))
-    if differ := [name for name in mine if mine[name] != theirs.get(name)]:
-        raise ValueError(
-            f"{args.output} holds a run with other flags: "
-            + ", ".join(f"{name} {theirs.get(name)}, not {mine[name]}" for name in differ)
-            + "; give another --output, or remove the folder"
-        )
-    return True
 
 
 @contextmanager
