@@ -61,7 +61,10 @@ def read_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
     pairs = [(entry[args.document], entry[args.summary]) for entry in entries]
     pairs = [(document, summary) for document, summary in pairs if document and summary]
     if len(pairs) <= args.heldout_samples:
-        raise ValueError(f"{len(pairs)} pairs are no more than the {args.heldout_samples} held out")
+        raise ValueError(
+            f"{len(pairs)} of {len(entries)} entries have both {args.document!r} and {args.summary!r}, no "
+            f"more than the {args.heldout_samples} held out: --document, --summary or --heldout-samples"
+        )
     return pairs[: args.samples]
 
 

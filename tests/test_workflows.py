@@ -168,3 +168,11 @@ def test_a_criterion_of_the_task_uses_late_layers_and_alpha_of_a_fifth():
     criterion = distill_lm.criterion_for(args)
     assert isinstance(criterion, kdloss.FeatureKD)
     assert (criterion.alpha, criterion.layer_map.layers) == (0.2, "late")
+
+
+def test_an_empty_column_of_summaries_is_named(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"article": "A", "title": ""}\n{"article": "B", "title": null}')
+    said = "0 of 2 entries have both 'article' and 'title', no more than the 200 held out: --document"
+    with pytest.raises(ValueError, match=said):
+        summarise.main(["--data", str(file), "--document", "article", "--summary", "title"])
