@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from parts import files
@@ -98,36 +99,42 @@ def beside(
 
 
 def picture(runs: Runs) -> Figure:
-    """Held-out perplexity over steps and over seconds, and what each row came to; teachers as levels."""
-    figure = Figure(figsize=(15, max(4.6, 0.35 * len(runs))), layout="constrained")
-    by_step, by_second, bars = figure.subplots(1, 3)
+    """What each row came to, teachers as levels; beside learning curves, while colours tell them apart."""
     students = [row for row, found in runs.items() if "curve" in found[0]]
-    for i, row in enumerate(students):
-        for nth, run in enumerate(runs[row]):
-            style = {"color": f"C{i}", "marker": ".", "label": row if nth == 0 else None}
-            style["linestyle"] = "--" if "time" in row else "-"
-            seen = [point for point in run["curve"] if point["step"] > 0]
-            values = [point["perplexity"] for point in seen]
-            by_step.plot([point["step"] for point in seen], values, **style)
-            by_second.plot([point["seconds"] for point in seen], values, **style)
     levels = {row: summary(runs[row])["perplexity"][0] for row in runs if row not in students}
-    for axes, label in ((by_step, "training steps"), (by_second, "CPU seconds of training")):
-        axes.set(xlabel=label, ylabel="held-out perplexity", yscale="log")
-        axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.yaxis.set_minor_formatter("{x:.0f}")
+    panels = 3 if len(students) <= 10 else 1
+    figure = Figure(
+        figsize=(5 * panels if panels > 1 else 9, max(4.6, 0.35 * len(runs))), layout="constrained"
+    )
+    *over, bars = figure.subplots(1, panels, squeeze=False)[0]
+    for axes, unit in zip(over, ("step", "seconds"), strict=False):
+        _learning_curves(axes, {row: runs[row] for row in students}, unit)
     heights = [summary(runs[row])["perplexity"] for row in students]
     drawn = bars.barh(students, [m for m, _ in heights], xerr=[d for _, d in heights])
     for bar, i in zip(drawn, range(len(students)), strict=True):
-        bar.set_color(f"C{i}")
+        bar.set_color(f"C{i}" if over else "C0")
     bars.bar_label(drawn, fmt="%.1f", label_type="center", color="white")
     for (row, level), style in zip(levels.items(), itertools.cycle([":", "-.", "--"])):
-        for axes in (by_step, by_second):
+        for axes in over:
             axes.axhline(level, color="black", linewidth=1, linestyle=style, label=row)
-        bars.axvline(level, color="black", linewidth=1, linestyle=style)
-    by_step.legend(fontsize="small")
+        bars.axvline(level, color="black", linewidth=1, linestyle=style, label=row)
+    (over or [bars])[0].legend(fontsize="small")
     bars.invert_yaxis()
     bars.set(xlabel="held-out perplexity at the end (less is better)")
     return figure
+
+
+def _learning_curves(axes: Axes, students: Runs, unit: str) -> None:
+    for i, (row, seeds) in enumerate(students.items()):
+        for nth, run in enumerate(seeds):
+            style = {"color": f"C{i}", "marker": ".", "label": row if nth == 0 else None}
+            style["linestyle"] = "--" if "time" in row else "-"
+            seen = [point for point in run["curve"] if point["step"] > 0]
+            axes.plot([point[unit] for point in seen], [point["perplexity"] for point in seen], **style)
+    axes.set(xlabel={"step": "training steps", "seconds": "CPU seconds of training"}[unit])
+    axes.set(ylabel="held-out perplexity", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
 
 
 def curves(perplexities: Mapping[str, float], curves: Mapping[str, Curve], folder: Path) -> str:
