@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kdloss
 
-ARROW = " => "
+ARROW = " =>"  # no space behind it: tokens begin with theirs
 NOTES = """\
 ROUGE-1/2/L (F1, percent) of greedy summaries of documents no model has seen, and perplexity of the
 real ones. Retention: the teacher's perplexity over the student's. CPU seconds leave evaluation out."""
@@ -74,7 +74,7 @@ def encode(
     """Token ids; a document is cut where its summary would not fit."""
     found = []
     for document, short in pairs:
-        ids = tokenizer(ARROW + short, add_special_tokens=False)["input_ids"][: summary - 1]
+        ids = tokenizer(f"{ARROW} {short}", add_special_tokens=False)["input_ids"][: summary - 1]
         long = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         found.append((long[: length - summary], [*ids, tokenizer.eos_token_id]))
     return found
@@ -143,7 +143,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """What its summaries are worth beside the real ones."""
     written = summaries(model, tokenizer, pairs, length)
-    real = [tokenizer.decode(ids, skip_special_tokens=True).removeprefix(ARROW) for _, ids in pairs]
+    real = [tokenizer.decode(ids, skip_special_tokens=True).removeprefix(f"{ARROW} ") for _, ids in pairs]
     return {
         "perplexity": perplexity(model, pairs, tokenizer.pad_token_id),
         **evaluation.rouge(written, real),
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     args = parser().parse_args(arguments)
     texts = read_pairs(args)
     seen, heldout = texts[: -args.heldout_samples], texts[-args.heldout_samples :]
-    joined = [document + ARROW + summary for document, summary in seen]
+    joined = [f"{document}{ARROW} {summary}" for document, summary in seen]
     teacher, tokenizer = setup.teacher_of(args, joined, distill_lm.train)
     teacher.to(args.device).eval()
     models.check_length(teacher, args.max_length, "teacher")

@@ -125,6 +125,15 @@ def test_the_hardest_blocks_are_those_of_the_highest_loss():
     assert {tuple(row) for row in chosen.tolist()} == {tuple(row) for row in expected.tolist()}
 
 
+def test_a_prompt_is_how_what_was_learned_begins():
+    tokenizer = text.train_tokenizer([f"{s}{summarise.ARROW} {s}" for s in tiny.SENTENCES], 300)
+    arrow = tokenizer(summarise.ARROW)["input_ids"]
+    whole = tokenizer(f"A text.{summarise.ARROW} Number 5", add_special_tokens=False)["input_ids"]
+    ((document, summary),) = summarise.encode(tokenizer, [("A text.", "Number 5")], 48, 24)
+    assert summary[: len(arrow)] == arrow
+    assert [*document, *summary] == [*whole, tokenizer.eos_token_id]
+
+
 def test_summaries_are_all_that_counts_and_padding_changes_nothing():
     batch = summarise.batch_of([([1, 2, 3], [8, 9]), ([4], [7])], pad=0)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 8, 9], [4, 7, 0, 0, 0]]
