@@ -49,7 +49,7 @@ demo-pretrained: .venv/smollm2  ## the same script: 20 of SmolLM2-135M's 30 bloc
 		--max-length 128 --batch-size 2 --steps 20 --points 2 \
 		--heldout-samples 20 --continuations 6 --output runs/demo-pretrained $(ARGS)
 
-results: .venv/smollm2  ## the measurements of docs/results.md, an hour or two
+results: .venv/smollm2  ## the measurements of docs/results.md, two or three hours
 	$(BIN)/python benchmarks/results.py $(ARGS)
 
 bench: .venv/ready  ## our losses beside the plain PyTorch recipe

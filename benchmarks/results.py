@@ -1,6 +1,6 @@
 """The measurements of docs/results.md and docs/examples.md: tables and pictures in docs/results.
 
-Two hours or so on two cores; run again after an interruption it goes on. `--only` runs some of them.
+Two or three hours on two cores; run again after an interruption it goes on. `--only` runs some of them.
 """
 
 import argparse

@@ -102,7 +102,7 @@ def picture(runs: Runs) -> Figure:
     """What each row came to, teachers as levels; beside learning curves, while colours tell them apart."""
     students = [row for row, found in runs.items() if "curve" in found[0]]
     levels = {row: summary(runs[row])["perplexity"][0] for row in runs if row not in students}
-    panels = 3 if len(students) <= 10 else 1
+    panels = 3 if len(students) <= 8 else 1
     figure = Figure(
         figsize=(5 * panels if panels > 1 else 9, max(4.6, 0.35 * len(runs))), layout="constrained"
     )
