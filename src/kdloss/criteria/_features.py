@@ -107,7 +107,7 @@ def _hidden(output: Any, blocks: str | None) -> Sequence[Tensor] | None:
 
 def _feature(output: Any, hidden: Sequence[Tensor] | None, name: Name, whose: str) -> Tensor:
     if isinstance(output, Captured):
-        features = output[name]
+        features: Tensor = output[name]
     elif hidden is None:
         raise TypeError(
             f"the {whose}'s features are needed: call kdloss.Distiller, pass what kdloss.capture "

@@ -1,0 +1,73 @@
+"""What `torch.compile` would keep from a hook, run without it."""
+
+import logging
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+
+_log = logging.getLogger("kdloss")
+_said: WeakSet[nn.Module] = WeakSet()
+_lock = threading.Lock()
+_running = 0
+_stance: Any = None
+
+
+@contextmanager
+def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> Iterator[None]:
+    """Run everything eagerly inside the `with` if a hooked module is a part of a compiled one.
+
+    A graph made before the hooks doesn't know them, and nothing tells whether there is one. A hook on the
+    compiled module itself runs beside the graph.
+    """
+    around = next((m for m in model.modules() if _compiled(m) and _holds(m, hooked)), None)
+    if around is None:
+        yield
+        return
+    if not hasattr(torch.compiler, "set_stance"):
+        raise RuntimeError(
+            f"{type(model).__name__} was compiled by torch.compile together with modules to be captured, "
+            f"whose hooks it may not see before torch 2.6; compile its blocks instead: {BLOCKS}"
+        )
+    if around not in _said:
+        _said.add(around)
+        _log.warning(
+            "%s was compiled as a whole by torch.compile: it runs eagerly while parts of it are captured. "
+            "What stays fast is compiled blocks: %s",
+            type(getattr(around, "_orig_mod", around)).__name__,
+            BLOCKS,
+        )
+    with _eagerly():
+        yield
+
+
+BLOCKS = "for block in kdloss.find_blocks(model): block.compile()"
+
+
+def _compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def _holds(module: nn.Module, hooked: Collection[nn.Module]) -> bool:
+    return any(part in hooked for part in module.modules() if part is not module)
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    """The stance is the whole process's: the first thread to come sets it, the last to go restores it."""
+    global _running, _stance
+    with _lock:
+        if _running == 0:
+            _stance = torch.compiler.set_stance("force_eager")
+        _running += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if _running == 0:
+                _stance.__exit__(None, None, None)

@@ -1,0 +1,161 @@
+"""`capture`: hooks for as long as a `with`."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdloss.capture.compiled import hooks_seen
+from kdloss.capture.recorder import Captured, Recorder, Stop, Which, known_at_the_end
+from kdloss.capture.take import Take
+from kdloss.layers import Name, find_blocks, resolve
+
+Option = TypeVar("Option")
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    names: Iterable[Name],
+    *,
+    blocks: str | None = None,
+    stop: bool = False,
+    which: Which | Mapping[Name, Which] = "once",
+    take: Take | Mapping[Name, Take] = None,
+) -> Iterator[Captured]:
+    """Record the outputs of chosen modules during the one forward pass made inside the `with`.
+
+    `names` are module names, or integers for a model's blocks (found by themselves, or in the list
+    that `blocks` names). Prefixes of DDP, torch.compile and peft may be left out.
+
+    - `take` is what counts of an output: an index, a key, a path like `(1, "values")`, or a function
+      of the output. By default it is the output, or its first tensor. `take=torch.clone` keeps a
+      feature that the model changes in place afterwards, like the input of a `ReLU(inplace=True)`.
+    - `which` says what counts of a module that is used several times: "first", "last", "all" (a
+      list), or the number of one, negative from the end. By default that is an error.
+    - Either may be a mapping from some of the names.
+    - `stop=True` ends the pass when all is captured, and what follows it inside the `with` is skipped.
+
+    The hooks are gone when the `with` ends, after an exception too, and with one the features. Only
+    the thread that opened it is recorded, and not what activation checkpointing runs again in
+    `backward()`. Copies made of the model inside carry hooks that do nothing. A model that was
+    compiled as a whole runs eagerly inside the `with`; compiled blocks stay compiled. Under
+    `inference_mode` features are copies, as tensors from there can't enter a loss.
+
+    Raises: ValueError for a name that does not exist or options that don't fit; RuntimeError when a
+    module ran not at all or more than once, changed its output in place afterwards, or gave a tensor
+    without gradient although its parameters are trained (reentrant checkpointing); TypeError where
+    `take` finds no tensor.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
+    >>> with capture(model, ["0"]) as seen:
+    ...     out = model(torch.ones(1, 2))
+    >>> seen["0"].shape, seen.output is out
+    (torch.Size([1, 3]), True)
+    """
+    asked: dict[nn.Module, list[Name]] = {}
+    for name in dict.fromkeys(names):
+        asked.setdefault(_module(model, name, blocks), []).append(name)
+    each = [name for together in asked.values() for name in together]
+    recorder = Recorder(asked, _which(each, which, stop), _per_name("take", each, take, None), stop)
+    seen = recorder.captured
+    hook = _hook()
+    handles = [m.register_forward_hook(hook(partial(recorder.record, m))) for m in asked]
+    handles.append(model.register_forward_pre_hook(hook(recorder.begin)))
+    handles.append(model.register_forward_hook(hook(recorder.finish)))
+    try:
+        try:
+            with hooks_seen(model, asked):
+                yield seen
+        except Stop as signal:
+            if signal.recorder is not recorder:
+                raise
+            _resharded(model)
+            recorder.check()
+            _refuse_unsynchronised(model, seen)
+        else:
+            recorder.check()
+    except BaseException:
+        seen.empty()
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+        recorder.close()
+
+
+class _Hook:
+    """A hook whose copies and pickles do nothing, where `kdloss` isn't installed too."""
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        self.run = run
+
+    def __call__(self, *args: Any) -> None:
+        self.run(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+@cache
+def _hook() -> type[_Hook]:
+    """Its like beside compiled code, never a part of it; made late, as it imports the compiler."""
+    beside: Callable[[Callable[..., None]], Callable[..., None]] = torch.compiler.disable
+    return type("_Hook", (_Hook,), {"__call__": beside(_Hook.__call__)})
+
+
+def _module(model: nn.Module, name: Name, blocks: str | None) -> nn.Module:
+    if isinstance(name, str):
+        return resolve(model, name)
+    found = find_blocks(model, blocks)
+    if not -len(found) <= name < len(found):
+        raise ValueError(f"block {name} does not exist: {len(found)} blocks, 0 to {len(found) - 1}")
+    return found[name]
+
+
+def _which(names: list[Name], given: Which | Mapping[Name, Which], stop: bool) -> dict[Name, Which]:
+    default: Which = "once"
+    which = _per_name("which", names, given, default)
+    for name, one in which.items():
+        if not isinstance(one, int) and one not in ("once", "first", "last", "all"):
+            raise ValueError(
+                f"which={one!r} for {name!r} is unknown; choose 'once', 'first', 'last', 'all' or a number"
+            )
+        if stop and known_at_the_end(one):
+            raise ValueError(
+                f"which={one!r} for {name!r} is known at the end of the pass only, and stop=True ends it "
+                "before; write which='first' or the number of one, or stop=False"
+            )
+    return which
+
+
+def _per_name(
+    option: str, names: list[Name], given: Option | Mapping[Name, Option], default: Option
+) -> dict[Name, Option]:
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, given)
+    if unknown := [name for name in given if name not in names]:
+        raise ValueError(f"{option} has {unknown}, which are not among the names to capture, {names}")
+    return {name: given.get(name, default) for name in names}
+
+
+def _resharded(model: nn.Module) -> None:
+    """A pass that ends early leaves a model under FSDP2 gathered, in torch that can undo it."""
+    resets = (getattr(module, "reset_iter_state", None) for module in model.modules())
+    if reset := next(filter(callable, resets), None):
+        reset()
+
+
+def _refuse_unsynchronised(model: nn.Module, seen: Captured) -> None:
+    """DDP makes ready for a backward after its forward, which was cut off."""
+    wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+    if any(m.require_backward_grad_sync for m in wrappers) and any(t.requires_grad for t in seen.values()):
+        raise RuntimeError(
+            "stop=True ends the pass before DistributedDataParallel makes ready to synchronise gradients, "
+            "and these features lead to some; write stop=False for a model that is trained, "
+            "torch.no_grad() around one that isn't"
+        )

@@ -1,0 +1,177 @@
+"""The state behind one `capture`: what ran, what is kept of it, and what speaks against it."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from kdloss.capture.compiled import BLOCKS
+from kdloss.capture.take import Take, taken
+from kdloss.layers import Name
+
+Which = Literal["once", "first", "last", "all"] | int
+_NUMBERS = {"once": 0, "first": 0, "last": -1}
+
+
+class Captured(Mapping[Name, Any]):
+    """The features of one forward pass, by the names asked for, and the model's own output."""
+
+    def __init__(self) -> None:
+        self.features: dict[Name, Any] = {}
+        self.output: Any = None
+
+    def __getitem__(self, name: Name) -> Any:
+        if name not in self.features:
+            raise KeyError(f"{name!r} was not captured; there is {list(self.features)}")
+        return self.features[name]
+
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self.features)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def empty(self) -> None:
+        """Let go of everything."""
+        self.features.clear()
+        self.output = None
+
+
+class Stop(BaseException):
+    """Ends a pass that nobody needs the rest of, or that went wrong; no model's `except` is meant."""
+
+    def __init__(self, recorder: "Recorder") -> None:
+        self.recorder = recorder
+
+
+class Recorder:
+    """Fills one `Captured` from the hooks of the thread that made it."""
+
+    def __init__(
+        self,
+        asked: Mapping[nn.Module, list[Name]],
+        which: Mapping[Name, Which],
+        take: Mapping[Name, Take],
+        stop: bool,
+    ) -> None:
+        self.asked, self.which, self.take, self.stop = asked, which, take, stop
+        self.number = {name: _number(one) for name, one in which.items()}
+        self.captured = Captured()
+        self.runs = dict.fromkeys(asked, 0)
+        self.kept: dict[Name, deque[tuple[Tensor, int]]] = {
+            name: deque(maxlen=None if number is None else max(1, -number))
+            for name, number in self.number.items()
+        }
+        self.grad = torch.is_grad_enabled()
+        self.thread, self.elsewhere = threading.get_ident(), False
+        self.error: Exception | None = None
+
+    def begin(self, model: nn.Module, args: object) -> None:
+        """Before the model runs."""
+        if self._ours():
+            self.grad = torch.is_grad_enabled()
+
+    def record(self, module: nn.Module, _module: nn.Module, args: object, output: Any) -> None:
+        """After a module has run; `module` is the one asked for, `_module` may be its replica."""
+        if not self._ours():
+            return
+        self.runs[module] += 1
+        for name in self.asked[module]:
+            try:
+                self._keep(name, module, output)
+            except Exception as error:
+                self._end(error)
+        if self.stop and len(self.captured) == len(self.kept):
+            self._end()
+
+    def finish(self, model: nn.Module, args: object, output: Any) -> None:
+        """After the model has run."""
+        if self._ours():
+            self.captured.output = output
+
+    def check(self) -> None:
+        """Raise for what went wrong, and for what didn't happen."""
+        if self.error is not None:
+            raise self.error
+        for module, names in self.asked.items():
+            missing = [name for name in names if name not in self.captured]
+            if missing and self.runs[module]:
+                raise RuntimeError(
+                    f"{missing} ran {self.runs[module]} times, "
+                    f"not as often as which={self.which[missing[0]]!r} asks for"
+                )
+            if missing and self.elsewhere:
+                raise RuntimeError(
+                    f"{missing} ran in other threads only, as under nn.DataParallel; open `capture` in the "
+                    "thread that runs the model, and use DistributedDataParallel"
+                )
+        missing = [name for name in self.kept if name not in self.captured]
+        if missing:
+            raise RuntimeError(
+                f"{missing} did not run inside the `with`: the model skips it, was not called, or is part "
+                "of something that torch.compile compiled before the hook was there; give `capture` the "
+                f"compiled model itself, or compile its blocks instead: {BLOCKS}"
+            )
+        for name, kept in self.kept.items():
+            if any(tensor._version != version for tensor, version in kept):
+                raise RuntimeError(
+                    f"the output of {name!r} was changed in place after it was captured, as by "
+                    "ReLU(inplace=True) or +=; write take=torch.clone to have it as it was before, "
+                    "inplace=False, or capture the module that changes it"
+                )
+
+    def close(self) -> None:
+        """Hold nothing any more: a graph that torch.compile made may keep the hook, and so this."""
+        self.thread, self.captured, self.kept = 0, Captured(), {}
+
+    def _ours(self) -> bool:
+        """Whether this is the recorded pass: not another thread's, nor recomputed within backward()."""
+        here = threading.get_ident() == self.thread
+        self.elsewhere |= not here
+        return here and torch._C._current_graph_task_id() == -1
+
+    def _keep(self, name: Name, module: nn.Module, output: Any) -> None:
+        number, run = self.number[name], self.runs[module] - 1
+        if self.which[name] == "once" and run:
+            raise RuntimeError(
+                f"{name!r} ran more than once inside the `with`. If it is used several times, write "
+                "which='first', 'last', 'all' (a list) or the number of one; else make one forward pass "
+                "in the `with`"
+            )
+        if number is not None and 0 <= number != run:
+            return
+        tensor = taken(name, output, self.take[name])
+        trained = self.grad and any(p.requires_grad for p in module.parameters())
+        if trained and tensor.is_floating_point() and not tensor.requires_grad:
+            raise RuntimeError(
+                f"{name!r} gave a tensor without gradient although it is trained: reentrant activation "
+                "checkpointing hides it. Write use_reentrant=False where checkpointing is turned on"
+            )
+        if tensor.is_inference():
+            # Nothing tells of changes to these in place, and no loss can save them for backward.
+            with torch.inference_mode(False):
+                tensor = tensor.clone()
+        kept = self.kept[name]
+        kept.append((tensor, tensor._version))
+        if number is None:
+            self.captured.features[name] = [tensor for tensor, _ in kept]
+        elif len(kept) == kept.maxlen:
+            self.captured.features[name] = kept[0][0]
+
+    def _end(self, error: Exception | None = None) -> NoReturn:
+        self.error = error
+        raise Stop(self)
+
+
+def known_at_the_end(which: Which) -> bool:
+    """Whether every run of the module counts, or might."""
+    number = _number(which)
+    return number is None or number < 0
+
+
+def _number(which: Which) -> int | None:
+    """Which run counts, None for all of them."""
+    return None if which == "all" else _NUMBERS[which] if isinstance(which, str) else which
