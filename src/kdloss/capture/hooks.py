@@ -85,7 +85,6 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-        recorder.close()
 
 
 class _Hook:

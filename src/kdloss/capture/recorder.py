@@ -123,10 +123,6 @@ class Recorder:
                     "inplace=False, or capture the module that changes it"
                 )
 
-    def close(self) -> None:
-        """Hold nothing any more: a graph that torch.compile made may keep the hook, and so this."""
-        self.thread, self.captured, self.kept = 0, Captured(), {}
-
     def _ours(self) -> bool:
         """Whether this is the recorded pass: not another thread's, nor recomputed within backward()."""
         here = threading.get_ident() == self.thread
