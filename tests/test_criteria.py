@@ -13,6 +13,7 @@ from losses import sample
 from torch import nn
 
 import kdloss
+from kdloss import Captured
 
 MASK = torch.tensor([[True, True, False, True], [True, False, True, True], [True, True, True, False]])
 
@@ -255,6 +256,53 @@ def test_feature_loss_is_the_mean_over_pairs_positions_and_width():
     assert student.hidden_states[1].grad[keep].abs().min() > 0
     assert not student.hidden_states[1].grad[~torch.from_numpy(keep)].any()
     assert student.hidden_states[2].grad is None
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_pairs_weigh_what_they_are_given_in_value_and_gradient(named):
+    student, teacher = feature_outputs()
+    s, t = student.hidden_states, teacher.hidden_states
+    pairing = [(3, 7, 0.2), (0, 1, 1.5), (0, 4, 0.5), (2, 2, 0.0)]
+    if named:
+        captured = Captured(), Captured()
+        for seen, states in zip(captured, (s, t), strict=True):
+            seen.features.update({f"block.{i}": h for i, h in enumerate(states[1:])})
+        student, teacher = captured
+        pairing = [(f"block.{i}", f"block.{j}", w) for i, j, w in pairing]
+    criterion = kdloss.FeatureKD(pairing=pairing, alpha=0.0)
+    loss = criterion(student, teacher)
+
+    def distance(i, j):
+        gap = s[i + 1].detach().double().numpy() - t[j + 1].double().numpy()
+        return (gap**2).mean(), 2 * gap / gap.size
+
+    (last, last_slope), (low, low_slope), (high, high_slope) = (
+        distance(3, 7),
+        distance(0, 1),
+        distance(0, 4),
+    )
+    expected = 0.2 * last + 1.5 * low + 0.5 * high
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    parts = [part.item() for part in criterion.components.values()]
+    assert parts == pytest.approx([last, low, high, expected], rel=1e-5)
+    name = "feature/block.0-block.4" if named else "feature/0-4"
+    assert [list(criterion.components)[i] for i in (2, 3)] == [name, "feature"]
+    slopes = grad(loss, s[4], s[1])
+    np.testing.assert_allclose(slopes[0], 0.2 * last_slope, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(slopes[1], 1.5 * low_slope + 0.5 * high_slope, rtol=1e-5, atol=1e-9)
+
+
+def test_a_student_layer_has_one_projection_for_all_its_teachers():
+    pairing = [(0, 1, 0.5), (0, 4, 0.5)]
+    criterion = kdloss.FeatureKD(pairing=pairing, depths=(4, 8), widths=(5, 6), alpha=0.0)
+    assert list(criterion.state_dict()) == ["projections.0.weight", "projections.0.bias"]
+    student, teacher = feature_outputs(s_width=5, t_width=6)
+    weight, bias = criterion.parameters()
+    projected = student.hidden_states[1] @ weight.T + bias
+    parts = [(projected - teacher.hidden_states[j + 1]).square().mean() for j in (1, 4)]
+    torch.testing.assert_close(criterion(student, teacher), (parts[0] + parts[1]) / 2)
+    with pytest.raises(ValueError, match=r"student layer 0 .* widths 6 and 7 \(4\).*one width"):
+        kdloss.FeatureKD(pairing=pairing, depths=(4, 8), widths=[(5, 6), (5, 7)])
 
 
 def test_projections_receive_no_garbage_from_masked_positions():

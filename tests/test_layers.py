@@ -54,7 +54,9 @@ def test_a_selection_that_does_not_exist_is_refused_showing_what_does(layers, er
 
 def test_pairings_of_four_student_blocks_in_twelve_teacher_blocks():
     def teachers(pairing, **settings):
-        return [t for _, t in kdloss.pair([0, 1, 2, 3], 4, 12, pairing, **settings)]
+        pairs = kdloss.pair([0, 1, 2, 3], 4, 12, pairing, **settings)
+        assert [w for *_, w in pairs] == [1 / len(pairs)] * len(pairs)
+        return [t for _, t, _ in pairs]
 
     assert teachers("uniform") == [0, 4, 7, 11]  # i * 11 / 3: 0, 3.67, 7.33, 11
     assert teachers("same") == [0, 1, 2, 3]
@@ -62,6 +64,7 @@ def test_pairings_of_four_student_blocks_in_twelve_teacher_blocks():
     assert teachers("last") == [8, 9, 10, 11]
     assert teachers("reverse") == [11, 7, 4, 0]
     assert teachers("kept", kept=[0, 3, 6, 9]) == [2, 5, 8, 11]
+    assert teachers("all_to_one") == [11, 11, 11, 11]
     assert teachers([(0, 5), (-1, -1)]) == [5, 11]
     assert teachers(lambda selected, s, t: [(i, t - s + i) for i in selected]) == [8, 9, 10, 11]
 
@@ -69,17 +72,17 @@ def test_pairings_of_four_student_blocks_in_twelve_teacher_blocks():
 @given(student=st.integers(1, 40), teacher=st.integers(1, 40))
 def test_uniform_keeps_relative_depth_last_to_last(student, teacher):
     pairs = kdloss.pair(list(range(student)), student, teacher)
-    partners = [t for _, t in pairs]
+    partners = [t for _, t, _ in pairs]
     assert partners == sorted(partners)
     assert partners[-1] == teacher - 1
-    for s, t in pairs if student > 1 else []:
+    for s, t, _ in pairs if student > 1 else []:
         assert abs(t - s * (teacher - 1) / (student - 1)) <= 0.5
 
 
 def test_random_draws_anew_in_ascending_order_from_torchs_generator():
     draws = {tuple(kdloss.pair([0, 1, 2], 3, 12, "random")) for _ in range(50)}
     assert len(draws) > 10
-    assert all([t for _, t in d] == sorted({t for _, t in d}) for d in draws)
+    assert all([t for _, t, _ in d] == sorted({t for _, t, _ in d}) for d in draws)
     torch.manual_seed(3)
     first = kdloss.pair([0, 1, 2], 3, 12, "random")
     torch.manual_seed(3)
@@ -97,7 +100,17 @@ def test_random_draws_anew_in_ascending_order_from_torchs_generator():
         ("kept", ValueError, "keep_blocks"),
         ([(0, 3)], ValueError, "teacher block 3 does not exist"),
         ([(4, 0)], ValueError, "student block 4 does not exist"),
-        ([(0, 0), (0, 1)], ValueError, "twice"),
+        ([(0, 0), (0, 1)], ValueError, r"twice.*pairing=\[\(0, 0, 0\.5\), \(0, 1, 0\.5\)\]"),
+        ([(0, 2), (0, -1)], ValueError, "pair twice"),
+        ([(0, 0, 0.5), (-4, 0, 0.5)], ValueError, "pair twice"),
+        ([(0, 0), (1, 1, 0.5)], TypeError, "all of them with a weight"),
+        ([(0, 0, -0.5), (1, 1, 1.0)], ValueError, "at least 0"),
+        ([(0, 0, float("nan"))], ValueError, "finite"),
+        ([(0, 0, float("inf"))], ValueError, "finite"),
+        ([(0, 0, 0.0), (1, 1, 0)], ValueError, "not all 0"),
+        ([(0, 0, "1")], TypeError, "numbers"),
+        ([(0, 0, True)], TypeError, "numbers"),
+        (lambda *_: [(0, 0), (0, 1)], ValueError, "twice"),
         ([(0, 0.5)], TypeError, "integer"),
         ([], TypeError, "pairs"),
         ([0, 1], TypeError, "pairs"),
@@ -106,6 +119,19 @@ def test_random_draws_anew_in_ascending_order_from_torchs_generator():
 def test_a_pairing_that_does_not_fit_a_shallow_teacher_is_refused(pairing, error, match):
     with pytest.raises(error, match=match):
         kdloss.pair([0, 1, 2, 3], 4, 3, pairing)
+
+
+def test_weights_are_taken_as_they_are_and_allow_several_teachers_for_one_student_block():
+    given = [(3, 1, 2), (3, -1, 0.25), (0, 1, 0)]
+    assert kdloss.pair([], 4, 12, given) == [(3, 1, 2.0), (3, 11, 0.25), (0, 1, 0.0)]
+    assert kdloss.pair([0], 4, 12, lambda selected, s, t: [(0, 0, 0.1)]) == [(0, 0, 0.1)]
+    assert kdloss.pair([], 4, 12, [(0, 5), (1, 5)]) == [(0, 5, 0.5), (1, 5, 0.5)]
+
+
+@pytest.mark.parametrize("pairing", ["uniform", "reverse", "all_to_one"])
+def test_a_shallower_teacher_is_enough_where_blocks_need_not_differ(pairing):
+    partners = {"uniform": [0, 0, 1, 1], "reverse": [1, 1, 0, 0], "all_to_one": [1] * 4}
+    assert [t for _, t, _ in kdloss.pair([0, 1, 2, 3], 4, 2, pairing)] == partners[pairing]
 
 
 def test_kept_of_another_teacher_is_refused():

@@ -13,21 +13,38 @@ from kdloss.layers import LayerMap, Name
 from kdloss.reduction import fill, per_example, precise
 from kdloss.targets import Logits
 
-Pairs = Sequence[tuple[Name, Name]]
+Pairs = Sequence[tuple[Name, Name, float]]
 Features = Mapping[tuple[Name, Name], tuple[Tensor, Tensor]]
 
 
-def feature_pairs(student: Any, teacher: Any, chosen: LayerMap, pairs: Pairs | None) -> Features:
-    """Both features of every pair, with the width last."""
+def feature_pairs(
+    student: Any, teacher: Any, chosen: LayerMap, pairs: Pairs | None
+) -> tuple[Features, dict[tuple[Name, Name], float]]:
+    """Both features of every pair, with the width last, and the pairs' weights."""
     s, t = _hidden(student, chosen.blocks), _hidden(teacher, chosen.blocks)
     depths = (len(s) - 1, len(t) - 1) if s is not None and t is not None else None
     pairs = chosen.pairs(depths) if pairs is None else pairs
     if depths is not None:
         _last_against_last(pairs, depths)
-    return {
+    features = {
         (i, j): (_feature(student, s, i, "student"), _feature(teacher, t, j, "teacher").detach())
-        for i, j in pairs
+        for i, j, _ in pairs
     }
+    return features, {(i, j): w for i, j, w in pairs}
+
+
+def one_width(
+    widths: Mapping[tuple[Name, Name], tuple[int, int]],
+) -> dict[Name, tuple[int, int]]:
+    """The (student, teacher) width of each student layer, which has one projection."""
+    found: dict[Name, tuple[int, int]] = {}
+    for (s, t), both in widths.items():
+        if found.setdefault(s, both) != both:
+            raise ValueError(
+                f"student layer {s!r} is held against teacher layers of widths {found[s][1]} and "
+                f"{both[1]} ({t!r}), but has one projection; pair it with layers of one width"
+            )
+    return found
 
 
 def positions_shape(
@@ -123,7 +140,7 @@ def _feature(output: Any, hidden: Sequence[Tensor] | None, name: Name, whose: st
 
 def _last_against_last(pairs: Pairs, depths: tuple[int, int]) -> None:
     """Hugging Face's last hidden state comes after the final norm, the others before it."""
-    for s, t in pairs:
+    for s, t, _ in pairs:
         if (s == depths[0] - 1) != (t == depths[1] - 1):
             raise ValueError(
                 f"pair {(s, t)} of {depths} blocks holds a last block against another: in hidden_states "

@@ -8,7 +8,7 @@ from torch import nn
 
 from kdloss.layers.blocks import block_indices, find_blocks, kept_blocks
 from kdloss.layers.names import resolve
-from kdloss.layers.pair import known, pair
+from kdloss.layers.pair import distinct, known, pair, weighted
 from kdloss.layers.select import select, strategy
 
 Name = int | str
@@ -46,7 +46,7 @@ class LayerMap:
         if _has_names(self.layers):
             self.layers = block_indices(student, self.layers, self.blocks) or self.layers
         if self._by_name():
-            for s, t in self.pairs():
+            for s, t, _ in self.pairs():
                 _exists(student, s, self.blocks)
                 _exists(teacher, t, self.blocks)
             return
@@ -57,10 +57,10 @@ class LayerMap:
         self.kept = kept_blocks(student, self.blocks)
         self.pairs()
 
-    def pairs(self, depths: tuple[int, int] | None = None) -> list[tuple[Name, Name]]:
-        """Pairs (student, teacher) of block indices or module names."""
+    def pairs(self, depths: tuple[int, int] | None = None) -> list[tuple[Name, Name, float]]:
+        """Pairs (student, teacher, weight) of block indices or module names; weight 0 drops out."""
         if self._by_name():
-            return self._named_pairs()
+            return [p for p in self._named_pairs() if p[2] > 0]
         depths = self.depths or depths
         if depths is None:
             raise ValueError(
@@ -70,22 +70,19 @@ class LayerMap:
                 "made with output_hidden_states=True"
             )
         selected = [] if self._explicit() else select(self.layers, depths[0])
-        return list(pair(selected, *depths, self.pairing, self.kept))
+        return [p for p in pair(selected, *depths, self.pairing, self.kept) if p[2] > 0]
 
-    def _named_pairs(self) -> list[tuple[Name, Name]]:
+    def _named_pairs(self) -> list[tuple[Name, Name, float]]:
         if self._explicit():
-            pairs = [(s, t) for s, t in self.pairing]
-        elif self.pairing == "same":
-            pairs = [(name, name) for name in self.layers]
-        else:
+            return distinct(weighted(self.pairing), self.pairing)
+        if self.pairing != "same":
             raise ValueError(
                 f"layers={self.layers!r} are not blocks of the student, so pairing={self.pairing!r} "
                 "has no depths to go by; write pairing='same' (the same names in the teacher) or "
                 f"pairing=[({self.layers[0]!r}, 'name in the teacher'), ...]"
             )
-        if len({s for s, _ in pairs}) < len(pairs):
-            raise ValueError(f"{pairs} names a student module twice")
-        return pairs
+        pairs = [(name, name) for name in self.layers]
+        return distinct(weighted(pairs), pairs)
 
     def _explicit(self) -> bool:
         return not isinstance(self.pairing, str) and not callable(self.pairing)
