@@ -194,6 +194,76 @@ def test_several_lists_of_blocks_are_listed_and_one_can_be_named():
         kdloss.find_blocks(both, "right.head")
 
 
+class Block(nn.Module):
+    def __init__(self, experts=0):
+        super().__init__()
+        self.experts = nn.ModuleList(blocks(experts))
+        self.linear, self.act = nn.Linear(4, 4), nn.GELU()
+
+    def forward(self, x):
+        return self.act(self.linear(x))
+
+
+def blocks(depth):
+    return [Block() for _ in range(depth)]
+
+
+class WithExtras(nn.Module):
+    """Blocks with experts inside, a stem, and a list of heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.body = nn.ModuleList(Block(experts=2) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(4, 2) for _ in range(5))
+
+
+def test_experts_stems_and_lists_of_heads_are_no_blocks():
+    model = WithExtras()
+    assert list(kdloss.find_blocks(model)) == list(model.body)
+    model.body.append(Stack())
+    assert list(kdloss.find_blocks(model)) == list(model.heads)
+    model.heads = None
+    with pytest.raises(ValueError, match=r"lists of unequal modules, \{'body': 4\}.*blocks='body'"):
+        kdloss.find_blocks(model)
+
+
+def test_a_second_list_of_blocks_as_for_predicting_several_tokens_is_named_too():
+    model = WithExtras()
+    model.multi_token = nn.ModuleList(blocks(1))
+    with pytest.raises(ValueError, match=r"\{'body': 3, 'multi_token': 1\}"):
+        kdloss.find_blocks(model)
+
+
+def test_blocks_may_be_an_nn_sequential_or_stand_in_numbered_stages():
+    def lists(**parts):
+        return {name: len(found) for name, found in block_lists(nn.ModuleDict(parts)).items()}
+
+    whole = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*blocks(3)), nn.Linear(4, 2))
+    assert lists(net=whole) == {"net.1": 3}
+    assert len(kdloss.find_blocks(nn.Sequential(*blocks(3)))) == 3
+    first, second = nn.Sequential(*blocks(1)), nn.Sequential(*blocks(2))
+    staged = nn.ModuleDict({"conv2_x": first, "conv3_x": second})
+    assert list(kdloss.find_blocks(staged)) == [*first, *second]
+    assert lists(conv2_x=first, conv3_x=second) == {"conv*_x": 3}
+    held = {f"block{i}": nn.ModuleDict({"layer": stage}) for i, stage in enumerate((first, second))}
+    assert lists(**held) == {"block*.layer": 3}
+    assert lists(stages=nn.ModuleList([first, second])) == {"stages.*": 3}
+    assert lists(stages=nn.ModuleList(held.values())) == {"stages.*.layer": 3}
+    assert lists(stages=nn.Sequential(*held.values())) == {"stages.*.layer": 3}
+    assert lists(encoder1=nn.ModuleList(blocks(1)), encoder2=nn.ModuleList(blocks(2))) == {
+        "encoder1": 1,
+        "encoder2": 2,
+    }
+
+
+def test_blocks_that_are_wrapped_one_by_one_are_still_equal():
+    model = WithExtras()
+    model.body[1] = torch.compile(model.body[1], backend="eager")
+    model.body[2] = Wrapper(model.body[2])
+    assert list(kdloss.find_blocks(model)) == list(model.body)
+
+
 def test_a_model_without_blocks_is_told_to_name_modules():
     with pytest.raises(ValueError, match=r"name the modules instead.*layers=\['0'\]"):
         kdloss.find_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))

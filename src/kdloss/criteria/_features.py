@@ -86,7 +86,8 @@ def pair_values(
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"{name}: student features {tuple(student.shape)} and teacher features "
-            f"{tuple(teacher.shape)} (width last) stand at different positions; nothing is broadcast"
+            f"{tuple(teacher.shape)} (width last) stand at different positions; nothing "
+            "is broadcast. Maps of several resolutions are paired by pairing='resolution'"
         )
     if feature_mask is None and student.shape[:-1] == where.shape:
         projected = _project(name, project, where.take(student), teacher)
