@@ -3,7 +3,18 @@
 from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.cross_entropy import cross_entropy
-from kdloss.distances import cosine, layer_norm_mse, mse, normalized_mse
+from kdloss.distances import (
+    attention_transfer,
+    between_examples,
+    between_tokens,
+    cka,
+    cosine,
+    layer_norm_mse,
+    mse,
+    normalized_mse,
+    similarity,
+    tokens,
+)
 from kdloss.distiller import Distilled, Distiller
 from kdloss.divergences import (
     adaptive_kl,
@@ -40,8 +51,12 @@ __all__ = [
     "TopKLogits",
     "VanillaKD",
     "adaptive_kl",
+    "attention_transfer",
     "bernoulli_kl",
+    "between_examples",
+    "between_tokens",
     "capture",
+    "cka",
     "cosine",
     "cross_entropy",
     "dist",
@@ -60,10 +75,12 @@ __all__ = [
     "reduce",
     "reverse_kl",
     "select",
+    "similarity",
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "standardized",
     "symmetric_kl",
+    "tokens",
     "total_variation",
     "truncate",
     "uld",
