@@ -1,11 +1,14 @@
 """Which blocks, against which."""
 
+import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 from torch import nn
 
 import kdloss
@@ -139,6 +142,71 @@ def test_kept_of_another_teacher_is_refused():
         kdloss.pair([0], 2, 4, "kept", kept=[0, 5])
     with pytest.raises(ValueError, match="the teacher it was made from"):
         kdloss.pair([0], 2, 8, "kept", kept=[0, 3, 5])
+
+
+def cheapest(cost):
+    """Optimal transport as a linear program over all flows, by another solver than ours."""
+    students, teachers = cost.shape
+    rows = [np.kron(np.eye(students)[i], np.ones(teachers)) for i in range(students)]
+    columns = [np.kron(np.ones(students), np.eye(teachers)[j]) for j in range(teachers)]
+    shares = [1 / students] * students + [1 / teachers] * teachers
+    return linprog(cost.ravel(), A_eq=np.array(rows + columns), b_eq=shares).fun
+
+
+@pytest.mark.parametrize(
+    ("students", "teachers"), [(1, 1), (1, 5), (4, 12), (3, 4), (5, 5), (6, 4), (7, 3)]
+)
+def test_emd_is_the_cheapest_transport_in_which_every_block_has_its_share(students, teachers):
+    cost = np.random.default_rng(students * teachers).random((students, teachers))
+    distances = {(2 * i, j): torch.tensor(c) for (i, j), c in np.ndenumerate(cost)}
+    flow = np.zeros_like(cost)
+    for s, t, w in kdloss.pair_by_emd({}, {}, distances):
+        flow[s // 2, t] = w
+    np.testing.assert_allclose(flow.sum(1), 1 / students, rtol=1e-12)
+    np.testing.assert_allclose(flow.sum(0), 1 / teachers, rtol=1e-12)
+    assert (flow * cost).sum() == pytest.approx(cheapest(cost), rel=1e-9)
+
+
+def test_emd_says_what_it_misses(monkeypatch):
+    with pytest.raises(ValueError, match=r"not finite: \{\(0, 1\): nan\}"):
+        kdloss.pair_by_emd({}, {}, {(0, 0): torch.tensor(1.0), (0, 1): torch.tensor(float("nan"))})
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"pip install 'kdloss\[emd\]'"):
+        kdloss.pair_by_emd({}, {}, {(0, 0): torch.tensor(1.0)})
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_attention_is_a_softmax_over_teacher_blocks_at_every_position(scale):
+    rng = np.random.default_rng(0)
+    s, t = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(6, 3, 4, 5))
+    student = {2 * i: torch.tensor(h) for i, h in enumerate(s)}
+    teacher = {j: torch.tensor(h) for j, h in enumerate(t)}
+    pairs = kdloss.pair_by_attention(
+        student, teacher, dict.fromkeys((i, j) for i in student for j in teacher), scale=scale
+    )
+    scores = np.exp(scale * np.einsum("spqd,tpqd->stpq", s, t))
+    expected = scores / scores.sum(1, keepdims=True) / 2
+    assert [(i, j) for i, j, _ in pairs] == [(i, j) for i in (0, 2) for j in range(6)]
+    for i, j, w in pairs:
+        np.testing.assert_allclose(w, expected[i // 2, j], rtol=1e-12)
+    with pytest.raises(ValueError, match=r"widths \[5, 7\]"):
+        kdloss.pair_by_attention(student, {0: torch.zeros(3, 4, 7)}, {(0, 0): torch.zeros(())})
+
+
+def test_learned_pairings_may_choose_from_all_teacher_blocks():
+    pairs = kdloss.pair([0, 2], 3, 4, kdloss.pair_by_emd)
+    assert [p[:2] for p in pairs] == [(s, t) for s in (0, 2) for t in range(4)]
+    assert kdloss.pair([0, 2], 3, 4, partial(kdloss.pair_by_attention, scale=0.1)) == pairs
+
+
+def test_resolutions_that_both_have_pair_their_last_blocks():
+    student = [(16, 16), (8, 8), (8, 8), (2, 2)]
+    teacher = [(16, 16), (16, 16), (16, 8), (8, 8), (4, 4)]
+    assert kdloss.pair_by_resolution(student, teacher) == [(0, 1, 0.5), (2, 3, 0.5)]
+    with pytest.raises(ValueError, match=r"student, \[\(2, 2\)\], and teacher, \[\(16, 16\), \(4, 4\)\]"):
+        kdloss.pair_by_resolution([(2, 2)], [(16, 16), (4, 4), (4, 4)])
+    with pytest.raises(ValueError, match=r"distill\.prepare\(student, \*\*batch\)"):
+        kdloss.pair([0], 2, 2, "resolution")
 
 
 class Wrapper(nn.Module):

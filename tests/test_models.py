@@ -259,6 +259,50 @@ def test_a_classifiers_features_are_held_over_its_padding():
     assert criterion.causal is False
 
 
+def test_cnns_pair_by_resolution_once_a_batch_has_told_their_sizes():
+    teacher, student = ResNet((2, 2, 2), width=6), ResNet((1, 2))
+    images = {"x": torch.randn(2, 3, 8, 8)}
+    criterion = kdloss.FeatureKD(pairing="resolution", alpha=0.0)
+    distill = kdloss.Distiller(teacher, criterion)
+    with pytest.raises(ValueError, match=r"distill\.prepare\(student, \*\*batch\)"):
+        distill.prepare(student)(student, **images)
+    calls = [0, 0]
+    for i, model in enumerate((student, teacher)):
+        model.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    distill.prepare(student, **images)
+    assert calls[0] == 1
+    assert calls[1] <= 1  # it may end early
+    assert criterion.layer_map.pairs() == [(0, 1, 0.5), (2, 3, 0.5)]
+    assert [tuple(p.shape) for p in criterion.parameters()] == [(6, 4), (6,), (12, 8), (12,)]
+    loss = distill(student, **images).loss
+    loss.backward()
+    assert student.layer2[1].conv2.weight.grad.any()
+    text = kdloss.Distiller(build("bert"), kdloss.FeatureKD(pairing="resolution", alpha=0.0))
+    with pytest.raises(ValueError, match=r"8, 16.*pairing='uniform'"):
+        text.prepare(build("bert"), **batch("bert"))
+    with pytest.raises(ValueError, match="leave layers out"):
+        kdloss.FeatureKD("all", pairing="resolution")
+
+
+@pytest.mark.parametrize(
+    "learned", [kdloss.pair_by_emd, kdloss.pair_by_attention], ids=["emd", "attention"]
+)
+def test_learned_pairings_train_through_the_distiller(learned):
+    teacher, student = build("gpt2", width=24, depth=5), build("gpt2", depth=3, seed=1)
+    criterion = kdloss.FeatureKD("all", pairing=learned, alpha=0.3)
+    distill = kdloss.Distiller(teacher, criterion).prepare(student)
+    optimizer = torch.optim.AdamW([*student.parameters(), *criterion.parameters()], lr=1e-2)
+    terms = []
+    for _ in range(8):
+        out = distill(student, **batch("gpt2"))
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        terms.append(out.components["feature"].item())
+    assert set(out.components) == {"ce", "feature", "feature/0", "feature/1", "feature/2"}
+    assert terms[-1] < terms[0]
+
+
 def cnn(*channels):
     layers, last = [], 1
     for c in channels:

@@ -33,7 +33,14 @@ from kdloss.divergences import (
     total_variation,
     uld,
 )
-from kdloss.layers import find_blocks, pair, select
+from kdloss.layers import (
+    find_blocks,
+    pair,
+    pair_by_attention,
+    pair_by_emd,
+    pair_by_resolution,
+    select,
+)
 from kdloss.reduction import masked, reduce
 from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
@@ -72,6 +79,9 @@ __all__ = [
     "nkd",
     "normalized_mse",
     "pair",
+    "pair_by_attention",
+    "pair_by_emd",
+    "pair_by_resolution",
     "reduce",
     "reverse_kl",
     "select",

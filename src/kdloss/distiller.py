@@ -193,10 +193,14 @@ class Distiller:
     ) -> None:
         labels = batch.pop("labels", None)
         inputs = with_decoder_inputs(student, batch, labels)
-        pairs = criterion.layer_map.pairs()
+        chosen = criterion.layer_map
+        pairs = chosen.candidates() if chosen.by_resolution else chosen.pairs()
         with evaluating(student), torch.no_grad():
             seen = self._run(student, [s for s, _, _ in pairs], args, inputs)
         target = self._teach(self.teachers[0], pairs, args, inputs)
+        if chosen.by_resolution:
+            chosen.sizes = _sizes(seen), _sizes(target)
+            pairs = chosen.pairs()
         criterion.build({(s, t): (_width(seen[s]), _width(target[t])) for s, t, _ in pairs})
         criterion.to(next(student.parameters()).device)
 
@@ -217,6 +221,16 @@ class Distiller:
         first = next(iter(seen.values()))
         mask, own = masks(student, inputs, mask, positions, first if of_encoder else None)
         return {"mask": mask, "feature_mask": own}
+
+
+def _sizes(seen: Captured) -> list[tuple[int, int]]:
+    flat = {name: tuple(features.shape) for name, features in seen.items() if features.ndim != 4}
+    if flat:
+        raise ValueError(
+            "pairing='resolution' goes by maps [B, C, H, W], but there are blocks that give "
+            f"{next(iter(flat.values()))}; write pairing='uniform'"
+        )
+    return [(features.shape[2], features.shape[3]) for features in seen.values()]
 
 
 def _width(features: Tensor) -> int:

@@ -1,6 +1,7 @@
 """What `FeatureKD` reads from outputs, and the one value per position it makes of a pair."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from einops import rearrange
@@ -67,7 +68,23 @@ def positions_shape(
     return student.shape[:1] if whole_examples else student.shape[:-1]
 
 
-def pair_values(
+@dataclass(frozen=True)
+class Compared:
+    """A pair's features where they are compared, the distance at each place, and which places count."""
+
+    student: Tensor
+    teacher: Tensor
+    distances: Tensor
+    keep: Tensor | None
+    apart: bool
+
+    def values(self, where: Positions, weight: float | Tensor = 1.0) -> Tensor:
+        """One value per position of the batch; where features stand elsewhere, their example's mean."""
+        values = self.distances * weight
+        return where.spread(per_example(values, self.keep)) if self.apart else values
+
+
+def compare(
     name: str,
     distance: Callable[[Tensor, Tensor], Tensor],
     project: nn.Module,
@@ -75,8 +92,8 @@ def pair_values(
     teacher: Tensor,
     where: Positions,
     feature_mask: Tensor | None,
-) -> Tensor:
-    """One distance per position of the batch.
+) -> Compared:
+    """The distances of a pair's features.
 
     Features that stand at the labels' positions are taken there. Others (an image's patches, an
     encoder's tokens) are averaged within their example, over `feature_mask` where given, and all
@@ -90,14 +107,14 @@ def pair_values(
             "is broadcast. Maps of several resolutions are paired by pairing='resolution'"
         )
     if feature_mask is None and student.shape[:-1] == where.shape:
-        projected = _project(name, project, where.take(student), teacher)
-        return distance(projected, where.take(teacher))
+        projected, target = _project(name, project, where.take(student), teacher), where.take(teacher)
+        return Compared(projected, target, distance(projected, target), where.keep, apart=False)
     counted = where.examples(student.shape[:-1])
     if feature_mask is not None:
         _checks.mask(feature_mask, student.shape[:-1], "feature positions")
         counted = feature_mask if counted is None else counted & feature_mask
-    projected = _project(name, project, fill(student, counted), teacher)
-    return where.spread(per_example(distance(projected, fill(teacher, counted)), counted))
+    projected, target = _project(name, project, fill(student, counted), teacher), fill(teacher, counted)
+    return Compared(projected, target, distance(projected, target), counted, apart=True)
 
 
 def _project(name: str, project: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:

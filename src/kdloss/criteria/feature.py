@@ -11,17 +11,18 @@ from kdloss import _checks
 from kdloss.criteria._features import (
     Features,
     Pairs,
+    compare,
     feature_pairs,
     one_width,
-    pair_values,
     positions_shape,
 )
+from kdloss.criteria._learned import learned_values
 from kdloss.criteria._positions import Positions
 from kdloss.criteria._terms import logit_loss, logits_of, mixed
 from kdloss.distances import mse
 from kdloss.divergences import forward_kl
 from kdloss.engine import Divergence, Vocabulary
-from kdloss.layers import LayerMap, Layers, Name, Pairing, width
+from kdloss.layers import LayerMap, Layers, Name, Pairing, learned, width
 from kdloss.projection import fits, projection
 from kdloss.reduction import Reduction
 
@@ -38,7 +39,8 @@ class FeatureKD(nn.Module):
 
     - `layers` selects student blocks: any selection of `kdloss.select`, or module names.
     - `pairing` finds their teacher blocks: any pairing of `kdloss.pair`, or pairs of module names.
-      Modules that are no blocks pair by `pairing="same"` (names) or explicit pairs.
+      Modules that are no blocks pair by `pairing="same"` (names) or explicit pairs. A callable with a
+      parameter called `distances`, like `kdloss.pair_by_emd`, is asked at every step: see below.
     - `blocks` names the list of blocks in models that have several.
     - `distance` is any function like `kdloss.mse`, `divergence` like `kdloss.forward_kl`.
     - Projections are built by `prepare`, or here from `widths`, (student, teacher) for all pairs or
@@ -51,6 +53,12 @@ class FeatureKD(nn.Module):
     averaged within their example, over `feature_mask` where given. Labels, mask, `alpha`, `causal`,
     `reduction` and the rest as in `VanillaKD`. `components` then holds the detached terms "ce",
     "kd", each pair's distance "feature/3-7", and "feature", their sum by weight.
+
+    A learned pairing is called as `pairing(student=..., teacher=..., distances=...)`: features `[..., D]`
+    by block, projected, 0 where nothing counts, and the mean distance of every pair of a selected student
+    and any teacher block, all detached. It returns triples (student, teacher, weight), the weight a
+    number, or a tensor of one or of one for each position, which is a constant to the gradient.
+    `components` then has one "feature/3" for each student block, its share of "feature".
 
     Raises: ValueError or TypeError for settings out of range, blocks that don't exist, widths that
     differ without a projection, and inputs that don't fit, saying what to write instead.
@@ -130,7 +138,7 @@ class FeatureKD(nn.Module):
         """
         self.layer_map.locate(student, teacher)
         s_width, t_width = width(student), width(teacher)
-        if s_width is not None and t_width is not None:
+        if s_width is not None and t_width is not None and not self.layer_map.unmeasured:
             self.build({(s, t): (s_width, t_width) for s, t, _ in self.layer_map.pairs()})
         return self.to(next(student.parameters()).device)
 
@@ -179,17 +187,22 @@ class FeatureKD(nn.Module):
             loss, terms = logit_loss(self, logits, teacher, where, weights, num_items_in_batch)
             losses.append(loss)
         if features:
-            values = {
-                f"feature/{s}-{t}": pair_values(
+            compared = {
+                (s, t): compare(
                     f"feature/{s}-{t}", self.distance, self._projection(s), *both, where, feature_mask
                 )
                 for (s, t), both in features.items()
             }
-            of_pair = dict(zip(values, pair_weights.values(), strict=True))
-            shares = {name: rest * w for name, w in of_pair.items()}
+            if learned(self.layer_map.pairing):
+                values = learned_values(self.layer_map.pairing, compared, where)
+                weight_of = dict.fromkeys(values, 1.0)
+            else:
+                values = {f"feature/{s}-{t}": c.values(where) for (s, t), c in compared.items()}
+                weight_of = dict(zip(values, pair_weights.values(), strict=True))
+            shares = {name: rest * w for name, w in weight_of.items()}
             loss, distances = mixed(self, values, shares, where, num_items_in_batch)
             losses.append(loss)
-            total = torch.stack([w * distances[name] for name, w in of_pair.items()]).sum(0)
+            total = torch.stack([w * distances[name] for name, w in weight_of.items()]).sum(0)
             terms |= {**distances, "feature": total}
         self.components = terms
         return torch.stack(losses).sum(0)

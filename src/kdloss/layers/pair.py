@@ -1,17 +1,23 @@
 """Which teacher blocks each chosen student block is held against, and with what weight."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdloss.layers.select import index
+from kdloss.reduction import takes
 
 Pairs = list[tuple[int, int, float]]
 Given = Sequence[tuple[int, int]] | Sequence[tuple[int, int, float]]
-Pairing = str | Given | Callable[[list[int], int, int], Given]
-PAIRINGS = ("uniform", "same", "first", "last", "reverse", "random", "kept", "all_to_one")
+Features = Mapping[int, Tensor]
+Learned = Callable[
+    [Features, Features, Mapping[tuple[int, int], Tensor]], Sequence[tuple[int, int, float | Tensor]]
+]
+Pairing = str | Given | Callable[[list[int], int, int], Given] | Learned
+PAIRINGS = ("uniform", "same", "first", "last", "reverse", "random", "kept", "all_to_one", "resolution")
 
 
 def pair(
@@ -34,9 +40,12 @@ def pair(
     - "all_to_one": every selected block against the teacher's last.
     - "kept": for a student made of the teacher's own blocks `kept`: each against the teacher's
       block just before the next kept one, the last against the teacher's last.
+    - "resolution": for CNNs, by the size of the maps; see `kdloss.pair_by_resolution`.
     - a list of pairs, or a callable `(selected, student_depth, teacher_depth) -> pairs`. Pairs are
       (student, teacher), or (student, teacher, weight) with weights taken as they are, whatever their
       sum. One student block may then have several teachers.
+    - a learned pairing, like `kdloss.pair_by_emd`: a callable with a parameter called `distances`, which
+      `FeatureKD` asks at every step. Here it gives all pairs that it may choose from.
 
     Raises: ValueError for an unknown pairing, a block out of range, a pair given twice, a student block
     given twice without weights, weights that are negative, not finite or all 0, a teacher too shallow
@@ -50,8 +59,11 @@ def pair(
     >>> pair([], 4, 12, [(3, 10, 0.2), (3, -1, 0.8)])
     [(3, 10, 0.2), (3, 11, 0.8)]
     """
+    if learned(pairing):
+        return _evenly(*zip(*[(s, t) for s in selected for t in range(teacher_depth)], strict=True))
     if not isinstance(pairing, str):
-        given = list(pairing(selected, student_depth, teacher_depth) if callable(pairing) else pairing)
+        plain: Any = pairing
+        given = list(plain(selected, student_depth, teacher_depth) if callable(plain) else plain)
         return distinct(
             [
                 (index(s, student_depth, "student "), index(t, teacher_depth, "teacher "), w)
@@ -62,6 +74,12 @@ def pair(
     known(pairing)
     if pairing == "kept":
         return _evenly(selected, _after(selected, student_depth, teacher_depth, kept))
+    if pairing == "resolution":
+        raise ValueError(
+            "pairing='resolution' goes by the sizes of maps, which a batch tells: write "
+            "distill.prepare(student, **batch) with a kdloss.Distiller, or give the pairs of "
+            "kdloss.pair_by_resolution(student_sizes, teacher_sizes)"
+        )
     count = len(selected)
     if pairing in ("first", "last", "random") and count > teacher_depth:
         raise ValueError(
@@ -83,6 +101,11 @@ def pair(
         "all_to_one": lambda: [teacher_depth - 1] * count,
     }
     return _evenly(selected, partners[pairing]())
+
+
+def learned(pairing: Any) -> bool:
+    """Whether a pairing is asked at every step, with the features and their distances."""
+    return callable(pairing) and takes(pairing, "distances")
 
 
 def known(pairing: str) -> None:
