@@ -2,12 +2,14 @@
 
 import inspect
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import oracles
 import torch
 
 from kdloss import distances, divergences
+from kdloss.reduction import takes
 
 # Against the oracle on the same rounded inputs; 16-bit inputs are computed in float32.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -21,13 +23,17 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "adaptive_kl": [{}, {"head": 0.9}],
     "dkd": [{}, {"alpha": 2.0, "beta": 0.5}],
     "dist": [{}, {"gamma": 0.0}],
+    "attention_transfer": [{}, {"paper": True}],
+    "cka": [{}, {"unbiased": True}],
 }
-# What a loss is not, by its definition; each says so in its docstring.
+# What a loss is not, by its definition; each says so in its docstring. One that takes a mask compares
+# positions with each other ("relational"), one marked `any_width` takes teachers of other widths ("width").
 EXEMPT = {
     "logit_mse": {"shift"},
     "bernoulli_kl": {"shift"},
     "nkd": {"teacher"},  # its first term is a cross-entropy
-    "dist": {"relational"},  # positions are compared with each other
+    "dist": {"relational"},
+    "attention_transfer": {"alone"},  # one row is enough
     "uld": {"vocabulary", "kink"},
     "total_variation": {"kink"},
     "adaptive_kl": {"frozen"},  # its weights are constants for the gradient
@@ -61,6 +67,11 @@ class Loss:
         """The oracle's value, in float64."""
         more = {"labels": labels_for(s.shape).numpy()} if self.labelled else {}
         return self.oracle(s, t, **self.settings, **more)
+
+    def bare(self, student: Any) -> Any:
+        """The function itself with its settings, for `kdloss.masked` to see what it takes."""
+        labels = {"labels": labels_for(student.shape, student.device)} if self.labelled else {}
+        return partial(self.function, **self.settings, **labels)
 
     @property
     def labelled(self) -> bool:
@@ -99,13 +110,24 @@ def _table() -> list[Loss]:
                         getattr(oracles, name),
                         "divergence",
                         settings,
-                        frozenset(EXEMPT.get(name, ())),
+                        _exempt(name, function),
                         size,
                     )
                 )
-    for name in distances.__all__:
-        table.append(Loss(name, getattr(distances, name), getattr(oracles, name), "distance", {}))
+    for name in sorted({*distances.__all__} - {"between_examples", "between_tokens", "tokens"}):
+        for options in OPTIONS.get(name, [{}]):
+            function = getattr(distances, name)
+            words = "-".join(f"{key}{value}" for key, value in options.items())
+            label = f"{name}{words and '-' + words}"
+            exempt = _exempt(name, function)
+            table.append(Loss(label, function, getattr(oracles, name), "distance", options, exempt))
     return table
+
+
+def _exempt(name: str, function: Any) -> frozenset[str]:
+    relational = {"relational"} if takes(function, "mask") else set()
+    width = {"width"} if getattr(function, "any_width", False) else set()
+    return frozenset({*EXEMPT.get(name, ()), *relational, *width})
 
 
 LOSSES = _table()

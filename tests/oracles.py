@@ -192,6 +192,40 @@ def cosine(s, t):
     return 1 - dot / np.sqrt((s * s).sum(-1)) / np.sqrt((t * t).sum(-1))
 
 
+def _normalised(x):
+    return x / np.sqrt((x * x).sum(-1, keepdims=True))
+
+
+def attention_transfer(s, t, paper=False):
+    gap = _normalised((s * s).mean(-1)) - _normalised((t * t).mean(-1))
+    return np.sqrt((gap * gap).sum()) * np.ones(len(s)) if paper else gap * gap
+
+
+def similarity(s, t):
+    gap = _normalised(s @ s.T) - _normalised(t @ t.T)
+    return (gap * gap).mean(-1)
+
+
+def _u_centred(k):
+    """Entry by entry, as Székely and Rizzo define it."""
+    n = len(k)
+    k = k - np.diag(np.diag(k))
+    u = np.zeros_like(k)
+    for i, j in np.ndindex(n, n):
+        if i != j:
+            u[i, j] = k[i, j] - k[i].sum() / (n - 2) - k[:, j].sum() / (n - 2)
+            u[i, j] += k.sum() / (n - 1) / (n - 2)
+    return u
+
+
+def cka(s, t, unbiased=False):
+    n = len(s)
+    h = np.eye(n) - 1 / n
+    a, b = (_u_centred(x @ x.T) if unbiased else h @ x @ x.T @ h for x in (s, t))
+    gap = a / np.sqrt((a * a).sum()) - b / np.sqrt((b * b).sum())
+    return n * (gap * gap).sum(-1) / 2
+
+
 def gradient(f, x):
     """Derivative of sum(f(x)) by every entry of x."""
     out, step = np.zeros(x.shape), 1e-30

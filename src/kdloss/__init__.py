@@ -3,7 +3,18 @@
 from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.cross_entropy import cross_entropy
-from kdloss.distances import cosine, layer_norm_mse, mse, normalized_mse
+from kdloss.distances import (
+    attention_transfer,
+    between_examples,
+    between_tokens,
+    cka,
+    cosine,
+    layer_norm_mse,
+    mse,
+    normalized_mse,
+    similarity,
+    tokens,
+)
 from kdloss.distiller import Distilled, Distiller
 from kdloss.divergences import (
     adaptive_kl,
@@ -22,7 +33,14 @@ from kdloss.divergences import (
     total_variation,
     uld,
 )
-from kdloss.layers import find_blocks, pair, select
+from kdloss.layers import (
+    find_blocks,
+    pair,
+    pair_by_attention,
+    pair_by_emd,
+    pair_by_resolution,
+    select,
+)
 from kdloss.reduction import masked, reduce
 from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
@@ -40,8 +58,12 @@ __all__ = [
     "TopKLogits",
     "VanillaKD",
     "adaptive_kl",
+    "attention_transfer",
     "bernoulli_kl",
+    "between_examples",
+    "between_tokens",
     "capture",
+    "cka",
     "cosine",
     "cross_entropy",
     "dist",
@@ -57,13 +79,18 @@ __all__ = [
     "nkd",
     "normalized_mse",
     "pair",
+    "pair_by_attention",
+    "pair_by_emd",
+    "pair_by_resolution",
     "reduce",
     "reverse_kl",
     "select",
+    "similarity",
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "standardized",
     "symmetric_kl",
+    "tokens",
     "total_variation",
     "truncate",
     "uld",

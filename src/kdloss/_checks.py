@@ -94,6 +94,31 @@ def pair(what: str, student: Tensor, teacher: Tensor) -> None:
     same_place(f"teacher {what}", student, teacher)
 
 
+def rows(name: str, student: Tensor, teacher: Tensor, same_width: bool, least: int) -> None:
+    """Features `[N, D]` or `[B, N, D]` of which N are compared with each other."""
+    floating("student features", student)
+    floating("teacher features", teacher)
+    s, t = tuple(student.shape), tuple(teacher.shape)
+    if student.ndim not in (2, 3):
+        raise ValueError(
+            f"{name} compares the rows of features [N, D] or [B, N, D], got {s}; maps [B, C, H, W] become "
+            f"such by kdloss.tokens(features), others by features.flatten(1, -2)"
+        )
+    if s[:-1] != t[:-1] or (same_width and s != t):
+        alike = "be equal" if same_width else "be equal but for the width"
+        raise ValueError(
+            f"student features have shape {s} and teacher features {t}; they must {alike}, "
+            "nothing is broadcast"
+        )
+    if 0 < student.shape[-2] < least:
+        raise ValueError(
+            f"{name} compares at least {least} rows with each other, got {student.shape[-2]} in {s}; give "
+            "more at a time (a data loader's drop_last=True), or compare all positions of a batch: "
+            f"kdloss.between_tokens(kdloss.{name})"
+        )
+    same_place("teacher features", student, teacher)
+
+
 def logits(student: Tensor, teacher: Tensor) -> None:
     """Logits `[..., V]` of student and teacher over one vocabulary."""
     floating("student logits", student)

@@ -1,6 +1,7 @@
 """What `FeatureKD` reads from outputs, and the one value per position it makes of a pair."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from einops import rearrange
@@ -13,21 +14,38 @@ from kdloss.layers import LayerMap, Name
 from kdloss.reduction import fill, per_example, precise
 from kdloss.targets import Logits
 
-Pairs = Sequence[tuple[Name, Name]]
+Pairs = Sequence[tuple[Name, Name, float]]
 Features = Mapping[tuple[Name, Name], tuple[Tensor, Tensor]]
 
 
-def feature_pairs(student: Any, teacher: Any, chosen: LayerMap, pairs: Pairs | None) -> Features:
-    """Both features of every pair, with the width last."""
+def feature_pairs(
+    student: Any, teacher: Any, chosen: LayerMap, pairs: Pairs | None
+) -> tuple[Features, dict[tuple[Name, Name], float]]:
+    """Both features of every pair, with the width last, and the pairs' weights."""
     s, t = _hidden(student, chosen.blocks), _hidden(teacher, chosen.blocks)
     depths = (len(s) - 1, len(t) - 1) if s is not None and t is not None else None
     pairs = chosen.pairs(depths) if pairs is None else pairs
     if depths is not None:
         _last_against_last(pairs, depths)
-    return {
+    features = {
         (i, j): (_feature(student, s, i, "student"), _feature(teacher, t, j, "teacher").detach())
-        for i, j in pairs
+        for i, j, _ in pairs
     }
+    return features, {(i, j): w for i, j, w in pairs}
+
+
+def one_width(
+    widths: Mapping[tuple[Name, Name], tuple[int, int]],
+) -> dict[Name, tuple[int, int]]:
+    """The (student, teacher) width of each student layer, which has one projection."""
+    found: dict[Name, tuple[int, int]] = {}
+    for (s, t), both in widths.items():
+        if found.setdefault(s, both) != both:
+            raise ValueError(
+                f"student layer {s!r} is held against teacher layers of widths {found[s][1]} and "
+                f"{both[1]} ({t!r}), but has one projection; pair it with layers of one width"
+            )
+    return found
 
 
 def positions_shape(
@@ -50,7 +68,23 @@ def positions_shape(
     return student.shape[:1] if whole_examples else student.shape[:-1]
 
 
-def pair_values(
+@dataclass(frozen=True)
+class Compared:
+    """A pair's features where they are compared, the distance at each place, and which places count."""
+
+    student: Tensor
+    teacher: Tensor
+    distances: Tensor
+    keep: Tensor | None
+    apart: bool
+
+    def values(self, where: Positions, weight: float | Tensor = 1.0) -> Tensor:
+        """One value per position of the batch; where features stand elsewhere, their example's mean."""
+        values = self.distances * weight
+        return where.spread(per_example(values, self.keep)) if self.apart else values
+
+
+def compare(
     name: str,
     distance: Callable[[Tensor, Tensor], Tensor],
     project: nn.Module,
@@ -58,8 +92,8 @@ def pair_values(
     teacher: Tensor,
     where: Positions,
     feature_mask: Tensor | None,
-) -> Tensor:
-    """One distance per position of the batch.
+) -> Compared:
+    """The distances of a pair's features.
 
     Features that stand at the labels' positions are taken there. Others (an image's patches, an
     encoder's tokens) are averaged within their example, over `feature_mask` where given, and all
@@ -69,17 +103,18 @@ def pair_values(
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"{name}: student features {tuple(student.shape)} and teacher features "
-            f"{tuple(teacher.shape)} (width last) stand at different positions; nothing is broadcast"
+            f"{tuple(teacher.shape)} (width last) stand at different positions; nothing "
+            "is broadcast. Maps of several resolutions are paired by pairing='resolution'"
         )
     if feature_mask is None and student.shape[:-1] == where.shape:
-        projected = _project(name, project, where.take(student), teacher)
-        return distance(projected, where.take(teacher))
+        projected, target = _project(name, project, where.take(student), teacher), where.take(teacher)
+        return Compared(projected, target, distance(projected, target), where.keep, apart=False)
     counted = where.examples(student.shape[:-1])
     if feature_mask is not None:
         _checks.mask(feature_mask, student.shape[:-1], "feature positions")
         counted = feature_mask if counted is None else counted & feature_mask
-    projected = _project(name, project, fill(student, counted), teacher)
-    return where.spread(per_example(distance(projected, fill(teacher, counted)), counted))
+    projected, target = _project(name, project, fill(student, counted), teacher), fill(teacher, counted)
+    return Compared(projected, target, distance(projected, target), counted, apart=True)
 
 
 def _project(name: str, project: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
@@ -123,7 +158,7 @@ def _feature(output: Any, hidden: Sequence[Tensor] | None, name: Name, whose: st
 
 def _last_against_last(pairs: Pairs, depths: tuple[int, int]) -> None:
     """Hugging Face's last hidden state comes after the final norm, the others before it."""
-    for s, t in pairs:
+    for s, t, _ in pairs:
         if (s == depths[0] - 1) != (t == depths[1] - 1):
             raise ValueError(
                 f"pair {(s, t)} of {depths} blocks holds a last block against another: in hidden_states "

@@ -1,0 +1,99 @@
+"""What is compared with what: all positions of a batch, or its examples."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from kdloss.distances._rows import any_width, count, needs_no_width
+from kdloss.reduction import fill, takes
+
+Distance = Callable[..., Tensor]
+
+
+def tokens(features: Tensor) -> Tensor:
+    """A map `[B, C, H, W]` as the positions `[B, H·W, C]` it is made of; other features as they are.
+
+    >>> import torch
+    >>> tokens(torch.zeros(2, 3, 4, 4)).shape
+    torch.Size([2, 16, 3])
+    """
+    return rearrange(features, "b c h w -> b (h w) c") if features.ndim == 4 else features
+
+
+def between_tokens(distance: Distance) -> Distance:
+    """Compare all positions of a batch with each other, whichever example they stand in.
+
+    Any distance with a `mask` compares the rows of one example `[N, D]`; this one sees `[B, N, D]` as
+    `[B·N, D]`. Shapes, options and what it raises are the distance's own.
+
+    >>> import kdloss, torch
+    >>> student, teacher = torch.randn(2, 4, 3, 8)
+    >>> kdloss.between_tokens(kdloss.cka)(student, teacher).shape
+    torch.Size([4, 3])
+    """
+    return _as(partial(_between_tokens, _relational(distance)), distance)
+
+
+def between_examples(distance: Distance, *, mean: bool = False) -> Distance:
+    """Compare the examples of a batch with each other.
+
+    This sees features `[B, N, D]` as one vector for each example `[B, ...]`: its positions side by side, or
+    their mean over those that count with `mean=True` (for text, whose positions don't correspond). Every
+    position then gets its example's value, by a weight that makes the mean over positions that count the
+    mean over examples. Shapes, options and what it raises are the distance's own.
+
+    >>> import kdloss, torch
+    >>> student, teacher = torch.randn(2, 4, 3, 8)
+    >>> kdloss.between_examples(kdloss.similarity)(student, teacher).shape
+    torch.Size([4, 3])
+    """
+    return _as(partial(_between_examples, _relational(distance), mean), distance)
+
+
+def _between_tokens(
+    distance: Distance, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    flat = None if mask is None else mask.flatten()
+    if student.ndim != 3:
+        return distance(student, teacher, mask=mask, **options)
+    values = distance(student.flatten(0, 1), teacher.flatten(0, 1), mask=flat, **options)
+    return values.view(student.shape[:-1])
+
+
+def _between_examples(
+    distance: Distance,
+    mean: bool,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    if student.ndim != 3:
+        return distance(student, teacher, mask=mask, **options)
+    keep = student.new_ones(student.shape[:-1]).bool() if mask is None else mask
+    student, teacher = fill(student, keep), fill(teacher, keep)
+    if mean:
+        student, teacher = (x.sum(-2) / count(keep, x) for x in (student, teacher))
+    else:
+        student, teacher = student.flatten(1), teacher.flatten(1)
+    there = keep.any(-1)
+    values = distance(student, teacher, mask=there, **options)
+    share = keep.sum() / there.sum().clamp_min(1) / count(keep, values).squeeze(-1)
+    return fill((values * share).unsqueeze(-1).expand(keep.shape), keep)
+
+
+def _relational(distance: Distance) -> Distance:
+    if not takes(distance, "mask"):
+        raise TypeError(
+            f"{getattr(distance, '__name__', distance)} compares each position with its own partner only; "
+            "give it to FeatureKD(distance=...) as it is"
+        )
+    return distance
+
+
+def _as(compared: partial[Tensor], distance: Distance) -> Distance:
+    return any_width(compared) if needs_no_width(distance) else compared

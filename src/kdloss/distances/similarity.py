@@ -1,0 +1,38 @@
+"""Similarity-preserving distillation."""
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kdloss.distances._rows import any_width, count, rows, spread
+
+
+@any_width
+def similarity(
+    student: Float[Tensor, "*batch rows student_width"],
+    teacher: Float[Tensor, "*batch rows teacher_width"],
+    *,
+    mask: Bool[Tensor, "*batch rows"] | None = None,
+) -> Float[Tensor, "*batch rows"]:
+    r"""Which rows are similar to which: squared difference of the normalised Gram matrices, row by row.
+
+    $\frac1N \sum_j (\hat G^s_{ij} - \hat G^t_{ij})^2$ with $G = X X^\top$ and every row of $\hat G$ of
+    length 1. Its mean over the N rows is the paper's $\frac{1}{N^2}\|\hat G^s - \hat G^t\|_F^2$.
+
+    Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares examples
+    (the paper's, with each example's map flattened: `kdloss.between_examples`), `[B, N, D]` the positions
+    of each example. Mask `[..., N]` (True = counts). Returns `[..., N]`, in float32 or better. The teacher
+    is detached. Rows are compared with each other: micro-batches of rows don't add up to one batch.
+
+    Raises: ValueError for one row alone, positions or devices that differ, or maps that are not rows;
+    TypeError for integer features.
+
+    >>> import torch
+    >>> similarity(torch.eye(2), torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 5.0]]))
+    tensor([0., 0.])
+
+    Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation", arXiv:1907.09682.
+    """
+    s, t, keep = rows("similarity", student, teacher, mask)
+    gap = F.normalize(s @ s.mT, dim=-1) - F.normalize(t @ t.mT, dim=-1)
+    return spread(gap.square().sum(-1) / count(keep, gap), keep, student.shape[:-1])
