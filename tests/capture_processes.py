@@ -103,9 +103,31 @@ def partial(model, x):
     return seen[1].square().mean()
 
 
+class Part(nn.Module):
+    """A student whose forward is a loss of features: its head and its last block have no part in it."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, x):
+        return partial(self.student, x)
+
+
+def run_part():
+    """Two steps under DDP, inside which the pass is stopped: what isn't run leads nowhere."""
+    student, _, x = data()
+    wrapped = DistributedDataParallel(Part(student), find_unused_parameters=True)
+    for _ in (1, 2):
+        student.zero_grad()
+        wrapped(x[dist.get_rank() :: dist.get_world_size()]).backward()
+    return gradients(student)
+
+
 def main(folder):
     dist.init_process_group("gloo")
-    torch.save({name: run(*wraps) for name, wraps in CASES.items()}, folder / f"{dist.get_rank()}.pt")
+    found = {name: run(*wraps) for name, wraps in CASES.items()} | {"part": run_part()}
+    torch.save(found, folder / f"{dist.get_rank()}.pt")
     leave()
 
 

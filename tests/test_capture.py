@@ -1067,8 +1067,10 @@ def test_under_ddp_and_fsdp_gradients_are_those_of_one_process_and_stopped_teach
         "teacher": gradients(output.square().mean(), teacher),
         "part": gradients(by_hand(teacher, t, 2).square().mean(), teacher),
     }
+    part = gradients(by_hand(student, s, 2).square().mean(), student)
     for rank in range(count):
         found = torch.load(tmp_path / f"{rank}.pt")
+        same(found["part"], part, rtol=1e-10, atol=1e-12)
         for case, (_, wrap) in capture_processes.CASES.items():
             ours = found[case]
             for step in (0, 1):
