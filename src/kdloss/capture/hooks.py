@@ -75,10 +75,9 @@ def capture(
             if signal.recorder is not recorder:
                 raise
             _resharded(model)
-            recorder.check()
+        recorder.check()
+        if recorder.stopped:
             _refuse_unsynchronised(model, seen)
-        else:
-            recorder.check()
     except BaseException:
         seen.empty()
         raise

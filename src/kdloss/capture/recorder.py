@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ class Recorder:
         }
         self.grad = torch.is_grad_enabled()
         self.thread, self.elsewhere = threading.get_ident(), False
+        self.stopped = False
         self.error: Exception | None = None
 
     def begin(self, model: nn.Module, args: object) -> None:
@@ -79,13 +80,14 @@ class Recorder:
         if not self._ours():
             return
         self.runs[module] += 1
-        for name in self.asked[module]:
-            try:
+        try:
+            for name in self.asked[module]:
                 self._keep(name, module, output)
-            except Exception as error:
-                self._end(error)
-        if self.stop and len(self.captured) == len(self.kept):
-            self._end()
+        except Exception as error:
+            self.error = error
+        if self.error is not None or (self.stop and len(self.captured) == len(self.kept)):
+            self.stopped = True
+            raise Stop(self)
 
     def finish(self, model: nn.Module, args: object, output: Any) -> None:
         """After the model has run."""
@@ -95,7 +97,10 @@ class Recorder:
     def check(self) -> None:
         """Raise for what went wrong, and for what didn't happen."""
         if self.error is not None:
-            raise self.error
+            try:
+                raise self.error from None
+            finally:
+                self.error = None  # its traceback leads here, a cycle that would hold features
         for module, names in self.asked.items():
             missing = [name for name in names if name not in self.captured]
             if missing and self.runs[module]:
@@ -156,10 +161,6 @@ class Recorder:
             self.captured.features[name] = [tensor for tensor, _ in kept]
         elif len(kept) == kept.maxlen:
             self.captured.features[name] = kept[0][0]
-
-    def _end(self, error: Exception | None = None) -> NoReturn:
-        self.error = error
-        raise Stop(self)
 
 
 def known_at_the_end(which: Which) -> bool:
