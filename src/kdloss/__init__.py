@@ -1,5 +1,6 @@
 """Knowledge-distillation losses that drop into a training loop you already have."""
 
+from kdloss.analysis import CKAMatrix, cka_matrix
 from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.cross_entropy import cross_entropy
@@ -46,6 +47,7 @@ from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
 
 __all__ = [
+    "CKAMatrix",
     "Captured",
     "Distilled",
     "Distiller",
@@ -64,6 +66,7 @@ __all__ = [
     "between_tokens",
     "capture",
     "cka",
+    "cka_matrix",
     "cosine",
     "cross_entropy",
     "dist",
