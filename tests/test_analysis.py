@@ -81,22 +81,43 @@ def test_rotations_shifts_and_scale_change_nothing():
     assert stretched.item() < 0.9
 
 
-def test_features_that_never_vary_resemble_nothing():
-    found = kdloss.cka_matrix(
-        Tokens(np.full((40, 3), 0.1)), Tokens(*tables(4)), [{"ids": torch.arange(40)[None]}]
-    )
+@pytest.mark.parametrize("number", [0.1, 1 / 3, 7e5 + 0.1])
+def test_features_that_never_vary_resemble_nothing(number):
+    constant, varying = np.full((40, 3), number), tables(4)
+    found = kdloss.cka_matrix(Tokens(constant), Tokens(*varying), [torch.arange(37)[None]])
     assert found.values.tolist() == [[0.0]]
+
+
+def test_of_vectors_the_examples_are_compared():
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(2)]),
+        torch.randn(6, 5),
+    )
+    with torch.no_grad():
+        first = model[0](x)
+        rows = [[first.double().numpy(), model[1](first).double().numpy()]]
+    np.testing.assert_allclose(kdloss.cka_matrix(model, model, [x]).values, by_hand(rows, rows), rtol=1e-6)
+
+
+def test_dropout_is_off_and_modes_are_left_as_they_were():
+    model, inputs = build("gpt2").train(), batch("gpt2")
+    plain = kdloss.cka_matrix(model, model, [inputs]).values
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    assert torch.equal(kdloss.cka_matrix(model, model, [inputs]).values, plain)
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_resembles_itself_and_padding_does_not_count(family):
-    model, inputs = build(family).train(), batch(family)
+    model, inputs = build(family), batch(family)
     blocks = blocks_argument(family)
     found = kdloss.cka_matrix(model, model, [inputs], blocks=blocks)
     assert found.values.shape == (3, 3)
     np.testing.assert_allclose(found.values.diagonal(), 1, rtol=1e-9)
     np.testing.assert_allclose(found.values, found.values.T, rtol=1e-9)
-    assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     if family != "vit":
