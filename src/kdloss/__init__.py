@@ -42,7 +42,9 @@ from kdloss.layers import (
     pair_by_resolution,
     select,
 )
+from kdloss.projection import conv1x1, linear, mlp
 from kdloss.reduction import masked, reduce
+from kdloss.resize import interpolate, pool
 from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
 
@@ -67,17 +69,21 @@ __all__ = [
     "capture",
     "cka",
     "cka_matrix",
+    "conv1x1",
     "cosine",
     "cross_entropy",
     "dist",
     "dkd",
     "find_blocks",
     "forward_kl",
+    "interpolate",
     "jsd",
     "keep_blocks",
     "layer_norm_mse",
+    "linear",
     "logit_mse",
     "masked",
+    "mlp",
     "mse",
     "nkd",
     "normalized_mse",
@@ -85,6 +91,7 @@ __all__ = [
     "pair_by_attention",
     "pair_by_emd",
     "pair_by_resolution",
+    "pool",
     "reduce",
     "reverse_kl",
     "select",
