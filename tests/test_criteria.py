@@ -304,10 +304,13 @@ def test_a_learned_pairing_is_told_features_and_mean_distances_and_its_weights_a
     student, teacher = feature_outputs(s_width=5, t_width=6)
     asked = {}
 
+    fixed = torch.tensor(2.0, requires_grad=True)
+
     def pairing(student, teacher, distances):
         asked.update(student=student, teacher=teacher, distances=distances)
-        weight = student[2].square().sum(-1)  # one per position, and it would have a gradient
-        return [(0, 1, 0.5), (2, 7, torch.tensor(2.0)), (2, 0, weight)]
+        assert not torch.is_grad_enabled()
+        weight = student[2].square().sum(-1)  # one per position
+        return [(0, 1, 0.5), (2, 7, fixed), (2, 0, weight)]
 
     criterion = kdloss.FeatureKD([0, 2], pairing=pairing, alpha=0.0, depths=(4, 8), widths=(5, 6))
     loss = criterion(*captured(student, teacher), mask=MASK)
@@ -330,6 +333,7 @@ def test_a_learned_pairing_is_told_features_and_mean_distances_and_its_weights_a
     torch.testing.assert_close(
         list(criterion.components.values()), [p.detach() for p in (*parts, sum(parts))]
     )
+    assert torch.autograd.grad(loss, fixed, retain_graph=True, allow_unused=True) == (None,)
     inputs = [student.hidden_states[1], student.hidden_states[3], *criterion.parameters()]
     for got, expected in zip(grad(loss, *inputs), grad(sum(parts), *inputs), strict=True):
         torch.testing.assert_close(got, expected)

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from families import ResNet
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -131,6 +132,17 @@ def test_weights_are_taken_as_they_are_and_allow_several_teachers_for_one_studen
     assert kdloss.pair([], 4, 12, [(0, 5), (1, 5)]) == [(0, 5, 0.5), (1, 5, 0.5)]
 
 
+def test_negative_indices_are_shown_as_what_they_mean_once_depths_are_known():
+    shown = [
+        (kdloss.FeatureKD([0, -1]), "layers=[0, -1], pairing='uniform', depths=None"),
+        (kdloss.FeatureKD([0, -1], depths=(4, 8)), "layers=[0, 3], pairing='uniform', depths=(4, 8)"),
+        (kdloss.FeatureKD(pairing=[(-1, -2)], depths=(4, 8)), "layers='auto', pairing=[(3, 6, 1.0)]"),
+        (kdloss.FeatureKD(["a.-1"], pairing="same"), "layers=['a.-1'], pairing='same', depths=None"),
+    ]
+    for criterion, expected in shown:
+        assert expected in repr(criterion)
+
+
 @pytest.mark.parametrize("pairing", ["uniform", "reverse", "all_to_one"])
 def test_a_shallower_teacher_is_enough_where_blocks_need_not_differ(pairing):
     partners = {"uniform": [0, 0, 1, 1], "reverse": [1, 1, 0, 0], "all_to_one": [1] * 4}
@@ -244,7 +256,11 @@ def test_a_peft_model_is_seen_through():
     model = Stack()
     block = model.body
     lora = get_peft_model(model, LoraConfig(target_modules=["head"]))
-    assert kdloss.find_blocks(lora)[0] is block[0]
+    assert list(kdloss.find_blocks(lora)) == list(block)
+    staged = ResNet()
+    for wrapped in (staged, Wrapper(staged), torch.compile(staged, backend="eager")):
+        assert list(kdloss.find_blocks(wrapped)) == list(kdloss.find_blocks(wrapped, "layer*"))
+        assert list(kdloss.find_blocks(wrapped))[:2] == list(staged.layer1)
     assert resolve(lora, "body.2") is block[2]
 
 

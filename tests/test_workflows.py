@@ -1,6 +1,9 @@
 """Several teachers, chains, phases and summaries in small."""
 
+import json
+
 import chain
+import choose_layers
 import distill_lm
 import multi_teacher
 import phases
@@ -171,3 +174,25 @@ def test_an_empty_column_of_summaries_is_named(tmp_path):
     said = "0 of 2 entries have both 'article' and 'title', no more than the 200 held out: --document"
     with pytest.raises(ValueError, match=said):
         summarise.main(["--data", str(file), "--document", "article", "--summary", "title"])
+
+
+def test_blocks_are_looked_at_before_choosing(data, teachers, tmp_path, capsys, monkeypatch):
+    teacher = next(str(folder) for folder in teachers.iterdir() if folder.is_dir())
+    arguments = [*tiny.flags(data, tmp_path, teachers), "--teacher", teacher, "--batches", "2"]
+    kept = choose_layers.main([*arguments, "--keep-blocks", "0,1"])
+    assert kept.values.shape == (2, 3)
+    assert kept.values.diagonal().tolist() == pytest.approx([1, 1], abs=1e-6)
+    said = capsys.readouterr().out
+    assert "suggested: FeatureKD(pairing=[(0, 0), (1, 1)])" in said
+    assert "  0  1.00" in said
+    assert [p[:2] for p in json.loads((tmp_path / "results.json").read_text())["pairing"]] == [
+        [0, 0],
+        [1, 1],
+    ]
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    trained, fit = [], distill_lm.fit
+    monkeypatch.setattr(distill_lm, "fit", lambda *a: trained.append(a[-1]) or fit(*a))
+    alone = choose_layers.main(arguments)
+    assert alone.values.shape == (2, 3)
+    assert torch.equal(choose_layers.main(arguments).values, alone.values)
+    assert trained == ["none (0)"]  # once, and kept

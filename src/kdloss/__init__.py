@@ -1,5 +1,6 @@
 """Knowledge-distillation losses that drop into a training loop you already have."""
 
+from kdloss.analysis import CKAMatrix, cka_matrix
 from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.cross_entropy import cross_entropy
@@ -48,6 +49,7 @@ from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
 
 __all__ = [
+    "CKAMatrix",
     "Captured",
     "Distilled",
     "Distiller",
@@ -66,6 +68,7 @@ __all__ = [
     "between_tokens",
     "capture",
     "cka",
+    "cka_matrix",
     "conv1x1",
     "cosine",
     "cross_entropy",

@@ -88,8 +88,8 @@ class Distiller:
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
         """Pair the blocks and build the projections; do it before the optimizer.
 
-        With a batch, the widths of the features are measured on it; without one they are read from
-        Hugging Face configurations.
+        With a batch, the widths of the features, and the sizes of maps for pairing="resolution", are
+        measured on it; without one widths are read from Hugging Face configurations.
         """
         self._settle(student)
         if isinstance(self.criterion, FeatureKD):

@@ -17,12 +17,13 @@ def learned_values(
 ) -> dict[str, Tensor]:
     """The weighted sum of each student block's distances, one value per position, as "feature/3"."""
     with torch.no_grad():
-        chosen = pairing(
+        answer = pairing(
             student={s: c.student.detach() for (s, _), c in compared.items()},
             teacher={t: c.teacher for (_, t), c in compared.items()},
             distances={pair: reduce(c.distances.detach(), c.keep) for pair, c in compared.items()},
         )
-    _check(list(chosen), compared)
+    chosen = list(answer)
+    _check(chosen, compared)
     values: dict[str, Tensor] = {}
     for s, t, weight in chosen:
         constant = weight.detach() if isinstance(weight, Tensor) else weight

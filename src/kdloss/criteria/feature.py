@@ -224,9 +224,7 @@ class FeatureKD(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings for `repr`."""
-        chosen = self.layer_map
         return (
-            f"layers={chosen.layers!r}, pairing={chosen.pairing!r}, depths={chosen.depths}, "
-            f"alpha={self.alpha}, temperature={self.temperature}, logit_weight={self.logit_weight}, "
-            f"causal={self.causal}"
+            f"{self.layer_map}, alpha={self.alpha}, temperature={self.temperature}, "
+            f"logit_weight={self.logit_weight}, causal={self.causal}"
         )

@@ -102,6 +102,16 @@ class LayerMap:
         selected = [] if self._explicit() else select(self.layers, depths[0])
         return [p for p in pair(selected, *depths, self.pairing, self.kept) if p[2] > 0]
 
+    def __str__(self) -> str:
+        """The choice, negative indices counted from the start once the depths are known."""
+        layers, pairing = self.layers, self.pairing
+        if self.depths is not None and not self._by_name():
+            if self._explicit():
+                pairing = pair([], *self.depths, pairing)
+            elif not isinstance(layers, str) and not callable(layers):
+                layers = select(layers, self.depths[0])
+        return f"layers={layers!r}, pairing={pairing!r}, depths={self.depths}"
+
     def _named_pairs(self) -> list[tuple[Layer, Layer, float]]:
         if self._explicit():
             return distinct(weighted(self.pairing), self.pairing)

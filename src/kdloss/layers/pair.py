@@ -35,8 +35,9 @@ def pair(
     - "uniform": the same relative depth, last to last: block i of n against round(i (m-1)/(n-1)).
     - "same": the same index. "first", "last": the teacher's first or last blocks, in order.
     - "reverse": the partners of "uniform" in reverse order, a control experiment.
-    - "random": teacher blocks drawn anew at every call, in ascending order, from torch's
-      generator (Haidar et al. 2022, "RAIL-KD", arXiv:2109.10164).
+    - "random": teacher blocks drawn anew at every call, in ascending order, from torch's generator: the
+      draw of Haidar et al. 2022, "RAIL-KD", arXiv:2109.10164, at every step rather than every epoch,
+      and without their pooling over positions and normalisation, which are the distance's business.
     - "all_to_one": every selected block against the teacher's last.
     - "kept": for a student made of the teacher's own blocks `kept`: each against the teacher's
       block just before the next kept one, the last against the teacher's last.

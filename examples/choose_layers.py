@@ -1,0 +1,60 @@
+"""Look at which blocks of teacher and student resemble each other, before choosing layers.
+
+As it stands, the teacher of distill_lm.py and its student, trained alone (a new one's blocks say
+little). With --student or --keep-blocks the student is looked at as it is:
+
+    python examples/choose_layers.py --teacher gpt2-medium --student gpt2 --data my.jsonl
+
+Prints the CKA of every pair of blocks and the pairing it suggests, and draws it as a heat map.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import distill_lm
+from matplotlib.figure import Figure
+from parts import files, models, setup
+from tqdm import tqdm
+
+import kdloss
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of distill_lm.py, and how much is looked at."""
+    made = distill_lm.parser(__doc__)
+    made.set_defaults(output=Path("runs/choose_layers"), samples=6000, method="none")
+    made.add_argument("--batches", type=int, default=16, help="batches of text looked at (%(default)s)")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> kdloss.CKAMatrix:
+    """Measure, print, draw."""
+    args = parser().parse_args(arguments)
+    made = setup.prepare(args, distill_lm.train)
+    if args.student or args.keep_blocks:
+        student = setup.student_of(args, made.teacher, made.tokenizer)
+    else:
+        settings = argparse.Namespace(**{k: x for k, x in vars(args).items() if k != "batches"})
+        found = distill_lm.measured(settings, made, students=args.output / "students")
+        student = models.load(found["student"])[0].to(args.device)
+
+    batches = made.blocks.split(args.batch_size)[: args.batches]
+    bar = tqdm([{"input_ids": blocks} for blocks in batches], "CKA", unit="batch", dynamic_ncols=True)
+    similar = kdloss.cka_matrix(student, made.teacher, bar)
+    pairs = similar.pairing(args.layers or "auto")
+
+    print("CKA of student blocks (rows) and teacher blocks (columns)")
+    for s, values in enumerate(similar.values.tolist()):
+        print(f"{s:3}", *(f"{value:5.2f}" for value in values))
+    print(f"suggested: FeatureKD(pairing={[(s, t) for s, t, _ in pairs]})")
+    files.save_json({"values": similar.values.tolist(), "pairing": pairs}, args.output / "results.json")
+    figure = Figure(layout="constrained")
+    similar.heatmap(figure.subplots())
+    with files.replacing(args.output / "results.png") as partial:
+        figure.savefig(partial, format="png", dpi=150)
+    return similar
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""How much the blocks of two models resemble each other, to look at before pairing them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdloss.adapter import evaluating, is_causal, masks, with_decoder_inputs, without_cache
+from kdloss.capture import Captured, capture
+from kdloss.layers import Layers, find_blocks, select
+from kdloss.reduction import widest
+
+LEAST = 4  # the unbiased estimator divides by n - 3
+
+
+@dataclass(frozen=True, eq=False)
+class CKAMatrix:
+    """What `kdloss.cka_matrix` measured: `values[s, t]` for student block s and teacher block t."""
+
+    values: Tensor
+
+    def pairing(self, layers: Layers = "auto") -> list[tuple[int, int, float]]:
+        """The teacher block that each selected student block resembles most, in ascending order.
+
+        Of all assignments whose teacher blocks never descend, the one with the largest sum of values;
+        several student blocks may share a teacher block. Each of N pairs weighs 1/N: give the list to
+        `FeatureKD(pairing=...)`.
+
+        >>> CKAMatrix(torch.tensor([[0.9, 0.8, 0.1], [0.3, 0.2, 0.7]])).pairing("all")
+        [(0, 0, 0.5), (1, 2, 0.5)]
+        """
+        chosen = sorted(select(layers, len(self.values)))
+        best, partners = torch.zeros_like(self.values[0]), []
+        for values in self.values[chosen]:
+            before, partner = best.cummax(0)  # of the blocks up to each one, the best for those so far
+            best = before + values
+            partners.append(partner)
+        t = int(best.argmax())
+        pairs = []
+        for s, partner in zip(reversed(chosen), reversed(partners), strict=True):
+            pairs.append((s, t, 1 / len(chosen)))
+            t = int(partner[t])
+        return pairs[::-1]
+
+    def heatmap(self, target: Any) -> None:
+        """Draw the matrix on matplotlib axes, or into a file given by its path.
+
+        The teacher's blocks are on x, the student's on y, block 0 at the bottom left; a dot marks each
+        student block's partner in `pairing("all")`.
+
+        Raises: ImportError without matplotlib (`pip install 'kdloss[plot]'`).
+        """
+        if isinstance(target, str | Path):
+            students, teachers = self.values.shape
+            size = (2.5 + 0.3 * min(teachers, 40), 2 + 0.3 * min(students, 40))
+            figure = _matplotlib("figure").Figure(size, layout="constrained")
+            self.heatmap(figure.subplots())
+            figure.savefig(target, dpi=150)
+            return
+        image = target.imshow(self.values.numpy(), origin="lower", vmin=0, vmax=1)
+        partners = [t for _, t, _ in self.pairing("all")]
+        target.plot(partners, range(len(partners)), "o", color="white", markeredgecolor="black")
+        target.set(xlabel="teacher block", ylabel="student block")
+        for axis in (target.xaxis, target.yaxis):
+            axis.set_major_locator(_matplotlib("ticker").MaxNLocator(integer=True))
+        target.figure.colorbar(image, ax=target, label="CKA")
+
+
+def cka_matrix(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    *,
+    blocks: str | None = None,
+    samples: int = 512,
+) -> CKAMatrix:
+    r"""Centred kernel alignment between all blocks of two models, over some batches.
+
+    $\frac{\sum_b \mathrm{HSIC}_1(K_b, L_b)}{\sqrt{\sum_b \mathrm{HSIC}_1(K_b, K_b)}
+    \sqrt{\sum_b \mathrm{HSIC}_1(L_b, L_b)}}$ with $K_b = X_b X_b^\top$ of a student block's and $L_b$ of
+    a teacher block's features on batch b, and the unbiased
+    $\mathrm{HSIC}_1(K, L) = \frac{1}{n(n-3)} \left(\mathrm{tr}(\tilde K \tilde L) +
+    \frac{1^\top \tilde K 1\; 1^\top \tilde L 1}{(n-1)(n-2)} - \frac{2}{n-2} 1^\top \tilde K \tilde L 1
+    \right)$, $\tilde K$ without its diagonal. 1 for a block and itself, about 0 for unrelated ones
+    (slightly negative by chance), blind to shifts, rotations and scale. Computed in float64.
+
+    The n samples of a batch are the tokens that count where the features of all blocks are `[B, T, D]`
+    with one T: `attention_mask` (or `mask`) and labels of -100 take them out as in `FeatureKD`. Of more
+    than `samples`, as many are drawn, the same in every run. Otherwise, as for a CNN's maps, the
+    samples are the examples, their features side by side.
+
+    A batch is a mapping of inputs that both models take, or a tuple of them, on the models' device.
+    Both run in eval mode without gradient, once a batch, up to their last block, and are left as they
+    were. Memory does not grow with the number of batches. For a progress bar pass `tqdm(batches)`.
+
+    Raises: ValueError for no batch, one of fewer than 4 samples, or models whose blocks are not found
+    (`blocks` names the list).
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9))
+    >>> found = cka_matrix(model, model, [{"input_ids": torch.tensor([[1, 2, 3, 4, 5, 6, 7]])}])
+    >>> found.values.shape, found.values.diagonal().round(decimals=6).tolist()
+    (torch.Size([3, 3]), [1.0, 1.0, 1.0])
+
+    Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited", arXiv:1905.00414;
+    Nguyen, Raghu, Kornblith 2021, "Do Wide and Deep Networks Learn the Same Things?",
+    arXiv:2010.15327; Song et al. 2012, "Feature Selection via Dependence Maximization", JMLR 13.
+    """
+    if samples < LEAST:
+        raise ValueError(f"samples={samples} are too few for the unbiased estimator; it needs {LEAST}")
+    sums: list[Tensor] = []
+    for number, batch in enumerate(batches):
+        features, keep = _features(student, teacher, batch, blocks)
+        if keep is not None:
+            rows = keep.nonzero()
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
+            rows = rows[order[:samples].to(rows.device)]
+            features = [[h[rows[:, 0], rows[:, 1]] for h in side] for side in features]
+        s, t = (torch.stack([_u_centred(h, number) for h in side]) for side in features)
+        t = t.to(s.device)
+        n = features[0][0].shape[0]
+        new = [x.cpu() / (n * (n - 3)) for x in (s @ t.T, s.square().sum(-1), t.square().sum(-1))]
+        sums = [x + y for x, y in zip(sums, new, strict=True)] if sums else new
+    if not sums:
+        raise ValueError("no batch was given; pass some batches of text or images that both models take")
+    both, of_student, of_teacher = sums
+    scale = (of_student[:, None] * of_teacher).sqrt()
+    return CKAMatrix(torch.where(scale > 0, both / scale, 0.0))
+
+
+def _features(
+    student: nn.Module, teacher: nn.Module, batch: Any, blocks: str | None
+) -> tuple[list[list[Tensor]], Tensor | None]:
+    """The features of every block of both models, and which tokens count; None where examples do."""
+    inputs = dict(batch) if isinstance(batch, Mapping) else {}
+    args = () if inputs else batch if isinstance(batch, tuple | list) else (batch,)
+    labels, mask = inputs.pop("labels", None), inputs.pop("mask", None)
+    inputs = with_decoder_inputs(student, inputs, labels)
+    features = [list(_run(model, args, inputs, blocks).values()) for model in (student, teacher)]
+    everything = [h for side in features for h in side]
+    positions = everything[0].shape[:2]
+    if any(h.ndim != 3 or h.shape[:2] != positions for h in everything):
+        return [[h.flatten(1) for h in side] for side in features], None
+    of_encoder = "encoder" in (blocks or "")
+    where = None if labels is None or of_encoder else labels.shape
+    found = masks(student, inputs, mask, where, everything[0] if of_encoder else None)
+    keep = torch.ones(positions, dtype=torch.bool, device=everything[0].device)
+    for m in found:
+        keep = keep & m if m is not None and m.shape == positions else keep
+    if where == positions:
+        counted = labels != -100
+        if is_causal(student):
+            counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1)
+        keep = keep & counted
+    return features, keep
+
+
+def _run(model: nn.Module, args: Any, inputs: dict[str, Any], blocks: str | None) -> Captured:
+    names = range(len(find_blocks(model, blocks)))
+    with evaluating(model), torch.no_grad(), capture(model, names, blocks=blocks, stop=True) as seen:
+        model(*args, **without_cache(model, inputs))
+    return seen
+
+
+def _u_centred(features: Tensor, number: int) -> Tensor:
+    """The kernel `[n n]` of features `[n, D]`, centred without its diagonal."""
+    n = len(features)
+    if n < LEAST:
+        raise ValueError(
+            f"batch {number} has {n} samples that count, the unbiased estimator needs {LEAST}; use larger "
+            "batches, or DataLoader(..., drop_last=True)"
+        )
+    x = features.to(widest(features.device))
+    size, x = x.abs().amax(), x - x.mean(0)  # centring changes nothing but the rounding
+    x = torch.where(x.abs() > 1e-12 * size, x, 0.0)  # and that of constant features is not seen
+    kernel = (x @ x.T).fill_diagonal_(0)
+    rows = kernel.sum(0) / (n - 2)
+    centred = kernel - rows - rows[:, None] + kernel.sum() / ((n - 1) * (n - 2))
+    return centred.fill_diagonal_(0).flatten()
+
+
+def _matplotlib(part: str) -> Any:
+    try:
+        return import_module(f"matplotlib.{part}")
+    except ImportError as error:
+        raise ImportError("a heat map needs matplotlib; write: pip install 'kdloss[plot]'") from error
