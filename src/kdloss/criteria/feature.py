@@ -19,7 +19,7 @@ from kdloss.criteria._features import (
 from kdloss.criteria._learned import learned_values
 from kdloss.criteria._positions import Positions
 from kdloss.criteria._terms import logit_loss, logits_of, mixed
-from kdloss.distances import mse
+from kdloss.distances.mse import mse
 from kdloss.divergences import forward_kl
 from kdloss.engine import Divergence, Vocabulary
 from kdloss.layers import LayerMap, Layers, Name, Pairing, learned, width
