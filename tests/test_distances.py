@@ -191,6 +191,30 @@ def test_word_relations_are_kl_of_pairs_and_squared_angles_in_the_window():
         kdloss.word_relation(student, teacher, window=4)
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_a_word_alone_in_its_sentence_costs_nothing_and_computes_no_nan():
+    student, teacher = sample(64, 3, 5)
+    mask = torch.tensor([True, False, False]).expand(64, 3)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        value = kdloss.word_relation(student, teacher, mask=mask)
+        value.sum().backward()
+    assert not value.any()
+    assert not student.grad.any()
+
+
+# -- other distributions over rows --
+
+
+def test_pkt_of_opposite_rows_is_finite_where_rounding_puts_their_cosine_below_minus_one():
+    row, teacher = sample(500, 1, 33)
+    student = torch.cat([row, -row], 1)
+    unit = torch.nn.functional.normalize(student, dim=-1)
+    assert (unit @ unit.mT).min() < -1 - 2e-7
+    value = kdloss.pkt(student, torch.cat([teacher, teacher], 1))
+    assert value.isfinite().all()
+    assert torch.autograd.grad(value.sum(), row)[0].isfinite().all()
+
+
 # -- positions --
 
 
@@ -300,6 +324,16 @@ def test_between_leaves_features_of_examples_as_they_are():
     student, teacher = f64(6, 5)
     for between in (kdloss.between_tokens, kdloss.between_examples):
         torch.testing.assert_close(between(kdloss.pkt)(student, teacher), kdloss.pkt(student, teacher))
+
+
+def test_between_hands_on_the_options_of_the_call():
+    student, teacher = f64(3, 4, 5)
+    for between in (kdloss.between_tokens, kdloss.between_examples):
+        found = between(kdloss.correlation_congruence)(student, teacher, mask=MASK[:3], gamma=1.0)
+        bound = between(partial(kdloss.correlation_congruence, gamma=1.0))(student, teacher, mask=MASK[:3])
+        other = between(kdloss.correlation_congruence)(student, teacher, mask=MASK[:3])
+        torch.testing.assert_close(found, bound)
+        assert (found - other).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("between", [kdloss.between_tokens, kdloss.between_examples])
