@@ -53,7 +53,9 @@ from kdloss.layers import (
     pair_by_resolution,
     select,
 )
+from kdloss.projection import conv1x1, linear, mlp
 from kdloss.reduction import masked, reduce
+from kdloss.resize import interpolate, pool
 from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
 
@@ -78,6 +80,7 @@ __all__ = [
     "capture",
     "cka",
     "correlation_congruence",
+    "conv1x1",
     "cosine",
     "cross_entropy",
     "cwd",
@@ -86,11 +89,14 @@ __all__ = [
     "find_blocks",
     "forward_kl",
     "fsp",
+    "interpolate",
     "jsd",
     "keep_blocks",
     "layer_norm_mse",
+    "linear",
     "logit_mse",
     "masked",
+    "mlp",
     "mse",
     "nkd",
     "normalized_mse",
@@ -101,6 +107,7 @@ __all__ = [
     "pair_by_resolution",
     "pkd",
     "pkt",
+    "pool",
     "reduce",
     "reverse_kl",
     "rkd_angle",

@@ -16,7 +16,7 @@ from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.criteria._terms import find_logits, logits_of
 from kdloss.engine.task import unwrapped
-from kdloss.layers import Name, unwrap
+from kdloss.layers import Layer, parts, unwrap
 from kdloss.lazy_head import LazyHeads
 from kdloss.reduction import takes
 from kdloss.targets import TokenMap, dense
@@ -139,7 +139,7 @@ class Distiller:
             self.criterion.layer_map.locate(student, self.teachers[0])
         self._prepared_for = weakref.ref(student)
 
-    def _pairs(self) -> list[tuple[Name, Name, float]]:
+    def _pairs(self) -> list[tuple[Layer, Layer, float]]:
         criterion = self.criterion
         if isinstance(criterion, FeatureKD) and criterion.alpha < 1:
             return criterion.layer_map.pairs()
@@ -148,14 +148,14 @@ class Distiller:
     def _run(
         self,
         model: nn.Module,
-        names: Sequence[Name],
+        names: Sequence[Layer],
         args: tuple[Any, ...],
         inputs: dict[str, Any],
         stop: bool = False,
     ) -> Captured:
         blocks = self.criterion.layer_map.blocks if isinstance(self.criterion, FeatureKD) else None
         with (
-            capture(model, dict.fromkeys(names), blocks=blocks, stop=stop) as seen,
+            capture(model, parts(names), blocks=blocks, stop=stop) as seen,
             nullcontext() if stop else self._heads.apart(model, self._whole()) as head,
         ):
             seen.output = model(*args, **without_cache(model, inputs))
@@ -175,7 +175,7 @@ class Distiller:
     def _teach(
         self,
         teacher: nn.Module,
-        pairs: Sequence[tuple[Name, Name, float]],
+        pairs: Sequence[tuple[Layer, Layer, float]],
         args: tuple[Any, ...],
         inputs: dict[str, Any],
     ) -> Captured:
@@ -201,7 +201,7 @@ class Distiller:
         if chosen.by_resolution:
             chosen.sizes = _sizes(seen), _sizes(target)
             pairs = chosen.pairs()
-        criterion.build({(s, t): (_width(seen[s]), _width(target[t])) for s, t, _ in pairs})
+        criterion.build({(s, t): (_width(seen, s), _width(target, t)) for s, t, _ in pairs})
         criterion.to(next(student.parameters()).device)
 
     def _masks(
@@ -233,5 +233,5 @@ def _sizes(seen: Captured) -> list[tuple[int, int]]:
     return [(features.shape[2], features.shape[3]) for features in seen.values()]
 
 
-def _width(features: Tensor) -> int:
-    return features.shape[1] if features.ndim == 4 else features.shape[-1]
+def _width(seen: Captured, name: Layer) -> int:
+    return sum(x.shape[1] if x.ndim == 4 else x.shape[-1] for x in map(seen.__getitem__, parts([name])))

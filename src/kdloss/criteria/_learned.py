@@ -8,12 +8,12 @@ from torch import Tensor
 
 from kdloss.criteria._features import Compared
 from kdloss.criteria._positions import Positions
-from kdloss.layers import Name
+from kdloss.layers import Layer
 from kdloss.reduction import reduce
 
 
 def learned_values(
-    pairing: Callable[..., Any], compared: Mapping[tuple[Name, Name], Compared], where: Positions
+    pairing: Callable[..., Any], compared: Mapping[tuple[Layer, Layer], Compared], where: Positions
 ) -> dict[str, Tensor]:
     """The weighted sum of each student block's distances, one value per position, as "feature/3"."""
     with torch.no_grad():
@@ -32,7 +32,7 @@ def learned_values(
     return values
 
 
-def _check(chosen: list[Any], compared: Mapping[tuple[Name, Name], Compared]) -> None:
+def _check(chosen: list[Any], compared: Mapping[tuple[Layer, Layer], Compared]) -> None:
     if not chosen or not all(isinstance(p, tuple | list) and len(p) == 3 for p in chosen):
         raise TypeError(f"a learned pairing must return (student, teacher, weight) triples, got {chosen}")
     pairs = [(s, t) for s, t, _ in chosen]

@@ -1,6 +1,6 @@
 """A choice of layers and of their partners, before and after the models are known."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,22 @@ from kdloss.layers.resolution import pair_by_resolution
 from kdloss.layers.select import select, strategy
 
 Name = int | str
+Layer = Name | tuple[Name, ...]
+
+
+def parts(layers: Iterable[Layer]) -> list[Name]:
+    """The modules behind layers, each once; those of a tuple stand side by side along the width."""
+    flat = (name for layer in layers for name in (layer if isinstance(layer, tuple) else (layer,)))
+    return list(dict.fromkeys(flat))
 
 
 @dataclass
 class LayerMap:
     """`layers` and `pairing` as the user gave them, and what was found in the models.
 
-    Blocks are named by index, other modules by name. `depths` are the numbers of blocks of student
-    and teacher, `kept` the teacher's blocks that the student was made of, `sizes` those of the maps
-    that student's and teacher's blocks give.
+    Blocks are named by index, other modules by name; a tuple of names is their outputs side by side.
+    `depths` are the numbers of blocks of student and teacher, `kept` the teacher's blocks that the
+    student was made of, `sizes` those of the maps that student's and teacher's blocks give.
     """
 
     layers: Any
@@ -46,7 +53,7 @@ class LayerMap:
 
     def locate(self, student: nn.Module, teacher: nn.Module) -> None:
         """Find the blocks of two models."""
-        if _has_names(self.layers):
+        if _has_names(self.layers) and all(isinstance(name, str) for name in self.layers):
             self.layers = block_indices(student, self.layers, self.blocks) or self.layers
         if self._by_name():
             for s, t, _ in self.pairs():
@@ -73,12 +80,12 @@ class LayerMap:
         """Whether pairs wait for the sizes of maps."""
         return self.by_resolution and self.sizes is None
 
-    def candidates(self) -> list[tuple[Name, Name, float]]:
+    def candidates(self) -> list[tuple[Layer, Layer, float]]:
         """Every pair of blocks."""
         students, teachers = self.depths or (0, 0)
         return [(s, t, 1.0) for s in range(students) for t in range(teachers)]
 
-    def pairs(self, depths: tuple[int, int] | None = None) -> list[tuple[Name, Name, float]]:
+    def pairs(self, depths: tuple[int, int] | None = None) -> list[tuple[Layer, Layer, float]]:
         """Pairs (student, teacher, weight) of block indices or module names; weight 0 drops out."""
         if self._by_name():
             return [p for p in self._named_pairs() if p[2] > 0]
@@ -95,7 +102,7 @@ class LayerMap:
         selected = [] if self._explicit() else select(self.layers, depths[0])
         return [p for p in pair(selected, *depths, self.pairing, self.kept) if p[2] > 0]
 
-    def _named_pairs(self) -> list[tuple[Name, Name, float]]:
+    def _named_pairs(self) -> list[tuple[Layer, Layer, float]]:
         if self._explicit():
             return distinct(weighted(self.pairing), self.pairing)
         if self.pairing != "same":
@@ -120,12 +127,13 @@ def _has_names(layers: Any) -> bool:
     return (
         isinstance(layers, Sequence)
         and not isinstance(layers, str)
-        and any(isinstance(name, str) for name in layers)
+        and any(isinstance(name, str | tuple) for name in layers)
     )
 
 
-def _exists(model: nn.Module, name: Name, blocks: str | None) -> None:
-    if isinstance(name, str):
-        resolve(model, name)
-    else:
-        select([name], len(find_blocks(model, blocks)))
+def _exists(model: nn.Module, layer: Layer, blocks: str | None) -> None:
+    for part in parts([layer]):
+        if isinstance(part, str):
+            resolve(model, part)
+        else:
+            select([part], len(find_blocks(model, blocks)))
