@@ -285,7 +285,7 @@ def test_too_few_rows_and_maps_are_refused_with_the_line_to_write(loss):
 
 
 @ROWS
-def test_widths_may_differ_where_relations_are_compared_and_nowhere_else(loss):
+def test_widths_may_differ_where_relations_are_compared_and_are_refused_elsewhere(loss):
     student, teacher = sample(2, 6, 5, dtype=torch.float64)
     other = torch.cat([teacher, torch.zeros(2, 6, 3, dtype=torch.float64)], -1)
     if "width" in loss.exempt:
