@@ -25,6 +25,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "dist": [{}, {"gamma": 0.0}],
     "attention_transfer": [{}, {"paper": True}],
     "cka": [{}, {"unbiased": True}],
+    "activation_boundary": [{}, {"margin": 0.5}],
+    "correlation_congruence": [{}, {"gamma": 1.0, "order": 4}],
+    "cwd": [{}, {"temperature": 1.0}],
+    "fsp": [{}, {"split": 1}],
+    "smooth_l1": [{}, {"beta": 3.0}],
+    "standardized_mse": [{}, {"eps": 0.1}],
+    "word_relation": [{}, {"window": 3, "triple_weight": 0.5}],
 }
 # What a loss is not, by its definition; each says so in its docstring. One that takes a mask compares
 # positions with each other ("relational"), one marked `any_width` takes teachers of other widths ("width").
@@ -34,6 +41,9 @@ EXEMPT = {
     "nkd": {"teacher"},  # its first term is a cross-entropy
     "dist": {"relational"},
     "attention_transfer": {"alone"},  # one row is enough
+    "fsp": {"alone"},
+    "standardized_mse": {"batch"},  # the teacher's variance is that of all positions of the call
+    "activation_boundary": {"teacher"},  # a margin beyond the teacher's own activations
     "uld": {"vocabulary", "kink"},
     "total_variation": {"kink"},
     "adaptive_kl": {"frozen"},  # its weights are constants for the gradient

@@ -23,7 +23,7 @@ from kdloss.criteria._learned import learned_values
 from kdloss.criteria._positions import Positions
 from kdloss.criteria._terms import logit_loss, logits_of, mixed
 from kdloss.criteria._trained import Projection, Side, Trained
-from kdloss.distances import mse
+from kdloss.distances.mse import mse
 from kdloss.divergences import forward_kl
 from kdloss.engine import Divergence, Vocabulary
 from kdloss.layers import Layer, LayerMap, Layers, Pairing, learned, width
