@@ -38,6 +38,8 @@ EXEMPT = {
     "total_variation": {"kink"},
     "adaptive_kl": {"frozen"},  # its weights are constants for the gradient
 }
+# What the width of a distance is a multiple of.
+MULTIPLE: dict[str, int] = {}
 TEMPERATURES = (0.5, 1.0, 2.0, 10.0)
 
 
@@ -52,10 +54,19 @@ class Loss:
     settings: dict[str, Any]
     exempt: frozenset[str] = frozenset()
     scale: float = 1.0
+    multiple: int = 1
 
     def at(self, temperature: float) -> "Loss":
         """The same at another temperature."""
         return replace(self, settings={**self.settings, "temperature": temperature})
+
+    def width(self, least: int) -> int:
+        """The next width it takes: heads of queries and keys side by side divide it."""
+        return -(-least // self.multiple) * self.multiple
+
+    def sample(self, *shape: int, **options: Any) -> tuple[Any, Any]:
+        """A student that requires gradient, and a teacher, this wide or a little wider."""
+        return sample(*shape[:-1], self.width(shape[-1]), **options)
 
     def call(self, student: Any, teacher: Any, **more: Any) -> Any:
         """The loss of these logits or features; labels, where it wants some, follow from their shape."""
@@ -120,7 +131,9 @@ def _table() -> list[Loss]:
             words = "-".join(f"{key}{value}" for key, value in options.items())
             label = f"{name}{words and '-' + words}"
             exempt = _exempt(name, function)
-            table.append(Loss(label, function, getattr(oracles, name), "distance", options, exempt))
+            oracle, multiple = getattr(oracles, name), MULTIPLE.get(name, 1)
+            entry = Loss(label, function, oracle, "distance", options, exempt, multiple=multiple)
+            table.append(entry)
     return table
 
 
