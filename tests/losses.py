@@ -25,6 +25,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "dist": [{}, {"gamma": 0.0}],
     "attention_transfer": [{}, {"paper": True}],
     "cka": [{}, {"unbiased": True}],
+    "attention_mse": [{"heads": 2}, {"heads": 1, "causal": True}],
+    "minilm": [{"heads": 2}, {"heads": 1, "causal": True}],
+    "minilm_v2": [{"relation_heads": 2}, {"relation_heads": 3, "parts": 1, "causal": True}],
 }
 # What a loss is not, by its definition; each says so in its docstring. One that takes a mask compares
 # positions with each other ("relational"), one marked `any_width` takes teachers of other widths ("width").
@@ -34,12 +37,15 @@ EXEMPT = {
     "nkd": {"teacher"},  # its first term is a cross-entropy
     "dist": {"relational"},
     "attention_transfer": {"alone"},  # one row is enough
+    "attention_mse": {"alone"},  # a text may be one token
+    "minilm": {"alone"},
+    "minilm_v2": {"alone"},
     "uld": {"vocabulary", "kink"},
     "total_variation": {"kink"},
     "adaptive_kl": {"frozen"},  # its weights are constants for the gradient
 }
 # What the width of a distance is a multiple of.
-MULTIPLE: dict[str, int] = {}
+MULTIPLE = {"attention_mse": 4, "minilm": 6, "minilm_v2": 6}
 TEMPERATURES = (0.5, 1.0, 2.0, 10.0)
 
 

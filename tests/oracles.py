@@ -226,6 +226,45 @@ def cka(s, t, unbiased=False):
     return n * (gap * gap).sum(-1) / 2
 
 
+def _seen(scores, causal):
+    """Every query's scores of the keys it sees, in a list."""
+    return [row[: i + 1] if causal else row for i, row in enumerate(scores)]
+
+
+def _head_scores(x, parts, heads):
+    """Scaled products of two parts, given by their indices: one matrix for each head."""
+    d = x.shape[-1] // parts // heads
+    cut = [[x[:, (p * heads + a) * d :][:, :d] for a in range(heads)] for p in range(parts)]
+    return lambda p, q: [cut[p][a] @ cut[q][a].T / np.sqrt(d) for a in range(heads)]
+
+
+def _relation_kl(s, t, causal):
+    """KL(teacher || student), the mean over heads."""
+    values = [
+        [
+            _kl(log_softmax(b), log_softmax(a))
+            for a, b in zip(_seen(x, causal), _seen(y, causal), strict=True)
+        ]
+        for x, y in zip(s, t, strict=True)
+    ]
+    return np.array(values).mean(0)
+
+
+def attention_mse(s, t, heads, causal=False):
+    pairs = zip(_head_scores(s, 2, heads)(0, 1), _head_scores(t, 2, heads)(0, 1), strict=True)
+    return np.array([[(row * row).mean() for row in _seen(x - y, causal)] for x, y in pairs]).mean(0)
+
+
+def minilm(s, t, heads, causal=False):
+    a, b = _head_scores(s, 3, heads), _head_scores(t, 3, heads)
+    return sum(_relation_kl(a(*which), b(*which), causal) for which in ((0, 1), (2, 2)))
+
+
+def minilm_v2(s, t, relation_heads, parts=3, causal=False):
+    a, b = _head_scores(s, parts, relation_heads), _head_scores(t, parts, relation_heads)
+    return sum(_relation_kl(a(p, p), b(p, p), causal) for p in range(parts))
+
+
 def gradient(f, x):
     """Derivative of sum(f(x)) by every entry of x."""
     out, step = np.zeros(x.shape), 1e-30

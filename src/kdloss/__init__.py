@@ -4,12 +4,15 @@ from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.cross_entropy import cross_entropy
 from kdloss.distances import (
+    attention_mse,
     attention_transfer,
     between_examples,
     between_tokens,
     cka,
     cosine,
     layer_norm_mse,
+    minilm,
+    minilm_v2,
     mse,
     normalized_mse,
     similarity,
@@ -51,6 +54,7 @@ __all__ = [
     "TopKLogits",
     "VanillaKD",
     "adaptive_kl",
+    "attention_mse",
     "attention_transfer",
     "bernoulli_kl",
     "between_examples",
@@ -68,6 +72,8 @@ __all__ = [
     "layer_norm_mse",
     "logit_mse",
     "masked",
+    "minilm",
+    "minilm_v2",
     "mse",
     "nkd",
     "normalized_mse",

@@ -119,6 +119,20 @@ def rows(name: str, student: Tensor, teacher: Tensor, same_width: bool, least: i
     same_place("teacher features", student, teacher)
 
 
+def heads(name: str, heads: int, parts: int, *widths: int) -> None:
+    """Projections of some heads, as many parts (query, key, value) of equal width side by side."""
+    for what, number in (("a number of heads", heads), ("parts", parts)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} takes {what} of 1 or more, got {number!r}")
+    if any(width % (heads * parts) for width in widths):
+        student, teacher = widths
+        raise ValueError(
+            f"{name} splits the width into {parts} parts (queries, keys, values side by side) of {heads} "
+            f"heads each, so it is a multiple of {heads * parts}; got {student} (student) and {teacher} "
+            "(teacher). Give torch.cat([queries, keys, ...], -1) and the number of heads that both have"
+        )
+
+
 def logits(student: Tensor, teacher: Tensor) -> None:
     """Logits `[..., V]` of student and teacher over one vocabulary."""
     floating("student logits", student)

@@ -11,7 +11,7 @@ from kdloss import _checks
 from kdloss.criteria._features import Features, feature_pairs, pair_values, positions_shape
 from kdloss.criteria._positions import Positions
 from kdloss.criteria._terms import logit_loss, logits_of, mixed
-from kdloss.distances import mse
+from kdloss.distances.mse import mse
 from kdloss.divergences import forward_kl
 from kdloss.engine import Divergence, Vocabulary
 from kdloss.layers import LayerMap, Layers, Name, Pairing, width
