@@ -27,6 +27,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "cka": [{}, {"unbiased": True}],
     "attention_mse": [{"heads": 2}, {"heads": 1, "causal": True}],
     "minilm": [{"heads": 2}, {"heads": 1, "causal": True}],
+    "MGD": [{"size": (1, -1)}],
+    "CRD": [{"width": 4, "negatives": 6}],
     "minilm_v2": [{"relation_heads": 2}, {"relation_heads": 3, "parts": 1, "causal": True}],
 }
 # What a loss is not, by its definition; each says so in its docstring. One that takes a mask compares
@@ -39,6 +41,9 @@ EXEMPT = {
     "attention_transfer": {"alone"},  # one row is enough
     "attention_mse": {"alone"},  # a text may be one token
     "minilm": {"alone"},
+    "VID": {"teacher", "negative"},  # a log-likelihood
+    "MGD": {"teacher", "alone", "place"},  # generated from the neighbours, by where they stand
+    "CRD": {"teacher", "alone"},  # others are to be told apart, too
     "minilm_v2": {"alone"},
     "uld": {"vocabulary", "kink"},
     "total_variation": {"kink"},
@@ -133,14 +138,43 @@ def _table() -> list[Loss]:
                 )
     for name in sorted({*distances.__all__} - {"between_examples", "between_tokens", "tokens"}):
         for options in OPTIONS.get(name, [{}]):
-            function = getattr(distances, name)
+            function, oracle = getattr(distances, name), getattr(oracles, name.lower())
+            if isinstance(function, type):
+                function, oracle = _built(function, oracle, options)
             words = "-".join(f"{key}{value}" for key, value in options.items())
             label = f"{name}{words and '-' + words}"
             exempt = _exempt(name, function)
-            oracle, multiple = getattr(oracles, name), MULTIPLE.get(name, 1)
-            entry = Loss(label, function, oracle, "distance", options, exempt, multiple=multiple)
+            given = {} if function is not getattr(distances, name) else options
+            multiple = MULTIPLE.get(name, 1)
+            entry = Loss(label, function, oracle, "distance", given, exempt, multiple=multiple)
             table.append(entry)
     return table
+
+
+def _built(module: Any, oracle: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A module as a function of features, and its oracle with the same parameters, whatever the widths."""
+    made: dict[Any, Any] = {}
+
+    def at(student: Any, teacher: Any, device: str) -> Any:
+        widths = student.shape[-1] if hasattr(module, "any_width") else teacher.shape[-1], teacher.shape[-1]
+        if (widths, device) not in made:
+            torch.manual_seed(1)
+            made[widths, device] = module(*widths, **options).eval().to(device)
+        return made[widths, device]
+
+    def relational(student: Any, teacher: Any, *, mask: Any = None) -> Any:
+        return at(student, teacher, student.device.type)(student, teacher, mask=mask)
+
+    def positional(student: Any, teacher: Any) -> Any:
+        return at(student, teacher, student.device.type)(student, teacher)
+
+    def expected(s: Any, t: Any) -> Any:
+        state = at(s, t, "cpu").state_dict()
+        return oracle(s, t, {name: value.double().numpy() for name, value in state.items()})
+
+    function = relational if takes(module.forward, "mask") else positional
+    function.any_width = hasattr(module, "any_width")  # type: ignore[attr-defined]
+    return function, expected
 
 
 def _exempt(name: str, function: Any) -> frozenset[str]:

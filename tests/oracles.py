@@ -265,6 +265,48 @@ def minilm_v2(s, t, relation_heads, parts=3, causal=False):
     return sum(_relation_kl(a(p, p), b(p, p), causal) for p in range(parts))
 
 
+def _softplus(x):
+    return -_log_sigmoid(-x)
+
+
+def vid(s, t, p, eps=1e-5):
+    variance = _softplus(p["alpha"]) + eps
+    return ((s - t) ** 2 / variance + np.log(variance)).mean(-1) / 2
+
+
+def _convolution(grid, weight, bias):
+    """Three by three, position by position, with zeros outside: grid [H, W, C]."""
+    height, width, _ = grid.shape
+    out = np.zeros((height, width, len(weight)), dtype=np.result_type(grid, weight)) + bias
+    for y, x, dy, dx in np.ndindex(height, width, 3, 3):
+        if 0 <= y + dy - 1 < height and 0 <= x + dx - 1 < width:
+            out[y, x] += weight[:, :, dy, dx] @ grid[y + dy - 1, x + dx - 1]
+    return out
+
+
+def mgd(s, t, p, size=None):
+    size = size or (1, len(s))
+    hidden = _convolution(s.reshape(*size, -1), p["first.weight"], p["first.bias"])
+    made = _convolution(hidden * (hidden.real > 0), p["second.weight"], p["second.bias"])
+    return ((made.reshape(len(s), -1) - t) ** 2).mean(-1)
+
+
+def crd(s, t, p, temperature=0.07):
+    s, t = (
+        _normalised(x @ p[f"{side}.weight"].T + p[f"{side}.bias"])
+        for x, side in ((s, "student"), (t, "teacher"))
+    )
+    n, width = p["students"].shape
+    noise = n * np.exp(1 / (2 * width * temperature**2))
+
+    def h(products):
+        return 1 / (1 + noise * np.exp(-products / temperature))
+
+    own = h((s * t).sum(-1))
+    others = np.log(1 - h(s @ p["teachers"].T)).sum(-1) + np.log(1 - h(t @ p["students"].T)).sum(-1)
+    return -2 * np.log(own) - others
+
+
 def gradient(f, x):
     """Derivative of sum(f(x)) by every entry of x."""
     out, step = np.zeros(x.shape), 1e-30

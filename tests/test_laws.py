@@ -45,7 +45,7 @@ def test_it_is_zero_with_zero_gradient_exactly_at_the_teacher(loss):
 def test_it_is_never_negative_and_never_nan(loss, rows):
     student, teacher = torch.tensor(rows[: 8 * loss.width(3)]).view(2, 4, -1)
     value = loss.call(student, teacher)
-    assert (value >= -loss.rounding).all()
+    assert "negative" in loss.exempt or (value >= -loss.rounding).all()
     assert value.isfinite().all()
 
 
@@ -208,7 +208,7 @@ RELATIONAL = [loss for loss in LOSSES if "relational" in loss.exempt]
 ROWS = pytest.mark.parametrize("loss", [x for x in RELATIONAL if x.kind == "distance"], ids=str)
 
 
-@pytest.mark.parametrize("loss", RELATIONAL, ids=str)
+@pytest.mark.parametrize("loss", [x for x in RELATIONAL if "place" not in x.exempt], ids=str)
 def test_a_loss_between_positions_is_that_of_the_positions_that_count(loss):
     student, teacher = loss.sample(7, 9, dtype=torch.float64)
     mask = torch.tensor([True, False, True, True, False, True, True])
@@ -306,7 +306,7 @@ def test_it_compiles_without_a_graph_break_mask_included(loss):
     mask = torch.rand(3, 4) > 0.4
     torch._dynamo.reset()
     compiled = torch.compile(lambda s, t, m: masked(loss, s, t, m), fullgraph=True, backend="aot_eager")
-    value, plain = compiled(student, teacher, mask), masked(loss, student, teacher, mask)
+    plain, value = masked(loss, student, teacher, mask), compiled(student, teacher, mask)
     torch.testing.assert_close(value, plain)
     torch.testing.assert_close(grad(value, student), grad(plain, student))
 

@@ -4,6 +4,9 @@ from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.cross_entropy import cross_entropy
 from kdloss.distances import (
+    CRD,
+    MGD,
+    VID,
     attention_mse,
     attention_transfer,
     between_examples,
@@ -42,6 +45,9 @@ from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
 
 __all__ = [
+    "CRD",
+    "MGD",
+    "VID",
     "Captured",
     "Distilled",
     "Distiller",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdloss import _checks
 
@@ -117,6 +117,7 @@ def masked(
 
 def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a loss wants something by this name, beside student and teacher."""
+    function = function.forward if isinstance(function, nn.Module) else function
     try:
         return name in inspect.signature(function).parameters
     except (TypeError, ValueError):
