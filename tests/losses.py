@@ -28,7 +28,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "attention_mse": [{"heads": 2}, {"heads": 1, "causal": True}],
     "minilm": [{"heads": 2}, {"heads": 1, "causal": True}],
     "MGD": [{"size": (1, -1)}],
-    "CRD": [{"width": 4, "negatives": 6}],
+    "CRD": [{"width": 4, "negatives": 6, "temperature": 0.5}],
     "minilm_v2": [{"relation_heads": 2}, {"relation_heads": 3, "parts": 1, "causal": True}],
 }
 # What a loss is not, by its definition; each says so in its docstring. One that takes a mask compares
@@ -170,7 +170,7 @@ def _built(module: Any, oracle: Any, options: dict[str, Any]) -> tuple[Any, Any]
 
     def expected(s: Any, t: Any) -> Any:
         state = at(s, t, "cpu").state_dict()
-        return oracle(s, t, {name: value.double().numpy() for name, value in state.items()})
+        return oracle(s, t, {name: value.double().numpy() for name, value in state.items()}, **options)
 
     function = relational if takes(module.forward, "mask") else positional
     function.any_width = hasattr(module, "any_width")  # type: ignore[attr-defined]

@@ -284,14 +284,13 @@ def _convolution(grid, weight, bias):
     return out
 
 
-def mgd(s, t, p, size=None):
-    size = size or (1, len(s))
-    hidden = _convolution(s.reshape(*size, -1), p["first.weight"], p["first.bias"])
+def mgd(s, t, p, size):
+    hidden = _convolution(s.reshape(*size, s.shape[-1]), p["first.weight"], p["first.bias"])
     made = _convolution(hidden * (hidden.real > 0), p["second.weight"], p["second.bias"])
     return ((made.reshape(len(s), -1) - t) ** 2).mean(-1)
 
 
-def crd(s, t, p, temperature=0.07):
+def crd(s, t, p, temperature, **_):
     s, t = (
         _normalised(x @ p[f"{side}.weight"].T + p[f"{side}.bias"])
         for x, side in ((s, "student"), (t, "teacher"))

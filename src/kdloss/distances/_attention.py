@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss.distances._rows import pairs, rows
+from kdloss.distances._rows import pairs, product, rows
 from kdloss.divergences import forward_kl
 
 
@@ -22,7 +22,7 @@ def projections(
 def scores(queries: Tensor, keys: Tensor) -> Tensor:
     """Scaled dot products `[..., N, N]`, before any softmax."""
     scale: float = queries.shape[-1] ** -0.5
-    return queries @ keys.mT * scale
+    return product(queries, keys) * scale
 
 
 def seen(keep: Tensor, causal: bool) -> Tensor:

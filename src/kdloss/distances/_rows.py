@@ -51,6 +51,14 @@ def count(keep: Tensor, like: Tensor) -> Tensor:
     return keep.sum(-1, keepdim=True).clamp_min(1).to(like.dtype)
 
 
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """Of every row with every row, `[..., N, M]`, in their own precision under autocast too."""
+    if not torch.amp.is_autocast_available(x.device.type):  # meta
+        return x @ y.mT
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ y.mT
+
+
 def pairs(keep: Tensor) -> Tensor:
     """Which rows are compared with which, `[B, N, N]`."""
     return keep.unsqueeze(-1) & keep.unsqueeze(-2)

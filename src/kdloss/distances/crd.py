@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kdloss import _checks
-from kdloss.distances._features import weights
-from kdloss.distances._rows import rows, spread
+from kdloss.distances._layers import linear
+from kdloss.distances._rows import product, rows, spread
 
 
 class CRD(nn.Module):
@@ -21,8 +21,8 @@ class CRD(nn.Module):
     $h(s, t) = \frac{e^{g_s(s) \cdot g_t(t) / \tau}}{e^{g_s(s) \cdot g_t(t) / \tau} + N z}$: two linear
     heads g to unit vectors of length `width`. It is the authors' code, whose constant Z, estimated on the
     first batch against a random memory, makes of the paper's N/M (M examples in the data set) this N z,
-    with z the mean of $e^{\cdot/\tau}$ over random directions, $e^{1/(2\,\text{width}\,\tau^2)}$: that is
-    what is used.
+    with z the mean of $e^{\cdot/\tau}$ over random directions. Here z is $e^{1/(2 D \tau^2)}$, that mean's
+    value for a large D = `width`.
 
     The last N = `negatives` embeddings of both sides are remembered, in buffers: `state_dict()` holds
     them, `to()` moves them, they never grow. Rows that count enter after each call in training mode,
@@ -80,13 +80,14 @@ class CRD(nn.Module):
     ) -> Float[Tensor, "*batch rows"]:
         """The value at every row; see the class."""
         s, t, keep = rows("CRD", student, teacher, mask, least=1)
-        s = F.normalize(F.linear(s, *weights(self.student, s)), dim=-1)
-        t = F.normalize(F.linear(t, *weights(self.teacher, t)), dim=-1)
+        s = F.normalize(linear(s, self.student), dim=-1)
+        t = F.normalize(linear(t, self.teacher), dim=-1)
         # -log h and -log(1 - h) are softplus of the gap to log(N z)
         bar = math.log(len(self.students)) + 1 / (2 * s.shape[-1] * self.temperature**2)
         own = 2 * F.softplus(bar - (s * t).sum(-1) / self.temperature)
         # copies, since the memory changes before backward
-        others = (s @ self.teachers.to(s.dtype, copy=True).mT, t @ self.students.to(t.dtype, copy=True).mT)
+        teachers, students = (x.to(s.dtype, copy=True) for x in (self.teachers, self.students))
+        others = product(s, teachers), product(t, students)
         values = own + sum(F.softplus(x / self.temperature - bar).sum(-1) for x in others)
         if self.training:
             self._remember(s, t, keep.flatten())

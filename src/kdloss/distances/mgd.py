@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kdloss import _checks
-from kdloss.distances._features import weights
+from kdloss.distances._layers import convolution
 from kdloss.distances._rows import rows, spread
 from kdloss.reduction import fill
 
@@ -75,9 +75,8 @@ class MGD(nn.Module):
         height, width = _checks.grid("MGD", self.size, s.shape[1])
         grid = rearrange(s, "b (h w) c -> b c h w", h=height, w=width)
         there = rearrange(keep, "b (h w) -> b 1 h w", h=height, w=width)
-        hidden = F.relu(F.conv2d(grid, *weights(self.first, s), padding=1)).masked_fill(~there, 0)
-        made = F.conv2d(hidden, *weights(self.second, s), padding=1)
-        return rearrange(made, "b c h w -> b (h w) c")
+        hidden = F.relu(convolution(grid, self.first)).masked_fill(~there, 0)
+        return rearrange(convolution(hidden, self.second), "b c h w -> b (h w) c")
 
     def extra_repr(self) -> str:
         """Settings for `repr`."""

@@ -43,7 +43,8 @@ class VID(nn.Module):
         if not variance > eps:
             raise ValueError(f"variance must be above eps={eps}, got {variance!r}")
         self.eps = eps
-        self.alpha = nn.Parameter(torch.full((width,), math.log(math.expm1(variance - eps))))
+        alpha = variance - eps + math.log(-math.expm1(eps - variance))
+        self.alpha = nn.Parameter(torch.full((width,), alpha))
 
     def forward(
         self, student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"]
