@@ -351,6 +351,20 @@ def test_crd_remembers_the_rows_that_count_in_order_over_the_oldest():
     assert module.teachers.shape == (5, 3)
 
 
+def test_crd_writes_no_place_twice_where_more_rows_come_than_it_has_places(monkeypatch):
+    """Which of two rows would win is undefined on GPUs."""
+    written, copy_to = [], torch.Tensor.index_copy
+
+    def spy(self, dim, index, source):
+        written.append(index[index < len(self) - 1].tolist())
+        return copy_to(self, dim, index, source)
+
+    monkeypatch.setattr(torch.Tensor, "index_copy", spy)
+    module = kdloss.CRD(4, 4, width=3, negatives=5)
+    module(torch.randn(12, 4), torch.randn(12, 4), mask=torch.arange(12) != 9)
+    assert written == [[1, 2, 3, 4, 0]] * 2  # the last five of eleven rows: places 6 to 10, modulo 5
+
+
 def test_crd_reads_its_memory_and_leaves_it_alone_in_eval_mode():
     module = kdloss.CRD(4, 4, width=3, negatives=5, temperature=0.5).eval()
     before = copy.deepcopy(module.state_dict())
