@@ -4,6 +4,7 @@ import copy
 
 import torch
 import transformers as hf
+from torch import nn
 
 VOCAB = 61
 
@@ -55,6 +56,13 @@ def _bert(width, depth):
     )  # fmt: skip
 
 
+def _roberta(width, depth):
+    return hf.RobertaConfig(
+        vocab_size=VOCAB, hidden_size=width, intermediate_size=width, num_hidden_layers=depth,
+        num_attention_heads=2, max_position_embeddings=20, pad_token_id=2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+
+
 def _distilbert(width, depth):
     return hf.DistilBertConfig(vocab_size=VOCAB, dim=width, hidden_dim=width, n_layers=depth, n_heads=2)
 
@@ -80,14 +88,16 @@ FAMILIES = {
     "qwen3": (_decoder(hf.Qwen3Config), hf.AutoModelForCausalLM, "model.layers"),
     "gemma": (_decoder(hf.GemmaConfig), hf.AutoModelForCausalLM, "model.layers"),
     "gemma2": (_decoder(hf.Gemma2Config), hf.AutoModelForCausalLM, "model.layers"),
+    "gemma3": (_decoder(hf.Gemma3TextConfig), hf.AutoModelForCausalLM, "model.layers"),
     "opt": (_opt, hf.AutoModelForCausalLM, "model.decoder.layers"),
     "gpt_neox": (_neox, hf.AutoModelForCausalLM, "gpt_neox.layers"),
     "bert": (_bert, hf.AutoModelForMaskedLM, "bert.encoder.layer"),
+    "roberta": (_roberta, hf.AutoModelForMaskedLM, "roberta.encoder.layer"),
     "distilbert": (_distilbert, hf.AutoModelForMaskedLM, "distilbert.transformer.layer"),
     "t5": (_t5, hf.AutoModelForSeq2SeqLM, "decoder.block"),
     "vit": (_vit, hf.AutoModelForImageClassification, "vit.layers"),
 }
-CAUSAL = ["gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2", "opt", "gpt_neox"]
+CAUSAL = ["gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "opt", "gpt_neox"]
 
 
 def build(family: str, width: int = 16, depth: int = 3, seed: int = 0) -> torch.nn.Module:
@@ -123,3 +133,36 @@ def batch(family: str) -> dict[str, torch.Tensor]:
 def blocks_argument(family: str) -> str | None:
     """T5 has two lists of blocks."""
     return "decoder.block" if family == "t5" else None
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, before, after, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
+        self.downsample = nn.Sequential(nn.Conv2d(before, after, 1, stride), nn.BatchNorm2d(after))
+
+    def forward(self, x):
+        return torch.relu(self.conv2(torch.relu(self.conv1(x))) + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """Stages called layer1, layer2, ..., each an `nn.Sequential` of blocks, as in torchvision."""
+
+    def __init__(self, depths=(2, 1, 3), width=4):
+        super().__init__()
+        self.conv1, self.stages = nn.Conv2d(3, width, 3, padding=1), len(depths)
+        for i, depth in enumerate(depths):
+            before, after = width << max(i - 1, 0), width << i
+            first = ResidualBlock(before, after, 2 if i else 1)
+            rest = [ResidualBlock(after, after, 1) for _ in range(depth - 1)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(first, *rest))
+        self.fc = nn.Linear(after, 5)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        for i in range(self.stages):
+            x = getattr(self, f"layer{i + 1}")(x)
+        return self.fc(x.mean((2, 3)))

@@ -13,6 +13,7 @@ from losses import sample
 from torch import nn
 
 import kdloss
+from kdloss import Captured
 
 MASK = torch.tensor([[True, True, False, True], [True, False, True, True], [True, True, True, False]])
 
@@ -255,6 +256,163 @@ def test_feature_loss_is_the_mean_over_pairs_positions_and_width():
     assert student.hidden_states[1].grad[keep].abs().min() > 0
     assert not student.hidden_states[1].grad[~torch.from_numpy(keep)].any()
     assert student.hidden_states[2].grad is None
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_pairs_weigh_what_they_are_given_in_value_and_gradient(named):
+    student, teacher = feature_outputs()
+    s, t = student.hidden_states, teacher.hidden_states
+    pairing = [(3, 7, 0.2), (0, 1, 1.5), (0, 4, 0.5), (2, 2, 0.0)]
+    if named:
+        student, teacher = Captured(), Captured()
+        for seen, states in ((student, s), (teacher, t)):
+            seen.features.update({f"block.{i}": h for i, h in enumerate(states[1:])})
+        pairing = [(f"block.{i}", f"block.{j}", w) for i, j, w in pairing]
+    criterion = kdloss.FeatureKD(pairing=pairing, alpha=0.0)
+    loss = criterion(student, teacher)
+
+    def distance(i, j):
+        gap = s[i + 1].detach().double().numpy() - t[j + 1].double().numpy()
+        return (gap**2).mean(), 2 * gap / gap.size
+
+    (last, last_slope), (low, low_slope), (high, high_slope) = (
+        distance(3, 7),
+        distance(0, 1),
+        distance(0, 4),
+    )
+    expected = 0.2 * last + 1.5 * low + 0.5 * high
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    parts = [part.item() for part in criterion.components.values()]
+    assert parts == pytest.approx([last, low, high, expected], rel=1e-5)
+    name = "feature/block.0-block.4" if named else "feature/0-4"
+    assert [list(criterion.components)[i] for i in (2, 3)] == [name, "feature"]
+    slopes = grad(loss, s[4], s[1])
+    np.testing.assert_allclose(slopes[0], 0.2 * last_slope, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(slopes[1], 1.5 * low_slope + 0.5 * high_slope, rtol=1e-5, atol=1e-9)
+
+
+def captured(*outputs):
+    """What a capture of all blocks of these outputs' models would have recorded."""
+    seen = [Captured() for _ in outputs]
+    for c, output in zip(seen, outputs, strict=True):
+        c.output = output
+        c.features.update(enumerate(output.hidden_states[1:]))
+    return seen
+
+
+def test_a_learned_pairing_is_told_features_and_mean_distances_and_its_weights_are_constants():
+    student, teacher = feature_outputs(s_width=5, t_width=6)
+    asked = {}
+
+    def pairing(student, teacher, distances):
+        asked.update(student=student, teacher=teacher, distances=distances)
+        weight = student[2].square().sum(-1)  # one per position, and it would have a gradient
+        return [(0, 1, 0.5), (2, 7, torch.tensor(2.0)), (2, 0, weight)]
+
+    criterion = kdloss.FeatureKD([0, 2], pairing=pairing, alpha=0.0, depths=(4, 8), widths=(5, 6))
+    loss = criterion(*captured(student, teacher), mask=MASK)
+    s = {i: criterion.projections[str(i)](student.hidden_states[i + 1]) for i in (0, 2)}
+    t = dict(enumerate(teacher.hidden_states[1:]))
+    gaps = {(i, j): (s[i] - t[j]).square().mean(-1)[MASK] for i in s for j in t}
+    assert list(asked["student"]) == [0, 2]
+    assert list(asked["teacher"]) == list(range(8))
+    assert list(asked["distances"]) == list(gaps)
+    for i, h in asked["student"].items():
+        torch.testing.assert_close(h[MASK], s[i][MASK])
+        assert not h.requires_grad
+    for pair, d in asked["distances"].items():
+        torch.testing.assert_close(d, gaps[pair].mean())
+        assert not d.requires_grad
+    weight = s[2].detach().square().sum(-1)[MASK]
+    parts = [0.5 * gaps[0, 1].mean(), 2 * gaps[2, 7].mean() + (weight * gaps[2, 0]).mean()]
+    torch.testing.assert_close(loss, sum(parts))
+    assert list(criterion.components) == ["feature/0", "feature/2", "feature"]
+    torch.testing.assert_close(
+        list(criterion.components.values()), [p.detach() for p in (*parts, sum(parts))]
+    )
+    inputs = [student.hidden_states[1], student.hidden_states[3], *criterion.parameters()]
+    for got, expected in zip(grad(loss, *inputs), grad(sum(parts), *inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "learned", [kdloss.pair_by_emd, kdloss.pair_by_attention], ids=["emd", "attention"]
+)
+def test_what_is_masked_moves_no_learned_pairing(learned):
+    outputs = feature_outputs()
+    criterion = kdloss.FeatureKD("all", pairing=learned, alpha=0.0, depths=(4, 8))
+    clean = criterion(*captured(*outputs), mask=MASK)
+    slopes = grad(clean, *outputs[0].hidden_states[1:])
+    for h in (*outputs[0].hidden_states, *outputs[1].hidden_states):
+        h.data[~MASK] = float("nan")
+    dirty = criterion(*captured(*outputs), mask=MASK)
+    assert torch.equal(dirty, clean)
+    for a, b in zip(grad(dirty, *outputs[0].hidden_states[1:]), slopes, strict=True):
+        assert torch.equal(a, b)
+        assert not a[~MASK].any()
+    assert criterion(*captured(*outputs), mask=torch.zeros_like(MASK)) == 0
+
+
+def test_attention_has_the_gradient_of_the_distance_to_the_papers_mixture():
+    student, teacher = feature_outputs(t_depth=5)
+    criterion = kdloss.FeatureKD("all", pairing=kdloss.pair_by_attention, alpha=0.0, depths=(4, 5))
+    loss = criterion(*captured(student, teacher))
+    s, t = torch.stack(student.hidden_states[1:]), torch.stack(teacher.hidden_states[1:])
+    attention = torch.einsum("s...d,t...d->st...", s, t).softmax(1).detach()
+    mixture = torch.einsum("st...,t...d->s...d", attention, t)
+    paper = (s - mixture).square().mean()
+    inputs = student.hidden_states[1:]
+    for got, expected in zip(grad(loss, *inputs), grad(paper, *inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+    spread = torch.einsum("st...,t...d->s...d", attention, t.square()) - mixture.square()
+    torch.testing.assert_close(loss, paper + spread.mean())
+
+
+def test_learned_weights_count_positions_that_stand_elsewhere_before_their_mean():
+    s, t = sample(2, 6, 5)
+    weight = torch.rand(2, 6)
+    own = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    labels = torch.tensor([[1, 2, 3], [4, -100, -100]])  # a decoder's, of another length
+    logits = torch.randn(2, 3, 7)
+    outputs = [Output(logits=logits, hidden_states=[h, h]) for h in (s, t)]
+    criterion = kdloss.FeatureKD(
+        "last", pairing=lambda student, teacher, distances: [(0, 0, weight)], alpha=0.0, depths=(1, 1)
+    )
+    loss = criterion(*captured(*outputs), labels, feature_mask=own)
+    squares = weight * (s.detach() - t).square().mean(-1)
+    per_example = torch.stack([squares[0].mean(), squares[1, :2].mean()])
+    torch.testing.assert_close(loss.detach(), (3 * per_example[0] + per_example[1]) / 4)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error", "match"),
+    [
+        ([], TypeError, "triples"),
+        ([(0, 1)], TypeError, "triples"),
+        ([(0, 9, 1.0)], ValueError, r"chose \[\(0, 9\)\]"),
+        ([(0, 1, 0.5), (0, 1, 0.5)], ValueError, "twice"),
+        ([(0, 1, torch.ones(4))], ValueError, r"shape \(4,\).*\(3, 4\)"),
+    ],
+)
+def test_a_learned_pairing_that_answers_wrongly_is_refused(chosen, error, match):
+    criterion = kdloss.FeatureKD(
+        "all", pairing=lambda student, teacher, distances: chosen, alpha=0.0, depths=(4, 8)
+    )
+    with pytest.raises(error, match=match):
+        criterion(*captured(*feature_outputs()))
+
+
+def test_a_student_layer_has_one_projection_for_all_its_teachers():
+    pairing = [(0, 1, 0.5), (0, 4, 0.5)]
+    criterion = kdloss.FeatureKD(pairing=pairing, depths=(4, 8), widths=(5, 6), alpha=0.0)
+    assert list(criterion.state_dict()) == ["projections.0.weight", "projections.0.bias"]
+    student, teacher = feature_outputs(s_width=5, t_width=6)
+    weight, bias = criterion.parameters()
+    projected = student.hidden_states[1] @ weight.T + bias
+    parts = [(projected - teacher.hidden_states[j + 1]).square().mean() for j in (1, 4)]
+    torch.testing.assert_close(criterion(student, teacher), (parts[0] + parts[1]) / 2)
+    with pytest.raises(ValueError, match=r"student layer 0 .* widths 6 and 7 \(4\).*one width"):
+        kdloss.FeatureKD(pairing=pairing, depths=(4, 8), widths=[(5, 6), (5, 7)])
 
 
 def test_projections_receive_no_garbage_from_masked_positions():

@@ -1,11 +1,14 @@
 """Which blocks, against which."""
 
+import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 from torch import nn
 
 import kdloss
@@ -54,7 +57,9 @@ def test_a_selection_that_does_not_exist_is_refused_showing_what_does(layers, er
 
 def test_pairings_of_four_student_blocks_in_twelve_teacher_blocks():
     def teachers(pairing, **settings):
-        return [t for _, t in kdloss.pair([0, 1, 2, 3], 4, 12, pairing, **settings)]
+        pairs = kdloss.pair([0, 1, 2, 3], 4, 12, pairing, **settings)
+        assert [w for *_, w in pairs] == [1 / len(pairs)] * len(pairs)
+        return [t for _, t, _ in pairs]
 
     assert teachers("uniform") == [0, 4, 7, 11]  # i * 11 / 3: 0, 3.67, 7.33, 11
     assert teachers("same") == [0, 1, 2, 3]
@@ -62,6 +67,7 @@ def test_pairings_of_four_student_blocks_in_twelve_teacher_blocks():
     assert teachers("last") == [8, 9, 10, 11]
     assert teachers("reverse") == [11, 7, 4, 0]
     assert teachers("kept", kept=[0, 3, 6, 9]) == [2, 5, 8, 11]
+    assert teachers("all_to_one") == [11, 11, 11, 11]
     assert teachers([(0, 5), (-1, -1)]) == [5, 11]
     assert teachers(lambda selected, s, t: [(i, t - s + i) for i in selected]) == [8, 9, 10, 11]
 
@@ -69,17 +75,17 @@ def test_pairings_of_four_student_blocks_in_twelve_teacher_blocks():
 @given(student=st.integers(1, 40), teacher=st.integers(1, 40))
 def test_uniform_keeps_relative_depth_last_to_last(student, teacher):
     pairs = kdloss.pair(list(range(student)), student, teacher)
-    partners = [t for _, t in pairs]
+    partners = [t for _, t, _ in pairs]
     assert partners == sorted(partners)
     assert partners[-1] == teacher - 1
-    for s, t in pairs if student > 1 else []:
+    for s, t, _ in pairs if student > 1 else []:
         assert abs(t - s * (teacher - 1) / (student - 1)) <= 0.5
 
 
 def test_random_draws_anew_in_ascending_order_from_torchs_generator():
     draws = {tuple(kdloss.pair([0, 1, 2], 3, 12, "random")) for _ in range(50)}
     assert len(draws) > 10
-    assert all([t for _, t in d] == sorted({t for _, t in d}) for d in draws)
+    assert all([t for _, t, _ in d] == sorted({t for _, t, _ in d}) for d in draws)
     torch.manual_seed(3)
     first = kdloss.pair([0, 1, 2], 3, 12, "random")
     torch.manual_seed(3)
@@ -97,7 +103,17 @@ def test_random_draws_anew_in_ascending_order_from_torchs_generator():
         ("kept", ValueError, "keep_blocks"),
         ([(0, 3)], ValueError, "teacher block 3 does not exist"),
         ([(4, 0)], ValueError, "student block 4 does not exist"),
-        ([(0, 0), (0, 1)], ValueError, "twice"),
+        ([(0, 0), (0, 1)], ValueError, r"twice.*pairing=\[\(0, 0, 0\.5\), \(0, 1, 0\.5\)\]"),
+        ([(0, 2), (0, -1)], ValueError, "pair twice"),
+        ([(0, 0, 0.5), (-4, 0, 0.5)], ValueError, "pair twice"),
+        ([(0, 0), (1, 1, 0.5)], TypeError, "all of them with a weight"),
+        ([(0, 0, -0.5), (1, 1, 1.0)], ValueError, "at least 0"),
+        ([(0, 0, float("nan"))], ValueError, "finite"),
+        ([(0, 0, float("inf"))], ValueError, "finite"),
+        ([(0, 0, 0.0), (1, 1, 0)], ValueError, "not all 0"),
+        ([(0, 0, "1")], TypeError, "numbers"),
+        ([(0, 0, True)], TypeError, "numbers"),
+        (lambda *_: [(0, 0), (0, 1)], ValueError, "twice"),
         ([(0, 0.5)], TypeError, "integer"),
         ([], TypeError, "pairs"),
         ([0, 1], TypeError, "pairs"),
@@ -108,11 +124,89 @@ def test_a_pairing_that_does_not_fit_a_shallow_teacher_is_refused(pairing, error
         kdloss.pair([0, 1, 2, 3], 4, 3, pairing)
 
 
+def test_weights_are_taken_as_they_are_and_allow_several_teachers_for_one_student_block():
+    given = [(3, 1, 2), (3, -1, 0.25), (0, 1, 0)]
+    assert kdloss.pair([], 4, 12, given) == [(3, 1, 2.0), (3, 11, 0.25), (0, 1, 0.0)]
+    assert kdloss.pair([0], 4, 12, lambda selected, s, t: [(0, 0, 0.1)]) == [(0, 0, 0.1)]
+    assert kdloss.pair([], 4, 12, [(0, 5), (1, 5)]) == [(0, 5, 0.5), (1, 5, 0.5)]
+
+
+@pytest.mark.parametrize("pairing", ["uniform", "reverse", "all_to_one"])
+def test_a_shallower_teacher_is_enough_where_blocks_need_not_differ(pairing):
+    partners = {"uniform": [0, 0, 1, 1], "reverse": [1, 1, 0, 0], "all_to_one": [1] * 4}
+    assert [t for _, t, _ in kdloss.pair([0, 1, 2, 3], 4, 2, pairing)] == partners[pairing]
+
+
 def test_kept_of_another_teacher_is_refused():
     with pytest.raises(ValueError, match="the teacher it was made from"):
         kdloss.pair([0], 2, 4, "kept", kept=[0, 5])
     with pytest.raises(ValueError, match="the teacher it was made from"):
         kdloss.pair([0], 2, 8, "kept", kept=[0, 3, 5])
+
+
+def cheapest(cost):
+    """Optimal transport as a linear program over all flows, by another solver than ours."""
+    students, teachers = cost.shape
+    rows = [np.kron(np.eye(students)[i], np.ones(teachers)) for i in range(students)]
+    columns = [np.kron(np.ones(students), np.eye(teachers)[j]) for j in range(teachers)]
+    shares = [1 / students] * students + [1 / teachers] * teachers
+    return linprog(cost.ravel(), A_eq=np.array(rows + columns), b_eq=shares).fun
+
+
+@pytest.mark.parametrize(
+    ("students", "teachers"), [(1, 1), (1, 5), (4, 12), (3, 4), (5, 5), (6, 4), (7, 3)]
+)
+def test_emd_is_the_cheapest_transport_in_which_every_block_has_its_share(students, teachers):
+    cost = np.random.default_rng(students * teachers).random((students, teachers))
+    distances = {(2 * i, j): torch.tensor(c) for (i, j), c in np.ndenumerate(cost)}
+    flow = np.zeros_like(cost)
+    for s, t, w in kdloss.pair_by_emd({}, {}, distances):
+        flow[s // 2, t] = w
+    np.testing.assert_allclose(flow.sum(1), 1 / students, rtol=1e-12)
+    np.testing.assert_allclose(flow.sum(0), 1 / teachers, rtol=1e-12)
+    assert (flow * cost).sum() == pytest.approx(cheapest(cost), rel=1e-9)
+
+
+def test_emd_says_what_it_misses(monkeypatch):
+    with pytest.raises(ValueError, match=r"not finite: \{\(0, 1\): nan\}"):
+        kdloss.pair_by_emd({}, {}, {(0, 0): torch.tensor(1.0), (0, 1): torch.tensor(float("nan"))})
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"pip install 'kdloss\[emd\]'"):
+        kdloss.pair_by_emd({}, {}, {(0, 0): torch.tensor(1.0)})
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_attention_is_a_softmax_over_teacher_blocks_at_every_position(scale):
+    rng = np.random.default_rng(0)
+    s, t = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(6, 3, 4, 5))
+    student = {2 * i: torch.tensor(h) for i, h in enumerate(s)}
+    teacher = {j: torch.tensor(h) for j, h in enumerate(t)}
+    pairs = kdloss.pair_by_attention(
+        student, teacher, dict.fromkeys((i, j) for i in student for j in teacher), scale=scale
+    )
+    scores = np.exp(scale * np.einsum("spqd,tpqd->stpq", s, t))
+    expected = scores / scores.sum(1, keepdims=True) / 2
+    assert [(i, j) for i, j, _ in pairs] == [(i, j) for i in (0, 2) for j in range(6)]
+    for i, j, w in pairs:
+        np.testing.assert_allclose(w, expected[i // 2, j], rtol=1e-12)
+    with pytest.raises(ValueError, match=r"widths \[5, 7\]"):
+        kdloss.pair_by_attention(student, {0: torch.zeros(3, 4, 7)}, {(0, 0): torch.zeros(())})
+
+
+def test_learned_pairings_may_choose_from_all_teacher_blocks():
+    pairs = kdloss.pair([0, 2], 3, 4, kdloss.pair_by_emd)
+    assert [p[:2] for p in pairs] == [(s, t) for s in (0, 2) for t in range(4)]
+    assert kdloss.pair([0, 2], 3, 4, partial(kdloss.pair_by_attention, scale=0.1)) == pairs
+
+
+def test_resolutions_that_both_have_pair_their_last_blocks():
+    student = [(16, 16), (8, 8), (8, 8), (2, 2)]
+    teacher = [(16, 16), (16, 16), (16, 8), (8, 8), (4, 4)]
+    assert kdloss.pair_by_resolution(student, teacher) == [(0, 1, 0.5), (2, 3, 0.5)]
+    with pytest.raises(ValueError, match=r"student, \[\(2, 2\)\], and teacher, \[\(16, 16\), \(4, 4\)\]"):
+        kdloss.pair_by_resolution([(2, 2)], [(16, 16), (4, 4), (4, 4)])
+    with pytest.raises(ValueError, match=r"distill\.prepare\(student, \*\*batch\)"):
+        kdloss.pair([0], 2, 2, "resolution")
 
 
 class Wrapper(nn.Module):
@@ -166,6 +260,76 @@ def test_several_lists_of_blocks_are_listed_and_one_can_be_named():
     assert len(kdloss.find_blocks(both, "right.body")) == 5
     with pytest.raises(ValueError, match="not a list of blocks"):
         kdloss.find_blocks(both, "right.head")
+
+
+class Block(nn.Module):
+    def __init__(self, experts=0):
+        super().__init__()
+        self.experts = nn.ModuleList(blocks(experts))
+        self.linear, self.act = nn.Linear(4, 4), nn.GELU()
+
+    def forward(self, x):
+        return self.act(self.linear(x))
+
+
+def blocks(depth):
+    return [Block() for _ in range(depth)]
+
+
+class WithExtras(nn.Module):
+    """Blocks with experts inside, a stem, and a list of heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.body = nn.ModuleList(Block(experts=2) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(4, 2) for _ in range(5))
+
+
+def test_experts_stems_and_lists_of_heads_are_no_blocks():
+    model = WithExtras()
+    assert list(kdloss.find_blocks(model)) == list(model.body)
+    model.body.append(Stack())
+    assert list(kdloss.find_blocks(model)) == list(model.heads)
+    model.heads = None
+    with pytest.raises(ValueError, match=r"lists of unequal modules, \{'body': 4\}.*blocks='body'"):
+        kdloss.find_blocks(model)
+
+
+def test_a_second_list_of_blocks_as_for_predicting_several_tokens_is_named_too():
+    model = WithExtras()
+    model.multi_token = nn.ModuleList(blocks(1))
+    with pytest.raises(ValueError, match=r"\{'body': 3, 'multi_token': 1\}"):
+        kdloss.find_blocks(model)
+
+
+def test_blocks_may_be_an_nn_sequential_or_stand_in_numbered_stages():
+    def lists(**parts):
+        return {name: len(found) for name, found in block_lists(nn.ModuleDict(parts)).items()}
+
+    whole = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*blocks(3)), nn.Linear(4, 2))
+    assert lists(net=whole) == {"net.1": 3}
+    assert len(kdloss.find_blocks(nn.Sequential(*blocks(3)))) == 3
+    first, second = nn.Sequential(*blocks(1)), nn.Sequential(*blocks(2))
+    staged = nn.ModuleDict({"conv2_x": first, "conv3_x": second})
+    assert list(kdloss.find_blocks(staged)) == [*first, *second]
+    assert lists(conv2_x=first, conv3_x=second) == {"conv*_x": 3}
+    held = {f"block{i}": nn.ModuleDict({"layer": stage}) for i, stage in enumerate((first, second))}
+    assert lists(**held) == {"block*.layer": 3}
+    assert lists(stages=nn.ModuleList([first, second])) == {"stages.*": 3}
+    assert lists(stages=nn.ModuleList(held.values())) == {"stages.*.layer": 3}
+    assert lists(stages=nn.Sequential(*held.values())) == {"stages.*.layer": 3}
+    assert lists(encoder1=nn.ModuleList(blocks(1)), encoder2=nn.ModuleList(blocks(2))) == {
+        "encoder1": 1,
+        "encoder2": 2,
+    }
+
+
+def test_blocks_that_are_wrapped_one_by_one_are_still_equal():
+    model = WithExtras()
+    model.body[1] = torch.compile(model.body[1], backend="eager")
+    model.body[2] = Wrapper(model.body[2])
+    assert list(kdloss.find_blocks(model)) == list(model.body)
 
 
 def test_a_model_without_blocks_is_told_to_name_modules():

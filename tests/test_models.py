@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from families import CAUSAL, FAMILIES, batch, blocks_argument, build
+import transformers as hf
+from families import CAUSAL, FAMILIES, VOCAB, ResNet, batch, blocks_argument, build
 from torch import nn
-from transformers import AutoModel
 
 import kdloss
 from kdloss.layers import block_lists
@@ -25,6 +25,67 @@ def test_the_list_of_blocks_is_found(family):
 
 
 @every_family
+def test_the_same_blocks_are_found_with_any_head_and_with_none(family):
+    model = build(family)
+    kind = type(kdloss.find_blocks(model, blocks_argument(family))[0])
+    heads = hf.AutoModel, hf.AutoModelForSequenceClassification, hf.AutoModelForTokenClassification
+    for head in [h for h in heads if type(model.config) in h._model_mapping]:
+        found = block_lists(head.from_config(model.config))
+        assert len(found) == 1 or family == "t5"
+        assert {(type(block), len(blocks)) for blocks in found.values() for block in blocks} == {(kind, 3)}
+
+
+def test_an_encoder_decoder_says_that_it_has_two_lists():
+    t5 = build("t5")
+    listed = r"\{'encoder\.block': 3, 'decoder\.block': 3\}; say which: blocks='encoder\.block'"
+    with pytest.raises(ValueError, match=listed):
+        kdloss.find_blocks(t5)
+    assert list(kdloss.find_blocks(t5, "encoder.block")) == list(t5.encoder.block)
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+
+
+def test_images_beside_text_are_two_lists():
+    vision = hf.CLIPVisionConfig(**TINY, num_hidden_layers=2, image_size=16, patch_size=8)
+    text = FAMILIES["llama"][0](16, 3)
+    llava = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text))
+    with pytest.raises(ValueError, match=r"vision_tower.*: 2, .*language_model.*: 3"):
+        kdloss.find_blocks(llava)
+    assert len(kdloss.find_blocks(llava, "model.language_model.layers")) == 3
+
+
+def test_experts_are_parts_of_their_blocks():
+    sizes = TINY | {"vocab_size": VOCAB, "num_key_value_heads": 1}
+    mixtral = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, num_hidden_layers=3))
+    assert {name: len(blocks) for name, blocks in block_lists(mixtral).items()} == {"model.layers": 3}
+    mamba = {"mamba_d_state": 4, "mamba_dt_rank": 2, "num_experts": 2, "use_mamba_kernels": False}
+    unequal = hf.JambaForCausalLM(hf.JambaConfig(**sizes, **mamba, num_hidden_layers=8))
+    listed = r"lists of unequal modules, \{'model\.layers': 8\}.*blocks='model\.layers'"
+    with pytest.raises(ValueError, match=listed):
+        kdloss.find_blocks(unequal)
+    assert len(kdloss.find_blocks(unequal, "model.layers")) == 8
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_a_resnets_blocks_are_those_of_all_its_stages(kind):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 32], "depths": [2, 1, 3]}
+    config = hf.ResNetConfig(**sizes, layer_type=kind, num_labels=5)
+    classifier, plain = hf.ResNetForImageClassification(config), ResNet()
+    for model, name in ((classifier, "resnet."), (hf.ResNetModel(config), "")):
+        blocks = [b for stage in model.get_submodule(f"{name}encoder.stages") for b in stage.layers]
+        assert [list(found) for found in block_lists(model).values()] == [blocks]
+        assert list(kdloss.find_blocks(model, f"{name}encoder.stages.*.layers")) == blocks
+    assert list(kdloss.find_blocks(plain)) == [*plain.layer1, *plain.layer2, *plain.layer3]
+    assert list(kdloss.find_blocks(plain, "layer*")) == list(kdloss.find_blocks(plain))
+    assert list(kdloss.find_blocks(plain, "layer3")) == list(plain.layer3)
+    with pytest.raises(ValueError, match=r"no stages.*'block\*'.*'layer\*': 6"):
+        kdloss.find_blocks(plain, "block*")
+    with pytest.raises(TypeError, match=r"stages of several widths, 'resnet\.encoder\.stages\.\*\.layers'"):
+        kdloss.keep_blocks(classifier, [0, 2])
+
+
+@every_family
 def test_captured_blocks_are_what_the_model_reports_as_hidden_states(family):
     model, inputs = build(family).eval(), batch(family)
     with kdloss.capture(model, [0, 1, 2], blocks=blocks_argument(family)) as seen:
@@ -40,7 +101,7 @@ def test_a_narrower_shallower_student_learns_from_features_and_logits(family):
     teacher, student = build(family, width=24, depth=5), build(family, width=16, depth=3, seed=1)
     criterion = kdloss.FeatureKD(layers="auto", logit_weight=1.0, blocks=blocks_argument(family))
     distill = kdloss.Distiller(teacher, criterion).prepare(student)
-    assert criterion.layer_map.pairs() == [(0, 0), (1, 2), (2, 4)]
+    assert [p[:2] for p in criterion.layer_map.pairs()] == [(0, 0), (1, 2), (2, 4)]
     optimizer = torch.optim.AdamW([*student.parameters(), *criterion.parameters()], lr=1e-2)
     losses, before = [], copy.deepcopy(criterion.state_dict())
     for _ in range(8):
@@ -87,7 +148,7 @@ def test_a_kept_student_is_held_against_the_block_before_the_next_kept_one(famil
     blocks = blocks_argument(family)
     criterion = kdloss.FeatureKD("all", pairing="kept", alpha=0.0, blocks=blocks)
     distill = kdloss.Distiller(teacher, criterion).prepare(student)
-    assert criterion.layer_map.pairs() == [(0, 1), (1, 4), (2, 5)]
+    assert [p[:2] for p in criterion.layer_map.pairs()] == [(0, 1), (1, 4), (2, 5)]
     assert list(criterion.parameters()) == []
     assert distill(student, **batch(family)).loss > 0
 
@@ -119,11 +180,9 @@ def test_keep_blocks_takes_every_selection_and_refuses_what_it_cannot_do():
 
 
 def test_keep_blocks_refuses_models_of_several_towers_or_none():
-    from transformers import CLIPConfig, CLIPModel
-
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    clip = CLIPModel(
-        CLIPConfig(text_config=small, vision_config=small | {"image_size": 16, "patch_size": 8})
+    small = TINY | {"num_hidden_layers": 2}
+    clip = hf.CLIPModel(
+        hf.CLIPConfig(text_config=small, vision_config=small | {"image_size": 16, "patch_size": 8})
     )
     with pytest.raises(ValueError, match=r"2 lists of blocks.*text_model.*vision_model"):
         kdloss.keep_blocks(clip, [0])
@@ -186,10 +245,9 @@ def test_an_encoders_features_are_held_over_its_own_padding():
 
 
 def test_a_classifiers_features_are_held_over_its_padding():
-    from transformers import AutoModelForSequenceClassification
-
     teacher, student = (
-        AutoModelForSequenceClassification.from_config(build("bert", depth=d).config).eval() for d in (3, 2)
+        hf.AutoModelForSequenceClassification.from_config(build("bert", depth=d).config).eval()
+        for d in (3, 2)
     )
     inputs = batch("bert") | {"labels": torch.tensor([1, 0])}
     criterion = kdloss.FeatureKD("last", logit_weight=1.0)
@@ -199,6 +257,50 @@ def test_a_classifiers_features_are_held_over_its_padding():
     inputs["input_ids"][1, 5:] = 7  # padding
     torch.testing.assert_close(distill(student, **inputs).loss, loss)
     assert criterion.causal is False
+
+
+def test_cnns_pair_by_resolution_once_a_batch_has_told_their_sizes():
+    teacher, student = ResNet((2, 2, 2), width=6), ResNet((1, 2))
+    images = {"x": torch.randn(2, 3, 8, 8)}
+    criterion = kdloss.FeatureKD(pairing="resolution", alpha=0.0)
+    distill = kdloss.Distiller(teacher, criterion)
+    with pytest.raises(ValueError, match=r"distill\.prepare\(student, \*\*batch\)"):
+        distill.prepare(student)(student, **images)
+    calls = [0, 0]
+    for i, model in enumerate((student, teacher)):
+        model.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    distill.prepare(student, **images)
+    assert calls[0] == 1
+    assert calls[1] <= 1  # it may end early
+    assert criterion.layer_map.pairs() == [(0, 1, 0.5), (2, 3, 0.5)]
+    assert [tuple(p.shape) for p in criterion.parameters()] == [(6, 4), (6,), (12, 8), (12,)]
+    loss = distill(student, **images).loss
+    loss.backward()
+    assert student.layer2[1].conv2.weight.grad.any()
+    text = kdloss.Distiller(build("bert"), kdloss.FeatureKD(pairing="resolution", alpha=0.0))
+    with pytest.raises(ValueError, match=r"8, 16.*pairing='uniform'"):
+        text.prepare(build("bert"), **batch("bert"))
+    with pytest.raises(ValueError, match="leave layers out"):
+        kdloss.FeatureKD("all", pairing="resolution")
+
+
+@pytest.mark.parametrize(
+    "learned", [kdloss.pair_by_emd, kdloss.pair_by_attention], ids=["emd", "attention"]
+)
+def test_learned_pairings_train_through_the_distiller(learned):
+    teacher, student = build("gpt2", width=24, depth=5), build("gpt2", depth=3, seed=1)
+    criterion = kdloss.FeatureKD("all", pairing=learned, alpha=0.3)
+    distill = kdloss.Distiller(teacher, criterion).prepare(student)
+    optimizer = torch.optim.AdamW([*student.parameters(), *criterion.parameters()], lr=1e-2)
+    terms = []
+    for _ in range(8):
+        out = distill(student, **batch("gpt2"))
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        terms.append(out.components["feature"].item())
+    assert set(out.components) == {"ce", "feature", "feature/0", "feature/1", "feature/2"}
+    assert terms[-1] < terms[0]
 
 
 def cnn(*channels):
@@ -248,12 +350,12 @@ def test_block_names_are_as_good_as_their_indices():
     teacher, student = build("gpt2", depth=6), build("gpt2", depth=3, seed=1)
     criterion = kdloss.FeatureKD(["transformer.h.0", "transformer.h.2"])
     kdloss.Distiller(teacher, criterion).prepare(student)
-    assert criterion.layer_map.pairs() == [(0, 0), (2, 5)]
+    assert criterion.layer_map.pairs() == [(0, 0, 0.5), (2, 5, 0.5)]
 
 
 def test_a_base_model_without_head_is_distilled_by_features_alone():
-    teacher = AutoModel.from_config(build("bert", width=24, depth=4).config)
-    student = AutoModel.from_config(build("bert", depth=2).config)
+    teacher = hf.AutoModel.from_config(build("bert", width=24, depth=4).config)
+    student = hf.AutoModel.from_config(build("bert", depth=2).config)
     inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
     criterion = kdloss.FeatureKD(alpha=0.0)
     out = kdloss.Distiller(teacher, criterion).prepare(student)(student, **inputs)

@@ -39,8 +39,17 @@ from kdloss.divergences import (
     total_variation,
     uld,
 )
-from kdloss.layers import find_blocks, pair, select
+from kdloss.layers import (
+    find_blocks,
+    pair,
+    pair_by_attention,
+    pair_by_emd,
+    pair_by_resolution,
+    select,
+)
+from kdloss.projection import conv1x1, linear, mlp
 from kdloss.reduction import masked, reduce
+from kdloss.resize import interpolate, pool
 from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
 
@@ -67,23 +76,31 @@ __all__ = [
     "between_tokens",
     "capture",
     "cka",
+    "conv1x1",
     "cosine",
     "cross_entropy",
     "dist",
     "dkd",
     "find_blocks",
     "forward_kl",
+    "interpolate",
     "jsd",
     "keep_blocks",
     "layer_norm_mse",
+    "linear",
     "logit_mse",
     "masked",
     "minilm",
     "minilm_v2",
+    "mlp",
     "mse",
     "nkd",
     "normalized_mse",
     "pair",
+    "pair_by_attention",
+    "pair_by_emd",
+    "pair_by_resolution",
+    "pool",
     "reduce",
     "reverse_kl",
     "select",

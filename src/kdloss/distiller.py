@@ -16,7 +16,7 @@ from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.criteria._terms import find_logits, logits_of
 from kdloss.engine.task import unwrapped
-from kdloss.layers import Name, unwrap
+from kdloss.layers import Layer, parts, unwrap
 from kdloss.lazy_head import LazyHeads
 from kdloss.reduction import takes
 from kdloss.targets import TokenMap, dense
@@ -111,7 +111,7 @@ class Distiller:
         self._settle(student)
         inputs = with_decoder_inputs(student, inputs, labels)
         pairs = self._pairs()
-        seen = self._run(student, [s for s, _ in pairs], args, inputs)
+        seen = self._run(student, [s for s, _, _ in pairs], args, inputs)
         target: Any = None
         if pairs or getattr(self.criterion, "uses_teacher_logits", True):
             outputs = [self._teach(teacher, pairs, args, inputs) for teacher in self.teachers]
@@ -139,7 +139,7 @@ class Distiller:
             self.criterion.layer_map.locate(student, self.teachers[0])
         self._prepared_for = weakref.ref(student)
 
-    def _pairs(self) -> list[tuple[Name, Name]]:
+    def _pairs(self) -> list[tuple[Layer, Layer, float]]:
         criterion = self.criterion
         if isinstance(criterion, FeatureKD) and criterion.alpha < 1:
             return criterion.layer_map.pairs()
@@ -148,14 +148,14 @@ class Distiller:
     def _run(
         self,
         model: nn.Module,
-        names: Sequence[Name],
+        names: Sequence[Layer],
         args: tuple[Any, ...],
         inputs: dict[str, Any],
         stop: bool = False,
     ) -> Captured:
         blocks = self.criterion.layer_map.blocks if isinstance(self.criterion, FeatureKD) else None
         with (
-            capture(model, dict.fromkeys(names), blocks=blocks, stop=stop) as seen,
+            capture(model, parts(names), blocks=blocks, stop=stop) as seen,
             nullcontext() if stop else self._heads.apart(model, self._whole()) as head,
         ):
             seen.output = model(*args, **without_cache(model, inputs))
@@ -175,7 +175,7 @@ class Distiller:
     def _teach(
         self,
         teacher: nn.Module,
-        pairs: Sequence[tuple[Name, Name]],
+        pairs: Sequence[tuple[Layer, Layer, float]],
         args: tuple[Any, ...],
         inputs: dict[str, Any],
     ) -> Captured:
@@ -184,7 +184,7 @@ class Distiller:
         if isinstance(vocabulary, TokenMap) and "input_ids" in inputs:
             inputs = {**inputs, "input_ids": vocabulary.to_teacher(inputs["input_ids"])}
         with evaluating(teacher), torch.no_grad():
-            seen = self._run(teacher, [t for _, t in pairs], args, inputs, stop)
+            seen = self._run(teacher, [t for _, t, _ in pairs], args, inputs, stop)
         resharded(teacher)
         return seen
 
@@ -193,11 +193,15 @@ class Distiller:
     ) -> None:
         labels = batch.pop("labels", None)
         inputs = with_decoder_inputs(student, batch, labels)
-        pairs = criterion.layer_map.pairs()
+        chosen = criterion.layer_map
+        pairs = chosen.candidates() if chosen.by_resolution else chosen.pairs()
         with evaluating(student), torch.no_grad():
-            seen = self._run(student, [s for s, _ in pairs], args, inputs)
+            seen = self._run(student, [s for s, _, _ in pairs], args, inputs)
         target = self._teach(self.teachers[0], pairs, args, inputs)
-        criterion.build({s: (_width(seen[s]), _width(target[t])) for s, t in pairs})
+        if chosen.by_resolution:
+            chosen.sizes = _sizes(seen), _sizes(target)
+            pairs = chosen.pairs()
+        criterion.build({(s, t): (_width(seen, s), _width(target, t)) for s, t, _ in pairs})
         criterion.to(next(student.parameters()).device)
 
     def _masks(
@@ -219,5 +223,15 @@ class Distiller:
         return {"mask": mask, "feature_mask": own}
 
 
-def _width(features: Tensor) -> int:
-    return features.shape[1] if features.ndim == 4 else features.shape[-1]
+def _sizes(seen: Captured) -> list[tuple[int, int]]:
+    flat = {name: tuple(features.shape) for name, features in seen.items() if features.ndim != 4}
+    if flat:
+        raise ValueError(
+            "pairing='resolution' goes by maps [B, C, H, W], but there are blocks that give "
+            f"{next(iter(flat.values()))}; write pairing='uniform'"
+        )
+    return [(features.shape[2], features.shape[3]) for features in seen.values()]
+
+
+def _width(seen: Captured, name: Layer) -> int:
+    return sum(x.shape[1] if x.ndim == 4 else x.shape[-1] for x in map(seen.__getitem__, parts([name])))

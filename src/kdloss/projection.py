@@ -1,25 +1,65 @@
-"""From the student's width to the teacher's."""
+"""From one side's width to the other's."""
 
+import torch
 from torch import nn
 
 
-def projection(student_width: int, teacher_width: int) -> nn.Module:
-    """A trained linear map where the widths differ, nothing where they agree.
+def linear(
+    student_width: int, teacher_width: int, *, orthogonal: bool = False, frozen: bool = False
+) -> nn.Module:
+    """A linear map for `FeatureKD(projection=...)`; on maps it is the 1x1 convolution.
 
-    Features come with the width last (maps too), so that this is a 1x1 convolution on maps.
+    `orthogonal` starts it with orthonormal rows or columns and no shift, so that distances survive as far
+    as the widths allow; `frozen` leaves it as it starts.
 
-    >>> projection(64, 64), projection(64, 96)
-    (Identity(), Linear(in_features=64, out_features=96, bias=True))
+    >>> linear(64, 96)
+    Linear(in_features=64, out_features=96, bias=True)
 
     Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550.
     """
-    if student_width == teacher_width:
-        return nn.Identity()
-    return nn.Linear(student_width, teacher_width)
+    return _started(nn.Linear(student_width, teacher_width), orthogonal, frozen)
 
 
-def fits(module: nn.Module, student_width: int, teacher_width: int) -> bool:
-    """Whether a projection is one between these widths."""
-    if isinstance(module, nn.Linear):
-        return (module.in_features, module.out_features) == (student_width, teacher_width)
-    return student_width == teacher_width
+def conv1x1(
+    student_width: int, teacher_width: int, *, orthogonal: bool = False, frozen: bool = False
+) -> nn.Module:
+    """A 1x1 convolution for maps `[B, C, H, W]`; the options are those of `linear`.
+
+    Any module with an `nn.Conv2d` in it is given the map as it is, every other its positions, width last.
+
+    >>> conv1x1(64, 96)
+    Conv2d(64, 96, kernel_size=(1, 1), stride=(1, 1))
+
+    Zagoruyko and Komodakis 2017, arXiv:1612.03928; Romero et al. 2015, arXiv:1412.6550.
+    """
+    return _started(nn.Conv2d(student_width, teacher_width, 1), orthogonal, frozen)
+
+
+def mlp(student_width: int, teacher_width: int, *, hidden: int | None = None) -> nn.Module:
+    """Two linear maps with a GELU between them, `hidden` wide (the teacher's width by default).
+
+    >>> mlp(64, 96, hidden=128)
+    Sequential(
+      (0): Linear(in_features=64, out_features=128, bias=True)
+      (1): GELU(approximate='none')
+      (2): Linear(in_features=128, out_features=96, bias=True)
+    )
+
+    Chen, Kornblith, Norouzi, Hinton 2020, "A Simple Framework for Contrastive Learning of Visual
+    Representations", arXiv:2002.05709, for projection heads of this form.
+    """
+    hidden = hidden or teacher_width
+    return nn.Sequential(nn.Linear(student_width, hidden), nn.GELU(), nn.Linear(hidden, teacher_width))
+
+
+def takes_maps(module: nn.Module) -> bool:
+    """Whether a projection wants maps `[B, C, H, W]`."""
+    return any(isinstance(part, nn.Conv2d) for part in module.modules())
+
+
+def _started(module: nn.Linear | nn.Conv2d, orthogonal: bool, frozen: bool) -> nn.Module:
+    if orthogonal:
+        nn.init.orthogonal_(module.weight)
+        with torch.no_grad():
+            module.bias.zero_() if module.bias is not None else None
+    return module.requires_grad_(not frozen)

@@ -40,6 +40,12 @@ def keep_blocks(teacher: Model, blocks: Layers) -> Model:
     lists = block_lists(teacher)
     if len(lists) != 1 and not getattr(config, "is_encoder_decoder", False):
         find_blocks(teacher)  # says what there is instead
+    stages = [name for name in lists if "*" in name]
+    if stages:
+        raise TypeError(
+            f"the blocks of {type(teacher).__name__} stand in stages of several widths, {stages[0]!r}, so "
+            "keep_blocks can't leave some out; build a student with fewer blocks in each stage yourself"
+        )
     kept = {name: select(blocks, len(found)) for name, found in lists.items()}
     for name, chosen in kept.items():
         if chosen != sorted(chosen):

@@ -1,33 +1,63 @@
 """What `FeatureKD` reads from outputs, and the one value per position it makes of a pair."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Size, Tensor, nn
 
 from kdloss import _checks
 from kdloss.capture import Captured
 from kdloss.criteria._positions import Positions
-from kdloss.layers import LayerMap, Name
-from kdloss.reduction import fill, per_example, precise
+from kdloss.distances._rows import needs_no_width
+from kdloss.layers import Layer, LayerMap
+from kdloss.projection import takes_maps
+from kdloss.reduction import fill, per_example, precise, takes
 from kdloss.targets import Logits
 
-Pairs = Sequence[tuple[Name, Name]]
-Features = Mapping[tuple[Name, Name], tuple[Tensor, Tensor]]
+Pairs = Sequence[tuple[Layer, Layer, float]]
+Features = Mapping[tuple[Layer, Layer], tuple[Tensor, Tensor]]
+Distance = Callable[..., Tensor]
+Resize = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def feature_pairs(student: Any, teacher: Any, chosen: LayerMap, pairs: Pairs | None) -> Features:
-    """Both features of every pair, with the width last."""
+def feature_pairs(
+    student: Any, teacher: Any, chosen: LayerMap, pairs: Pairs | None, resize: Resize | None
+) -> tuple[Features, dict[tuple[Layer, Layer], float]]:
+    """Both features of every pair, at the same positions with the width last, and the pairs' weights."""
     s, t = _hidden(student, chosen.blocks), _hidden(teacher, chosen.blocks)
     depths = (len(s) - 1, len(t) - 1) if s is not None and t is not None else None
     pairs = chosen.pairs(depths) if pairs is None else pairs
     if depths is not None:
         _last_against_last(pairs, depths)
-    return {
-        (i, j): (_feature(student, s, i, "student"), _feature(teacher, t, j, "teacher").detach())
-        for i, j in pairs
-    }
+    features = {}
+    for i, j, _ in pairs:
+        both = _feature(student, s, i, "student"), _feature(teacher, t, j, "teacher").detach()
+        s_features, t_features = map(_width_last, resize(*both) if resize else both)
+        features[i, j] = s_features, t_features
+    return features, {(i, j): w for i, j, w in pairs}
+
+
+def label(student: Layer, teacher: Layer) -> str:
+    """A pair among the components."""
+    s, t = ("+".join(map(str, n)) if isinstance(n, tuple) else n for n in (student, teacher))
+    return f"feature/{s}-{t}"
+
+
+def one_width(
+    widths: Mapping[tuple[Layer, Layer], tuple[int, int]],
+) -> dict[Layer, tuple[int, int]]:
+    """The (student, teacher) width of each student layer, which has one projection."""
+    found: dict[Layer, tuple[int, int]] = {}
+    for (s, t), both in widths.items():
+        if found.setdefault(s, both) != both:
+            raise ValueError(
+                f"student layer {s!r} is held against teacher layers of widths {found[s][1]} and "
+                f"{both[1]} ({t!r}), but has one projection; pair it with layers of one width"
+            )
+    return found
 
 
 def positions_shape(
@@ -50,16 +80,32 @@ def positions_shape(
     return student.shape[:1] if whole_examples else student.shape[:-1]
 
 
-def pair_values(
+@dataclass(frozen=True)
+class Compared:
+    """A pair's features where they are compared, the distance at each place, and which places count."""
+
+    student: Tensor
+    teacher: Tensor
+    distances: Tensor
+    keep: Tensor | None
+    apart: bool
+
+    def values(self, where: Positions, weight: float | Tensor = 1.0) -> Tensor:
+        """One value per position of the batch; where features stand elsewhere, their example's mean."""
+        values = self.distances * weight
+        return where.spread(per_example(values, self.keep)) if self.apart else values
+
+
+def compare(
     name: str,
-    distance: Callable[[Tensor, Tensor], Tensor],
-    project: nn.Module,
+    distance: Distance,
+    projections: tuple[nn.Module, nn.Module],
     student: Tensor,
     teacher: Tensor,
     where: Positions,
     feature_mask: Tensor | None,
-) -> Tensor:
-    """One distance per position of the batch.
+) -> Compared:
+    """The distances of a pair's features.
 
     Features that stand at the labels' positions are taken there. Others (an image's patches, an
     encoder's tokens) are averaged within their example, over `feature_mask` where given, and all
@@ -69,31 +115,58 @@ def pair_values(
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"{name}: student features {tuple(student.shape)} and teacher features "
-            f"{tuple(teacher.shape)} (width last) stand at different positions; nothing is broadcast"
+            f"{tuple(teacher.shape)} (width last) stand at different positions; nothing is broadcast. "
+            "Write FeatureKD(resize=kdloss.pool) for another grid of pixels or patches; maps of several "
+            "resolutions are paired by pairing='resolution'"
         )
-    if feature_mask is None and student.shape[:-1] == where.shape:
-        projected = _project(name, project, where.take(student), teacher)
-        return distance(projected, where.take(teacher))
-    counted = where.examples(student.shape[:-1])
-    if feature_mask is not None:
-        _checks.mask(feature_mask, student.shape[:-1], "feature positions")
-        counted = feature_mask if counted is None else counted & feature_mask
-    projected = _project(name, project, fill(student, counted), teacher)
-    return where.spread(per_example(distance(projected, fill(teacher, counted)), counted))
+    apart = feature_mask is not None or student.shape[:-1] != where.shape
+    if not apart:
+        student, teacher, keep = where.take(student), where.take(teacher), where.keep
+    else:
+        keep = where.examples(student.shape[:-1])
+        if feature_mask is not None:
+            _checks.mask(feature_mask, student.shape[:-1], "feature positions")
+            keep = feature_mask if keep is None else keep & feature_mask
+        student, teacher = fill(student, keep), fill(teacher, keep)
+    student, teacher = (_project(p, x) for p, x in zip(projections, (student, teacher), strict=True))
+    _same_width(name, distance, student, teacher)
+    return Compared(student, teacher, _distances(distance, student, teacher, keep), keep, apart)
 
 
-def _project(name: str, project: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
-    weight = getattr(project, "weight", None)
-    student = project(precise(student) if weight is None else student.to(weight.dtype))
+def _project(projection: nn.Module, features: Tensor) -> Tensor:
+    """A projection of features, width last, in its own precision."""
+    own = next(projection.parameters(), None)
+    features = precise(features) if own is None else features.to(own.dtype)
+    if not takes_maps(projection):
+        projected: Tensor = projection(features)
+        return projected
+    if features.ndim != 4:
+        raise ValueError(
+            f"{type(projection).__name__} projects maps [B, C, H, W], got {tuple(features.shape)}; "
+            "write projection=kdloss.linear"
+        )
+    return _width_last(projection(rearrange(features, "b h w c -> b c h w")))
+
+
+def _distances(distance: Distance, student: Tensor, teacher: Tensor, keep: Tensor | None) -> Tensor:
+    """One value per position; a map's rows of pixels are one list of them to the distance."""
+    shape = student.shape[:-1]
+    if student.ndim == 4:
+        student, teacher = student.flatten(1, 2), teacher.flatten(1, 2)
+        keep = None if keep is None else keep.flatten(1)
+    told = {"mask": keep} if takes(distance, "mask") else {}
+    return distance(student, teacher, **told).view(shape)
+
+
+def _same_width(name: str, distance: Distance, student: Tensor, teacher: Tensor) -> None:
     s, t = student.shape[-1], teacher.shape[-1]
-    if s != t:
+    if s != t and not needs_no_width(distance):
         raise ValueError(
             f"{name}: the student's features have width {s} and the teacher's {t}, and there is no "
-            "trained projection between them. Before building the optimizer write "
-            "distill.prepare(student), for models without a Hugging Face configuration "
+            "projection between them. Before building the optimizer write distill.prepare(student), for "
+            "named modules and models without a Hugging Face configuration "
             f"distill.prepare(student, **batch), or FeatureKD(..., widths=({s}, {t}), depths=...)"
         )
-    return student
 
 
 def _hidden(output: Any, blocks: str | None) -> Sequence[Tensor] | None:
@@ -105,25 +178,29 @@ def _hidden(output: Any, blocks: str | None) -> Sequence[Tensor] | None:
     return own if own is not None else getattr(output, f"{stack}_hidden_states", None)
 
 
-def _feature(output: Any, hidden: Sequence[Tensor] | None, name: Name, whose: str) -> Tensor:
+def _feature(output: Any, hidden: Sequence[Tensor] | None, name: Layer, whose: str) -> Tensor:
+    if isinstance(name, tuple):
+        return torch.cat([_feature(output, hidden, part, whose) for part in name], -1)
     if isinstance(output, Captured):
-        features = output[name]
-    elif hidden is None:
+        return output[name]
+    if hidden is None:
         raise TypeError(
             f"the {whose}'s features are needed: call kdloss.Distiller, pass what kdloss.capture "
             "recorded, or a Hugging Face output made with output_hidden_states=True; got "
             f"{type(output).__name__}"
         )
-    elif not isinstance(name, int):
+    if not isinstance(name, int):
         raise TypeError(f"hidden_states are in order of blocks, they don't know {name!r}; capture it")
-    else:
-        features = hidden[name + 1]
+    return hidden[name + 1]
+
+
+def _width_last(features: Tensor) -> Tensor:
     return rearrange(features, "b c h w -> b h w c") if features.ndim == 4 else features
 
 
 def _last_against_last(pairs: Pairs, depths: tuple[int, int]) -> None:
     """Hugging Face's last hidden state comes after the final norm, the others before it."""
-    for s, t in pairs:
+    for s, t, _ in pairs:
         if (s == depths[0] - 1) != (t == depths[1] - 1):
             raise ValueError(
                 f"pair {(s, t)} of {depths} blocks holds a last block against another: in hidden_states "

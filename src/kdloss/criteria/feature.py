@@ -1,6 +1,6 @@
 """Distillation of hidden features."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,33 +8,51 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from kdloss import _checks
-from kdloss.criteria._features import Features, feature_pairs, pair_values, positions_shape
+from kdloss.criteria._features import (
+    Distance,
+    Features,
+    Pairs,
+    Resize,
+    compare,
+    feature_pairs,
+    label,
+    one_width,
+    positions_shape,
+)
+from kdloss.criteria._learned import learned_values
 from kdloss.criteria._positions import Positions
 from kdloss.criteria._terms import logit_loss, logits_of, mixed
+from kdloss.criteria._trained import Projection, Side, Trained
 from kdloss.distances.mse import mse
 from kdloss.divergences import forward_kl
 from kdloss.engine import Divergence, Vocabulary
-from kdloss.layers import LayerMap, Layers, Name, Pairing, width
-from kdloss.projection import fits, projection
+from kdloss.layers import Layer, LayerMap, Layers, Pairing, learned, width
 from kdloss.reduction import Reduction
-
-Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class FeatureKD(nn.Module):
     r"""Cross-entropy mixed with distances between hidden features of student and teacher.
 
-    $\alpha\,\mathrm{CE} + (1-\alpha)\left(\frac{1}{N}\sum_{i=1}^N
-    d(P_i h^s_i, h^t_{\pi(i)}) + \lambda\,T^2\,\mathrm{KL}\right)$ with N pairs of blocks, d a mean
-    squared error, P a trained projection where the widths differ, and $\lambda$ = `logit_weight`.
+    $\alpha\,\mathrm{CE} + (1-\alpha)\left(\sum_{i=1}^N w_i\,
+    d(P_i h^s_i, h^t_{\pi(i)}) + \lambda\,T^2\,\mathrm{KL}\right)$ with N pairs of blocks, each of weight
+    1/N unless the pairing says otherwise, d a mean squared error, P a trained projection where the
+    widths differ, and $\lambda$ = `logit_weight`.
 
     - `layers` selects student blocks: any selection of `kdloss.select`, or module names.
     - `pairing` finds their teacher blocks: any pairing of `kdloss.pair`, or pairs of module names.
-      Modules that are no blocks pair by `pairing="same"` (names) or explicit pairs.
+      Modules that are no blocks pair by `pairing="same"` (names) or explicit pairs. A callable with a
+      parameter called `distances`, like `kdloss.pair_by_emd`, is asked at every step: see below.
     - `blocks` names the list of blocks in models that have several.
     - `distance` is any function like `kdloss.mse`, `divergence` like `kdloss.forward_kl`.
+      A class of modules, like `kdloss.VID` or a `functools.partial` of it, is built once per student layer
+      with the widths that arrive there.
     - Projections are built by `prepare`, or here from `widths`, (student, teacher) for all pairs or
-      one per pair, and `depths`. They are parameters: give them to the optimizer.
+      one per pair, and `depths`. They are parameters: give them to the optimizer. `projection`
+      (`kdloss.linear`, `kdloss.mlp`, `kdloss.conv1x1`, any function of two widths) makes them, for equal
+      widths too; without it there is a linear one where the distance wants equal widths and they differ.
+      `project="teacher"` projects the teacher's features to the student's width instead, by orthonormal
+      rows that are never trained; `shared=True` has one projection for all pairs.
+    - `resize` (`kdloss.pool`, `kdloss.interpolate`) brings both sides to the same positions.
 
     Called with outputs that hold features: what `kdloss.capture` recorded, or Hugging Face outputs
     made with `output_hidden_states=True`. (These hold the last block after the model's final norm:
@@ -42,7 +60,13 @@ class FeatureKD(nn.Module):
     `[B, C, H, W]`. Those at the labels' positions are counted where the labels are; others are
     averaged within their example, over `feature_mask` where given. Labels, mask, `alpha`, `causal`,
     `reduction` and the rest as in `VanillaKD`. `components` then holds the detached terms "ce",
-    "kd", "feature" and each pair's "feature/3-7".
+    "kd", each pair's distance "feature/3-7", and "feature", their sum by weight.
+
+    A learned pairing is called as `pairing(student=..., teacher=..., distances=...)`: features `[..., D]`
+    by block, projected, 0 where nothing counts, and the mean distance of every pair of a selected student
+    and any teacher block, all detached. It returns triples (student, teacher, weight), the weight a
+    number, or a tensor of one or of one for each position, which is a constant to the gradient.
+    `components` then has one "feature/3" for each student block, its share of "feature".
 
     Raises: ValueError or TypeError for settings out of range, blocks that don't exist, widths that
     differ without a projection, and inputs that don't fit, saying what to write instead.
@@ -63,8 +87,12 @@ class FeatureKD(nn.Module):
         self,
         layers: Layers | Sequence[str] = "auto",
         *,
-        pairing: Pairing | Sequence[tuple[Name, Name]] = "uniform",
-        distance: Distance = mse,
+        pairing: Pairing | Sequence[tuple[Layer, Layer]] | Pairs = "uniform",
+        distance: Distance | type[nn.Module] = mse,
+        projection: Projection | None = None,
+        project: Side = "student",
+        shared: bool = False,
+        resize: Resize | None = None,
         alpha: float = 0.3,
         temperature: float = 2.0,
         logit_weight: float = 0.0,
@@ -98,7 +126,11 @@ class FeatureKD(nn.Module):
         self.vocabulary = vocabulary
         self.overwrite_logits = overwrite_logits
         self.components: dict[str, Tensor] = {}
-        self.projections = nn.ModuleDict()
+        if resize is not None:
+            _checks.function("resize", resize, "pool")
+        self.resize = resize
+        self.projections, self.distances = nn.ModuleDict(), nn.ModuleDict()
+        self._trained = Trained(projection, project, shared, distance, self.projections, self.distances)
         if widths is not None:
             pairs = self.layer_map.pairs()
             per_pair: Any = [widths] * len(pairs) if isinstance(widths[0], int) else widths
@@ -107,7 +139,7 @@ class FeatureKD(nn.Module):
                     f"{len(per_pair)} widths for {len(pairs)} pairs {pairs}; write widths=(student, "
                     "teacher) for all pairs, or a list of one for each"
                 )
-            self.build({s: w for (s, _), w in zip(pairs, per_pair, strict=True)})
+            self.build({(s, t): w for (s, t, _), w in zip(pairs, per_pair, strict=True)})
 
     @property
     def uses_teacher_logits(self) -> bool:
@@ -122,18 +154,21 @@ class FeatureKD(nn.Module):
         """
         self.layer_map.locate(student, teacher)
         s_width, t_width = width(student), width(teacher)
-        if s_width is not None and t_width is not None:
-            self.build({s: (s_width, t_width) for s, _ in self.layer_map.pairs()})
+        if s_width is not None and t_width is not None and not self.layer_map.unmeasured:
+            pairs = [(s, t) for s, t, _ in self.layer_map.pairs()]
+            blocks = [pair for pair in pairs if all(isinstance(name, int) for name in pair)]
+            self.build(dict.fromkeys(blocks, (s_width, t_width)))
         return self.to(next(student.parameters()).device)
 
-    def build(self, widths: Mapping[Name, tuple[int, int]]) -> None:
-        """Build the projections of student layers with these (student, teacher) widths.
+    def build(self, widths: Mapping[tuple[Layer, Layer], tuple[int, int]]) -> None:
+        """Build the projections of student layers for pairs of these (student, teacher) widths.
 
-        One that fits already is kept, with what it has learned.
+        A student layer has one projection, whichever teacher layers it is held against. One that fits
+        already is kept, with what it has learned.
+
+        Raises: ValueError for a student layer whose teachers have several widths.
         """
-        for name, (student, teacher) in widths.items():
-            if not fits(self._projection(name), student, teacher):
-                self.projections[_key(name)] = projection(student, teacher)
+        self._trained.build(one_width(widths))
 
     def forward(
         self,
@@ -144,12 +179,13 @@ class FeatureKD(nn.Module):
         mask: Bool[Tensor, "..."] | None = None,
         feature_mask: Bool[Tensor, "..."] | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        pairs: Sequence[tuple[Name, Name]] | None = None,
+        pairs: Pairs | None = None,
     ) -> Float[Tensor, "..."]:
         """The mixed loss; see the class. `pairs` are those of this step, where they are random."""
         features: Features = {}
+        pair_weights: dict[tuple[Layer, Layer], float] = {}
         if self.alpha < 1:
-            features = feature_pairs(student, teacher, self.layer_map, pairs)
+            features, pair_weights = feature_pairs(student, teacher, self.layer_map, pairs, self.resize)
         needs_logits = self.alpha > 0 or self.uses_teacher_logits
         logits = logits_of(student, "student") if needs_logits else None
         where = Positions.of(
@@ -167,16 +203,22 @@ class FeatureKD(nn.Module):
             loss, terms = logit_loss(self, logits, teacher, where, weights, num_items_in_batch)
             losses.append(loss)
         if features:
-            values = {
-                f"feature/{s}-{t}": pair_values(
-                    f"feature/{s}-{t}", self.distance, self._projection(s), *both, where, feature_mask
-                )
-                for (s, t), both in features.items()
-            }
-            shares = dict.fromkeys(values, rest / len(values))
+            compared = {}
+            for (s, t), both in features.items():
+                projections, distance = self._trained.of(s)
+                name = label(s, t)
+                compared[s, t] = compare(name, distance, projections, *both, where, feature_mask)
+            if learned(self.layer_map.pairing):
+                values = learned_values(self.layer_map.pairing, compared, where)
+                weight_of = dict.fromkeys(values, 1.0)
+            else:
+                values = {label(s, t): c.values(where) for (s, t), c in compared.items()}
+                weight_of = dict(zip(values, pair_weights.values(), strict=True))
+            shares = {name: rest * w for name, w in weight_of.items()}
             loss, distances = mixed(self, values, shares, where, num_items_in_batch)
             losses.append(loss)
-            terms |= {**distances, "feature": torch.stack(list(distances.values())).mean(0)}
+            total = torch.stack([w * distances[name] for name, w in weight_of.items()]).sum(0)
+            terms |= {**distances, "feature": total}
         self.components = terms
         return torch.stack(losses).sum(0)
 
@@ -188,11 +230,3 @@ class FeatureKD(nn.Module):
             f"alpha={self.alpha}, temperature={self.temperature}, logit_weight={self.logit_weight}, "
             f"causal={self.causal}"
         )
-
-    def _projection(self, name: Name) -> nn.Module:
-        key = _key(name)
-        return self.projections[key] if key in self.projections else nn.Identity()
-
-
-def _key(name: Name) -> str:
-    return str(name).replace(".", "/")  # a parameter's name can't hold dots

@@ -27,7 +27,7 @@ def between_tokens(distance: Distance) -> Distance:
     """Compare all positions of a batch with each other, whichever example they stand in.
 
     Any distance with a `mask` compares the rows of one example `[N, D]`; this one sees `[B, N, D]` as
-    `[B·N, D]`. Shapes, options and what it raises are the distance's own.
+    `[B·N, D]`. Shapes, options and what it raises are the distance's.
 
     >>> import kdloss, torch
     >>> student, teacher = torch.randn(2, 4, 3, 8)
@@ -41,9 +41,8 @@ def between_examples(distance: Distance, *, mean: bool = False) -> Distance:
     """Compare the examples of a batch with each other.
 
     This sees features `[B, N, D]` as one vector for each example `[B, ...]`: its positions side by side, or
-    their mean over those that count with `mean=True` (for text, whose positions don't correspond). Every
-    position then gets its example's value, by a weight that makes the mean over positions that count the
-    mean over examples. Shapes, options and what it raises are the distance's own.
+    their mean over those that count with `mean=True` (for text, whose positions don't correspond). An
+    example's value stands at each of its positions. Shapes, options and what it raises are the distance's.
 
     >>> import kdloss, torch
     >>> student, teacher = torch.randn(2, 4, 3, 8)
@@ -80,10 +79,8 @@ def _between_examples(
         student, teacher = (x.sum(-2) / count(keep, x) for x in (student, teacher))
     else:
         student, teacher = student.flatten(1), teacher.flatten(1)
-    there = keep.any(-1)
-    values = distance(student, teacher, mask=there, **options)
-    share = keep.sum() / there.sum().clamp_min(1) / count(keep, values).squeeze(-1)
-    return fill((values * share).unsqueeze(-1).expand(keep.shape), keep)
+    values = distance(student, teacher, mask=keep.any(-1), **options)
+    return fill(values.unsqueeze(-1).expand(keep.shape), keep)
 
 
 def _relational(distance: Distance) -> Distance:

@@ -1,6 +1,6 @@
 """A choice of layers and of their partners, before and after the models are known."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,18 +8,27 @@ from torch import nn
 
 from kdloss.layers.blocks import block_indices, find_blocks, kept_blocks
 from kdloss.layers.names import resolve
-from kdloss.layers.pair import known, pair
+from kdloss.layers.pair import distinct, known, pair, weighted
+from kdloss.layers.resolution import pair_by_resolution
 from kdloss.layers.select import select, strategy
 
 Name = int | str
+Layer = Name | tuple[Name, ...]
+
+
+def parts(layers: Iterable[Layer]) -> list[Name]:
+    """The modules behind layers, each once; those of a tuple stand side by side along the width."""
+    flat = (name for layer in layers for name in (layer if isinstance(layer, tuple) else (layer,)))
+    return list(dict.fromkeys(flat))
 
 
 @dataclass
 class LayerMap:
     """`layers` and `pairing` as the user gave them, and what was found in the models.
 
-    Blocks are named by index, other modules by name. `depths` are the numbers of blocks of student
-    and teacher, `kept` the teacher's blocks that the student was made of.
+    Blocks are named by index, other modules by name; a tuple of names is their outputs side by side.
+    `depths` are the numbers of blocks of student and teacher, `kept` the teacher's blocks that the
+    student was made of, `sizes` those of the maps that student's and teacher's blocks give.
     """
 
     layers: Any
@@ -27,6 +36,7 @@ class LayerMap:
     blocks: str | None
     depths: tuple[int, int] | None = None
     kept: list[int] | None = None
+    sizes: tuple[list[tuple[int, int]], list[tuple[int, int]]] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str):
@@ -35,18 +45,18 @@ class LayerMap:
             raise ValueError("layers is empty; write layers='auto', or name some")
         if isinstance(self.pairing, str):
             known(self.pairing)
-        if self._explicit() and self.layers != "auto":
+        if (self._explicit() or self.by_resolution) and self.layers != "auto":
             raise ValueError(
                 f"layers={self.layers!r} and pairing={self.pairing!r} both choose student layers; "
-                "leave layers out, the pairs say it all"
+                "leave layers out, the pairing says it all"
             )
 
     def locate(self, student: nn.Module, teacher: nn.Module) -> None:
         """Find the blocks of two models."""
-        if _has_names(self.layers):
+        if _has_names(self.layers) and all(isinstance(name, str) for name in self.layers):
             self.layers = block_indices(student, self.layers, self.blocks) or self.layers
         if self._by_name():
-            for s, t in self.pairs():
+            for s, t, _ in self.pairs():
                 _exists(student, s, self.blocks)
                 _exists(teacher, t, self.blocks)
             return
@@ -55,12 +65,30 @@ class LayerMap:
             len(find_blocks(teacher, self.blocks)),
         )
         self.kept = kept_blocks(student, self.blocks)
-        self.pairs()
+        if self.sizes is not None and tuple(map(len, self.sizes)) != self.depths:
+            self.sizes = None
+        if not self.unmeasured:
+            self.pairs()
 
-    def pairs(self, depths: tuple[int, int] | None = None) -> list[tuple[Name, Name]]:
-        """Pairs (student, teacher) of block indices or module names."""
+    @property
+    def by_resolution(self) -> bool:
+        """Whether pairs go by the sizes of maps."""
+        return isinstance(self.pairing, str) and self.pairing == "resolution"
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether pairs wait for the sizes of maps."""
+        return self.by_resolution and self.sizes is None
+
+    def candidates(self) -> list[tuple[Layer, Layer, float]]:
+        """Every pair of blocks."""
+        students, teachers = self.depths or (0, 0)
+        return [(s, t, 1.0) for s in range(students) for t in range(teachers)]
+
+    def pairs(self, depths: tuple[int, int] | None = None) -> list[tuple[Layer, Layer, float]]:
+        """Pairs (student, teacher, weight) of block indices or module names; weight 0 drops out."""
         if self._by_name():
-            return self._named_pairs()
+            return [p for p in self._named_pairs() if p[2] > 0]
         depths = self.depths or depths
         if depths is None:
             raise ValueError(
@@ -69,23 +97,22 @@ class LayerMap:
                 "FeatureKD(..., depths=(student_blocks, teacher_blocks)), or pass Hugging Face outputs "
                 "made with output_hidden_states=True"
             )
+        if self.by_resolution and self.sizes is not None:
+            return list(pair_by_resolution(*self.sizes))
         selected = [] if self._explicit() else select(self.layers, depths[0])
-        return list(pair(selected, *depths, self.pairing, self.kept))
+        return [p for p in pair(selected, *depths, self.pairing, self.kept) if p[2] > 0]
 
-    def _named_pairs(self) -> list[tuple[Name, Name]]:
+    def _named_pairs(self) -> list[tuple[Layer, Layer, float]]:
         if self._explicit():
-            pairs = [(s, t) for s, t in self.pairing]
-        elif self.pairing == "same":
-            pairs = [(name, name) for name in self.layers]
-        else:
+            return distinct(weighted(self.pairing), self.pairing)
+        if self.pairing != "same":
             raise ValueError(
                 f"layers={self.layers!r} are not blocks of the student, so pairing={self.pairing!r} "
                 "has no depths to go by; write pairing='same' (the same names in the teacher) or "
                 f"pairing=[({self.layers[0]!r}, 'name in the teacher'), ...]"
             )
-        if len({s for s, _ in pairs}) < len(pairs):
-            raise ValueError(f"{pairs} names a student module twice")
-        return pairs
+        pairs = [(name, name) for name in self.layers]
+        return distinct(weighted(pairs), pairs)
 
     def _explicit(self) -> bool:
         return not isinstance(self.pairing, str) and not callable(self.pairing)
@@ -100,12 +127,13 @@ def _has_names(layers: Any) -> bool:
     return (
         isinstance(layers, Sequence)
         and not isinstance(layers, str)
-        and any(isinstance(name, str) for name in layers)
+        and any(isinstance(name, str | tuple) for name in layers)
     )
 
 
-def _exists(model: nn.Module, name: Name, blocks: str | None) -> None:
-    if isinstance(name, str):
-        resolve(model, name)
-    else:
-        select([name], len(find_blocks(model, blocks)))
+def _exists(model: nn.Module, layer: Layer, blocks: str | None) -> None:
+    for part in parts([layer]):
+        if isinstance(part, str):
+            resolve(model, part)
+        else:
+            select([part], len(find_blocks(model, blocks)))

@@ -24,6 +24,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def unwrapped_block(module: nn.Module) -> nn.Module:
+    """A block inside what is put around single blocks: compilation, checkpointing, FSDP."""
+    while len(module._modules) == 1 and (name := next(iter(module._modules))) in _WRAPPERS:
+        inner = module._modules[name]
+        if inner is None:
+            break
+        module = inner
+    return module
+
+
 def resolve(model: nn.Module, name: str) -> nn.Module:
     """The module of this name, wrapper prefixes seen through.
 

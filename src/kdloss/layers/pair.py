@@ -1,13 +1,23 @@
-"""Which teacher block each chosen student block is held against."""
+"""Which teacher blocks each chosen student block is held against, and with what weight."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdloss.layers.select import index
+from kdloss.reduction import takes
 
-Pairing = str | Sequence[tuple[int, int]] | Callable[[list[int], int, int], Sequence[tuple[int, int]]]
-PAIRINGS = ("uniform", "same", "first", "last", "reverse", "random", "kept")
+Pairs = list[tuple[int, int, float]]
+Given = Sequence[tuple[int, int]] | Sequence[tuple[int, int, float]]
+Features = Mapping[int, Tensor]
+Learned = Callable[
+    [Features, Features, Mapping[tuple[int, int], Tensor]], Sequence[tuple[int, int, float | Tensor]]
+]
+Pairing = str | Given | Callable[[list[int], int, int], Given] | Learned
+PAIRINGS = ("uniform", "same", "first", "last", "reverse", "random", "kept", "all_to_one", "resolution")
 
 
 def pair(
@@ -16,33 +26,60 @@ def pair(
     teacher_depth: int,
     pairing: Pairing = "uniform",
     kept: Sequence[int] | None = None,
-) -> list[tuple[int, int]]:
-    """Pairs (student block, teacher block) for the selected student blocks.
+) -> list[tuple[int, int, float]]:
+    r"""Pairs (student block, teacher block, weight) for the selected student blocks.
+
+    Each of N pairs weighs 1/N, so that the sum $\sum_i w_i d_i$ of their distances is the mean, unless
+    the pairs say otherwise.
 
     - "uniform": the same relative depth, last to last: block i of n against round(i (m-1)/(n-1)).
     - "same": the same index. "first", "last": the teacher's first or last blocks, in order.
     - "reverse": the partners of "uniform" in reverse order, a control experiment.
     - "random": teacher blocks drawn anew at every call, in ascending order, from torch's
       generator (Haidar et al. 2022, "RAIL-KD", arXiv:2109.10164).
+    - "all_to_one": every selected block against the teacher's last.
     - "kept": for a student made of the teacher's own blocks `kept`: each against the teacher's
       block just before the next kept one, the last against the teacher's last.
-    - a list of pairs, or a callable `(selected, student_depth, teacher_depth) -> pairs`.
+    - "resolution": for CNNs, by the size of the maps; see `kdloss.pair_by_resolution`.
+    - a list of pairs, or a callable `(selected, student_depth, teacher_depth) -> pairs`. Pairs are
+      (student, teacher), or (student, teacher, weight) with weights taken as they are, whatever their
+      sum. One student block may then have several teachers.
+    - a learned pairing, like `kdloss.pair_by_emd`: a callable with a parameter called `distances`, which
+      `FeatureKD` asks at every step. Here it gives all pairs that it may choose from.
 
-    Raises: ValueError for an unknown pairing, a block out of range, a pair or a student block given
-    twice, a teacher too shallow for the pairing, or "kept" without fitting `kept` blocks;
-    TypeError for pairs that are not pairs of integers.
+    Raises: ValueError for an unknown pairing, a block out of range, a pair given twice, a student block
+    given twice without weights, weights that are negative, not finite or all 0, a teacher too shallow
+    for the pairing, or "kept" without fitting `kept` blocks; TypeError for pairs that are not pairs of
+    integers, or only some of which have weights.
 
     >>> pair([0, 1, 2, 3], 4, 12)
-    [(0, 0), (1, 4), (2, 7), (3, 11)]
-    >>> pair([0, 1, 2], 3, 6, "kept", kept=[0, 2, 5])
-    [(0, 1), (1, 4), (2, 5)]
+    [(0, 0, 0.25), (1, 4, 0.25), (2, 7, 0.25), (3, 11, 0.25)]
+    >>> pair([1, 3], 4, 6, "kept", kept=[0, 2, 4, 5])
+    [(1, 3, 0.5), (3, 5, 0.5)]
+    >>> pair([], 4, 12, [(3, 10, 0.2), (3, -1, 0.8)])
+    [(3, 10, 0.2), (3, 11, 0.8)]
     """
+    if learned(pairing):
+        return _evenly(*zip(*[(s, t) for s in selected for t in range(teacher_depth)], strict=True))
     if not isinstance(pairing, str):
-        pairs = pairing(selected, student_depth, teacher_depth) if callable(pairing) else pairing
-        return _checked(list(pairs), student_depth, teacher_depth)
+        plain: Any = pairing
+        given = list(plain(selected, student_depth, teacher_depth) if callable(plain) else plain)
+        return distinct(
+            [
+                (index(s, student_depth, "student "), index(t, teacher_depth, "teacher "), w)
+                for s, t, w in weighted(given)
+            ],
+            given,
+        )
     known(pairing)
     if pairing == "kept":
-        return list(zip(selected, _after(selected, student_depth, teacher_depth, kept), strict=True))
+        return _evenly(selected, _after(selected, student_depth, teacher_depth, kept))
+    if pairing == "resolution":
+        raise ValueError(
+            "pairing='resolution' goes by the sizes of maps, which a batch tells: write "
+            "distill.prepare(student, **batch) with a kdloss.Distiller, or give the pairs of "
+            "kdloss.pair_by_resolution(student_sizes, teacher_sizes)"
+        )
     count = len(selected)
     if pairing in ("first", "last", "random") and count > teacher_depth:
         raise ValueError(
@@ -61,8 +98,14 @@ def pair(
         "last": lambda: range(teacher_depth - count, teacher_depth),
         "reverse": lambda: [_relative(i, student_depth, teacher_depth) for i in reversed(selected)],
         "random": lambda: sorted(torch.randperm(teacher_depth)[:count].tolist()),
+        "all_to_one": lambda: [teacher_depth - 1] * count,
     }
-    return list(zip(selected, partners[pairing](), strict=True))
+    return _evenly(selected, partners[pairing]())
+
+
+def learned(pairing: Any) -> bool:
+    """Whether a pairing is asked at every step, with the features and their distances."""
+    return callable(pairing) and takes(pairing, "distances")
 
 
 def known(pairing: str) -> None:
@@ -70,8 +113,43 @@ def known(pairing: str) -> None:
     if pairing not in PAIRINGS:
         raise ValueError(
             f"pairing={pairing!r} is unknown; choose one of {list(PAIRINGS)}, or give (student, "
-            "teacher) pairs or a callable"
+            "teacher) pairs, (student, teacher, weight) or a callable"
         )
+
+
+def weighted(given: Sequence[Any]) -> list[tuple[Any, Any, float]]:
+    """Pairs as they were given, each with its weight; 1/N where they come without."""
+    lengths = {len(p) if isinstance(p, tuple | list) else 0 for p in given}
+    if lengths == {2}:
+        return [(s, t, 1 / len(given)) for s, t in given]
+    if lengths != {3}:
+        raise TypeError(
+            "pairing must be (student, teacher) pairs, like [(0, 1), (3, 7)], or all of them with a "
+            f"weight, like [(0, 1, 0.3), (3, 7, 0.7)], got {given}"
+        )
+    weights = [w for _, _, w in given]
+    if not all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights):
+        raise TypeError(f"weights of pairs must be numbers, got {weights}")
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise ValueError(f"weights of pairs must be finite, at least 0 and not all 0, got {weights}")
+    return [(s, t, float(w)) for s, t, w in given]
+
+
+def distinct(pairs: list[tuple[Any, Any, float]], given: Sequence[Any]) -> list[tuple[Any, Any, float]]:
+    """Pairs of which none stands twice, nor a student layer unless weights say that it is meant."""
+    if len({(s, t) for s, t, _ in pairs}) < len(pairs):
+        raise ValueError(f"pairing={given} names a pair twice; give it once, with the sum of the weights")
+    if len(given[0]) == 2 and len({s for s, _, _ in pairs}) < len(pairs):
+        meant = ", ".join(f"({s!r}, {t!r}, {w:.3g})" for s, t, w in pairs)
+        raise ValueError(
+            f"pairing={given} names a student layer twice; if it is to learn from several, give weights: "
+            f"pairing=[{meant}]"
+        )
+    return pairs
+
+
+def _evenly(students: Sequence[int], teachers: Sequence[int]) -> Pairs:
+    return [(s, t, 1 / len(students)) for s, t in zip(students, teachers, strict=True)]
 
 
 def _relative(i: int, student_depth: int, teacher_depth: int) -> int:
@@ -97,13 +175,3 @@ def _after(
         )
     before_next = [following - 1 for following in kept[1:]] + [teacher_depth - 1]
     return [before_next[i] for i in selected]
-
-
-def _checked(pairs: list[tuple[int, int]], student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
-    if not pairs or not all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
-        raise TypeError(f"pairing must be (student, teacher) pairs, like [(0, 1), (3, 7)], got {pairs}")
-    fixed = [(index(s, student_depth, "student "), index(t, teacher_depth, "teacher ")) for s, t in pairs]
-    students = [s for s, _ in fixed]
-    if len(set(students)) < len(students):
-        raise ValueError(f"pairing={pairs} names a student block twice")
-    return fixed

@@ -1,0 +1,104 @@
+"""What `FeatureKD` trains beside the student: projections, and distances that have parameters."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from kdloss import _checks
+from kdloss.distances._rows import needs_no_width
+from kdloss.layers import Layer
+from kdloss.projection import linear
+
+Projection = Callable[[int, int], nn.Module]
+Side = Literal["student", "teacher"]
+
+
+@dataclass
+class Trained:
+    """How projections and distances are made, and what is there, by the name of the student's layer."""
+
+    projection: Projection | None
+    side: Side
+    shared: bool
+    distance: Any
+    projections: nn.ModuleDict
+    distances: nn.ModuleDict
+    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    built: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _checks.choice("project", self.side, ("student", "teacher"))
+        if isinstance(self.projection, nn.Module):
+            raise TypeError(
+                f"projection is a function of (student width, teacher width), got {self.projection}; write "
+                "projection=lambda student, teacher: module, or kdloss.linear, kdloss.mlp, kdloss.conv1x1"
+            )
+        if self.projection is not None:
+            _checks.function("projection", self.projection, "linear")
+
+    @property
+    def needed(self) -> bool:
+        """Whether equal widths need something built, too."""
+        return self.projection is not None or _is_class(self.distance)
+
+    def build(self, widths: Mapping[Layer, tuple[int, int]]) -> None:
+        """Build for student layers of these (student, teacher) widths; what fits is kept as it learned."""
+        if self.shared and len(set(widths.values())) > 1:
+            raise ValueError(
+                f"shared=True makes one projection for all pairs, but they have widths {dict(widths)}; "
+                "leave it out, or select layers of one width"
+            )
+        for name, both in widths.items():
+            if self.widths.get(key(name)) == both:
+                continue
+            self.widths[key(name)] = both
+            arriving = self._project(self._place(name), *both)
+            if _is_class(self.distance):
+                self.distances[key(name)] = self.distance(*arriving)
+
+    def of(self, name: Layer) -> tuple[tuple[nn.Module, nn.Module], Any]:
+        """The projections of student's and teacher's features, and the distance."""
+        place, nothing = self._place(name), nn.Identity()
+        projection = dict(self.projections.items()).get(place, nothing)
+        if self.needed and key(name) not in self.widths:
+            raise ValueError(
+                f"student layer {name!r} needs a projection or distance that has not been built. Before "
+                "building the optimizer write distill.prepare(student), for named modules and models "
+                "without a Hugging Face configuration distill.prepare(student, **batch), or "
+                "FeatureKD(..., widths=(student, teacher), depths=...)"
+            )
+        distance = self.distances[key(name)] if _is_class(self.distance) else self.distance
+        return (projection, nothing) if self.side == "student" else (nothing, projection), distance
+
+    def _project(self, place: str, student: int, teacher: int) -> tuple[int, int]:
+        """Build what projects, and give the widths behind it."""
+        make, arriving = self.projection, (student, teacher)
+        if make is None and student != teacher and not needs_no_width(self.distance):
+            make = linear if self.side == "student" else partial(linear, orthogonal=True)
+        if make is None:
+            self.built.pop(place, None)
+            self.projections.pop(place) if place in self.projections else None
+            return arriving
+        if self.built.get(place) != (student, teacher):
+            module = make(student, teacher) if self.side == "student" else make(teacher, student)
+            # Were a projection of the teacher trained, both sides could learn to be zero.
+            self.projections[place] = module.requires_grad_(False) if self.side == "teacher" else module
+            self.built[place] = student, teacher
+        return (teacher, teacher) if self.side == "student" else (student, student)
+
+    def _place(self, name: Layer) -> str:
+        return "shared" if self.shared else key(name)
+
+
+def key(name: Layer) -> str:
+    """The name of a layer as that of a submodule, which can't hold dots."""
+    return "+".join(map(key, name)) if isinstance(name, tuple) else str(name).replace(".", "/")
+
+
+def _is_class(distance: Any) -> bool:
+    while isinstance(distance, partial):
+        distance = distance.func
+    return isinstance(distance, type) and issubclass(distance, nn.Module)

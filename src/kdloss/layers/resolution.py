@@ -1,0 +1,30 @@
+"""Layers paired by the size of their maps."""
+
+from collections.abc import Sequence
+
+Size = tuple[int, int]
+
+
+def pair_by_resolution(
+    student_sizes: Sequence[Size], teacher_sizes: Sequence[Size]
+) -> list[tuple[int, int, float]]:
+    """Pairs of the last blocks of student and teacher at each resolution that both have.
+
+    Sizes are the (height, width) of every block's map. Each of N pairs weighs 1/N, in the order of the
+    student's blocks. Used by `FeatureKD(pairing="resolution")`, whose sizes are measured by
+    `Distiller.prepare(student, **batch)`.
+
+    Raises: ValueError when no resolution is common to both, with all there are.
+
+    >>> pair_by_resolution([(8, 8), (4, 4)], [(16, 16), (8, 8), (8, 8), (4, 4), (4, 4)])
+    [(0, 2, 0.5), (1, 4, 0.5)]
+    """
+    student = {size: i for i, size in enumerate(student_sizes)}  # the last one stays
+    teacher = {size: i for i, size in enumerate(teacher_sizes)}
+    common = sorted((student[size], teacher[size]) for size in student if size in teacher)
+    if not common:
+        raise ValueError(
+            f"no resolution is common to student, {list(student)}, and teacher, {list(teacher)}; feed both "
+            "images of one size, or name pairs yourself: pairing=[(student_block, teacher_block), ...]"
+        )
+    return [(s, t, 1 / len(common)) for s, t in common]

@@ -1,0 +1,317 @@
+"""From one width to another, and from one grid of positions to another."""
+
+import copy
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kdloss
+
+
+@pytest.mark.parametrize("build", [kdloss.linear, kdloss.conv1x1])
+@pytest.mark.parametrize(("student", "teacher"), [(4, 6), (6, 4), (5, 5)])
+def test_orthogonal_starts_keep_lengths_as_far_as_the_widths_allow(build, student, teacher):
+    module = build(student, teacher, orthogonal=True)
+    weight = module.weight.detach().flatten(1).double().numpy()
+    small = weight.T @ weight if student <= teacher else weight @ weight.T
+    np.testing.assert_allclose(small, np.eye(min(student, teacher)), atol=1e-6)
+    assert not module.bias.any()
+    plain = build(student, teacher).weight.flatten(1).detach().double().numpy()
+    assert abs(plain.T @ plain - np.eye(student)).max() > 0.1
+
+
+@pytest.mark.parametrize("build", [kdloss.linear, kdloss.conv1x1])
+def test_frozen_projections_are_saved_but_never_trained(build):
+    module = build(4, 6, orthogonal=True, frozen=True)
+    assert not any(p.requires_grad for p in module.parameters())
+    assert sorted(module.state_dict()) == ["bias", "weight"]
+    assert all(p.requires_grad for p in build(4, 6).parameters())
+
+
+def test_an_mlp_is_as_wide_inside_as_asked():
+    shapes = [tuple(p.shape) for p in kdloss.mlp(4, 6, hidden=9).parameters()]
+    assert shapes == [(9, 4), (9,), (6, 9), (6,)]
+    assert [tuple(p.shape) for p in kdloss.mlp(4, 6).parameters()] == [(6, 4), (6,), (6, 6), (6,)]
+
+
+def test_pooling_averages_the_finer_side_in_each_direction():
+    student, teacher = torch.randn(2, 3, 4, 2), torch.randn(2, 5, 2, 4)
+    s, t = kdloss.pool(student, teacher)
+    assert s.shape == (2, 3, 2, 2)
+    np.testing.assert_allclose(s, student.numpy().reshape(2, 3, 2, 2, 2).mean(3), rtol=1e-6)
+    np.testing.assert_allclose(t, teacher.numpy().reshape(2, 5, 2, 2, 2).mean(4), rtol=1e-6)
+
+
+def test_tokens_of_a_grid_are_pooled_as_maps_and_class_tokens_stay_in_front():
+    student, teacher = torch.randn(2, 1 + 4, 3), torch.randn(2, 2 + 16, 5)
+    s, t = kdloss.pool(student, teacher, prefix=(1, 2))
+    assert torch.equal(s, student)
+    assert torch.equal(t[:, 0], teacher[:, 0])
+    blocks = teacher[:, 2:].numpy().reshape(2, 2, 2, 2, 2, 5).mean((2, 4)).reshape(2, 4, 5)
+    np.testing.assert_allclose(t[:, 1:], blocks, rtol=1e-5, atol=1e-6)
+    s, t = kdloss.pool(student[:, 1:], teacher, prefix=(0, 2))
+    assert s.shape == (2, 4, 3)
+    np.testing.assert_allclose(t, blocks, rtol=1e-5, atol=1e-6)
+
+
+def test_a_map_is_held_against_the_tokens_of_a_transformer():
+    student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 1 + 16, 5)
+    s, t = kdloss.pool(student, teacher, prefix=(0, 1))
+    assert torch.equal(s, student.flatten(2).mT)
+    assert torch.equal(t, teacher[:, 1:])
+
+
+def test_interpolation_takes_the_student_to_the_teachers_positions():
+    student, teacher = torch.randn(2, 3, 2, 2), torch.randn(2, 5, 4, 4)
+    s, t = kdloss.interpolate(student, teacher)
+    # bilinear between pixel centres: output pixel 1 of 4 lies at 0.25 of the way from centre 0 to 1
+    corner = student[..., 0, 0]
+    assert torch.equal(s[..., 0, 0], corner)
+    mixed = 0.75 * (0.75 * corner + 0.25 * student[..., 0, 1])
+    mixed = mixed + 0.25 * (0.75 * student[..., 1, 0] + 0.25 * student[..., 1, 1])
+    torch.testing.assert_close(s[..., 1, 1], mixed)
+    assert t is teacher
+    down, _ = kdloss.interpolate(teacher, student)
+    assert down.shape == (2, 5, 2, 2)
+
+
+@pytest.mark.parametrize("resize", [kdloss.pool, kdloss.interpolate])
+def test_equal_positions_stay_as_they_are_and_gradients_pass(resize):
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 5, 4, 4)
+    s, t = resize(student, teacher)
+    torch.testing.assert_close(s, student, rtol=1e-6, atol=0)
+    torch.testing.assert_close(t, teacher, rtol=1e-6, atol=0)
+    s.sum().backward()
+    torch.testing.assert_close(student.grad, torch.ones_like(student))
+    half, _ = resize(student.half(), teacher.half())
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("resize", [kdloss.pool, kdloss.interpolate])
+def test_features_that_are_no_grid_are_refused_with_the_prefix_to_write(resize):
+    with pytest.raises(ValueError, match=r"17 tokens behind prefix=0.*partial\(kdloss\.pool, prefix"):
+        resize(torch.zeros(2, 16, 3), torch.zeros(2, 17, 3))
+    with pytest.raises(ValueError, match="neither maps nor tokens"):
+        resize(torch.zeros(2, 16), torch.zeros(2, 16))
+
+
+def test_a_linear_map_of_positions_is_the_1x1_convolution_of_a_map():
+    features = torch.randn(2, 4, 3, 3)
+    module = kdloss.linear(4, 6)
+    convolved = F.conv2d(features, module.weight[..., None, None], module.bias)
+    torch.testing.assert_close(module(kdloss.tokens(features)), kdloss.tokens(convolved))
+
+
+# -- in FeatureKD --
+
+
+def outputs(student, teacher):
+    """What `capture` would have recorded of one pair of blocks."""
+    seen = kdloss.Captured(), kdloss.Captured()
+    seen[0].features[0], seen[1].features[0] = student, teacher
+    return seen
+
+
+def feature_kd(**settings):
+    return kdloss.FeatureKD(pairing=[(0, 0)], alpha=0.0, depths=(1, 1), **settings)
+
+
+def test_without_a_word_only_distances_that_need_equal_widths_get_a_projection():
+    kinds = {
+        kdloss.mse: (1, 0),
+        kdloss.cka: (0, 0),
+        partial(kdloss.attention_transfer, paper=True): (0, 0),
+        kdloss.between_examples(partial(kdloss.cka, unbiased=True), mean=True): (0, 0),
+    }
+    for distance, (different, equal) in kinds.items():
+        assert len(feature_kd(distance=distance, widths=(5, 6)).projections) == different
+        assert len(feature_kd(distance=distance, widths=(5, 5)).projections) == equal
+        criterion = feature_kd(distance=distance, widths=(5, 6))
+        student = torch.randn(4, 7, 5, requires_grad=True)
+        criterion(*outputs(student, torch.randn(4, 7, 6))).backward()
+        assert student.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("build", [kdloss.linear, kdloss.mlp])
+def test_the_loss_is_that_of_the_projected_features_whatever_the_widths(build):
+    for widths in ((5, 6), (5, 5)):
+        criterion = feature_kd(projection=build, widths=widths)
+        student, teacher = torch.randn(3, 7, widths[0]), torch.randn(3, 7, widths[1])
+        module = next(iter(criterion.projections.values()))
+        arrays = [p.detach().double().numpy() for p in module.parameters()]
+        x = student.double().numpy()
+        x = x @ arrays[0].T + arrays[1]
+        if len(arrays) == 4:
+            gelu = torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
+            x = gelu @ arrays[2].T + arrays[3]
+        expected = ((x - teacher.numpy()) ** 2).mean()
+        assert criterion(*outputs(student, teacher)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_convolution_is_given_the_map_and_equals_the_linear_map_of_its_positions():
+    student, teacher = torch.randn(2, 5, 4, 3), torch.randn(2, 6, 4, 3)
+    mask = torch.rand(2, 4, 3) > 0.3
+    one, other = (feature_kd(projection=p, widths=(5, 6)) for p in (kdloss.conv1x1, kdloss.linear))
+    weights = one.projections["0"].weight, one.projections["0"].bias
+    other.projections["0"].load_state_dict({"weight": weights[0].detach()[..., 0, 0], "bias": weights[1]})
+    student = torch.where(mask[:, None], student, torch.nan)
+    losses = [c(*outputs(student, teacher), feature_mask=mask) for c in (one, other)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(weights[0].grad[..., 0, 0], other.projections["0"].weight.grad)
+    with pytest.raises(ValueError, match=r"\(2, 12, 5\); write projection=kdloss\.linear"):
+        one(*outputs(torch.zeros(2, 12, 5), torch.zeros(2, 12, 6)))
+
+
+def test_any_module_over_maps_can_project():
+    norm = partial(torch.nn.Conv2d, kernel_size=3, padding=1)
+    criterion = feature_kd(
+        projection=lambda s, t: torch.nn.Sequential(norm(s, t), torch.nn.BatchNorm2d(t)), widths=(5, 6)
+    )
+    criterion(*outputs(torch.randn(2, 5, 4, 4), torch.randn(2, 6, 4, 4))).backward()
+    assert all(p.grad.isfinite().all() for p in criterion.parameters())
+
+
+def test_the_teacher_can_be_projected_by_rows_that_are_never_trained():
+    criterion = feature_kd(project="teacher", widths=(5, 8))
+    weight = criterion.projections["0"].weight
+    np.testing.assert_allclose((weight @ weight.T).detach(), np.eye(5), atol=1e-6)
+    assert not weight.requires_grad
+    student, teacher = torch.randn(3, 5, requires_grad=True), torch.randn(3, 8)
+    expected = (student - teacher @ weight.T).square().mean()
+    loss = criterion(*outputs(student, teacher))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student))
+    mlp = feature_kd(project="teacher", projection=kdloss.mlp, widths=(5, 8))
+    assert not any(p.requires_grad for p in mlp.parameters())
+    assert mlp.projections["0"][0].in_features == 8
+
+
+def test_one_projection_can_be_shared_by_all_pairs_and_is_saved_once():
+    criterion = kdloss.FeatureKD([0, 1], depths=(2, 2), widths=(5, 6), shared=True, alpha=0.0)
+    assert sorted(criterion.state_dict()) == ["projections.shared.bias", "projections.shared.weight"]
+    apart = kdloss.FeatureKD([0, 1], depths=(2, 2), widths=(5, 6), alpha=0.0)
+    for projection in apart.projections.values():
+        projection.load_state_dict(criterion.projections["shared"].state_dict())
+    seen = kdloss.Captured(), kdloss.Captured()
+    for block in (0, 1):
+        seen[0].features[block], seen[1].features[block] = torch.randn(3, 5), torch.randn(3, 6)
+    criterion(*seen).backward()
+    apart(*seen).backward()
+    both = [p.weight.grad for p in apart.projections.values()]
+    torch.testing.assert_close(criterion.projections["shared"].weight.grad, both[0] + both[1])
+    with pytest.raises(ValueError, match="shared=True"):
+        kdloss.FeatureKD([0, 1], depths=(2, 2), widths=[(5, 6), (7, 6)], shared=True)
+
+
+def test_what_fits_is_kept_with_what_it_learned_and_what_does_not_is_built_anew():
+    for shared in (False, True):
+        criterion = feature_kd(widths=(5, 6), shared=shared)
+        first = next(iter(criterion.projections.values()))
+        criterion.build({(0, 0): (5, 6)})
+        assert next(iter(criterion.projections.values())) is first
+        criterion.build({(0, 0): (5, 7)})
+        assert next(iter(criterion.projections.values())).out_features == 7
+        criterion.build({(0, 0): (7, 7)})
+        assert not criterion.projections
+
+
+class Scaled(torch.nn.Module):
+    """A distance with a parameter for each of the teacher's channels."""
+
+    def __init__(self, student_width, teacher_width, power=2.0):
+        super().__init__()
+        self.widths, self.power = (student_width, teacher_width), power
+        self.scale = torch.nn.Parameter(torch.ones(teacher_width))
+
+    def forward(self, student, teacher):
+        return ((student - teacher.detach()).abs() ** self.power * self.scale).mean(-1)
+
+
+def test_a_class_of_distances_is_built_for_every_student_layer_and_trained_and_saved():
+    criterion = kdloss.FeatureKD(
+        [0, 1], depths=(2, 2), widths=(5, 6), distance=partial(Scaled, power=4.0), alpha=0.0
+    )
+    assert [(d.widths, d.power) for d in criterion.distances.values()] == [((6, 6), 4.0)] * 2
+    names = ["distances.0.scale", "distances.1.scale"]
+    assert sorted(criterion.state_dict())[:2] == names
+    seen = kdloss.Captured(), kdloss.Captured()
+    for block in (0, 1):
+        seen[0].features[block], seen[1].features[block] = torch.randn(3, 5), torch.randn(3, 6)
+    criterion(*seen).backward()
+    assert all(p.grad.abs().max() > 0 for p in criterion.parameters())
+    assert criterion.distances["0"].scale.grad.tolist() != criterion.distances["1"].scale.grad.tolist()
+    assert [d.widths for d in feature_kd(distance=Scaled, widths=(5, 5)).distances.values()] == [(5, 5)]
+    with pytest.raises(ValueError, match=r"not been built.*distill\.prepare\(student\)"):
+        feature_kd(distance=Scaled)(*outputs(torch.randn(3, 5), torch.randn(3, 5)))
+
+
+def test_copies_pickles_and_state_dicts_carry_projections_and_distances():
+    criterion = feature_kd(distance=Scaled, projection=kdloss.mlp, widths=(5, 6))
+    seen = outputs(torch.randn(3, 5), torch.randn(3, 6))
+    other = feature_kd(distance=Scaled, projection=kdloss.mlp, widths=(5, 6))
+    other.load_state_dict(criterion.state_dict())
+    for again in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), other):
+        torch.testing.assert_close(again(*seen), criterion(*seen))
+        with torch.no_grad():
+            again.distances["0"].scale.zero_()
+        assert again(*seen) == 0
+        assert criterion(*seen) > 0
+        again.build({(0, 0): (5, 9)})
+        assert again.projections["0"][2].out_features == 9
+        assert criterion.projections["0"][2].out_features == 6
+
+
+def test_maps_and_patches_of_other_sizes_are_resized_when_asked():
+    student, teacher = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 8, 8)
+    with pytest.raises(ValueError, match=r"resize=kdloss\.pool"):
+        feature_kd()(*outputs(student, teacher))
+    loss = feature_kd(resize=kdloss.pool)(*outputs(student, teacher))
+    pooled = teacher.numpy().reshape(2, 5, 4, 2, 4, 2).mean((3, 5))
+    assert loss.item() == pytest.approx(((student.numpy() - pooled) ** 2).mean(), rel=1e-5)
+    patches = torch.randn(2, 1 + 16, 5)
+    resize = partial(kdloss.pool, prefix=(0, 1))
+    loss = feature_kd(resize=resize)(*outputs(student, patches))
+    rows = student.flatten(2).mT
+    assert loss.item() == pytest.approx((rows - patches[:, 1:]).square().mean().item(), rel=1e-5)
+
+
+def test_relations_of_a_map_are_those_of_its_positions_that_count():
+    student, teacher = torch.randn(2, 5, 4, 3), torch.randn(2, 6, 4, 3)
+    mask = torch.rand(2, 4, 3) > 0.3
+    value = feature_kd(distance=kdloss.similarity)(*outputs(student, teacher), feature_mask=mask)
+    expected = []
+    for b in range(2):
+        rows = [x[b].permute(1, 2, 0)[mask[b]] for x in (student, teacher)]
+        expected.append(kdloss.similarity(*rows).mean())
+    torch.testing.assert_close(value, torch.stack(expected).mean())
+
+
+def test_relations_between_tokens_leave_out_what_labels_leave_out():
+    student, teacher = torch.randn(3, 6, 5), torch.randn(3, 6, 8)
+    labels = torch.randint(0, 4, (3, 6))
+    labels[0, 3:] = -100
+    criterion = feature_kd(distance=kdloss.between_tokens(kdloss.cka), causal=True)
+    value = criterion(*outputs(student, teacher), labels)
+    keep = labels[:, 1:] != -100
+    expected = kdloss.cka(student[:, :-1][keep], teacher[:, :-1][keep]).mean()
+    torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"projection": torch.nn.Linear(5, 6)}, TypeError, "projection=lambda student, teacher: module"),
+        ({"projection": "linear"}, TypeError, r"projection=kdloss\.linear"),
+        ({"project": "both"}, ValueError, r"\['student', 'teacher'\]"),
+        ({"resize": "pool"}, TypeError, r"resize=kdloss\.pool"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_at_once(settings, error, match):
+    with pytest.raises(error, match=match):
+        feature_kd(**settings)
