@@ -30,6 +30,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "MGD": [{"size": (1, -1)}],
     "CRD": [{"width": 4, "negatives": 6, "temperature": 0.5}],
     "minilm_v2": [{"relation_heads": 2}, {"relation_heads": 3, "parts": 1, "causal": True}],
+    "activation_boundary": [{}, {"margin": 0.5}],
+    "correlation_congruence": [{}, {"gamma": 1.0, "order": 4}],
+    "cwd": [{}, {"temperature": 1.0}],
+    "fsp": [{}, {"split": 1}],
+    "smooth_l1": [{}, {"beta": 3.0}],
+    "standardized_mse": [{}, {"eps": 0.1}],
+    "word_relation": [{}, {"window": 3, "triple_weight": 0.5}],
 }
 # What a loss is not, by its definition; each says so in its docstring. One that takes a mask compares
 # positions with each other ("relational"), one marked `any_width` takes teachers of other widths ("width").
@@ -45,6 +52,9 @@ EXEMPT = {
     "MGD": {"teacher", "alone", "place"},  # generated from the neighbours, by where they stand
     "CRD": {"teacher", "alone"},  # others are to be told apart, too
     "minilm_v2": {"alone"},
+    "fsp": {"alone"},
+    "standardized_mse": {"batch"},  # the teacher's variance is that of all positions of the call
+    "activation_boundary": {"teacher"},  # a margin beyond the teacher's own activations
     "uld": {"vocabulary", "kink"},
     "total_variation": {"kink"},
     "adaptive_kl": {"frozen"},  # its weights are constants for the gradient

@@ -306,6 +306,108 @@ def crd(s, t, p, temperature, **_):
     return -2 * np.log(own) - others
 
 
+def _smooth(x, beta=1.0):
+    return np.where(abs(x.real) < beta, x * x / 2 / beta, _abs(x) - beta / 2)
+
+
+def smooth_l1(s, t, beta=1.0):
+    return _smooth(s - t, beta).mean(-1)
+
+
+def standardized_mse(s, t, eps=1e-5):
+    return ((s - t) ** 2 / (t.reshape(-1, t.shape[-1]).var(0) + eps)).mean(-1)
+
+
+def pkd(s, t):
+    return ((_normalised(s) - _normalised(t)) ** 2).sum(-1)
+
+
+def activation_boundary(s, t, margin=1.0):
+    off = (s + margin) ** 2 * ((s.real > -margin) & (t <= 0))
+    on = (s - margin) ** 2 * ((s.real <= margin) & (t > 0))
+    return (off + on).mean(-1)
+
+
+def rkd_distance(s, t):
+    n, relative = len(s), []
+    for x in (s, t):
+        d = np.zeros((n, n), dtype=x.dtype)
+        for i, j in np.ndindex(n, n):
+            if i != j:
+                d[i, j] = np.sqrt(((x[i] - x[j]) ** 2).sum())
+        relative.append(d / (d.sum() / (n * (n - 1))))
+    return _smooth(relative[0] - relative[1]).mean(-1)
+
+
+def _angle(x, i, j, k):
+    """The cosine at vertex i, one triple at a time."""
+    if i in (j, k):
+        return 0.0
+    return (_normalised(x[j] - x[i]) * _normalised(x[k] - x[i])).sum()
+
+
+def rkd_angle(s, t):
+    n = len(s)
+    cubes = [
+        np.array([_angle(x, *index) for index in np.ndindex(n, n, n)]).reshape(n, n, n) for x in (s, t)
+    ]
+    return _smooth(cubes[0] - cubes[1]).mean((-2, -1))
+
+
+def pkt(s, t, eps=1e-7):
+    shares = []
+    for x in (s, t):
+        closeness = (_normalised(x) @ _normalised(x).T + 1) / 2 + eps
+        shares.append(np.log(closeness / closeness.sum(-1, keepdims=True)))
+    return _kl(shares[1], shares[0]) / len(s)
+
+
+def correlation_congruence(s, t, gamma=0.4, order=2):
+    kernels = []
+    for x in (s, t):
+        cosine, kernel, factorial = _normalised(x) @ _normalised(x).T, 0, 1
+        for p in range(order + 1):
+            factorial *= max(p, 1)
+            kernel = kernel + np.exp(-2 * gamma) * (2 * gamma) ** p / factorial * cosine**p
+        kernels.append(kernel)
+    return ((kernels[0] - kernels[1]) ** 2).mean(-1)
+
+
+def nst(s, t):
+    """Mean outer products of the channels, added one by one."""
+    both = []
+    for x in (s, t):
+        channels = [_normalised(x[:, c]) for c in range(x.shape[1])]
+        both.append(sum(np.outer(c, c) for c in channels) / len(channels))
+    return len(s) * ((both[0] - both[1]) ** 2).sum(-1)
+
+
+def fsp(s, t, split=None):
+    flows = []
+    for x in (s, t):
+        early = x.shape[1] // 2 if split is None else split
+        flows.append(np.einsum("ni,nj->ij", x[:, :early], x[:, early:]) / len(x))
+    return ((flows[0] - flows[1]) ** 2).sum() * np.ones(len(s))
+
+
+def cwd(s, t, temperature=4.0):
+    return forward_kl(s.T, t.T, temperature).mean() * np.ones(len(s))
+
+
+def word_relation(s, t, window=21, triple_weight=1.0):
+    n, values = len(s), []
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        cosines = [
+            np.array([(_normalised(x[i]) * _normalised(x[j])).sum() for j in others]) for x in (s, t)
+        ]
+        pair = forward_kl(*cosines) / n
+        near = [j for j in range(n) if abs(i - j) <= window // 2]
+        gaps = [(_angle(s, i, j, k) - _angle(t, i, j, k)) ** 2 for j in near for k in near]
+        values.append(pair + triple_weight * sum(gaps) / len(near) ** 2)
+    return np.array(values)
+
+
 def gradient(f, x):
     """Derivative of sum(f(x)) by every entry of x."""
     out, step = np.zeros(x.shape), 1e-30

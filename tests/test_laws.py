@@ -119,6 +119,14 @@ def test_the_teacher_gets_no_gradient(loss):
     assert teacher.grad is None
 
 
+@but("teacher")
+def test_a_student_that_is_the_teacher_itself_gets_zeros(loss):
+    both = loss.sample(4, 7)[0]
+    value = loss.call(both, both)
+    assert value.tolist() == [0.0] * 4
+    assert not grad(value, both)[0].any()
+
+
 @every_loss
 def test_inputs_are_never_written_to_and_layout_does_not_matter(loss):
     student, teacher = loss.sample(6, 4, 5)
@@ -155,6 +163,18 @@ def test_constant_and_zero_rows_stay_finite_in_value_and_gradient(loss):
     value = loss.call(student, rows.flip(0).roll(1, 0))
     assert value.isfinite().all()
     assert grad(value, student)[0].isfinite().all()
+
+
+@every_loss
+def test_duplicate_rows_stay_finite_in_value_and_gradient_and_its_gradient(loss):
+    student, teacher = (x.repeat(2, 1).detach() for x in loss.sample(2, 5, dtype=torch.float64))
+    student.requires_grad_()
+    value = loss.call(student, teacher.flip(0))
+    slope = torch.autograd.grad(value.sum(), student, create_graph=True)[0]
+    assert value.isfinite().all()
+    assert slope.isfinite().all()
+    if "frozen" not in loss.exempt and slope.requires_grad:
+        assert grad(slope.square(), student)[0].isfinite().all()
 
 
 # -- the shared contract: mask and reduction --
@@ -226,7 +246,9 @@ def test_a_loss_between_positions_is_that_of_the_positions_that_count(loss):
             assert criterion.components["kd"].item() == pytest.approx(value.item(), rel=1e-12)
 
 
-@ROWS
+@pytest.mark.parametrize(
+    "loss", [x for x in RELATIONAL if x.kind == "distance" and "batch" not in x.exempt], ids=str
+)
 def test_each_example_of_a_batch_is_compared_within_itself(loss):
     """So that examples may be micro-batched, and padded to any length."""
     student, teacher = loss.sample(3, 8, 5, dtype=torch.float64)
@@ -309,6 +331,17 @@ def test_it_compiles_without_a_graph_break_mask_included(loss):
     plain, value = masked(loss, student, teacher, mask), compiled(student, teacher, mask)
     torch.testing.assert_close(value, plain)
     torch.testing.assert_close(grad(value, student), grad(plain, student))
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_nothing(loss, dtype):
+    student, teacher = loss.sample(3, 4, 5)
+    value = loss.call(student, teacher)
+    with torch.autocast("cpu", dtype):
+        cast = loss.call(student, teacher)
+    assert torch.equal(cast, value)
+    assert torch.equal(grad(cast, student)[0], grad(value, student)[0])
 
 
 @every_loss

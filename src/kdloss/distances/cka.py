@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kdloss.distances._rows import any_width, count, pairs, rows, spread
+from kdloss.distances._rows import any_width, count, pairs, product, rows, spread
 from kdloss.reduction import fill
 
 
@@ -55,7 +55,7 @@ def _centred(x: Tensor, keep: Tensor) -> Tensor:
     """The Gram matrix of rows less their mean."""
     n = count(keep, x).unsqueeze(-1)
     x = fill(x - x.sum(-2, keepdim=True) / n, keep)
-    return x @ x.mT
+    return product(x, x)
 
 
 def _u_centred(x: Tensor, keep: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _u_centred(x: Tensor, keep: Tensor) -> Tensor:
     n = count(keep, x).unsqueeze(-1)
     x = fill(x - x.sum(-2, keepdim=True) / n, keep)  # changes nothing but rounding
     others = pairs(keep) & ~torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
-    gram = fill(x @ x.mT, others)
+    gram = fill(product(x, x), others)
     sums = gram.sum(-1, keepdim=True) / (n - 2).clamp_min(1)
     whole = sums.sum(-2, keepdim=True) / (n - 1).clamp_min(1)
     return fill(gram - sums - sums.mT + whole, others & (n > 3))

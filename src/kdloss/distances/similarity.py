@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kdloss.distances._rows import any_width, count, rows, spread
+from kdloss.distances._rows import any_width, count, product, rows, spread
 
 
 @any_width
@@ -34,5 +34,5 @@ def similarity(
     Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation", arXiv:1907.09682.
     """
     s, t, keep = rows("similarity", student, teacher, mask)
-    gap = F.normalize(s @ s.mT, dim=-1) - F.normalize(t @ t.mT, dim=-1)
+    gap = F.normalize(product(s, s), dim=-1) - F.normalize(product(t, t), dim=-1)
     return spread(gap.square().sum(-1) / count(keep, gap), keep, student.shape[:-1])

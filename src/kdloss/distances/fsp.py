@@ -1,0 +1,52 @@
+"""Flow of the solution procedure."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kdloss.distances._rows import count, product, rows, spread
+
+
+def fsp(
+    student: Float[Tensor, "*batch rows width"],
+    teacher: Float[Tensor, "*batch rows width"],
+    *,
+    mask: Bool[Tensor, "*batch rows"] | None = None,
+    split: int | None = None,
+) -> Float[Tensor, "*batch rows"]:
+    r"""How two layers go together: squared difference of the products of an early and a late one.
+
+    $\|G^s - G^t\|_F^2$ with $G = \frac1N F_1^\top F_2$ over the N positions of an example, the same value
+    at each of them. It is the paper's sum over the entries of G; other code takes their mean.
+
+    Shapes: student and teacher `[..., N, D]`, where the first `split` features are the early layer's and
+    the others the late one's, half of them each by default: `torch.cat([early, late], -1)` of two layers
+    at the same positions (a map: `kdloss.tokens(torch.cat([early, late], 1))`). Mask `[..., N]` (True =
+    counts). Returns `[..., N]`, in float32 or better. The teacher is detached. Positions are added up
+    before the difference: micro-batches of rows don't add up to one batch.
+
+    Raises: ValueError for shapes or devices that differ, a split that leaves nothing on one side, or maps
+    that are not rows; TypeError for integer features.
+
+    >>> import torch
+    >>> early, late = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])
+    >>> fsp(torch.zeros(2, 2), torch.cat([early, late], -1))  # ((3 + 8) / 2)²
+    tensor([30.2500, 30.2500])
+
+    Yim, Joo, Bae, Kim 2017, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization
+    and Transfer Learning", CVPR.
+    """
+    s, t, keep = rows("fsp", student, teacher, mask, same_width=True, least=1)
+    width = s.shape[-1]
+    early = width // 2 if split is None else split
+    if not 0 < early < width:
+        raise ValueError(
+            f"fsp takes two layers side by side, got split={early} of width {width}; write "
+            "torch.cat([early, late], -1) and split=early.shape[-1]"
+        )
+    gap = _flow(s, keep, early) - _flow(t, keep, early)
+    return spread(gap.square().sum((-2, -1)).unsqueeze(-1), keep, student.shape[:-1])
+
+
+def _flow(x: Tensor, keep: Tensor, early: int) -> Tensor:
+    first, second = x[..., :early], x[..., early:]
+    return product(first.mT, second.mT) / count(keep, x).unsqueeze(-1)

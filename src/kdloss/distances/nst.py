@@ -1,0 +1,49 @@
+"""Neuron selectivity transfer."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kdloss.distances._features import unit
+from kdloss.distances._rows import any_width, count, product, rows, spread
+
+
+@any_width
+def nst(
+    student: Float[Tensor, "*batch rows student_width"],
+    teacher: Float[Tensor, "*batch rows teacher_width"],
+    *,
+    mask: Bool[Tensor, "*batch rows"] | None = None,
+) -> Float[Tensor, "*batch rows"]:
+    r"""Neuron selectivity transfer: which positions excite the same channels, as a share for each position.
+
+    The maximum mean discrepancy between the channels of both sides, each channel being its activations
+    $f_c$ over the N positions at length 1, under the kernel $k(f, g) = \langle f, g\rangle^2$ (polynomial,
+    d = 2, c = 0): $\frac{1}{D^2}\sum k(f^s, f^s) + \frac{1}{D'^2}\sum k(f^t, f^t) - \frac{2}{D D'}
+    \sum k(f^s, f^t) = \left\|\frac1D\sum_c f^s_c f_c^{s\top} - \frac{1}{D'}\sum_c f^t_c f_c^{t\top}
+    \right\|_F^2$, computed in the last form: exactly 0 at the teacher, and never negative. Position i has N
+    times its row of the sum, so that the mean over positions is the whole. A channel that is 0 everywhere
+    stays 0.
+
+    Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): the N positions of each
+    example, for a map `kdloss.tokens(map)`. Mask `[..., N]` (True = counts). Returns `[..., N]`, in float32
+    or better. The teacher is detached. Rows are compared with each other.
+
+    Raises: ValueError for one row alone, positions or devices that differ, or maps that are not rows;
+    TypeError for integer features.
+
+    >>> import torch
+    >>> nst(torch.eye(2), torch.tensor([[3.0], [0.0]]))  # two channels, one channel
+    tensor([0.5000, 0.5000])
+
+    Huang and Wang 2017, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer",
+    arXiv:1707.01219.
+    """
+    s, t, keep = rows("nst", student, teacher, mask)
+    gap = _outer(s) - _outer(t)
+    return spread(gap.square().sum(-1) * count(keep, gap), keep, student.shape[:-1])
+
+
+def _outer(x: Tensor) -> Tensor:
+    """Mean over the channels of each with itself, `[B, N, N]`."""
+    channels = unit(x.mT).mT
+    return product(channels, channels) / max(x.shape[-1], 1)

@@ -1,0 +1,50 @@
+"""Probabilistic knowledge transfer."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kdloss.distances._features import unit
+from kdloss.distances._relations import kl_over
+from kdloss.distances._rows import any_width, count, pairs, product, rows, spread
+
+
+@any_width
+def pkt(
+    student: Float[Tensor, "*batch rows student_width"],
+    teacher: Float[Tensor, "*batch rows teacher_width"],
+    *,
+    mask: Bool[Tensor, "*batch rows"] | None = None,
+    eps: float = 1e-7,
+) -> Float[Tensor, "*batch rows"]:
+    r"""Each row's neighbours as a distribution: KL(teacher || student), over the number of rows.
+
+    $\frac1N \sum_j p_{j|i} \log \frac{p_{j|i}}{q_{j|i}}$ with $p_{j|i}$ proportional to
+    $\frac12 (\cos(t_i, t_j) + 1) + \epsilon$, and q the student's. As in the authors' code, a row is a
+    neighbour of itself, and the mean goes over all N² pairs (the paper leaves the row out and sums). Their
+    code adds epsilon within the logarithm only; here it belongs to the distributions, which keeps the
+    value from being negative. A zero vector is at cosine 0 from all.
+
+    Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares examples
+    (the paper's), `[B, N, D]` the positions of each example. Mask `[..., N]` (True = counts). Returns
+    `[..., N]`, in float32 or better. The teacher is detached. Rows are compared with each other:
+    micro-batches of rows don't add up to one batch.
+
+    Raises: ValueError for one row alone, positions or devices that differ, or maps that are not rows;
+    TypeError for integer features.
+
+    >>> import torch
+    >>> pkt(torch.eye(2), torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 5.0]]))
+    tensor([0., 0.])
+
+    Passalis and Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer",
+    arXiv:1803.10837, and their code.
+    """
+    s, t, keep = rows("pkt", student, teacher, mask)
+    values = kl_over(_neighbours(s, eps), _neighbours(t, eps), pairs(keep)) / count(keep, s)
+    return spread(values, keep, student.shape[:-1])
+
+
+def _neighbours(x: Tensor, eps: float) -> Tensor:
+    """Logits of the neighbours of every row."""
+    x = unit(x)
+    return (((product(x, x) + 1) / 2).clamp_min(0) + eps).log()

@@ -1,0 +1,29 @@
+"""Smooth L1."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kdloss.distances._features import features
+
+
+def smooth_l1(
+    student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"], *, beta: float = 1.0
+) -> Float[Tensor, "*batch"]:
+    r"""Squared error where it is small and absolute where it is large, mean over the width.
+
+    $\frac1D \sum_d \ell(s_d - t_d)$ with $\ell(x) = \frac{x^2}{2\beta}$ for $|x| < \beta$ and $|x| -
+    \frac\beta2$ beyond: a large feature's gradient is no larger than any other's.
+
+    Shapes: student and teacher `[..., D]`. Returns `[...]`, in float32 or better. The teacher is detached.
+
+    Raises: ValueError for shapes or devices that differ; TypeError for integer features.
+
+    >>> import torch
+    >>> smooth_l1(torch.tensor([1.0, 8.0]), torch.tensor([0.0, 0.0]))  # (0.5 + 7.5) / 2
+    tensor(4.)
+
+    Girshick 2015, "Fast R-CNN", arXiv:1504.08083.
+    """
+    student, teacher = features(student, teacher)
+    return F.smooth_l1_loss(student, teacher, reduction="none", beta=beta).mean(-1)

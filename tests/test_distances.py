@@ -1,0 +1,310 @@
+"""What single distances promise beyond the laws: published sums, hand-worked numbers, memory, `between`."""
+
+from functools import partial
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from losses import sample
+from parts.memory import training_memory
+
+import kdloss
+from kdloss.distances import _relations
+from kdloss.distances._rows import needs_no_width
+
+f64 = partial(sample, dtype=torch.float64)
+
+
+def numbers(*tensors):
+    return [x.detach().numpy() for x in tensors]
+
+
+def gaps(x):
+    """Vectors from every row (first index) to every row."""
+    return x[None, :] - x[:, None]
+
+
+def units(x):
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-300)
+
+
+def huber(x):
+    return np.where(abs(x) < 1, x**2 / 2, abs(x) - 0.5)
+
+
+# -- the published form, written as its authors do: a sum or mean over the whole at once --
+
+
+def rkd_distance_as_published(s, t):
+    d, e = (np.linalg.norm(gaps(x), axis=-1) for x in (s, t))
+    return huber(d / d[d > 0].mean() - e / e[e > 0].mean()).mean()
+
+
+def rkd_angle_as_published(s, t):
+    a, b = (np.einsum("ijd,ikd->ijk", *[units(gaps(x))] * 2) for x in (s, t))
+    return huber(a - b).mean()
+
+
+def pkt_as_published(s, t, eps=1e-7):
+    q, p = ((units(x) @ units(x).T + 1) / 2 for x in (s, t))
+    q, p = (x / x.sum(1, keepdims=True) for x in (q, p))
+    return (p * np.log((p + eps) / (q + eps))).mean()
+
+
+def nst_as_published(s, t):
+    f, g = units(s.T), units(t.T)
+    return ((f @ f.T) ** 2).mean() + ((g @ g.T) ** 2).mean() - 2 * ((f @ g.T) ** 2).mean()
+
+
+def cc_as_published(s, t):
+    c, d = (units(x) @ units(x).T for x in (s, t))
+    taylor = [np.exp(-0.8) * (1 + 0.8 * x + 0.32 * x**2) for x in (c, d)]
+    return ((taylor[0] - taylor[1]) ** 2).sum() / len(s) ** 2
+
+
+def cwd_as_published(s, t):
+    total, rows = 0.0, [np.exp(x / 4.0) / np.exp(x / 4.0).sum(0) for x in (s, t)]
+    for c in range(s.shape[1]):
+        total += 16 / s.shape[1] * (rows[1][:, c] * np.log(rows[1][:, c] / rows[0][:, c])).sum()
+    return total
+
+
+def fsp_as_published(s, t):
+    g, h = (x[:, :3].T @ x[:, 3:] / len(x) for x in (s, t))
+    return np.linalg.norm(g - h) ** 2
+
+
+PUBLISHED = {
+    kdloss.rkd_distance: rkd_distance_as_published,
+    kdloss.rkd_angle: rkd_angle_as_published,
+    kdloss.pkt: pkt_as_published,
+    kdloss.nst: nst_as_published,
+    kdloss.correlation_congruence: cc_as_published,
+    kdloss.cwd: cwd_as_published,
+    kdloss.fsp: fsp_as_published,
+}
+
+
+@pytest.mark.parametrize("distance", PUBLISHED, ids=lambda x: x.__name__)
+def test_the_mean_over_rows_is_the_published_loss(distance):
+    student, teacher = f64(7, 6)
+    expected = PUBLISHED[distance](*numbers(student, teacher))
+    # PKT's authors have their epsilon, 1e-7, in another place
+    tolerance = 1e-5 if distance is kdloss.pkt else 1e-12
+    assert distance(student, teacher).mean().item() == pytest.approx(expected, rel=tolerance)
+    examples = [f64(7, 6, seed=seed) for seed in range(3)]
+    batch = distance(*(torch.stack(side) for side in zip(*examples, strict=True)))
+    expected = np.mean([PUBLISHED[distance](*numbers(*x)) for x in examples])
+    assert batch.mean().item() == pytest.approx(expected, rel=tolerance)
+
+
+# -- RKD --
+
+
+def test_distances_of_near_duplicates_keep_their_digits():
+    """|a|² + |b|² - 2ab has none left in float32: it is off by all of the distance here."""
+    base = torch.full((3, 4), 100.0)
+    near = base + torch.tensor([0.0, 2**-13, 2**-12]).unsqueeze(-1)
+    found = _relations.distances(near.unsqueeze(0))[0]
+    step = 2.0**-12  # 2 · 2^-13: four equal gaps
+    torch.testing.assert_close(
+        found, torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]]) * step, rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("distance", [kdloss.rkd_distance, kdloss.rkd_angle], ids=lambda x: x.__name__)
+def test_rkd_is_blind_to_shift_rotation_and_scale_of_either_side(distance):
+    student, teacher = f64(6, 4)
+    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+    value = distance(student, teacher)
+    torch.testing.assert_close(distance(3 * student @ turn + 5, teacher / 7 - 1), value)
+
+
+def test_the_angle_of_a_right_triangle_by_hand():
+    """3-4-5 against an equilateral one: cosines (0, 3/5, 4/5) against 1/2 each."""
+    right = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    even = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
+    by_hand = [2 * (c - 0.5) ** 2 / 2 / 9 for c in (0.0, 0.6, 0.8)]
+    torch.testing.assert_close(kdloss.rkd_angle(even, right), torch.tensor(by_hand, dtype=torch.float64))
+
+
+def test_far_apart_relations_are_in_the_linear_part():
+    """Distances (3, 0, 3) and (0, 3, 3) over their mean 2: gaps of 1.5 cost 1."""
+    teacher = torch.tensor([[0.0], [0.0], [3.0]])
+    student = torch.tensor([[0.0], [3.0], [3.0]])
+    torch.testing.assert_close(kdloss.rkd_distance(student, teacher), torch.tensor([1.0, 2.0, 1.0]) / 3)
+
+
+RELATIONS = [kdloss.rkd_distance, kdloss.rkd_angle, partial(kdloss.word_relation, window=5)]
+
+
+@pytest.mark.parametrize("distance", RELATIONS, ids=["distance", "angle", "words"])
+def test_vertices_in_many_parts_give_what_one_part_gives(distance, monkeypatch):
+    student, teacher = f64(2, 7, 3)
+    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+
+    def outcome(run):
+        value = run(student, teacher, mask=mask)
+        slope = torch.autograd.grad(value.sum(), student, create_graph=True)[0]
+        return value, slope, torch.autograd.grad(slope.square().sum(), student)[0]
+
+    whole = outcome(distance)
+    monkeypatch.setattr(_relations, "AT_A_TIME", 2 * 2 * 7 * 10)
+    assert 1 < -(-7 // max(1, _relations.AT_A_TIME // (2 * 7 * 10))) < 7
+    torch.testing.assert_close(outcome(distance), whole)
+    torch._dynamo.reset()
+    compiled = torch.compile(distance, fullgraph=True, backend="aot_eager")(student, teacher, mask=mask)
+    torch.testing.assert_close(compiled, whole[0])
+    torch.testing.assert_close(torch.autograd.grad(compiled.sum(), student)[0], whole[1].detach())
+
+
+@pytest.mark.parametrize(
+    ("distance", "width"), [(kdloss.rkd_distance, 512), (kdloss.rkd_angle, 64)], ids=["distance", "angle"]
+)
+def test_memory_of_relations_is_far_below_one_tensor_of_all_they_compare(distance, width):
+    """All differences would be N² D floats, all angles N³."""
+    n = 256
+    student, teacher = sample(n, width)
+    peak = training_memory(lambda: distance(student, teacher).sum().backward(), [student, teacher])
+    assert peak < 4 * n * n * (n if distance is kdloss.rkd_angle else width) / 8
+    assert student.grad.abs().max() > 0
+
+
+# -- word relations --
+
+
+def test_word_relations_are_kl_of_pairs_and_squared_angles_in_the_window():
+    student, teacher = f64(1, 9, 4)
+    mask = (torch.arange(9) < 6).unsqueeze(0)
+    found = kdloss.word_relation(student, teacher, mask=mask, window=5, triple_weight=3.0)
+    s, t = (x[0, :6] for x in numbers(student, teacher))
+    n = 6
+    q, p = (np.exp(units(x) @ units(x).T) * (1 - np.eye(n)) for x in (s, t))
+    q, p = (x / x.sum(1, keepdims=True) for x in (q, p))
+    pairs = np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1)), 0).sum(1) / n
+    a, b = (np.einsum("ijd,ikd->ijk", *[units(gaps(x))] * 2) for x in (s, t))
+    triples = [((a - b)[i, max(0, i - 2) : i + 3, max(0, i - 2) : i + 3] ** 2).mean() for i in range(n)]
+    np.testing.assert_allclose(found[0, :6].detach(), pairs + 3 * np.array(triples), rtol=1e-12)
+    assert not found[0, 6:].any()
+    with pytest.raises(ValueError, match="odd number, got 4"):
+        kdloss.word_relation(student, teacher, window=4)
+
+
+# -- positions --
+
+
+def test_activation_boundary_asks_for_the_teachers_side_and_a_margin():
+    teacher = torch.tensor([[3.0, -0.2, 0.0, 1e-9]])
+    student = torch.tensor([[-1.0, -2.0, 0.5, 1.5]], requires_grad=True)
+    value = kdloss.activation_boundary(student, teacher)
+    assert value.item() == pytest.approx((2.0**2 + 0 + 1.5**2 + 0) / 4)
+    slope = torch.autograd.grad(value.sum(), student)[0]
+    torch.testing.assert_close(slope, torch.tensor([[-4.0, 0.0, 3.0, 0.0]]) / 4)
+
+
+def test_pkd_is_twice_cosine_and_blind_to_length():
+    student, teacher = f64(5, 4)
+    torch.testing.assert_close(kdloss.pkd(3 * student, teacher / 9), 2 * kdloss.cosine(student, teacher))
+
+
+def test_standardized_mse_sees_each_feature_in_its_own_unit_over_the_whole_batch():
+    student, teacher = f64(3, 4, 5)
+    mask = torch.arange(4) < torch.tensor([[4], [2], [3]])
+    scale = torch.tensor([1.0, 1e4, 1e-1, 3.0, 50.0], dtype=torch.float64)
+    value = kdloss.standardized_mse(student, teacher, mask=mask, eps=0.0)
+    torch.testing.assert_close(
+        kdloss.standardized_mse(student * scale, teacher * scale, mask=mask, eps=0.0), value
+    )
+    s, t = (x[mask.numpy()] for x in numbers(student, teacher))
+    np.testing.assert_allclose(value[mask].detach(), ((s - t) ** 2 / t.var(0)).mean(1), rtol=1e-12)
+
+
+def test_fsp_refuses_a_split_that_leaves_nothing():
+    for split in (0, 4, 9):
+        with pytest.raises(ValueError, match=rf"split={split} of width 4; write torch\.cat"):
+            kdloss.fsp(torch.zeros(2, 4), torch.zeros(2, 4), split=split)
+
+
+def test_cwd_at_an_impossible_temperature_is_refused():
+    with pytest.raises(ValueError, match="temperature"):
+        kdloss.cwd(torch.zeros(2, 4), torch.zeros(2, 4), temperature=0.0)
+
+
+# -- what is compared: between tokens, between examples --
+
+MASK = torch.arange(4) < torch.tensor([[4], [2], [3], [1]])
+
+
+def test_between_tokens_is_the_distance_of_all_positions_that_count_as_one_set():
+    student, teacher = f64(4, 4, 5)
+    value = kdloss.masked(
+        kdloss.between_tokens(kdloss.similarity), student, teacher, MASK, reduction="none"
+    )
+    s, t = (x[MASK.numpy()] for x in numbers(student, teacher))
+    np.testing.assert_allclose(value[MASK].detach(), oracles.similarity(s, t), rtol=1e-9)
+    assert not value[~MASK].any()
+    exact = oracles.gradient(lambda x: oracles.similarity(x, t), s)
+    np.testing.assert_allclose(
+        torch.autograd.grad(value.sum(), student)[0][MASK], exact, rtol=1e-9, atol=1e-12
+    )
+
+
+def test_between_examples_compares_masked_means_or_positions_side_by_side():
+    student, teacher = f64(4, 4, 5)
+    for mean in (True, False):
+        distance = kdloss.between_examples(kdloss.similarity, mean=mean)
+        value = kdloss.masked(distance, student, teacher, MASK)
+        sides = []
+        for x in numbers(student, teacher):
+            vectors = []
+            for example, n in zip(x, (4, 2, 3, 1), strict=True):
+                padded = np.concatenate([example[:n], np.zeros((4 - n, 5))])
+                vectors.append(example[:n].mean(0) if mean else padded.ravel())
+            sides.append(np.array(vectors))
+        expected = oracles.similarity(*sides)
+        assert value.item() == pytest.approx(expected.mean(), rel=1e-9)
+        none = distance(student, teacher, mask=MASK)
+        for b, n in enumerate((4, 2, 3, 1)):  # 10 positions of 4 examples, each example's weight the same
+            np.testing.assert_allclose(none[b, :n].detach(), expected[b] * 10 / 4 / n, rtol=1e-9)
+            assert not none[b, n:].any()
+
+
+def test_an_example_without_a_position_that_counts_is_not_compared():
+    student, teacher = f64(4, 3, 5)
+    mask = torch.tensor([[True] * 3, [False] * 3, [True, True, False], [True] * 3])
+    for mean in (True, False):
+        distance = kdloss.between_examples(kdloss.rkd_distance, mean=mean)
+        there = torch.tensor([0, 2, 3])
+        value = kdloss.masked(distance, student, teacher, mask)
+        expected = kdloss.masked(distance, student[there], teacher[there], mask[there])
+        torch.testing.assert_close(value, expected)
+        assert not torch.autograd.grad(value, student)[0][~mask].any()
+
+
+def test_between_takes_partials_and_shows_what_they_take():
+    student, wide = f64(3, 4, 5)[0], f64(3, 4, 8)[1]
+    distance = partial(kdloss.cka, unbiased=True)
+    for between in (kdloss.between_tokens, partial(kdloss.between_examples, mean=True)):
+        compared = between(partial(kdloss.correlation_congruence, gamma=1.0))
+        assert needs_no_width(compared)
+        assert needs_no_width(partial(compared))
+        assert compared(student, wide).shape == (3, 4)
+        assert not needs_no_width(between(kdloss.cwd))
+    s, t = (x.reshape(12, -1) for x in numbers(student, wide))
+    value = kdloss.between_tokens(distance)(student, wide).mean()
+    assert value.item() == pytest.approx(oracles.cka(s, t, unbiased=True).mean(), rel=1e-9)
+
+
+def test_between_leaves_features_of_examples_as_they_are():
+    student, teacher = f64(6, 5)
+    for between in (kdloss.between_tokens, kdloss.between_examples):
+        torch.testing.assert_close(between(kdloss.pkt)(student, teacher), kdloss.pkt(student, teacher))
+
+
+@pytest.mark.parametrize("between", [kdloss.between_tokens, kdloss.between_examples])
+def test_between_refuses_a_distance_of_single_positions(between):
+    with pytest.raises(TypeError, match=r"mse compares each position with its own partner only"):
+        between(kdloss.mse)
+    with pytest.raises(TypeError, match="FeatureKD"):
+        between(partial(kdloss.cosine, eps=1e-6))
