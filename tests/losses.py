@@ -25,6 +25,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "dist": [{}, {"gamma": 0.0}],
     "attention_transfer": [{}, {"paper": True}],
     "cka": [{}, {"unbiased": True}],
+    "attention_mse": [{"heads": 2}, {"heads": 1, "causal": True}],
+    "minilm": [{"heads": 2}, {"heads": 1, "causal": True}],
+    "MGD": [{"size": (1, -1)}],
+    "CRD": [{"width": 4, "negatives": 6, "temperature": 0.5}],
+    "minilm_v2": [{"relation_heads": 2}, {"relation_heads": 3, "parts": 1, "causal": True}],
     "activation_boundary": [{}, {"margin": 0.5}],
     "correlation_congruence": [{}, {"gamma": 1.0, "order": 4}],
     "cwd": [{}, {"temperature": 1.0}],
@@ -41,6 +46,12 @@ EXEMPT = {
     "nkd": {"teacher"},  # its first term is a cross-entropy
     "dist": {"relational"},
     "attention_transfer": {"alone"},  # one row is enough
+    "attention_mse": {"alone"},  # a text may be one token
+    "minilm": {"alone"},
+    "VID": {"teacher", "negative"},  # a log-likelihood
+    "MGD": {"teacher", "alone", "place"},  # generated from the neighbours, by where they stand
+    "CRD": {"teacher", "alone"},  # others are to be told apart, too
+    "minilm_v2": {"alone"},
     "fsp": {"alone"},
     "standardized_mse": {"batch"},  # the teacher's variance is that of all positions of the call
     "activation_boundary": {"teacher"},  # a margin beyond the teacher's own activations
@@ -48,6 +59,8 @@ EXEMPT = {
     "total_variation": {"kink"},
     "adaptive_kl": {"frozen"},  # its weights are constants for the gradient
 }
+# What the width of a distance is a multiple of.
+MULTIPLE = {"attention_mse": 4, "minilm": 6, "minilm_v2": 6}
 TEMPERATURES = (0.5, 1.0, 2.0, 10.0)
 
 
@@ -62,10 +75,19 @@ class Loss:
     settings: dict[str, Any]
     exempt: frozenset[str] = frozenset()
     scale: float = 1.0
+    multiple: int = 1
 
     def at(self, temperature: float) -> "Loss":
         """The same at another temperature."""
         return replace(self, settings={**self.settings, "temperature": temperature})
+
+    def width(self, least: int) -> int:
+        """The next width it takes: heads of queries and keys side by side divide it."""
+        return -(-least // self.multiple) * self.multiple
+
+    def sample(self, *shape: int, **options: Any) -> tuple[Any, Any]:
+        """A student that requires gradient, and a teacher, this wide or a little wider."""
+        return sample(*shape[:-1], self.width(shape[-1]), **options)
 
     def call(self, student: Any, teacher: Any, **more: Any) -> Any:
         """The loss of these logits or features; labels, where it wants some, follow from their shape."""
@@ -126,12 +148,43 @@ def _table() -> list[Loss]:
                 )
     for name in sorted({*distances.__all__} - {"between_examples", "between_tokens", "tokens"}):
         for options in OPTIONS.get(name, [{}]):
-            function = getattr(distances, name)
+            function, oracle = getattr(distances, name), getattr(oracles, name.lower())
+            if isinstance(function, type):
+                function, oracle = _built(function, oracle, options)
             words = "-".join(f"{key}{value}" for key, value in options.items())
             label = f"{name}{words and '-' + words}"
             exempt = _exempt(name, function)
-            table.append(Loss(label, function, getattr(oracles, name), "distance", options, exempt))
+            given = {} if function is not getattr(distances, name) else options
+            multiple = MULTIPLE.get(name, 1)
+            entry = Loss(label, function, oracle, "distance", given, exempt, multiple=multiple)
+            table.append(entry)
     return table
+
+
+def _built(module: Any, oracle: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A module as a function of features, and its oracle with the same parameters, whatever the widths."""
+    made: dict[Any, Any] = {}
+
+    def at(student: Any, teacher: Any, device: str) -> Any:
+        widths = student.shape[-1] if hasattr(module, "any_width") else teacher.shape[-1], teacher.shape[-1]
+        if (widths, device) not in made:
+            torch.manual_seed(1)
+            made[widths, device] = module(*widths, **options).eval().to(device)
+        return made[widths, device]
+
+    def relational(student: Any, teacher: Any, *, mask: Any = None) -> Any:
+        return at(student, teacher, student.device.type)(student, teacher, mask=mask)
+
+    def positional(student: Any, teacher: Any) -> Any:
+        return at(student, teacher, student.device.type)(student, teacher)
+
+    def expected(s: Any, t: Any) -> Any:
+        state = at(s, t, "cpu").state_dict()
+        return oracle(s, t, {name: value.double().numpy() for name, value in state.items()}, **options)
+
+    function = relational if takes(module.forward, "mask") else positional
+    function.any_width = hasattr(module, "any_width")  # type: ignore[attr-defined]
+    return function, expected
 
 
 def _exempt(name: str, function: Any) -> frozenset[str]:

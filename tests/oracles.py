@@ -226,6 +226,86 @@ def cka(s, t, unbiased=False):
     return n * (gap * gap).sum(-1) / 2
 
 
+def _seen(scores, causal):
+    """Every query's scores of the keys it sees, in a list."""
+    return [row[: i + 1] if causal else row for i, row in enumerate(scores)]
+
+
+def _head_scores(x, parts, heads):
+    """Scaled products of two parts, given by their indices: one matrix for each head."""
+    d = x.shape[-1] // parts // heads
+    cut = [[x[:, (p * heads + a) * d :][:, :d] for a in range(heads)] for p in range(parts)]
+    return lambda p, q: [cut[p][a] @ cut[q][a].T / np.sqrt(d) for a in range(heads)]
+
+
+def _relation_kl(s, t, causal):
+    """KL(teacher || student), the mean over heads."""
+    values = [
+        [
+            _kl(log_softmax(b), log_softmax(a))
+            for a, b in zip(_seen(x, causal), _seen(y, causal), strict=True)
+        ]
+        for x, y in zip(s, t, strict=True)
+    ]
+    return np.array(values).mean(0)
+
+
+def attention_mse(s, t, heads, causal=False):
+    pairs = zip(_head_scores(s, 2, heads)(0, 1), _head_scores(t, 2, heads)(0, 1), strict=True)
+    return np.array([[(row * row).mean() for row in _seen(x - y, causal)] for x, y in pairs]).mean(0)
+
+
+def minilm(s, t, heads, causal=False):
+    a, b = _head_scores(s, 3, heads), _head_scores(t, 3, heads)
+    return sum(_relation_kl(a(*which), b(*which), causal) for which in ((0, 1), (2, 2)))
+
+
+def minilm_v2(s, t, relation_heads, parts=3, causal=False):
+    a, b = _head_scores(s, parts, relation_heads), _head_scores(t, parts, relation_heads)
+    return sum(_relation_kl(a(p, p), b(p, p), causal) for p in range(parts))
+
+
+def _softplus(x):
+    return -_log_sigmoid(-x)
+
+
+def vid(s, t, p, eps=1e-5):
+    variance = _softplus(p["alpha"]) + eps
+    return ((s - t) ** 2 / variance + np.log(variance)).mean(-1) / 2
+
+
+def _convolution(grid, weight, bias):
+    """Three by three, position by position, with zeros outside: grid [H, W, C]."""
+    height, width, _ = grid.shape
+    out = np.zeros((height, width, len(weight)), dtype=np.result_type(grid, weight)) + bias
+    for y, x, dy, dx in np.ndindex(height, width, 3, 3):
+        if 0 <= y + dy - 1 < height and 0 <= x + dx - 1 < width:
+            out[y, x] += weight[:, :, dy, dx] @ grid[y + dy - 1, x + dx - 1]
+    return out
+
+
+def mgd(s, t, p, size):
+    hidden = _convolution(s.reshape(*size, s.shape[-1]), p["first.weight"], p["first.bias"])
+    made = _convolution(hidden * (hidden.real > 0), p["second.weight"], p["second.bias"])
+    return ((made.reshape(len(s), -1) - t) ** 2).mean(-1)
+
+
+def crd(s, t, p, temperature, **_):
+    s, t = (
+        _normalised(x @ p[f"{side}.weight"].T + p[f"{side}.bias"])
+        for x, side in ((s, "student"), (t, "teacher"))
+    )
+    n, width = p["students"].shape
+    noise = n * np.exp(1 / (2 * width * temperature**2))
+
+    def h(products):
+        return 1 / (1 + noise * np.exp(-products / temperature))
+
+    own = h((s * t).sum(-1))
+    others = np.log(1 - h(s @ p["teachers"].T)).sum(-1) + np.log(1 - h(t @ p["students"].T)).sum(-1)
+    return -2 * np.log(own) - others
+
+
 def _smooth(x, beta=1.0):
     return np.where(abs(x.real) < beta, x * x / 2 / beta, _abs(x) - beta / 2)
 

@@ -32,7 +32,7 @@ def grad(value, *inputs):
 
 @but("teacher")
 def test_it_is_zero_with_zero_gradient_exactly_at_the_teacher(loss):
-    _, teacher = sample(4, 7)
+    _, teacher = loss.sample(4, 7)
     student = teacher.clone().requires_grad_()
     value = loss.call(student, teacher)
     assert value.tolist() == [0.0] * 4
@@ -41,17 +41,17 @@ def test_it_is_zero_with_zero_gradient_exactly_at_the_teacher(loss):
 
 @every_loss
 @settings(max_examples=50, deadline=None)
-@given(rows=st.lists(st.floats(-30, 30, width=32), min_size=24, max_size=24))
+@given(rows=st.lists(st.floats(-30, 30, width=32), min_size=48, max_size=48))
 def test_it_is_never_negative_and_never_nan(loss, rows):
-    student, teacher = torch.tensor(rows).view(2, 4, 3)
+    student, teacher = torch.tensor(rows[: 8 * loss.width(3)]).view(2, 4, -1)
     value = loss.call(student, teacher)
-    assert (value >= -loss.rounding).all()
+    assert "negative" in loss.exempt or (value >= -loss.rounding).all()
     assert value.isfinite().all()
 
 
 @pytest.mark.parametrize("loss", [loss for loss in DIVERGENCES if "shift" not in loss.exempt], ids=str)
 def test_a_constant_added_to_logits_changes_nothing(loss):
-    student, teacher = sample(4, 7, dtype=torch.float64)
+    student, teacher = loss.sample(4, 7, dtype=torch.float64)
     value = loss.call(student, teacher)
     moved = loss.call(student + 100.0, teacher - 50.0)
     torch.testing.assert_close(moved, value, rtol=1e-9, atol=1e-9)
@@ -71,7 +71,7 @@ def test_what_each_normalised_distance_is_blind_to():
 @every_loss
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_value_and_gradient_agree_with_the_float64_oracle(loss, dtype):
-    student, teacher = sample(5, 9, dtype=dtype)
+    student, teacher = loss.sample(5, 9, dtype=dtype)
     value = loss.call(student, teacher)
     slope = grad(value, student)[0]
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -89,7 +89,7 @@ def test_value_and_gradient_agree_with_the_float64_oracle(loss, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_in_a_criterion_value_and_gradient_agree_with_the_float64_oracle_too(loss, dtype):
     """There the engine computes them, by closed forms where it has some."""
-    student, teacher = sample(5, 9, dtype=dtype)
+    student, teacher = loss.sample(5, 9, dtype=dtype)
     options = {name: value for name, value in loss.settings.items() if name != "temperature"}
     criterion = kdloss.VanillaKD(
         loss.settings["temperature"], 0.0, divergence=partial(loss.function, **options), reduction="sum"
@@ -105,7 +105,7 @@ def test_in_a_criterion_value_and_gradient_agree_with_the_float64_oracle_too(los
 
 @but("frozen")
 def test_gradcheck_and_gradgradcheck_hold(loss):
-    student, teacher = sample(4, 5, dtype=torch.float64)
+    student, teacher = loss.sample(4, 5, dtype=torch.float64)
     student = (student / 3).detach().requires_grad_()
     assert torch.autograd.gradcheck(loss.call, (student, teacher / 3))
     assert torch.autograd.gradgradcheck(loss.call, (student, teacher / 3))
@@ -113,7 +113,7 @@ def test_gradcheck_and_gradgradcheck_hold(loss):
 
 @every_loss
 def test_the_teacher_gets_no_gradient(loss):
-    student, teacher = sample(4, 5)
+    student, teacher = loss.sample(4, 5)
     teacher.requires_grad_()
     loss.call(student, teacher).sum().backward()
     assert teacher.grad is None
@@ -121,7 +121,7 @@ def test_the_teacher_gets_no_gradient(loss):
 
 @but("teacher")
 def test_a_student_that_is_the_teacher_itself_gets_zeros(loss):
-    both = sample(4, 7)[0]
+    both = loss.sample(4, 7)[0]
     value = loss.call(both, both)
     assert value.tolist() == [0.0] * 4
     assert not grad(value, both)[0].any()
@@ -129,20 +129,20 @@ def test_a_student_that_is_the_teacher_itself_gets_zeros(loss):
 
 @every_loss
 def test_inputs_are_never_written_to_and_layout_does_not_matter(loss):
-    student, teacher = sample(6, 4, 5)
+    student, teacher = loss.sample(6, 4, 5)
     before = student.detach().clone(), teacher.clone()
     value = loss.call(student, teacher)
     assert torch.equal(student, before[0])
     assert torch.equal(teacher, before[1])
     strided = loss.call(student.mT.contiguous().mT, teacher.mT.contiguous().mT)
     torch.testing.assert_close(strided, value)
-    row = teacher[:1].expand(6, 4, 5)
+    row = teacher[:1].expand(6, -1, -1)
     torch.testing.assert_close(loss.call(student, row), loss.call(student, row.clone()))
 
 
 @every_loss
 def test_same_inputs_give_the_same_bits(loss):
-    student, teacher = sample(8, 33)
+    student, teacher = loss.sample(8, 33)
     first, second = loss.call(student, teacher), loss.call(student, teacher)
     assert torch.equal(first, second)
     assert torch.equal(grad(first, student)[0], grad(second, student)[0])
@@ -158,7 +158,7 @@ def test_one_position_one_class_one_example_are_enough(loss):
 
 @every_loss
 def test_constant_and_zero_rows_stay_finite_in_value_and_gradient(loss):
-    rows = torch.tensor([[0.0, 0.0, 0.0], [5.0, 5.0, 5.0], [0.0, 0.0, 0.0], [5.0, 5.0, 5.0]])
+    rows = torch.tensor([[0.0], [5.0], [0.0], [5.0]]).repeat(1, loss.width(3))
     student = rows.clone().requires_grad_()
     value = loss.call(student, rows.flip(0).roll(1, 0))
     assert value.isfinite().all()
@@ -167,7 +167,7 @@ def test_constant_and_zero_rows_stay_finite_in_value_and_gradient(loss):
 
 @every_loss
 def test_duplicate_rows_stay_finite_in_value_and_gradient_and_its_gradient(loss):
-    student, teacher = (x.repeat(2, 1).detach() for x in sample(2, 5, dtype=torch.float64))
+    student, teacher = (x.repeat(2, 1).detach() for x in loss.sample(2, 5, dtype=torch.float64))
     student.requires_grad_()
     value = loss.call(student, teacher.flip(0))
     slope = torch.autograd.grad(value.sum(), student, create_graph=True)[0]
@@ -182,7 +182,7 @@ def test_duplicate_rows_stay_finite_in_value_and_gradient_and_its_gradient(loss)
 
 @every_loss
 def test_mean_is_the_mean_of_none_over_the_valid_positions(loss):
-    student, teacher = sample(3, 4, 5)
+    student, teacher = loss.sample(3, 4, 5)
     mask = torch.rand(3, 4) > 0.4
     none = masked(loss, student, teacher, mask, reduction="none")
     mean = masked(loss, student, teacher, mask)
@@ -196,7 +196,7 @@ def test_mean_is_the_mean_of_none_over_the_valid_positions(loss):
 @every_loss
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_what_stands_at_a_masked_position_never_matters(loss, garbage):
-    student, teacher = sample(3, 4, 5)
+    student, teacher = loss.sample(3, 4, 5)
     mask = torch.rand(3, 4) > 0.4
     clean = masked(loss, student, teacher, mask)
     clean_grad = grad(clean, student)[0]
@@ -214,23 +214,23 @@ def test_what_stands_at_a_masked_position_never_matters(loss, garbage):
 
 @every_loss
 def test_nothing_valid_gives_zero_that_backpropagates_zeros(loss):
-    student, teacher = sample(4, 5)
+    student, teacher = loss.sample(4, 5)
     student = (student * float("nan")).detach().requires_grad_()
     for empty in (
         masked(loss, student, teacher, torch.zeros(4, dtype=torch.bool)),
         masked(loss, student[:0], teacher[:0]),
     ):
         assert empty == 0
-        assert torch.equal(grad(empty, student)[0], torch.zeros(4, 5))
+        assert torch.equal(grad(empty, student)[0], torch.zeros_like(student))
 
 
 RELATIONAL = [loss for loss in LOSSES if "relational" in loss.exempt]
 ROWS = pytest.mark.parametrize("loss", [x for x in RELATIONAL if x.kind == "distance"], ids=str)
 
 
-@pytest.mark.parametrize("loss", RELATIONAL, ids=str)
+@pytest.mark.parametrize("loss", [x for x in RELATIONAL if "place" not in x.exempt], ids=str)
 def test_a_loss_between_positions_is_that_of_the_positions_that_count(loss):
-    student, teacher = sample(7, 9, dtype=torch.float64)
+    student, teacher = loss.sample(7, 9, dtype=torch.float64)
     mask = torch.tensor([True, False, True, True, False, True, True])
     value = masked(loss, student, teacher, mask)
     s, t = student.detach().numpy()[mask], teacher.numpy()[mask]
@@ -251,7 +251,7 @@ def test_a_loss_between_positions_is_that_of_the_positions_that_count(loss):
 )
 def test_each_example_of_a_batch_is_compared_within_itself(loss):
     """So that examples may be micro-batched, and padded to any length."""
-    student, teacher = sample(3, 8, 5, dtype=torch.float64)
+    student, teacher = loss.sample(3, 8, 5, dtype=torch.float64)
     mask = torch.arange(8) < torch.tensor([[8], [4], [6]])
     whole = masked(loss, student, teacher, mask, reduction="none")
     alone = [loss.call(student[b, :n], teacher[b, :n]) for b, n in enumerate([8, 4, 6])]
@@ -266,7 +266,7 @@ def test_each_example_of_a_batch_is_compared_within_itself(loss):
 
 @ROWS
 def test_a_single_row_left_by_a_mask_stays_finite(loss):
-    student, teacher = sample(2, 4, 5)
+    student, teacher = loss.sample(2, 4, 5)
     mask = torch.tensor([[False, True, False, False], [False] * 4])
     value = masked(loss, student, teacher, mask)
     assert value.isfinite()
@@ -286,8 +286,8 @@ def test_too_few_rows_and_maps_are_refused_with_the_line_to_write(loss):
 
 @ROWS
 def test_widths_may_differ_where_relations_are_compared_and_are_refused_elsewhere(loss):
-    student, teacher = sample(2, 6, 5, dtype=torch.float64)
-    other = torch.cat([teacher, torch.zeros(2, 6, 3, dtype=torch.float64)], -1)
+    student, teacher = loss.sample(2, 6, 5, dtype=torch.float64)
+    other = torch.cat([teacher, torch.zeros(2, 6, loss.width(3), dtype=torch.float64)], -1)
     if "width" in loss.exempt:
         value = loss.call(student, other)
         assert value.shape == (2, 6)
@@ -295,13 +295,13 @@ def test_widths_may_differ_where_relations_are_compared_and_are_refused_elsewher
     else:
         with pytest.raises(ValueError, match=r"\(2, 6, 8\)"):
             loss.call(student, other)
-    with pytest.raises(ValueError, match=r"\(2, 5, 5\)"):
+    with pytest.raises(ValueError, match=rf"\(2, 5, {loss.width(5)}\)"):
         loss.call(student, teacher[:, :5])
 
 
 @but("relational")
 def test_micro_batches_of_unequal_size_add_up_to_one_batch(loss):
-    student, teacher = sample(6, 5, dtype=torch.float64)
+    student, teacher = loss.sample(6, 5, dtype=torch.float64)
     mask = torch.tensor([True, True, True, False, True, True])
     whole = masked(loss, student, teacher, mask)
     labels = labels_for(student.shape)
@@ -324,11 +324,11 @@ def test_micro_batches_of_unequal_size_add_up_to_one_batch(loss):
 
 @every_loss
 def test_it_compiles_without_a_graph_break_mask_included(loss):
-    student, teacher = sample(3, 4, 5)
+    student, teacher = loss.sample(3, 4, 5)
     mask = torch.rand(3, 4) > 0.4
     torch._dynamo.reset()
     compiled = torch.compile(lambda s, t, m: masked(loss, s, t, m), fullgraph=True, backend="aot_eager")
-    value, plain = compiled(student, teacher, mask), masked(loss, student, teacher, mask)
+    plain, value = masked(loss, student, teacher, mask), compiled(student, teacher, mask)
     torch.testing.assert_close(value, plain)
     torch.testing.assert_close(grad(value, student), grad(plain, student))
 
@@ -336,7 +336,7 @@ def test_it_compiles_without_a_graph_break_mask_included(loss):
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_changes_nothing(loss, dtype):
-    student, teacher = sample(3, 4, 5)
+    student, teacher = loss.sample(3, 4, 5)
     value = loss.call(student, teacher)
     with torch.autocast("cpu", dtype):
         cast = loss.call(student, teacher)
@@ -346,9 +346,9 @@ def test_autocast_changes_nothing(loss, dtype):
 
 @every_loss
 def test_meta_tensors_give_a_meta_scalar(loss):
-    student = torch.empty(3, 4, 5, device="meta", requires_grad=True)
+    student = torch.empty(3, 4, loss.width(5), device="meta", requires_grad=True)
     mask = torch.empty(3, 4, device="meta", dtype=torch.bool)
-    value = masked(loss, student, torch.empty(3, 4, 5, device="meta"), mask)
+    value = masked(loss, student, torch.empty_like(student), mask)
     assert value.is_meta
     assert value.shape == ()
 
@@ -373,7 +373,7 @@ def test_integers_and_other_devices_are_refused(loss):
 
 @every_loss
 def test_dtypes_may_differ_and_are_computed_in_float32(loss):
-    student, teacher = sample(4, 5)
+    student, teacher = loss.sample(4, 5)
     rounded = teacher.bfloat16()
     torch.testing.assert_close(loss.call(student, rounded), loss.call(student, rounded.float()))
 

@@ -5,7 +5,11 @@ from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.cross_entropy import cross_entropy
 from kdloss.distances import (
+    CRD,
+    MGD,
+    VID,
     activation_boundary,
+    attention_mse,
     attention_transfer,
     between_examples,
     between_tokens,
@@ -15,6 +19,8 @@ from kdloss.distances import (
     cwd,
     fsp,
     layer_norm_mse,
+    minilm,
+    minilm_v2,
     mse,
     normalized_mse,
     nst,
@@ -62,6 +68,9 @@ from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLog
 
 __all__ = [
     "CKAMatrix",
+    "CRD",
+    "MGD",
+    "VID",
     "Captured",
     "Distilled",
     "Distiller",
@@ -75,6 +84,7 @@ __all__ = [
     "VanillaKD",
     "activation_boundary",
     "adaptive_kl",
+    "attention_mse",
     "attention_transfer",
     "bernoulli_kl",
     "between_examples",
@@ -99,6 +109,8 @@ __all__ = [
     "linear",
     "logit_mse",
     "masked",
+    "minilm",
+    "minilm_v2",
     "mlp",
     "mse",
     "nkd",

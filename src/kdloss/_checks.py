@@ -119,6 +119,51 @@ def rows(name: str, student: Tensor, teacher: Tensor, same_width: bool, least: i
     same_place("teacher features", student, teacher)
 
 
+def whole(name: str, value: int) -> int:
+    """A whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+    return value
+
+
+def one_width(name: str, student: int, teacher: int) -> int:
+    """The width that the features of both sides have when they are compared."""
+    if student != teacher:
+        raise ValueError(
+            f"{name} compares features of one width, got {student} (student) and {teacher} (teacher). The "
+            f"student's features come projected: write kdloss.{name}({teacher}, {teacher})"
+        )
+    return whole("width", teacher)
+
+
+def grid(name: str, size: tuple[int, int] | None, positions: int) -> tuple[int, int]:
+    """Height and width of a grid of positions, by default a square."""
+    side = math.isqrt(positions)
+    height, width = (side, side) if size is None else size
+    height = positions // width if height == -1 and width > 0 else height
+    width = positions // height if width == -1 and height > 0 else width
+    if height < 1 or width < 1 or height * width != positions:
+        asked = "no square" if size is None else f"not on a grid of size={size}"
+        raise ValueError(
+            f"{name} got {positions} positions, which stand {asked}; write size=(H, W) of the maps, or "
+            "size=(1, -1) for text"
+        )
+    return height, width
+
+
+def heads(name: str, heads: int, parts: int, *widths: int) -> None:
+    """Projections of some heads, as many parts (query, key, value) of equal width side by side."""
+    whole(f"{name}'s number of heads", heads)
+    whole(f"{name}'s number of parts", parts)
+    if any(width % (heads * parts) for width in widths):
+        student, teacher = widths
+        raise ValueError(
+            f"{name} splits the width into {parts} parts (queries, keys, values side by side) of {heads} "
+            f"heads each, so it is a multiple of {heads * parts}; got {student} (student) and {teacher} "
+            "(teacher). Give torch.cat([queries, keys, ...], -1) and the number of heads that both have"
+        )
+
+
 def logits(student: Tensor, teacher: Tensor) -> None:
     """Logits `[..., V]` of student and teacher over one vocabulary."""
     floating("student logits", student)

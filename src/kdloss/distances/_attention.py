@@ -1,0 +1,40 @@
+"""Relations between the positions of a text, head by head, from projections put side by side."""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss.distances._rows import pairs, product, rows
+from kdloss.divergences import forward_kl
+
+
+def projections(
+    name: str, student: Tensor, teacher: Tensor, mask: Tensor | None, heads: int, parts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both sides `[parts, B, heads, N, d]` (query, key, value), and which rows count `[B, N]`."""
+    s, t, keep = rows(name, student, teacher, mask, least=1)
+    _checks.heads(name, heads, parts, s.shape[-1], t.shape[-1])
+    split = [rearrange(x, "b n (p h d) -> p b h n d", p=parts, h=heads) for x in (s, t)]
+    return split[0], split[1], keep
+
+
+def scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Scaled dot products `[..., N, N]`, before any softmax."""
+    scale: float = queries.shape[-1] ** -0.5
+    return product(queries, keys) * scale
+
+
+def seen(keep: Tensor, causal: bool) -> Tensor:
+    """Which positions see which, `[B, 1, N, N]`: what counts, itself and earlier ones if causal."""
+    sees = pairs(keep)
+    return (sees.tril() if causal else sees).unsqueeze(1)
+
+
+def kl_of_relations(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], keep: Tensor, causal: bool
+) -> Tensor:
+    """KL(teacher || student) of what every position attends to, the mean over heads, `[B, N]`."""
+    unseen = ~seen(keep, causal) & keep[:, None, :, None]
+    s, t = (scores(*x).masked_fill(unseen, -torch.inf) for x in (student, teacher))
+    return forward_kl(s, t).mean(1) if s.numel() else s.sum(-1).mean(1)

@@ -1,0 +1,53 @@
+"""TinyBERT's attention loss: squared error of the attention scores."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kdloss.distances._attention import projections, scores, seen
+from kdloss.distances._rows import any_width, spread
+
+
+@any_width
+def attention_mse(
+    student: Float[Tensor, "*batch rows student_width"],
+    teacher: Float[Tensor, "*batch rows teacher_width"],
+    *,
+    heads: int,
+    mask: Bool[Tensor, "*batch rows"] | None = None,
+    causal: bool = False,
+) -> Float[Tensor, "*batch rows"]:
+    r"""Mean squared error of the attention scores before their softmax, for every query.
+
+    $\frac1h \sum_a \frac1N \sum_j (A^s_{aij} - A^t_{aij})^2$ with $A_a = Q_a K_a^\top / \sqrt{d}$, h heads
+    of width d. Its mean over the queries i is the paper's mean of MSEs. The authors' code also counts
+    padding, whose scores it sets to 0; here padded keys and queries count nowhere. `causal=True` leaves out
+    the keys after each query (decoders, which the paper has none of) and takes the mean over the others.
+
+    Student and teacher are their query and key projections side by side along the width, `[Q, K]`, each
+    with its heads side by side, as models compute them: `torch.cat([query, key], -1)` of what
+    `kdloss.capture` recorded. So no model has to hold attention maps, and fused attention works. Rotary
+    embeddings come after the projections: with these the scores are of the content, without positions.
+
+    The paper's embedding loss is `mse` on the embedding layers, its hidden loss `mse` on the blocks, both
+    with `FeatureKD`'s projection. Attention maps `[B, heads, T, T]` that a model gives are to `FeatureKD`
+    maps whose channels are heads: `mse` of them, with a `feature_mask` of pairs `[B, T, T]`, has this form.
+
+    Shapes: student `[..., N, 2·D]` and teacher `[..., N, 2·D']` (widths may differ, the number of heads is
+    the same), mask `[..., N]` (True = counts). Returns `[..., N]`, in float32 or better. The teacher is
+    detached.
+
+    Raises: ValueError for widths that heads don't divide, positions or devices that differ, or features
+    that are not rows; TypeError for integer features.
+
+    >>> import torch
+    >>> queries, keys = torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0], [4.0]])
+    >>> attention_mse(torch.cat([queries, keys], -1), torch.zeros(2, 2), heads=1)  # (4 + 16) / 2
+    tensor([10.,  0.])
+
+    Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", arXiv:1909.10351.
+    """
+    s, t, keep = projections("attention_mse", student, teacher, mask, heads, parts=2)
+    keys = seen(keep, causal)
+    gap = (scores(*s) - scores(*t)).masked_fill(~keys, 0)
+    values = (gap.square().sum(-1) / keys.sum(-1).clamp_min(1)).mean(1)
+    return spread(values, keep, student.shape[:-1])

@@ -1,0 +1,111 @@
+"""Contrastive representation distillation."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from kdloss import _checks
+from kdloss.distances._layers import linear
+from kdloss.distances._rows import product, rows, spread
+
+
+class CRD(nn.Module):
+    r"""Tell a row's own teacher from the teachers of other rows, and its own student from other students.
+
+    $\sum_{\text{anchor}} \left( -\log h(s, t) - \sum_{j=1}^N \log (1 - h(s, t_j)) \right)$, the anchor once
+    the student among remembered teachers $t_j$, once the teacher among remembered students, with
+
+    $h(s, t) = \frac{e^{g_s(s) \cdot g_t(t) / \tau}}{e^{g_s(s) \cdot g_t(t) / \tau} + N z}$: two linear
+    heads g to unit vectors of length `width`. It is the authors' code, whose constant Z, estimated on the
+    first batch against a random memory, makes of the paper's N/M (M examples in the data set) this N z,
+    with z the mean of $e^{\cdot/\tau}$ over random directions. Here z is $e^{1/(2 D \tau^2)}$, that mean's
+    value for a large D = `width`.
+
+    The last N = `negatives` embeddings of both sides are remembered, in buffers: `state_dict()` holds
+    them, `to()` moves them, they never grow. Rows that count enter after each call in training mode,
+    without gradient; `eval()` reads only. At first the memory holds random directions, as the authors'
+    does. Theirs has a place for each example of the data set, a moving average, and wants indices; here a
+    positive is the row's own pair in the batch, through which both heads learn. It takes N numbers per row
+    and side.
+
+    `CRD(student_width, teacher_width)`: widths may differ, no projection is needed. Shapes: student
+    `[..., N, D]` and teacher `[..., N, D']`; `[N, D]` are examples (the paper's, pooled
+    features), of `[B, N, D]` every position is a row of its own. Mask `[..., N]` (True = counts). Returns
+    `[..., N]`, in float32 or better. The teacher is detached; the heads hold parameters: give them to the
+    optimizer. It is not 0 at the teacher.
+
+    Raises: ValueError for positions or devices that differ, or maps that are not rows; TypeError for
+    integer features.
+
+    >>> crd = CRD(8, 12, negatives=64)
+    >>> crd(torch.randn(4, 8), torch.randn(4, 12)).shape, crd.teachers.shape
+    (torch.Size([4]), torch.Size([64, 128]))
+
+    Tian, Krishnan, Isola 2020, "Contrastive Representation Distillation", arXiv:1910.10699, and their code.
+    """
+
+    any_width = True
+    students: Tensor
+    teachers: Tensor
+    next: Tensor
+
+    def __init__(
+        self,
+        student_width: int,
+        teacher_width: int,
+        *,
+        width: int = 128,
+        negatives: int = 16384,
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        _checks.whole("width", width)
+        _checks.whole("negatives", negatives)
+        self.temperature = _checks.temperature(temperature)
+        self.student = nn.Linear(student_width, width)
+        self.teacher = nn.Linear(teacher_width, width)
+        self.register_buffer("students", F.normalize(torch.randn(negatives, width), dim=-1))
+        self.register_buffer("teachers", F.normalize(torch.randn(negatives, width), dim=-1))
+        self.register_buffer("next", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self,
+        student: Float[Tensor, "*batch rows student_width"],
+        teacher: Float[Tensor, "*batch rows teacher_width"],
+        *,
+        mask: Bool[Tensor, "*batch rows"] | None = None,
+    ) -> Float[Tensor, "*batch rows"]:
+        """The value at every row; see the class."""
+        s, t, keep = rows("CRD", student, teacher, mask, least=1)
+        s = F.normalize(linear(s, self.student), dim=-1)
+        t = F.normalize(linear(t, self.teacher), dim=-1)
+        # -log h and -log(1 - h) are softplus of the gap to log(N z)
+        bar = math.log(len(self.students)) + 1 / (2 * s.shape[-1] * self.temperature**2)
+        own = 2 * F.softplus(bar - (s * t).sum(-1) / self.temperature)
+        # copies, since the memory changes before backward
+        teachers, students = (x.to(s.dtype, copy=True) for x in (self.teachers, self.students))
+        others = product(s, teachers), product(t, students)
+        values = own + sum(F.softplus(x / self.temperature - bar).sum(-1) for x in others)
+        if self.training:
+            self._remember(s, t, keep.flatten())
+        return spread(values, keep, student.shape[:-1])
+
+    @torch.no_grad()
+    def _remember(self, s: Tensor, t: Tensor, keep: Tensor) -> None:
+        """Write the rows that count over the oldest, without a shape that depends on how many do."""
+        places, total = len(self.students), keep.sum()
+        order = keep.cumsum(0) - 1
+        latest = keep & (order >= total - places)
+        # what doesn't enter is written to one place more, and dropped with it
+        index = torch.where(latest, (self.next + order) % places, places)
+        for memory, new in ((self.students, s), (self.teachers, t)):
+            room = torch.cat([memory, memory[:1]])
+            memory.copy_(room.index_copy(0, index, new.flatten(0, 1).to(memory.dtype))[:-1])
+        self.next.copy_((self.next + total) % places)
+
+    def extra_repr(self) -> str:
+        """Settings for `repr`."""
+        return f"negatives={len(self.students)}, temperature={self.temperature}"

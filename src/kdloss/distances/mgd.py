@@ -1,0 +1,83 @@
+"""Masked generative distillation."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from kdloss import _checks
+from kdloss.distances._layers import convolution
+from kdloss.distances._rows import rows, spread
+from kdloss.reduction import fill
+
+
+class MGD(nn.Module):
+    r"""Squared error of the teacher's features as generated from what is left of the student's.
+
+    $\frac1D \| G(m \odot s)_n - t_n \|^2$ at every position n: in training a random `ratio` of the
+    positions is set to zero, all channels alike (m, from torch's generator), and a generator of two 3x3
+    convolutions with a ReLU between makes the teacher's features of the rest. In `eval()` nothing is set
+    to zero, as in a dropout. The authors sum the squares and divide by the number of examples, with a
+    weight of 2e-5: this is their mean over positions and channels. The ratio is that of their detectors,
+    0.65; their classifiers leave out whole channels instead.
+
+    Positions come as rows (`kdloss.tokens` of a map) and are put on the grid `size` = (H, W) again, by
+    default a square; one of the two may be -1. Text stands in one line: `size=(1, -1)`. Positions that the
+    mask takes out are zeros to both convolutions, like what lies outside the grid.
+
+    `MGD(student_width, teacher_width)`: the widths of the features it is called with, which are equal
+    (after `FeatureKD`'s projection). Shapes: student and teacher `[..., N, D]`, mask `[..., N]` (True =
+    counts). Returns `[..., N]`, in float32 or better. The teacher is detached; the generator holds
+    parameters: give them to the optimizer. It is not 0 at the teacher.
+
+    Raises: ValueError for a grid that doesn't hold N positions, widths, positions or devices that differ,
+    or maps that are not rows; TypeError for integer features.
+
+    >>> student, teacher = torch.randn(2, 16, 8), torch.randn(2, 16, 8)
+    >>> MGD(8, 8)(student, teacher).shape  # a grid of 4 x 4
+    torch.Size([2, 16])
+
+    Yang et al. 2022, "Masked Generative Distillation", arXiv:2205.01529, and their code.
+    """
+
+    def __init__(
+        self,
+        student_width: int,
+        teacher_width: int,
+        *,
+        ratio: float = 0.65,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        width = _checks.one_width("MGD", student_width, teacher_width)
+        self.ratio = _checks.fraction("ratio", ratio)
+        self.size = size
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(
+        self,
+        student: Float[Tensor, "*batch rows width"],
+        teacher: Float[Tensor, "*batch rows width"],
+        *,
+        mask: Bool[Tensor, "*batch rows"] | None = None,
+    ) -> Float[Tensor, "*batch rows"]:
+        """The value at every position; see the class."""
+        s, t, keep = rows("MGD", student, teacher, mask, same_width=True, least=1)
+        if s.numel():
+            s = self._generate(s, keep)
+        return spread((s - t).square().mean(-1), keep, student.shape[:-1])
+
+    def _generate(self, s: Tensor, keep: Tensor) -> Tensor:
+        if self.training:
+            s = fill(s, torch.rand(keep.shape, device=s.device) >= self.ratio)
+        height, width = _checks.grid("MGD", self.size, s.shape[1])
+        grid = rearrange(s, "b (h w) c -> b c h w", h=height, w=width)
+        there = rearrange(keep, "b (h w) -> b 1 h w", h=height, w=width)
+        hidden = F.relu(convolution(grid, self.first)).masked_fill(~there, 0)
+        return rearrange(convolution(hidden, self.second), "b c h w -> b (h w) c")
+
+    def extra_repr(self) -> str:
+        """Settings for `repr`."""
+        return f"ratio={self.ratio}, size={self.size}"
