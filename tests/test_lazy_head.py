@@ -27,7 +27,7 @@ from kdloss.lazy_head import shaping, signal_like
 pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 
 MORE = {
-    "gemma3": _decoder(hf.Gemma3TextConfig, final_logit_softcapping=5.0),
+    "gemma3 softcapped": _decoder(hf.Gemma3TextConfig, final_logit_softcapping=5.0),
     "cohere": _decoder(hf.CohereConfig, logit_scale=0.0625),
     "granite": _decoder(hf.GraniteConfig, logits_scaling=6.0),  # divides
     "hyperclovax": _decoder(hf.HyperCLOVAXConfig, logits_scaling=6.0),  # multiplies
@@ -35,7 +35,7 @@ MORE = {
 }
 SHAPING = {
     "gemma2": {"softcap": 30.0, "scale": 1.0},
-    "gemma3": {"softcap": 5.0, "scale": 1.0},
+    "gemma3 softcapped": {"softcap": 5.0, "scale": 1.0},
     "cohere": {"softcap": None, "scale": 0.0625},
     "granite": {"softcap": None, "scale": 1 / 6},
     "hyperclovax": {"softcap": None, "scale": 6.0},

@@ -67,10 +67,10 @@ from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
 
 __all__ = [
-    "CKAMatrix",
     "CRD",
     "MGD",
     "VID",
+    "CKAMatrix",
     "Captured",
     "Distilled",
     "Distiller",

@@ -1,0 +1,146 @@
+"""Every distance in its place: in `FeatureKD`, on models, under peft and in an optimizer."""
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+from families import batch, build
+
+import kdloss
+from kdloss import distances
+
+OPTIONS = {
+    "attention_mse": {"heads": 2},
+    "minilm": {"heads": 2},
+    "minilm_v2": {"relation_heads": 2},
+    "CRD": {"negatives": 64},
+    "MGD": {"size": (1, -1)},
+}
+HELPERS = {"tokens", "between_tokens", "between_examples"}
+QKV = {
+    "attention_mse": ("query", "key"),
+    "minilm": ("query", "key", "value"),
+    "minilm_v2": ("query", "key", "value"),
+}
+NAMES = sorted({*distances.__all__} - HELPERS)
+
+
+def qkv(name, block):
+    return tuple(f"bert.encoder.layer.{block}.attention.self.{part}" for part in QKV[name])
+
+
+def criterion_for(name, **settings):
+    options = OPTIONS.get(name, {})
+    distance = getattr(kdloss, name)
+    settings = {"distance": partial(distance, **options) if options else distance, "alpha": 0.0, **settings}
+    if name in QKV:  # BERT's projections, side by side
+        pairs = [(0, 1), (2, 4)]
+        return kdloss.FeatureKD(pairing=[(qkv(name, s), qkv(name, t)) for s, t in pairs], **settings)
+    return kdloss.FeatureKD("auto", **settings)
+
+
+def models():
+    return build("bert", width=24, depth=5), build("bert", depth=3, seed=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_distance_trains_a_narrower_student_blind_to_what_is_padded(name):
+    teacher, student = models()
+    data = batch("bert")
+    data["attention_mask"][0, -2:] = 0
+    distill = kdloss.Distiller(teacher, criterion_for(name)).prepare(student, **data)
+    parameters = [*student.parameters(), *distill.criterion.parameters()]
+    assert any(p.requires_grad for p in distill.criterion.parameters()) == (
+        name in ("CRD", "VID", "MGD") or not getattr(getattr(kdloss, name), "any_width", False)
+    )
+    torch.manual_seed(0)
+    out = distill(student.eval(), **data)
+    out.loss.backward()
+    trained = [p.grad for p in parameters if p.grad is not None]
+    assert all(g.isfinite().all() for g in trained)
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in distill.criterion.parameters())
+    assert max(g.abs().max() for g in trained) > 0
+    if name == "CRD":
+        return  # its memory has moved on
+    # Which token is padded is seen by nothing, neither by attention nor by the loss.
+    data["input_ids"][0, -2:] = (data["input_ids"][0, -2:] + 1) % 7
+    torch.manual_seed(0)
+    torch.testing.assert_close(distill(student, **data).loss, out.loss)
+
+
+# CRD's memory fills with this very batch, so that its negatives grow harder: see test_module_distances.
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"CRD"}))
+def test_an_optimizer_lowers_it(name):
+    teacher, student = models()
+    data = batch("bert")
+    distill = kdloss.Distiller(teacher, criterion_for(name)).prepare(student, **data)
+    optimizer = torch.optim.Adam([*student.parameters(), *distill.criterion.parameters()], 1e-2)
+    losses = []
+    for _ in range(15):
+        torch.manual_seed(0)
+        loss = distill(student.eval(), **data).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # Features after a layer norm are of one size at every position: attention transfer has nothing to do.
+    assert losses[-1] < (1e-6 if name == "attention_transfer" else losses[0])
+
+
+def test_a_tuple_of_names_is_their_outputs_side_by_side():
+    teacher, student = models()
+    distill = kdloss.Distiller(teacher, criterion_for("minilm"))
+    out = distill(student.eval(), **batch("bert"))
+    part = "bert.encoder.layer.{}.attention.self.{}"
+    values = []
+    for s, t in ((0, 1), (2, 4)):
+        sides = []
+        for model, i in ((student, s), (teacher.eval(), t)):
+            names = [part.format(i, x) for x in QKV["minilm"]]
+            inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
+            with kdloss.capture(model, names) as seen:
+                model(**inputs)
+            sides.append(torch.cat([seen[n] for n in names], -1))
+        keep = batch("bert")["labels"] != -100
+        keep &= batch("bert")["attention_mask"].bool()
+        value = kdloss.masked(partial(kdloss.minilm, heads=2), *sides, keep)
+        values.append(value)
+    torch.testing.assert_close(out.loss, torch.stack(values).mean())
+    assert "+" in next(name for name in out.components if name.startswith("feature/"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"projection": kdloss.mlp}, {"shared": True}, {"distance": kdloss.VID}]
+)
+def test_projections_train_beside_a_peft_student(settings):
+    peft = pytest.importorskip("peft")
+    teacher, student = build("gpt2", width=24, depth=4), build("gpt2", seed=1)
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    student = peft.get_peft_model(student, lora)
+    criterion = kdloss.FeatureKD("auto", **settings)
+    distill = kdloss.Distiller(teacher, criterion).prepare(student)
+    trained = [p for p in [*student.parameters(), *criterion.parameters()] if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.SGD(trained, 0.1)
+    for _ in range(2):  # LoRA's second factor starts at 0, so its first moves at the second step
+        optimizer.zero_grad()
+        distill(student, **batch("gpt2")).loss.backward()
+        optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+    again = kdloss.FeatureKD("auto", **settings)
+    kdloss.Distiller(teacher, again).prepare(student)
+    again.load_state_dict(criterion.state_dict())
+    with torch.no_grad():
+        losses = [
+            kdloss.Distiller(teacher, c)(student.eval(), **batch("gpt2")).loss for c in (criterion, again)
+        ]
+    assert torch.equal(*losses)
+
+
+def test_every_distance_says_where_its_formula_comes_from():
+    for name in NAMES:
+        text = inspect.getdoc(getattr(kdloss, name))
+        assert "Raises:" in text, name
+        assert ">>>" in text, name
+        assert "arXiv" in text or "20" in text or name in ("normalized_mse", "standardized_mse"), name
