@@ -90,9 +90,9 @@ def test_two_processes_killed_in_the_middle_of_both_scripts_do_what_one_undistur
     assert last.returncode == 0, said
     assert "alone:   0%" not in said  # both go on, neither begins again
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for case, (_, sharded, early) in two_processes.CASES.items():
+    for case, (_, sharded, *rest) in two_processes.CASES.items():
         ours = [rank[case] for rank in ranks]
-        gradients_are_those_of_one_process(ours, two_processes.train(early=early))
+        gradients_are_those_of_one_process(ours, two_processes.train(None, False, *rest))
         all_ranks_hold_the_same_weights_and_projections(*ours)
         assert [found["teacher in shards"] for found in ours] == [sharded, sharded]
     for script in SCRIPTS:

@@ -110,6 +110,7 @@ def test_a_tuple_of_names_is_their_outputs_side_by_side():
     assert "+" in next(name for name in out.components if name.startswith("feature/"))
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
 @pytest.mark.parametrize(
     "settings", [{}, {"projection": kdloss.mlp}, {"shared": True}, {"distance": kdloss.VID}]
 )

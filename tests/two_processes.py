@@ -20,12 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 import kdloss
 
 STEPS = 3
-CASES = {  # how the student is wrapped, whether the teacher is sharded, whether its pass ends early
+SHARED = {"projection": kdloss.mlp, "shared": True, "distance": kdloss.VID}
+CASES = {  # how the student is wrapped, whether the teacher is sharded, whether its pass ends early, ...
     "ddp": ("ddp", False, False),
     "fsdp": ("fsdp", False, False),
     "fsdp, sharded teacher": ("fsdp", True, False),
     "fsdp, sharded teacher that stops early": ("fsdp", True, True),
     "ddp of the student alone": ("ddp of the student alone", False, False),
+    "ddp, one shared mlp and VID": ("ddp", False, False, SHARED),
+    "fsdp, one shared mlp and VID": ("fsdp", False, False, SHARED),
 }
 
 
@@ -39,11 +42,12 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def train(wrap=None, sharded=False, early=False):
+def train(wrap=None, sharded=False, early=False, settings=()):
     """A few steps on this process's share of the batch: gradients, norms before clipping, weights."""
     teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
     torch.manual_seed(0)
-    criterion = kdloss.FeatureKD("all", pairing="first", logit_weight=0.0 if early else 1.0)
+    weight = 0.0 if early else 1.0
+    criterion = kdloss.FeatureKD("all", pairing="first", logit_weight=weight, **dict(settings))
     module = step = Distillation(student, criterion, teacher)
     if wrap == "ddp":
         step = DistributedDataParallel(module)
