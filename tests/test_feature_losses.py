@@ -145,3 +145,37 @@ def test_every_distance_says_where_its_formula_comes_from():
         assert "Raises:" in text, name
         assert ">>>" in text, name
         assert "arXiv" in text or "20" in text or name in ("normalized_mse", "standardized_mse"), name
+
+
+def test_maps_of_several_modules_stand_side_by_side_along_their_channels():
+    def tower():
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 1))
+
+    teacher, student = tower(), tower()
+    images = torch.randn(2, 3, 6, 6)
+    criterion = kdloss.FeatureKD(pairing=[(("0", "1"), ("0", "1"))], distance=kdloss.fsp, alpha=0.0)
+    loss = kdloss.Distiller(teacher, criterion)(student, images).loss
+    flows = []
+    for model in (student, teacher):
+        early = model[0](images)
+        flows.append(torch.einsum("bchw,bdhw->bcd", early, model[1](early)) / 16)
+    torch.testing.assert_close(loss, (flows[0] - flows[1]).square().sum((1, 2)).mean())
+
+
+def test_what_counts_of_an_output_can_be_named():
+    """The attention maps that an eager model returns, heads as channels: TinyBERT's form."""
+    teacher, student = (build("bert", depth=3, seed=seed) for seed in (0, 1))
+    for model in (teacher, student):
+        model.set_attn_implementation("eager")
+    names = [f"bert.encoder.layer.{i}.attention.self" for i in (0, 2)]
+    inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    criterion = kdloss.FeatureKD(pairing=[(names[0], names[1])], take={names[0]: 1, names[1]: 1}, alpha=0.0)
+    value = kdloss.Distiller(teacher, criterion)(student.eval(), **inputs).loss
+    maps = []
+    for model, name in ((student, names[0]), (teacher.eval(), names[1])):
+        with kdloss.capture(model, [name], take=1) as seen:
+            model(**inputs)
+        maps.append(seen[name])
+    assert maps[0].ndim == 4
+    torch.testing.assert_close(value, (maps[0] - maps[1]).square().mean())

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -154,8 +154,11 @@ class Distiller:
         stop: bool = False,
     ) -> Captured:
         blocks = self.criterion.layer_map.blocks if isinstance(self.criterion, FeatureKD) else None
+        take = getattr(self.criterion, "take", None)
+        if isinstance(take, Mapping):  # of the names of both models
+            take = {name: how for name, how in take.items() if name in parts(names)}
         with (
-            capture(model, parts(names), blocks=blocks, stop=stop) as seen,
+            capture(model, parts(names), blocks=blocks, stop=stop, take=take) as seen,
             nullcontext() if stop else self._heads.apart(model, self._whole()) as head,
         ):
             seen.output = model(*args, **without_cache(model, inputs))

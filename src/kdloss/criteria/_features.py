@@ -180,7 +180,8 @@ def _hidden(output: Any, blocks: str | None) -> Sequence[Tensor] | None:
 
 def _feature(output: Any, hidden: Sequence[Tensor] | None, name: Layer, whose: str) -> Tensor:
     if isinstance(name, tuple):
-        return torch.cat([_feature(output, hidden, part, whose) for part in name], -1)
+        side_by_side = [_feature(output, hidden, part, whose) for part in name]
+        return torch.cat(side_by_side, 1 if side_by_side[0].ndim == 4 else -1)
     if isinstance(output, Captured):
         captured: Tensor = output[name]
         return captured

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from kdloss import _checks
+from kdloss.capture import Take
 from kdloss.criteria._features import (
     Distance,
     Features,
@@ -42,7 +43,9 @@ class FeatureKD(nn.Module):
     - `pairing` finds their teacher blocks: any pairing of `kdloss.pair`, or pairs of module names.
       Modules that are no blocks pair by `pairing="same"` (names) or explicit pairs. A callable with a
       parameter called `distances`, like `kdloss.pair_by_emd`, is asked at every step: see below.
-    - `blocks` names the list of blocks in models that have several.
+    - `blocks` names the list of blocks in models that have several; `take` says what counts of the
+      modules' outputs (for all, or by name), as in `kdloss.capture`. A tuple of names is their outputs
+      side by side.
     - `distance` is any function like `kdloss.mse`, `divergence` like `kdloss.forward_kl`.
       A class of modules, like `kdloss.VID` or a `functools.partial` of it, is built once per student layer
       with the widths that arrive there.
@@ -98,6 +101,7 @@ class FeatureKD(nn.Module):
         logit_weight: float = 0.0,
         divergence: Divergence = forward_kl,
         blocks: str | None = None,
+        take: Take | Mapping[int | str, Take] = None,
         depths: tuple[int, int] | None = None,
         widths: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         causal: bool | None = None,
@@ -114,6 +118,7 @@ class FeatureKD(nn.Module):
             _checks.function("vocabulary", vocabulary, "truncate")
         _checks.function("distance", distance, "mse")
         self.layer_map = LayerMap(layers, pairing, blocks, depths)
+        self.take = take
         self.distance = distance
         self.alpha = _checks.fraction("alpha", alpha)
         self.temperature = _checks.temperature(temperature)
