@@ -219,6 +219,12 @@ def test_what_fits_is_kept_with_what_it_learned_and_what_does_not_is_built_anew(
         assert next(iter(criterion.projections.values())).out_features == 7
         criterion.build({(0, 0): (7, 7)})
         assert not criterion.projections
+        criterion.build({(0, 0): (5, 7)})
+        assert next(iter(criterion.projections.values())).in_features == 5
+    criterion = feature_kd(distance=Scaled, widths=(5, 6))
+    first = criterion.distances["0"]
+    criterion.build({(0, 0): (5, 6)})
+    assert criterion.distances["0"] is first
 
 
 class Scaled(torch.nn.Module):
