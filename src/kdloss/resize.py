@@ -71,10 +71,11 @@ def _on_grids(
     if student.ndim == teacher.ndim == 4:
         return s, t
     shared = min(prefix)
-    return tuple(  # type: ignore[return-value]
-        torch.cat([front[:, :shared].to(grid.dtype), tokens(grid)], 1)
-        for front, grid in ((s_front, s), (t_front, t))
-    )
+
+    def rows(front: Tensor, grid: Tensor) -> Tensor:
+        return torch.cat([front[:, :shared].to(grid.dtype), tokens(grid)], 1)
+
+    return rows(s_front, s), rows(t_front, t)
 
 
 def _grid(whose: str, features: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
