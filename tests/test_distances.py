@@ -342,3 +342,16 @@ def test_between_refuses_a_distance_of_single_positions(between):
         between(kdloss.mse)
     with pytest.raises(TypeError, match="FeatureKD"):
         between(partial(kdloss.cosine, eps=1e-6))
+
+
+def test_unbiased_cka_needs_four_rows_and_gives_zero_where_a_mask_leaves_fewer():
+    """With three, U-centring leaves nothing but rounding, which must not be blown up to unit length."""
+    student, teacher = torch.randn(3, 5), torch.randn(3, 5)
+    with pytest.raises(ValueError, match="at least 4 rows"):
+        kdloss.cka(student, teacher, unbiased=True)
+    student, teacher = torch.randn(2, 6, 5, requires_grad=True), torch.randn(2, 6, 5)
+    for left in (1, 2, 3):
+        mask = (torch.arange(6) < left).expand(2, 6)
+        value = kdloss.cka(student, teacher, mask=mask, unbiased=True)
+        assert not value.any()
+        assert not torch.autograd.grad(value.sum(), student)[0].any()
