@@ -106,7 +106,7 @@ def given_logits() -> None:
     report(f"{what}, KL, overwriting them: peak", peak(backward(overwriting, *spare), *spare) / plain, 0.02)
     report(f"{what}, KL: time", time_ratio(backward(KL, *data), backward(recipes.kl, *data)))
     report(f"{what}, KL + CE: time", time_ratio(backward(BOTH, *data), backward(recipes.kl_ce, *data)), 0.5)
-    ours = backward(kdloss.VanillaKD(recipes.T, 0.0, divergence=kdloss.jsd), *data)
+    ours = backward(kdloss.VanillaKD(recipes.T, 0.0, divergence=kdloss.divergences.jsd), *data)
     plain_jsd = backward(recipes.jsd, *data)
     report(f"{what}, JSD(0.5): peak", peak(ours, *data) / peak(plain_jsd, *data), 0.09)
     report(f"{what}, JSD(0.5): time", time_ratio(ours, plain_jsd), 0.4)
@@ -152,9 +152,7 @@ def lazy_logits() -> None:
         z @ weight, z.T @ hidden
 
     what = "512 tokens, lazy, D = 512 and 1024, V = 32 000"
-    report(
-        f"{what}, KL against the four products: time", time_ratio(backward(KL, *data), products, 5), 1.25
-    )
+    report(f"{what}, KL against the four products: time", time_ratio(backward(KL, *data), products, 5), 1.25)
     ratio = time_ratio(backward(BOTH, *data), backward(dense(recipes.kl_ce), *data))
     report(f"{what}, KL + CE: time", ratio, 1)
     half = data[2].clone()

@@ -31,9 +31,7 @@ STUDIES = {  # name: flags of compare.py
     "smollm2-20-little": f"{SMOLLM2} --keep-blocks {TWENTY} --student-blocks 6",
     "smollm2-15-fresh": f"{SMOLLM2} --keep-blocks {FIFTEEN}",
     "smollm2-15-little": f"{SMOLLM2} --keep-blocks {FIFTEEN} --student-blocks 6",
-    "output": (
-        f"{SMALL} --methods none vanilla --vary temperature 0.5 2 4 8 --vary alpha 0 0.3 0.5 0.7 0.9"
-    ),
+    "output": (f"{SMALL} --methods none vanilla --vary temperature 0.5 2 4 8 --vary alpha 0 0.3 0.5 0.7 0.9"),
     "features": (
         f"{SMALL} --methods none feature --epochs 3 --teacher-layers 8 --student-layers 6 "
         "--teacher-lr 1e-3 --layers auto --vary alpha 0.1 0.5 0.7 --vary layers last late key all "

@@ -36,10 +36,7 @@ def test_step(benchmark, pair, way):
             target = teacher(tokens, output_hidden_states=True).hidden_states
         logits = student(tokens, labels=tokens).loss
         hidden = student(tokens, output_hidden_states=True).hidden_states
-        return (
-            0.3 * logits
-            + 0.7 * sum(F.mse_loss(hidden[i + 1], target[j + 1]) for i, j in [(0, 0), (2, 4)]) / 2
-        )
+        return 0.3 * logits + 0.7 * sum(F.mse_loss(hidden[i + 1], target[j + 1]) for i, j in [(0, 0), (2, 4)]) / 2
 
     if way == "old way":
         step = old_way

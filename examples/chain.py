@@ -59,9 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         runs[" > ".join(path)] = [report.beside(found, best)]
         seconds += found["seconds"]
         model = models.load(found["student"])[0].to(args.device).eval()
-        taught = replace(
-            first, teacher=model, key=cells.key({"text": first.key, "teacher": found["student"]})
-        )
+        taught = replace(first, teacher=model, key=cells.key({"text": first.key, "teacher": found["student"]}))
 
     last = stage(args, args.stages[-1])
     direct = distill_lm.measured(last, first, name="direct", students=students)
@@ -70,9 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     last.method = "none"
     others = {
         "direct": direct,
-        "direct, the chain's time": distill_lm.measured(
-            longer, first, name="direct-longer", students=students
-        ),
+        "direct, the chain's time": distill_lm.measured(longer, first, name="direct-longer", students=students),
         "none": distill_lm.measured(last, first, students=students),
     }
     runs |= {row: [report.beside(found, best, others["none"])] for row, found in others.items()}

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> kdloss.CKAMatrix:
+def main(arguments: Sequence[str] | None = None) -> kdloss.analysis.CKAMatrix:
     """Measure, print, draw."""
     args = parser().parse_args(arguments)
     made = setup.prepare(args, distill_lm.train)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> kdloss.CKAMatrix:
 
     batches = made.blocks.split(args.batch_size)[: args.batches]
     bar = tqdm([{"input_ids": blocks} for blocks in batches], "CKA", unit="batch", dynamic_ncols=True)
-    similar = kdloss.cka_matrix(student, made.teacher, bar)
+    similar = kdloss.analysis.cka_matrix(student, made.teacher, bar)
     pairs = similar.pairing(args.layers or "auto")
 
     print("CKA of student blocks (rows) and teacher blocks (columns)")

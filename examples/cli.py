@@ -181,9 +181,7 @@ class Interview:
         words = textwrap.fill(words, shutil.get_terminal_size().columns - 24, subsequent_indent="  ")
         while True:
             if action.choices:
-                question = questionary.select(
-                    words, list(action.choices), before or action.default, style=STYLE
-                )
+                question = questionary.select(words, list(action.choices), before or action.default, style=STYLE)
             elif isinstance(action.default, bool):
                 question = questionary.confirm(words, action.default)
             else:
@@ -245,9 +243,7 @@ def run(args: argparse.Namespace, setup: Setup, baseline: bool) -> dict[str, Any
     print(f"\n{results(rows)}\n")
     alone, students = None, args.output / "students"
     if baseline and args.method != "none":
-        alone = distill_lm.measured(
-            argparse.Namespace(**vars(args) | {"method": "none"}), setup, students=students
-        )
+        alone = distill_lm.measured(argparse.Namespace(**vars(args) | {"method": "none"}), setup, students=students)
         rows["none"] = report.beside(alone, teacher)
     found = distill_lm.measured(args, setup, students=students)
     rows[args.method] = report.beside(found, teacher, alone) | {"before": before}

@@ -53,7 +53,7 @@ def criterion_for(args: argparse.Namespace) -> kdloss.VanillaKD | kdloss.Feature
     return kdloss.FeatureKD(
         args.layers or ("auto" if explicit else "last"),
         pairing=args.pairing,
-        distance=getattr(kdloss, args.distance),
+        distance=getattr(kdloss.distances, args.distance),
         alpha=0.3 if args.alpha is None else args.alpha,
         temperature=args.temperature,
         logit_weight=args.logit_weight if args.method == "both" else 0.0,

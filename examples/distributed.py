@@ -122,7 +122,7 @@ def train(
     rank, world = dist.get_rank(), dist.get_world_size()
     student = scale.student_of(args, teacher, tokenizer)
     module: nn.Module = scale.Distillation(student, criterion, teacher).to(blocks.device)
-    blocks_of = kdloss.find_blocks(student)
+    blocks_of = kdloss.layers.find_blocks(student)
     module = shard(module, blocks_of) if args.fsdp else DistributedDataParallel(module)
     optimizer = AdamW(module.parameters(), args.lr)  # after sharding; projections are among them
     schedule = get_linear_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         found = scale.prepare(args, dist.get_world_size(), first, dist.barrier, distill_lm.train)
         teacher, tokenizer, blocks, heldout = found
         if args.fsdp:  # moves a block to the GPU when it is sharded: the whole never has to fit there
-            shard(teacher, kdloss.find_blocks(teacher))
+            shard(teacher, kdloss.layers.find_blocks(teacher))
         else:
             teacher.to(device)
         data = (blocks.to(device), heldout.to(device))

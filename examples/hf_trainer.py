@@ -77,9 +77,7 @@ def train(
     trainer.accelerator.wait_for_everyone()
 
 
-def new_student(
-    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: argparse.Namespace
-) -> nn.Module:
+def new_student(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: argparse.Namespace) -> nn.Module:
     """The student before training, the same one each time."""
     set_seed(flags.seed)
     if flags.student:
@@ -98,15 +96,11 @@ def new_student(
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Read the flags, train a teacher where none is given, train two students, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--teacher", help="folder, .gguf file or hub name (default: train a small one first)")
     add("--student", help="folder, .gguf file or hub name (default: a new GPT-2 of 2 blocks)")
-    add(
-        "--lora", type=int, metavar="RANK", help="train LoRA adapters of this rank on the student (by peft)"
-    )
+    add("--lora", type=int, metavar="RANK", help="train LoRA adapters of this rank on the student (by peft)")
     add("--data", help=".jsonl, .json, .csv, .txt or a dataset's name (default: packaged)")
     add("--samples", type=int, default=2000, help="number of texts (%(default)s)")
     add("--max-length", type=int, default=128, help="tokens in a block of text (%(default)s)")
@@ -146,7 +140,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         train(folder, teacher, teacher, alone, blocks, tokenizer, 2 * flags.steps, flags)
         teacher, _ = models.load(str(folder))
     distilling = kdloss.FeatureKD(
-        distance=kdloss.layer_norm_mse, alpha=flags.alpha, temperature=flags.temperature, logit_weight=1.0
+        distance=kdloss.distances.layer_norm_mse,
+        alpha=flags.alpha,
+        temperature=flags.temperature,
+        logit_weight=1.0,
     )
     results = {}
     for name, criterion in (("cross-entropy", alone), ("distilled", distilling)):

@@ -76,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     alpha = 0.1 if args.alpha is None else args.alpha
     vanilla = partial(kdloss.VanillaKD, args.temperature, alpha)
     distillers = {"none": kdloss.Distiller(teachers[0], kdloss.VanillaKD(alpha=1.0))}
-    distillers |= {
-        f"of-teacher-{k}": kdloss.Distiller(t, vanilla()) for k, t in enumerate(teachers, start=1)
-    }
+    distillers |= {f"of-teacher-{k}": kdloss.Distiller(t, vanilla()) for k, t in enumerate(teachers, start=1)}
     for weights in args.weights:
         for average in args.average:
             several = kdloss.MultiTeacherKD(weights, args.temperature, alpha, average=average)

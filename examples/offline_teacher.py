@@ -43,9 +43,7 @@ class FromCache:
     def __init__(self, cache: kdloss.cache.Cache, criterion: kdloss.VanillaKD) -> None:
         self.cache, self.criterion = cache, criterion
 
-    def __call__(
-        self, student: PreTrainedModel, ids: list[int], input_ids: Tensor, labels: Tensor
-    ) -> kdloss.Distilled:
+    def __call__(self, student: PreTrainedModel, ids: list[int], input_ids: Tensor, labels: Tensor) -> kdloss.Distilled:
         """The student's pass, and the loss against what is on disk."""
         output = student(input_ids=input_ids, use_cache=False)
         loss = self.criterion(output.logits, self.cache[ids], labels)
@@ -107,9 +105,7 @@ def compared(
     distill: FromCache, student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Any]
 ) -> dict[str, float]:
     """The divergence of one batch, from the cache and from the teacher itself."""
-    live = kdloss.Distiller(
-        teacher, kdloss.VanillaKD(distill.criterion.temperature, distill.criterion.alpha)
-    )
+    live = kdloss.Distiller(teacher, kdloss.VanillaKD(distill.criterion.temperature, distill.criterion.alpha))
     tokens = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
     return {
         "kd_from_cache": distill(student, **batch).components["kd"].item(),
@@ -121,9 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Train alone, with the teacher, and from the cache, and write what came of it."""
     args = parser().parse_args(arguments)
     if args.method != "vanilla":
-        raise ValueError(
-            f"a cache holds predictions, no features: --method {args.method} needs the teacher"
-        )
+        raise ValueError(f"a cache holds predictions, no features: --method {args.method} needs the teacher")
     setup = prepare(args, distill_lm.train)
     best = distill_lm.teacher_measured(args, setup)
     shared = argparse.Namespace(**{name: x for name, x in vars(args).items() if name != "k"})

@@ -44,9 +44,7 @@ def parser() -> argparse.ArgumentParser:
     made.set_defaults(samples=6000, epochs=4)
     add = made.add_argument_group("on-policy distillation").add_argument
     add("--start-epochs", type=int, default=3, help="passes of the student alone at first (%(default)s)")
-    add(
-        "--lambdas", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="share of sampled steps (0 0.5 1)"
-    )
+    add("--lambdas", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="share of sampled steps (0 0.5 1)")
     kinds = ["jsd", "reverse_kl", "forward_kl"]
     add("--divergence", choices=kinds, default="jsd", help="from the teacher (%(default)s)")
     add("--beta", type=float, default=0.5, help="of jsd: 0 is forward, 1 reverse KL (%(default)s)")
@@ -56,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 def divergence(args: argparse.Namespace) -> Callable[..., Tensor]:
     """The one asked for, with its settings."""
-    chosen = getattr(kdloss, args.divergence)
+    chosen = getattr(kdloss.divergences, args.divergence)
     return partial(chosen, beta=args.beta) if args.divergence == "jsd" else chosen
 
 

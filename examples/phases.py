@@ -40,8 +40,7 @@ def hardest(model: PreTrainedModel, blocks: Tensor, share: float) -> Tensor:
     """The blocks that the model predicts worst."""
     model.eval()
     losses = [
-        kdloss.cross_entropy(model(input_ids=part).logits[:, :-1], part[:, 1:]).mean(1)
-        for part in blocks.split(16)
+        kdloss.cross_entropy(model(input_ids=part).logits[:, :-1], part[:, 1:]).mean(1) for part in blocks.split(16)
     ]
     return blocks[torch.cat(losses).topk(max(1, round(share * len(blocks)))).indices]
 

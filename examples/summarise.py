@@ -93,9 +93,7 @@ def batch_of(pairs: Sequence[Pair], pad: int) -> dict[str, Tensor]:
     return {name: torch.tensor(rows) for name, rows in batch.items()}
 
 
-def batches(
-    pairs: Sequence[Pair], pad: int, steps: int, args: argparse.Namespace
-) -> Iterator[dict[str, Tensor]]:
+def batches(pairs: Sequence[Pair], pad: int, steps: int, args: argparse.Namespace) -> Iterator[dict[str, Tensor]]:
     """So many batches in the order of the seed, every pair once before any comes again."""
     for chosen in text.batches(torch.arange(len(pairs)), args.batch_size, steps, args.seed):
         batch = batch_of([pairs[i] for i in chosen["input_ids"]], pad)

@@ -147,12 +147,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     accelerator = Accelerator(
         cpu=cpu,
         # A step always has all its micro-batches; the end of an epoch must not cut it short.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            args.accumulate, sync_with_dataloader=False
-        ),
-        dataloader_config=DataLoaderConfiguration(
-            split_batches=True, use_seedable_sampler=True, data_seed=args.seed
-        ),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.accumulate, sync_with_dataloader=False),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=args.seed),
     )
     teacher.to(accelerator.device)
     data = (blocks, heldout.to(accelerator.device))

@@ -241,10 +241,7 @@ def _head_scores(x, parts, heads):
 def _relation_kl(s, t, causal):
     """KL(teacher || student), the mean over heads."""
     values = [
-        [
-            _kl(log_softmax(b), log_softmax(a))
-            for a, b in zip(_seen(x, causal), _seen(y, causal), strict=True)
-        ]
+        [_kl(log_softmax(b), log_softmax(a)) for a, b in zip(_seen(x, causal), _seen(y, causal), strict=True)]
         for x, y in zip(s, t, strict=True)
     ]
     return np.array(values).mean(0)
@@ -291,10 +288,7 @@ def mgd(s, t, p, size):
 
 
 def crd(s, t, p, temperature, **_):
-    s, t = (
-        _normalised(x @ p[f"{side}.weight"].T + p[f"{side}.bias"])
-        for x, side in ((s, "student"), (t, "teacher"))
-    )
+    s, t = (_normalised(x @ p[f"{side}.weight"].T + p[f"{side}.bias"]) for x, side in ((s, "student"), (t, "teacher")))
     n, width = p["students"].shape
     noise = n * np.exp(1 / (2 * width * temperature**2))
 
@@ -348,9 +342,7 @@ def _angle(x, i, j, k):
 
 def rkd_angle(s, t):
     n = len(s)
-    cubes = [
-        np.array([_angle(x, *index) for index in np.ndindex(n, n, n)]).reshape(n, n, n) for x in (s, t)
-    ]
+    cubes = [np.array([_angle(x, *index) for index in np.ndindex(n, n, n)]).reshape(n, n, n) for x in (s, t)]
     return _smooth(cubes[0] - cubes[1]).mean((-2, -1))
 
 
@@ -398,9 +390,7 @@ def word_relation(s, t, window=21, triple_weight=1.0):
     n, values = len(s), []
     for i in range(n):
         others = [j for j in range(n) if j != i]
-        cosines = [
-            np.array([(_normalised(x[i]) * _normalised(x[j])).sum() for j in others]) for x in (s, t)
-        ]
+        cosines = [np.array([(_normalised(x[i]) * _normalised(x[j])).sum() for j in others]) for x in (s, t)]
         pair = forward_kl(*cosines) / n
         near = [j for j in range(n) if abs(i - j) <= window // 2]
         gaps = [(_angle(s, i, j, k) - _angle(t, i, j, k)) ** 2 for j in near for k in near]

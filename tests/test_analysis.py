@@ -30,10 +30,7 @@ def by_hand(student, teacher):
 
     return np.array(
         [
-            [
-                mean(0, i, 1, j) / np.sqrt(mean(0, i, 0, i) * mean(1, j, 1, j))
-                for j in range(len(teacher[0]))
-            ]
+            [mean(0, i, 1, j) / np.sqrt(mean(0, i, 0, i) * mean(1, j, 1, j)) for j in range(len(teacher[0]))]
             for i in range(len(student[0]))
         ]
     )
@@ -59,12 +56,12 @@ def test_it_is_the_minibatch_cka_of_the_papers():
     s, t = tables(5, 3), tables(4, 6, 5, seed=1)
     student, teacher = Tokens(*s), Tokens(*t)
     ids = [torch.randint(0, 40, (2, n), generator=torch.Generator().manual_seed(n)) for n in (9, 4, 6)]
-    found = kdloss.cka_matrix(student, teacher, [{"ids": x} for x in ids])
+    found = kdloss.analysis.cka_matrix(student, teacher, [{"ids": x} for x in ids])
     rows = [x.flatten().numpy() for x in ids]
     expected = by_hand([[x[r] for x in s] for r in rows], [[x[r] for x in t] for r in rows])
     np.testing.assert_allclose(found.values, expected, rtol=1e-9, atol=1e-12)
     assert found.values.dtype == torch.float64
-    as_tuples = kdloss.cka_matrix(student, teacher, ((x,) for x in ids))
+    as_tuples = kdloss.analysis.cka_matrix(student, teacher, ((x,) for x in ids))
     assert torch.equal(as_tuples.values, found.values)
 
 
@@ -72,19 +69,19 @@ def test_rotations_shifts_and_scale_change_nothing():
     (x,), (y,) = tables(5), tables(5, seed=1)
     turn = np.linalg.qr(np.random.default_rng(2).normal(size=(5, 5)))[0]
     ids = {"ids": torch.arange(40)[None]}
-    plain = kdloss.cka_matrix(Tokens(x), Tokens(y), [ids]).values
-    moved = kdloss.cka_matrix(Tokens(x), Tokens(1e3 * y @ turn - 50), [ids]).values
+    plain = kdloss.analysis.cka_matrix(Tokens(x), Tokens(y), [ids]).values
+    moved = kdloss.analysis.cka_matrix(Tokens(x), Tokens(1e3 * y @ turn - 50), [ids]).values
     np.testing.assert_allclose(moved, plain, rtol=1e-9)
-    same = kdloss.cka_matrix(Tokens(x), Tokens(0.1 * x @ turn + 7), [ids]).values
+    same = kdloss.analysis.cka_matrix(Tokens(x), Tokens(0.1 * x @ turn + 7), [ids]).values
     assert same.item() == pytest.approx(1, abs=1e-12)
-    stretched = kdloss.cka_matrix(Tokens(x), Tokens(x @ np.diag([9, 1, 1, 1, 1])), [ids]).values
+    stretched = kdloss.analysis.cka_matrix(Tokens(x), Tokens(x @ np.diag([9, 1, 1, 1, 1])), [ids]).values
     assert stretched.item() < 0.9
 
 
 @pytest.mark.parametrize("number", [0.1, 1 / 3, 7e5 + 0.1])
 def test_features_that_never_vary_resemble_nothing(number):
     constant, varying = np.full((40, 3), number), tables(4)
-    found = kdloss.cka_matrix(Tokens(constant), Tokens(*varying), [torch.arange(37)[None]])
+    found = kdloss.analysis.cka_matrix(Tokens(constant), Tokens(*varying), [torch.arange(37)[None]])
     assert found.values.tolist() == [[0.0]]
 
 
@@ -97,16 +94,16 @@ def test_of_vectors_the_examples_are_compared():
     with torch.no_grad():
         first = model[0](x)
         rows = [[first.double().numpy(), model[1](first).double().numpy()]]
-    np.testing.assert_allclose(kdloss.cka_matrix(model, model, [x]).values, by_hand(rows, rows), rtol=1e-6)
+    np.testing.assert_allclose(kdloss.analysis.cka_matrix(model, model, [x]).values, by_hand(rows, rows), rtol=1e-6)
 
 
 def test_dropout_is_off_and_modes_are_left_as_they_were():
     model, inputs = build("gpt2").train(), batch("gpt2")
-    plain = kdloss.cka_matrix(model, model, [inputs]).values
+    plain = kdloss.analysis.cka_matrix(model, model, [inputs]).values
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
-    assert torch.equal(kdloss.cka_matrix(model, model, [inputs]).values, plain)
+    assert torch.equal(kdloss.analysis.cka_matrix(model, model, [inputs]).values, plain)
     assert all(module.training for module in model.modules())
 
 
@@ -114,7 +111,7 @@ def test_dropout_is_off_and_modes_are_left_as_they_were():
 def test_a_model_resembles_itself_and_padding_does_not_count(family):
     model, inputs = build(family), batch(family)
     blocks = blocks_argument(family)
-    found = kdloss.cka_matrix(model, model, [inputs], blocks=blocks)
+    found = kdloss.analysis.cka_matrix(model, model, [inputs], blocks=blocks)
     assert found.values.shape == (3, 3)
     np.testing.assert_allclose(found.values.diagonal(), 1, rtol=1e-9)
     np.testing.assert_allclose(found.values, found.values.T, rtol=1e-9)
@@ -122,15 +119,15 @@ def test_a_model_resembles_itself_and_padding_does_not_count(family):
     assert not any(module._forward_hooks for module in model.modules())
     if family != "vit":
         ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 9)
-        again = kdloss.cka_matrix(model, model, [inputs | {"input_ids": ids}], blocks=blocks)
+        again = kdloss.analysis.cka_matrix(model, model, [inputs | {"input_ids": ids}], blocks=blocks)
         np.testing.assert_allclose(again.values, found.values, rtol=1e-5)
 
 
 def test_an_encoders_own_padding_does_not_count_either():
     model, inputs = build("t5"), batch("t5")
-    found = kdloss.cka_matrix(model, model, [inputs], blocks="encoder.block")
+    found = kdloss.analysis.cka_matrix(model, model, [inputs], blocks="encoder.block")
     ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 9)
-    again = kdloss.cka_matrix(model, model, [inputs | {"input_ids": ids}], blocks="encoder.block")
+    again = kdloss.analysis.cka_matrix(model, model, [inputs | {"input_ids": ids}], blocks="encoder.block")
     np.testing.assert_allclose(again.values, found.values, rtol=1e-5)
 
 
@@ -139,7 +136,7 @@ def test_positions_that_count_are_those_of_feature_kd():
     model, inputs = build("gpt2").eval(), batch("gpt2")
     inputs["labels"] = inputs["labels"].clone()
     inputs["labels"][0, :4] = -100
-    found = kdloss.cka_matrix(model, model, [inputs])
+    found = kdloss.analysis.cka_matrix(model, model, [inputs])
     with torch.no_grad(), kdloss.capture(model, [0, 1, 2]) as seen:
         model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     keep = (inputs["labels"] != -100)[:, 1:]
@@ -151,7 +148,7 @@ def test_positions_that_count_are_those_of_feature_kd():
 def test_of_a_cnn_examples_are_compared_flattened(student):
     teacher, images = ResNet((1, 1, 1)).eval(), torch.randn(5, 3, 8, 8)
     student.eval()
-    found = kdloss.cka_matrix(student, teacher, [{"x": images}, images + 1])
+    found = kdloss.analysis.cka_matrix(student, teacher, [{"x": images}, images + 1])
     sides = []
     for model, depth in ((student, 3), (teacher, 3)):
         sides.append([])
@@ -173,25 +170,25 @@ def test_samples_are_capped_and_drawn_alike_in_every_run():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "fill_diagonal_", counting)
-        first = kdloss.cka_matrix(s, t, batches, samples=32).values
+        first = kdloss.analysis.cka_matrix(s, t, batches, samples=32).values
     assert set(sizes) == {32}
     torch.manual_seed(7)
-    assert torch.equal(kdloss.cka_matrix(s, t, batches, samples=32).values, first)
-    assert not torch.equal(kdloss.cka_matrix(s, t, batches).values, first)
+    assert torch.equal(kdloss.analysis.cka_matrix(s, t, batches, samples=32).values, first)
+    assert not torch.equal(kdloss.analysis.cka_matrix(s, t, batches).values, first)
 
 
 def test_too_few_samples_are_refused():
     model = Tokens(*tables(5))
     with pytest.raises(ValueError, match=r"batch 1 has 3 samples.*needs 4.*drop_last=True"):
-        kdloss.cka_matrix(model, model, [torch.arange(4)[None], torch.arange(3)[None]])
+        kdloss.analysis.cka_matrix(model, model, [torch.arange(4)[None], torch.arange(3)[None]])
     with pytest.raises(ValueError, match="no batch"):
-        kdloss.cka_matrix(model, model, [])
+        kdloss.analysis.cka_matrix(model, model, [])
     with pytest.raises(ValueError, match="samples=3"):
-        kdloss.cka_matrix(model, model, [], samples=3)
+        kdloss.analysis.cka_matrix(model, model, [], samples=3)
 
 
 def matrix(values):
-    return kdloss.CKAMatrix(torch.tensor(values, dtype=torch.float64))
+    return kdloss.analysis.CKAMatrix(torch.tensor(values, dtype=torch.float64))
 
 
 def test_the_suggested_pairing_is_the_best_that_never_descends():
@@ -199,11 +196,7 @@ def test_the_suggested_pairing_is_the_best_that_never_descends():
     for students, teachers in [(1, 5), (3, 6), (4, 3), (4, 4)]:
         values = rng.random((students, teachers))
         pairs = matrix(values).pairing("all")
-        ascending = [
-            partners
-            for partners in np.ndindex(*[teachers] * students)
-            if list(partners) == sorted(partners)
-        ]
+        ascending = [partners for partners in np.ndindex(*[teachers] * students) if list(partners) == sorted(partners)]
         best = max(ascending, key=lambda p: sum(values[s, t] for s, t in enumerate(p)))
         assert pairs == [(s, t, 1 / students) for s, t in enumerate(best)]
     crossed = matrix([[0.1, 0.2, 0.9], [0.8, 0.1, 0.7]])
@@ -215,7 +208,7 @@ def test_the_suggested_pairing_is_the_best_that_never_descends():
 def test_a_student_of_kept_blocks_is_suggested_its_own_and_learns_from_them():
     teacher = build("llama", width=32, depth=6, seed=3)
     student = kdloss.keep_blocks(teacher, [0, 1, 2])
-    found = kdloss.cka_matrix(student, teacher, [batch("llama")])
+    found = kdloss.analysis.cka_matrix(student, teacher, [batch("llama")])
     np.testing.assert_allclose(found.values.diagonal(), 1, rtol=1e-6)
     pairs = found.pairing("all")
     assert [p[:2] for p in pairs] == [(0, 0), (1, 1), (2, 2)]

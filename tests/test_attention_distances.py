@@ -72,7 +72,7 @@ def test_minilm_of_projections_is_the_kl_of_the_models_own_attention_probabiliti
         with torch.no_grad():
             out = build(w, "eager", seed=w)(IDS, attention_mask=MASK, output_attentions=True)
         own.append(out.attentions[-1].double().numpy())
-    value = kdloss.minilm(*features, heads=HEADS, mask=MASK.bool(), causal=causal)
+    value = kdloss.distances.minilm(*features, heads=HEADS, mask=MASK.bool(), causal=causal)
     values = [x[..., 2 * w :].double().numpy() for x, w in zip(features, widths, strict=True)]
     expected = np.zeros((2, 6))
     for b, length in enumerate((6, 4)):
@@ -101,20 +101,16 @@ def test_attention_mse_is_that_of_scores_whose_softmax_are_the_models_own_probab
             out = build(16, "eager", seed=seed)(IDS, attention_mask=MASK, output_attentions=True)
         with np.errstate(divide="ignore", invalid="ignore"):
             gap += sign * np.log(out.attentions[-1].double().numpy())
-    value = kdloss.attention_mse(*features, heads=HEADS, mask=MASK.bool(), causal=causal).numpy()
+    value = kdloss.distances.attention_mse(*features, heads=HEADS, mask=MASK.bool(), causal=causal).numpy()
     for b, i in MASK.nonzero().tolist():
         seen = range(i + 1 if causal else int(MASK[b].sum()))
         spread = np.mean([gap[b, head, i, seen].var() for head in range(HEADS)])
-        shift = np.mean(
-            [np.mean([_score_gap(features, b, head, i, j) for j in seen]) ** 2 for head in range(HEADS)]
-        )
+        shift = np.mean([np.mean([_score_gap(features, b, head, i, j) for j in seen]) ** 2 for head in range(HEADS)])
         assert value[b, i] == pytest.approx(spread + shift, rel=1e-4, abs=1e-7)
 
 
 def _score_gap(features, b, head, i, j):
-    scores = [
-        x[b, i, 4 * head : 4 * head + 4] @ x[b, j, 16 + 4 * head : 20 + 4 * head] / 2 for x in features
-    ]
+    scores = [x[b, i, 4 * head : 4 * head + 4] @ x[b, j, 16 + 4 * head : 20 + 4 * head] / 2 for x in features]
     return float(scores[0] - scores[1])
 
 
@@ -123,15 +119,15 @@ def test_attention_mse_by_hand_with_two_heads_a_mask_and_causality():
     keys = torch.tensor([[1.0, 2.0], [3.0, 1.0], [1.0, 1.0]])
     student, teacher = torch.cat([queries, keys], -1), torch.zeros(3, 4)
     # head 1: rows (1, 3, 1), (2, 6, 2), (0, 0, 0); head 2: (0, 0, 0), (2, 1, 1), (6, 3, 3)
-    every = kdloss.attention_mse(student, teacher, heads=2)
+    every = kdloss.distances.attention_mse(student, teacher, heads=2)
     torch.testing.assert_close(every, torch.tensor([11 / 6, (44 + 6) / 6, 54 / 6]))
-    earlier = kdloss.attention_mse(student, teacher, heads=2, causal=True)
+    earlier = kdloss.distances.attention_mse(student, teacher, heads=2, causal=True)
     torch.testing.assert_close(earlier, torch.tensor([1 / 2, (40 / 2 + 5 / 2) / 2, 54 / 6]))
     keep = torch.tensor([True, False, True])
-    some = kdloss.attention_mse(student, teacher, heads=2, mask=keep)
+    some = kdloss.distances.attention_mse(student, teacher, heads=2, mask=keep)
     torch.testing.assert_close(some, torch.tensor([2 / 4, 0.0, 45 / 4]))
     # one head of width 2: products (1, 3, 1), (4, 7, 3), (6, 3, 3) over the root of 2
-    one = kdloss.attention_mse(student, teacher, heads=1)
+    one = kdloss.distances.attention_mse(student, teacher, heads=1)
     torch.testing.assert_close(one, torch.tensor([11 / 6, 74 / 6, 54 / 6]))
 
 
@@ -139,7 +135,7 @@ def test_minilm_v2_does_not_ask_for_the_same_heads_or_widths_and_cuts_anew():
     """Twelve columns as two heads of six or six of two are the same to four relation heads of three."""
     torch.manual_seed(1)
     student, teacher = torch.randn(4, 36, dtype=torch.float64), torch.randn(4, 24, dtype=torch.float64)
-    value = kdloss.minilm_v2(student, teacher, relation_heads=4)
+    value = kdloss.distances.minilm_v2(student, teacher, relation_heads=4)
     expected = np.zeros(4)
     for part in range(3):
         for head in range(4):
@@ -155,9 +151,9 @@ def test_minilm_v2_does_not_ask_for_the_same_heads_or_widths_and_cuts_anew():
 
 def test_parts_taken_alone_sum_to_all_parts_so_that_narrower_keys_and_values_can_be_compared():
     student, teacher = torch.randn(2, 5, 24), torch.randn(2, 5, 36)
-    whole = kdloss.minilm_v2(student, teacher, relation_heads=4)
+    whole = kdloss.distances.minilm_v2(student, teacher, relation_heads=4)
     alone = [
-        kdloss.minilm_v2(s, t, relation_heads=4, parts=1)
+        kdloss.distances.minilm_v2(s, t, relation_heads=4, parts=1)
         for s, t in zip(student.chunk(3, -1), teacher.chunk(3, -1), strict=True)
     ]
     torch.testing.assert_close(sum(alone), whole)
@@ -165,9 +161,9 @@ def test_parts_taken_alone_sum_to_all_parts_so_that_narrower_keys_and_values_can
 
 
 CALLS = [
-    partial(kdloss.attention_mse, heads=2),
-    partial(kdloss.minilm, heads=2),
-    partial(kdloss.minilm_v2, relation_heads=2),
+    partial(kdloss.distances.attention_mse, heads=2),
+    partial(kdloss.distances.minilm, heads=2),
+    partial(kdloss.distances.minilm_v2, relation_heads=2),
 ]
 every_call = pytest.mark.parametrize("distance", CALLS, ids=lambda x: x.func.__name__)
 
@@ -204,9 +200,7 @@ def test_large_scores_and_16_bit_projections_are_computed_in_float32(distance):
     rounded = student.half(), teacher.half()
     value = distance(*rounded)
     assert value.dtype == torch.float32
-    torch.testing.assert_close(
-        value, distance(*(x.double() for x in rounded)).float(), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(value, distance(*(x.double() for x in rounded)).float(), rtol=1e-4, atol=1e-4)
 
 
 @every_call

@@ -133,7 +133,7 @@ def test_any_order_and_any_batch_give_the_same_numbers(folder):
 def test_empty_slots_cost_nothing_even_where_no_label_masks_them(folder):
     x = opened(folder).batch([name(0)], 12)
     student = torch.randn(1, 12, VOCAB, requires_grad=True)
-    value = kdloss.forward_kl(student, x, temperature=2.0)
+    value = kdloss.divergences.forward_kl(student, x, temperature=2.0)
     n = len(caching.tokens()[0])
     assert value[0, :n].min() > 0
     assert value[0, n:].tolist() == [0.0] * (12 - n)
@@ -164,9 +164,7 @@ def test_padding_at_either_side_is_neither_read_nor_stored(folder, tmp_path):
     for side, rows in (("left", left), ("right", right)):
         data = caching.datasets.Dataset.from_dict({"id": [name(i) for i in range(10)], **rows})
         caching.write(tmp_path / side, data=data)
-        assert [caching.contents(tmp_path / side)[x] == caching.contents(folder)[x] for x in shards] == [
-            True
-        ] * 3
+        assert [caching.contents(tmp_path / side)[x] == caching.contents(folder)[x] for x in shards] == [True] * 3
     mask = torch.tensor(left["attention_mask"])[2:4]
     x, plain = (
         opened(folder).batch([name(2), name(3)], attention_mask=mask),
@@ -222,7 +220,7 @@ def test_the_loss_from_the_cache_is_the_live_one_within_the_tails_bound(tmp_path
     x = opened(tmp_path)[[name(i) for i in ids]]
     student = 3 * torch.randn(*x.shape[:2], VOCAB, generator=generator, dtype=torch.float64)
     student.requires_grad_()
-    value = kdloss.forward_kl(student, x, temperature=t)
+    value = kdloss.divergences.forward_kl(student, x, temperature=t)
     slope = torch.autograd.grad(value.sum(), student)[0].numpy()
     gaps = []
     for row, i in enumerate(ids):
@@ -259,8 +257,7 @@ def test_a_plain_loop_takes_a_batch_from_the_cache_where_the_teachers_logits_wer
     criterion = kdloss.VanillaKD(temperature=2.0, alpha=0.3, causal=True)
     student_logits = student(**inputs).logits
     losses = [
-        criterion(student_logits, kept, labels)
-        for kept in (cache.batch(["a", "b"]), teacher(**inputs).logits.detach())
+        criterion(student_logits, kept, labels) for kept in (cache.batch(["a", "b"]), teacher(**inputs).logits.detach())
     ]
     slopes = [torch.autograd.grad(loss, student_logits, retain_graph=True)[0] for loss in losses]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
@@ -298,17 +295,13 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_shard_is_named_when_it_is_needed_and_written_again_by_the_same_call(
-    copy, damage, folder
-):
+def test_a_damaged_shard_is_named_when_it_is_needed_and_written_again_by_the_same_call(copy, damage, folder):
     harm, said = DAMAGE[damage]
     harm(copy / "shard-00001.safetensors")
     cache = opened(copy)
     assert cache[[name(8)]].shape[0] == 1  # of a shard that is whole
     for read in (lambda: cache[[name(8), name(5)]], cache.verify):
-        with pytest.raises(
-            ValueError, match=rf"shard-0000.\.safetensors {said}.*kdloss.cache.write writes it again"
-        ):
+        with pytest.raises(ValueError, match=rf"shard-0000.\.safetensors {said}.*kdloss.cache.write writes it again"):
             read()
     caching.write(copy)
     assert caching.contents(copy) == caching.contents(folder)
@@ -336,9 +329,7 @@ def test_a_manifest_that_is_absent_broken_or_of_another_format_is_said_so(copy):
         with pytest.raises(ValueError, match=said):
             opened(copy)
     manifest.unlink()
-    with pytest.raises(
-        ValueError, match=r"holds no manifest.json, so it is no cache: kdloss.cache.write makes"
-    ):
+    with pytest.raises(ValueError, match=r"holds no manifest.json, so it is no cache: kdloss.cache.write makes"):
         opened(copy)
 
 
@@ -350,17 +341,11 @@ def test_another_tokenizer_is_refused(folder):
 def test_what_a_batch_may_not_ask_for(folder):
     cache = opened(folder)
     n = len(caching.tokens()[0])
-    with pytest.raises(
-        ValueError, match=r"no example 'another' among its 10, whose ids look like 'example 0'"
-    ):
+    with pytest.raises(ValueError, match=r"no example 'another' among its 10, whose ids look like 'example 0'"):
         cache[[name(0), "another"]]
-    with pytest.raises(
-        ValueError, match=rf"'example 0' has {n} positions in shard-00000, the batch {n - 1}"
-    ):
+    with pytest.raises(ValueError, match=rf"'example 0' has {n} positions in shard-00000, the batch {n - 1}"):
         cache.batch([name(0)], n - 1)
-    with pytest.raises(
-        ValueError, match=rf"'example 0' has {n} positions in shard-00000, the batch {n + 1}"
-    ):
+    with pytest.raises(ValueError, match=rf"'example 0' has {n} positions in shard-00000, the batch {n + 1}"):
         cache.batch([name(0)], attention_mask=torch.ones(1, n + 1))
     with pytest.raises(ValueError, match="2 ids and an attention_mask of 1 rows"):
         cache.batch([name(0), name(1)], attention_mask=torch.ones(1, n))
@@ -424,9 +409,7 @@ def test_other_examples_of_the_same_number_are_refused(copy):
         ({}, {"tokenizer": "gpt2"}, TypeError, r"tokenizer needs get_vocab\(\), got str"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_the_teacher_is_run(
-    tmp_path, change, settings, error, said
-):
+def test_what_cannot_be_written_is_refused_before_the_teacher_is_run(tmp_path, change, settings, error, said):
     rows = {"id": ["a", "b", "c"], "input_ids": [[1, 2], [3], [4, 5, 6]]} | change
     data = caching.datasets.Dataset.from_dict({column: x for column, x in rows.items() if x is not None})
     with pytest.raises(error, match=said):
@@ -535,9 +518,7 @@ def test_a_full_disk_says_so_and_keeps_what_was_finished(folder, tmp_path, monke
         save_file(tensors, path)
 
     monkeypatch.setattr(_shard, "save_file", full)
-    with pytest.raises(
-        OSError, match=r"shard-00001.safetensors could not be written .*No space.*the same call"
-    ):
+    with pytest.raises(OSError, match=r"shard-00001.safetensors could not be written .*No space.*the same call"):
         caching.write(tmp_path)
     assert [file.name for file in sorted(tmp_path.iterdir())] == [
         "manifest.json",
@@ -547,16 +528,12 @@ def test_a_full_disk_says_so_and_keeps_what_was_finished(folder, tmp_path, monke
     ran = []
     caching.write(tmp_path, watched(ran))
     assert caching.contents(tmp_path) == caching.contents(folder)
-    assert (
-        sum(ran) == 1 + 6
-    )  # a probe of the vocabulary, and the examples of the two shards that were missing
+    assert sum(ran) == 1 + 6  # a probe of the vocabulary, and the examples of the two shards that were missing
 
 
 def watched(ran):
     teacher = Teacher()
-    teacher.register_forward_pre_hook(
-        lambda _, args, inputs: ran.append(len(inputs["input_ids"])), with_kwargs=True
-    )
+    teacher.register_forward_pre_hook(lambda _, args, inputs: ran.append(len(inputs["input_ids"])), with_kwargs=True)
     return teacher
 
 
@@ -593,9 +570,7 @@ def test_a_tokenizers_hash_is_its_content_wherever_and_whenever(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=caching.bpe())
     for place in ("here", "there"):
         tokenizer.save_pretrained(tmp_path / place)
-        assert (
-            kdloss.cache.tokenizer_hash(PreTrainedTokenizerFast.from_pretrained(tmp_path / place)) == ours
-        )
+        assert kdloss.cache.tokenizer_hash(PreTrainedTokenizerFast.from_pretrained(tmp_path / place)) == ours
     code = "import caching; print(caching.kdloss.cache.tokenizer_hash(caching.bpe()))"
     for seed in ("1", "2"):
         process = subprocess.run(

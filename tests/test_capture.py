@@ -245,9 +245,7 @@ def test_an_output_without_that_tensor_is_refused_with_what_it_holds(wrap, take,
 def test_options_for_names_that_are_not_captured_are_refused():
     for option in ("take", "which"):
         with (
-            pytest.raises(
-                ValueError, match=rf"{option} has \['1'\].*not among the names to capture, \[1\]"
-            ),
+            pytest.raises(ValueError, match=rf"{option} has \['1'\].*not among the names to capture, \[1\]"),
             kdloss.capture(Net(), [1], **{option: {"1": 0}}),
         ):
             pass
@@ -522,9 +520,7 @@ def test_a_stopped_teacher_is_as_it_was_under_every_context(backend):
     for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
         with context, kdloss.capture(model, [1], stop=True) as seen:
             model(x)
-        torch.testing.assert_close(
-            seen[1].float(), by_hand(model, x, 2), rtol=0.02, atol=0.02, check_stride=False
-        )
+        torch.testing.assert_close(seen[1].float(), by_hand(model, x, 2), rtol=0.02, atol=0.02, check_stride=False)
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
     assert torch.equal(model(x), expected)
@@ -917,9 +913,7 @@ def test_nothing_is_held_after_the_step_and_no_collector_is_needed(end):
             model(x)
             if end == "error":
                 raise ValueError
-        assert [given() is not None for given in model.given] == (
-            [True] if end == "stop" else [True, True, False]
-        )
+        assert [given() is not None for given in model.given] == ([True] if end == "stop" else [True, True, False])
         return seen[0].sum() + seen[1].sum()
 
     gc.collect()
@@ -1052,9 +1046,7 @@ def replica(module):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_under_ddp_and_fsdp_gradients_are_those_of_one_process_and_stopped_teachers_are_whole(
-    count, tmp_path
-):
+def test_under_ddp_and_fsdp_gradients_are_those_of_one_process_and_stopped_teachers_are_whole(count, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     script = Path(capture_processes.__file__)
     done = subprocess.run(

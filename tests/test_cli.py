@@ -78,9 +78,7 @@ def session(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     file = tiny.data(folder)
     flags = tiny.flags(file, folder / "runs", folder / "teachers")
-    said = [
-        part for pair in zip(flags[::2], flags[1::2], strict=True) if pair[0] not in ASKED for part in pair
-    ]
+    said = [part for pair in zip(flags[::2], flags[1::2], strict=True) if pair[0] not in ASKED for part in pair]
     terminal = Terminal(*said)
     terminal.answer("method: ", f"{DOWN}{DOWN}\r")
     terminal.answer("data: ", "missing.jsonl\r")

@@ -61,13 +61,13 @@ def test_defaults_are_those_of_the_guide():
     assert (vanilla.temperature, vanilla.alpha) == (2.0, 0.5)
     assert (feature.temperature, feature.alpha, feature.logit_weight) == (2.0, 0.3, 0.0)
     assert feature.layer_map.layers == "auto"
-    assert feature.distance is kdloss.mse
+    assert feature.distance is kdloss.distances.mse
 
 
 def test_t_squared_multiplies_value_and_gradient_alike_and_one_flag_turns_it_off():
     student, teacher, _, _ = batch()
     with_it = kdloss.VanillaKD(3.0, 0.0)(student, teacher)
-    plain = partial(kdloss.forward_kl, t_squared=False)
+    plain = partial(kdloss.divergences.forward_kl, t_squared=False)
     without = kdloss.VanillaKD(3.0, 0.0, divergence=plain)(student, teacher)
     torch.testing.assert_close(with_it, 9 * without)
     torch.testing.assert_close(grad(with_it, student)[0], 9 * grad(without, student)[0])
@@ -330,9 +330,7 @@ def test_a_learned_pairing_is_told_features_and_mean_distances_and_its_weights_a
     parts = [0.5 * gaps[0, 1].mean(), 2 * gaps[2, 7].mean() + (weight * gaps[2, 0]).mean()]
     torch.testing.assert_close(loss, sum(parts))
     assert list(criterion.components) == ["feature/0", "feature/2", "feature"]
-    torch.testing.assert_close(
-        list(criterion.components.values()), [p.detach() for p in (*parts, sum(parts))]
-    )
+    torch.testing.assert_close(list(criterion.components.values()), [p.detach() for p in (*parts, sum(parts))])
     assert torch.autograd.grad(loss, fixed, retain_graph=True, allow_unused=True) == (None,)
     inputs = [student.hidden_states[1], student.hidden_states[3], *criterion.parameters()]
     for got, expected in zip(grad(loss, *inputs), grad(sum(parts), *inputs), strict=True):
@@ -340,7 +338,7 @@ def test_a_learned_pairing_is_told_features_and_mean_distances_and_its_weights_a
 
 
 @pytest.mark.parametrize(
-    "learned", [kdloss.pair_by_emd, kdloss.pair_by_attention], ids=["emd", "attention"]
+    "learned", [kdloss.layers.pair_by_emd, kdloss.layers.pair_by_attention], ids=["emd", "attention"]
 )
 def test_what_is_masked_moves_no_learned_pairing(learned):
     outputs = feature_outputs()
@@ -359,7 +357,7 @@ def test_what_is_masked_moves_no_learned_pairing(learned):
 
 def test_attention_has_the_gradient_of_the_distance_to_the_papers_mixture():
     student, teacher = feature_outputs(t_depth=5)
-    criterion = kdloss.FeatureKD("all", pairing=kdloss.pair_by_attention, alpha=0.0, depths=(4, 5))
+    criterion = kdloss.FeatureKD("all", pairing=kdloss.layers.pair_by_attention, alpha=0.0, depths=(4, 5))
     loss = criterion(*captured(student, teacher))
     s, t = torch.stack(student.hidden_states[1:]), torch.stack(teacher.hidden_states[1:])
     attention = torch.einsum("s...d,t...d->st...", s, t).softmax(1).detach()
@@ -399,9 +397,7 @@ def test_learned_weights_count_positions_that_stand_elsewhere_before_their_mean(
     ],
 )
 def test_a_learned_pairing_that_answers_wrongly_is_refused(chosen, error, match):
-    criterion = kdloss.FeatureKD(
-        "all", pairing=lambda student, teacher, distances: chosen, alpha=0.0, depths=(4, 8)
-    )
+    criterion = kdloss.FeatureKD("all", pairing=lambda student, teacher, distances: chosen, alpha=0.0, depths=(4, 8))
     with pytest.raises(error, match=match):
         criterion(*captured(*feature_outputs()))
 
@@ -554,8 +550,7 @@ def test_teachers_are_averaged_in_probability_or_logits(weights):
     w = weights or [0.5, 0.5]
     a, b = first.numpy() / 2, second.numpy() / 2
     mixed = {
-        "probabilities": 2
-        * np.log(w[0] * np.exp(oracles.log_softmax(a)) + w[1] * np.exp(oracles.log_softmax(b))),
+        "probabilities": 2 * np.log(w[0] * np.exp(oracles.log_softmax(a)) + w[1] * np.exp(oracles.log_softmax(b))),
         "logits": w[0] * first.numpy() + w[1] * second.numpy(),
     }
     for average, target in mixed.items():
@@ -601,7 +596,7 @@ def test_rows_may_be_none_but_classes_may_not():
         assert loss == 0
         assert grad(loss, student)[0].shape == (0, 5)
     with pytest.raises(ValueError, match="one entry per class"):
-        kdloss.forward_kl(torch.zeros(2, 0), torch.zeros(2, 0))
+        kdloss.divergences.forward_kl(torch.zeros(2, 0), torch.zeros(2, 0))
 
 
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn():
@@ -623,7 +618,7 @@ def test_a_temperature_that_is_not_finite_and_positive_is_refused(temperature):
     for ask in (
         lambda: kdloss.VanillaKD(temperature),
         lambda: kdloss.FeatureKD(temperature=temperature),
-        lambda: kdloss.forward_kl(torch.zeros(3), torch.zeros(3), temperature=temperature),
+        lambda: kdloss.divergences.forward_kl(torch.zeros(3), torch.zeros(3), temperature=temperature),
     ):
         with pytest.raises(ValueError, match="temperature must be finite and above 0"):
             ask()
@@ -651,7 +646,7 @@ def test_vocabularies_that_differ_raise_with_both_sizes_and_the_two_ways_out():
 def test_uld_compares_vocabularies_of_any_sizes_beside_cross_entropy():
     student, _, labels, mask = batch()
     teacher = sample(3, 4, 9, dtype=torch.float64, seed=5)[1]
-    criterion = kdloss.VanillaKD(2.0, 0.3, divergence=kdloss.uld)
+    criterion = kdloss.VanillaKD(2.0, 0.3, divergence=kdloss.divergences.uld)
     loss = criterion(student, teacher, labels, mask=mask)
     keep = (mask & (labels != -100)).numpy()
     q = np.sort(np.exp(oracles.log_softmax(student.detach().numpy(), 2.0)), -1)[..., ::-1]
@@ -674,7 +669,11 @@ def test_what_is_no_function_is_refused_with_what_to_write(wrong):
 
 def test_a_divergence_by_labels_asks_for_them():
     student, teacher, labels, _ = batch()
-    for divergence in (kdloss.dkd, partial(kdloss.nkd, gamma=1.0), kdloss.standardized(kdloss.dkd)):
+    for divergence in (
+        kdloss.divergences.dkd,
+        partial(kdloss.divergences.nkd, gamma=1.0),
+        kdloss.divergences.standardized(kdloss.divergences.dkd),
+    ):
         criterion = kdloss.VanillaKD(alpha=0.0, divergence=divergence)
         with pytest.raises(ValueError, match=r"pass labels=\.\.\."):
             criterion(student, teacher)

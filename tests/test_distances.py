@@ -76,13 +76,13 @@ def fsp_as_published(s, t):
 
 
 PUBLISHED = {
-    kdloss.rkd_distance: rkd_distance_as_published,
-    kdloss.rkd_angle: rkd_angle_as_published,
-    kdloss.pkt: pkt_as_published,
-    kdloss.nst: nst_as_published,
-    kdloss.correlation_congruence: cc_as_published,
-    kdloss.cwd: cwd_as_published,
-    kdloss.fsp: fsp_as_published,
+    kdloss.distances.rkd_distance: rkd_distance_as_published,
+    kdloss.distances.rkd_angle: rkd_angle_as_published,
+    kdloss.distances.pkt: pkt_as_published,
+    kdloss.distances.nst: nst_as_published,
+    kdloss.distances.correlation_congruence: cc_as_published,
+    kdloss.distances.cwd: cwd_as_published,
+    kdloss.distances.fsp: fsp_as_published,
 }
 
 
@@ -91,7 +91,7 @@ def test_the_mean_over_rows_is_the_published_loss(distance):
     student, teacher = f64(7, 6)
     expected = PUBLISHED[distance](*numbers(student, teacher))
     # PKT's authors have their epsilon, 1e-7, in another place
-    tolerance = 1e-5 if distance is kdloss.pkt else 1e-12
+    tolerance = 1e-5 if distance is kdloss.distances.pkt else 1e-12
     assert distance(student, teacher).mean().item() == pytest.approx(expected, rel=tolerance)
     examples = [f64(7, 6, seed=seed) for seed in range(3)]
     batch = distance(*(torch.stack(side) for side in zip(*examples, strict=True)))
@@ -108,12 +108,12 @@ def test_distances_of_near_duplicates_keep_their_digits():
     near = base + torch.tensor([0.0, 2**-13, 2**-12]).unsqueeze(-1)
     found = _relations.distances(near.unsqueeze(0))[0]
     step = 2.0**-12  # 2 · 2^-13: four equal gaps
-    torch.testing.assert_close(
-        found, torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]]) * step, rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(found, torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]]) * step, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("distance", [kdloss.rkd_distance, kdloss.rkd_angle], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "distance", [kdloss.distances.rkd_distance, kdloss.distances.rkd_angle], ids=lambda x: x.__name__
+)
 def test_rkd_is_blind_to_shift_rotation_and_scale_of_either_side(distance):
     student, teacher = f64(6, 4)
     turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
@@ -126,17 +126,21 @@ def test_the_angle_of_a_right_triangle_by_hand():
     right = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
     even = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
     by_hand = [2 * (c - 0.5) ** 2 / 2 / 9 for c in (0.0, 0.6, 0.8)]
-    torch.testing.assert_close(kdloss.rkd_angle(even, right), torch.tensor(by_hand, dtype=torch.float64))
+    torch.testing.assert_close(kdloss.distances.rkd_angle(even, right), torch.tensor(by_hand, dtype=torch.float64))
 
 
 def test_far_apart_relations_are_in_the_linear_part():
     """Distances (3, 0, 3) and (0, 3, 3) over their mean 2: gaps of 1.5 cost 1."""
     teacher = torch.tensor([[0.0], [0.0], [3.0]])
     student = torch.tensor([[0.0], [3.0], [3.0]])
-    torch.testing.assert_close(kdloss.rkd_distance(student, teacher), torch.tensor([1.0, 2.0, 1.0]) / 3)
+    torch.testing.assert_close(kdloss.distances.rkd_distance(student, teacher), torch.tensor([1.0, 2.0, 1.0]) / 3)
 
 
-RELATIONS = [kdloss.rkd_distance, kdloss.rkd_angle, partial(kdloss.word_relation, window=5)]
+RELATIONS = [
+    kdloss.distances.rkd_distance,
+    kdloss.distances.rkd_angle,
+    partial(kdloss.distances.word_relation, window=5),
+]
 
 
 @pytest.mark.parametrize("distance", RELATIONS, ids=["distance", "angle", "words"])
@@ -160,14 +164,16 @@ def test_vertices_in_many_parts_give_what_one_part_gives(distance, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("distance", "width"), [(kdloss.rkd_distance, 512), (kdloss.rkd_angle, 64)], ids=["distance", "angle"]
+    ("distance", "width"),
+    [(kdloss.distances.rkd_distance, 512), (kdloss.distances.rkd_angle, 64)],
+    ids=["distance", "angle"],
 )
 def test_memory_of_relations_is_far_below_one_tensor_of_all_they_compare(distance, width):
     """All differences would be N² D floats, all angles N³."""
     n = 256
     student, teacher = sample(n, width)
     peak = training_memory(lambda: distance(student, teacher).sum().backward(), [student, teacher])
-    assert peak < 4 * n * n * (n if distance is kdloss.rkd_angle else width) / 8
+    assert peak < 4 * n * n * (n if distance is kdloss.distances.rkd_angle else width) / 8
     assert student.grad.abs().max() > 0
 
 
@@ -177,7 +183,7 @@ def test_memory_of_relations_is_far_below_one_tensor_of_all_they_compare(distanc
 def test_word_relations_are_kl_of_pairs_and_squared_angles_in_the_window():
     student, teacher = f64(1, 9, 4)
     mask = (torch.arange(9) < 6).unsqueeze(0)
-    found = kdloss.word_relation(student, teacher, mask=mask, window=5, triple_weight=3.0)
+    found = kdloss.distances.word_relation(student, teacher, mask=mask, window=5, triple_weight=3.0)
     s, t = (x[0, :6] for x in numbers(student, teacher))
     n = 6
     q, p = (np.exp(units(x) @ units(x).T) * (1 - np.eye(n)) for x in (s, t))
@@ -188,7 +194,7 @@ def test_word_relations_are_kl_of_pairs_and_squared_angles_in_the_window():
     np.testing.assert_allclose(found[0, :6].detach(), pairs + 3 * np.array(triples), rtol=1e-12)
     assert not found[0, 6:].any()
     with pytest.raises(ValueError, match="odd number, got 4"):
-        kdloss.word_relation(student, teacher, window=4)
+        kdloss.distances.word_relation(student, teacher, window=4)
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
@@ -196,7 +202,7 @@ def test_a_word_alone_in_its_sentence_costs_nothing_and_computes_no_nan():
     student, teacher = sample(64, 3, 5)
     mask = torch.tensor([True, False, False]).expand(64, 3)
     with torch.autograd.detect_anomaly(check_nan=True):
-        value = kdloss.word_relation(student, teacher, mask=mask)
+        value = kdloss.distances.word_relation(student, teacher, mask=mask)
         value.sum().backward()
     assert not value.any()
     assert not student.grad.any()
@@ -210,7 +216,7 @@ def test_pkt_of_opposite_rows_is_finite_where_rounding_puts_their_cosine_below_m
     student = torch.cat([row, -row], 1)
     unit = torch.nn.functional.normalize(student, dim=-1)
     assert (unit @ unit.mT).min() < -1 - 2e-7
-    value = kdloss.pkt(student, torch.cat([teacher, teacher], 1))
+    value = kdloss.distances.pkt(student, torch.cat([teacher, teacher], 1))
     assert value.isfinite().all()
     assert torch.autograd.grad(value.sum(), row)[0].isfinite().all()
 
@@ -221,7 +227,7 @@ def test_pkt_of_opposite_rows_is_finite_where_rounding_puts_their_cosine_below_m
 def test_activation_boundary_asks_for_the_teachers_side_and_a_margin():
     teacher = torch.tensor([[3.0, -0.2, 0.0, 1e-9]])
     student = torch.tensor([[-1.0, -2.0, 0.5, 1.5]], requires_grad=True)
-    value = kdloss.activation_boundary(student, teacher)
+    value = kdloss.distances.activation_boundary(student, teacher)
     assert value.item() == pytest.approx((2.0**2 + 0 + 1.5**2 + 0) / 4)
     slope = torch.autograd.grad(value.sum(), student)[0]
     torch.testing.assert_close(slope, torch.tensor([[-4.0, 0.0, 3.0, 0.0]]) / 4)
@@ -229,16 +235,18 @@ def test_activation_boundary_asks_for_the_teachers_side_and_a_margin():
 
 def test_pkd_is_twice_cosine_and_blind_to_length():
     student, teacher = f64(5, 4)
-    torch.testing.assert_close(kdloss.pkd(3 * student, teacher / 9), 2 * kdloss.cosine(student, teacher))
+    torch.testing.assert_close(
+        kdloss.distances.pkd(3 * student, teacher / 9), 2 * kdloss.distances.cosine(student, teacher)
+    )
 
 
 def test_standardized_mse_sees_each_feature_in_its_own_unit_over_the_whole_batch():
     student, teacher = f64(3, 4, 5)
     mask = torch.arange(4) < torch.tensor([[4], [2], [3]])
     scale = torch.tensor([1.0, 1e4, 1e-1, 3.0, 50.0], dtype=torch.float64)
-    value = kdloss.standardized_mse(student, teacher, mask=mask, eps=0.0)
+    value = kdloss.distances.standardized_mse(student, teacher, mask=mask, eps=0.0)
     torch.testing.assert_close(
-        kdloss.standardized_mse(student * scale, teacher * scale, mask=mask, eps=0.0), value
+        kdloss.distances.standardized_mse(student * scale, teacher * scale, mask=mask, eps=0.0), value
     )
     s, t = (x[mask.numpy()] for x in numbers(student, teacher))
     np.testing.assert_allclose(value[mask].detach(), ((s - t) ** 2 / t.var(0)).mean(1), rtol=1e-12)
@@ -247,12 +255,12 @@ def test_standardized_mse_sees_each_feature_in_its_own_unit_over_the_whole_batch
 def test_fsp_refuses_a_split_that_leaves_nothing():
     for split in (0, 4, 9):
         with pytest.raises(ValueError, match=rf"split={split} of width 4; write torch\.cat"):
-            kdloss.fsp(torch.zeros(2, 4), torch.zeros(2, 4), split=split)
+            kdloss.distances.fsp(torch.zeros(2, 4), torch.zeros(2, 4), split=split)
 
 
 def test_cwd_at_an_impossible_temperature_is_refused():
     with pytest.raises(ValueError, match="temperature"):
-        kdloss.cwd(torch.zeros(2, 4), torch.zeros(2, 4), temperature=0.0)
+        kdloss.distances.cwd(torch.zeros(2, 4), torch.zeros(2, 4), temperature=0.0)
 
 
 # -- what is compared: between tokens, between examples --
@@ -263,21 +271,23 @@ MASK = torch.arange(4) < torch.tensor([[4], [2], [3], [1]])
 def test_between_tokens_is_the_distance_of_all_positions_that_count_as_one_set():
     student, teacher = f64(4, 4, 5)
     value = kdloss.masked(
-        kdloss.between_tokens(kdloss.similarity), student, teacher, MASK, reduction="none"
+        kdloss.distances.between_tokens(kdloss.distances.similarity),
+        student,
+        teacher,
+        MASK,
+        reduction="none",
     )
     s, t = (x[MASK.numpy()] for x in numbers(student, teacher))
     np.testing.assert_allclose(value[MASK].detach(), oracles.similarity(s, t), rtol=1e-9)
     assert not value[~MASK].any()
     exact = oracles.gradient(lambda x: oracles.similarity(x, t), s)
-    np.testing.assert_allclose(
-        torch.autograd.grad(value.sum(), student)[0][MASK], exact, rtol=1e-9, atol=1e-12
-    )
+    np.testing.assert_allclose(torch.autograd.grad(value.sum(), student)[0][MASK], exact, rtol=1e-9, atol=1e-12)
 
 
 def test_between_examples_compares_masked_means_or_positions_side_by_side():
     student, teacher = f64(4, 4, 5)
     for mean in (True, False):
-        distance = kdloss.between_examples(kdloss.similarity, mean=mean)
+        distance = kdloss.distances.between_examples(kdloss.distances.similarity, mean=mean)
         value = kdloss.masked(distance, student, teacher, MASK)
         sides = []
         for x in numbers(student, teacher):
@@ -298,7 +308,7 @@ def test_an_example_without_a_position_that_counts_is_not_compared():
     student, teacher = f64(4, 3, 5)
     mask = torch.tensor([[True] * 3, [False] * 3, [True, True, False], [True] * 3])
     for mean in (True, False):
-        distance = kdloss.between_examples(kdloss.rkd_distance, mean=mean)
+        distance = kdloss.distances.between_examples(kdloss.distances.rkd_distance, mean=mean)
         there = torch.tensor([0, 2, 3])
         value = kdloss.masked(distance, student, teacher, mask)
         expected = kdloss.masked(distance, student[there], teacher[there], mask[there])
@@ -308,50 +318,52 @@ def test_an_example_without_a_position_that_counts_is_not_compared():
 
 def test_between_takes_partials_and_shows_what_they_take():
     student, wide = f64(3, 4, 5)[0], f64(3, 4, 8)[1]
-    distance = partial(kdloss.cka, unbiased=True)
-    for between in (kdloss.between_tokens, partial(kdloss.between_examples, mean=True)):
-        compared = between(partial(kdloss.correlation_congruence, gamma=1.0))
+    distance = partial(kdloss.distances.cka, unbiased=True)
+    for between in (kdloss.distances.between_tokens, partial(kdloss.distances.between_examples, mean=True)):
+        compared = between(partial(kdloss.distances.correlation_congruence, gamma=1.0))
         assert needs_no_width(compared)
         assert needs_no_width(partial(compared))
         assert compared(student, wide).shape == (3, 4)
-        assert not needs_no_width(between(kdloss.cwd))
+        assert not needs_no_width(between(kdloss.distances.cwd))
     s, t = (x.reshape(12, -1) for x in numbers(student, wide))
-    value = kdloss.between_tokens(distance)(student, wide).mean()
+    value = kdloss.distances.between_tokens(distance)(student, wide).mean()
     assert value.item() == pytest.approx(oracles.cka(s, t, unbiased=True).mean(), rel=1e-9)
 
 
 def test_between_leaves_features_of_examples_as_they_are():
     student, teacher = f64(6, 5)
-    for between in (kdloss.between_tokens, kdloss.between_examples):
-        torch.testing.assert_close(between(kdloss.pkt)(student, teacher), kdloss.pkt(student, teacher))
+    for between in (kdloss.distances.between_tokens, kdloss.distances.between_examples):
+        torch.testing.assert_close(
+            between(kdloss.distances.pkt)(student, teacher), kdloss.distances.pkt(student, teacher)
+        )
 
 
 def test_between_hands_on_the_options_of_the_call():
     student, teacher = f64(3, 4, 5)
-    for between in (kdloss.between_tokens, kdloss.between_examples):
-        found = between(kdloss.correlation_congruence)(student, teacher, mask=MASK[:3], gamma=1.0)
-        bound = between(partial(kdloss.correlation_congruence, gamma=1.0))(student, teacher, mask=MASK[:3])
-        other = between(kdloss.correlation_congruence)(student, teacher, mask=MASK[:3])
+    for between in (kdloss.distances.between_tokens, kdloss.distances.between_examples):
+        found = between(kdloss.distances.correlation_congruence)(student, teacher, mask=MASK[:3], gamma=1.0)
+        bound = between(partial(kdloss.distances.correlation_congruence, gamma=1.0))(student, teacher, mask=MASK[:3])
+        other = between(kdloss.distances.correlation_congruence)(student, teacher, mask=MASK[:3])
         torch.testing.assert_close(found, bound)
         assert (found - other).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("between", [kdloss.between_tokens, kdloss.between_examples])
+@pytest.mark.parametrize("between", [kdloss.distances.between_tokens, kdloss.distances.between_examples])
 def test_between_refuses_a_distance_of_single_positions(between):
     with pytest.raises(TypeError, match=r"mse compares each position with its own partner only"):
-        between(kdloss.mse)
+        between(kdloss.distances.mse)
     with pytest.raises(TypeError, match="FeatureKD"):
-        between(partial(kdloss.cosine, eps=1e-6))
+        between(partial(kdloss.distances.cosine, eps=1e-6))
 
 
 def test_unbiased_cka_needs_four_rows_and_gives_zero_where_a_mask_leaves_fewer():
     """With three, U-centring leaves nothing but rounding, which must not be blown up to unit length."""
     student, teacher = torch.randn(3, 5), torch.randn(3, 5)
     with pytest.raises(ValueError, match="at least 4 rows"):
-        kdloss.cka(student, teacher, unbiased=True)
+        kdloss.distances.cka(student, teacher, unbiased=True)
     student, teacher = torch.randn(2, 6, 5, requires_grad=True), torch.randn(2, 6, 5)
     for left in (1, 2, 3):
         mask = (torch.arange(6) < left).expand(2, 6)
-        value = kdloss.cka(student, teacher, mask=mask, unbiased=True)
+        value = kdloss.distances.cka(student, teacher, mask=mask, unbiased=True)
         assert not value.any()
         assert not torch.autograd.grad(value.sum(), student)[0].any()

@@ -20,9 +20,9 @@ class Runs:
     """How often each block of a model and the model itself ran."""
 
     def __init__(self, model):
-        self.model, self.blocks = 0, [0] * len(kdloss.find_blocks(model))
+        self.model, self.blocks = 0, [0] * len(kdloss.layers.find_blocks(model))
         model.register_forward_hook(self.count_model)
-        for i, block in enumerate(kdloss.find_blocks(model)):
+        for i, block in enumerate(kdloss.layers.find_blocks(model)):
             block.register_forward_hook(lambda *_, i=i: self.count(i))
 
     def count(self, i):
@@ -94,9 +94,7 @@ def test_nothing_of_the_teacher_is_in_any_state_dict_or_parameter_list():
         ([0], "same", 1.0, 7),
     ],
 )
-def test_one_student_pass_and_no_teacher_block_behind_the_deepest_needed(
-    layers, pairing, logit_weight, deepest
-):
+def test_one_student_pass_and_no_teacher_block_behind_the_deepest_needed(layers, pairing, logit_weight, deepest):
     teacher, student = pair()
     criterion = kdloss.FeatureKD(layers, pairing=pairing, logit_weight=logit_weight)
     distill = kdloss.Distiller(teacher, criterion).prepare(student)
@@ -198,9 +196,7 @@ def test_the_teacher_is_left_as_it_was_found():
     wanted = [p.requires_grad for p in teacher.parameters()]
     distill = kdloss.Distiller(teacher, kdloss.FeatureKD(logit_weight=1.0)).prepare(student)
     seen = []
-    teacher.transformer.h[0].register_forward_hook(
-        lambda m, *_: seen.append((m.training, torch.is_grad_enabled()))
-    )
+    teacher.transformer.h[0].register_forward_hook(lambda m, *_: seen.append((m.training, torch.is_grad_enabled())))
     distill(student, **batch("gpt2")).loss.backward()
     assert seen == [(False, False)]
     assert [m.training for m in teacher.modules()] == modes
@@ -215,9 +211,7 @@ def test_nothing_is_held_after_the_step():
     teacher, student = pair()
     distill = kdloss.Distiller(teacher, kdloss.FeatureKD(logit_weight=1.0)).prepare(student)
     features = []
-    handle = student.transformer.h[3].register_forward_hook(
-        lambda m, a, out: features.append(weakref.ref(out))
-    )
+    handle = student.transformer.h[3].register_forward_hook(lambda m, a, out: features.append(weakref.ref(out)))
     out = distill(student, **batch("gpt2"))
     handle.remove()
     out.loss.backward()
@@ -275,9 +269,7 @@ def test_padding_reaches_no_term():
 
 def test_a_forgotten_prepare_says_the_line_to_write():
     teacher, student = pair()
-    with pytest.raises(
-        ValueError, match=r"Before building the optimizer write distill\.prepare\(student\)"
-    ):
+    with pytest.raises(ValueError, match=r"Before building the optimizer write distill\.prepare\(student\)"):
         kdloss.Distiller(teacher, kdloss.FeatureKD())(student, **batch("gpt2"))
 
 
@@ -352,7 +344,7 @@ def test_a_student_of_compiled_blocks_is_distilled_by_features():
     teacher, student = (m.eval() for m in pair(width=96))
     distill = kdloss.Distiller(teacher, kdloss.FeatureKD())
     plain = distill(student, **batch("gpt2")).loss
-    for block in kdloss.find_blocks(student):
+    for block in kdloss.layers.find_blocks(student):
         block.compile(backend="eager")
     for _ in range(2):
         torch.testing.assert_close(distill(student, **batch("gpt2")).loss, plain)
@@ -361,7 +353,7 @@ def test_a_student_of_compiled_blocks_is_distilled_by_features():
 def test_a_criterion_of_ones_own_fits():
     class LogitMSE(nn.Module):
         def forward(self, student, teacher, labels, *, mask, num_items_in_batch):
-            values = kdloss.mse(student.output.logits, teacher.output.logits)
+            values = kdloss.distances.mse(student.output.logits, teacher.output.logits)
             return kdloss.reduce(values, mask, num_items_in_batch=num_items_in_batch)
 
     teacher, student = pair()
@@ -381,9 +373,7 @@ def test_a_loop_without_hugging_face_works_on_tensors():
     torch.testing.assert_close(masked, criterion(student(x), teacher(x), y.masked_fill(y == 1, -100)))
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda x: Output(logits=x), lambda x: {"logits": x}], ids=["object", "dict"]
-)
+@pytest.mark.parametrize("wrap", [lambda x: Output(logits=x), lambda x: {"logits": x}], ids=["object", "dict"])
 def test_an_output_that_has_logits_is_enough(wrap):
     class Net(nn.Module):
         def __init__(self):

@@ -48,9 +48,7 @@ def given(tmp_path_factory):
     (teacher,) = (output / "teachers").iterdir()
     _, tokenizer = models.load(str(teacher))
     torch.manual_seed(1)
-    models.save(
-        models.gpt2(2, 16, 2, dropout=0.2, tokenizer=tokenizer, length=16), tokenizer, folder / "student"
-    )
+    models.save(models.gpt2(2, 16, 2, dropout=0.2, tokenizer=tokenizer, length=16), tokenizer, folder / "student")
     flags = ["--data", str(file), "--teacher", str(teacher), *SMALL]
     return flags, output, results, folder / "student"
 
@@ -130,9 +128,7 @@ def _a_fresh_accelerator():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_interrupted_while_it_saves_ends_bit_for_bit_as_one_undisturbed(
-    given, tmp_path, monkeypatch, script
-):
+def test_a_run_interrupted_while_it_saves_ends_bit_for_bit_as_one_undisturbed(given, tmp_path, monkeypatch, script):
     flags, _, _, student = given
     module, saver = SCRIPTS[script], SAVERS[script]
     flags = [*flags, "--student", str(student)]  # its dropout has to repeat itself
@@ -140,9 +136,7 @@ def test_a_run_interrupted_while_it_saves_ends_bit_for_bit_as_one_undisturbed(
     flags, checkpoints = [*flags, "--output", str(tmp_path / "broken")], tmp_path / "broken/checkpoints"
 
     full = OSError(28, "No space left on device")
-    monkeypatch.setattr(
-        *saver, half_of(getattr(*saver), number=5, error=full)
-    )  # of the distilled: its second
+    monkeypatch.setattr(*saver, half_of(getattr(*saver), number=5, error=full))  # of the distilled: its second
     with pytest.raises(OSError, match=r"could not be written, .* MB are free there.*same command again"):
         restarted(module, flags)
     assert [path.name for path in (checkpoints / "distilled").iterdir()] == ["step-00000004"]
@@ -153,9 +147,7 @@ def test_a_run_interrupted_while_it_saves_ends_bit_for_bit_as_one_undisturbed(
     assert [path.parent.parent.name for path in checkpoints.glob("**/half")] == ["distilled"]
     monkeypatch.undo()
     assert restarted(module, flags) == undisturbed
-    ours, theirs = (
-        (tmp_path / run / "distilled/model.safetensors").read_bytes() for run in ("broken", "whole")
-    )
+    ours, theirs = ((tmp_path / run / "distilled/model.safetensors").read_bytes() for run in ("broken", "whole"))
     assert ours == theirs
     kept = sorted(folder.name for folder in (checkpoints / "distilled").iterdir())
     assert kept == ["step-00000008", "step-00000012"]
@@ -203,9 +195,7 @@ def test_distillation_is_the_distillers_loss_in_training_and_the_students_own_in
 
 def test_going_on_with_other_flags_is_refused(given):
     flags, output, _, _ = given
-    with pytest.raises(
-        ValueError, match=r"holds a run with other settings: .*seed 0, not 3.*another --output"
-    ):
+    with pytest.raises(ValueError, match=r"holds a run with other settings: .*seed 0, not 3.*another --output"):
         distributed.main([*flags, "--seed", "3", "--output", str(output)])
 
 
@@ -221,9 +211,7 @@ def test_models_that_do_not_fit_are_refused_with_what_to_give_instead():
     scale.check(build("gpt2", depth=5), teacher, args)  # deeper than its teacher is no fault
     other = build("gpt2", depth=2)
     other.resize_token_embeddings(70)
-    with pytest.raises(
-        ValueError, match=r"vocabulary of 70 tokens, the teacher one of 61: give a --student"
-    ):
+    with pytest.raises(ValueError, match=r"vocabulary of 70 tokens, the teacher one of 61: give a --student"):
         scale.check(other, teacher, args)
     args.max_length = 17
     with pytest.raises(ValueError, match=r"the student reads 16 tokens, not 17: write --max-length 16"):

@@ -26,20 +26,20 @@ def grad(value, *inputs):
 
 def test_jsd_is_exactly_forward_kl_at_0_and_reverse_kl_at_1():
     student, teacher = sample(4, 7)
-    for beta, plain in ((0.0, kdloss.forward_kl), (1.0, kdloss.reverse_kl)):
+    for beta, plain in ((0.0, kdloss.divergences.forward_kl), (1.0, kdloss.divergences.reverse_kl)):
         for normalize in (False, True):
-            value = kdloss.jsd(student, teacher, temperature=2.0, beta=beta, normalize=normalize)
+            value = kdloss.divergences.jsd(student, teacher, temperature=2.0, beta=beta, normalize=normalize)
             assert torch.equal(value, plain(student, teacher, temperature=2.0))
 
 
 def test_normalised_jsd_goes_to_both_kls_without_a_jump_and_the_plain_one_to_0():
     student, teacher = sample(4, 7, dtype=torch.float64)
-    for beta, plain in ((1e-6, kdloss.forward_kl), (1 - 1e-6, kdloss.reverse_kl)):
+    for beta, plain in ((1e-6, kdloss.divergences.forward_kl), (1 - 1e-6, kdloss.divergences.reverse_kl)):
         exact = plain(student, teacher)
-        value = kdloss.jsd(student, teacher, beta=beta, normalize=True)
+        value = kdloss.divergences.jsd(student, teacher, beta=beta, normalize=True)
         torch.testing.assert_close(value, exact, rtol=1e-3, atol=0)
         torch.testing.assert_close(grad(value, student), grad(exact, student), rtol=1e-2, atol=1e-3)
-        assert (kdloss.jsd(student, teacher, beta=beta) < 2e-6 * exact).all()
+        assert (kdloss.divergences.jsd(student, teacher, beta=beta) < 2e-6 * exact).all()
 
 
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.3, 1 - 1e-3, 1 - 1e-6])
@@ -52,14 +52,14 @@ def test_a_tiny_weight_is_accurate_in_float32_against_fifty_digits(beta):
         kls = [sum(x * mpmath.log(x / z) for x, z in zip(a, m, strict=True)) for a in (p, q)]
         exact = float(b * kls[0] + (1 - b) * kls[1])
     student, teacher = torch.tensor(logits)
-    assert kdloss.jsd(student, teacher, beta=beta).item() == pytest.approx(exact, rel=1e-5)
+    assert kdloss.divergences.jsd(student, teacher, beta=beta).item() == pytest.approx(exact, rel=1e-5)
 
 
 def test_what_is_skewed_is_bounded_and_without_skew_it_is_the_plain_kl():
     student, teacher = sample(4, 7)
     for skewed, plain in (
-        (kdloss.skewed_forward_kl, kdloss.forward_kl),
-        (kdloss.skewed_reverse_kl, kdloss.reverse_kl),
+        (kdloss.divergences.skewed_forward_kl, kdloss.divergences.forward_kl),
+        (kdloss.divergences.skewed_reverse_kl, kdloss.divergences.reverse_kl),
     ):
         assert torch.equal(skewed(student, teacher, skew=0.0), plain(student, teacher))
         assert not skewed(student, teacher, skew=1.0).any()
@@ -69,7 +69,7 @@ def test_what_is_skewed_is_bounded_and_without_skew_it_is_the_plain_kl():
 
 def test_symmetric_kl_and_jsd_at_one_half_do_not_know_who_is_the_teacher():
     student, teacher = (x.detach() for x in sample(4, 7, dtype=torch.float64))
-    for loss in (kdloss.symmetric_kl, kdloss.jsd):
+    for loss in (kdloss.divergences.symmetric_kl, kdloss.divergences.jsd):
         torch.testing.assert_close(loss(student, teacher), loss(teacher, student))
 
 
@@ -79,13 +79,16 @@ def test_adaptive_kl_weighs_by_the_difference_in_head_and_tail():
     forward, reverse = (p * np.log(p / q)).sum(), (q * np.log(q / p)).sum()
     for head, share in ((0.5, 0.3 / 0.6), (0.1, 0.3 / 0.6), (0.91, 0.5 / 0.6)):
         exact = share * forward + (1 - share) * reverse
-        assert kdloss.adaptive_kl(student, teacher, head=head).item() == pytest.approx(exact, rel=1e-9)
+        assert kdloss.divergences.adaptive_kl(student, teacher, head=head).item() == pytest.approx(exact, rel=1e-9)
 
 
 def test_the_weights_of_adaptive_kl_are_constants_for_the_gradient():
     student, teacher = sample(1, 6, dtype=torch.float64)
-    forward, reverse = kdloss.forward_kl(student, teacher), kdloss.reverse_kl(student, teacher)
-    value = kdloss.adaptive_kl(student, teacher)
+    forward, reverse = (
+        kdloss.divergences.forward_kl(student, teacher),
+        kdloss.divergences.reverse_kl(student, teacher),
+    )
+    value = kdloss.divergences.adaptive_kl(student, teacher)
     share = ((value - reverse) / (forward - reverse)).detach()
     assert 0 < share < 1
     exact = grad(share * forward + (1 - share) * reverse, student)
@@ -97,18 +100,19 @@ def test_the_weights_of_adaptive_kl_are_constants_for_the_gradient():
 
 def test_logit_mse_and_bernoulli_kl_see_a_constant_that_a_softmax_does_not():
     teacher = torch.zeros(1, 4, dtype=torch.float64)
-    assert kdloss.logit_mse(teacher + 3, teacher).item() == pytest.approx(9.0)
+    assert kdloss.divergences.logit_mse(teacher + 3, teacher).item() == pytest.approx(9.0)
     odds = 4 * (0.5 * np.log(0.5 * (1 + np.exp(-3.0))) + 0.5 * np.log(0.5 * (1 + np.exp(3.0))))
-    assert kdloss.bernoulli_kl(teacher + 3, teacher).item() == pytest.approx(odds)
+    assert kdloss.divergences.bernoulli_kl(teacher + 3, teacher).item() == pytest.approx(odds)
 
 
 def test_temperature_leaves_logit_mse_alone_and_still_has_to_be_one():
     student, teacher = sample(4, 7)
     assert torch.equal(
-        kdloss.logit_mse(student, teacher, temperature=9.0), kdloss.logit_mse(student, teacher)
+        kdloss.divergences.logit_mse(student, teacher, temperature=9.0),
+        kdloss.divergences.logit_mse(student, teacher),
     )
     with pytest.raises(ValueError, match="temperature"):
-        kdloss.logit_mse(student, teacher, temperature=0.0)
+        kdloss.divergences.logit_mse(student, teacher, temperature=0.0)
 
 
 # -- those that know the label --
@@ -118,10 +122,10 @@ def test_forward_kl_is_dkd_with_the_weights_1_and_one_minus_the_label_s_probabil
     student, teacher = sample(5, 7, dtype=torch.float64)
     labels = torch.tensor([0, 3, 6, 2, 2])
     T = 2.0
-    target = kdloss.dkd(student, teacher, labels, temperature=T, beta=0.0)
-    others = kdloss.dkd(student, teacher, labels, temperature=T, alpha=0.0, beta=1.0)
+    target = kdloss.divergences.dkd(student, teacher, labels, temperature=T, beta=0.0)
+    others = kdloss.divergences.dkd(student, teacher, labels, temperature=T, alpha=0.0, beta=1.0)
     p_y = (teacher / T).softmax(-1).gather(-1, labels[:, None])[:, 0]
-    whole = kdloss.forward_kl(student, teacher, temperature=T)
+    whole = kdloss.divergences.forward_kl(student, teacher, temperature=T)
     torch.testing.assert_close(target + (1 - p_y) * others, whole, rtol=1e-12, atol=0)
     slope = grad(target + (1 - p_y) * others, student)
     torch.testing.assert_close(slope, grad(whole, student), rtol=1e-10, atol=1e-14)
@@ -141,7 +145,7 @@ def test_nkd_has_the_gradient_of_the_paper_and_its_value_less_an_entropy(tempera
         -(soft * s.log_softmax(-1)).sum(-1)
     )
     entropy = -(soft * soft.log()).sum(-1)
-    value = kdloss.nkd(student, teacher, labels, temperature=temperature)
+    value = kdloss.divergences.nkd(student, teacher, labels, temperature=temperature)
     torch.testing.assert_close(value, paper - 1.5 * temperature**2 * entropy, rtol=1e-10, atol=0)
     torch.testing.assert_close(grad(value, student), grad(paper, student), rtol=1e-10, atol=1e-14)
 
@@ -152,12 +156,19 @@ def test_nkd_at_the_teacher_is_a_cross_entropy_with_a_gradient():
     labels = torch.tensor([4, 0, 1])
     p = teacher.softmax(-1)
     p_y = p[torch.arange(3), labels]
-    value = kdloss.nkd(student, teacher, labels)
+    value = kdloss.divergences.nkd(student, teacher, labels)
     torch.testing.assert_close(value, -p_y * p_y.log())
     torch.testing.assert_close(grad(value, student)[0], p_y[:, None] * (p - F.one_hot(labels, 5)))
 
 
-@pytest.mark.parametrize("loss", [kdloss.dkd, kdloss.nkd, kdloss.standardized(kdloss.dkd)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        kdloss.divergences.dkd,
+        kdloss.divergences.nkd,
+        kdloss.divergences.standardized(kdloss.divergences.dkd),
+    ],
+)
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
 def test_what_stands_at_an_ignored_label_never_matters(loss, garbage):
     student, teacher = sample(3, 5)
@@ -175,7 +186,7 @@ def test_what_stands_at_an_ignored_label_never_matters(loss, garbage):
     torch.testing.assert_close(slope[kept], grad(clean, student)[0][kept])
 
 
-@pytest.mark.parametrize("loss", [kdloss.dkd, kdloss.nkd])
+@pytest.mark.parametrize("loss", [kdloss.divergences.dkd, kdloss.divergences.nkd])
 def test_labels_of_another_kind_or_shape_are_refused(loss):
     student, teacher = sample(3, 5)
     with pytest.raises(TypeError, match=r"labels\.long\(\)"):
@@ -187,7 +198,7 @@ def test_labels_of_another_kind_or_shape_are_refused(loss):
 def test_a_label_alone_in_its_row_has_no_others_to_compare():
     rows = torch.tensor([[2.0, -INF, -INF]], requires_grad=True)
     labels = torch.tensor([0])
-    for loss in (kdloss.dkd, kdloss.nkd):
+    for loss in (kdloss.divergences.dkd, kdloss.divergences.nkd):
         value = loss(rows, rows.detach(), labels)
         assert value.item() == 0
         assert not grad(value, rows)[0].any()
@@ -197,19 +208,19 @@ def test_where_one_side_alone_has_others_the_label_against_them_is_all_there_is_
     alone, even = torch.tensor([[0.0, -INF, -INF]]), torch.tensor([[0.0, 1.0, 2.0]])
     labels = torch.tensor([0])
     minus_log_q = F.cross_entropy(even, labels).item()
-    assert kdloss.dkd(even, alone, labels).item() == pytest.approx(minus_log_q)
-    assert kdloss.nkd(even, alone, labels).item() == pytest.approx(minus_log_q)
-    assert kdloss.dkd(alone, even, labels) == INF
+    assert kdloss.divergences.dkd(even, alone, labels).item() == pytest.approx(minus_log_q)
+    assert kdloss.divergences.nkd(even, alone, labels).item() == pytest.approx(minus_log_q)
+    assert kdloss.divergences.dkd(alone, even, labels) == INF
 
 
 def test_an_infinite_term_without_weight_adds_nothing():
     teacher, labels = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([0])
     no_label, no_other = torch.tensor([[-INF, 1.0, 2.0]]), torch.tensor([[0.0, -INF, 2.0]])
-    assert kdloss.dkd(no_label, teacher, labels) == INF
-    assert kdloss.dkd(no_label, teacher, labels, alpha=0.0).item() == pytest.approx(0, abs=1e-6)
-    assert kdloss.dkd(no_other, teacher, labels) == INF
-    assert kdloss.dkd(no_other, teacher, labels, beta=0.0).isfinite()
-    assert kdloss.nkd(no_other, teacher, labels, gamma=0.0).isfinite()
+    assert kdloss.divergences.dkd(no_label, teacher, labels) == INF
+    assert kdloss.divergences.dkd(no_label, teacher, labels, alpha=0.0).item() == pytest.approx(0, abs=1e-6)
+    assert kdloss.divergences.dkd(no_other, teacher, labels) == INF
+    assert kdloss.divergences.dkd(no_other, teacher, labels, beta=0.0).isfinite()
+    assert kdloss.divergences.nkd(no_other, teacher, labels, gamma=0.0).isfinite()
 
 
 # -- relations --
@@ -220,38 +231,38 @@ def test_dist_is_one_minus_numpy_s_correlation_of_rows_and_columns():
     q, p = ((x / 2).softmax(-1).detach().numpy() for x in (student, teacher))
     rows = np.array([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q, p, strict=True)])
     columns = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q.T, p.T, strict=True)])
-    value = kdloss.dist(student, teacher, temperature=2.0, beta=3.0, gamma=0.5)
+    value = kdloss.divergences.dist(student, teacher, temperature=2.0, beta=3.0, gamma=0.5)
     np.testing.assert_allclose(value.detach(), 4 * (3 * rows + 0.5 * columns), rtol=1e-9)
 
 
 def test_dist_relates_just_the_positions_that_count():
     student, teacher = sample(3, 2, 5, dtype=torch.float64)
     mask = torch.tensor([[True, False], [True, True], [False, True]])
-    value = kdloss.dist(student, teacher, mask=mask)
-    few = kdloss.dist(student[mask], teacher[mask])
+    value = kdloss.divergences.dist(student, teacher, mask=mask)
+    few = kdloss.divergences.dist(student[mask], teacher[mask])
     torch.testing.assert_close(value[mask], few, rtol=1e-12, atol=0)
     assert not value[~mask].any()
     torch.testing.assert_close(grad(value, student)[0], grad(few, student)[0], rtol=1e-10, atol=1e-14)
     dirty = student.detach().clone()
     dirty[~mask] = NAN
     dirty.requires_grad_()
-    again = kdloss.dist(dirty, teacher, mask=mask)
+    again = kdloss.divergences.dist(dirty, teacher, mask=mask)
     assert torch.equal(again, value)
     assert not grad(again, dirty)[0][~mask].any()
 
 
 def test_micro_batches_of_dist_do_not_add_up_as_it_says():
     student, teacher = sample(6, 5, dtype=torch.float64)
-    halves = torch.cat([kdloss.dist(student[cut], teacher[cut]) for cut in (slice(3), slice(3, 6))])
-    assert abs(halves.mean() - kdloss.dist(student, teacher).mean()) > 1e-3
+    halves = torch.cat([kdloss.divergences.dist(student[cut], teacher[cut]) for cut in (slice(3), slice(3, 6))])
+    assert abs(halves.mean() - kdloss.divergences.dist(student, teacher).mean()) > 1e-3
 
 
 def test_dist_refuses_one_position_unless_columns_are_not_asked_for():
     student, teacher = sample(1, 5)
     with pytest.raises(ValueError, match="gamma=0"):
-        kdloss.dist(student, teacher)
-    assert kdloss.dist(student, teacher, gamma=0.0).shape == (1,)
-    alone = kdloss.dist(*sample(3, 5), mask=torch.tensor([True, False, False]))
+        kdloss.divergences.dist(student, teacher)
+    assert kdloss.divergences.dist(student, teacher, gamma=0.0).shape == (1,)
+    alone = kdloss.divergences.dist(*sample(3, 5), mask=torch.tensor([True, False, False]))
     assert alone.isfinite().all()
 
 
@@ -261,7 +272,7 @@ def test_dist_correlates_a_class_that_both_exclude_as_one_of_probability_0():
     wide = [torch.cat([x.detach(), extra], 1) for x in (student, teacher)]
     q, p = (x.softmax(-1).numpy() for x in wide)
     rows = np.array([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q, p, strict=True)])
-    np.testing.assert_allclose(kdloss.dist(*wide, gamma=0.0), rows, rtol=1e-9)
+    np.testing.assert_allclose(kdloss.divergences.dist(*wide, gamma=0.0), rows, rtol=1e-9)
 
 
 # -- around others --
@@ -269,42 +280,42 @@ def test_dist_correlates_a_class_that_both_exclude_as_one_of_probability_0():
 
 def test_standardised_logits_are_blind_to_shift_and_scale_and_have_a_sample_deviation_of_1():
     student, teacher = sample(4, 7, dtype=torch.float64)
-    loss = kdloss.standardized(kdloss.forward_kl)
+    loss = kdloss.divergences.standardized(kdloss.divergences.forward_kl)
     value = loss(student, teacher, temperature=2.0)
     moved = loss(20 * student - 3, teacher / 7 + 100, temperature=2.0)
     torch.testing.assert_close(moved, value, rtol=1e-5, atol=1e-9)
     z = [(x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) for x in (student, teacher)]
-    torch.testing.assert_close(value, kdloss.forward_kl(*z, temperature=2.0), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(value, kdloss.divergences.forward_kl(*z, temperature=2.0), rtol=1e-5, atol=1e-9)
 
 
 def test_standardised_losses_pickle_copy_and_keep_their_signature():
     student, teacher = sample(4, 7)
     labels = torch.tensor([0, 1, 2, -100])
-    loss = kdloss.standardized(partial(kdloss.dkd, beta=2.0))
+    loss = kdloss.divergences.standardized(partial(kdloss.divergences.dkd, beta=2.0))
     value = loss(student, teacher, labels, temperature=2.0)
     for twin in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
         assert torch.equal(twin(student, teacher, labels, temperature=2.0), value)
     assert "labels" in inspect.signature(loss).parameters
-    assert "labels" not in inspect.signature(kdloss.standardized(kdloss.jsd)).parameters
-    criterion = kdloss.VanillaKD(divergence=kdloss.standardized(kdloss.forward_kl), alpha=0.0)
+    assert "labels" not in inspect.signature(kdloss.divergences.standardized(kdloss.divergences.jsd)).parameters
+    criterion = kdloss.VanillaKD(divergence=kdloss.divergences.standardized(kdloss.divergences.forward_kl), alpha=0.0)
     twin = pickle.loads(pickle.dumps(copy.deepcopy(criterion)))
     assert torch.equal(twin(student, teacher), criterion(student, teacher))
     with pytest.raises(TypeError, match="forward_kl"):
-        kdloss.standardized("forward_kl")
+        kdloss.divergences.standardized("forward_kl")
 
 
 def test_uld_compares_any_two_vocabularies_and_no_order():
     student = torch.tensor([[0.1, 0.6, 0.3]], dtype=torch.float64).log().requires_grad_()
     teacher = torch.tensor([[0.05, 0.2, 0.05, 0.7]], dtype=torch.float64).log()
-    value = kdloss.uld(student, teacher)  # .6 .3 .1 0 against .7 .2 .05 .05
+    value = kdloss.divergences.uld(student, teacher)  # .6 .3 .1 0 against .7 .2 .05 .05
     assert value.item() == pytest.approx(0.1 + 0.1 + 0.05 + 0.05)
-    assert kdloss.uld(teacher, student).item() == pytest.approx(0.3)
-    assert kdloss.uld(student, teacher[:, [3, 0, 1, 2]]).item() == pytest.approx(0.3)
-    assert not kdloss.uld(student, student.detach().flip(1)).any()
-    assert torch.autograd.gradcheck(kdloss.uld, (student, teacher))
+    assert kdloss.divergences.uld(teacher, student).item() == pytest.approx(0.3)
+    assert kdloss.divergences.uld(student, teacher[:, [3, 0, 1, 2]]).item() == pytest.approx(0.3)
+    assert not kdloss.divergences.uld(student, student.detach().flip(1)).any()
+    assert torch.autograd.gradcheck(kdloss.divergences.uld, (student, teacher))
     for other in (teacher[0], teacher[None], torch.zeros(2, 4), torch.zeros(1, 0)):
         with pytest.raises(ValueError, match=r"\(1, 3\)"):
-            kdloss.uld(student, other)
+            kdloss.divergences.uld(student, other)
 
 
 # -- settings --
@@ -313,14 +324,22 @@ def test_uld_compares_any_two_vocabularies_and_no_order():
 @pytest.mark.parametrize(
     ("loss", "options", "words"),
     [
-        (kdloss.jsd, {"beta": 1.5}, "beta"),
-        (kdloss.jsd, {"beta": NAN}, "beta"),
-        (kdloss.skewed_forward_kl, {"skew": -0.1}, "skew"),
-        (kdloss.skewed_reverse_kl, {"skew": 1.1}, "skew"),
-        (kdloss.adaptive_kl, {"head": 2}, "head"),
-        (kdloss.dist, {"gamma": -1.0}, "gamma"),
-        (partial(kdloss.dkd, labels=torch.zeros(2, dtype=torch.int64)), {"alpha": -1.0}, "alpha"),
-        (partial(kdloss.nkd, labels=torch.zeros(2, dtype=torch.int64)), {"gamma": INF}, "gamma"),
+        (kdloss.divergences.jsd, {"beta": 1.5}, "beta"),
+        (kdloss.divergences.jsd, {"beta": NAN}, "beta"),
+        (kdloss.divergences.skewed_forward_kl, {"skew": -0.1}, "skew"),
+        (kdloss.divergences.skewed_reverse_kl, {"skew": 1.1}, "skew"),
+        (kdloss.divergences.adaptive_kl, {"head": 2}, "head"),
+        (kdloss.divergences.dist, {"gamma": -1.0}, "gamma"),
+        (
+            partial(kdloss.divergences.dkd, labels=torch.zeros(2, dtype=torch.int64)),
+            {"alpha": -1.0},
+            "alpha",
+        ),
+        (
+            partial(kdloss.divergences.nkd, labels=torch.zeros(2, dtype=torch.int64)),
+            {"gamma": INF},
+            "gamma",
+        ),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused_by_name(loss, options, words):
@@ -334,7 +353,7 @@ KLS = ("symmetric_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "adaptiv
 @pytest.mark.parametrize("name", KLS)
 def test_t_squared_is_one_flag(name):
     student, teacher = sample(4, 7, dtype=torch.float64)
-    loss = getattr(kdloss, name)
+    loss = getattr(kdloss.divergences, name)
     value = loss(student, teacher, temperature=3.0)
     plain = loss(student, teacher, temperature=3.0, t_squared=False)
     torch.testing.assert_close(value, 9 * plain)

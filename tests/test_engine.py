@@ -134,9 +134,7 @@ def exact(name, x, temperature, alpha, labels, keep, upstream=None, divisor=None
     slopes = []
     for i in range(3):
         slopes.append(
-            oracles.gradient(
-                lambda v, i=i: loss(*(v if k == i else x for k, x in enumerate(leaves))), leaves[i]
-            )
+            oracles.gradient(lambda v, i=i: loss(*(v if k == i else x for k, x in enumerate(leaves))), leaves[i])
         )
     KNOWN[key] = loss(*leaves), slopes
     return KNOWN[key]
@@ -498,7 +496,7 @@ def test_either_term_may_be_used_without_the_other(kind, alpha, cut):
 
     x, labels = given(), LABELS.clamp_min(0)
     student, teacher = sides(kind, x)
-    task = Task(kdloss.forward_kl, 2.0, cross_entropy=True)
+    task = Task(kdloss.divergences.forward_kl, 2.0, cross_entropy=True)
     both = per_position(Problem(task, teacher, labels.reshape(-1), None, 14), student)
     everywhere = labels >= 0
     expected = exact("forward_kl", x, 2.0, alpha, labels, everywhere, torch.ones(2, 7))
@@ -531,9 +529,7 @@ def test_a_head_without_bias_has_gradients_of_hidden_and_weight(cut):
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_retained_graph_gives_the_same_gradients_again_and_a_freed_one_torchs_own_error(
-    kind, reduction, cut
-):
+def test_a_retained_graph_gives_the_same_gradients_again_and_a_freed_one_torchs_own_error(kind, reduction, cut):
     x = given()
     student, teacher = sides(kind, x)
     if kind != "lazy":  # so that the error is of the engine's own node
@@ -558,9 +554,7 @@ def test_micro_batches_of_unequal_size_add_up_to_the_gradient_of_one_batch(kind,
     items = number(int((labels != -100).sum()))
     expected = exact("forward_kl", x, 2.0, 0.4, labels, labels != -100)
     for part in (slice(0, 1), slice(1, 2), slice(2, 7)):  # the second has nothing that counts
-        rows = Given(
-            student=[x.student[0][part], *x.student[1:]], teacher=[x.teacher[0][part], *x.teacher[1:]]
-        )
+        rows = Given(student=[x.student[0][part], *x.student[1:]], teacher=[x.teacher[0][part], *x.teacher[1:]])
         criterion = VanillaKD(2.0, 0.4)
         criterion(*sides(kind, rows, 2.0), labels[part], num_items_in_batch=items).backward()
     for leaf, slope in zip(x.student, expected[1], strict=True):
@@ -638,9 +632,7 @@ def test_under_autocast_a_mixture_of_lazy_teachers_is_multiplied_like_the_dense_
         lazy = LazyLogits(x.teacher[0].bfloat16(), *x.teacher[1:])
         student = LazyLogits(*x.student).dense()
         dense = VanillaKD()(student, lazy.dense(), LABELS)
-        assert VanillaKD()(student, Mixture([lazy, lazy]), LABELS).item() == pytest.approx(
-            dense.item(), rel=1e-5
-        )
+        assert VanillaKD()(student, Mixture([lazy, lazy]), LABELS).item() == pytest.approx(dense.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -683,13 +675,9 @@ def test_two_processes_with_the_head_inside_ddp_get_the_gradients_of_one(tmp_pat
 
 
 COMPILED = {
-    **{
-        kind: VanillaKD(2.0, 0.4, causal=True)
-        for kind in KINDS
-        if kind not in ("lazy student", "lazy teacher")
-    },
+    **{kind: VanillaKD(2.0, 0.4, causal=True) for kind in KINDS if kind not in ("lazy student", "lazy teacher")},
     "lazy none": VanillaKD(2.0, 0.4, reduction="none"),
-    "top-k bucket reverse": VanillaKD(2.0, 0.4, divergence=kdloss.reverse_kl),
+    "top-k bucket reverse": VanillaKD(2.0, 0.4, divergence=kdloss.divergences.reverse_kl),
     "lazy truncated": VanillaKD(2.0, 0.4, vocabulary=kdloss.truncate),
 }
 
@@ -732,9 +720,7 @@ def test_without_data_there_is_a_loss_of_the_right_shape(name, kind):
     def on(device):
         student, teacher = sides("lazy", given(dtype=torch.float32))
         x = Given(
-            student=[
-                t.detach().to(device).requires_grad_() for t in vars(student).values() if torch.is_tensor(t)
-            ],
+            student=[t.detach().to(device).requires_grad_() for t in vars(student).values() if torch.is_tensor(t)],
             teacher=[t.to(device) for t in vars(teacher).values() if torch.is_tensor(t)],
         )
         return x, torch.zeros(2, 7, dtype=torch.long, device=device)
@@ -1012,9 +998,7 @@ def test_four_times_the_tokens_take_hardly_more_memory_and_never_all_of_the_logi
         x = given((tokens,), classes=classes, width=width, dtype=torch.float32)
         labels = torch.randint(classes, (tokens,))
         with Largest() as live:
-            VanillaKD(divergence=divergence)(
-                LazyLogits(*x.student), LazyLogits(*x.teacher), labels
-            ).backward()
+            VanillaKD(divergence=divergence)(LazyLogits(*x.student), LazyLogits(*x.teacher), labels).backward()
         return live.peak
 
     few, many = step(128), step(512)
@@ -1152,9 +1136,9 @@ def test_the_criterions_temperature_holds_and_options_of_a_partial_are_kept(cut)
     x = given()
     student, teacher = sides("lazy", x)
     expected = VanillaKD(3.0)(student, teacher, LABELS)
-    other = VanillaKD(3.0, divergence=partial(kdloss.forward_kl, temperature=8.0))(student, teacher, LABELS)
+    other = VanillaKD(3.0, divergence=partial(kdloss.divergences.forward_kl, temperature=8.0))(student, teacher, LABELS)
     assert other.item() == expected.item()
-    plain = partial(partial(kdloss.forward_kl, t_squared=True), t_squared=False)
+    plain = partial(partial(kdloss.divergences.forward_kl, t_squared=True), t_squared=False)
     plain = VanillaKD(3.0, 0.0, divergence=plain)(student, teacher, LABELS)
     agree(9 * plain, x, exact("forward_kl", x, 3.0, 0.0, LABELS, LABELS != -100), 1e-10)
 
@@ -1176,15 +1160,13 @@ def test_a_weight_out_of_range_is_refused_by_closed_forms_as_by_functions():
         with pytest.raises(ValueError, match=option):
             function(student, teacher)
     with pytest.raises(TypeError, match="power"):
-        VanillaKD(divergence=partial(kdloss.forward_kl, power=2))(student, teacher, LABELS)
+        VanillaKD(divergence=partial(kdloss.divergences.forward_kl, power=2))(student, teacher, LABELS)
 
 
 # -- what bad input gets, whatever kind it is --
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 1, 11), (1, 7, 11), (7, 11), (2, 7, 1), (11,), (2, 7, 12), (2, 6, 11)]
-)
+@pytest.mark.parametrize("shape", [(2, 1, 11), (1, 7, 11), (7, 11), (2, 7, 1), (11,), (2, 7, 12), (2, 6, 11)])
 def test_nothing_broadcasts_between_kinds(shape):
     x = given()
     student, teacher = LazyLogits(*x.student), torch.randn(shape, dtype=torch.float64)
@@ -1196,7 +1178,7 @@ def test_nothing_broadcasts_between_kinds(shape):
             with pytest.raises(ValueError, match=r"nothing is broadcast|vocabulary has 11"):
                 VanillaKD()(side, target, LABELS)
             with pytest.raises(ValueError, match=r"nothing is broadcast|vocabulary has 11"):
-                kdloss.forward_kl(side, target)
+                kdloss.divergences.forward_kl(side, target)
 
 
 def test_wrong_types_devices_and_labels_are_refused_with_what_to_write():
@@ -1228,9 +1210,7 @@ def test_wrong_types_devices_and_labels_are_refused_with_what_to_write():
     with pytest.raises(TypeError, match=r"mask\.bool\(\)"):
         VanillaKD()(student, teacher, LABELS, mask=torch.ones(2, 7))
     with pytest.raises(ValueError, match=r"labels\[0, 3\] is 10, outside the 10 classes"):
-        VanillaKD(check_finite=True)(
-            *(LazyLogits(h, w[:10], b[:10]) for h, w, b in (x.student, x.teacher)), LABELS
-        )
+        VanillaKD(check_finite=True)(*(LazyLogits(h, w[:10], b[:10]) for h, w, b in (x.student, x.teacher)), LABELS)
 
 
 def test_nothing_is_ever_written_to(cut):
@@ -1248,15 +1228,11 @@ def tensors_of(x):
         return [x]
     if isinstance(x, list | tuple):
         return [t for y in x for t in tensors_of(y)]
-    return (
-        [t for y in vars(x).values() for t in tensors_of(y)] if hasattr(x, "__dataclass_fields__") else []
-    )
+    return [t for y in vars(x).values() for t in tensors_of(y)] if hasattr(x, "__dataclass_fields__") else []
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_every_kind_survives_being_copied(kind, copied, cut):
     x = given()
     student, teacher = sides(kind, x, 2.0)
@@ -1314,6 +1290,4 @@ def test_parameters_of_a_divergence_are_trained_or_it_is_refused(cut):
     exact = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(-1).mean(), [student, learned.log_t])
     torch.testing.assert_close(found, exact)
     with pytest.raises(ValueError, match=r"of its own to train.*nn\.Module"):
-        VanillaKD(1.0, 0.0, divergence=lambda s, t, *, temperature: learned(s, t, temperature=1.0))(
-            student, teacher
-        )
+        VanillaKD(1.0, 0.0, divergence=lambda s, t, *, temperature: learned(s, t, temperature=1.0))(student, teacher)

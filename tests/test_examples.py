@@ -45,9 +45,7 @@ def test_a_student_learns_alone_and_from_the_teacher(demo):
     assert distilled["against_none"] == pytest.approx(
         100 * (distilled["perplexity"] - alone["perplexity"]) / alone["perplexity"]
     )
-    assert distilled["retention"] == pytest.approx(
-        100 * runs["teacher"][0]["perplexity"] / distilled["perplexity"]
-    )
+    assert distilled["retention"] == pytest.approx(100 * runs["teacher"][0]["perplexity"] / distilled["perplexity"])
 
 
 def test_written_students_load_and_are_those_that_were_measured(demo, data):
@@ -135,9 +133,7 @@ def test_perplexity_is_the_exponential_of_the_mean_over_all_tokens():
     model, blocks = new_model(), torch.randint(0, 11, (5, 8))
     logits = model.eval()(input_ids=blocks).logits[:, :-1].double()
     expected = torch.nn.functional.cross_entropy(logits.reshape(-1, 11), blocks[:, 1:].reshape(-1))
-    assert evaluation.perplexity(model, blocks, batch_size=2) == pytest.approx(
-        math.exp(expected.item()), rel=1e-5
-    )
+    assert evaluation.perplexity(model, blocks, batch_size=2) == pytest.approx(math.exp(expected.item()), rel=1e-5)
 
 
 def test_memory_counts_what_is_alive_at_the_peak():

@@ -32,7 +32,7 @@ def qkv(name, block):
 
 def criterion_for(name, **settings):
     options = OPTIONS.get(name, {})
-    distance = getattr(kdloss, name)
+    distance = getattr(distances, name)
     settings = {"distance": partial(distance, **options) if options else distance, "alpha": 0.0, **settings}
     if name in QKV:  # BERT's projections, side by side
         pairs = [(0, 1), (2, 4)]
@@ -52,7 +52,7 @@ def test_every_distance_trains_a_narrower_student_blind_to_what_is_padded(name):
     distill = kdloss.Distiller(teacher, criterion_for(name)).prepare(student, **data)
     parameters = [*student.parameters(), *distill.criterion.parameters()]
     assert any(p.requires_grad for p in distill.criterion.parameters()) == (
-        name in ("CRD", "VID", "MGD") or not getattr(getattr(kdloss, name), "any_width", False)
+        name in ("CRD", "VID", "MGD") or not getattr(getattr(distances, name), "any_width", False)
     )
     torch.manual_seed(0)
     out = distill(student.eval(), **data)
@@ -104,7 +104,7 @@ def test_a_tuple_of_names_is_their_outputs_side_by_side():
             sides.append(torch.cat([seen[n] for n in names], -1))
         keep = batch("bert")["labels"] != -100
         keep &= batch("bert")["attention_mask"].bool()
-        value = kdloss.masked(partial(kdloss.minilm, heads=2), *sides, keep)
+        value = kdloss.masked(partial(kdloss.distances.minilm, heads=2), *sides, keep)
         values.append(value)
     torch.testing.assert_close(out.loss, torch.stack(values).mean())
     assert "+" in next(name for name in out.components if name.startswith("feature/"))
@@ -112,7 +112,8 @@ def test_a_tuple_of_names_is_their_outputs_side_by_side():
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
 @pytest.mark.parametrize(
-    "settings", [{}, {"projection": kdloss.mlp}, {"shared": True}, {"distance": kdloss.VID}]
+    "settings",
+    [{}, {"projection": kdloss.projections.mlp}, {"shared": True}, {"distance": kdloss.distances.VID}],
 )
 def test_projections_train_beside_a_peft_student(settings):
     peft = pytest.importorskip("peft")
@@ -133,15 +134,13 @@ def test_projections_train_beside_a_peft_student(settings):
     kdloss.Distiller(teacher, again).prepare(student)
     again.load_state_dict(criterion.state_dict())
     with torch.no_grad():
-        losses = [
-            kdloss.Distiller(teacher, c)(student.eval(), **batch("gpt2")).loss for c in (criterion, again)
-        ]
+        losses = [kdloss.Distiller(teacher, c)(student.eval(), **batch("gpt2")).loss for c in (criterion, again)]
     assert torch.equal(*losses)
 
 
 def test_every_distance_says_where_its_formula_comes_from():
     for name in NAMES:
-        text = inspect.getdoc(getattr(kdloss, name))
+        text = inspect.getdoc(getattr(distances, name))
         assert "Raises:" in text, name
         assert ">>>" in text, name
         assert "arXiv" in text or "20" in text or name in ("normalized_mse", "standardized_mse"), name
@@ -153,7 +152,7 @@ def test_maps_of_several_modules_stand_side_by_side_along_their_channels():
 
     teacher, student = tower(), tower()
     images = torch.randn(2, 3, 6, 6)
-    criterion = kdloss.FeatureKD(pairing=[(("0", "1"), ("0", "1"))], distance=kdloss.fsp, alpha=0.0)
+    criterion = kdloss.FeatureKD(pairing=[(("0", "1"), ("0", "1"))], distance=kdloss.distances.fsp, alpha=0.0)
     loss = kdloss.Distiller(teacher, criterion)(student, images).loss
     flows = []
     for model in (student, teacher):

@@ -315,9 +315,7 @@ def test_a_lora_students_projections_train_and_its_base_does_not(tmp_path):
         student = get_peft_model(student, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1))
         names = [n for n, _ in student.named_parameters()]
         before = trained(student, distill)
-        make(tmp_path, student, distill, max_steps=4, per_device_train_batch_size=2, **saving).train(
-            **settings
-        )
+        make(tmp_path, student, distill, max_steps=4, per_device_train_batch_size=2, **saving).train(**settings)
         return names, before, trained(student, distill)
 
     names, before, after = go()

@@ -72,9 +72,7 @@ def test_killed_at_any_instant_it_ends_with_the_weights_of_an_undisturbed_run(da
     assert all(ours[name].equal(theirs[name]) for name in ours)
     for a, b in zip(found["curve"], undisturbed["curve"], strict=True):
         assert (a["step"], a["perplexity"]) == (b["step"], b["perplexity"])
-    left = [
-        file.name for file in output.rglob("*") if ".partial" in file.name or ".checkpoint" in file.name
-    ]
+    left = [file.name for file in output.rglob("*") if ".partial" in file.name or ".checkpoint" in file.name]
     assert not left
 
 

@@ -60,12 +60,12 @@ def test_a_constant_added_to_logits_changes_nothing(loss):
 
 def test_what_each_normalised_distance_is_blind_to():
     student, teacher = sample(4, 7, dtype=torch.float64)
-    scaled = kdloss.cosine(5 * student, teacher / 7)
-    torch.testing.assert_close(scaled, kdloss.cosine(student, teacher))
-    both = kdloss.normalized_mse(1e4 * student, 1e4 * teacher)
-    torch.testing.assert_close(both, kdloss.normalized_mse(student, teacher), rtol=1e-6, atol=0)
-    moved = kdloss.layer_norm_mse(20 * student + 3, teacher)
-    torch.testing.assert_close(moved, kdloss.layer_norm_mse(student, teacher), rtol=1e-5, atol=0)
+    scaled = kdloss.distances.cosine(5 * student, teacher / 7)
+    torch.testing.assert_close(scaled, kdloss.distances.cosine(student, teacher))
+    both = kdloss.distances.normalized_mse(1e4 * student, 1e4 * teacher)
+    torch.testing.assert_close(both, kdloss.distances.normalized_mse(student, teacher), rtol=1e-6, atol=0)
+    moved = kdloss.distances.layer_norm_mse(20 * student + 3, teacher)
+    torch.testing.assert_close(moved, kdloss.distances.layer_norm_mse(student, teacher), rtol=1e-5, atol=0)
 
 
 @every_loss
@@ -246,9 +246,7 @@ def test_a_loss_between_positions_is_that_of_the_positions_that_count(loss):
             assert criterion.components["kd"].item() == pytest.approx(value.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "loss", [x for x in RELATIONAL if x.kind == "distance" and "batch" not in x.exempt], ids=str
-)
+@pytest.mark.parametrize("loss", [x for x in RELATIONAL if x.kind == "distance" and "batch" not in x.exempt], ids=str)
 def test_each_example_of_a_batch_is_compared_within_itself(loss):
     """So that examples may be micro-batched, and padded to any length."""
     student, teacher = loss.sample(3, 8, 5, dtype=torch.float64)
@@ -257,8 +255,7 @@ def test_each_example_of_a_batch_is_compared_within_itself(loss):
     alone = [loss.call(student[b, :n], teacher[b, :n]) for b, n in enumerate([8, 4, 6])]
     torch.testing.assert_close(whole[mask], torch.cat(alone))
     parts = [
-        masked(loss, student[cut], teacher[cut], mask[cut], num_items_in_batch=18)
-        for cut in (slice(0, 1), slice(1, 3))
+        masked(loss, student[cut], teacher[cut], mask[cut], num_items_in_batch=18) for cut in (slice(0, 1), slice(1, 3))
     ]
     torch.testing.assert_close(sum(parts), whole.sum() / 18)
     torch.testing.assert_close(grad(sum(parts), student), grad(whole.sum() / 18, student))
@@ -392,10 +389,10 @@ def test_an_unknown_reduction_is_refused_with_the_known_ones(reduction):
 def test_a_mask_of_another_kind_or_shape_is_refused():
     student, teacher = sample(3, 4, 5)
     with pytest.raises(TypeError, match=r"mask\.bool\(\)"):
-        kdloss.masked(kdloss.mse, student, teacher, torch.ones(3, 4))
+        kdloss.masked(kdloss.distances.mse, student, teacher, torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"\(4,\)"):
-        kdloss.masked(kdloss.mse, student, teacher, torch.ones(4, dtype=torch.bool))
+        kdloss.masked(kdloss.distances.mse, student, teacher, torch.ones(4, dtype=torch.bool))
     with pytest.raises(ValueError, match="num_items_in_batch"):
-        kdloss.masked(kdloss.mse, student, teacher, reduction="sum", num_items_in_batch=3)
+        kdloss.masked(kdloss.distances.mse, student, teacher, reduction="sum", num_items_in_batch=3)
     with pytest.raises(ValueError, match="positive"):
-        kdloss.masked(kdloss.mse, student, teacher, num_items_in_batch=0)
+        kdloss.masked(kdloss.distances.mse, student, teacher, num_items_in_batch=0)

@@ -18,7 +18,7 @@ from kdloss.layers.select import STRATEGIES
 
 
 def test_strategies_choose_what_the_guide_says_of_twelve_blocks():
-    chosen = {name: kdloss.select(name, 12) for name in STRATEGIES}
+    chosen = {name: kdloss.layers.select(name, 12) for name in STRATEGIES}
     assert chosen == {
         "auto": [0, 3, 6, 9],
         "all": list(range(12)),
@@ -26,14 +26,14 @@ def test_strategies_choose_what_the_guide_says_of_twelve_blocks():
         "late": [8, 9, 10, 11],
         "last": [11],
     }
-    assert kdloss.select("auto", 3) == [0, 1, 2]
-    assert kdloss.select([-1, 0], 12) == [11, 0]
-    assert kdloss.select(lambda depth: range(0, depth, 5), 12) == [0, 5, 10]
+    assert kdloss.layers.select("auto", 3) == [0, 1, 2]
+    assert kdloss.layers.select([-1, 0], 12) == [11, 0]
+    assert kdloss.layers.select(lambda depth: range(0, depth, 5), 12) == [0, 5, 10]
 
 
 @given(depth=st.integers(1, 100), name=st.sampled_from(sorted(STRATEGIES)))
 def test_every_strategy_gives_ascending_existing_blocks_at_any_depth(depth, name):
-    chosen = kdloss.select(name, depth)
+    chosen = kdloss.layers.select(name, depth)
     assert chosen
     assert chosen == sorted(set(chosen))
     assert set(chosen) <= set(range(depth))
@@ -53,12 +53,12 @@ def test_every_strategy_gives_ascending_existing_blocks_at_any_depth(depth, name
 )
 def test_a_selection_that_does_not_exist_is_refused_showing_what_does(layers, error, match):
     with pytest.raises(error, match=match):
-        kdloss.select(layers, 12)
+        kdloss.layers.select(layers, 12)
 
 
 def test_pairings_of_four_student_blocks_in_twelve_teacher_blocks():
     def teachers(pairing, **settings):
-        pairs = kdloss.pair([0, 1, 2, 3], 4, 12, pairing, **settings)
+        pairs = kdloss.layers.pair([0, 1, 2, 3], 4, 12, pairing, **settings)
         assert [w for *_, w in pairs] == [1 / len(pairs)] * len(pairs)
         return [t for _, t, _ in pairs]
 
@@ -75,7 +75,7 @@ def test_pairings_of_four_student_blocks_in_twelve_teacher_blocks():
 
 @given(student=st.integers(1, 40), teacher=st.integers(1, 40))
 def test_uniform_keeps_relative_depth_last_to_last(student, teacher):
-    pairs = kdloss.pair(list(range(student)), student, teacher)
+    pairs = kdloss.layers.pair(list(range(student)), student, teacher)
     partners = [t for _, t, _ in pairs]
     assert partners == sorted(partners)
     assert partners[-1] == teacher - 1
@@ -84,13 +84,13 @@ def test_uniform_keeps_relative_depth_last_to_last(student, teacher):
 
 
 def test_random_draws_anew_in_ascending_order_from_torchs_generator():
-    draws = {tuple(kdloss.pair([0, 1, 2], 3, 12, "random")) for _ in range(50)}
+    draws = {tuple(kdloss.layers.pair([0, 1, 2], 3, 12, "random")) for _ in range(50)}
     assert len(draws) > 10
     assert all([t for _, t, _ in d] == sorted({t for _, t, _ in d}) for d in draws)
     torch.manual_seed(3)
-    first = kdloss.pair([0, 1, 2], 3, 12, "random")
+    first = kdloss.layers.pair([0, 1, 2], 3, 12, "random")
     torch.manual_seed(3)
-    assert kdloss.pair([0, 1, 2], 3, 12, "random") == first
+    assert kdloss.layers.pair([0, 1, 2], 3, 12, "random") == first
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def test_random_draws_anew_in_ascending_order_from_torchs_generator():
 )
 def test_a_pairing_that_does_not_fit_a_shallow_teacher_is_refused(pairing, error, match):
     with pytest.raises(error, match=match):
-        kdloss.pair([0, 1, 2, 3], 4, 3, pairing)
+        kdloss.layers.pair([0, 1, 2, 3], 4, 3, pairing)
 
 
 def test_weights_are_taken_as_they_are_and_allow_several_teachers_for_one_student_block():
     given = [(3, 1, 2), (3, -1, 0.25), (0, 1, 0)]
-    assert kdloss.pair([], 4, 12, given) == [(3, 1, 2.0), (3, 11, 0.25), (0, 1, 0.0)]
-    assert kdloss.pair([0], 4, 12, lambda selected, s, t: [(0, 0, 0.1)]) == [(0, 0, 0.1)]
-    assert kdloss.pair([], 4, 12, [(0, 5), (1, 5)]) == [(0, 5, 0.5), (1, 5, 0.5)]
+    assert kdloss.layers.pair([], 4, 12, given) == [(3, 1, 2.0), (3, 11, 0.25), (0, 1, 0.0)]
+    assert kdloss.layers.pair([0], 4, 12, lambda selected, s, t: [(0, 0, 0.1)]) == [(0, 0, 0.1)]
+    assert kdloss.layers.pair([], 4, 12, [(0, 5), (1, 5)]) == [(0, 5, 0.5), (1, 5, 0.5)]
 
 
 def test_negative_indices_are_shown_as_what_they_mean_once_depths_are_known():
@@ -146,14 +146,14 @@ def test_negative_indices_are_shown_as_what_they_mean_once_depths_are_known():
 @pytest.mark.parametrize("pairing", ["uniform", "reverse", "all_to_one"])
 def test_a_shallower_teacher_is_enough_where_blocks_need_not_differ(pairing):
     partners = {"uniform": [0, 0, 1, 1], "reverse": [1, 1, 0, 0], "all_to_one": [1] * 4}
-    assert [t for _, t, _ in kdloss.pair([0, 1, 2, 3], 4, 2, pairing)] == partners[pairing]
+    assert [t for _, t, _ in kdloss.layers.pair([0, 1, 2, 3], 4, 2, pairing)] == partners[pairing]
 
 
 def test_kept_of_another_teacher_is_refused():
     with pytest.raises(ValueError, match="the teacher it was made from"):
-        kdloss.pair([0], 2, 4, "kept", kept=[0, 5])
+        kdloss.layers.pair([0], 2, 4, "kept", kept=[0, 5])
     with pytest.raises(ValueError, match="the teacher it was made from"):
-        kdloss.pair([0], 2, 8, "kept", kept=[0, 3, 5])
+        kdloss.layers.pair([0], 2, 8, "kept", kept=[0, 3, 5])
 
 
 def cheapest(cost):
@@ -165,14 +165,12 @@ def cheapest(cost):
     return linprog(cost.ravel(), A_eq=np.array(rows + columns), b_eq=shares).fun
 
 
-@pytest.mark.parametrize(
-    ("students", "teachers"), [(1, 1), (1, 5), (4, 12), (3, 4), (5, 5), (6, 4), (7, 3)]
-)
+@pytest.mark.parametrize(("students", "teachers"), [(1, 1), (1, 5), (4, 12), (3, 4), (5, 5), (6, 4), (7, 3)])
 def test_emd_is_the_cheapest_transport_in_which_every_block_has_its_share(students, teachers):
     cost = np.random.default_rng(students * teachers).random((students, teachers))
     distances = {(2 * i, j): torch.tensor(c) for (i, j), c in np.ndenumerate(cost)}
     flow = np.zeros_like(cost)
-    for s, t, w in kdloss.pair_by_emd({}, {}, distances):
+    for s, t, w in kdloss.layers.pair_by_emd({}, {}, distances):
         flow[s // 2, t] = w
     np.testing.assert_allclose(flow.sum(1), 1 / students, rtol=1e-12)
     np.testing.assert_allclose(flow.sum(0), 1 / teachers, rtol=1e-12)
@@ -181,10 +179,10 @@ def test_emd_is_the_cheapest_transport_in_which_every_block_has_its_share(studen
 
 def test_emd_says_what_it_misses(monkeypatch):
     with pytest.raises(ValueError, match=r"not finite: \{\(0, 1\): nan\}"):
-        kdloss.pair_by_emd({}, {}, {(0, 0): torch.tensor(1.0), (0, 1): torch.tensor(float("nan"))})
+        kdloss.layers.pair_by_emd({}, {}, {(0, 0): torch.tensor(1.0), (0, 1): torch.tensor(float("nan"))})
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"pip install 'kdloss\[emd\]'"):
-        kdloss.pair_by_emd({}, {}, {(0, 0): torch.tensor(1.0)})
+        kdloss.layers.pair_by_emd({}, {}, {(0, 0): torch.tensor(1.0)})
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
@@ -193,7 +191,7 @@ def test_attention_is_a_softmax_over_teacher_blocks_at_every_position(scale):
     s, t = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(6, 3, 4, 5))
     student = {2 * i: torch.tensor(h) for i, h in enumerate(s)}
     teacher = {j: torch.tensor(h) for j, h in enumerate(t)}
-    pairs = kdloss.pair_by_attention(
+    pairs = kdloss.layers.pair_by_attention(
         student, teacher, dict.fromkeys((i, j) for i in student for j in teacher), scale=scale
     )
     scores = np.exp(scale * np.einsum("spqd,tpqd->stpq", s, t))
@@ -202,23 +200,23 @@ def test_attention_is_a_softmax_over_teacher_blocks_at_every_position(scale):
     for i, j, w in pairs:
         np.testing.assert_allclose(w, expected[i // 2, j], rtol=1e-12)
     with pytest.raises(ValueError, match=r"widths \[5, 7\]"):
-        kdloss.pair_by_attention(student, {0: torch.zeros(3, 4, 7)}, {(0, 0): torch.zeros(())})
+        kdloss.layers.pair_by_attention(student, {0: torch.zeros(3, 4, 7)}, {(0, 0): torch.zeros(())})
 
 
 def test_learned_pairings_may_choose_from_all_teacher_blocks():
-    pairs = kdloss.pair([0, 2], 3, 4, kdloss.pair_by_emd)
+    pairs = kdloss.layers.pair([0, 2], 3, 4, kdloss.layers.pair_by_emd)
     assert [p[:2] for p in pairs] == [(s, t) for s in (0, 2) for t in range(4)]
-    assert kdloss.pair([0, 2], 3, 4, partial(kdloss.pair_by_attention, scale=0.1)) == pairs
+    assert kdloss.layers.pair([0, 2], 3, 4, partial(kdloss.layers.pair_by_attention, scale=0.1)) == pairs
 
 
 def test_resolutions_that_both_have_pair_their_last_blocks():
     student = [(16, 16), (8, 8), (8, 8), (2, 2)]
     teacher = [(16, 16), (16, 16), (16, 8), (8, 8), (4, 4)]
-    assert kdloss.pair_by_resolution(student, teacher) == [(0, 1, 0.5), (2, 3, 0.5)]
+    assert kdloss.layers.pair_by_resolution(student, teacher) == [(0, 1, 0.5), (2, 3, 0.5)]
     with pytest.raises(ValueError, match=r"student, \[\(2, 2\)\], and teacher, \[\(16, 16\), \(4, 4\)\]"):
-        kdloss.pair_by_resolution([(2, 2)], [(16, 16), (4, 4), (4, 4)])
+        kdloss.layers.pair_by_resolution([(2, 2)], [(16, 16), (4, 4), (4, 4)])
     with pytest.raises(ValueError, match=r"distill\.prepare\(student, \*\*batch\)"):
-        kdloss.pair([0], 2, 2, "resolution")
+        kdloss.layers.pair([0], 2, 2, "resolution")
 
 
 class Wrapper(nn.Module):
@@ -245,7 +243,7 @@ def test_wrapper_prefixes_are_seen_through():
     model, compiled = Stack(), partial(torch.compile, backend="eager")
     for wrapped in (Wrapper(model), compiled(model), Wrapper(compiled(Wrapper(model)))):
         assert unwrap(wrapped) is model
-        assert len(kdloss.find_blocks(wrapped)) == 3
+        assert len(kdloss.layers.find_blocks(wrapped)) == 3
         for name in ("body.1", "module.body.1", "_orig_mod.body.1"):
             assert resolve(wrapped, name) is model.body[1]
 
@@ -256,11 +254,11 @@ def test_a_peft_model_is_seen_through():
     model = Stack()
     block = model.body
     lora = get_peft_model(model, LoraConfig(target_modules=["head"]))
-    assert list(kdloss.find_blocks(lora)) == list(block)
+    assert list(kdloss.layers.find_blocks(lora)) == list(block)
     staged = ResNet()
     for wrapped in (staged, Wrapper(staged), torch.compile(staged, backend="eager")):
-        assert list(kdloss.find_blocks(wrapped)) == list(kdloss.find_blocks(wrapped, "layer*"))
-        assert list(kdloss.find_blocks(wrapped))[:2] == list(staged.layer1)
+        assert list(kdloss.layers.find_blocks(wrapped)) == list(kdloss.layers.find_blocks(wrapped, "layer*"))
+        assert list(kdloss.layers.find_blocks(wrapped))[:2] == list(staged.layer1)
     assert resolve(lora, "body.2") is block[2]
 
 
@@ -272,10 +270,10 @@ def test_an_unknown_name_is_refused_with_near_ones():
 def test_several_lists_of_blocks_are_listed_and_one_can_be_named():
     both = nn.ModuleDict({"left": Stack(2), "right": Stack(5)})
     with pytest.raises(ValueError, match=r"left\.body': 2, 'right\.body': 5.*blocks='left\.body'"):
-        kdloss.find_blocks(both)
-    assert len(kdloss.find_blocks(both, "right.body")) == 5
+        kdloss.layers.find_blocks(both)
+    assert len(kdloss.layers.find_blocks(both, "right.body")) == 5
     with pytest.raises(ValueError, match="not a list of blocks"):
-        kdloss.find_blocks(both, "right.head")
+        kdloss.layers.find_blocks(both, "right.head")
 
 
 class Block(nn.Module):
@@ -304,19 +302,19 @@ class WithExtras(nn.Module):
 
 def test_experts_stems_and_lists_of_heads_are_no_blocks():
     model = WithExtras()
-    assert list(kdloss.find_blocks(model)) == list(model.body)
+    assert list(kdloss.layers.find_blocks(model)) == list(model.body)
     model.body.append(Stack())
-    assert list(kdloss.find_blocks(model)) == list(model.heads)
+    assert list(kdloss.layers.find_blocks(model)) == list(model.heads)
     model.heads = None
     with pytest.raises(ValueError, match=r"lists of unequal modules, \{'body': 4\}.*blocks='body'"):
-        kdloss.find_blocks(model)
+        kdloss.layers.find_blocks(model)
 
 
 def test_a_second_list_of_blocks_as_for_predicting_several_tokens_is_named_too():
     model = WithExtras()
     model.multi_token = nn.ModuleList(blocks(1))
     with pytest.raises(ValueError, match=r"\{'body': 3, 'multi_token': 1\}"):
-        kdloss.find_blocks(model)
+        kdloss.layers.find_blocks(model)
 
 
 def test_blocks_may_be_an_nn_sequential_or_stand_in_numbered_stages():
@@ -325,10 +323,10 @@ def test_blocks_may_be_an_nn_sequential_or_stand_in_numbered_stages():
 
     whole = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*blocks(3)), nn.Linear(4, 2))
     assert lists(net=whole) == {"net.1": 3}
-    assert len(kdloss.find_blocks(nn.Sequential(*blocks(3)))) == 3
+    assert len(kdloss.layers.find_blocks(nn.Sequential(*blocks(3)))) == 3
     first, second = nn.Sequential(*blocks(1)), nn.Sequential(*blocks(2))
     staged = nn.ModuleDict({"conv2_x": first, "conv3_x": second})
-    assert list(kdloss.find_blocks(staged)) == [*first, *second]
+    assert list(kdloss.layers.find_blocks(staged)) == [*first, *second]
     assert lists(conv2_x=first, conv3_x=second) == {"conv*_x": 3}
     held = {f"block{i}": nn.ModuleDict({"layer": stage}) for i, stage in enumerate((first, second))}
     assert lists(**held) == {"block*.layer": 3}
@@ -345,10 +343,10 @@ def test_blocks_that_are_wrapped_one_by_one_are_still_equal():
     model = WithExtras()
     model.body[1] = torch.compile(model.body[1], backend="eager")
     model.body[2] = Wrapper(model.body[2])
-    assert list(kdloss.find_blocks(model)) == list(model.body)
+    assert list(kdloss.layers.find_blocks(model)) == list(model.body)
 
 
 def test_a_model_without_blocks_is_told_to_name_modules():
     with pytest.raises(ValueError, match=r"name the modules instead.*layers=\['0'\]"):
-        kdloss.find_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+        kdloss.layers.find_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert block_lists(nn.ModuleDict({"mixed": nn.ModuleList([nn.ReLU(), nn.Tanh()])})) == {}

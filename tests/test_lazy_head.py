@@ -66,9 +66,7 @@ def by_hand(criterion, student, teacher, family="llama"):
     with torch.no_grad():
         target = teacher(**plain(family)).logits
     inputs = batch(family)
-    loss = criterion(
-        student(**plain(family)).logits, target, inputs["labels"], mask=inputs["attention_mask"].bool()
-    )
+    loss = criterion(student(**plain(family)).logits, target, inputs["labels"], mask=inputs["attention_mask"].bool())
     return loss, gradients(loss, student)
 
 
@@ -193,9 +191,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_the_size_of_the_logits_is_ever_there():
     vocab, b, t = 32_000, 4, 384
     shape = {"vocab_size": vocab, "n_head": 2, "n_positions": t, "bos_token_id": 0, "eos_token_id": 1}
-    student, teacher = (
-        hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=width, **shape)) for width in (8, 16)
-    )
+    student, teacher = (hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=width, **shape)) for width in (8, 16))
     tokens = torch.randint(vocab, (b, t))
     with Largest() as whole, torch.no_grad():
         teacher(tokens)
@@ -233,9 +229,7 @@ def test_peft_students_in_and_out_of_their_adapters(trained):
     close(found, slopes, 1e-10)
     assert any("lm_head" in name for name in found) == (trained is not None)
     with student.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(
-            distill(student, **batch("llama")).logits, student(**plain("llama")).logits
-        )
+        torch.testing.assert_close(distill(student, **batch("llama")).logits, student(**plain("llama")).logits)
     assert is_lazy(distill(student, **batch("llama")))  # that pass said nothing about the next
 
 
@@ -409,7 +403,7 @@ class Own(kdloss.VanillaKD):
             partial(kdloss.VanillaKD, divergence=between_positions),
             "its divergence needs all of them",
         ),
-        (partial(kdloss.VanillaKD, divergence=kdloss.uld), "its divergence needs all of them"),
+        (partial(kdloss.VanillaKD, divergence=kdloss.divergences.uld), "its divergence needs all of them"),
         (Own, "Own may want them"),
     ],
 )

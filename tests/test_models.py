@@ -20,14 +20,14 @@ def test_the_list_of_blocks_is_found(family):
     model = build(family)
     name = FAMILIES[family][2]
     assert list(block_lists(model)) == (["encoder.block", name] if family == "t5" else [name])
-    found = kdloss.find_blocks(model, blocks_argument(family))
+    found = kdloss.layers.find_blocks(model, blocks_argument(family))
     assert list(found) == list(model.get_submodule(name))
 
 
 @every_family
 def test_the_same_blocks_are_found_with_any_head_and_with_none(family):
     model = build(family)
-    kind = type(kdloss.find_blocks(model, blocks_argument(family))[0])
+    kind = type(kdloss.layers.find_blocks(model, blocks_argument(family))[0])
     heads = hf.AutoModel, hf.AutoModelForSequenceClassification, hf.AutoModelForTokenClassification
     for head in [h for h in heads if type(model.config) in h._model_mapping]:
         found = block_lists(head.from_config(model.config))
@@ -39,8 +39,8 @@ def test_an_encoder_decoder_says_that_it_has_two_lists():
     t5 = build("t5")
     listed = r"\{'encoder\.block': 3, 'decoder\.block': 3\}; say which: blocks='encoder\.block'"
     with pytest.raises(ValueError, match=listed):
-        kdloss.find_blocks(t5)
-    assert list(kdloss.find_blocks(t5, "encoder.block")) == list(t5.encoder.block)
+        kdloss.layers.find_blocks(t5)
+    assert list(kdloss.layers.find_blocks(t5, "encoder.block")) == list(t5.encoder.block)
 
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
@@ -51,8 +51,8 @@ def test_images_beside_text_are_two_lists():
     text = FAMILIES["llama"][0](16, 3)
     llava = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text))
     with pytest.raises(ValueError, match=r"vision_tower.*: 2, .*language_model.*: 3"):
-        kdloss.find_blocks(llava)
-    assert len(kdloss.find_blocks(llava, "model.language_model.layers")) == 3
+        kdloss.layers.find_blocks(llava)
+    assert len(kdloss.layers.find_blocks(llava, "model.language_model.layers")) == 3
 
 
 def test_experts_are_parts_of_their_blocks():
@@ -63,8 +63,8 @@ def test_experts_are_parts_of_their_blocks():
     unequal = hf.JambaForCausalLM(hf.JambaConfig(**sizes, **mamba, num_hidden_layers=8))
     listed = r"lists of unequal modules, \{'model\.layers': 8\}.*blocks='model\.layers'"
     with pytest.raises(ValueError, match=listed):
-        kdloss.find_blocks(unequal)
-    assert len(kdloss.find_blocks(unequal, "model.layers")) == 8
+        kdloss.layers.find_blocks(unequal)
+    assert len(kdloss.layers.find_blocks(unequal, "model.layers")) == 8
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
@@ -75,12 +75,12 @@ def test_a_resnets_blocks_are_those_of_all_its_stages(kind):
     for model, name in ((classifier, "resnet."), (hf.ResNetModel(config), "")):
         blocks = [b for stage in model.get_submodule(f"{name}encoder.stages") for b in stage.layers]
         assert [list(found) for found in block_lists(model).values()] == [blocks]
-        assert list(kdloss.find_blocks(model, f"{name}encoder.stages.*.layers")) == blocks
-    assert list(kdloss.find_blocks(plain)) == [*plain.layer1, *plain.layer2, *plain.layer3]
-    assert list(kdloss.find_blocks(plain, "layer*")) == list(kdloss.find_blocks(plain))
-    assert list(kdloss.find_blocks(plain, "layer3")) == list(plain.layer3)
+        assert list(kdloss.layers.find_blocks(model, f"{name}encoder.stages.*.layers")) == blocks
+    assert list(kdloss.layers.find_blocks(plain)) == [*plain.layer1, *plain.layer2, *plain.layer3]
+    assert list(kdloss.layers.find_blocks(plain, "layer*")) == list(kdloss.layers.find_blocks(plain))
+    assert list(kdloss.layers.find_blocks(plain, "layer3")) == list(plain.layer3)
     with pytest.raises(ValueError, match=r"no stages.*'block\*'.*'layer\*': 6"):
-        kdloss.find_blocks(plain, "block*")
+        kdloss.layers.find_blocks(plain, "block*")
     with pytest.raises(TypeError, match=r"stages of several widths, 'resnet\.encoder\.stages\.\*\.layers'"):
         kdloss.keep_blocks(classifier, [0, 2])
 
@@ -108,7 +108,7 @@ def test_a_narrower_shallower_student_learns_from_features_and_logits(family):
         out = distill(student, **batch(family))
         out.loss.backward()
         losses.append(out.loss.item())
-        for block in kdloss.find_blocks(student, blocks_argument(family)):
+        for block in kdloss.layers.find_blocks(student, blocks_argument(family)):
             assert all(p.grad is not None for p in block.parameters())
         optimizer.step()
         optimizer.zero_grad()
@@ -181,9 +181,7 @@ def test_keep_blocks_takes_every_selection_and_refuses_what_it_cannot_do():
 
 def test_keep_blocks_refuses_models_of_several_towers_or_none():
     small = TINY | {"num_hidden_layers": 2}
-    clip = hf.CLIPModel(
-        hf.CLIPConfig(text_config=small, vision_config=small | {"image_size": 16, "patch_size": 8})
-    )
+    clip = hf.CLIPModel(hf.CLIPConfig(text_config=small, vision_config=small | {"image_size": 16, "patch_size": 8}))
     with pytest.raises(ValueError, match=r"2 lists of blocks.*text_model.*vision_model"):
         kdloss.keep_blocks(clip, [0])
 
@@ -246,8 +244,7 @@ def test_an_encoders_features_are_held_over_its_own_padding():
 
 def test_a_classifiers_features_are_held_over_its_padding():
     teacher, student = (
-        hf.AutoModelForSequenceClassification.from_config(build("bert", depth=d).config).eval()
-        for d in (3, 2)
+        hf.AutoModelForSequenceClassification.from_config(build("bert", depth=d).config).eval() for d in (3, 2)
     )
     inputs = batch("bert") | {"labels": torch.tensor([1, 0])}
     criterion = kdloss.FeatureKD("last", logit_weight=1.0)
@@ -285,7 +282,7 @@ def test_cnns_pair_by_resolution_once_a_batch_has_told_their_sizes():
 
 
 @pytest.mark.parametrize(
-    "learned", [kdloss.pair_by_emd, kdloss.pair_by_attention], ids=["emd", "attention"]
+    "learned", [kdloss.layers.pair_by_emd, kdloss.layers.pair_by_attention], ids=["emd", "attention"]
 )
 def test_learned_pairings_train_through_the_distiller(learned):
     teacher, student = build("gpt2", width=24, depth=5), build("gpt2", depth=3, seed=1)

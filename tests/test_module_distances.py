@@ -17,9 +17,9 @@ import kdloss
 from kdloss.distances._rows import needs_no_width
 
 BUILD = {
-    "VID": partial(kdloss.VID, 6, 6),
-    "MGD": partial(kdloss.MGD, 6, 6, size=(2, -1)),
-    "CRD": partial(kdloss.CRD, 6, 6, width=5, negatives=7, temperature=0.5),
+    "VID": partial(kdloss.distances.VID, 6, 6),
+    "MGD": partial(kdloss.distances.MGD, 6, 6, size=(2, -1)),
+    "CRD": partial(kdloss.distances.CRD, 6, 6, width=5, negatives=7, temperature=0.5),
 }
 every_module = pytest.mark.parametrize("name", BUILD)
 
@@ -139,9 +139,7 @@ def test_16_bit_features_and_modules_are_computed_in_float32(name, dtype):
     pairs = [(student, twin), *zip(module.parameters(), wide.parameters(), strict=True)]
     for rounded, full in pairs:
         assert rounded.grad.dtype == dtype
-        torch.testing.assert_close(
-            rounded.grad.double(), full.grad, rtol=eps, atol=1e-4 * full.grad.abs().max().item()
-        )
+        torch.testing.assert_close(rounded.grad.double(), full.grad, rtol=eps, atol=1e-4 * full.grad.abs().max().item())
 
 
 @every_module
@@ -151,9 +149,7 @@ def test_in_training_mode_they_compile_without_a_graph_break(name):
     torch._dynamo.reset()
     plain = BUILD[name]().train()
     twin = copy.deepcopy(plain)
-    compiled = torch.compile(
-        lambda s, t, m: kdloss.masked(twin, s, t, m), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda s, t, m: kdloss.masked(twin, s, t, m), fullgraph=True, backend="aot_eager")
     for _ in range(2):
         results = []
         for call in (partial(kdloss.masked, plain), compiled):
@@ -167,10 +163,10 @@ def test_in_training_mode_they_compile_without_a_graph_break(name):
 
 
 def test_only_crd_takes_features_of_different_widths():
-    assert needs_no_width(partial(kdloss.CRD, negatives=8))
+    assert needs_no_width(partial(kdloss.distances.CRD, negatives=8))
     assert needs_no_width(BUILD["CRD"]())
-    assert kdloss.CRD(6, 9, width=4, negatives=8)(torch.randn(3, 6), torch.randn(3, 9)).shape == (3,)
-    for module in (kdloss.VID, kdloss.MGD):
+    assert kdloss.distances.CRD(6, 9, width=4, negatives=8)(torch.randn(3, 6), torch.randn(3, 9)).shape == (3,)
+    for module in (kdloss.distances.VID, kdloss.distances.MGD):
         assert not needs_no_width(module)
         with pytest.raises(ValueError, match=rf"6 \(student\) and 9 .* kdloss\.{module.__name__}\(9, 9\)"):
             module(6, 9)
@@ -181,7 +177,7 @@ def test_only_crd_takes_features_of_different_widths():
 
 def test_vid_is_the_likelihood_of_a_gaussian_and_its_best_variance_is_the_mean_square_of_the_gap():
     gap = torch.tensor([[1.0, 3.0], [2.0, -1.0]])
-    module = kdloss.VID(2, 2)
+    module = kdloss.distances.VID(2, 2)
     five = 0.5 * ((1 + 9) / 5 / 2 + math.log(5)), 0.5 * ((4 + 1) / 5 / 2 + math.log(5))
     torch.testing.assert_close(module(gap, torch.zeros(2, 2)), torch.tensor(five))
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
@@ -197,12 +193,12 @@ def test_vid_is_the_likelihood_of_a_gaussian_and_its_best_variance_is_the_mean_s
 
 
 def test_vid_may_be_negative_and_refuses_a_variance_below_eps():
-    module = kdloss.VID(3, 3, variance=0.1)
+    module = kdloss.distances.VID(3, 3, variance=0.1)
     torch.testing.assert_close(module(torch.ones(3), torch.ones(3)), torch.tensor(math.log(0.1) / 2))
-    wide = kdloss.VID(3, 3, variance=1000.0)
+    wide = kdloss.distances.VID(3, 3, variance=1000.0)
     torch.testing.assert_close(wide(torch.ones(3), torch.ones(3)), torch.tensor(math.log(1000) / 2))
     with pytest.raises(ValueError, match="variance"):
-        kdloss.VID(3, 3, variance=0.0)
+        kdloss.distances.VID(3, 3, variance=0.0)
 
 
 # -- MGD --
@@ -217,7 +213,7 @@ def identity(module):
 
 
 def test_mgd_sets_whole_positions_of_the_student_to_zero_in_training_and_none_in_eval():
-    module = identity(kdloss.MGD(4, 4, ratio=0.25, size=(1, -1)))
+    module = identity(kdloss.distances.MGD(4, 4, ratio=0.25, size=(1, -1)))
     student, teacher = torch.full((10, 400, 4), 3.0), torch.full((10, 400, 4), 1.0)
     assert (module.eval()(student, teacher) == 4).all()
     torch.manual_seed(0)
@@ -227,17 +223,17 @@ def test_mgd_sets_whole_positions_of_the_student_to_zero_in_training_and_none_in
     assert hidden == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 4000))
     torch.manual_seed(0)
     assert torch.equal(module(student, teacher), value)
-    assert (identity(kdloss.MGD(4, 4, ratio=1.0, size=(1, -1)))(student, teacher) == 1).all()
+    assert (identity(kdloss.distances.MGD(4, 4, ratio=1.0, size=(1, -1)))(student, teacher) == 1).all()
 
 
 def test_mgd_generates_from_the_neighbours_on_the_grid():
     """A sum over nine pixels, then the middle one: by hand on a map of 2 x 3."""
-    module = identity(kdloss.MGD(1, 1, size=(2, 3))).eval()
+    module = identity(kdloss.distances.MGD(1, 1, size=(2, 3))).eval()
     nn.init.ones_(module.first.weight)
     values = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]])
     made = module(values, torch.zeros(6, 1)).sqrt()
     torch.testing.assert_close(made, torch.tensor([12.0, 21.0, 16.0, 12.0, 21.0, 16.0]))
-    tall = identity(kdloss.MGD(1, 1, size=(-1, 2))).eval()  # rows (1, 2), (3, 4), (5, 6)
+    tall = identity(kdloss.distances.MGD(1, 1, size=(-1, 2))).eval()  # rows (1, 2), (3, 4), (5, 6)
     nn.init.ones_(tall.first.weight)
     torch.testing.assert_close(
         tall(values, torch.zeros(6, 1)).sqrt(), torch.tensor([10.0, 10.0, 21.0, 21.0, 18.0, 18.0])
@@ -246,10 +242,10 @@ def test_mgd_generates_from_the_neighbours_on_the_grid():
 
 def test_mgd_of_a_map_is_its_convolutions_on_the_map_itself():
     maps, target = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)
-    module = kdloss.MGD(5, 5).eval()
+    module = kdloss.distances.MGD(5, 5).eval()
     made = module.second(module.first(maps).relu())
     expected = (made - target).square().mean(1).flatten(1)
-    value = module(kdloss.tokens(maps), kdloss.tokens(target))
+    value = module(kdloss.distances.tokens(maps), kdloss.distances.tokens(target))
     torch.testing.assert_close(value, expected)
     assert module.ratio == 0.65
 
@@ -259,7 +255,7 @@ def test_mgd_with_a_mask_is_that_of_the_cut_map():
     student, teacher = torch.randn(1, 4, 5, 3), torch.randn(1, 4, 5, 3)
     mask = torch.zeros(1, 4, 5).bool()
     mask[:, 1:3, 2:] = True
-    module = kdloss.MGD(3, 3, size=(4, 5)).eval()
+    module = kdloss.distances.MGD(3, 3, size=(4, 5)).eval()
     whole = module(student.flatten(1, 2), teacher.flatten(1, 2), mask=mask.flatten(1))
     module.size = (2, 3)
     cut = module(student[:, 1:3, 2:].flatten(1, 2), teacher[:, 1:3, 2:].flatten(1, 2))
@@ -268,12 +264,12 @@ def test_mgd_with_a_mask_is_that_of_the_cut_map():
 
 def test_mgd_refuses_positions_that_do_not_fit_a_grid():
     with pytest.raises(ValueError, match=r"6 positions, which stand no square.*size=\(1, -1\)"):
-        kdloss.MGD(2, 2)(torch.zeros(6, 2), torch.zeros(6, 2))
+        kdloss.distances.MGD(2, 2)(torch.zeros(6, 2), torch.zeros(6, 2))
     for size in ((2, 2), (4, -1), (-1, -1), (0, 6)):
         with pytest.raises(ValueError, match=rf"6 positions.*size=\({size[0]}, {size[1]}\)"):
-            kdloss.MGD(2, 2, size=size)(torch.zeros(6, 2), torch.zeros(6, 2))
+            kdloss.distances.MGD(2, 2, size=size)(torch.zeros(6, 2), torch.zeros(6, 2))
     with pytest.raises(ValueError, match="ratio"):
-        kdloss.MGD(2, 2, ratio=1.5)
+        kdloss.distances.MGD(2, 2, ratio=1.5)
 
 
 # -- CRD --
@@ -281,7 +277,7 @@ def test_mgd_refuses_positions_that_do_not_fit_a_grid():
 
 def test_crd_by_hand_with_two_negatives():
     """Unit vectors in the plane at known angles, tau = 1/2, so that N z = 2 e."""
-    module = kdloss.CRD(2, 2, width=2, negatives=2, temperature=0.5).eval()
+    module = kdloss.distances.CRD(2, 2, width=2, negatives=2, temperature=0.5).eval()
     for layer in (module.student, module.teacher):
         nn.init.eye_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -309,7 +305,7 @@ def test_crd_the_constant_is_the_mean_over_random_directions_as_the_authors_esti
 
 def test_crd_remembers_the_rows_that_count_in_order_over_the_oldest():
     torch.manual_seed(0)
-    module = kdloss.CRD(4, 4, width=3, negatives=5)
+    module = kdloss.distances.CRD(4, 4, width=3, negatives=5)
     expected, place = module.teachers.clone(), 0
     other = module.students.clone()
     for step in range(6):
@@ -338,13 +334,13 @@ def test_crd_writes_no_place_twice_where_more_rows_come_than_it_has_places(monke
         return copy_to(self, dim, index, source)
 
     monkeypatch.setattr(torch.Tensor, "index_copy", spy)
-    module = kdloss.CRD(4, 4, width=3, negatives=5)
+    module = kdloss.distances.CRD(4, 4, width=3, negatives=5)
     module(torch.randn(12, 4), torch.randn(12, 4), mask=torch.arange(12) != 9)
     assert written == [[1, 2, 3, 4, 0]] * 2  # the last five of eleven rows: places 6 to 10, modulo 5
 
 
 def test_crd_reads_its_memory_and_leaves_it_alone_in_eval_mode():
-    module = kdloss.CRD(4, 4, width=3, negatives=5, temperature=0.5).eval()
+    module = kdloss.distances.CRD(4, 4, width=3, negatives=5, temperature=0.5).eval()
     before = copy.deepcopy(module.state_dict())
     student, teacher = torch.randn(3, 4), torch.randn(3, 4)
     value = module(student, teacher)
@@ -393,4 +389,4 @@ def test_crd_several_calls_may_be_differentiated_after_each_other():
 def test_crd_refuses_settings_that_are_no_numbers_of_places():
     for wrong in ({"negatives": 0}, {"width": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            kdloss.CRD(4, 4, **wrong)
+            kdloss.distances.CRD(4, 4, **wrong)

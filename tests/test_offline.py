@@ -98,7 +98,8 @@ def test_the_loss_of_a_step_is_the_divergence_on_the_continuations_alone(sampled
     teacher, student = build("gpt2", width=24).eval(), build("gpt2", depth=2, seed=1).eval()
     tokens = torch.randint(0, 61, (3, 8))
     loop = on_policy.OnPolicy(
-        kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, alpha=0.0, divergence=kdloss.reverse_kl)), sampled
+        kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, alpha=0.0, divergence=kdloss.divergences.reverse_kl)),
+        sampled,
     )
     loop.prepare(student)
     torch.manual_seed(5)
@@ -123,7 +124,7 @@ def test_jsd_takes_its_beta():
     args = on_policy.parser().parse_args(["--beta", "0.3"])
     assert on_policy.divergence(args).keywords == {"beta": 0.3}
     args = on_policy.parser().parse_args(["--divergence", "forward_kl"])
-    assert on_policy.divergence(args) is kdloss.forward_kl
+    assert on_policy.divergence(args) is kdloss.divergences.forward_kl
 
 
 def test_interrupted_while_it_writes_its_own_text_it_ends_as_if_it_never_had_been(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import kdloss
 
 
-@pytest.mark.parametrize("build", [kdloss.linear, kdloss.conv1x1])
+@pytest.mark.parametrize("build", [kdloss.projections.linear, kdloss.projections.conv1x1])
 @pytest.mark.parametrize(("student", "teacher"), [(4, 6), (6, 4), (5, 5)])
 def test_orthogonal_starts_keep_lengths_as_far_as_the_widths_allow(build, student, teacher):
     module = build(student, teacher, orthogonal=True)
@@ -24,7 +24,7 @@ def test_orthogonal_starts_keep_lengths_as_far_as_the_widths_allow(build, studen
     assert abs(plain.T @ plain - np.eye(student)).max() > 0.1
 
 
-@pytest.mark.parametrize("build", [kdloss.linear, kdloss.conv1x1])
+@pytest.mark.parametrize("build", [kdloss.projections.linear, kdloss.projections.conv1x1])
 def test_frozen_projections_are_saved_but_never_trained(build):
     module = build(4, 6, orthogonal=True, frozen=True)
     assert not any(p.requires_grad for p in module.parameters())
@@ -33,14 +33,19 @@ def test_frozen_projections_are_saved_but_never_trained(build):
 
 
 def test_an_mlp_is_as_wide_inside_as_asked():
-    shapes = [tuple(p.shape) for p in kdloss.mlp(4, 6, hidden=9).parameters()]
+    shapes = [tuple(p.shape) for p in kdloss.projections.mlp(4, 6, hidden=9).parameters()]
     assert shapes == [(9, 4), (9,), (6, 9), (6,)]
-    assert [tuple(p.shape) for p in kdloss.mlp(4, 6).parameters()] == [(6, 4), (6,), (6, 6), (6,)]
+    assert [tuple(p.shape) for p in kdloss.projections.mlp(4, 6).parameters()] == [
+        (6, 4),
+        (6,),
+        (6, 6),
+        (6,),
+    ]
 
 
 def test_pooling_averages_the_finer_side_in_each_direction():
     student, teacher = torch.randn(2, 3, 4, 2), torch.randn(2, 5, 2, 4)
-    s, t = kdloss.pool(student, teacher)
+    s, t = kdloss.resize.pool(student, teacher)
     assert s.shape == (2, 3, 2, 2)
     np.testing.assert_allclose(s, student.numpy().reshape(2, 3, 2, 2, 2).mean(3), rtol=1e-6)
     np.testing.assert_allclose(t, teacher.numpy().reshape(2, 5, 2, 2, 2).mean(4), rtol=1e-6)
@@ -48,26 +53,26 @@ def test_pooling_averages_the_finer_side_in_each_direction():
 
 def test_tokens_of_a_grid_are_pooled_as_maps_and_class_tokens_stay_in_front():
     student, teacher = torch.randn(2, 1 + 4, 3), torch.randn(2, 2 + 16, 5)
-    s, t = kdloss.pool(student, teacher, prefix=(1, 2))
+    s, t = kdloss.resize.pool(student, teacher, prefix=(1, 2))
     assert torch.equal(s, student)
     assert torch.equal(t[:, 0], teacher[:, 0])
     blocks = teacher[:, 2:].numpy().reshape(2, 2, 2, 2, 2, 5).mean((2, 4)).reshape(2, 4, 5)
     np.testing.assert_allclose(t[:, 1:], blocks, rtol=1e-5, atol=1e-6)
-    s, t = kdloss.pool(student[:, 1:], teacher, prefix=(0, 2))
+    s, t = kdloss.resize.pool(student[:, 1:], teacher, prefix=(0, 2))
     assert s.shape == (2, 4, 3)
     np.testing.assert_allclose(t, blocks, rtol=1e-5, atol=1e-6)
 
 
 def test_a_map_is_held_against_the_tokens_of_a_transformer():
     student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 1 + 16, 5)
-    s, t = kdloss.pool(student, teacher, prefix=(0, 1))
+    s, t = kdloss.resize.pool(student, teacher, prefix=(0, 1))
     assert torch.equal(s, student.flatten(2).mT)
     assert torch.equal(t, teacher[:, 1:])
 
 
 def test_interpolation_takes_the_student_to_the_teachers_positions():
     student, teacher = torch.randn(2, 3, 2, 2), torch.randn(2, 5, 4, 4)
-    s, t = kdloss.interpolate(student, teacher)
+    s, t = kdloss.resize.interpolate(student, teacher)
     # bilinear between pixel centres: output pixel 1 of 4 lies at 0.25 of the way from centre 0 to 1
     corner = student[..., 0, 0]
     assert torch.equal(s[..., 0, 0], corner)
@@ -75,11 +80,11 @@ def test_interpolation_takes_the_student_to_the_teachers_positions():
     mixed = mixed + 0.25 * (0.75 * student[..., 1, 0] + 0.25 * student[..., 1, 1])
     torch.testing.assert_close(s[..., 1, 1], mixed)
     assert t is teacher
-    down, _ = kdloss.interpolate(teacher, student)
+    down, _ = kdloss.resize.interpolate(teacher, student)
     assert down.shape == (2, 5, 2, 2)
 
 
-@pytest.mark.parametrize("resize", [kdloss.pool, kdloss.interpolate])
+@pytest.mark.parametrize("resize", [kdloss.resize.pool, kdloss.resize.interpolate])
 def test_equal_positions_stay_as_they_are_and_gradients_pass(resize):
     student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 5, 4, 4)
     s, t = resize(student, teacher)
@@ -91,7 +96,7 @@ def test_equal_positions_stay_as_they_are_and_gradients_pass(resize):
     assert half.dtype == torch.float32
 
 
-@pytest.mark.parametrize("resize", [kdloss.pool, kdloss.interpolate])
+@pytest.mark.parametrize("resize", [kdloss.resize.pool, kdloss.resize.interpolate])
 def test_features_that_are_no_grid_are_refused_with_the_prefix_to_write(resize):
     with pytest.raises(ValueError, match=r"17 tokens behind prefix=0.*partial\(kdloss\.pool, prefix"):
         resize(torch.zeros(2, 16, 3), torch.zeros(2, 17, 3))
@@ -101,9 +106,9 @@ def test_features_that_are_no_grid_are_refused_with_the_prefix_to_write(resize):
 
 def test_a_linear_map_of_positions_is_the_1x1_convolution_of_a_map():
     features = torch.randn(2, 4, 3, 3)
-    module = kdloss.linear(4, 6)
+    module = kdloss.projections.linear(4, 6)
     convolved = F.conv2d(features, module.weight[..., None, None], module.bias)
-    torch.testing.assert_close(module(kdloss.tokens(features)), kdloss.tokens(convolved))
+    torch.testing.assert_close(module(kdloss.distances.tokens(features)), kdloss.distances.tokens(convolved))
 
 
 # -- in FeatureKD --
@@ -122,10 +127,10 @@ def feature_kd(**settings):
 
 def test_without_a_word_only_distances_that_need_equal_widths_get_a_projection():
     kinds = {
-        kdloss.mse: (1, 0),
-        kdloss.cka: (0, 0),
-        partial(kdloss.attention_transfer, paper=True): (0, 0),
-        kdloss.between_examples(partial(kdloss.cka, unbiased=True), mean=True): (0, 0),
+        kdloss.distances.mse: (1, 0),
+        kdloss.distances.cka: (0, 0),
+        partial(kdloss.distances.attention_transfer, paper=True): (0, 0),
+        kdloss.distances.between_examples(partial(kdloss.distances.cka, unbiased=True), mean=True): (0, 0),
     }
     for distance, (different, equal) in kinds.items():
         assert len(feature_kd(distance=distance, widths=(5, 6)).projections) == different
@@ -136,7 +141,7 @@ def test_without_a_word_only_distances_that_need_equal_widths_get_a_projection()
         assert student.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("build", [kdloss.linear, kdloss.mlp])
+@pytest.mark.parametrize("build", [kdloss.projections.linear, kdloss.projections.mlp])
 def test_the_loss_is_that_of_the_projected_features_whatever_the_widths(build):
     for widths in ((5, 6), (5, 5)):
         criterion = feature_kd(projection=build, widths=widths)
@@ -155,7 +160,9 @@ def test_the_loss_is_that_of_the_projected_features_whatever_the_widths(build):
 def test_a_convolution_is_given_the_map_and_equals_the_linear_map_of_its_positions():
     student, teacher = torch.randn(2, 5, 4, 3), torch.randn(2, 6, 4, 3)
     mask = torch.rand(2, 4, 3) > 0.3
-    one, other = (feature_kd(projection=p, widths=(5, 6)) for p in (kdloss.conv1x1, kdloss.linear))
+    one, other = (
+        feature_kd(projection=p, widths=(5, 6)) for p in (kdloss.projections.conv1x1, kdloss.projections.linear)
+    )
     weights = one.projections["0"].weight, one.projections["0"].bias
     other.projections["0"].load_state_dict({"weight": weights[0].detach()[..., 0, 0], "bias": weights[1]})
     student = torch.where(mask[:, None], student, torch.nan)
@@ -187,7 +194,7 @@ def test_the_teacher_can_be_projected_by_rows_that_are_never_trained():
     loss = criterion(*outputs(student, teacher))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student))
-    mlp = feature_kd(project="teacher", projection=kdloss.mlp, widths=(5, 8))
+    mlp = feature_kd(project="teacher", projection=kdloss.projections.mlp, widths=(5, 8))
     assert not any(p.requires_grad for p in mlp.parameters())
     assert mlp.projections["0"][0].in_features == 8
 
@@ -240,9 +247,7 @@ class Scaled(torch.nn.Module):
 
 
 def test_a_class_of_distances_is_built_for_every_student_layer_and_trained_and_saved():
-    criterion = kdloss.FeatureKD(
-        [0, 1], depths=(2, 2), widths=(5, 6), distance=partial(Scaled, power=4.0), alpha=0.0
-    )
+    criterion = kdloss.FeatureKD([0, 1], depths=(2, 2), widths=(5, 6), distance=partial(Scaled, power=4.0), alpha=0.0)
     assert [(d.widths, d.power) for d in criterion.distances.values()] == [((6, 6), 4.0)] * 2
     names = ["distances.0.scale", "distances.1.scale"]
     assert sorted(criterion.state_dict())[:2] == names
@@ -258,9 +263,9 @@ def test_a_class_of_distances_is_built_for_every_student_layer_and_trained_and_s
 
 
 def test_copies_pickles_and_state_dicts_carry_projections_and_distances():
-    criterion = feature_kd(distance=Scaled, projection=kdloss.mlp, widths=(5, 6))
+    criterion = feature_kd(distance=Scaled, projection=kdloss.projections.mlp, widths=(5, 6))
     seen = outputs(torch.randn(3, 5), torch.randn(3, 6))
-    other = feature_kd(distance=Scaled, projection=kdloss.mlp, widths=(5, 6))
+    other = feature_kd(distance=Scaled, projection=kdloss.projections.mlp, widths=(5, 6))
     other.load_state_dict(criterion.state_dict())
     for again in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), other):
         torch.testing.assert_close(again(*seen), criterion(*seen))
@@ -277,11 +282,11 @@ def test_maps_and_patches_of_other_sizes_are_resized_when_asked():
     student, teacher = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 8, 8)
     with pytest.raises(ValueError, match=r"resize=kdloss\.pool"):
         feature_kd()(*outputs(student, teacher))
-    loss = feature_kd(resize=kdloss.pool)(*outputs(student, teacher))
+    loss = feature_kd(resize=kdloss.resize.pool)(*outputs(student, teacher))
     pooled = teacher.numpy().reshape(2, 5, 4, 2, 4, 2).mean((3, 5))
     assert loss.item() == pytest.approx(((student.numpy() - pooled) ** 2).mean(), rel=1e-5)
     patches = torch.randn(2, 1 + 16, 5)
-    resize = partial(kdloss.pool, prefix=(0, 1))
+    resize = partial(kdloss.resize.pool, prefix=(0, 1))
     loss = feature_kd(resize=resize)(*outputs(student, patches))
     rows = student.flatten(2).mT
     assert loss.item() == pytest.approx((rows - patches[:, 1:]).square().mean().item(), rel=1e-5)
@@ -290,11 +295,11 @@ def test_maps_and_patches_of_other_sizes_are_resized_when_asked():
 def test_relations_of_a_map_are_those_of_its_positions_that_count():
     student, teacher = torch.randn(2, 5, 4, 3), torch.randn(2, 6, 4, 3)
     mask = torch.rand(2, 4, 3) > 0.3
-    value = feature_kd(distance=kdloss.similarity)(*outputs(student, teacher), feature_mask=mask)
+    value = feature_kd(distance=kdloss.distances.similarity)(*outputs(student, teacher), feature_mask=mask)
     expected = []
     for b in range(2):
         rows = [x[b].permute(1, 2, 0)[mask[b]] for x in (student, teacher)]
-        expected.append(kdloss.similarity(*rows).mean())
+        expected.append(kdloss.distances.similarity(*rows).mean())
     torch.testing.assert_close(value, torch.stack(expected).mean())
 
 
@@ -302,10 +307,10 @@ def test_relations_between_tokens_leave_out_what_labels_leave_out():
     student, teacher = torch.randn(3, 6, 5), torch.randn(3, 6, 8)
     labels = torch.randint(0, 4, (3, 6))
     labels[0, 3:] = -100
-    criterion = feature_kd(distance=kdloss.between_tokens(kdloss.cka), causal=True)
+    criterion = feature_kd(distance=kdloss.distances.between_tokens(kdloss.distances.cka), causal=True)
     value = criterion(*outputs(student, teacher), labels)
     keep = labels[:, 1:] != -100
-    expected = kdloss.cka(student[:, :-1][keep], teacher[:, :-1][keep]).mean()
+    expected = kdloss.distances.cka(student[:, :-1][keep], teacher[:, :-1][keep]).mean()
     torch.testing.assert_close(value, expected)
 
 

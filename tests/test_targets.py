@@ -24,7 +24,7 @@ def rows(*shape, seed=0):
     return 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def loss_and_slope(student, teacher, temperature=1.0, divergence=kdloss.forward_kl, **settings):
+def loss_and_slope(student, teacher, temperature=1.0, divergence=kdloss.divergences.forward_kl, **settings):
     """Per-position values by the criterion, and the gradient of their sum."""
     student = student.clone().requires_grad_()
     criterion = VanillaKD(temperature, 0.0, divergence=divergence, reduction="none", **settings)
@@ -47,9 +47,7 @@ def agrees(ours, oracle, student, tolerance=1e-10):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_lazy_logits_are_scaled_then_capped_and_gradients_go_back_through_both(
-    softcap, scale, with_bias, monkeypatch
-):
+def test_lazy_logits_are_scaled_then_capped_and_gradients_go_back_through_both(softcap, scale, with_bias, monkeypatch):
     monkeypatch.setattr("kdloss.engine.run.block_rows", lambda *_: 2)
     leaves = [rows(5, 4), rows(9, 4, seed=1), rows(9, seed=2)][: 3 if with_bias else 2]
     teacher, labels = rows(5, 9, seed=3), torch.tensor([1, 0, 8, 3, 3])
@@ -64,18 +62,12 @@ def test_lazy_logits_are_scaled_then_capped_and_gradients_go_back_through_both(
     student = LazyLogits(*leaves, softcap=softcap, scale=scale)
     loss = VanillaKD(2.0, 0.3)(student, teacher, labels)
     assert loss.item() == pytest.approx(oracle(*x), rel=1e-12)
-    np.testing.assert_allclose(
-        VanillaKD(2.0, 0.3)(student.dense(), teacher, labels).item(), oracle(*x), rtol=1e-12
-    )
+    np.testing.assert_allclose(VanillaKD(2.0, 0.3)(student.dense(), teacher, labels).item(), oracle(*x), rtol=1e-12)
     for i, ours in enumerate(torch.autograd.grad(loss, leaves)):
-        exact = oracles.gradient(
-            lambda v, i=i: oracle(*(v if k == i else y for k, y in enumerate(x))), x[i]
-        )
+        exact = oracles.gradient(lambda v, i=i: oracle(*(v if k == i else y for k, y in enumerate(x))), x[i])
         np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-10 * abs(exact).max())
     as_teacher = VanillaKD(2.0, 0.0)(teacher, student)
-    assert as_teacher.item() == pytest.approx(
-        VanillaKD(2.0, 0.0)(teacher, student.dense()).item(), rel=1e-12
-    )
+    assert as_teacher.item() == pytest.approx(VanillaKD(2.0, 0.0)(teacher, student.dense()).item(), rel=1e-12)
 
 
 def test_lazy_logits_that_do_not_fit_are_refused():
@@ -104,7 +96,7 @@ def test_lazy_logits_that_do_not_fit_are_refused():
             LazyLogits(hidden, weight, softcap=wrong)
     assert LazyLogits(hidden, weight).shape == (2, 3, 7)
     with pytest.raises(ValueError, match="one entry per class"):
-        kdloss.forward_kl(LazyLogits(hidden, weight[:0]), torch.zeros(2, 3, 0))
+        kdloss.divergences.forward_kl(LazyLogits(hidden, weight[:0]), torch.zeros(2, 3, 0))
 
 
 # -- top-k --
@@ -141,7 +133,7 @@ def test_the_bucket_is_one_class_of_all_that_was_left_out(k, temperature, name, 
         a, b = (log_p, log_q) if name == "forward_kl" else (log_q, log_p)
         return temperature**2 * (np.exp(a) * (a - b)).sum(-1)
 
-    ours = loss_and_slope(student, kept, temperature, getattr(kdloss, name))
+    ours = loss_and_slope(student, kept, temperature, getattr(kdloss.divergences, name))
     agrees(ours, oracle, student, 1e-9)
 
 
@@ -157,7 +149,7 @@ def test_renormalised_the_kept_classes_are_all_there_is(k, name):
         )
 
     kept = TopKLogits.of(teacher, k, tail="renormalise", temperature=2.0)
-    values, slope = ours = loss_and_slope(student, kept, 2.0, getattr(kdloss, name))
+    values, slope = ours = loss_and_slope(student, kept, 2.0, getattr(kdloss.divergences, name))
     if k > 1:
         agrees(ours, oracle, student)
     else:
@@ -188,7 +180,7 @@ def test_a_uniform_tail_is_a_dense_teacher_with_that_tail(name, empty):
     log_p = spread(kept.log_probs.numpy(), indices.numpy(), 11)
     dense = 2.0 * log_p  # logits that give these at T = 2
     uniform = TopKLogits(indices, kept.log_probs, "uniform", 2.0)
-    ours = loss_and_slope(student, uniform, 2.0, getattr(kdloss, name))
+    ours = loss_and_slope(student, uniform, 2.0, getattr(kdloss.divergences, name))
     agrees(ours, lambda z: getattr(oracles, name)(z, dense, 2.0), student, 1e-9)
 
 
@@ -222,7 +214,7 @@ def test_a_bucket_is_never_negative_and_for_forward_kl_never_more_than_dense(val
     assert slope.isfinite().all()
     rounding = 1e-5 * (temperature**2 + abs(dense).max())
     assert -rounding <= value.item() <= dense.item() + rounding
-    reverse, _ = loss_and_slope(student, kept, temperature, kdloss.reverse_kl)
+    reverse, _ = loss_and_slope(student, kept, temperature, kdloss.divergences.reverse_kl)
     assert reverse.item() >= -rounding
 
 
@@ -256,7 +248,7 @@ def test_indices_may_be_of_any_integer_type_and_log_probs_of_any_precision(dtype
     ours = VanillaKD()(student.float(), half, labels)
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(expected.item(), abs=2e-2)
-    assert kdloss.forward_kl(student, narrow).shape == (4, 3)
+    assert kdloss.divergences.forward_kl(student, narrow).shape == (4, 3)
 
 
 def test_log_probs_kept_at_one_temperature_are_softened_to_another_the_bucket_as_one_class():
@@ -267,9 +259,7 @@ def test_log_probs_kept_at_one_temperature_are_softened_to_another_the_bucket_as
     def oracle(z):
         return oracles.forward_kl(stored * grouped(z), stored * grouped(teacher.numpy()), asked)
 
-    agrees(
-        loss_and_slope(student, TopKLogits.of(teacher, k, temperature=stored), asked), oracle, student, 1e-9
-    )
+    agrees(loss_and_slope(student, TopKLogits.of(teacher, k, temperature=stored), asked), oracle, student, 1e-9)
     everything = TopKLogits.of(teacher, 11, temperature=stored)
     agrees(
         loss_and_slope(student, everything, asked),
@@ -375,10 +365,7 @@ def test_truncated_every_kind_is_the_renormalised_prefix():
         t,
         lazy,
         Mixture([lazy, t]),
-        *(
-            TopKLogits.of(t, 14, tail=tail, temperature=2.0)
-            for tail in ("bucket", "renormalise", "uniform")
-        ),
+        *(TopKLogits.of(t, 14, tail=tail, temperature=2.0) for tail in ("bucket", "renormalise", "uniform")),
     ]
     for target in targets:
         ours = loss_and_slope(student, target, 2.0, vocabulary=kdloss.truncate)
@@ -458,9 +445,7 @@ def test_two_real_tokenizers_are_mapped_by_token_string_and_end_of_text(tokenize
     text = "Applies a linear transformation to the incoming data: numbers and arrays."
     ids = torch.tensor([student(text)["input_ids"]])
     assert shared.to_teacher(ids).tolist() == [teacher(text)["input_ids"]]
-    assert TokenMap.of(student.get_vocab(), teacher.get_vocab()).student_ids.tolist() == [
-        i for i in s if i != end
-    ]
+    assert TokenMap.of(student.get_vocab(), teacher.get_vocab()).student_ids.tolist() == [i for i in s if i != end]
 
 
 def test_losses_over_mapped_vocabularies_compare_tokens_of_one_name(tokenizers):
@@ -490,16 +475,12 @@ def test_losses_over_mapped_vocabularies_compare_tokens_of_one_name(tokenizers):
         np.testing.assert_allclose(values, oracle(student.numpy()), rtol=1e-8)
         np.testing.assert_allclose(slope, exact, rtol=0, atol=1e-8 * abs(exact).max())
     several = kdloss.MultiTeacherKD(temperature=2.0, alpha=0.0, vocabulary=shared)
-    assert several(student, [teacher, lazy]).item() == pytest.approx(
-        oracle(student.numpy()).mean(), rel=1e-12
-    )
+    assert several(student, [teacher, lazy]).item() == pytest.approx(oracle(student.numpy()).mean(), rel=1e-12)
     labels = torch.tensor([len(student_tokenizer) - 1, -100, 3])  # over the student's own vocabulary
     with_ce = VanillaKD(2.0, 0.3, vocabulary=shared)(student, teacher, labels)
     keep = [0, 2]
     ce = oracles.cross_entropy(student.numpy()[keep], labels.numpy()[keep])
-    assert with_ce.item() == pytest.approx(
-        (0.3 * ce + 0.7 * oracle(student.numpy())[keep]).mean(), rel=1e-12
-    )
+    assert with_ce.item() == pytest.approx((0.3 * ce + 0.7 * oracle(student.numpy())[keep]).mean(), rel=1e-12)
     with pytest.raises(ValueError, match=r"kdloss\.TokenMap\.of|TokenMap\.of\(student_tokenizer"):
         VanillaKD(alpha=0.0)(student, teacher)
 

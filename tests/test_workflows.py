@@ -77,9 +77,7 @@ def test_in_a_chain_each_student_is_the_teacher_of_the_next(data, teachers, tmp_
     assert asked == [(teacher, middle), (middle, last), (teacher, last), (teacher, last), (teacher, last)]
     chained = runs["2x24"][0]["seconds"] + runs["2x24 > 1x16"][0]["seconds"]
     direct = runs["direct"][0]
-    assert runs["direct, the chain's time"][0]["steps"] == round(
-        direct["steps"] * chained / direct["seconds"]
-    )
+    assert runs["direct, the chain's time"][0]["steps"] == round(direct["steps"] * chained / direct["seconds"])
 
     asked.clear()  # finished stages are not trained again
     (lost,) = (tmp_path / "cells").glob("2x24-1x16-*.json")

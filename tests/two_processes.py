@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kdloss
 
 STEPS = 3
-SHARED = {"projection": kdloss.mlp, "shared": True, "distance": kdloss.VID}
+SHARED = {"projection": kdloss.projections.mlp, "shared": True, "distance": kdloss.distances.VID}
 CASES = {  # how the student is wrapped, whether the teacher is sharded, whether its pass ends early, ...
     "ddp": ("ddp", False, False),
     "fsdp": ("fsdp", False, False),
@@ -33,7 +33,7 @@ CASES = {  # how the student is wrapped, whether the teacher is sharded, whether
 
 
 def shard(model, root=None):
-    for block in kdloss.find_blocks(model):
+    for block in kdloss.layers.find_blocks(model):
         fully_shard(block)
     return fully_shard(root or model)
 

@@ -15,8 +15,8 @@ import kdloss.engine.run
 SIZES = {2: (8, 11), 4: (7, 0, 5, 7)}  # classes of each process, one of them without any
 CASES = {
     "forward_kl": kdloss.VanillaKD(2.0, 0.0),
-    "reverse_kl": kdloss.VanillaKD(3.0, 0.0, divergence=kdloss.reverse_kl),
-    "jsd": kdloss.VanillaKD(1.0, 0.0, divergence=partial(kdloss.jsd, beta=0.3)),
+    "reverse_kl": kdloss.VanillaKD(3.0, 0.0, divergence=kdloss.divergences.reverse_kl),
+    "jsd": kdloss.VanillaKD(1.0, 0.0, divergence=partial(kdloss.divergences.jsd, beta=0.3)),
     "ce": kdloss.VanillaKD(2.0, 1.0),
     "mixed": kdloss.VanillaKD(2.0, 0.4, reduction="sum"),
 }
@@ -55,7 +55,7 @@ def main():
         given = gradients(criterion, kdloss.ShardedLogits(logits), [logits], teacher, labels)
         made = gradients(criterion, lazy, head, teacher, labels)
         results[name] = {"logits": given, "lazy": made}
-    each = kdloss.forward_kl(kdloss.ShardedLogits(logits), teacher)
+    each = kdloss.divergences.forward_kl(kdloss.ShardedLogits(logits), teacher)
     results["each position"] = torch.autograd.grad((each * torch.arange(6).view(2, 3)).sum(), logits)[0]
     if world == 2:
         mesh = init_device_mesh("cpu", (2,))
@@ -63,9 +63,7 @@ def main():
         whole = x["hidden"] @ x["weight"].T + x["bias"]
         student = distribute_tensor(whole, mesh, [Shard(-1)]).requires_grad_()
         hidden = x["hidden"].clone().requires_grad_()
-        parts = [
-            distribute_tensor(x[name], mesh, [Shard(0)]).requires_grad_() for name in ("weight", "bias")
-        ]
+        parts = [distribute_tensor(x[name], mesh, [Shard(0)]).requires_grad_() for name in ("weight", "bias")]
         for name, criterion in CASES.items():
             results[name]["dtensor"] = gradients(criterion, student, [student], placed, labels)
             lazy = kdloss.LazyLogits(hidden, *parts)
@@ -79,10 +77,10 @@ def refused(logits, teacher, whole):
     """What the user reads who mixes sharded and whole logits, or wants what there is not."""
     student = kdloss.ShardedLogits(logits)
     asks = {
-        "whole teacher": lambda: kdloss.forward_kl(student, whole),
+        "whole teacher": lambda: kdloss.divergences.forward_kl(student, whole),
         "own divergence": lambda: kdloss.VanillaKD(alpha=0.0, divergence=own)(student, teacher),
         "second derivative": lambda: torch.autograd.grad(
-            kdloss.forward_kl(student, teacher).sum(), logits, create_graph=True
+            kdloss.divergences.forward_kl(student, teacher).sum(), logits, create_graph=True
         ),
     }
     said = {}

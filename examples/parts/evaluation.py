@@ -61,10 +61,7 @@ def rouge(written: Sequence[str], real: Sequence[str]) -> dict[str, float]:
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     scores = [scorer.score(target, prediction) for target, prediction in zip(real, written, strict=True)]
     kinds = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
-    return {
-        name: 100 * sum(score[kind].fmeasure for score in scores) / len(scores)
-        for name, kind in kinds.items()
-    }
+    return {name: 100 * sum(score[kind].fmeasure for score in scores) / len(scores) for name, kind in kinds.items()}
 
 
 def continuations(token_ids: Sequence[Sequence[int]], count: int, length: int) -> tuple[Tensor, Tensor]:

@@ -98,9 +98,7 @@ def training_flags(made: argparse.ArgumentParser) -> None:
     """How long, how fast, where."""
     group = made.add_argument_group("training")
     one = group.add_mutually_exclusive_group()
-    one.add_argument(
-        "--epochs", type=positive, default=6, help="passes over the student's text (%(default)s)"
-    )
+    one.add_argument("--epochs", type=positive, default=6, help="passes over the student's text (%(default)s)")
     one.add_argument("--steps", type=positive, help="batches, instead of epochs")
     add = group.add_argument
     add("--batch-size", type=positive, default=8, help="blocks in a batch (%(default)s)")

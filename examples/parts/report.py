@@ -53,8 +53,7 @@ def table(runs: Runs) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in lines
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
 
 
@@ -86,9 +85,7 @@ def _shown(shown: str, figure: Figure, folder: Path) -> str:
     return f"\n{shown}\n\nwritten: {folder}/results.json, results.md, results.png"
 
 
-def beside(
-    found: dict[str, Any], teacher: Mapping[str, Any], alone: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def beside(found: dict[str, Any], teacher: Mapping[str, Any], alone: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Results with what only shows beside others: the teacher, and the student trained without it."""
     more = {
         "retention": 100 * teacher["perplexity"] / found["perplexity"],
@@ -104,9 +101,7 @@ def picture(runs: Runs) -> Figure:
     students = [row for row, found in runs.items() if "curve" in found[0]]
     levels = {row: summary(runs[row])["perplexity"][0] for row in runs if row not in students}
     panels = 3 if len(students) <= 8 else 1
-    figure = Figure(
-        figsize=(5 * panels if panels > 1 else 9, max(4.6, 0.35 * len(runs))), layout="constrained"
-    )
+    figure = Figure(figsize=(5 * panels if panels > 1 else 9, max(4.6, 0.35 * len(runs))), layout="constrained")
     *over, bars = figure.subplots(1, panels, squeeze=False)[0]
     for axes, unit in zip(over, ("step", "seconds"), strict=False):
         _learning_curves(axes, {row: runs[row] for row in students}, unit)

@@ -61,7 +61,7 @@ def criteria(args: argparse.Namespace) -> dict[str, kdloss.VanillaKD | kdloss.Fe
     """Training alone, in which the teacher does not even run, and distillation."""
     distilled = kdloss.FeatureKD(
         args.layers,
-        distance=kdloss.layer_norm_mse,
+        distance=kdloss.distances.layer_norm_mse,
         alpha=args.alpha,
         temperature=args.temperature,
         logit_weight=1.0,

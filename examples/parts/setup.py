@@ -36,9 +36,7 @@ def prepare(args: argparse.Namespace, train: Train) -> Setup:
     texts = text.read_texts(args.data, **source, limit=args.samples)
     seen, heldout = texts[: -args.heldout_samples], texts[-args.heldout_samples :]
     if not seen:
-        raise ValueError(
-            f"all {len(texts)} texts are held out, none is left to train on: --heldout-samples"
-        )
+        raise ValueError(f"all {len(texts)} texts are held out, none is left to train on: --heldout-samples")
     teacher, tokenizer = teacher_of(args, seen, train)
     models.check_length(teacher, args.max_length, "teacher")
     student_samples = args.student_samples or (len(seen) if args.teacher else 320)
@@ -48,9 +46,7 @@ def prepare(args: argparse.Namespace, train: Train) -> Setup:
     unseen = text.pack(token_ids, args.max_length)
     made_of = {"teacher": str(teacher.name_or_path), "blocks": blocks.tolist(), "heldout": token_ids}
     teacher.to(args.device).eval()
-    return Setup(
-        teacher, tokenizer, seen, blocks.to(args.device), unseen, prompts, reference, cells.key(made_of)
-    )
+    return Setup(teacher, tokenizer, seen, blocks.to(args.device), unseen, prompts, reference, cells.key(made_of))
 
 
 def teacher_of(
@@ -106,9 +102,7 @@ def student_of(
         student = kdloss.keep_blocks(teacher, args.keep_blocks)
     else:
         shape = (args.student_layers, args.student_width, args.student_heads)
-        student = models.gpt2(
-            *shape, dropout=args.dropout, tokenizer=teacher_tokenizer, length=args.max_length
-        )
+        student = models.gpt2(*shape, dropout=args.dropout, tokenizer=teacher_tokenizer, length=args.max_length)
     models.check_length(student, args.max_length, "student")
     student.get_input_embeddings().requires_grad_(not args.freeze_embeddings)
     return student.to(args.device)

@@ -145,9 +145,7 @@ def docstrings(folder: Path, shortest: int = 150) -> list[str]:
                 tree = ast.parse(file.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue
-        documented = (
-            n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
-        )
+        documented = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
         found += [text for n in documented if (text := ast.get_docstring(n)) and len(text) >= shortest]
     return found
 

@@ -28,9 +28,7 @@ class DistillationTrainer(Trainer):
                 "CUDA_VISIBLE_DEVICES=0"
             )
         if self.label_smoother is not None or self.compute_loss_func is not None:
-            raise ValueError(
-                "the distiller computes the loss; leave out label_smoothing_factor and compute_loss_func"
-            )
+            raise ValueError("the distiller computes the loss; leave out label_smoothing_factor and compute_loss_func")
         self.model_accepts_loss_kwargs = True  # the distiller takes num_items_in_batch for it
         self.distill, self.criterion = distill.prepare(self.model), distill.criterion
 

@@ -77,8 +77,7 @@ def same_place(name: str, student: Placed, other: Placed) -> None:
     """No silent copies between devices."""
     if student.device != other.device:
         raise ValueError(
-            f"student is on {student.device} and {name} on {other.device}; "
-            f"write {name}.to({str(student.device)!r})"
+            f"student is on {student.device} and {name} on {other.device}; write {name}.to({str(student.device)!r})"
         )
 
 
@@ -102,19 +101,18 @@ def rows(name: str, student: Tensor, teacher: Tensor, same_width: bool, least: i
     if student.ndim not in (2, 3):
         raise ValueError(
             f"{name} compares the rows of features [N, D] or [B, N, D], got {s}; maps [B, C, H, W] become "
-            f"such by kdloss.tokens(features), others by features.flatten(1, -2)"
+            f"such by kdloss.distances.tokens(features), others by features.flatten(1, -2)"
         )
     if s[:-1] != t[:-1] or (same_width and s != t):
         alike = "be equal" if same_width else "be equal but for the width"
         raise ValueError(
-            f"student features have shape {s} and teacher features {t}; they must {alike}, "
-            "nothing is broadcast"
+            f"student features have shape {s} and teacher features {t}; they must {alike}, nothing is broadcast"
         )
     if 0 < student.shape[-2] < least:
         raise ValueError(
             f"{name} compares at least {least} rows with each other, got {student.shape[-2]} in {s}; give "
             "more at a time (a data loader's drop_last=True), or compare all positions of a batch: "
-            f"kdloss.between_tokens(kdloss.{name})"
+            f"kdloss.distances.between_tokens(kdloss.distances.{name})"
         )
     same_place("teacher features", student, teacher)
 
@@ -131,7 +129,7 @@ def one_width(name: str, student: int, teacher: int) -> int:
     if student != teacher:
         raise ValueError(
             f"{name} compares features of one width, got {student} (student) and {teacher} (teacher). The "
-            f"student's features come projected: write kdloss.{name}({teacher}, {teacher})"
+            f"student's features come projected: write kdloss.distances.{name}({teacher}, {teacher})"
         )
     return whole("width", teacher)
 
@@ -201,8 +199,7 @@ def mask(mask: Tensor, shape: torch.Size, what: str) -> None:
         raise TypeError(f"mask must be a boolean tensor (True = keep), got {came}; write mask.bool()")
     if mask.shape != shape:
         raise ValueError(
-            f"mask has shape {tuple(mask.shape)} but {what} have shape {tuple(shape)}; "
-            "give one entry per position"
+            f"mask has shape {tuple(mask.shape)} but {what} have shape {tuple(shape)}; give one entry per position"
         )
 
 
@@ -214,8 +211,7 @@ def labels(labels: Tensor, logits: Placed) -> None:
         raise TypeError(f"labels must be int64 class indices, got {labels.dtype}; write labels.long()")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)} but logits {tuple(logits.shape)} "
-            f"need {tuple(logits.shape[:-1])}"
+            f"labels have shape {tuple(labels.shape)} but logits {tuple(logits.shape)} need {tuple(logits.shape[:-1])}"
         )
     same_place("labels", logits, labels)
 

@@ -23,9 +23,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
 
 
-def with_decoder_inputs(
-    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None
-) -> dict[str, Any]:
+def with_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
     """An encoder-decoder's decoder inputs, which it makes itself only where it is given labels."""
     if labels is None or not is_encoder_decoder(model) or "decoder_input_ids" in inputs:
         return dict(inputs)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdloss._capture import Captured, capture
 from kdloss.adapter import evaluating, is_causal, masks, with_decoder_inputs, without_cache
-from kdloss.capture import Captured, capture
 from kdloss.layers import Layers, find_blocks, select
 from kdloss.reduction import widest
 
@@ -19,7 +19,7 @@ LEAST = 4  # the unbiased estimator divides by n - 3
 
 @dataclass(frozen=True, eq=False)
 class CKAMatrix:
-    """What `kdloss.cka_matrix` measured: `values[s, t]` for student block s and teacher block t."""
+    """What `kdloss.analysis.cka_matrix` measured: `values[s, t]` for student block s and teacher block t."""
 
     values: Tensor
 

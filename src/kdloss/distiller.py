@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
+from kdloss._capture import Captured, capture
 from kdloss.adapter import evaluating, is_causal, masks, resharded, with_decoder_inputs, without_cache
-from kdloss.capture import Captured, capture
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.criteria._terms import find_logits, logits_of
 from kdloss.engine.task import unwrapped
@@ -191,9 +191,7 @@ class Distiller:
         resharded(teacher)
         return seen
 
-    def _measure(
-        self, criterion: FeatureKD, student: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]
-    ) -> None:
+    def _measure(self, criterion: FeatureKD, student: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:
         labels = batch.pop("labels", None)
         inputs = with_decoder_inputs(student, batch, labels)
         chosen = criterion.layer_map

@@ -64,16 +64,12 @@ def reduce(
     return values.sum() / denominator(count, reduction, num_items_in_batch)
 
 
-def denominator(
-    count: int | Tensor, reduction: Reduction, num_items_in_batch: int | Tensor | None
-) -> int | Tensor:
+def denominator(count: int | Tensor, reduction: Reduction, num_items_in_batch: int | Tensor | None) -> int | Tensor:
     """What the sum over the positions that count is divided by."""
     if num_items_in_batch is None:
         return count if reduction == "mean" else 1
     if reduction != "mean":
-        raise ValueError(
-            f"num_items_in_batch divides the sum of reduction='mean', got reduction={reduction!r}"
-        )
+        raise ValueError(f"num_items_in_batch divides the sum of reduction='mean', got reduction={reduction!r}")
     if not isinstance(num_items_in_batch, Tensor) and num_items_in_batch <= 0:
         raise ValueError(f"num_items_in_batch must be positive, got {num_items_in_batch}")
     return num_items_in_batch
@@ -100,15 +96,14 @@ def masked(
     >>> import kdloss
     >>> student, teacher = torch.zeros(2, 5), torch.zeros(2, 5)
     >>> student[1] = float("nan")
-    >>> masked(kdloss.forward_kl, student, teacher, torch.tensor([True, False]))
+    >>> masked(kdloss.divergences.forward_kl, student, teacher, torch.tensor([True, False]))
     tensor(0.)
     """
     told: dict[str, Tensor] = {}
     if mask is not None:
         _checks.mask(mask, student.shape[: mask.ndim], "the leading dimensions of the student")
         student, teacher = (
-            fill(x, mask) if isinstance(x, Tensor) else x.at(lambda t: fill(t, mask))
-            for x in (student, teacher)
+            fill(x, mask) if isinstance(x, Tensor) else x.at(lambda t: fill(t, mask)) for x in (student, teacher)
         )
         told = {"mask": mask} if takes(loss, "mask") else {}
     values = loss(student, teacher, **told)

@@ -21,7 +21,7 @@ def pool(
     *,
     prefix: tuple[int, int] = (0, 0),
 ) -> Sides:
-    """Average the finer side down to the coarser one's positions: `FeatureKD(resize=kdloss.pool)`.
+    """Average the finer side down to the coarser one's positions: `FeatureKD(resize=kdloss.resize.pool)`.
 
     Features are maps `[B, C, H, W]` or tokens `[B, N, D]` of a square grid, of which the first `prefix`
     (student's, teacher's) are class or register tokens: those both have stay in front, others drop out. In
@@ -89,7 +89,7 @@ def _grid(whose: str, features: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     if side == 0 or side * side != count:
         raise ValueError(
             f"{whose} features {tuple(features.shape)} have {count} tokens behind prefix={prefix}, which "
-            "is no square grid; write functools.partial(kdloss.pool, prefix=(student's, teacher's)) with "
+            "is no square grid; write functools.partial(kdloss.resize.pool, prefix=(student's, teacher's)) with "
             "the number of class tokens in front"
         )
     return features[:, :prefix], rearrange(features[:, prefix:], "b (h w) c -> b c h w", h=side)

@@ -14,7 +14,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def keep_blocks(teacher: Model, blocks: Layers) -> Model:
     """A student of the teacher's class made of some of its blocks and all the rest.
 
-    `blocks` is any selection of `kdloss.select`: "auto", "all", "key", "late", "last", a list of
+    `blocks` is any selection of `kdloss.layers.select`: "auto", "all", "key", "late", "last", a list of
     indices or a callable. Of an encoder-decoder both stacks are thinned by it. The student's
     parameters are copies; its configuration remembers the kept blocks (also when saved), so that
     `pairing="kept"` can hold each against the teacher's block just before the next kept one.

@@ -25,9 +25,7 @@ def checked_ids(dataset: Any, id_column: str) -> list[Id]:
     """All ids, none twice."""
     columns = getattr(dataset, "column_names", None)
     if not hasattr(dataset, "with_format") or not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"dataset must be a datasets.Dataset, which has a length, got {type(dataset).__name__}"
-        )
+        raise TypeError(f"dataset must be a datasets.Dataset, which has a length, got {type(dataset).__name__}")
     if absent := {id_column, "input_ids"} - set(columns or ()):
         raise ValueError(
             f"the dataset has the columns {columns}, not {sorted(absent)}; it needs input_ids, and ids in "

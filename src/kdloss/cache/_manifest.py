@@ -56,15 +56,9 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} holds no {NAME}, so it is no cache: kdloss.cache.write makes one"
-        ) from error
+        raise ValueError(f"{folder} holds no {NAME}, so it is no cache: kdloss.cache.write makes one") from error
     except ValueError as error:
-        raise ValueError(
-            f"{folder / NAME} can't be read ({error}): remove it and write the cache again"
-        ) from error
+        raise ValueError(f"{folder / NAME} can't be read ({error}): remove it and write the cache again") from error
     if found.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder} has format {found.get('format')!r}; kdloss reads {FORMAT} here: write it again"
-        )
+        raise ValueError(f"{folder} has format {found.get('format')!r}; kdloss reads {FORMAT} here: write it again")
     return found

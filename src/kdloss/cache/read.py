@@ -17,9 +17,7 @@ from kdloss.targets import TopKLogits
 from kdloss.targets.top_k import Tail
 
 
-def open(
-    folder: str | Path, *, tokenizer: Any, tail: Tail = "bucket", device: torch.device | str = "cpu"
-) -> "Cache":
+def open(folder: str | Path, *, tokenizer: Any, tail: Tail = "bucket", device: torch.device | str = "cpu") -> "Cache":
     """A cache that `kdloss.cache.write` made, ready to give batches; only its ids are read now.
 
     `tokenizer` is the one that makes the training batches; `tail` says how the classes left out are
@@ -112,9 +110,7 @@ class Cache:
 
     def _check_lengths(self, ids: Sequence[Id], stored: list[int], asked: list[int]) -> None:
         if len(asked) != len(ids):
-            raise ValueError(
-                f"{len(ids)} ids and an attention_mask of {len(asked)} rows; give one row per id"
-            )
+            raise ValueError(f"{len(ids)} ids and an attention_mask of {len(asked)} rows; give one row per id")
         for id, ours, theirs in zip(ids, stored, asked, strict=True):
             if ours != theirs:
                 raise ValueError(
@@ -146,9 +142,7 @@ class Cache:
         if name not in self._shards:
             path = _shard.data_file(self.folder, name)
             _check(path, self.manifest["shards"][name]["sha256"])
-            file: Any = safe_open(
-                path, framework="numpy"
-            )  # copies a slice; torch's would keep the whole file mapped
+            file: Any = safe_open(path, framework="numpy")  # copies a slice; torch's would keep the whole file mapped
             self._shards[name] = file, file.get_tensor("offsets").tolist()
         return self._shards[name]
 

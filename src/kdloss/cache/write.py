@@ -97,9 +97,7 @@ def write(
                 bar(len(batch))
             for id, x in zip(examples.ids, kept, strict=True):
                 if x.log_probs.isnan().any():
-                    raise ValueError(
-                        f"the teacher's logits of example {id!r} hold NaN; nothing of {name} is kept"
-                    )
+                    raise ValueError(f"the teacher's logits of example {id!r} hold NaN; nothing of {name} is kept")
             _shard.save(folder, name, examples, kept, rank)
     _manifest.complete(folder, settings, rank)
     if dist.is_available() and dist.is_initialized():

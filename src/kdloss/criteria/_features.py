@@ -9,11 +9,11 @@ from einops import rearrange
 from torch import Size, Tensor, nn
 
 from kdloss import _checks
-from kdloss.capture import Captured
+from kdloss._capture import Captured
 from kdloss.criteria._positions import Positions
 from kdloss.distances._rows import needs_no_width
 from kdloss.layers import Layer, LayerMap
-from kdloss.projection import takes_maps
+from kdloss.projections import takes_maps
 from kdloss.reduction import fill, per_example, precise, takes
 from kdloss.targets import Logits
 
@@ -116,7 +116,7 @@ def compare(
         raise ValueError(
             f"{name}: student features {tuple(student.shape)} and teacher features "
             f"{tuple(teacher.shape)} (width last) stand at different positions; nothing is broadcast. "
-            "Write FeatureKD(resize=kdloss.pool) for another grid of pixels or patches; maps of several "
+            "Write FeatureKD(resize=kdloss.resize.pool) for another grid of pixels or patches; maps of several "
             "resolutions are paired by pairing='resolution'"
         )
     apart = feature_mask is not None or student.shape[:-1] != where.shape
@@ -143,7 +143,7 @@ def _project(projection: nn.Module, features: Tensor) -> Tensor:
     if features.ndim != 4:
         raise ValueError(
             f"{type(projection).__name__} projects maps [B, C, H, W], got {tuple(features.shape)}; "
-            "write projection=kdloss.linear"
+            "write projection=kdloss.projections.linear"
         )
     return _width_last(projection(rearrange(features, "b h w c -> b c h w")))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss.capture import Captured
+from kdloss._capture import Captured
 from kdloss.criteria._positions import Positions
 from kdloss.engine import Divergence, Problem, Task, Vocabulary, fused, per_position, whole_only
 from kdloss.reduction import Reduction, denominator, reduce, widest
@@ -66,8 +66,7 @@ def logit_loss(
     """Cross-entropy ("ce") and divergence ("kd") by weight, and each reduced alone, detached."""
     if settings.alpha > 0 and where.labels is None:
         raise ValueError(
-            f"alpha={settings.alpha} mixes in cross-entropy, which needs labels: "
-            "pass labels=..., or write alpha=0"
+            f"alpha={settings.alpha} mixes in cross-entropy, which needs labels: pass labels=..., or write alpha=0"
         )
     target = None
     if settings.uses_teacher_logits:

@@ -10,7 +10,7 @@ from torch import nn
 from kdloss import _checks
 from kdloss.distances._rows import needs_no_width
 from kdloss.layers import Layer
-from kdloss.projection import linear
+from kdloss.projections import linear
 
 Projection = Callable[[int, int], nn.Module]
 Side = Literal["student", "teacher"]
@@ -34,10 +34,10 @@ class Trained:
         if isinstance(self.projection, nn.Module):
             raise TypeError(
                 f"projection is a function of (student width, teacher width), got {self.projection}; write "
-                "projection=lambda student, teacher: module, or kdloss.linear, kdloss.mlp, kdloss.conv1x1"
+                "projection=lambda student, teacher: module, or one of kdloss.projections: linear, mlp, conv1x1"
             )
         if self.projection is not None:
-            _checks.function("projection", self.projection, "linear")
+            _checks.function("projection", self.projection, "projections.linear")
 
     @property
     def needed(self) -> bool:

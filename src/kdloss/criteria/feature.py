@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from kdloss import _checks
-from kdloss.capture import Take
+from kdloss._capture import Take
 from kdloss.criteria._features import (
     Distance,
     Features,
@@ -39,23 +39,23 @@ class FeatureKD(nn.Module):
     1/N unless the pairing says otherwise, d a mean squared error, P a trained projection where the
     widths differ, and $\lambda$ = `logit_weight`.
 
-    - `layers` selects student blocks: any selection of `kdloss.select`, or module names.
-    - `pairing` finds their teacher blocks: any pairing of `kdloss.pair`, or pairs of module names.
+    - `layers` selects student blocks: any selection of `kdloss.layers.select`, or module names.
+    - `pairing` finds their teacher blocks: any pairing of `kdloss.layers.pair`, or pairs of module names.
       Modules that are no blocks pair by `pairing="same"` (names) or explicit pairs. A callable with a
-      parameter called `distances`, like `kdloss.pair_by_emd`, is asked at every step: see below.
+      parameter called `distances`, like `kdloss.layers.pair_by_emd`, is asked at every step: see below.
     - `blocks` names the list of blocks in models that have several; `take` says what counts of the
       modules' outputs (for all, or by name), as in `kdloss.capture`. A tuple of names is their outputs
       side by side.
-    - `distance` is any function like `kdloss.mse`, `divergence` like `kdloss.forward_kl`.
-      A class of modules, like `kdloss.VID` or a `functools.partial` of it, is built once per student layer
+    - `distance` is any function like `kdloss.distances.mse`, `divergence` like `kdloss.divergences.forward_kl`.
+      A class of modules, like `kdloss.distances.VID` or a `functools.partial` of it, is built once per student layer
       with the widths that arrive there.
     - Projections are built by `prepare`, or here from `widths`, (student, teacher) for all pairs or
       one per pair, and `depths`. They are parameters: give them to the optimizer. `projection`
-      (`kdloss.linear`, `kdloss.mlp`, `kdloss.conv1x1`, any function of two widths) makes them, for equal
-      widths too; without it there is a linear one where the distance wants equal widths and they differ.
+      (`kdloss.projections.linear`, `mlp`, `conv1x1`, any function of two widths) makes them, for equal widths
+      too; without it there is a linear one where the distance wants equal widths and they differ.
       `project="teacher"` projects the teacher's features to the student's width instead, by orthonormal
       rows that are never trained; `shared=True` has one projection for all pairs.
-    - `resize` (`kdloss.pool`, `kdloss.interpolate`) brings both sides to the same positions.
+    - `resize` (`kdloss.resize.pool`, `kdloss.resize.interpolate`) brings both sides to the same positions.
 
     Called with outputs that hold features: what `kdloss.capture` recorded, or Hugging Face outputs
     made with `output_hidden_states=True`. (These hold the last block after the model's final norm:
@@ -113,10 +113,10 @@ class FeatureKD(nn.Module):
     ) -> None:
         super().__init__()
         _checks.choice("reduction", reduction, ("mean", "sum", "none"))
-        _checks.function("divergence", divergence, "forward_kl")
+        _checks.function("divergence", divergence, "divergences.forward_kl")
         if vocabulary is not None:
             _checks.function("vocabulary", vocabulary, "truncate")
-        _checks.function("distance", distance, "mse")
+        _checks.function("distance", distance, "distances.mse")
         self.layer_map = LayerMap(layers, pairing, blocks, depths)
         self.take = take
         self.distance = distance
@@ -132,7 +132,7 @@ class FeatureKD(nn.Module):
         self.overwrite_logits = overwrite_logits
         self.components: dict[str, Tensor] = {}
         if resize is not None:
-            _checks.function("resize", resize, "pool")
+            _checks.function("resize", resize, "resize.pool")
         self.resize = resize
         self.projections, self.distances = nn.ModuleDict(), nn.ModuleDict()
         self._trained = Trained(projection, project, shared, distance, self.projections, self.distances)

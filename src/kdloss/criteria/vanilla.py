@@ -20,7 +20,7 @@ class VanillaKD(nn.Module):
     \mathrm{softmax}(s/T))$, each term averaged over the positions that count. `alpha=1` is plain
     training and needs no teacher, `alpha=0` pure distillation and needs no labels.
 
-    `divergence` is any function like `kdloss.forward_kl`; `functools.partial` sets its options. One that
+    `divergence` is any function like `kdloss.divergences.forward_kl`; `functools.partial` sets its options. One that
     takes `labels` gets them, one that compares positions (`mask`) is told which count. `vocabulary`
     brings two vocabularies together: `kdloss.truncate`, a `kdloss.TokenMap`, any function of both.
     `overwrite_logits=True` lets the gradient take the place of the student's logits (a tensor, not in
@@ -65,7 +65,7 @@ class VanillaKD(nn.Module):
     ) -> None:
         super().__init__()
         _checks.choice("reduction", reduction, ("mean", "sum", "none"))
-        _checks.function("divergence", divergence, "forward_kl")
+        _checks.function("divergence", divergence, "divergences.forward_kl")
         if vocabulary is not None:
             _checks.function("vocabulary", vocabulary, "truncate")
         self.temperature = _checks.temperature(temperature)
@@ -97,9 +97,7 @@ class VanillaKD(nn.Module):
         logits = logits_of(student, "student")
         if labels is not None:
             _checks.labels(labels, logits)
-        where = Positions.of(
-            logits.shape[:-1], labels, mask, causal=bool(self.causal), ignore_index=self.ignore_index
-        )
+        where = Positions.of(logits.shape[:-1], labels, mask, causal=bool(self.causal), ignore_index=self.ignore_index)
         weights = self.alpha, 1 - self.alpha
         loss, self.components = logit_loss(self, logits, teacher, where, weights, num_items_in_batch)
         return loss

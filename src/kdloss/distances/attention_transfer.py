@@ -22,7 +22,7 @@ def attention_transfer(
     `paper=True` gives every position the paper's $\|\hat a^s - \hat a^t\|_2$ of its example instead, which
     has no gradient to speak of near the teacher; the paper's weight is half of its $\beta$.
 
-    Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ), or `kdloss.tokens(map)`;
+    Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ), or `kdloss.distances.tokens(map)`;
     mask `[..., N]` (True = counts). Returns `[..., N]`, in float32 or better. The teacher is detached.
 
     Raises: ValueError for positions or devices that differ, or maps that are not rows; TypeError for

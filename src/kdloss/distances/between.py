@@ -31,7 +31,7 @@ def between_tokens(distance: Distance) -> Distance:
 
     >>> import kdloss, torch
     >>> student, teacher = torch.randn(2, 4, 3, 8)
-    >>> kdloss.between_tokens(kdloss.cka)(student, teacher).shape
+    >>> kdloss.distances.between_tokens(kdloss.distances.cka)(student, teacher).shape
     torch.Size([4, 3])
     """
     return _as(partial(_between_tokens, _relational(distance)), distance)
@@ -46,7 +46,7 @@ def between_examples(distance: Distance, *, mean: bool = False) -> Distance:
 
     >>> import kdloss, torch
     >>> student, teacher = torch.randn(2, 4, 3, 8)
-    >>> kdloss.between_examples(kdloss.similarity)(student, teacher).shape
+    >>> kdloss.distances.between_examples(kdloss.distances.similarity)(student, teacher).shape
     torch.Size([4, 3])
     """
     return _as(partial(_between_examples, _relational(distance), mean), distance)

@@ -22,7 +22,7 @@ class MGD(nn.Module):
     weight of 2e-5: this is their mean over positions and channels. The ratio is that of their detectors,
     0.65; their classifiers leave out whole channels instead.
 
-    Positions come as rows (`kdloss.tokens` of a map) and are put on the grid `size` = (H, W) again, by
+    Positions come as rows (`kdloss.distances.tokens` of a map) and are put on the grid `size` = (H, W) again, by
     default a square; one of the two may be -1. Text stands in one line: `size=(1, -1)`. Positions that the
     mask takes out are zeros to both convolutions, like what lies outside the grid.
 

@@ -6,9 +6,7 @@ from torch import Tensor
 from kdloss.distances._features import features
 
 
-def mse(
-    student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"]
-) -> Float[Tensor, "*batch"]:
+def mse(student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
     r"""Mean squared error at every position.
 
     $\frac{1}{D}\sum_d (s_d - t_d)^2$

@@ -6,9 +6,7 @@ from torch import Tensor
 from kdloss.distances._features import features, unit
 
 
-def pkd(
-    student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"]
-) -> Float[Tensor, "*batch"]:
+def pkd(student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
     r"""Squared distance between the features at length 1, at every position.
 
     $\left\| \frac{s}{\|s\|} - \frac{t}{\|t\|} \right\|^2$: the paper's sum over the width (their code takes

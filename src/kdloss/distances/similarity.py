@@ -20,7 +20,7 @@ def similarity(
     length 1. Its mean over the N rows is the paper's $\frac{1}{N^2}\|\hat G^s - \hat G^t\|_F^2$.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares examples
-    (the paper's, with each example's map flattened: `kdloss.between_examples`), `[B, N, D]` the positions
+    (the paper's, with each example's map flattened: `kdloss.distances.between_examples`), `[B, N, D]` the positions
     of each example. Mask `[..., N]` (True = counts). Returns `[..., N]`, in float32 or better. The teacher
     is detached. Rows are compared with each other: micro-batches of rows don't add up to one batch.
 

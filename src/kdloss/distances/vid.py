@@ -35,9 +35,7 @@ class VID(nn.Module):
     their code.
     """
 
-    def __init__(
-        self, student_width: int, teacher_width: int, *, variance: float = 5.0, eps: float = 1e-5
-    ) -> None:
+    def __init__(self, student_width: int, teacher_width: int, *, variance: float = 5.0, eps: float = 1e-5) -> None:
         super().__init__()
         width = _checks.one_width("VID", student_width, teacher_width)
         if not variance > eps:

@@ -27,7 +27,7 @@ class standardized:
 
     >>> import kdloss
     >>> student, teacher = torch.tensor([0.0, 1.0, 5.0]), torch.tensor([7.0, 9.0, 17.0])
-    >>> standardized(kdloss.forward_kl)(student, teacher, temperature=2.0) < 1e-6
+    >>> standardized(kdloss.divergences.forward_kl)(student, teacher, temperature=2.0) < 1e-6
     tensor(True)
 
     Sun et al. 2024, "Logit Standardization in Knowledge Distillation", arXiv:2403.01427.
@@ -39,7 +39,7 @@ class standardized:
         if not callable(self.divergence):
             raise TypeError(
                 f"standardized wraps a divergence, got {self.divergence!r}; write "
-                "standardized(kdloss.forward_kl)"
+                "standardized(kdloss.divergences.forward_kl)"
             )
 
     @property

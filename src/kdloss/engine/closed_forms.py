@@ -52,9 +52,7 @@ def symmetric_kl(q: Side, p: Side) -> tuple[Tensor, Tensor, Tensor]:
     return reverse - forward if exact is None else exact, slope, reverse
 
 
-def jsd(
-    q: Side, p: Side, *, beta: float = 0.5, normalize: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def jsd(q: Side, p: Side, *, beta: float = 0.5, normalize: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sum of beta p log(p/m) + (1-beta) q log(q/m); slope (1-beta) q log(q/m)."""
     _checks.fraction("beta", beta)
     if beta == 0:

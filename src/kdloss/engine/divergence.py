@@ -19,7 +19,7 @@ from kdloss.targets import Logits, localised
 
 @runtime_checkable
 class Divergence(Protocol):
-    """Anything of the shape of `kdloss.forward_kl`."""
+    """Anything of the shape of `kdloss.divergences.forward_kl`."""
 
     def __call__(self, student: Any, teacher: Any, /, *, temperature: float = 1.0) -> Tensor:
         """One value per position."""

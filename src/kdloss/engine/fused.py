@@ -92,13 +92,9 @@ def _backward(problem: Problem, student: Student, ce: Tensor, kd: Tensor) -> Seq
         gradients = run(problem, student, Weights(ce.unsqueeze(-1), kd.unsqueeze(-1)))[2]
         return () if gradients is None else gradients.tensors()
     if problem.shard is not None:
-        raise RuntimeError(
-            "logits over a sharded vocabulary have no second derivative; write create_graph=False"
-        )
+        raise RuntimeError("logits over a sharded vocabulary have no second derivative; write create_graph=False")
     values = specification(problem, student)
-    loss = torch.stack(
-        [(w * v).sum() for w, v in zip((ce, kd), values, strict=True) if v is not None]
-    ).sum()
+    loss = torch.stack([(w * v).sum() for w, v in zip((ce, kd), values, strict=True) if v is not None]).sum()
     wanted = [t for t in tensors if t.requires_grad]
     found = iter(torch.autograd.grad(loss, wanted, create_graph=True))
     return [next(found) if t.requires_grad else None for t in tensors]
@@ -144,9 +140,7 @@ def apart(x: Any) -> tuple[Sequence[Tensor], Callable[[Iterator[Tensor]], Any]]:
     return tensors, partial(_together, type(x), {name: build for name, (_, build) in named.items()})
 
 
-def _together(
-    kind: Any, named: Mapping[str, Callable[[Iterator[Tensor]], Any]], them: Iterator[Tensor]
-) -> Any:
+def _together(kind: Any, named: Mapping[str, Callable[[Iterator[Tensor]], Any]], them: Iterator[Tensor]) -> Any:
     made = {name: build(them) for name, build in named.items()}
     return kind(made.values()) if issubclass(kind, list | tuple) else kind(**made)
 

@@ -17,9 +17,7 @@ class OfLogits:
         self.index = rows.index
         in_place = overwrite and flat_view(logits, rows.positions) is not None and _own_memory(logits)
         empty = torch.empty if self.index is None else torch.zeros
-        self.gradient = (
-            logits.detach() if in_place else empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        )
+        self.gradient = logits.detach() if in_place else empty(logits.shape, dtype=logits.dtype, device=logits.device)
         self.flat = self.gradient.view(logits.shape[:-1].numel(), logits.shape[-1])
         self.overwritten = in_place
 
@@ -77,9 +75,7 @@ class OfHead:
         n = len(self.lazy.hidden)
         self.hidden = self._zeros(student.hidden, (n, student.hidden.shape[-1]))
         self.weight = self._zeros(student.weight, student.weight.shape, wide=True)
-        self.bias = (
-            None if student.bias is None else self._zeros(student.bias, student.bias.shape, wide=True)
-        )
+        self.bias = None if student.bias is None else self._zeros(student.bias, student.bias.shape, wide=True)
 
     def rows(self, start: int, stop: int, gradient: Tensor) -> None:
         """Take the gradient of some rows, back through cap and scale."""

@@ -57,9 +57,7 @@ def run(problem: Problem, x: Student, weights: Weights | None) -> tuple[Tensor, 
     gradients: Gradients | None = None
     if weights is not None:
         gradients = (
-            OfHead(x, student, problem.shard)
-            if isinstance(x, LazyLogits)
-            else OfLogits(x, student, problem.overwrite)
+            OfHead(x, student, problem.shard) if isinstance(x, LazyLogits) else OfLogits(x, student, problem.overwrite)
         )
     kernel, many = choose(problem), block_rows(classes)
     few = scratch_rows(device, classes) * (1 if kernel is by_closed_form else 2)

@@ -15,14 +15,10 @@ LOG2_E = math.log2(math.e)
 class Side:
     r"""$x = (z - \max z)/T$, $e = \exp x$, and $\log\sum e$, rows `[r, V]` in float32 or better."""
 
-    def __init__(
-        self, logits: Tensor, temperature: float, x: Tensor, e: Tensor, shard: Shard | None = None
-    ) -> None:
+    def __init__(self, logits: Tensor, temperature: float, x: Tensor, e: Tensor, shard: Shard | None = None) -> None:
         self.x, self.e, self.shard, self.temperature = x, e, shard, temperature
-        if logits.shape[-1]:
-            top = logits.amax(-1, keepdim=True).to(x.dtype)
-        else:
-            top = x.new_full((len(x), 1), -torch.inf)
+        some = bool(logits.shape[-1])
+        top = logits.amax(-1, keepdim=True).to(x.dtype) if some else x.new_full((len(x), 1), -torch.inf)
         top = top if shard is None else shard.max(top)
         self.top = top.masked_fill_(top == -torch.inf, 0)
         shifted(logits, self.top, x)

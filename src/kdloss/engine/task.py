@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss.cross_entropy import cross_entropy
+from kdloss._cross_entropy import cross_entropy
 from kdloss.engine.closed_forms import ClosedForm
 from kdloss.reduction import precise, takes
 from kdloss.targets import Logits, Mixture, TopKLogits, against, at, check, dense
@@ -44,9 +44,7 @@ class Task:
             kd = self.diverge(s, t, labels, mask)
         return ce, kd
 
-    def diverge(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None = None
-    ) -> Tensor:
+    def diverge(self, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """The divergence of logits over the same classes, with what else it wants to know."""
         assert self.divergence is not None
         if labels is None and takes(self.divergence, "labels"):
@@ -74,19 +72,11 @@ class Task:
             _checks.logit_shapes(student.shape, teacher.shape, None)
             check(*self.vocabulary(_no_rows(student), _no_rows(teacher)))  # shapes alone: nothing is copied
         name = getattr(function, "__name__", repr(function))
-        if (
-            getattr(function, "needs_logits", False)
-            and isinstance(teacher, Mixture)
-            and teacher.of_probabilities
-        ):
-            raise ValueError(
-                f"{name} compares logits, an average of probabilities has none; write average='logits'"
-            )
+        if getattr(function, "needs_logits", False) and isinstance(teacher, Mixture) and teacher.of_probabilities:
+            raise ValueError(f"{name} compares logits, an average of probabilities has none; write average='logits'")
         if isinstance(teacher, TopKLogits) and teacher.tail != "uniform":
             if getattr(function, "needs_logits", False):
-                raise ValueError(
-                    f"{name} compares logits, top-k logits hold probabilities; take forward_kl"
-                )
+                raise ValueError(f"{name} compares logits, top-k logits hold probabilities; take forward_kl")
             if self.divergence is not None and takes(self.divergence, "labels"):
                 raise ValueError(
                     f"{name} looks labels up among all classes, of which top-k logits hold a few; write "

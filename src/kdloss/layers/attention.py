@@ -21,7 +21,7 @@ def pair_by_attention(
     so that the weights sum to 1. The dot product is the paper's; products of wide features pick one
     block nearly always, and $1/\sqrt D$ as `scale` softens them.
 
-    A pairing for `FeatureKD(pairing=kdloss.pair_by_attention)`. The paper takes the distance to the
+    A pairing for `FeatureKD(pairing=kdloss.layers.pair_by_attention)`. The paper takes the distance to the
     mixture of teacher features; here it is the mixture of distances. For `mse` and weights that are
     constants the gradient is the same, since
     $\sum_t a_t \|h_s - h_t\|^2 = \|h_s - \sum_t a_t h_t\|^2 + \text{const}$ where $\sum_t a_t = 1$, and
@@ -48,7 +48,7 @@ def pair_by_attention(
         if len(widths) > 1:
             raise ValueError(
                 f"features of widths {sorted(widths)} have no dot product; choose a distance that needs a "
-                "projection, like kdloss.mse, or another pairing"
+                "projection, like kdloss.distances.mse, or another pairing"
             )
         scores = torch.stack([(precise(h) * precise(teacher[t])).sum(-1) for t in partners])
         attention = (scale * scores).softmax(0) / len(student)

@@ -62,9 +62,7 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> nn.ModuleList:
     if not found:
         raise ValueError(f"{kind} has no nn.ModuleList of equal blocks, only {_what_else(unwrap(model))}")
     if len(found) > 1:
-        raise ValueError(
-            f"{kind} has {len(found)} lists of blocks, {lists}; say which: blocks={next(iter(lists))!r}"
-        )
+        raise ValueError(f"{kind} has {len(found)} lists of blocks, {lists}; say which: blocks={next(iter(lists))!r}")
     return next(iter(found.values()))
 
 

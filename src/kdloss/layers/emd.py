@@ -20,7 +20,7 @@ def pair_by_emd(
     and $\sum_s f_{st} = 1/T$ for each of T teacher blocks: no block is left out, and the loss
     $\sum w d$ is the earth mover's distance between the models. Solved exactly, for any S and T.
 
-    A pairing for `FeatureKD(pairing=kdloss.pair_by_emd)`. The paper divides by the total flow, which is
+    A pairing for `FeatureKD(pairing=kdloss.layers.pair_by_emd)`. The paper divides by the total flow, which is
     1 here. It also moves the blocks' own shares 1/S and 1/T towards cheap blocks after every step,
     a state that would have to be saved and synchronised; shares stay equal here, as in its first step.
 
@@ -53,10 +53,7 @@ def pair_by_emd(
     for i, j in zip(*_scipy().linear_sum_assignment(grid.cpu().numpy()), strict=True):
         sent[i * len(students) // parcels, j * len(teachers) // parcels] += 1
     return [
-        (s, t, int(sent[i, j]) / parcels)
-        for i, s in enumerate(students)
-        for j, t in enumerate(teachers)
-        if sent[i, j]
+        (s, t, int(sent[i, j]) / parcels) for i, s in enumerate(students) for j, t in enumerate(teachers) if sent[i, j]
     ]
 
 

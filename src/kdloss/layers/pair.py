@@ -13,9 +13,7 @@ from kdloss.reduction import takes
 Pairs = list[tuple[int, int, float]]
 Given = Sequence[tuple[int, int]] | Sequence[tuple[int, int, float]]
 Features = Mapping[int, Tensor]
-Learned = Callable[
-    [Features, Features, Mapping[tuple[int, int], Tensor]], Sequence[tuple[int, int, float | Tensor]]
-]
+Learned = Callable[[Features, Features, Mapping[tuple[int, int], Tensor]], Sequence[tuple[int, int, float | Tensor]]]
 Pairing = str | Given | Callable[[list[int], int, int], Given] | Learned
 PAIRINGS = ("uniform", "same", "first", "last", "reverse", "random", "kept", "all_to_one", "resolution")
 
@@ -41,11 +39,11 @@ def pair(
     - "all_to_one": every selected block against the teacher's last.
     - "kept": for a student made of the teacher's own blocks `kept`: each against the teacher's
       block just before the next kept one, the last against the teacher's last.
-    - "resolution": for CNNs, by the size of the maps; see `kdloss.pair_by_resolution`.
+    - "resolution": for CNNs, by the size of the maps; see `kdloss.layers.pair_by_resolution`.
     - a list of pairs, or a callable `(selected, student_depth, teacher_depth) -> pairs`. Pairs are
       (student, teacher), or (student, teacher, weight) with weights taken as they are, whatever their
       sum. One student block may then have several teachers.
-    - a learned pairing, like `kdloss.pair_by_emd`: a callable with a parameter called `distances`, which
+    - a learned pairing, like `kdloss.layers.pair_by_emd`: a callable with a parameter called `distances`, which
       `FeatureKD` asks at every step. Here it gives all pairs that it may choose from.
 
     Raises: ValueError for an unknown pairing, a block out of range, a pair given twice, a student block
@@ -79,7 +77,7 @@ def pair(
         raise ValueError(
             "pairing='resolution' goes by the sizes of maps, which a batch tells: write "
             "distill.prepare(student, **batch) with a kdloss.Distiller, or give the pairs of "
-            "kdloss.pair_by_resolution(student_sizes, teacher_sizes)"
+            "kdloss.layers.pair_by_resolution(student_sizes, teacher_sizes)"
         )
     count = len(selected)
     if pairing in ("first", "last", "random") and count > teacher_depth:
@@ -160,9 +158,7 @@ def _relative(i: int, student_depth: int, teacher_depth: int) -> int:
     return (2 * i * (teacher_depth - 1) + steps) // (2 * steps)  # rounds halves up, in integers
 
 
-def _after(
-    selected: list[int], student_depth: int, teacher_depth: int, kept: Sequence[int] | None
-) -> list[int]:
+def _after(selected: list[int], student_depth: int, teacher_depth: int, kept: Sequence[int] | None) -> list[int]:
     if kept is None:
         raise ValueError(
             "pairing='kept' is for a student made of this teacher's own blocks by "

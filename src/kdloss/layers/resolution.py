@@ -5,9 +5,7 @@ from collections.abc import Sequence
 Size = tuple[int, int]
 
 
-def pair_by_resolution(
-    student_sizes: Sequence[Size], teacher_sizes: Sequence[Size]
-) -> list[tuple[int, int, float]]:
+def pair_by_resolution(student_sizes: Sequence[Size], teacher_sizes: Sequence[Size]) -> list[tuple[int, int, float]]:
     """Pairs of the last blocks of student and teacher at each resolution that both have.
 
     Sizes are the (height, width) of every block's map. Each of N pairs weighs 1/N, in the order of the

@@ -35,9 +35,7 @@ def chosen_classes(x: Logits, ids: Tensor | slice) -> Logits:
         new[kept] = torch.arange(len(kept), device=x.device)
         return x.renamed(new, len(kept))
     if isinstance(x, ShardedLogits):
-        raise TypeError(
-            "a sharded vocabulary can't be cut or mapped; bring both sides to one before sharding"
-        )
+        raise TypeError("a sharded vocabulary can't be cut or mapped; bring both sides to one before sharding")
     return x[..., ids] if isinstance(x, Tensor) else x.classes(ids)
 
 
@@ -48,9 +46,7 @@ def dense(x: Logits, temperature: float = 1.0) -> Tensor:
     if isinstance(x, TopKLogits):
         raise TypeError("top-k logits are a teacher's; a student gives all of its logits, or LazyLogits")
     if isinstance(x, ShardedLogits):
-        raise TypeError(
-            "this loss needs the whole vocabulary in one process, which sharded logits don't have"
-        )
+        raise TypeError("this loss needs the whole vocabulary in one process, which sharded logits don't have")
     return x.dense() if isinstance(x, LazyLogits) else x
 
 

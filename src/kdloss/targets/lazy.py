@@ -25,7 +25,7 @@ class LazyLogits:
     >>> import kdloss
     >>> hidden, weight = torch.randn(2, 8, requires_grad=True), torch.randn(50, 8)
     >>> student = LazyLogits(hidden, weight)
-    >>> student.shape, kdloss.forward_kl(student, student.dense())
+    >>> student.shape, kdloss.divergences.forward_kl(student, student.dense())
     (torch.Size([2, 50]), tensor([0., 0.], grad_fn=<...>))
 
     Soft-capping: Gemma Team 2024, "Gemma 2", arXiv:2408.00118.
@@ -47,9 +47,7 @@ class LazyLogits:
             )
         _checks.same_place("weight", self.hidden, self.weight)
         if self.softcap is not None and not 0 < self.softcap < torch.inf:
-            raise ValueError(
-                f"softcap must be finite and above 0, or None for no cap, got {self.softcap!r}"
-            )
+            raise ValueError(f"softcap must be finite and above 0, or None for no cap, got {self.softcap!r}")
         if self.bias is not None:
             _checks.floating("bias", self.bias)
             _checks.same_place("bias", self.hidden, self.bias)

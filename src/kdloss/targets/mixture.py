@@ -102,7 +102,5 @@ def checked_weights(weights: Sequence[float] | None, teachers: int) -> list[floa
     if len(weights) != teachers:
         raise ValueError(f"{len(weights)} weights for {teachers} teachers: {list(weights)}")
     if any(not w >= 0 for w in weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
-        raise ValueError(
-            f"weights must be non-negative and sum to 1, got {list(weights)} (sum {sum(weights)})"
-        )
+        raise ValueError(f"weights must be non-negative and sum to 1, got {list(weights)} (sum {sum(weights)})")
     return [float(w) for w in weights]

@@ -52,7 +52,7 @@ class ShardedLogits:
     >>> file = os.path.join(tempfile.mkdtemp(), "rendezvous")
     >>> dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
     >>> import kdloss
-    >>> kdloss.forward_kl(ShardedLogits(torch.zeros(2, 5)), ShardedLogits(torch.zeros(2, 5)))
+    >>> kdloss.divergences.forward_kl(ShardedLogits(torch.zeros(2, 5)), ShardedLogits(torch.zeros(2, 5)))
     tensor([0., 0.])
     >>> dist.destroy_process_group()
 

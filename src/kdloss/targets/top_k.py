@@ -40,7 +40,7 @@ class TopKLogits:
     >>> import kdloss
     >>> teacher = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     >>> kept = TopKLogits.of(teacher, k=2)
-    >>> kept.indices, kdloss.forward_kl(teacher, kept).abs() < 1e-6
+    >>> kept.indices, kdloss.divergences.forward_kl(teacher, kept).abs() < 1e-6
     (tensor([[0, 1]]), tensor([True]))
     """
 
@@ -57,11 +57,7 @@ class TopKLogits:
         _checks.floating("log_probs", self.log_probs)
         if self.indices.is_floating_point() or self.indices.dtype == torch.bool:
             raise TypeError(f"indices must be integers, got {self.indices.dtype}; write indices.long()")
-        if (
-            self.indices.shape != self.log_probs.shape
-            or not self.indices.ndim
-            or not self.indices.shape[-1]
-        ):
+        if self.indices.shape != self.log_probs.shape or not self.indices.ndim or not self.indices.shape[-1]:
             raise ValueError(
                 f"indices {tuple(self.indices.shape)} and log_probs {tuple(self.log_probs.shape)} must "
                 "both be [..., k], with k of 1 or more"

@@ -57,9 +57,7 @@ class TokenMap:
         """Pair equal token strings of two tokenizers (or `{token: id}`), and the tokens that end a text."""
         s, t = _vocabulary(student_tokenizer), _vocabulary(teacher_tokenizer)
         pairs = {s[token]: t[token] for token in s.keys() & t.keys()}
-        end, teacher_end = (
-            getattr(x, "eos_token_id", None) for x in (student_tokenizer, teacher_tokenizer)
-        )
+        end, teacher_end = (getattr(x, "eos_token_id", None) for x in (student_tokenizer, teacher_tokenizer))
         if end is not None and teacher_end is not None:
             pairs.setdefault(end, teacher_end)
         ids = sorted(pairs.items())

@@ -45,7 +45,7 @@ def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> Iterator[None
         yield
 
 
-BLOCKS = "for block in kdloss.find_blocks(model): block.compile()"
+BLOCKS = "for block in kdloss.layers.find_blocks(model): block.compile()"
 
 
 def _compiled(module: nn.Module) -> bool:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdloss.capture.compiled import BLOCKS
-from kdloss.capture.take import Take, taken
+from kdloss._capture.compiled import BLOCKS
+from kdloss._capture.take import Take, taken
 from kdloss.layers import Name
 
 Which = Literal["once", "first", "last", "all"] | int
@@ -62,8 +62,7 @@ class Recorder:
         self.captured = Captured()
         self.runs = dict.fromkeys(asked, 0)
         self.kept: dict[Name, deque[tuple[Tensor, int]]] = {
-            name: deque(maxlen=None if number is None else max(1, -number))
-            for name, number in self.number.items()
+            name: deque(maxlen=None if number is None else max(1, -number)) for name, number in self.number.items()
         }
         self.grad = torch.is_grad_enabled()
         self.thread, self.elsewhere = threading.get_ident(), False

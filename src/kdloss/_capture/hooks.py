@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdloss.capture.compiled import hooks_seen
-from kdloss.capture.recorder import Captured, Recorder, Stop, Which, known_at_the_end
-from kdloss.capture.take import Take
+from kdloss._capture.compiled import hooks_seen
+from kdloss._capture.recorder import Captured, Recorder, Stop, Which, known_at_the_end
+from kdloss._capture.take import Take
 from kdloss.layers import Name, find_blocks, resolve
 
 Option = TypeVar("Option")

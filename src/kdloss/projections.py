@@ -4,9 +4,7 @@ import torch
 from torch import nn
 
 
-def linear(
-    student_width: int, teacher_width: int, *, orthogonal: bool = False, frozen: bool = False
-) -> nn.Module:
+def linear(student_width: int, teacher_width: int, *, orthogonal: bool = False, frozen: bool = False) -> nn.Module:
     """A linear map for `FeatureKD(projection=...)`; on maps it is the 1x1 convolution.
 
     `orthogonal` starts it with orthonormal rows or columns and no shift, so that distances survive as far
@@ -20,9 +18,7 @@ def linear(
     return _started(nn.Linear(student_width, teacher_width), orthogonal, frozen)
 
 
-def conv1x1(
-    student_width: int, teacher_width: int, *, orthogonal: bool = False, frozen: bool = False
-) -> nn.Module:
+def conv1x1(student_width: int, teacher_width: int, *, orthogonal: bool = False, frozen: bool = False) -> nn.Module:
     """A 1x1 convolution for maps `[B, C, H, W]`; the options are those of `linear`.
 
     Any module with an `nn.Conv2d` in it is given the map as it is, every other its positions, width last.

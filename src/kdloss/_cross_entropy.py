@@ -8,9 +8,7 @@ from kdloss import _checks
 from kdloss.reduction import precise
 
 
-def cross_entropy(
-    logits: Float[Tensor, "*batch classes"], labels: Int64[Tensor, "*batch"]
-) -> Float[Tensor, "*batch"]:
+def cross_entropy(logits: Float[Tensor, "*batch classes"], labels: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     r"""Cross-entropy at every position, in float32 or better.
 
     $-\log \mathrm{softmax}(z)_{y}$
