@@ -272,7 +272,7 @@ def test_a_single_row_left_by_a_mask_stays_finite(loss):
 
 @ROWS
 def test_too_few_rows_and_maps_are_refused_with_the_line_to_write(loss):
-    with pytest.raises(ValueError, match=r"kdloss\.tokens"):
+    with pytest.raises(ValueError, match=r"kdloss\.distances\.tokens"):
         loss.call(torch.zeros(2, 5, 4, 4), torch.zeros(2, 5, 4, 4))
     with pytest.raises(TypeError, match=r"mask\.bool\(\)"):
         loss.call(torch.zeros(4, 5), torch.zeros(4, 5), mask=torch.ones(4))

@@ -168,7 +168,7 @@ def test_only_crd_takes_features_of_different_widths():
     assert kdloss.distances.CRD(6, 9, width=4, negatives=8)(torch.randn(3, 6), torch.randn(3, 9)).shape == (3,)
     for module in (kdloss.distances.VID, kdloss.distances.MGD):
         assert not needs_no_width(module)
-        with pytest.raises(ValueError, match=rf"6 \(student\) and 9 .* kdloss\.{module.__name__}\(9, 9\)"):
+        with pytest.raises(ValueError, match=rf"6 \(student\) and 9 .* kdloss\.distances\.{module.__name__}\(9, 9\)"):
             module(6, 9)
 
 

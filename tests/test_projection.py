@@ -98,7 +98,7 @@ def test_equal_positions_stay_as_they_are_and_gradients_pass(resize):
 
 @pytest.mark.parametrize("resize", [kdloss.resize.pool, kdloss.resize.interpolate])
 def test_features_that_are_no_grid_are_refused_with_the_prefix_to_write(resize):
-    with pytest.raises(ValueError, match=r"17 tokens behind prefix=0.*partial\(kdloss\.pool, prefix"):
+    with pytest.raises(ValueError, match=r"17 tokens behind prefix=0.*partial\(kdloss\.resize\.pool, prefix"):
         resize(torch.zeros(2, 16, 3), torch.zeros(2, 17, 3))
     with pytest.raises(ValueError, match="neither maps nor tokens"):
         resize(torch.zeros(2, 16), torch.zeros(2, 16))
@@ -171,7 +171,7 @@ def test_a_convolution_is_given_the_map_and_equals_the_linear_map_of_its_positio
         loss.backward()
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(weights[0].grad[..., 0, 0], other.projections["0"].weight.grad)
-    with pytest.raises(ValueError, match=r"\(2, 12, 5\); write projection=kdloss\.linear"):
+    with pytest.raises(ValueError, match=r"\(2, 12, 5\); write projection=kdloss\.projections\.linear"):
         one(*outputs(torch.zeros(2, 12, 5), torch.zeros(2, 12, 6)))
 
 
@@ -280,7 +280,7 @@ def test_copies_pickles_and_state_dicts_carry_projections_and_distances():
 
 def test_maps_and_patches_of_other_sizes_are_resized_when_asked():
     student, teacher = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 8, 8)
-    with pytest.raises(ValueError, match=r"resize=kdloss\.pool"):
+    with pytest.raises(ValueError, match=r"resize=kdloss\.resize\.pool"):
         feature_kd()(*outputs(student, teacher))
     loss = feature_kd(resize=kdloss.resize.pool)(*outputs(student, teacher))
     pooled = teacher.numpy().reshape(2, 5, 4, 2, 4, 2).mean((3, 5))
@@ -318,9 +318,9 @@ def test_relations_between_tokens_leave_out_what_labels_leave_out():
     ("settings", "error", "match"),
     [
         ({"projection": torch.nn.Linear(5, 6)}, TypeError, "projection=lambda student, teacher: module"),
-        ({"projection": "linear"}, TypeError, r"projection=kdloss\.linear"),
+        ({"projection": "linear"}, TypeError, r"projection=kdloss\.projections\.linear"),
         ({"project": "both"}, ValueError, r"\['student', 'teacher'\]"),
-        ({"resize": "pool"}, TypeError, r"resize=kdloss\.pool"),
+        ({"resize": "pool"}, TypeError, r"resize=kdloss\.resize\.pool"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_at_once(settings, error, match):
