@@ -800,6 +800,23 @@ def test_captures_of_compiled_models_in_threads_leave_the_compiler_on(graphs):
 # Several views of one module
 
 
+@pytest.fixture
+def looked(monkeypatch):
+    """What was looked for by walking through a model."""
+    calls = []
+
+    def counted(search):
+        def count(model, name):
+            calls.append(name)
+            return search(model, name)
+
+        return count
+
+    monkeypatch.setattr(located, "find_blocks", counted(located.find_blocks))
+    monkeypatch.setattr(located, "resolve", counted(located.resolve))
+    return calls
+
+
 def test_two_takes_of_one_module_come_from_one_pass_and_one_hook():
     model, x = nn.ModuleDict({"a": Wrapped(lambda y: (y, {"other": -y}))}), torch.randn(2, 4)
     model["alias"] = model["a"]
@@ -819,17 +836,18 @@ def test_two_takes_of_one_module_come_from_one_pass_and_one_hook():
     assert hooks(model) == 0
 
 
-def test_requests_count_in_lists_of_their_own():
+def test_requests_count_in_lists_of_their_own(looked):
     model, inputs = build("t5", depth=2), batch("t5")
     requests = {side: Request(-1, blocks=f"{side}.block") for side in ("encoder", "decoder")}
     found = Located()
     for _ in range(2):
         with record(model, requests, located=found) as seen:
             model(**inputs)
-        for side in requests:
-            with kdloss.capture(model, [1], blocks=f"{side}.block") as own:
-                model(**inputs)
-            torch.testing.assert_close(seen[side], own[1])
+    assert looked == ["encoder.block", "decoder.block"]
+    for side in requests:
+        with kdloss.capture(model, [1], blocks=f"{side}.block") as own:
+            model(**inputs)
+        torch.testing.assert_close(seen[side], own[1])
     assert not torch.equal(seen["encoder"][:, :1], seen["decoder"][:, :1])
 
 
@@ -866,23 +884,6 @@ def test_what_goes_wrong_speaks_of_names_and_not_of_keys():
 
 
 # Modules found once
-
-
-@pytest.fixture
-def looked(monkeypatch):
-    """What was looked for by walking through a model."""
-    calls = []
-
-    def counted(search):
-        def count(model, name):
-            calls.append(name)
-            return search(model, name)
-
-        return count
-
-    monkeypatch.setattr(located, "find_blocks", counted(located.find_blocks))
-    monkeypatch.setattr(located, "resolve", counted(located.resolve))
-    return calls
 
 
 def seen_rightly(model, found, x=None, net=None):
@@ -999,22 +1000,46 @@ def test_blocks_added_removed_and_moved_between_steps_are_counted_as_they_are_no
 
 
 class Moving(Net):
+    """Its blocks may be in `inner`, or in a `blocks` that is no list."""
+
+    def place(self):
+        return self if isinstance(self._modules.get("blocks"), nn.ModuleList) else getattr(self, self.inside)
+
     def forward(self, x):
-        for block in (self.inner if hasattr(self, "inner") else self).blocks:
+        for block in self.place().blocks:
             x = block(x)
         return self.head(x)
 
 
-def test_blocks_that_moved_elsewhere_are_looked_for_again_once(looked):
+@pytest.mark.parametrize("inside", ["inner", "blocks"])
+def test_blocks_that_moved_elsewhere_are_looked_for_again_once(inside, looked):
     model, found, x = Moving(), Located(), torch.randn(2, 4)
+    model.inside = inside
     for count in (1, 1, 2, 2):
-        if count == 2 and not hasattr(model, "inner"):
-            model.inner = nn.Module()
-            model.inner.blocks = model._modules.pop("blocks")
+        if count == 2 and model.place() is model:
+            outer = nn.Module()
+            outer.blocks = model._modules.pop("blocks")
+            setattr(model, inside, outer)
         with record(model, {0: Request(0)}, located=found) as seen:
             model(x)
-        assert torch.equal(seen[0], by_hand(getattr(model, "inner", model), x, 1))
+        assert torch.equal(seen[0], by_hand(model.place(), x, 1))
         assert len(looked) == count
+
+
+def test_a_list_that_was_empty_when_blocks_were_counted_is_not_counted_later():
+    model, found = Net(), Located()
+    model.adapters = nn.ModuleList()
+    seen_rightly(model, found)
+    model.adapters.append(nn.Linear(4, 4))
+    seen_rightly(model, found)
+
+
+def test_parts_of_wrapped_blocks_are_looked_for_once(looked):
+    model, found = Net(), Located()
+    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+    for _ in range(3):
+        seen_rightly(model, found)
+    assert len(looked) == 3
 
 
 def beside(model, **others):
