@@ -1,7 +1,8 @@
 """Hooks that live inside a `with`, record one pass, and refuse to record nothing.
 
 In order: what is recorded; modules used several times; outputs changed in place; early stop; checkpointing;
-torch.compile; copies; exceptions and memory; captures in captures, and threads; several processes.
+torch.compile; several views of one module; modules found once; copies; exceptions and memory; captures in
+captures, and threads; several processes.
 """
 
 import copy
@@ -20,13 +21,15 @@ from pathlib import Path
 import capture_processes
 import pytest
 import torch
-from families import batch, build
+from families import ResNet, batch, build
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import AlbertConfig, AlbertModel
 
 import kdloss
+from kdloss._capture import Located, Request, located, record
 
 # dynamo's own, where a compiled block is given what another one made
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -792,6 +795,304 @@ def test_captures_of_compiled_models_in_threads_leave_the_compiler_on(graphs):
     assert ran == []
     compiled(x)
     assert ran
+
+
+# Several views of one module
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """What was looked for by walking through a model."""
+    calls = []
+
+    def counted(search):
+        def count(model, name):
+            calls.append(name)
+            return search(model, name)
+
+        return count
+
+    monkeypatch.setattr(located, "find_blocks", counted(located.find_blocks))
+    monkeypatch.setattr(located, "resolve", counted(located.resolve))
+    return calls
+
+
+def test_two_takes_of_one_module_come_from_one_pass_and_one_hook():
+    model, x = nn.ModuleDict({"a": Wrapped(lambda y: (y, {"other": -y}))}), torch.randn(2, 4)
+    model["alias"] = model["a"]
+    requests = {
+        "first": Request("a"),
+        ("any", "key"): Request("a", take=(1, "other")),
+        7: Request("a", take=lambda output: 2 * output[0], which="all"),
+        Request("alias"): Request("alias", take=1 - 1),
+        "part": Request("a.linear", take=torch.clone),
+    }
+    with record(model, requests) as seen:
+        assert (len(model["a"]._forward_hooks), len(model["a"].linear._forward_hooks)) == (1, 1)
+        model["a"](x)
+    y = model["a"].linear(x)
+    assert set(seen) == set(requests)
+    same([seen["first"], seen["any", "key"], *seen[7], seen[Request("alias")], seen["part"]], [y, -y, 2 * y, y, y])
+    assert hooks(model) == 0
+
+
+def test_requests_count_in_lists_of_their_own(looked):
+    model, inputs = build("t5", depth=2), batch("t5")
+    requests = {side: Request(-1, blocks=f"{side}.block") for side in ("encoder", "decoder")}
+    found = Located()
+    for _ in range(2):
+        with record(model, requests, located=found) as seen:
+            model(**inputs)
+    assert looked == ["encoder.block", "decoder.block"]
+    for side in requests:
+        with kdloss.capture(model, [1], blocks=f"{side}.block") as own:
+            model(**inputs)
+        torch.testing.assert_close(seen[side], own[1])
+    assert not torch.equal(seen["encoder"][:, :1], seen["decoder"][:, :1])
+
+
+def test_stop_waits_for_every_request():
+    model, x = Net(order=(0, 1, 0, 2)), torch.randn(2, 4)
+    requests = {"once more": Request(0, which=1), "first": Request(0, which="first"), "other": Request("blocks.1")}
+    with record(model, requests, stop=True) as seen:
+        model(x)
+    assert [block.runs for block in model.blocks] == [2, 1, 0]
+    same([seen["first"], seen["other"]], [by_hand(model, x, 1), by_hand(model, x, 2)])
+    assert set(seen) == set(requests)
+
+
+def test_what_goes_wrong_speaks_of_names_and_not_of_keys():
+    x, twice = torch.ones(2, 4), {"a": Request(1), "b": Request(1, take=torch.clone)}
+    for model, requests, error, match in [
+        (Net(skip=True), twice, RuntimeError, r"^\[1\] did not run"),
+        (Net(), {"a": Request(0, take=5)}, TypeError, "^0 returned a Tensor.*take=5 finds"),
+        (Net(order=(0, 0)), {"a": Request(0)}, RuntimeError, "^0 ran more than once"),
+        (Net(), {"a": Request(0, which=4)}, RuntimeError, r"^\[0\] ran 1 times, not as often as which=4"),
+        (Net(), {"a": Request(0, which="both")}, ValueError, "^which='both' for 0 is unknown"),
+        (Net(), {"a": Request("blocks.7")}, ValueError, r"^Net has no module 'blocks\.7'"),
+        (Net(), {"a": Request(7)}, ValueError, r"^block 7 does not exist: 3 blocks, 0 to 2"),
+    ]:
+        for found in (None, Located()):
+            with pytest.raises(error, match=match), record(model, requests, located=found) as seen:
+                model(x)
+        assert hooks(model) == 0
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    both = {"a": Request("0", take=torch.clone), "b": Request("0")}
+    with pytest.raises(RuntimeError, match=r"^the output of '0' was changed in place"), record(model, both) as seen:
+        model(x)
+    assert dict(seen) == {}
+
+
+# Modules found once
+
+
+def seen_rightly(model, found, x=None, net=None):
+    """All blocks and one part of a `Net`, as `found` locates them, are those of the `Net` written out."""
+    net, x = net or model, torch.randn(2, 4) if x is None else x
+    names = [*range(len(net.blocks)), -1, "blocks.1", "blocks.1.linear"]
+    with record(model, {name: Request(name) for name in names}, located=found) as seen:
+        model(x)
+    count = len(net.blocks)
+    same([seen[i] for i in range(count)], [by_hand(net, x, i + 1) for i in range(count)])
+    same([seen[-1], seen["blocks.1"]], [by_hand(net, x, count), by_hand(net, x, 2)])
+    torch.testing.assert_close(seen["blocks.1.linear"].tanh(), seen["blocks.1"])
+    assert hooks(model) == 0
+
+
+def test_blocks_and_names_are_looked_for_once_for_many_steps(looked):
+    model, found = Net(), Located()
+    for _ in range(5):
+        seen_rightly(model, found)
+    assert looked == [None, "blocks.1", "blocks.1.linear"]
+    seen_rightly(model, None)
+    assert len(looked) == 3 + 4 + 2, "without it every request looks"
+
+
+def test_the_stages_of_a_cnn_are_looked_for_once(looked):
+    model, images, found = ResNet((2, 1, 3)), torch.randn(2, 3, 8, 8), Located()
+    for _ in range(3):
+        with record(model, {i: Request(i) for i in range(6)}, located=found) as seen:
+            model(images)
+        x = model.conv1(images)
+        for i, block in enumerate([*model.layer1, *model.layer2, *model.layer3]):
+            x = block(x)
+            torch.testing.assert_close(seen[i], x)
+    assert looked == [None]
+
+
+class Doubled(nn.Module):
+    """Two wrappers at once around a model, as DDP of a compiled one."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = nn.Module()
+        self.module._orig_mod = model
+
+    def forward(self, x):
+        return self.module._orig_mod(x)
+
+
+def test_a_model_wrapped_between_two_steps_is_looked_through_anew_and_once(looked):
+    model, found = Net(), Located()
+    for outer in (model, Doubled(model), model, nn.ModuleDict({"module": model})["module"]):
+        for _ in range(2):
+            seen_rightly(outer, found, net=model)
+    assert len(looked) == 2 * 3
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+def test_lora_between_two_steps_is_seen(looked):
+    from peft import LoraConfig, get_peft_model
+
+    model, tokens, found = build("gpt2", depth=2).eval(), batch("gpt2")["input_ids"], Located()
+    requests = {name: Request(name) for name in (0, "transformer.h.1", "transformer.h.1.attn.c_attn")}
+    lora = LoraConfig(target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    with record(model, requests, located=found):
+        model(tokens)
+    for outer in (get_peft_model(model, lora), model):
+        for _ in range(2):
+            with record(outer, requests, located=found) as seen, kdloss.capture(outer, list(requests)) as own:
+                outer(tokens)
+            assert all(seen[name] is own[name] for name in requests)
+
+
+REPLACED = {
+    "torch.compile": lambda block: torch.compile(block, backend="eager"),
+    "checkpoint_wrapper": checkpoint_wrapper,
+    "another block": lambda block: Block(),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_block_replaced_between_steps_is_captured_rightly_and_so_is_what_stood_there_before(replace, which):
+    torch._dynamo.reset()
+    model, found = Net(block=Block), Located()
+    seen_rightly(model, found)
+    before = model.blocks[which]
+    model.blocks[which] = replace(before)
+    for _ in range(2):
+        seen_rightly(model, found)
+    model.blocks[which] = before
+    seen_rightly(model, found)
+
+
+def test_blocks_added_removed_and_moved_between_steps_are_counted_as_they_are_now():
+    model, found = Net(), Located()
+
+    def change(*blocks):
+        model.blocks = nn.ModuleList(blocks)
+        model.order = range(len(blocks))
+        seen_rightly(model, found)
+
+    a, b, c = model.blocks
+    change(a, b, c)
+    change(c, b)
+    change(c, b, a, Counting(), Counting())
+    model.blocks.append(Counting())
+    model.order = range(6)
+    seen_rightly(model, found)
+    with (
+        pytest.raises(ValueError, match="block 6 does not exist: 6 blocks"),
+        record(model, {0: Request(6)}, located=found),
+    ):
+        pass
+
+
+class Moving(Net):
+    """Its blocks may be in `inner`, or in a `blocks` that is no list."""
+
+    def place(self):
+        return self if isinstance(self._modules.get("blocks"), nn.ModuleList) else getattr(self, self.inside)
+
+    def forward(self, x):
+        for block in self.place().blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("inside", ["inner", "blocks"])
+def test_blocks_that_moved_elsewhere_are_looked_for_again_once(inside, looked):
+    model, found, x = Moving(), Located(), torch.randn(2, 4)
+    model.inside = inside
+    for count in (1, 1, 2, 2):
+        if count == 2 and model.place() is model:
+            outer = nn.Module()
+            outer.blocks = model._modules.pop("blocks")
+            setattr(model, inside, outer)
+        with record(model, {0: Request(0)}, located=found) as seen:
+            model(x)
+        assert torch.equal(seen[0], by_hand(model.place(), x, 1))
+        assert len(looked) == count
+
+
+def test_a_list_that_was_empty_when_blocks_were_counted_is_not_counted_later():
+    model, found = Net(), Located()
+    model.adapters = nn.ModuleList()
+    seen_rightly(model, found)
+    model.adapters.append(nn.Linear(4, 4))
+    seen_rightly(model, found)
+
+
+def test_parts_of_wrapped_blocks_are_looked_for_once(looked):
+    model, found = Net(), Located()
+    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+    for _ in range(3):
+        seen_rightly(model, found)
+    assert len(looked) == 3
+
+
+def beside(model, **others):
+    """Modules registered before the model's own, so that they are found first."""
+    model._modules = {**others, **model._modules}
+
+
+TWICE = {
+    "in two lists": lambda model: beside(model, others=nn.ModuleList(model.blocks)),
+    "in one list": lambda model: model.blocks.__setitem__(1, model.blocks[2]),
+    "under another name": lambda model: beside(model, other=model.blocks[2]),
+    "under another name that ends alike": lambda model: beside(model, subblocks=nn.ModuleDict({"2": model.blocks[2]})),
+}
+
+
+@pytest.mark.parametrize("arrange", TWICE.values(), ids=TWICE)
+@pytest.mark.parametrize("name", [2, "blocks.2"])
+def test_a_module_at_two_places_is_the_one_asked_for_when_this_one_is_replaced(name, arrange):
+    model, found, x = Net(order=(0, 2)), Located(), torch.randn(2, 4)
+    arrange(model)
+    outer = Doubled(model)
+    for _ in range(2):
+        with record(outer, {"it": Request(name, blocks="blocks")}, located=found) as seen:
+            outer(x)
+        torch.testing.assert_close(seen["it"], model.blocks[2](model.blocks[0](x)))
+        model.blocks[2] = Counting()
+
+
+def test_copies_of_what_was_located_begin_empty_and_work(looked):
+    model, found = Net(), Located()
+    seen_rightly(model, found)
+    for twin in (copy.copy(found), copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        looked.clear()
+        for _ in range(2):
+            seen_rightly(model, twin)
+        assert len(looked) == 3
+    looked.clear()
+    seen_rightly(model, found)
+    assert looked == []
+
+
+def test_a_model_that_was_located_is_freed_and_no_collector_is_needed():
+    model, found = Net(), Located()
+    seen_rightly(model, found)
+    dead = [weakref.ref(model), weakref.ref(model.blocks[0]), weakref.ref(model.blocks)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert [ref() for ref in dead] == [None] * 3
+    finally:
+        gc.enable()
+    assert len(found._lists) == len(found._modules) == 0
 
 
 # Copies of a hooked model

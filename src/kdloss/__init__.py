@@ -1,6 +1,6 @@
 """Knowledge-distillation losses that drop into a training loop you already have."""
 
-from kdloss import analysis, distances, divergences, layers, projections, resize, targets
+from kdloss import analysis, distances, divergences, layers, projections, resize, schedules, targets
 from kdloss._capture import Captured, capture
 from kdloss._cross_entropy import cross_entropy
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
@@ -32,6 +32,7 @@ __all__ = [
     "projections",
     "reduce",
     "resize",
+    "schedules",
     "targets",
     "truncate",
 ]

@@ -1,6 +1,6 @@
-"""`capture`: hooks for as long as a `with`."""
+"""`capture`, and the `record` it is made of: hooks for as long as a `with`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdloss._capture.compiled import hooks_seen
-from kdloss._capture.recorder import Captured, Recorder, Stop, Which, known_at_the_end
+from kdloss._capture.located import Located, find
+from kdloss._capture.recorder import Captured, Recorder, Request, Stop, Which, known_at_the_end
 from kdloss._capture.take import Take
-from kdloss.layers import Name, find_blocks, resolve
+from kdloss.layers import Name
 
 Option = TypeVar("Option")
+Key = TypeVar("Key", bound=Hashable)
 
 
 @contextmanager
@@ -57,11 +59,32 @@ def capture(
     >>> seen["0"].shape, seen.output is out
     (torch.Size([1, 3]), True)
     """
-    asked: dict[nn.Module, list[Name]] = {}
-    for name in dict.fromkeys(names):
-        asked.setdefault(_module(model, name, blocks), []).append(name)
-    each = [name for together in asked.values() for name in together]
-    recorder = Recorder(asked, _which(each, which, stop), _per_name("take", each, take, None), stop)
+    each = list(dict.fromkeys(names))
+    once: Which = "once"
+    whichs, takes = _per_name("which", each, which, once), _per_name("take", each, take, None)
+    with record(model, {name: Request(name, blocks, whichs[name], takes[name]) for name in each}, stop=stop) as seen:
+        yield seen
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    requests: Mapping[Key, Request],
+    *,
+    stop: bool = False,
+    located: Located | None = None,
+) -> Iterator[Captured]:
+    """`capture` by any keys: several requests may want different things of one module in the same pass.
+
+    `located`, kept from step to step, spares looking for the modules again.
+    """
+    asked: dict[nn.Module, list[Hashable]] = {}
+    for key, request in requests.items():
+        module = (find if located is None else located.find)(model, request.name, request.blocks)
+        asked.setdefault(module, []).append(key)
+    for request in requests.values():
+        _check(request, stop)
+    recorder = Recorder(asked, requests, stop)
     seen = recorder.captured
     hook = _hook()
     handles = [m.register_forward_hook(hook(partial(recorder.record, m))) for m in asked]
@@ -106,29 +129,15 @@ def _hook() -> type[_Hook]:
     return type("_Hook", (_Hook,), {"__call__": beside(_Hook.__call__)})
 
 
-def _module(model: nn.Module, name: Name, blocks: str | None) -> nn.Module:
-    if isinstance(name, str):
-        return resolve(model, name)
-    found = find_blocks(model, blocks)
-    if not -len(found) <= name < len(found):
-        raise ValueError(f"block {name} does not exist: {len(found)} blocks, 0 to {len(found) - 1}")
-    return found[name]
-
-
-def _which(names: list[Name], given: Which | Mapping[Name, Which], stop: bool) -> dict[Name, Which]:
-    default: Which = "once"
-    which = _per_name("which", names, given, default)
-    for name, one in which.items():
-        if not isinstance(one, int) and one not in ("once", "first", "last", "all"):
-            raise ValueError(
-                f"which={one!r} for {name!r} is unknown; choose 'once', 'first', 'last', 'all' or a number"
-            )
-        if stop and known_at_the_end(one):
-            raise ValueError(
-                f"which={one!r} for {name!r} is known at the end of the pass only, and stop=True ends it "
-                "before; write which='first' or the number of one, or stop=False"
-            )
-    return which
+def _check(request: Request, stop: bool) -> None:
+    which, name = request.which, request.name
+    if not isinstance(which, int) and which not in ("once", "first", "last", "all"):
+        raise ValueError(f"which={which!r} for {name!r} is unknown; choose 'once', 'first', 'last', 'all' or a number")
+    if stop and known_at_the_end(which):
+        raise ValueError(
+            f"which={which!r} for {name!r} is known at the end of the pass only, and stop=True ends it "
+            "before; write which='first' or the number of one, or stop=False"
+        )
 
 
 def _per_name(

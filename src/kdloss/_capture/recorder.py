@@ -2,7 +2,8 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,19 +17,29 @@ Which = Literal["once", "first", "last", "all"] | int
 _NUMBERS = {"once": 0, "first": 0, "last": -1}
 
 
-class Captured(Mapping[Name, Any]):
+@dataclass(frozen=True)
+class Request:
+    """What counts of one module: see `capture`, whose options these are."""
+
+    name: Name
+    blocks: str | None = None
+    which: Which = "once"
+    take: Take = None
+
+
+class Captured(Mapping[Any, Any]):
     """The features of one forward pass, by the names asked for, and the model's own output."""
 
     def __init__(self) -> None:
-        self.features: dict[Name, Any] = {}
+        self.features: dict[Hashable, Any] = {}
         self.output: Any = None
 
-    def __getitem__(self, name: Name) -> Any:
+    def __getitem__(self, name: Hashable) -> Any:
         if name not in self.features:
             raise KeyError(f"{name!r} was not captured; there is {list(self.features)}")
         return self.features[name]
 
-    def __iter__(self) -> Iterator[Name]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.features)
 
     def __len__(self) -> int:
@@ -52,17 +63,16 @@ class Recorder:
 
     def __init__(
         self,
-        asked: Mapping[nn.Module, list[Name]],
-        which: Mapping[Name, Which],
-        take: Mapping[Name, Take],
+        asked: Mapping[nn.Module, list[Hashable]],
+        requests: Mapping[Any, Request],
         stop: bool,
     ) -> None:
-        self.asked, self.which, self.take, self.stop = asked, which, take, stop
-        self.number = {name: _number(one) for name, one in which.items()}
+        self.asked, self.requests, self.stop = asked, requests, stop
+        self.number = {key: _number(request.which) for key, request in requests.items()}
         self.captured = Captured()
         self.runs = dict.fromkeys(asked, 0)
-        self.kept: dict[Name, deque[tuple[Tensor, int]]] = {
-            name: deque(maxlen=None if number is None else max(1, -number)) for name, number in self.number.items()
+        self.kept: dict[Hashable, deque[tuple[Tensor, int]]] = {
+            key: deque(maxlen=None if number is None else max(1, -number)) for key, number in self.number.items()
         }
         self.grad = torch.is_grad_enabled()
         self.thread, self.elsewhere = threading.get_ident(), False
@@ -80,8 +90,8 @@ class Recorder:
             return
         self.runs[module] += 1
         try:
-            for name in self.asked[module]:
-                self._keep(name, module, output)
+            for key in self.asked[module]:
+                self._keep(key, module, output)
         except Exception as error:
             self.error = error
         if self.error is not None or (self.stop and len(self.captured) == len(self.kept)):
@@ -100,32 +110,33 @@ class Recorder:
                 raise self.error from None
             finally:
                 self.error = None  # its traceback leads here, a cycle that would hold features
-        for module, names in self.asked.items():
-            missing = [name for name in names if name not in self.captured]
+        for module, keys in self.asked.items():
+            missing = self._missing(keys)
             if missing and self.runs[module]:
-                raise RuntimeError(
-                    f"{missing} ran {self.runs[module]} times, "
-                    f"not as often as which={self.which[missing[0]]!r} asks for"
-                )
+                which = next(self.requests[key].which for key in keys if key not in self.captured)
+                raise RuntimeError(f"{missing} ran {self.runs[module]} times, not as often as which={which!r} asks for")
             if missing and self.elsewhere:
                 raise RuntimeError(
                     f"{missing} ran in other threads only, as under nn.DataParallel; open `capture` in the "
                     "thread that runs the model, and use DistributedDataParallel"
                 )
-        missing = [name for name in self.kept if name not in self.captured]
-        if missing:
+        if missing := self._missing(self.kept):
             raise RuntimeError(
                 f"{missing} did not run inside the `with`: the model skips it, was not called, or is part "
                 "of something that torch.compile compiled before the hook was there; give `capture` the "
                 f"compiled model itself, or compile its blocks instead: {BLOCKS}"
             )
-        for name, kept in self.kept.items():
+        for key, kept in self.kept.items():
             if any(tensor._version != version for tensor, version in kept):
                 raise RuntimeError(
-                    f"the output of {name!r} was changed in place after it was captured, as by "
+                    f"the output of {self.requests[key].name!r} was changed in place after it was captured, as by "
                     "ReLU(inplace=True) or +=; write take=torch.clone to have it as it was before, "
                     "inplace=False, or capture the module that changes it"
                 )
+
+    def _missing(self, keys: Iterable[Hashable]) -> list[Name]:
+        """Names of what wasn't captured, each once."""
+        return list(dict.fromkeys(self.requests[key].name for key in keys if key not in self.captured))
 
     def _ours(self) -> bool:
         """Whether this is the recorded pass: not another thread's, nor recomputed within backward()."""
@@ -133,9 +144,10 @@ class Recorder:
         self.elsewhere |= not here
         return here and torch._C._current_graph_task_id() == -1
 
-    def _keep(self, name: Name, module: nn.Module, output: Any) -> None:
-        number, run = self.number[name], self.runs[module] - 1
-        if self.which[name] == "once" and run:
+    def _keep(self, key: Hashable, module: nn.Module, output: Any) -> None:
+        request, number, run = self.requests[key], self.number[key], self.runs[module] - 1
+        name = request.name
+        if request.which == "once" and run:
             raise RuntimeError(
                 f"{name!r} ran more than once inside the `with`. If it is used several times, write "
                 "which='first', 'last', 'all' (a list) or the number of one; else make one forward pass "
@@ -143,7 +155,7 @@ class Recorder:
             )
         if number is not None and 0 <= number != run:
             return
-        tensor = taken(name, output, self.take[name])
+        tensor = taken(name, output, request.take)
         trained = self.grad and any(p.requires_grad for p in module.parameters())
         if trained and tensor.is_floating_point() and not tensor.requires_grad:
             raise RuntimeError(
@@ -154,12 +166,12 @@ class Recorder:
             # Nothing tells of changes to these in place, and no loss can save them for backward.
             with torch.inference_mode(False):
                 tensor = tensor.clone()
-        kept = self.kept[name]
+        kept = self.kept[key]
         kept.append((tensor, tensor._version))
         if number is None:
-            self.captured.features[name] = [tensor for tensor, _ in kept]
+            self.captured.features[key] = [tensor for tensor, _ in kept]
         elif len(kept) == kept.maxlen:
-            self.captured.features[name] = kept[0][0]
+            self.captured.features[key] = kept[0][0]
 
 
 def known_at_the_end(which: Which) -> bool:

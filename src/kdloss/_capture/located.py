@@ -1,0 +1,84 @@
+"""Where modules are, looked up once per model."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from kdloss.layers import Name, find_blocks, resolve
+
+_LISTS = nn.ModuleList | nn.Sequential
+
+
+def find(model: nn.Module, name: Name, blocks: str | None = None) -> nn.Module:
+    """The module of this name, or block of this number in the list that `blocks` names.
+
+    Raises: ValueError for one that does not exist.
+    """
+    return resolve(model, name) if isinstance(name, str) else _numbered(find_blocks(model, blocks), name)
+
+
+class Located:
+    """`find` that remembers: the path of a module, and of the lists that blocks are in, for every model.
+
+    What stands at a path now is what counts, be it wrapped, replaced or inserted since; a path that
+    leads nowhere any more is looked for again. Models are held weakly, and copies begin empty.
+    """
+
+    def __init__(self) -> None:
+        self._modules: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+        self._lists: WeakKeyDictionary[nn.Module, dict[str | None, list[str]]] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Located, ()
+
+    def find(self, model: nn.Module, name: Name, blocks: str | None = None) -> nn.Module:
+        """The same module as `find`'s."""
+        return self._named(model, name) if isinstance(name, str) else _numbered(self._blocks(model, blocks), name)
+
+    def _named(self, model: nn.Module, name: str) -> nn.Module:
+        known = self._modules.setdefault(model, {})
+        if there := _at(model, [known[name]] if name in known else []):
+            return there[0]
+        found = resolve(model, name)
+        paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is found]
+        # One module at several places is the one at the name's: another place may be given away tomorrow.
+        if paths := [p for p in paths if f".{p}".endswith(f".{name}")] or (paths if len(paths) == 1 else []):
+            known[name] = paths[0]
+        return found
+
+    def _blocks(self, model: nn.Module, blocks: str | None) -> Sequence[nn.Module]:
+        known = self._lists.setdefault(model, {})
+        if there := _items(_at(model, known.get(blocks, []))):
+            return there
+        found = list(find_blocks(model, blocks))
+        ours = set(found)
+        lists = {p: m for p, m in model.named_modules() if isinstance(m, _LISTS) and len(m) and ours.issuperset(m)}
+        if _items(lists.values()) == found:  # not so where a block is in two lists
+            known[blocks] = list(lists)
+        return found
+
+
+def _at(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    """What stands at these paths; nothing where one of them leads nowhere."""
+    try:
+        return [model.get_submodule(path) for path in paths]
+    except AttributeError:
+        return []
+
+
+def _items(lists: Iterable[nn.Module]) -> list[nn.Module]:
+    """What is in the lists, in order; nothing where one of them is no list any more."""
+    found: list[nn.Module] = []
+    for one in lists:
+        if not isinstance(one, _LISTS):
+            return []
+        found += one
+    return found
+
+
+def _numbered(found: Sequence[nn.Module] | nn.ModuleList, number: int) -> nn.Module:
+    if not -len(found) <= number < len(found):
+        raise ValueError(f"block {number} does not exist: {len(found)} blocks, 0 to {len(found) - 1}")
+    return found[number]

@@ -1,0 +1,224 @@
+"""Weights and temperatures over steps: closed forms, exact ends, bounds, and what a setting has to bear."""
+
+import copy
+import functools
+import itertools
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from kdloss import schedules
+from kdloss.schedules import at, constant, cosine, exponential, linear, warmup
+
+CURVES = {"linear": linear, "cosine": cosine, "exponential": exponential}
+EVERY = [
+    constant(0.5),
+    linear(4, 1, 10),
+    cosine(1, 0, 10),
+    exponential(8, 1, 10),
+    warmup(5, 0.5),
+    warmup(5, cosine(1, 0, 10)),
+]
+positive = st.floats(1e-6, 1e6)
+curves = st.sampled_from(list(CURVES.values()))
+
+
+# Values
+
+
+def test_each_curve_is_its_formula():
+    steps = np.arange(9)
+    done = np.minimum(steps / 6, 1)
+    expected = {
+        "linear": 5 - 3 * done,
+        "cosine": 2 + 3 * (1 + np.cos(np.pi * done)) / 2,
+        "exponential": 5 * (2 / 5) ** done,
+    }
+    for name, curve in CURVES.items():
+        np.testing.assert_allclose([curve(5, 2, 6)(int(k)) for k in steps], expected[name], rtol=1e-14)
+
+
+def test_values_worked_out_by_hand():
+    assert [linear(0, 1, 4)(k) for k in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert [cosine(2, 0, 2)(k) for k in range(4)] == [2, 1, 0, 0]
+    assert [round(exponential(1, 16, 4)(k), 12) for k in range(6)] == [1, 2, 4, 8, 16, 16]
+    assert [constant(-3)(k) for k in (0, 10**9)] == [-3, -3]
+
+
+def test_a_cosine_is_flat_at_both_ends_and_a_line_is_not():
+    for curve, flat in ((cosine, True), (linear, False)):
+        values = [curve(1, 0, 1000)(k) for k in (0, 1, 999, 1000)]
+        assert (values[0] - values[1] < 1e-5) is flat
+        assert (values[2] - values[3] < 1e-5) is flat
+
+
+def test_an_exponential_goes_by_one_factor():
+    values = [exponential(9, 0.1, 20)(k) for k in range(21)]
+    factors = {round(b / a, 10) for a, b in itertools.pairwise(values)}
+    assert factors == {round((0.1 / 9) ** (1 / 20), 10)}
+
+
+def test_a_warmup_goes_up_to_a_number_and_stays():
+    assert [warmup(4, 2)(k) for k in range(6)] == [0, 0.5, 1, 1.5, 2, 2]
+    assert warmup(0, 2)(0) == 2
+
+
+def test_a_warmup_leads_to_another_schedule_where_that_has_come_meanwhile():
+    then = cosine(1, 0, 10)
+    schedule = warmup(4, then)
+    assert [schedule(k) for k in range(4)] == [k / 4 * then(4) for k in range(4)]
+    assert [schedule(k) for k in range(4, 12)] == [then(k) for k in range(4, 12)]
+    nested = warmup(2, warmup(4, lambda step: float(step)))
+    assert [nested(k) for k in range(6)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_steps_before_the_first_are_the_first():
+    for schedule in EVERY:
+        assert schedule(-3) == schedule(0)
+
+
+# Bounds
+
+
+@given(curves, positive, positive, st.integers(1, 50))
+def test_ends_are_exact_and_the_end_holds(curve, start, end, steps):
+    schedule = curve(start, end, steps)
+    assert schedule(0) == start
+    assert {schedule(steps), schedule(steps + 1), schedule(10**9)} == {end}
+
+
+@given(curves, positive, positive, st.integers(1, 50))
+def test_values_stay_between_the_ends_and_never_turn_back(curve, start, end, steps):
+    values = [curve(start, end, steps)(k) for k in range(steps + 2)]
+    assert all(min(start, end) <= value <= max(start, end) for value in values)
+    assert values == sorted(values, reverse=start > end)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.integers(1, 50))
+def test_lines_and_cosines_cross_zero(start, end, steps):
+    for curve in (linear, cosine):
+        values = [curve(start, end, steps)(k) for k in range(steps + 1)]
+        assert values == sorted(values, reverse=start > end)
+        mean = (values[0] + values[-1]) / 2
+        if steps % 2 == 0:
+            assert math.isclose(values[steps // 2], mean, rel_tol=1e-9, abs_tol=1e-9 * (abs(start) + abs(end)))
+
+
+@given(st.integers(1, 50), positive)
+def test_a_warmup_to_a_number_is_a_line_from_zero(steps, value):
+    for k in range(steps + 2):
+        assert math.isclose(warmup(steps, value)(k), linear(0, value, steps)(k), rel_tol=1e-12)
+
+
+# What a setting has to bear
+
+
+@pytest.mark.parametrize("schedule", EVERY, ids=repr)
+def test_copies_and_pickles_are_equal_and_give_the_same(schedule):
+    for twin in (copy.copy(schedule), copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
+        assert twin == schedule
+        assert hash(twin) == hash(schedule)
+        assert [twin(k) for k in range(12)] == [schedule(k) for k in range(12)]
+
+
+def test_schedules_are_equal_where_their_settings_are():
+    assert linear(1, 0, 10) == linear(1.0, 0.0, np.int64(10))
+    different = [*EVERY, linear(4, 1, 11), linear(4, 2, 10), linear(5, 1, 10), cosine(4, 1, 10), warmup(5, 0.25)]
+    assert len(set(different)) == len(different)
+
+
+@pytest.mark.parametrize("schedule", EVERY, ids=repr)
+def test_a_schedule_prints_as_the_line_that_makes_it(schedule):
+    assert eval(repr(schedule), vars(schedules)) == schedule
+
+
+class Weighed(nn.Module):
+    def __rmul__(self, weight):
+        return weight
+
+
+@pytest.mark.parametrize("schedule", EVERY, ids=repr)
+def test_a_schedule_times_a_module_is_left_to_the_module(schedule):
+    assert schedule * Weighed() is schedule
+    with pytest.raises(TypeError, match="unsupported operand"):
+        schedule * nn.Linear(1, 1)
+
+
+def test_settings_are_numbers_as_they_are_or_functions_of_the_step():
+    numbers = [2, 0.5, np.float32(0.5), np.int64(3)]
+    assert [at(number, 7) for number in numbers] == [2, 0.5, 0.5, 3]
+    assert {type(at(number, 7)) for number in numbers} == {float}
+    assert at(linear(0, 1, 10), 7) == 0.7
+    assert at(functools.partial(pow, 2), 3) == 8
+    assert type(at(lambda step: np.float32(step), 3)) is float
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_function_that_gives_nothing_finite_is_refused_with_the_step_and_the_value(value):
+    with pytest.raises(ValueError, match=rf"at step 12 must be finite, got {value}"):
+        at(lambda step: value, 12)
+    with pytest.raises(ValueError, match="at step 4 must be finite"):
+        warmup(4, lambda step: value)(1)
+    with pytest.raises(ValueError, match="must be finite"):
+        at(value, 12)
+
+
+@pytest.mark.parametrize("value", [None, "1", True, 1j, [1.0]])
+def test_a_function_that_gives_no_number_is_refused_with_the_step_and_the_value(value):
+    with pytest.raises(TypeError, match=rf"at step 12 must be a number, got {type(value).__name__}"):
+        at(lambda step: value, 12)
+    with pytest.raises(TypeError, match="a setting must be a number"):
+        at(value, 12)
+
+
+def test_a_tensor_is_refused_with_the_way_out_as_it_would_wait_for_the_device_at_every_step():
+    with pytest.raises(TypeError, match=r"got Tensor: tensor\(1\.\); write \.item\(\) once"):
+        at(lambda step: torch.tensor(1.0), 0)
+    with pytest.raises(TypeError, match=r"write \.item\(\)"):
+        linear(torch.tensor(1.0), 0, 10)
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_ends_that_are_not_finite_numbers_are_refused_by_name(name):
+    curve = CURVES[name]
+    with pytest.raises(TypeError, match=rf"{name}\(start\) must be a number, got str: '1'$"):
+        curve("1", 2, 3)
+    with pytest.raises(TypeError, match=rf"{name}\(end\) must be a number, got bool"):
+        curve(1, True, 3)
+    with pytest.raises(ValueError, match=rf"{name}\(end\) must be finite, got nan; write a number"):
+        curve(1, math.nan, 3)
+
+
+def test_other_values_that_are_not_finite_numbers_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"constant\(value\) must be a number, got NoneType"):
+        constant(None)
+    with pytest.raises(ValueError, match=r"constant\(value\) must be finite"):
+        constant(math.inf)
+    with pytest.raises(TypeError, match=r"warmup\(then\) must be a number, got str"):
+        warmup(3, "linear")
+
+
+@pytest.mark.parametrize("name", [*CURVES, "warmup"])
+def test_steps_that_are_no_count_are_refused_with_an_example(name):
+    make = functools.partial(CURVES[name], 1, 2) if name in CURVES else functools.partial(warmup, then=1)
+    for steps in (1.5, "3", None, True, 10.0):
+        with pytest.raises(TypeError, match=rf"{name}\(steps\) must be an integer, got {steps!r}; write .*steps=1000"):
+            make(steps=steps)
+    least = 1 if name in CURVES else 0
+    with pytest.raises(ValueError, match=rf"{name}\(steps\) must be {least} or more, got {least - 1}; write"):
+        make(steps=least - 1)
+
+
+@pytest.mark.parametrize("ends", [(0, 1), (1, 0), (-1, -2)])
+def test_an_exponential_to_or_from_zero_is_refused_with_the_ways_out(ends):
+    with pytest.raises(ValueError, match=r"both ends lie above 0, got start=.*1e-3, or linear or cosine"):
+        exponential(*ends, 10)
