@@ -1,122 +1,137 @@
-"""Values, and the gradient by the student's logits, of a few rows."""
+"""Values of all tasks in a few rows, and the gradient of their weighted sum by the student's logits."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdloss.engine.side import Side, exp, shifted
-from kdloss.engine.task import Task
+from kdloss.engine.labels import Unsoftened, of_classes, of_probabilities
+from kdloss.engine.plan import Group, Plan
+from kdloss.engine.rows import Teachers
+from kdloss.engine.side import New, Side
+from kdloss.engine.task import Task, TeacherTask
+from kdloss.engine.top_k import by_top_k
+from kdloss.engine.total import Scratch, Total
 from kdloss.reduction import precise
-from kdloss.targets import Logits, Shard
-
-Terms = tuple[Tensor | None, Tensor | None]
+from kdloss.targets import Shard
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What a row's cross-entropy and divergence are multiplied with in the loss, `[r, 1]` each."""
+class Few:
+    """A few rows: the student's and teachers', and where values and gradient go.
 
-    ce: Tensor
-    kd: Tensor
+    `weights` are `[r, 1]` for each task, and `off` is where they are 0, for tasks where some are: such a row gets
+    nothing from the task, even if that is infinite or no number.
+    """
 
-    def rows(self, start: int, stop: int) -> "Weights":
-        """Those of some rows."""
-        return Weights(self.ce[start:stop], self.kd[start:stop])
+    start: int
+    stop: int
+    z: Tensor
+    teachers: Teachers
+    values: Tensor
+    weights: Sequence[Tensor] | None
+    off: Sequence[Tensor | None]
+    gradient: Total | None
 
+    def task(self, task: Task) -> Any:
+        """The task with its teacher and labels in these rows."""
+        start, stop = self.start, self.stop
+        if isinstance(task, TeacherTask):
+            labels = None if task.labels is None else task.labels[start:stop]
+            return replace(task, teacher=self.teachers(task.teacher, start, stop, task.temperature), labels=labels)
+        return replace(
+            task, labels=self.teachers(task.labels, start, stop, 1.0) if task.soft else task.labels[start:stop]
+        )
 
-class Scratch:
-    """Buffers `[r, V]` that are used again for every few rows."""
+    def note(self, k: int, value: Tensor, rows: Tensor | None, size: float = 1.0) -> None:
+        """A task's values, and what it adds to the gradient by weight; overwrites the rows."""
+        self.values[k, self.start : self.stop] = value.squeeze(-1)
+        if rows is not None and self.gradient is not None and self.weights is not None:
+            self.gradient.add(rows, self.weights[k] * size, self.off[k])
 
-    def __init__(self, rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.options = (rows, classes), {"dtype": dtype, "device": device}
-        self.buffers: list[Tensor] = []
-
-    def __call__(self, number: int, rows: int) -> Tensor:
-        """Buffer `number`, of its first rows."""
-        while len(self.buffers) <= number:
-            self.buffers.append(torch.empty(self.shape, **self.options))  # type: ignore[call-overload]
-        return self.buffers[number][:rows]
-
-
-def by_closed_form(
-    task: Task,
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    weights: Weights | None,
-    scratch: Scratch,
-    shard: Shard | None = None,
-) -> tuple[Terms, Tensor | None]:
-    """The terms of these rows and, given weights, their gradient; overwrites only scratch."""
-    r, temperature, closed = len(student), task.temperature, task.closed_form
-    one = temperature if closed and teacher is not None else 1.0
-    q = Side(student, one, scratch(0, r), scratch(1, r), shard)
-    ce = kd = gradient = None
-    if task.cross_entropy and labels is not None:
-        ce, gradient = cross_entropy_of(student, q, one, labels, weights, scratch(4, r))
-    if closed and teacher is not None:
-        form, squared = closed
-        p = Side(teacher, temperature, scratch(2, r), scratch(3, r), shard)
-        kd, slope, balance = form(q, p)
-        kd = kd.mul(squared).squeeze(-1)
-        if weights is not None:
-            if balance is not None:
-                slope.sub_(q.e.mul_(balance.to(slope.dtype)))
-            slope.mul_((weights.kd * (squared / temperature)).to(slope.dtype))
-            gradient = slope if gradient is None else gradient.add_(slope)
-    return (ce, kd), gradient
+    def scaled(self, k: int, numbers: Tensor | None) -> Tensor | float:
+        """Numbers `[r, 1]` by a task's weight, 0 where that is 0."""
+        if numbers is None or self.weights is None:
+            return 0.0
+        scaled, off = self.weights[k] * numbers, self.off[k]
+        return scaled if off is None else scaled.masked_fill(off, 0)
 
 
-def cross_entropy_of(
-    z: Tensor, q: Side, temperature: float, labels: Tensor, weights: Weights | None, out: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy from the exponentials that are there already, and its gradient."""
-    if temperature == 1:
-        e, total = q.e, q.total
-    else:
-        squared = temperature == 2
-        e = torch.mul(q.e, q.e, out=out) if squared else exp(shifted(z, q.top, out), out)
-        total = q.sum(e)
-    labels, here = labels.unsqueeze(-1), None
-    if q.shard is not None:
-        labels = labels - q.shard.offset
-        here = (labels >= 0) & (labels < z.shape[-1])
-        labels = labels.where(here, 0)
-    wide, top = total.dtype, q.top.to(total.dtype)
-    right = z.gather(-1, labels).to(wide) if z.shape[-1] else top.clone()
-    if q.shard is not None and here is not None:
-        right = q.shard.sum(right.masked_fill(~here, 0))
-    value = (total.log() + (top - right)).squeeze(-1)
-    if weights is None:
-        return value, None
-    gradient = torch.mul(e, (weights.ce / total).to(out.dtype), out=out)
-    weight = -weights.ce.to(out.dtype).expand_as(labels)
-    weight = weight if here is None else weight.masked_fill(~here, 0)
-    return value, gradient.scatter_add_(-1, labels, weight) if z.shape[-1] else gradient
+def compute(plan: Plan, few: Few, scratch: Scratch, shard: Shard | None) -> None:
+    """All tasks of the plan in a few rows."""
+    for k in plan.by_autograd:
+        values, rows = by_autograd(few.task(plan.tasks[k]), few.z, few.gradient is not None)
+        few.note(k, values.unsqueeze(-1), rows)
+    for temperature, group in plan.groups.items():
+        with scratch.borrowed():
+            new = scratch.of(len(few.z))
+            q = Side(few.z, temperature, new, shard)
+            pull = by_teachers(plan, group, q, few, scratch, new)
+            by_labels(plan, group, q, few, pull, new)
 
 
-def by_autograd(
-    task: Task,
-    student: Tensor,
-    teacher: Logits | None,
-    labels: Tensor | None,
-    weights: Weights | None,
-    scratch: Scratch | None = None,
-) -> tuple[Terms, Tensor | None]:
-    """The same from the specification, for any divergence, kind of teacher and vocabulary."""
-    with torch.set_grad_enabled(weights is not None):
-        z = precise(student.detach()).requires_grad_(weights is not None)
-        ce, kd = task.terms(z, teacher, labels)
-        if weights is None:
-            return (ce, kd), None
-        loss = z.new_zeros(())
-        for value, weight in ((ce, weights.ce), (kd, weights.kd)):
-            if value is not None:
-                loss = loss + (weight.squeeze(-1).to(value.dtype) * value).sum()
+def by_teachers(plan: Plan, group: Group, q: Side, few: Few, scratch: Scratch, new: New) -> Tensor | float:
+    """Divergences in closed form and from top-k teachers; returns what the student's probabilities are to be
+    multiplied with in the gradient.
+    """
+    pull: Tensor | float = 0.0
+    for numbers in group.closed.values():
+        with scratch.borrowed():
+            p = Side(few.task(plan.tasks[numbers[0]]).teacher, q.temperature, new, q.shard)
+            for k in numbers:
+                task = plan.tasks[k]
+                assert isinstance(task, TeacherTask) and task.closed_form is not None
+                form, squared = task.closed_form
+                with scratch.borrowed():
+                    value, slope, balance = form(q, p, new)
+                    few.note(k, value * squared, slope, squared / q.temperature)
+                pull = pull - few.scaled(k, None if balance is None else balance * (squared / q.temperature))
+    for k in group.top_k:
+        task = few.task(plan.tasks[k])
+        with scratch.borrowed():
+            values, rows = by_top_k(task, few.z, q, task.teacher, few.gradient is not None, new)
+            few.note(k, values.unsqueeze(-1), rows)
+    return pull
+
+
+def by_labels(plan: Plan, group: Group, q: Side, few: Few, pull: Tensor | float, new: New) -> None:
+    """Cross-entropies, and the student's own part in the gradient of all that was computed with it."""
+    targets = {}
+    one = Unsoftened.of(q, new) if group.labels else None
+    for k in group.labels:
+        task = few.task(plan.tasks[k])
+        assert one is not None
+        of = of_probabilities(task, q, one, new) if task.soft else of_classes(task, few.z, q, one, new)
+        few.note(k, of.value, None)
+        targets[k] = of
+    if few.gradient is None or few.weights is None:
+        return
+    own: Tensor | float = 0.0
+    for k, of in targets.items():
+        assert one is not None
+        own = own + few.scaled(k, of.sums / one.total)
+    if one is not None and one.e is q.probs:
+        pull, own = pull + own, 0.0
+    for rows, by in ((q.probs, pull), (None if one is None else one.e, own)):
+        if rows is not None and isinstance(by, Tensor):
+            few.gradient.add(rows, by)
+    for k, of in targets.items():
+        of.subtract_from(few.gradient, few.weights[k], few.off[k])
+
+
+def by_autograd(task: TeacherTask, z: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Values and gradient of the specification, for any divergence, kind of teacher and vocabulary."""
+    with torch.set_grad_enabled(wanted):
+        z = precise(z.detach()).requires_grad_(wanted)
+        values = task.values(z)
+        if not wanted:
+            return values, None
+        loss = values.sum()
         _nothing_else_is_trained(loss, z)
         (gradient,) = torch.autograd.grad(loss, z)
-    return (None if ce is None else ce.detach(), None if kd is None else kd.detach()), gradient
+    return values.detach(), gradient
 
 
 def _nothing_else_is_trained(loss: Tensor, z: Tensor) -> None:
