@@ -85,10 +85,7 @@ def skewed_forward_kl(q: Side, p: Side, new: New, *, skew: float = 0.1) -> tuple
         return forward_kl(q, p, new)
     a, b = q.smooth(new), p.smooth(new)
     m, out = mixed(b, a, skew, out=new()), new()
-    if q.flat:
-        value = q.sum(mixture_terms(b, a, m, 1 - skew))
-    else:
-        value = q.sum(torch.div(b, m, out=out).log_().mul_(b))
+    value = q.sum(mixture_terms(b, a, m, 1 - skew) if q.flat else torch.div(b, m, out=out).log_().mul_(b))
     slope = torch.sub(a, b, out=out).mul_(a).div_(m).mul_((1 - skew) ** 2)
     return value, slope, q.sum(slope)
 

@@ -11,8 +11,8 @@ from kdloss.engine.labels import Unsoftened, of_classes, of_probabilities
 from kdloss.engine.plan import Group, Plan
 from kdloss.engine.rows import Teachers
 from kdloss.engine.side import New, Side
-from kdloss.engine.task import Task, TeacherTask
-from kdloss.engine.top_k import by_top_k
+from kdloss.engine.task import LabelTask, Task, TeacherTask
+from kdloss.engine.top_k import among_few
 from kdloss.engine.total import Scratch, Total
 from kdloss.reduction import precise
 from kdloss.targets import Shard
@@ -35,90 +35,102 @@ class Few:
     off: Sequence[Tensor | None]
     gradient: Total | None
 
-    def task(self, task: Task) -> Any:
-        """The task with its teacher and labels in these rows."""
-        start, stop = self.start, self.stop
-        if isinstance(task, TeacherTask):
-            labels = None if task.labels is None else task.labels[start:stop]
-            return replace(task, teacher=self.teachers(task.teacher, start, stop, task.temperature), labels=labels)
-        return replace(
-            task, labels=self.teachers(task.labels, start, stop, 1.0) if task.soft else task.labels[start:stop]
-        )
+    def teacher(self, task: TeacherTask) -> Any:
+        """A teacher's rows."""
+        return self.teachers(task.teacher, self.start, self.stop, task.temperature)
 
-    def note(self, k: int, value: Tensor, rows: Tensor | None, size: float = 1.0) -> None:
-        """A task's values, and what it adds to the gradient by weight; overwrites the rows."""
+    def labels(self, task: Task) -> Any:
+        """Labels in these rows."""
+        if task.labels is None:
+            return None
+        if isinstance(task, LabelTask) and task.soft:
+            return self.teachers(task.labels, self.start, self.stop, 1.0)
+        return task.labels[self.start : self.stop]
+
+    def note(self, k: int, value: Tensor) -> None:
+        """A task's values `[r, 1]`."""
         self.values[k, self.start : self.stop] = value.squeeze(-1)
-        if rows is not None and self.gradient is not None and self.weights is not None:
-            self.gradient.add(rows, self.weights[k] * size, self.off[k])
 
-    def scaled(self, k: int, numbers: Tensor | None) -> Tensor | float:
-        """Numbers `[r, 1]` by a task's weight, 0 where that is 0."""
-        if numbers is None or self.weights is None:
-            return 0.0
+    def scaled(self, k: int, numbers: Tensor | float) -> Tensor:
+        """Numbers by a task's weight, 0 where that is 0."""
+        assert self.weights is not None
         scaled, off = self.weights[k] * numbers, self.off[k]
         return scaled if off is None else scaled.masked_fill(off, 0)
 
 
 def compute(plan: Plan, few: Few, scratch: Scratch, shard: Shard | None) -> None:
     """All tasks of the plan in a few rows."""
-    for k in plan.by_autograd:
-        values, rows = by_autograd(few.task(plan.tasks[k]), few.z, few.gradient is not None)
-        few.note(k, values.unsqueeze(-1), rows)
+    for k, task in plan.by_autograd:
+        here = replace(task, teacher=few.teacher(task), labels=few.labels(task))
+        values, rows = by_autograd(here, few.z, few.gradient is not None)
+        few.note(k, values.unsqueeze(-1))
+        if few.gradient is not None and rows is not None:
+            few.gradient.add(rows, few.scaled(k, 1.0), few.off[k])
+    new = scratch.of(len(few.z))
     for temperature, group in plan.groups.items():
         with scratch.borrowed():
-            new = scratch.of(len(few.z))
-            q = Side(few.z, temperature, new, shard)
-            pull = by_teachers(plan, group, q, few, scratch, new)
-            by_labels(plan, group, q, few, pull, new)
+            q = Side(few.z, temperature, new, shard, normalise=bool(group.closed))
+            pull = by_closed_forms(group, q, few, scratch, new)
+            with scratch.borrowed():
+                by_top_k(group, q, few, new)
+            by_labels(group, q, few, pull, new)
 
 
-def by_teachers(plan: Plan, group: Group, q: Side, few: Few, scratch: Scratch, new: New) -> Tensor | float:
-    """Divergences in closed form and from top-k teachers; returns what the student's probabilities are to be
-    multiplied with in the gradient.
-    """
-    pull: Tensor | float = 0.0
-    for numbers in group.closed.values():
+def by_closed_forms(group: Group, q: Side, few: Few, scratch: Scratch, new: New) -> Tensor | None:
+    """Divergences of a closed form; and what the student's probabilities are to be multiplied with in the gradient."""
+    pull = None
+    for of_teacher in group.closed.values():
         with scratch.borrowed():
-            p = Side(few.task(plan.tasks[numbers[0]]).teacher, q.temperature, new, q.shard)
-            for k in numbers:
-                task = plan.tasks[k]
-                assert isinstance(task, TeacherTask) and task.closed_form is not None
-                form, squared = task.closed_form
+            p = Side(few.teacher(of_teacher[0].task), q.temperature, new, q.shard)
+            for k, _, form, size in of_teacher:
                 with scratch.borrowed():
                     value, slope, balance = form(q, p, new)
-                    few.note(k, value * squared, slope, squared / q.temperature)
-                pull = pull - few.scaled(k, None if balance is None else balance * (squared / q.temperature))
-    for k in group.top_k:
-        task = few.task(plan.tasks[k])
-        with scratch.borrowed():
-            values, rows = by_top_k(task, few.z, q, task.teacher, few.gradient is not None, new)
-            few.note(k, values.unsqueeze(-1), rows)
+                    few.note(k, value * size)
+                    if few.gradient is None:
+                        continue
+                    few.gradient.add(slope, few.scaled(k, size / q.temperature), few.off[k])
+                if balance is not None:
+                    own = few.scaled(k, balance * (-size / q.temperature))
+                    pull = own if pull is None else pull + own
     return pull
 
 
-def by_labels(plan: Plan, group: Group, q: Side, few: Few, pull: Tensor | float, new: New) -> None:
+def by_top_k(group: Group, q: Side, few: Few, new: New) -> None:
+    """Divergences from a teacher's most probable classes."""
+    for k, task in group.top_k:
+        of = among_few(task, few.z, q, few.teacher(task), few.gradient is not None, new)
+        few.note(k, of.value)
+        if few.gradient is not None:
+            few.gradient.add(of.others, few.scaled(k, of.share), few.off[k])
+            few.gradient.at(of.classes, few.scaled(k, of.slope))
+
+
+def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None, new: New) -> None:
     """Cross-entropies, and the student's own part in the gradient of all that was computed with it."""
-    targets = {}
+    own, targets = None, []
     one = Unsoftened.of(q, new) if group.labels else None
-    for k in group.labels:
-        task = few.task(plan.tasks[k])
+    for k, task in group.labels:
         assert one is not None
-        of = of_probabilities(task, q, one, new) if task.soft else of_classes(task, few.z, q, one, new)
-        few.note(k, of.value, None)
-        targets[k] = of
-    if few.gradient is None or few.weights is None:
+        labels = few.labels(task)
+        of = of_probabilities(task, labels, q, one, new) if task.soft else of_classes(task, labels, few.z, q, one, new)
+        few.note(k, of.value)
+        targets.append((k, of))
+        if few.gradient is not None:
+            part = few.scaled(k, of.sums / one.total)
+            own = part if own is None else own + part
+    if few.gradient is None:
         return
-    own: Tensor | float = 0.0
-    for k, of in targets.items():
-        assert one is not None
-        own = own + few.scaled(k, of.sums / one.total)
-    if one is not None and one.e is q.probs:
-        pull, own = pull + own, 0.0
-    for rows, by in ((q.probs, pull), (None if one is None else one.e, own)):
-        if rows is not None and isinstance(by, Tensor):
-            few.gradient.add(rows, by)
-    for k, of in targets.items():
-        of.subtract_from(few.gradient, few.weights[k], few.off[k])
+    if one is not None and one.e is q.probs and own is not None and pull is not None:
+        own, pull = own + pull, None
+    if pull is not None:
+        few.gradient.add(q.probs, pull)
+    if one is not None and own is not None:
+        few.gradient.add(one.e, own)
+    for k, of in targets:
+        if of.everywhere is not None:
+            few.gradient.add(of.everywhere, few.scaled(k, -1.0), few.off[k] if of.label is None else None)
+        if of.label is not None and of.at_label is not None:
+            few.gradient.at(of.label, few.scaled(k, -of.at_label))
 
 
 def by_autograd(task: TeacherTask, z: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kdloss.engine.side import LN2, New, Side
 from kdloss.engine.task import LabelTask
-from kdloss.engine.total import Total
 
 
 class Unsoftened(NamedTuple):
@@ -21,12 +20,12 @@ class Unsoftened(NamedTuple):
     def of(cls, q: Side, new: New) -> "Unsoftened":
         """From those at any temperature."""
         if q.temperature == 1:
-            return cls(q.probs, torch.ones_like(q.log_total), q.log_total)
+            return cls(q.probs, q.total, q.log_total)
         out = new()
         if q.temperature == 2:
             e = torch.mul(q.probs, q.probs, out=out)
             total = q.sum(e)
-            return cls(e, total, total.log() + 2 * q.log_total)
+            return cls(e, total, total.log() + 2 * (q.log_total - q.total.log()))
         e = torch.mul(q.bits, q.temperature, out=out).exp2_()
         total = q.sum(e)
         return cls(e, total, total.log())
@@ -45,17 +44,9 @@ class Target(NamedTuple):
     label: Tensor | None = None
     at_label: Tensor | None = None
 
-    def subtract_from(self, gradient: Total, weight: Tensor, off: Tensor | None) -> None:
-        """Subtract the targets, by weight."""
-        if self.everywhere is not None:
-            gradient.add(self.everywhere, -weight, off if len(self.everywhere) == len(weight) else None)
-        if self.label is not None and self.at_label is not None:
-            gradient.at(self.label, -weight * self.at_label)
 
-
-def of_probabilities(task: LabelTask, q: Side, one: Unsoftened, new: New) -> Target:
+def of_probabilities(task: LabelTask, labels: Tensor, q: Side, one: Unsoftened, new: New) -> Target:
     """Labels `[r, V]` that are probabilities."""
-    labels = task.labels
     out = new()
     a = labels.to(q.bits.dtype, copy=True) if out is None else out.copy_(labels)
     if task.smoothing > 0:
@@ -68,9 +59,9 @@ def of_probabilities(task: LabelTask, q: Side, one: Unsoftened, new: New) -> Tar
     return Target(sums * one.log_total - q.temperature * LN2 * gaps, sums, a)
 
 
-def of_classes(task: LabelTask, z: Tensor, q: Side, one: Unsoftened, new: New) -> Target:
+def of_classes(task: LabelTask, labels: Tensor, z: Tensor, q: Side, one: Unsoftened, new: New) -> Target:
     """Labels `[r]` that are classes."""
-    labels = task.labels.unsqueeze(-1)
+    labels = labels.unsqueeze(-1)
     mine, here = labels, None
     if q.shard is not None:
         mine = labels - q.shard.offset

@@ -72,14 +72,15 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
             teachers.make(start, stop)
             for i in range(start, stop, few):
                 j = min(i + few, stop)
-                total = None if gradients is None else Total(scratch.of(j - i)())
+                place = None if gradients is None else gradients.place(i, j, dtype)
+                total = None if gradients is None else Total(scratch.of(j - i)() if place is None else place)
                 by = None if weights is None else [w[i:j].unsqueeze(-1) for w in weights]
                 where = [None if o is None else o[i:j].unsqueeze(-1) for o in off]
                 rows = Few(i, j, student(i, j), teachers, values, by, where, total)
                 compute(plan, rows, scratch, shard)
-                if gradients is not None and total is not None:
-                    if nowhere is not None:
-                        blank(total.buffer, nowhere[i:j].unsqueeze(-1))
+                if total is not None and nowhere is not None:
+                    blank(total.buffer, nowhere[i:j].unsqueeze(-1))
+                if gradients is not None and total is not None and place is None:
                     gradients.rows(i, j, total.buffer)
                 scratch.taken = 0
             if gradients is not None:

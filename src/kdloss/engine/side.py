@@ -17,12 +17,15 @@ New = Callable[[], Tensor | None]
 
 
 class Side:
-    r"""Rows `[r, V]` at a temperature: $b = (z - \max z) / (T \ln 2)$, and the probabilities $2^b / \sum 2^b$.
+    r"""Rows `[r, V]` at a temperature: $b = (z - \max z) / (T \ln 2)$, and the probabilities $2^b / \sum 2^b$;
+    or, if not to be normalised, $2^b$, of which `total` is the sum then.
 
     In bits, as exp2 is computed three times faster than exp on CPUs; logarithms that leave are natural ones.
     """
 
-    def __init__(self, logits: Tensor, temperature: float, new: New, shard: Shard | None = None) -> None:
+    def __init__(
+        self, logits: Tensor, temperature: float, new: New, shard: Shard | None = None, normalise: bool = True
+    ) -> None:
         self.temperature, self.shard = temperature, shard
         out = new()
         dtype = precise(logits).dtype if out is None else out.dtype
@@ -42,7 +45,8 @@ class Side:
         # The small differences of large sums that a divergence is need more digits than float32 has.
         total = self.sum(probs)
         self.log_total = total.log()
-        self.probs = probs.div_(total.to(dtype))
+        self.probs = probs.div_(total.to(dtype)) if normalise else probs
+        self.total = torch.ones_like(total) if normalise else total
 
     def sum(self, rows: Tensor) -> Tensor:
         """Sums over all classes, in float64 where there is one."""
