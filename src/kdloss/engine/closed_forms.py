@@ -62,18 +62,18 @@ def jsd(
     if beta == 1:
         return reverse_kl(q, p, new)
     size = 1 / (beta * (1 - beta)) if normalize else 1.0
-    a, b = q.smooth(new), p.smooth(new)
+    # Results take the memory of what was read for the last time: three buffers are enough.
+    first, second, third = new(), new(), new()
+    a, b = q.smooth(first), p.smooth(second)
     if q.flat or not 0.05 <= beta <= 0.95:  # small differences, multiplied by T² or 1/beta
-        m = mixed(b, a, beta, out=new())  # equal to q where p is, to the last bit
+        m = mixed(b, a, beta, out=third)  # equal to q where p is, to the last bit
         terms = beta * mixture_terms(b, a, m, 1 - beta) + (1 - beta) * mixture_terms(a, b, m, beta)
         slope = log_ratio(a, b, m, beta).mul_(a).mul_((1 - beta) * size)
         return q.sum(terms) * size, slope, q.sum(slope)
-    out, spare = new(), new()
-    bits = torch.clamp(p.bits, min=NO_BITS, out=out), torch.clamp(q.bits, min=NO_BITS, out=spare)
-    gap = p.log_ratio_to(q, out, bits)
-    log = torch.div(a, mixed(b, a, beta, out=spare), out=spare).log_()
-    teacher = q.sum(gap.add_(log).mul_(b)) * (beta * size)
-    slope = log.mul_(a).mul_((1 - beta) * size)
+    log = torch.div(a, mixed(b, a, beta, out=second), out=second).log_()
+    bits = torch.clamp(p.bits, min=NO_BITS, out=first), torch.clamp(q.bits, min=NO_BITS, out=third)
+    teacher = q.sum(p.log_ratio_to(q, first, bits).add_(log).mul_(p.probs)) * (beta * size)
+    slope = log.mul_(q.probs).mul_((1 - beta) * size)
     student = q.sum(slope)
     return teacher + student, slope, student
 
@@ -83,10 +83,15 @@ def skewed_forward_kl(q: Side, p: Side, new: New, *, skew: float = 0.1) -> tuple
     _checks.fraction("skew", skew)
     if skew == 0:
         return forward_kl(q, p, new)
-    a, b = q.smooth(new), p.smooth(new)
-    m, out = mixed(b, a, skew, out=new()), new()
-    value = q.sum(mixture_terms(b, a, m, 1 - skew) if q.flat else torch.div(b, m, out=out).log_().mul_(b))
-    slope = torch.sub(a, b, out=out).mul_(a).div_(m).mul_((1 - skew) ** 2)
+    first, second = new(), new()
+    a, b = q.smooth(first), p.smooth(second)
+    if q.flat:
+        m = mixed(b, a, skew)
+        value = q.sum(mixture_terms(b, a, m, 1 - skew))
+    else:
+        m = mixed(b, a, skew, out=first)
+        value = q.sum(torch.div(b, m, out=second).log_().mul_(p.probs))
+    slope = torch.sub(q.probs, p.probs, out=second).mul_(q.probs).div_(m).mul_((1 - skew) ** 2)
     return value, slope, q.sum(slope)
 
 
@@ -95,11 +100,13 @@ def skewed_reverse_kl(q: Side, p: Side, new: New, *, skew: float = 0.1) -> tuple
     _checks.fraction("skew", skew)
     if skew == 0:
         return reverse_kl(q, p, new)
-    a, b = q.smooth(new), p.smooth(new)
-    m = mixed(a, b, skew, out=new())
-    slope = torch.div(a, m, out=new()).log_().mul_(a)
-    value = q.sum(mixture_terms(a, b, m, 1 - skew) if q.flat else slope)
-    slope.add_(b.sub_(a).mul_(a).div_(m), alpha=skew * (1 - skew))
+    first, second, third = new(), new(), new()
+    a, b = q.smooth(first), p.smooth(second)
+    m = mixed(a, b, skew, out=third)
+    value = q.sum(mixture_terms(a, b, m, 1 - skew)) if q.flat else None
+    slope = torch.div(a, m, out=second).log_().mul_(q.probs)
+    value = q.sum(slope) if value is None else value
+    slope.add_(torch.sub(p.probs, q.probs, out=first).mul_(q.probs).div_(m), alpha=skew * (1 - skew))
     return value, slope, q.sum(slope)
 
 

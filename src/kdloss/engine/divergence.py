@@ -36,7 +36,8 @@ def any_logits(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Let a divergence on tensors take every kind of logits, in blocks of rows.
 
-    `needs_logits`: probabilities alone don't do. `needs_classes`: nor do some classes and a bucket. `any_vocabulary`: tensors may differ in classes.
+    `needs_logits`: probabilities alone don't do. `needs_classes`: nor do some classes and a bucket.
+    `any_vocabulary`: tensors may differ in classes.
     """
 
     def decorate(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -16,7 +16,7 @@ from kdloss.targets import LazyLogits, at, dense
 
 
 def fused(problem: Problem, student: Student, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of all tasks' values by weights `[tasks, rows]` or `[tasks, 1]`, and the values `[tasks, rows]`, detached.
+    """The sum of all tasks' values by weights `[tasks, rows]` or `[tasks, 1]`; and the values, detached.
 
     Gradients are computed with the values; backward only scales them. A row of weight 0 gets nothing from its task,
     even where the value is infinite or no number.

@@ -71,8 +71,7 @@ def compute(plan: Plan, few: Few, scratch: Scratch, shard: Shard | None) -> None
         with scratch.borrowed():
             q = Side(few.z, temperature, new, shard, normalise=bool(group.closed))
             pull = by_closed_forms(group, q, few, scratch, new)
-            with scratch.borrowed():
-                by_top_k(group, q, few, new)
+            by_top_k(group, q, few, scratch, new)
             by_labels(group, q, few, pull, new)
 
 
@@ -95,14 +94,15 @@ def by_closed_forms(group: Group, q: Side, few: Few, scratch: Scratch, new: New)
     return pull
 
 
-def by_top_k(group: Group, q: Side, few: Few, new: New) -> None:
+def by_top_k(group: Group, q: Side, few: Few, scratch: Scratch, new: New) -> None:
     """Divergences from a teacher's most probable classes."""
     for k, task in group.top_k:
-        of = among_few(task, few.z, q, few.teacher(task), few.gradient is not None, new)
-        few.note(k, of.value)
-        if few.gradient is not None:
-            few.gradient.add(of.others, few.scaled(k, of.share), few.off[k])
-            few.gradient.at(of.classes, few.scaled(k, of.slope))
+        with scratch.borrowed():
+            of = among_few(task, few.z, q, few.teacher(task), few.gradient is not None, new)
+            few.note(k, of.value)
+            if few.gradient is not None:
+                few.gradient.add(of.others, few.scaled(k, of.share), few.off[k])
+                few.gradient.at(of.classes, few.scaled(k, of.slope))
 
 
 def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None, new: New) -> None:

@@ -59,30 +59,36 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
     if weights is not None:
         gradients = OfHead(x, student, shard) if isinstance(x, LazyLogits) else OfLogits(x, student, problem.overwrite)
     lazy = isinstance(x, LazyLogits) + teachers.lazy
-    many, few = block_rows(classes * max(lazy, 2) // 2), scratch_rows(device, classes) * plan.coarseness
+    many, few = block_rows(classes * max(lazy, 2) // 2), scratch_rows(device, classes)
     if shard is not None:  # every process cuts alike, and seldom: collectives
         few = many = max(block_rows(max(shard.sizes)) // 2, 1)
     dtype = torch.float64 if _dtype(x) == torch.float64 else torch.float32
-    scratch = Scratch(min(few, n), classes, dtype, device)
+    scratch: Scratch | None = None
     values = torch.zeros(len(tasks), n, dtype=dtype, device=device)
     off, nowhere = switched_off(weights, len(tasks))
     with torch.autocast(device.type, enabled=False):
         for start, stop in equal_blocks(n, many if lazy else n):
             student.make(start, stop)
             teachers.make(start, stop)
-            for i in range(start, stop, few):
+            i = start
+            while i < stop:
+                if scratch is None:
+                    scratch = Scratch(min(few, n), classes, dtype, device)
                 j = min(i + few, stop)
                 place = None if gradients is None else gradients.place(i, j, dtype)
                 total = None if gradients is None else Total(scratch.of(j - i)() if place is None else place)
                 by = None if weights is None else [w[i:j].unsqueeze(-1) for w in weights]
                 where = [None if o is None else o[i:j].unsqueeze(-1) for o in off]
-                rows = Few(i, j, student(i, j), teachers, values, by, where, total)
-                compute(plan, rows, scratch, shard)
+                compute(plan, Few(i, j, student(i, j), teachers, values, by, where, total), scratch, shard)
                 if total is not None and nowhere is not None:
                     blank(total.buffer, nowhere[i:j].unsqueeze(-1))
                 if gradients is not None and total is not None and place is None:
                     gradients.rows(i, j, total.buffer)
                 scratch.taken = 0
+                if i == 0 and shard is None:  # now it is known how many buffers these tasks take
+                    few = scratch_rows(device, classes, len(scratch.buffers), plan.coarseness)
+                    scratch = None
+                i = j
             if gradients is not None:
                 gradients.block(start, stop)
     return values, gradients
@@ -113,9 +119,10 @@ def equal_blocks(rows: int, most: int) -> Iterator[tuple[int, int]]:
         yield rows * k // blocks, rows * (k + 1) // blocks
 
 
-def scratch_rows(device: torch.device, classes: int) -> int:
+def scratch_rows(device: torch.device, classes: int, buffers: int = 8, coarseness: int = 1) -> int:
     """How many rows are worked on at a time: what stays in a CPU's cache, or fills an accelerator."""
-    entries = torch.get_num_threads() * 2**18 if device.type == "cpu" else 2**24
+    cpu = device.type == "cpu"
+    entries = min(2**19 * coarseness, 2**21 // max(buffers, 1)) * (torch.get_num_threads() if cpu else 64)
     return max(1, entries // max(classes, 1))
 
 

@@ -68,6 +68,6 @@ class Side:
         """Whether T² multiplies the rounding of sums over nearly equal terms beyond what is promised."""
         return self.temperature > 8
 
-    def smooth(self, new: New) -> Tensor:
+    def smooth(self, out: Tensor | None) -> Tensor:
         """Probabilities of which none is 0, so that every ratio and logarithm is finite."""
-        return torch.clamp(self.probs, min=math.exp(NO_MASS), out=new())
+        return torch.clamp(self.probs, min=math.exp(NO_MASS), out=out)
