@@ -96,9 +96,10 @@ def by_closed_forms(group: Group, q: Side, few: Few, scratch: Scratch, new: New)
 
 def by_top_k(group: Group, q: Side, few: Few, scratch: Scratch, new: New) -> None:
     """Divergences from a teacher's most probable classes."""
+    alone = len(group.top_k) == 1 and not group.labels and not group.closed
     for k, task in group.top_k:
         with scratch.borrowed():
-            of = among_few(task, few.z, q, few.teacher(task), few.gradient is not None, new)
+            of = among_few(task, few.z, q, few.teacher(task), few.gradient is not None, alone, new)
             few.note(k, of.value)
             if few.gradient is not None:
                 few.gradient.add(of.others, few.scaled(k, of.share), few.off[k])

@@ -23,15 +23,16 @@ class AmongFew(NamedTuple):
     slope: Tensor
 
 
-def among_few(task: TeacherTask, z: Tensor, q: Side, teacher: TopKLogits, wanted: bool, new: New) -> AmongFew:
+def among_few(
+    task: TeacherTask, z: Tensor, q: Side, teacher: TopKLogits, wanted: bool, alone: bool, new: New
+) -> AmongFew:
     """Compared among the k classes and a bucket; q is the student at the teacher's temperature.
 
     The divergence itself, by autograd, sees those few. In the student's logits the bucket's gradient goes to the
-    classes in it by their share of its mass.
+    classes in it by their share of its mass. If nobody else reads q, it is overwritten (`alone`).
     """
     indices, empty = teacher.slots()
-    out = new()
-    others = q.probs.clone() if out is None else out.copy_(q.probs)
+    others = q.probs if alone else _copy(q.probs, new())
     kept, mass = precise(z.gather(-1, indices)), q.sum(others.scatter_(-1, indices, 0))
     log_size = (q.log_total - q.total.log()).to(kept.dtype) + q.top / q.temperature
     rest = log_mass(mass.to(kept.dtype), log_size) * q.temperature
@@ -44,3 +45,7 @@ def among_few(task: TeacherTask, z: Tensor, q: Side, teacher: TopKLogits, wanted
     k = indices.shape[-1]
     share = slope[:, k:].sum(-1, keepdim=True) / mass.masked_fill(mass == 0, 1)
     return AmongFew(values.detach().unsqueeze(-1), others, share, indices, slope[:, :k].masked_fill(empty, 0))
+
+
+def _copy(x: Tensor, out: Tensor | None) -> Tensor:
+    return x.clone() if out is None else out.copy_(x)
