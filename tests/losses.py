@@ -44,6 +44,7 @@ EXEMPT = {
     "logit_mse": {"shift"},
     "bernoulli_kl": {"shift"},
     "nkd": {"teacher"},  # its first term is a cross-entropy
+    "hard_labels": {"teacher"},  # a cross-entropy: it pulls beyond the teacher
     "dist": {"relational"},
     "attention_transfer": {"alone"},  # one row is enough
     "attention_mse": {"alone"},  # a text may be one token

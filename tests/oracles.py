@@ -167,8 +167,18 @@ def standardized_forward_kl(s, t, temperature=1.0):
     return forward_kl(standard(s), standard(t), temperature)
 
 
-def cross_entropy(z, labels):
-    return -np.take_along_axis(log_softmax(z), labels[..., None], -1)[..., 0]
+def hard_labels(s, t, temperature=1.0):
+    return -(temperature**2) * np.take_along_axis(log_softmax(s, temperature), t.argmax(-1)[..., None], -1)[..., 0]
+
+
+def cross_entropy(z, labels, smoothing=0.0, weight=None):
+    """Class by class; labels are classes, or the probabilities of all."""
+    log_q, classes, total = log_softmax(z), z.shape[-1], 0
+    for c in range(classes):
+        y = labels[..., c] if labels.dtype.kind == "f" else labels == c
+        target = (1 if weight is None else weight[c]) * ((1 - smoothing) * y + smoothing / classes)
+        total = total + np.where(target == 0, 0, -target * np.where(target == 0, 0, log_q[..., c]))
+    return total
 
 
 def mse(s, t):

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kdloss
 from kdloss import LazyLogits, Mixture, TopKLogits, VanillaKD
+from kdloss.engine import LabelTask, Problem, TeacherTask, fused, per_position
+from kdloss.engine.side import Side
 
 # Every exported divergence, by the name of its oracle.
 FUNCTIONS = {loss.oracle.__name__: loss.function for loss in losses.DIVERGENCES}
@@ -88,6 +91,10 @@ def sides(kind, x, temperature=1.0):
     return student, teacher
 
 
+def needs_classes(function):
+    return getattr(function, "needs_classes", False)
+
+
 def skip_what_has_no_meaning(name, kind):
     """Probabilities are no logits, and stored in their order classes have neither labels nor columns."""
     function = FUNCTIONS[name]
@@ -96,7 +103,8 @@ def skip_what_has_no_meaning(name, kind):
     if kind.startswith("top-k"):
         if getattr(function, "needs_logits", False):
             pytest.skip("compares logits")
-        if kind != "top-k uniform" and {"labels", "mask"} & set(inspect.signature(function).parameters):
+        by_name = {"labels", "mask"} & set(inspect.signature(function).parameters) or needs_classes(function)
+        if kind != "top-k uniform" and by_name:
             pytest.skip("compares classes by their names")
 
 
@@ -379,7 +387,11 @@ def test_garbage_at_ignored_positions_changes_no_bit(name, garbage, cut):
     bad = LABELS == -100
 
     parameters = set(inspect.signature(FUNCTIONS[name]).parameters)
-    top_k = not ({"labels", "mask"} & parameters or getattr(FUNCTIONS[name], "needs_logits", False))
+    top_k = not (
+        {"labels", "mask"} & parameters
+        or getattr(FUNCTIONS[name], "needs_logits", False)
+        or needs_classes(FUNCTIONS[name])
+    )
 
     def results(fill):
         x = given(dtype=torch.float32)
@@ -492,14 +504,11 @@ def test_values_per_position_take_any_gradient_from_above(kind, cut):
 @pytest.mark.parametrize("kind", ["dense", "lazy"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_either_term_may_be_used_without_the_other(kind, alpha, cut):
-    from kdloss.engine import Problem, Task, per_position
-
     x, labels = given(), LABELS.clamp_min(0)
     student, teacher = sides(kind, x)
-    task = Task(kdloss.divergences.forward_kl, 2.0, cross_entropy=True)
-    both = per_position(Problem(task, teacher, labels.reshape(-1), None, 14), student)
-    everywhere = labels >= 0
-    expected = exact("forward_kl", x, 2.0, alpha, labels, everywhere, torch.ones(2, 7))
+    tasks = [LabelTask(labels.reshape(-1)), TeacherTask(kdloss.divergences.forward_kl, teacher, 2.0)]
+    both = per_position(*Problem.of(tasks, student, None, 14))
+    expected = exact("forward_kl", x, 2.0, alpha, labels, labels >= 0, torch.ones(2, 7))
     agree(both[0 if alpha else 1], x, expected, 1e-10)
 
 
@@ -1291,3 +1300,394 @@ def test_parameters_of_a_divergence_are_trained_or_it_is_refused(cut):
     torch.testing.assert_close(found, exact)
     with pytest.raises(ValueError, match=r"of its own to train.*nn\.Module"):
         VanillaKD(1.0, 0.0, divergence=lambda s, t, *, temperature: learned(s, t, temperature=1.0))(student, teacher)
+
+
+# -- several tasks of one student in one sweep --
+
+# Divergence, temperature, and which of two teachers: two share a temperature and a teacher, two a teacher alone.
+SEVERAL = (("forward_kl", 2.0, 0), ("jsd", 2.0, 0), ("reverse_kl", 3.0, 0), ("total_variation", 1.0, 1))
+SOME = LABELS.reshape(-1)[(LABELS != -100).reshape(-1)]
+INDEX = (LABELS != -100).reshape(-1).nonzero().squeeze(1)
+WEIGHTS = torch.tensor([0.3, 1.5, -0.4, 0.7, 2.0], dtype=torch.float64)[:, None]
+
+
+def other_teacher(x, seed=5):
+    return Given(student=x.student, teacher=given(dtype=x.teacher[0].dtype, seed=seed).teacher)
+
+
+def several(kind, x, several=SEVERAL, labels=SOME):
+    """The student, cross-entropy and divergences from two teachers."""
+    made = {}
+    tasks = [LabelTask(labels)]
+    for name, temperature, which in several:
+        key = which, temperature if kind.startswith("top-k") else None
+        if key not in made:
+            made[key] = sides(kind, (x, other_teacher(x))[which], temperature)
+        tasks.append(TeacherTask(FUNCTIONS[name], made[key][1], temperature))
+    return next(iter(made.values()))[0], tasks
+
+
+def exact_several(x, weights, labels=SOME, several=SEVERAL, index=INDEX):
+    """Values of the tasks, and the gradients of their weighted sum."""
+    leaves, index = numpy(*x.student), index.numpy()
+    teachers = [numpy(*side.teacher) for side in (x, other_teacher(x))]
+    w = weights.detach().double().numpy() * np.ones((1 + len(several), len(index)))
+
+    def values(h, weight, b):
+        z = (h.reshape(-1, h.shape[-1]) @ weight.T + b)[index]
+        found = [oracles.cross_entropy(z, labels.numpy())]
+        for name, temperature, which in several:
+            h, weight, b = teachers[which]
+            t = (h.reshape(-1, h.shape[-1]) @ weight.T + b)[index]
+            found.append(exact_kd(name, z, t, temperature, None))
+        return np.stack(found)
+
+    def at(i, v):
+        return (w * values(*(v if k == i else leaf for k, leaf in enumerate(leaves)))).sum()
+
+    return values(*leaves), [oracles.gradient(partial(at, i), leaves[i]) for i in range(3)]
+
+
+def all_agree(loss, values, x, expected, weights, tolerance=1e-10):
+    np.testing.assert_allclose(values.detach(), expected[0], rtol=tolerance, atol=tolerance)
+    assert loss.item() == pytest.approx((weights.detach().double().numpy() * expected[0]).sum(), rel=tolerance)
+    for mine, slope in zip(torch.autograd.grad(loss, x.student), expected[1], strict=True):
+        close(mine, slope, tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_tasks_are_the_sum_of_what_each_is(kind, cut):
+    x = given()
+    student, tasks = several(kind, x)
+    for task in tasks:
+        task.check(student)
+    loss, values = fused(*Problem.of(tasks, student, INDEX, len(SOME)), WEIGHTS)
+    assert values.shape == (5, len(SOME))
+    assert not values.requires_grad
+    all_agree(loss, values, x, exact_several(x, WEIGHTS), WEIGHTS)
+
+
+@every_divergence
+def test_divergences_at_one_temperature_do_not_disturb_each_other(name, cut):
+    """Each before and behind another one that shares student and teacher with it."""
+    parameters = set(inspect.signature(FUNCTIONS[name]).parameters)
+    if {"labels", "mask"} & parameters:
+        pytest.skip("has a test of its own")
+    x = given()
+    several_of = ((name, 2.0, 0), ("symmetric_kl", 2.0, 0), (name, 2.0, 0), ("skewed_reverse_kl", 2.0, 1))
+    student, tasks = several("dense", x, several_of)
+    loss, values = fused(*Problem.of(tasks, student, INDEX, len(SOME)), WEIGHTS)
+    all_agree(loss, values, x, exact_several(x, WEIGHTS, several=several_of), WEIGHTS)
+    assert torch.equal(values[1], values[3])
+
+
+@pytest.mark.parametrize("kind", ["dense", "lazy", "mixture", "top-k bucket"])
+@pytest.mark.parametrize("reduction", ["fused", "per position"])
+def test_a_row_without_weight_gets_nothing_whatever_its_task_says_there(kind, reduction, cut):
+    x = given()
+    weights = torch.rand(3, len(SOME), dtype=torch.float64)
+    weights[0, ::2] = weights[1, 1::3] = weights[2, 4:6] = 0
+    two = (("forward_kl", 2.0, 0), ("reverse_kl", 2.0, 1))
+    expected = exact_several(x, weights, several=two)
+    labels = SOME.clone()
+    labels[::2] = (labels[::2] + 3) % 11
+    student, (ce, first, second) = several(kind, x, two, labels)
+    for task, off in ((first, weights[1] == 0), (second, weights[2] == 0)):
+        for t in rows_of(task.teacher):
+            t.view(14, -1)[INDEX[off]] = NAN
+    problem, local = Problem.of([ce, first, second], student, INDEX, len(SOME))
+    if reduction == "fused":
+        loss, values = fused(problem, local, weights)
+    else:
+        values = per_position(problem, local)
+        loss = (values.where(weights != 0, 0) * weights).sum()
+    on = weights.numpy() != 0
+    np.testing.assert_allclose(values.detach().numpy()[on], expected[0][on], rtol=1e-10, atol=1e-12)
+    assert loss.item() == pytest.approx((weights.numpy() * expected[0])[on].sum(), rel=1e-10)
+    slopes = torch.autograd.grad(loss, x.student, retain_graph=True)
+    again = torch.autograd.grad(loss, x.student, create_graph=True)
+    for mine, second_way, slope in zip(slopes, again, expected[1], strict=True):
+        close(mine, slope, 1e-10)
+        close(second_way.detach(), slope, 1e-10)
+
+
+def rows_of(teacher):
+    if isinstance(teacher, Mixture):
+        return [t for part in teacher.teachers for t in rows_of(part)]
+    if isinstance(teacher, TopKLogits):
+        return [teacher.log_probs]
+    return [teacher.hidden if isinstance(teacher, LazyLogits) else teacher]
+
+
+@pytest.mark.parametrize("kind", ["dense", "lazy"])
+def test_a_student_that_is_no_number_where_nothing_counts_has_a_gradient_of_zero_there(kind, cut):
+    x = given()
+    x.student[0].data[0, 3] = NAN
+    student, tasks = several(kind, x, labels=SOME.new_zeros(14))
+    weights = torch.ones(5, 14, dtype=torch.float64)
+    weights[:, 3] = 0
+    loss, _ = fused(*Problem.of(tasks, student, None, 14), weights)
+    assert loss.isfinite()
+    leaf = student.detach().requires_grad_() if kind == "dense" else None
+    if leaf is None:
+        slopes = torch.autograd.grad(loss, x.student)
+    else:
+        loss, _ = fused(*Problem.of(tasks, leaf, None, 14), weights)
+        slopes = torch.autograd.grad(loss, leaf)
+    assert not slopes[0].view(14, -1)[3].any()
+    assert all(slope.isfinite().all() for slope in slopes[:1])
+
+
+@pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
+@pytest.mark.parametrize("shape", [(5, 1), (5, len(SOME))])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_gradient_by_weights_is_the_values(kind, shape, frozen, cut):
+    x = given()
+    student, tasks = several(kind, x)
+    weights = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    if frozen:
+        student = student.detach()
+    loss, values = fused(*Problem.of(tasks, student, INDEX, len(SOME)), weights)
+    (slope,) = torch.autograd.grad(3 * loss, weights, retain_graph=True)
+    expected = 3 * exact_several(x, weights)[0]
+    close(slope, expected if shape[1] > 1 else expected.sum(1, keepdims=True), 1e-10)
+    if not frozen:
+        all_agree(loss, values, x, exact_several(x, weights), weights)
+
+
+@pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
+def test_second_derivatives_by_student_and_weights_are_right(kind, cut):
+    x, labels = given((3,), classes=5, width=2), torch.tensor([3, 1, 0])
+    other = given((3,), classes=5, width=2, seed=1)
+
+    def loss(weights, *student):
+        z, t = sides(kind, Given(student=student, teacher=x.teacher), 2.0)
+        u = sides(kind, Given(student=student, teacher=other.teacher), 1.0)[1]
+        tasks = [LabelTask(labels, smoothing=0.1)]
+        tasks += [TeacherTask(FUNCTIONS[n], t, 2.0) for n in ("forward_kl", "jsd")]
+        tasks += [TeacherTask(kdloss.divergences.reverse_kl, u)]
+        return fused(*Problem.of(tasks, z, None, 3), weights)[0]
+
+    for shape in ((4, 1), (4, 3)):
+        weights = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(loss, (weights, *x.student))
+        assert torch.autograd.gradgradcheck(loss, (weights, *x.student))
+
+
+@pytest.mark.parametrize("kind", ["dense", "lazy", "mixture", "top-k bucket"])
+def test_values_of_several_tasks_take_any_gradient_from_above(kind, cut):
+    x = given()
+    student, tasks = several(kind, x)
+    upstream = torch.randn(5, len(SOME), dtype=torch.float64)
+    values = per_position(*Problem.of(tasks, student, INDEX, len(SOME)))
+    all_agree((values * upstream).sum(), values, x, exact_several(x, upstream), upstream)
+
+
+CLASS_WEIGHTS = torch.tensor([0.0, 2.0, 0.5, 1.0, 1.5, 0.0, 1.0, 3.0, 1.0, 0.25, 1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("weight", [None, CLASS_WEIGHTS], ids=["equal classes", "class weights"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "lazy"])
+def test_cross_entropy_of_any_labels_in_blocks_equals_the_oracle(kind, soft, weight, smoothing, temperature, cut):
+    x = given()
+    student, teacher = sides(kind, x)
+    labels = torch.rand(2, 7, 11, dtype=torch.float64).softmax(-1) if soft else SOME
+    tasks = [LabelTask(labels, smoothing, weight), LabelTask(SOME)]
+    weights = torch.rand(2, len(SOME), dtype=torch.float64)
+    weights[0, 3] = 0
+    if temperature is not None:  # whose exponentials are used
+        tasks.append(TeacherTask(kdloss.divergences.total_variation, teacher, temperature))
+        weights = torch.cat([weights, torch.zeros(1, len(SOME))])
+    for task in tasks:
+        task.check(student)
+    loss, values = fused(*Problem.of(tasks, student, INDEX, len(SOME)), weights)
+    leaves = numpy(*x.student)
+    y = labels.reshape(14, 11)[INDEX].numpy() if soft else SOME.numpy()
+
+    def total(h, w, b):
+        z = (h.reshape(-1, 4) @ w.T + b)[INDEX.numpy()]
+        first = oracles.cross_entropy(z, y, smoothing, None if weight is None else weight.numpy())
+        return first, (weights[0].numpy() * first + weights[1].numpy() * oracles.cross_entropy(z, SOME.numpy())).sum()
+
+    np.testing.assert_allclose(values[0], total(*leaves)[0], rtol=1e-10, atol=1e-12)
+    z = LazyLogits(*x.student).dense().reshape(14, 11)[INDEX]
+    torchs = F.cross_entropy(z, torch.from_numpy(y), weight, label_smoothing=smoothing, reduction="none")
+    torch.testing.assert_close(values[0], torchs.detach(), rtol=1e-10, atol=1e-12)
+    for i, mine in enumerate(torch.autograd.grad(loss, x.student)):
+        at = lambda v, i=i: total(*(v if k == i else leaf for k, leaf in enumerate(leaves)))[1]  # noqa: E731
+        close(mine, oracles.gradient(at, leaves[i]), 1e-10)
+
+
+@pytest.mark.parametrize("temperature", [None, 2.0, 3.0])
+def test_excluded_classes_add_nothing_to_a_cross_entropy_unless_labels_ask_for_them(temperature):
+    z = torch.tensor([[1.0, 0.0, -INF], [0.5, -1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    soft = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
+    weight = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
+    cases = [
+        (LabelTask(soft), True),
+        (LabelTask(torch.tensor([2, 0]), 0.0, weight), True),
+        (LabelTask(torch.tensor([2, 1]), 0.1, weight), True),
+        (LabelTask(torch.tensor([1, 0]), 0.1), False),
+        (LabelTask(torch.tensor([2, 0])), False),
+        (LabelTask(soft.flip(-1)), False),
+    ]
+    for task, finite in cases:
+        others = [] if temperature is None else [TeacherTask(kdloss.divergences.forward_kl, z.detach(), temperature)]
+        loss, values = fused(*Problem.of([task, *others], z, None, 2), torch.ones(1 + len(others), 1))
+        by_class = None if task.class_weights is None else weight.numpy()
+        expected = oracles.cross_entropy(z.detach().numpy(), task.labels.numpy(), task.smoothing, by_class)
+        np.testing.assert_allclose(values[0], expected, rtol=1e-12)
+        assert (values[0, 0].item() < INF) == finite
+        plain = task.values(z)
+        np.testing.assert_allclose(plain.detach(), expected, rtol=1e-12)
+        if finite:
+            ours, plains = (torch.autograd.grad(way.sum(), z)[0] for way in (loss, plain))
+            torch.testing.assert_close(ours, plains, rtol=1e-12, atol=1e-12)
+
+
+def multiplications(step):
+    """Entries times width of all matrix products."""
+    found = []
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in PRODUCTS:
+                left, right = args[-2:]
+                found.append(left.shape[0] * left.shape[1] * right.shape[1])
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        step()
+    return sum(found)
+
+
+def test_a_head_is_multiplied_once_per_block_whatever_the_number_of_tasks(cut):
+    x = given()
+    student = LazyLogits(*x.student)
+    teacher, other = LazyLogits(*x.teacher), LazyLogits(*other_teacher(x).teacher)
+    both = Mixture([teacher, other])
+    divergences = kdloss.divergences
+
+    def cost(*tasks):
+        tasks = [LabelTask(LABELS.reshape(-1).clamp_min(0)), *tasks]
+        problem, local = Problem.of(tasks, student, None, 14)
+        weights = torch.ones(len(tasks), 1)
+        return multiplications(lambda: fused(problem, local, weights)[0].backward())
+
+    product = 14 * 4 * 11
+    first = TeacherTask(divergences.forward_kl, teacher, 2.0)
+    second = TeacherTask(divergences.jsd, teacher.detach(), 3.0)
+    third = TeacherTask(divergences.logit_mse, teacher)
+    assert cost() == 3 * product  # the head, and its gradients by weight and hidden states
+    assert cost(first) == 4 * product
+    assert cost(first, second, third) == 4 * product
+    assert cost(first, second, replace(second, teacher=other)) == 5 * product
+    mixed = [TeacherTask(divergences.forward_kl, both, t) for t in (1.0, 2.0)]
+    assert cost(first, replace(second, teacher=other), *mixed) == 5 * product
+
+
+@pytest.mark.parametrize("index", [None, INDEX])
+def test_several_tasks_overwrite_logits_with_the_gradient_of_their_sum(index, cut):
+    x = given()
+    student, teacher = (t.detach() for t in sides("dense", x))
+    labels = LABELS.reshape(-1).clamp_min(0) if index is None else SOME
+    tasks = [LabelTask(labels), TeacherTask(kdloss.divergences.logit_mse, teacher)]
+    tasks += [
+        TeacherTask(FUNCTIONS[n], t, T) for n, T, t in (("forward_kl", 2.0, teacher), ("jsd", 1.0, teacher.flip(0)))
+    ]
+    found = []
+    for overwrite in (False, True):
+        leaf = student.clone().requires_grad_()
+        problem, local = Problem.of(tasks, leaf, index, len(labels), overwrite)
+        loss, _ = fused(problem, local, torch.ones(4, 1))
+        loss.backward()
+        assert torch.equal(leaf, leaf.grad) == overwrite
+        found.append((loss, leaf.grad))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["dense", "lazy"])
+def test_small_float16_gradients_of_several_tasks_survive_under_a_scaler(kind, cut):
+    items, x = 2.0**22, given(dtype=torch.float16)
+    student, tasks = several(kind, x)
+    weights = (torch.rand(5, 1, dtype=torch.float64) / items).requires_grad_()
+    loss, _ = fused(*Problem.of(tasks, student, INDEX, len(SOME)), weights)
+    *slopes, by_weights = torch.autograd.grad(loss * items, [*x.student, weights])
+    z = kind == "lazy"  # the dense student's logits were rounded to float16
+    values, expected = exact_several(x, weights * items)
+    for ours, slope in zip(slopes, expected, strict=True):
+        assert relative_error(ours, slope) < (3e-3 if z else 6e-3)
+    np.testing.assert_allclose(by_weights, items * values.sum(1, keepdims=True), rtol=1e-2)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1)])
+def test_several_tasks_give_what_is_frozen_no_gradient_and_the_others_theirs_twice(frozen, cut):
+    x = given()
+    expected = exact_several(x, WEIGHTS)
+    for i in frozen:
+        x.student[i].requires_grad_(False)
+    student, tasks = several("lazy", x)
+    loss, _ = fused(*Problem.of(tasks, student, INDEX, len(SOME)), WEIGHTS)
+    for times in (1, 2):
+        loss.backward(retain_graph=True)
+        for i, (leaf, slope) in enumerate(zip(x.student, expected[1], strict=True)):
+            assert (leaf.grad is None) == (i in frozen)
+            if i not in frozen:
+                close(leaf.grad, times * slope, 1e-10)
+
+
+FORMS = {
+    **{name: f.closed_form for name, f in FUNCTIONS.items() if getattr(f, "closed_form", None)},
+    "jsd 0.01": partial(kdloss.divergences.jsd.closed_form, beta=0.01, normalize=True),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 20.0])
+def test_a_closed_form_reads_its_inputs_and_needs_no_memory_of_the_callers(name, temperature):
+    z, t = torch.randn(2, 5, 9, dtype=torch.float64)
+    z[0, 3] = z[1, 2] = t[1, 2] = t[2, 4] = -INF
+
+    def buffers():
+        return torch.full((5, 9), NAN, dtype=torch.float64)
+
+    found = []
+    for new in (buffers, lambda: None):
+        q, p = Side(z, temperature, new), Side(t, temperature, new)
+        before = [v.clone() for side in (q, p) for v in (side.bits, side.probs, side.total, side.log_total, side.top)]
+        found.append(FORMS[name](q, p, new))
+        after = [v for side in (q, p) for v in (side.bits, side.probs, side.total, side.log_total, side.top)]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        slope = found[-1][1].data_ptr()
+        assert slope not in {v.data_ptr() for v in after}
+    for ours, pure in zip(*found, strict=True):
+        assert (ours is None and pure is None) or torch.equal(ours.nan_to_num(7.0), pure.nan_to_num(7.0))
+
+
+def test_labels_that_do_not_fit_are_refused_with_what_to_write():
+    student = torch.randn(2, 7, 11)
+    ones = torch.ones(11)
+    cases = [
+        (TypeError, r"labels\.long\(\)", LabelTask(SOME.int())),
+        (ValueError, r"probabilities of the classes, \(2, 7, 11\)", LabelTask(torch.rand(14))),
+        (ValueError, "smoothing must lie between 0 and 1", LabelTask(SOME, 1.5)),
+        (ValueError, "one per class", LabelTask(SOME, 0.0, ones[1:])),
+        (TypeError, "weight must be floating point", LabelTask(SOME, 0.0, ones.long())),
+    ]
+    for error, match, task in cases:
+        with pytest.raises(error, match=match):
+            task.check(student)
+    with pytest.raises(ValueError, match=r"labels have shape \(10,\); there are 14 rows"):
+        Problem.of([LabelTask(SOME[:10])], student, None, 14)
+
+
+def test_the_teachers_decision_among_few_classes_and_a_bucket_is_refused():
+    student, teacher = torch.randn(2, 3, 9)
+    for tail in ("bucket", "renormalise"):
+        with pytest.raises(ValueError, match=r"hard_labels looks labels up.*tail='uniform'"):
+            kdloss.divergences.hard_labels(student, TopKLogits.of(teacher, 4, tail=tail))
+    kept = kdloss.divergences.hard_labels(student, TopKLogits.of(teacher, 4, tail="uniform"))
+    torch.testing.assert_close(kept, kdloss.divergences.hard_labels(student, teacher))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import vocabulary_parallel_processes
-from vocabulary_parallel_processes import CASES, SIZES, data
+from vocabulary_parallel_processes import CASES, SIZES, class_weights, data, several_weights
 
 SCRIPT = Path(vocabulary_parallel_processes.__file__)
 
@@ -43,6 +43,7 @@ def test_several_processes_have_the_values_and_gradients_of_one(processes, tmp_p
     for name in CASES:
         value_and_gradients_are_those_of_the_whole_vocabulary(results, name)
     any_gradient_from_above_reaches_every_position(results)
+    several_tasks_are_those_of_the_whole_vocabulary(results)
     what_a_shard_cannot_do_is_said(results)
 
 
@@ -78,9 +79,35 @@ def any_gradient_from_above_reaches_every_position(results):
     torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-12)
 
 
+def several_tasks_are_those_of_the_whole_vocabulary(results):
+    x, labels = data()
+    leaves = [x[k].requires_grad_() for k in ("hidden", "weight", "bias")]
+    z, t, y = (leaves[0] @ leaves[1].T + leaves[2]).view(6, 19), x["teacher"].view(6, 19), labels.view(-1).clamp_min(0)
+    log_q, log_p = (z / 2).log_softmax(-1), (t / 2).log_softmax(-1)
+    values = torch.stack(
+        [
+            F.cross_entropy(z, y, class_weights(), label_smoothing=0.2, reduction="none"),
+            F.cross_entropy(z, y, label_smoothing=0.1, reduction="none"),
+            4 * (log_p.exp() * (log_p - log_q)).sum(-1),
+            4 * (log_q.exp() * (log_q - log_p)).sum(-1),
+        ]
+    )
+    by_logits, *by_head = torch.autograd.grad((several_weights() * values).sum(), [z, *leaves])
+    sizes = SIZES[len(results)]
+    for rank, result in enumerate(results):
+        mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        for name in ("several", "lazy several"):
+            torch.testing.assert_close(result[name]["values"], values.detach(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(result["several"]["grad"][0].view(6, -1), by_logits[:, mine], rtol=1e-10, atol=1e-12)
+        expected = [by_head[0], by_head[1][mine], by_head[2][mine]]
+        torch.testing.assert_close(list(result["lazy several"]["grad"]), expected, rtol=1e-10, atol=1e-12)
+
+
 def what_a_shard_cannot_do_is_said(results):
     for result in results:
         said = result["refused"]
         assert "kdloss.ShardedLogits" in said["whole teacher"]
         assert "closed form" in said["own divergence"]
+        assert "whole vocabulary" in said["soft labels"]
+        assert "whole vocabulary" in said["hard labels"]
         assert "second derivative" in said["second derivative"]

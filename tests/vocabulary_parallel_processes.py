@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import kdloss
 import kdloss.engine.run
+from kdloss.engine import LabelTask, Problem, TeacherTask, fused
 
 SIZES = {2: (8, 11), 4: (7, 0, 5, 7)}  # classes of each process, one of them without any
 CASES = {
@@ -68,9 +69,38 @@ def main():
             results[name]["dtensor"] = gradients(criterion, student, [student], placed, labels)
             lazy = kdloss.LazyLogits(hidden, *parts)
             results[name]["lazy dtensor"] = gradients(criterion, lazy, [hidden, *parts], placed, labels)
+    for name, student, leaves in (
+        ("several", kdloss.ShardedLogits(logits), [logits]),
+        ("lazy several", lazy_again(head), head),
+    ):
+        loss, values = fused(*Problem.of(tasks(teacher, labels), student, None, 6), several_weights())
+        results[name] = {"values": values, "grad": torch.autograd.grad(loss, leaves)}
     results["refused"] = refused(logits, teacher, x["teacher"])
     torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def lazy_again(head):
+    return kdloss.ShardedLogits(kdloss.LazyLogits(*head))
+
+
+def class_weights():
+    return torch.linspace(0, 2, 19, dtype=torch.float64)
+
+
+def several_weights():
+    return torch.linspace(0.5, 2, 24, dtype=torch.float64).view(4, 6)
+
+
+def tasks(teacher, labels):
+    """Two cross-entropies and two divergences in one sweep."""
+    y = labels.reshape(-1).clamp_min(0)
+    return [
+        LabelTask(y, smoothing=0.2, class_weights=class_weights()),
+        LabelTask(y, smoothing=0.1),
+        TeacherTask(kdloss.divergences.forward_kl, teacher, 2.0),
+        TeacherTask(kdloss.divergences.reverse_kl, teacher, 2.0),
+    ]
 
 
 def refused(logits, teacher, whole):
@@ -79,6 +109,8 @@ def refused(logits, teacher, whole):
     asks = {
         "whole teacher": lambda: kdloss.divergences.forward_kl(student, whole),
         "own divergence": lambda: kdloss.VanillaKD(alpha=0.0, divergence=own)(student, teacher),
+        "soft labels": lambda: LabelTask(whole.softmax(-1)).check(student),
+        "hard labels": lambda: kdloss.divergences.hard_labels(student, teacher),
         "second derivative": lambda: torch.autograd.grad(
             kdloss.divergences.forward_kl(student, teacher).sum(), logits, create_graph=True
         ),

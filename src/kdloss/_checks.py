@@ -205,15 +205,41 @@ def mask(mask: Tensor, shape: torch.Size, what: str) -> None:
 
 def labels(labels: Tensor, logits: Placed) -> None:
     """Integer class indices, one per position of the logits."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64 class indices, got {labels.dtype}; write labels.long()")
+    classes(labels, logits)
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} but logits {tuple(logits.shape)} need {tuple(logits.shape[:-1])}"
         )
+
+
+def classes(labels: Tensor, logits: Placed) -> None:
+    """Integer class indices of some positions of the logits."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64 class indices, got {labels.dtype}; write labels.long()")
     same_place("labels", logits, labels)
+
+
+def soft_labels(labels: Tensor, logits: Placed) -> None:
+    """Probabilities of every class, at every position of the logits."""
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels in floating point are probabilities of the classes, {tuple(logits.shape)} as the logits, got "
+            f"{tuple(labels.shape)}; class indices are int64: write labels.long()"
+        )
+    same_place("labels", logits, labels)
+
+
+def target_options(smoothing: float, weight: Tensor | None, logits: Placed) -> None:
+    """What changes the labels of a cross-entropy: a share for all classes, a weight for each."""
+    fraction("smoothing", smoothing)
+    if weight is None:
+        return
+    floating("weight", weight)
+    if weight.shape != logits.shape[-1:]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; logits {tuple(logits.shape)} need one per class")
+    same_place("weight", logits, weight)
 
 
 def finite(name: str, tensor: Tensor, keep: Tensor) -> None:

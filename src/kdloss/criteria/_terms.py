@@ -10,7 +10,18 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._capture import Captured
 from kdloss.criteria._positions import Positions
-from kdloss.engine import Divergence, Problem, Task, Vocabulary, fused, per_position, whole_only
+from kdloss.engine import (
+    Divergence,
+    LabelTask,
+    Problem,
+    Task,
+    TeacherTask,
+    Vocabulary,
+    fused,
+    per_position,
+    specification,
+    whole_only,
+)
 from kdloss.reduction import Reduction, denominator, reduce, widest
 from kdloss.targets import LazyLogits, Logits, ShardedLogits, at, localised
 
@@ -72,29 +83,32 @@ def logit_loss(
     if settings.uses_teacher_logits:
         target = logits_of(teacher, "teacher").detach()
     divergence = settings.divergence if settings.uses_teacher_logits else None
-    task = Task(divergence, settings.temperature, settings.alpha > 0, settings.vocabulary)
-    if target is not None:
-        task.check(student, target)
+    whole = whole_only(student, divergence)
+    index, labels = (None, where.labels) if whole else where.counted(student.device)
+    rows = where.numel if index is None else len(index)
+    tasks: dict[str, Task] = {}
+    if settings.alpha > 0 and labels is not None:
+        tasks["ce"] = LabelTask(labels)
+    if divergence is not None and target is not None:
+        kd = TeacherTask(divergence, target, settings.temperature, settings.vocabulary, labels)
+        kd.check(student)
+        tasks["kd"] = kd
+    by_name = dict(zip(("ce", "kd"), weights, strict=True))
     if settings.check_finite:
         _look_at_numbers(where, student, target)
-    if whole_only(student, divergence):
-        teacher_there = None if target is None else where.take(target)
-        plain = task.terms(where.take(student), teacher_there, where.labels, where.keep)
-        terms = {name: value for name, value in zip(("ce", "kd"), plain, strict=True) if value is not None}
-        return mixed(settings, terms, {"ce": weights[0], "kd": weights[1]}, where, num_items_in_batch)
-    index, labels = where.counted(student.device)
-    rows = where.numel if index is None else len(index)
-    problem, local = Problem.of(task, student, target, labels, index, rows, settings.overwrite_logits)
-    names = [name for name, there in (("ce", task.cross_entropy), ("kd", divergence is not None)) if there]
+    if whole:
+        there = [task.at(where.take) for task in tasks.values()]
+        terms = dict(zip(tasks, specification(there, where.take(student), where.keep), strict=True))
+        return mixed(settings, terms, by_name, where, num_items_in_batch)
+    problem, local = Problem.of(list(tasks.values()), student, index, rows, settings.overwrite_logits)
     size = denominator(max(rows, 1), settings.reduction, num_items_in_batch)
     if settings.reduction == "none":
-        terms = dict(zip(("ce", "kd"), map(where.back, per_position(problem, local)), strict=True))
-        loss = torch.stack([w * v for w, v in zip(weights, terms.values(), strict=True) if w > 0]).sum(0)
-        return loss, {name: terms[name].detach() for name in names}
-    share = torch.tensor(weights, dtype=widest(student.device), device=student.device) / size
-    loss, *values = fused(problem, local, *share.unbind())
-    sums = {name: value.sum() / size for name, value in zip(("ce", "kd"), values, strict=True)}
-    return loss, {name: sums[name] for name in names}
+        terms = dict(zip(tasks, map(where.back, per_position(problem, local)), strict=True))
+        loss = torch.stack([by_name[name] * value for name, value in terms.items()]).sum(0)
+        return loss, {name: value.detach() for name, value in terms.items()}
+    share = torch.tensor([by_name[name] for name in tasks], dtype=widest(student.device), device=student.device) / size
+    loss, values = fused(problem, local, share.unsqueeze(-1))
+    return loss, {name: value.sum() / size for name, value in zip(tasks, values, strict=True)}
 
 
 def mixed(

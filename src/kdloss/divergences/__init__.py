@@ -5,6 +5,7 @@ from kdloss.divergences.bernoulli_kl import bernoulli_kl
 from kdloss.divergences.dist import dist
 from kdloss.divergences.dkd import dkd
 from kdloss.divergences.forward_kl import forward_kl
+from kdloss.divergences.hard_labels import hard_labels
 from kdloss.divergences.jsd import jsd
 from kdloss.divergences.logit_mse import logit_mse
 from kdloss.divergences.nkd import nkd
@@ -22,6 +23,7 @@ __all__ = [
     "dist",
     "dkd",
     "forward_kl",
+    "hard_labels",
     "jsd",
     "logit_mse",
     "nkd",

@@ -4,17 +4,20 @@ from kdloss.engine import closed_forms
 from kdloss.engine.divergence import Divergence, any_logits, in_blocks, whole_only
 from kdloss.engine.fused import fused, per_position
 from kdloss.engine.run import Problem
-from kdloss.engine.task import Task, Vocabulary
+from kdloss.engine.task import LabelTask, Task, TeacherTask, Vocabulary, specification
 
 __all__ = [
     "Divergence",
+    "LabelTask",
     "Problem",
     "Task",
+    "TeacherTask",
     "Vocabulary",
     "any_logits",
     "closed_forms",
     "fused",
     "in_blocks",
     "per_position",
+    "specification",
     "whole_only",
 ]

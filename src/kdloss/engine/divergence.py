@@ -1,6 +1,7 @@
 """Functions on dense logits made to take logits of any kind."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +13,7 @@ from kdloss import _checks
 from kdloss.engine.closed_forms import ClosedForm
 from kdloss.engine.fused import per_position
 from kdloss.engine.run import Problem
-from kdloss.engine.task import Task, unwrapped
+from kdloss.engine.task import TeacherTask, unwrapped
 from kdloss.reduction import takes
 from kdloss.targets import Logits, localised
 
@@ -27,11 +28,16 @@ class Divergence(Protocol):
 
 
 def any_logits(
-    closed_form: ClosedForm | None = None, *, needs_logits: bool = False, any_vocabulary: bool = False
+    closed_form: ClosedForm | None = None,
+    *,
+    needs_logits: bool = False,
+    needs_classes: bool = False,
+    any_vocabulary: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Let a divergence on tensors take every kind of logits, in blocks of rows.
 
-    `needs_logits`: probabilities alone don't do. `any_vocabulary`: tensors may differ in classes.
+    `needs_logits`: probabilities alone don't do. `needs_classes`: nor do some classes and a bucket.
+    `any_vocabulary`: tensors may differ in classes.
     """
 
     def decorate(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -42,7 +48,12 @@ def any_logits(
                 return plain(student, teacher, *args, **options)
             return in_blocks(divergence, student, teacher, *args, **options)
 
-        about = {"closed_form": closed_form, "needs_logits": needs_logits, "any_vocabulary": any_vocabulary}
+        about = {
+            "closed_form": closed_form,
+            "needs_logits": needs_logits,
+            "needs_classes": needs_classes,
+            "any_vocabulary": any_vocabulary,
+        }
         vars(divergence).update(about)
         return divergence
 
@@ -60,16 +71,15 @@ def in_blocks(
     **options: Any,
 ) -> Tensor:
     """A divergence between logits of any kind, at every position."""
-    task = Task(partial(divergence, **options), _checks.temperature(temperature))
-    task.check(student, teacher)
+    temperature = _checks.temperature(temperature)
+    task = TeacherTask(partial(divergence, **options), teacher.detach(), temperature, labels=labels)
+    task.check(student)
     if whole_only(student, divergence):
-        value = task.terms(student, teacher, labels, mask)[1]
-        assert value is not None
-        return value
+        return task.values(student, mask)
     positions = student.shape[:-1]
     flat = None if labels is None else labels.reshape(-1)
-    problem, local = Problem.of(task, student, teacher.detach(), flat, None, positions.numel())
-    return per_position(problem, local)[1].reshape(positions)
+    problem, local = Problem.of([replace(task, labels=flat)], student, None, positions.numel())
+    return per_position(problem, local)[0].reshape(positions)
 
 
 def whole_only(student: Logits, divergence: Callable[..., Any] | None) -> bool:

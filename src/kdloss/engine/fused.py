@@ -3,113 +3,136 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdloss.engine.kernel import Weights
 from kdloss.engine.rows import matmul_dtype
 from kdloss.engine.run import Problem, Student, run
-from kdloss.targets import LazyLogits, at
+from kdloss.reduction import fill, precise
+from kdloss.targets import LazyLogits, at, dense
 
 
-def fused(problem: Problem, student: Student, ce: Tensor, kd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum over rows of ce·(cross-entropy) + kd·(divergence), and both values of each row, detached.
+def fused(problem: Problem, student: Student, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of all tasks' values by weights `[tasks, rows]` or `[tasks, 1]`; and the values, detached.
 
-    Gradients are computed with the values; backward only scales them.
+    Gradients are computed with the values; backward only scales them. A row of weight 0 gets nothing from its task,
+    even where the value is infinite or no number.
     """
     tensors = parts(student)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     dtype = matmul_dtype(student) if isinstance(student, LazyLogits) else student.dtype
     if wanted and torch.float16 in (dtype, *(t.dtype for t in tensors)):
         # Before a GradScaler's factor is known, these gradients would be too small for float16.
-        ce_values, kd_values = per_position(problem, student)
-        loss = _weighted(ce_values, kd_values, ce, kd)
-        return loss, ce_values.detach(), kd_values.detach()
-    loss, ce_values, kd_values = _apply(_Fused, problem, student, ce, kd, wanted, *tensors)
-    return loss, ce_values, kd_values
+        values = per_position(problem, student)
+        return _weighted(values, weights), values.detach()
+    loss, values = _apply(_Fused, problem, student, wanted, weights, *tensors)
+    return loss, values
 
 
-def per_position(problem: Problem, student: Student) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and divergence of every row; the gradient's pass follows in backward."""
-    ce, kd = _apply(_PerPosition, problem, student, *parts(student))
-    return ce, kd
+def per_position(problem: Problem, student: Student) -> Tensor:
+    """The values of all tasks `[tasks, rows]`; the gradient's pass follows in backward."""
+    values: Tensor = _apply(_PerPosition, problem, student, *parts(student))
+    return values
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, student: Student, ce: Tensor, kd: Tensor, wanted: bool, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = Weights(ce.expand(problem.rows).unsqueeze(-1), kd.expand(problem.rows).unsqueeze(-1))
-        ce_values, kd_values, gradients = run(problem, student, weights if wanted else None)
+        ctx: Any, problem: Problem, student: Student, wanted: bool, weights: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        values, gradients = run(problem, student, _by_row(problem, weights) if wanted else None)
         ctx.gradients = None if gradients is None else gradients.tensors()
         ctx.overwritten = problem.overwrite and wanted and isinstance(student, Tensor)
         ctx.autocast = autocast_of(student)
-        kept, ctx.together = apart((problem, student, ce, kd))
+        kept, ctx.together = apart((problem, student, weights, values))
         ctx.save_for_backward(*kept)
-        ctx.mark_non_differentiable(ce_values, kd_values)
-        return _weighted(ce_values, kd_values, ce, kd), ce_values, kd_values
+        ctx.mark_non_differentiable(values)
+        return _weighted(values, weights), values
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
-        none = (None,) * 5
+        none = None, None, None
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is not None and not torch.is_grad_enabled():
-            return (*none, *(None if g is None else g.mul_(upstream) for g in gradients))
-        if ctx.overwritten:
+        again = torch.is_grad_enabled()
+        if ctx.overwritten and (gradients is None or again):
             raise RuntimeError(
                 "the student's logits were overwritten with their gradient, so it can be had once and "
                 "has no second derivative; write overwrite_logits=False"
             )
-        problem, student, ce, kd = ctx.together(iter(ctx.saved_tensors))
+        problem, student, weights, values = ctx.together(iter(ctx.saved_tensors))
+        wanted = ctx.needs_input_grad[3]
         with ctx.autocast():
-            return (*none, *_backward(problem, student, ce * upstream, kd * upstream))
+            if again:
+                return (*none, *_by_autograd(problem, student, weights, values, upstream, wanted))
+            of_weights = None
+            if wanted:
+                of_weights = (upstream * _countable(values, weights)).to(weights.dtype).sum_to_size(weights.shape)
+            if gradients is not None:
+                return (*none, of_weights, *(None if g is None else g.mul_(upstream) for g in gradients))
+            return (*none, of_weights, *_by_rows(problem, student, weights * upstream))
 
 
 class _PerPosition(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, problem: Problem, student: Student, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, problem: Problem, student: Student, *tensors: Tensor) -> Tensor:
         ctx.autocast = autocast_of(student)
-        kept, ctx.together = apart((problem, student))
+        values, _ = run(problem, student, None)
+        kept, ctx.together = apart((problem, student, values))
         ctx.save_for_backward(*kept)
-        ce, kd, _ = run(problem, student, None)
-        return ce, kd
+        return values
 
     @staticmethod
-    def backward(ctx: Any, ce: Tensor, kd: Tensor) -> Any:
-        problem, student = ctx.together(iter(ctx.saved_tensors))
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        problem, student, values = ctx.together(iter(ctx.saved_tensors))
         with ctx.autocast():
-            return (None, None, *_backward(problem, student, ce, kd))
+            if not torch.is_grad_enabled():
+                return (None, None, *_by_rows(problem, student, upstream))
+            one = torch.ones_like(upstream)
+            return (None, *_by_autograd(problem, student, upstream, values, one, wanted=False))
 
 
-def _backward(problem: Problem, student: Student, ce: Tensor, kd: Tensor) -> Sequence[Tensor | None]:
-    """Gradients for these weights of the terms; by autograd where they are to be differentiated again."""
-    tensors, problem = parts(student), replace(problem, overwrite=False)
-    ce, kd = ce.expand(problem.rows), kd.expand(problem.rows)
-    if not torch.is_grad_enabled():
-        gradients = run(problem, student, Weights(ce.unsqueeze(-1), kd.unsqueeze(-1)))[2]
-        return () if gradients is None else gradients.tensors()
+def _by_rows(problem: Problem, student: Student, weights: Tensor) -> Sequence[Tensor | None]:
+    """The student's gradients for these weights of the values."""
+    if not any(t.requires_grad for t in parts(student)):
+        return [None for _ in parts(student)]
+    gradients = run(replace(problem, overwrite=False), student, _by_row(problem, weights))[1]
+    return () if gradients is None else gradients.tensors()
+
+
+def _by_autograd(
+    problem: Problem, student: Student, weights: Tensor, values: Tensor, upstream: Tensor, wanted: bool
+) -> Iterator[Tensor | None]:
+    """Gradients by the weights, if wanted, and by the student, which can be differentiated again."""
     if problem.shard is not None:
         raise RuntimeError("logits over a sharded vocabulary have no second derivative; write create_graph=False")
-    values = specification(problem, student)
-    loss = torch.stack([(w * v).sum() for w, v in zip((ce, kd), values, strict=True) if v is not None]).sum()
-    wanted = [t for t in tensors if t.requires_grad]
-    found = iter(torch.autograd.grad(loss, wanted, create_graph=True))
-    return [next(found) if t.requires_grad else None for t in tensors]
+    off = (weights == 0) & ~values.isfinite()
+    loss = _weighted(picked(problem, student, off), weights * upstream)
+    tensors = (weights, *parts(student))
+    needed = [wanted, *(t.requires_grad for t in tensors[1:])]
+    found = iter(torch.autograd.grad(loss, list(compress(tensors, needed)), create_graph=True))
+    return (next(found) if need else None for need in needed)
 
 
-def specification(problem: Problem, student: Student) -> tuple[Tensor | None, Tensor | None]:
-    """The terms of all rows at once, by plain functions."""
+def picked(problem: Problem, student: Student, off: Tensor) -> Tensor:
+    """The values of all rows at once, by plain functions; zeros are compared where a task is `off`."""
     positions = len(student.shape) - 1
 
     def pick(t: Tensor) -> Tensor:
         flat = t.flatten(0, positions - 1) if positions else t.unsqueeze(0)
         return flat if problem.index is None else flat[problem.index]
 
-    teacher = None if problem.teacher is None else at(problem.teacher, pick)
-    return problem.task.terms(at(student, pick), teacher, problem.labels)
+    z = precise(dense(at(student, pick)))  # once, so that the tasks' gradients meet before they are rounded
+    values = []
+    for task, out in zip(problem.tasks, off, strict=True):
+        there, on = task.at(pick), ~out
+        if out.any():
+            values.append(there.at(partial(fill, mask=on)).values(fill(z, on)))
+        else:
+            values.append(there.values(z))
+    return torch.stack(values)
 
 
 def autocast_of(student: Student) -> Callable[[], torch.autocast]:
@@ -145,9 +168,17 @@ def _together(kind: Any, named: Mapping[str, Callable[[Iterator[Tensor]], Any]],
     return kind(made.values()) if issubclass(kind, list | tuple) else kind(**made)
 
 
-def _weighted(ce_values: Tensor, kd_values: Tensor, ce: Tensor, kd: Tensor) -> Tensor:
-    # A term that nobody asked for has value 0 and may have any weight.
-    return (ce * ce_values + kd * kd_values).sum()
+def _by_row(problem: Problem, weights: Tensor) -> Tensor:
+    return weights.detach().expand(len(problem.tasks), problem.rows)
+
+
+def _countable(values: Tensor, weights: Tensor) -> Tensor:
+    """Values with 0 where they are infinite or no number but count for nothing."""
+    return values.masked_fill((weights == 0) & ~values.isfinite(), 0)
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    return (_countable(values, weights) * weights).sum().to(values.dtype)
 
 
 def _apply(function: Any, *args: Any) -> Any:

@@ -21,6 +21,12 @@ class OfLogits:
         self.flat = self.gradient.view(logits.shape[:-1].numel(), logits.shape[-1])
         self.overwritten = in_place
 
+    def place(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
+        """Where the gradient of some rows may be written to at once, in this dtype, if anywhere."""
+        if self.overwritten or self.index is not None or self.flat.dtype != dtype:
+            return None
+        return self.flat[start:stop]
+
     def rows(self, start: int, stop: int, gradient: Tensor) -> None:
         """Take the gradient of some rows."""
         if self.index is None:
@@ -76,6 +82,10 @@ class OfHead:
         self.hidden = self._zeros(student.hidden, (n, student.hidden.shape[-1]))
         self.weight = self._zeros(student.weight, student.weight.shape, wide=True)
         self.bias = None if student.bias is None else self._zeros(student.bias, student.bias.shape, wide=True)
+
+    def place(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
+        """Nowhere: the logits are still read where the gradient goes."""
+        return None
 
     def rows(self, start: int, stop: int, gradient: Tensor) -> None:
         """Take the gradient of some rows, back through cap and scale."""

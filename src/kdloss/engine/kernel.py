@@ -1,122 +1,150 @@
-"""Values, and the gradient by the student's logits, of a few rows."""
+"""Values of all tasks in a few rows, and the gradient of their weighted sum by the student's logits."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdloss.engine.side import Side, exp, shifted
-from kdloss.engine.task import Task
+from kdloss.engine.labels import Unsoftened, of_classes, of_probabilities
+from kdloss.engine.plan import Group, Plan
+from kdloss.engine.rows import Teachers
+from kdloss.engine.side import New, Side
+from kdloss.engine.task import LabelTask, Task, TeacherTask
+from kdloss.engine.top_k import among_few
+from kdloss.engine.total import Scratch, Total
 from kdloss.reduction import precise
-from kdloss.targets import Logits, Shard
-
-Terms = tuple[Tensor | None, Tensor | None]
+from kdloss.targets import Shard
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What a row's cross-entropy and divergence are multiplied with in the loss, `[r, 1]` each."""
+class Few:
+    """A few rows: the student's and teachers', and where values and gradient go.
 
-    ce: Tensor
-    kd: Tensor
+    `weights` are `[r, 1]` for each task, and `off` is where they are 0, for tasks where some are: such a row gets
+    nothing from the task, even if that is infinite or no number.
+    """
 
-    def rows(self, start: int, stop: int) -> "Weights":
-        """Those of some rows."""
-        return Weights(self.ce[start:stop], self.kd[start:stop])
+    start: int
+    stop: int
+    z: Tensor
+    teachers: Teachers
+    values: Tensor
+    weights: Sequence[Tensor] | None
+    off: Sequence[Tensor | None]
+    gradient: Total | None
 
+    def teacher(self, task: TeacherTask) -> Any:
+        """A teacher's rows."""
+        return self.teachers(task.teacher, self.start, self.stop, task.temperature)
 
-class Scratch:
-    """Buffers `[r, V]` that are used again for every few rows."""
+    def labels(self, task: Task) -> Any:
+        """Labels in these rows."""
+        if task.labels is None:
+            return None
+        if isinstance(task, LabelTask) and task.soft:
+            return self.teachers(task.labels, self.start, self.stop, 1.0)
+        return task.labels[self.start : self.stop]
 
-    def __init__(self, rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.options = (rows, classes), {"dtype": dtype, "device": device}
-        self.buffers: list[Tensor] = []
+    def note(self, k: int, value: Tensor) -> None:
+        """A task's values `[r, 1]`."""
+        self.values[k, self.start : self.stop] = value.squeeze(-1)
 
-    def __call__(self, number: int, rows: int) -> Tensor:
-        """Buffer `number`, of its first rows."""
-        while len(self.buffers) <= number:
-            self.buffers.append(torch.empty(self.shape, **self.options))  # type: ignore[call-overload]
-        return self.buffers[number][:rows]
-
-
-def by_closed_form(
-    task: Task,
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    weights: Weights | None,
-    scratch: Scratch,
-    shard: Shard | None = None,
-) -> tuple[Terms, Tensor | None]:
-    """The terms of these rows and, given weights, their gradient; overwrites only scratch."""
-    r, temperature, closed = len(student), task.temperature, task.closed_form
-    one = temperature if closed and teacher is not None else 1.0
-    q = Side(student, one, scratch(0, r), scratch(1, r), shard)
-    ce = kd = gradient = None
-    if task.cross_entropy and labels is not None:
-        ce, gradient = cross_entropy_of(student, q, one, labels, weights, scratch(4, r))
-    if closed and teacher is not None:
-        form, squared = closed
-        p = Side(teacher, temperature, scratch(2, r), scratch(3, r), shard)
-        kd, slope, balance = form(q, p)
-        kd = kd.mul(squared).squeeze(-1)
-        if weights is not None:
-            if balance is not None:
-                slope.sub_(q.e.mul_(balance.to(slope.dtype)))
-            slope.mul_((weights.kd * (squared / temperature)).to(slope.dtype))
-            gradient = slope if gradient is None else gradient.add_(slope)
-    return (ce, kd), gradient
+    def scaled(self, k: int, numbers: Tensor | float) -> Tensor:
+        """Numbers by a task's weight, 0 where that is 0."""
+        assert self.weights is not None
+        scaled, off = self.weights[k] * numbers, self.off[k]
+        return scaled if off is None else scaled.masked_fill(off, 0)
 
 
-def cross_entropy_of(
-    z: Tensor, q: Side, temperature: float, labels: Tensor, weights: Weights | None, out: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy from the exponentials that are there already, and its gradient."""
-    if temperature == 1:
-        e, total = q.e, q.total
-    else:
-        squared = temperature == 2
-        e = torch.mul(q.e, q.e, out=out) if squared else exp(shifted(z, q.top, out), out)
-        total = q.sum(e)
-    labels, here = labels.unsqueeze(-1), None
-    if q.shard is not None:
-        labels = labels - q.shard.offset
-        here = (labels >= 0) & (labels < z.shape[-1])
-        labels = labels.where(here, 0)
-    wide, top = total.dtype, q.top.to(total.dtype)
-    right = z.gather(-1, labels).to(wide) if z.shape[-1] else top.clone()
-    if q.shard is not None and here is not None:
-        right = q.shard.sum(right.masked_fill(~here, 0))
-    value = (total.log() + (top - right)).squeeze(-1)
-    if weights is None:
-        return value, None
-    gradient = torch.mul(e, (weights.ce / total).to(out.dtype), out=out)
-    weight = -weights.ce.to(out.dtype).expand_as(labels)
-    weight = weight if here is None else weight.masked_fill(~here, 0)
-    return value, gradient.scatter_add_(-1, labels, weight) if z.shape[-1] else gradient
+def compute(plan: Plan, few: Few, scratch: Scratch, shard: Shard | None) -> None:
+    """All tasks of the plan in a few rows."""
+    for k, task in plan.by_autograd:
+        here = replace(task, teacher=few.teacher(task), labels=few.labels(task))
+        values, rows = by_autograd(here, few.z, few.gradient is not None)
+        few.note(k, values.unsqueeze(-1))
+        if few.gradient is not None and rows is not None:
+            few.gradient.add(rows, few.scaled(k, 1.0), few.off[k])
+    new = scratch.of(len(few.z))
+    for temperature, group in plan.groups.items():
+        with scratch.borrowed():
+            q = Side(few.z, temperature, new, shard, normalise=bool(group.closed))
+            pull = by_closed_forms(group, q, few, scratch, new)
+            by_top_k(group, q, few, scratch, new)
+            by_labels(group, q, few, pull, new)
 
 
-def by_autograd(
-    task: Task,
-    student: Tensor,
-    teacher: Logits | None,
-    labels: Tensor | None,
-    weights: Weights | None,
-    scratch: Scratch | None = None,
-) -> tuple[Terms, Tensor | None]:
-    """The same from the specification, for any divergence, kind of teacher and vocabulary."""
-    with torch.set_grad_enabled(weights is not None):
-        z = precise(student.detach()).requires_grad_(weights is not None)
-        ce, kd = task.terms(z, teacher, labels)
-        if weights is None:
-            return (ce, kd), None
-        loss = z.new_zeros(())
-        for value, weight in ((ce, weights.ce), (kd, weights.kd)):
-            if value is not None:
-                loss = loss + (weight.squeeze(-1).to(value.dtype) * value).sum()
+def by_closed_forms(group: Group, q: Side, few: Few, scratch: Scratch, new: New) -> Tensor | None:
+    """Divergences of a closed form; and what the student's probabilities are to be multiplied with in the gradient."""
+    pull = None
+    for of_teacher in group.closed.values():
+        with scratch.borrowed():
+            p = Side(few.teacher(of_teacher[0].task), q.temperature, new, q.shard)
+            for k, _, form, size in of_teacher:
+                with scratch.borrowed():
+                    value, slope, balance = form(q, p, new)
+                    few.note(k, value * size)
+                    if few.gradient is None:
+                        continue
+                    few.gradient.add(slope, few.scaled(k, size / q.temperature), few.off[k])
+                if balance is not None:
+                    own = few.scaled(k, balance * (-size / q.temperature))
+                    pull = own if pull is None else pull + own
+    return pull
+
+
+def by_top_k(group: Group, q: Side, few: Few, scratch: Scratch, new: New) -> None:
+    """Divergences from a teacher's most probable classes."""
+    alone = len(group.top_k) == 1 and not group.labels and not group.closed
+    for k, task in group.top_k:
+        with scratch.borrowed():
+            of = among_few(task, few.z, q, few.teacher(task), few.gradient is not None, alone, new)
+            few.note(k, of.value)
+            if few.gradient is not None:
+                few.gradient.add(of.others, few.scaled(k, of.share), few.off[k])
+                few.gradient.at(of.classes, few.scaled(k, of.slope))
+
+
+def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None, new: New) -> None:
+    """Cross-entropies, and the student's own part in the gradient of all that was computed with it."""
+    own, targets = None, []
+    one = Unsoftened.of(q, new) if group.labels else None
+    for k, task in group.labels:
+        assert one is not None
+        labels = few.labels(task)
+        of = of_probabilities(task, labels, q, one, new) if task.soft else of_classes(task, labels, few.z, q, one, new)
+        few.note(k, of.value)
+        targets.append((k, of))
+        if few.gradient is not None:
+            part = few.scaled(k, of.sums / one.total)
+            own = part if own is None else own + part
+    if few.gradient is None:
+        return
+    if one is not None and one.e is q.probs and own is not None and pull is not None:
+        own, pull = own + pull, None
+    if pull is not None:
+        few.gradient.add(q.probs, pull)
+    if one is not None and own is not None:
+        few.gradient.add(one.e, own)
+    for k, of in targets:
+        if of.everywhere is not None:
+            few.gradient.add(of.everywhere, few.scaled(k, -1.0), few.off[k] if of.label is None else None)
+        if of.label is not None and of.at_label is not None:
+            few.gradient.at(of.label, few.scaled(k, -of.at_label))
+
+
+def by_autograd(task: TeacherTask, z: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Values and gradient of the specification, for any divergence, kind of teacher and vocabulary."""
+    with torch.set_grad_enabled(wanted):
+        z = precise(z.detach()).requires_grad_(wanted)
+        values = task.values(z)
+        if not wanted:
+            return values, None
+        loss = values.sum()
         _nothing_else_is_trained(loss, z)
         (gradient,) = torch.autograd.grad(loss, z)
-    return (None if ce is None else ce.detach(), None if kd is None else kd.detach()), gradient
+    return values.detach(), gradient
 
 
 def _nothing_else_is_trained(loss: Tensor, z: Tensor) -> None:

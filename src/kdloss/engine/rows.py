@@ -1,6 +1,7 @@
 """The rows of logits that count, of any kind, some at a time."""
 
-from dataclasses import replace
+from collections.abc import Hashable, Iterable
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -15,27 +16,22 @@ class Rows:
     `make` computes a block of lazy ones into one buffer, used again; asking for rows then looks there.
     """
 
-    def __init__(self, x: Logits, index: Tensor | None, temperature: float) -> None:
-        self.x, self.index, self.temperature = x, index, temperature
+    def __init__(self, x: Logits, index: Tensor | None) -> None:
+        self.x, self.index = x, index
         self.positions = len(x.shape) - 1
         self.made: Tensor | None = None
         self.first = 0
-        if isinstance(x, Mixture):
-            teachers = [in_matmul_dtype(t) if isinstance(t, LazyLogits) else t for t in x.teachers]
-            self.x = replace(x, teachers=teachers)
         if isinstance(x, LazyLogits):
             self.lazy = in_matmul_dtype(replace(x, hidden=self._take(x.hidden, 0, None)))
 
     def make(self, start: int, stop: int) -> None:
         """Compute rows start to stop, where they are not there already."""
-        if isinstance(self.x, Mixture):
-            self.made = self.x.at(lambda t: self._take(t, start, stop)).dense(self.temperature)
-        elif isinstance(self.x, LazyLogits):
+        if isinstance(self.x, LazyLogits):
             self.made = head(self.lazy, start, stop, self.made)
         self.first = start
 
     def __call__(self, start: int, stop: int) -> Any:
-        """Rows start to stop: of a lazy one or a mixture from the block that was made."""
+        """Rows start to stop: of a lazy one from the block that was made."""
         if self.made is not None:
             return self.made[start - self.first : stop - self.first]
         return at(self.x, lambda t: self._take(t, start, stop))
@@ -46,6 +42,45 @@ class Rows:
             return flat[start:stop] if self.index is None else flat[self.index[start:stop]]
         index = torch.arange(shape.numel(), device=t.device) if self.index is None else self.index
         return t[torch.unravel_index(index[start:stop], shape)]
+
+
+class Teachers:
+    """Several teachers' rows; the same teacher, also within mixtures, is made once for all who read it."""
+
+    def __init__(self, teachers: Iterable[Logits], index: Tensor | None) -> None:
+        self.rows: dict[Hashable, Rows] = {}
+        self.of: dict[int, list[Rows]] = {}  # by the id of who asks
+        for x in teachers:
+            self.of[id(x)] = []
+            for part in x.teachers if isinstance(x, Mixture) else (x,):
+                key = identity(part)
+                if key not in self.rows:
+                    self.rows[key] = Rows(part, index)
+                self.of[id(x)].append(self.rows[key])
+
+    @property
+    def lazy(self) -> int:
+        """How many of them have blocks to be made."""
+        return sum(isinstance(rows.x, LazyLogits) for rows in self.rows.values())
+
+    def make(self, start: int, stop: int) -> None:
+        """Compute rows start to stop of those who give hidden states and head."""
+        for rows in self.rows.values():
+            rows.make(start, stop)
+
+    def __call__(self, x: Logits, start: int, stop: int, temperature: float) -> Any:
+        """Rows start to stop of one teacher, for a loss at this temperature."""
+        found = [rows(start, stop) for rows in self.of[id(x)]]
+        return replace(x, teachers=found).dense(temperature) if isinstance(x, Mixture) else found[0]
+
+
+def identity(x: Any) -> Hashable:
+    """Equal for logits of which the tensors are the same numbers in memory."""
+    if isinstance(x, Tensor):
+        return x.data_ptr(), x.dtype, x.shape, x.stride()
+    if isinstance(x, list | tuple):
+        return tuple(map(identity, x))
+    return (type(x), *(identity(getattr(x, field.name)) for field in fields(x))) if is_dataclass(x) else x
 
 
 def flat_view(t: Tensor, positions: int) -> Tensor | None:

@@ -1,30 +1,27 @@
 """All rows, a block at a time: values at every position, and gradients of the student's tensors."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kdloss.engine.gradients import Gradients, OfHead, OfLogits
-from kdloss.engine.kernel import Scratch, Terms, Weights, by_autograd, by_closed_form
-from kdloss.engine.rows import Rows
-from kdloss.engine.task import Task, block_rows, scratch_rows
-from kdloss.engine.top_k import by_top_k
-from kdloss.targets import LazyLogits, Logits, Mixture, Shard, ShardedLogits, TopKLogits
+from kdloss.engine.kernel import Few, compute
+from kdloss.engine.plan import Plan, check_sharded
+from kdloss.engine.rows import Rows, Teachers
+from kdloss.engine.task import LabelTask, Task, TeacherTask
+from kdloss.engine.total import Scratch, Total, blank
+from kdloss.targets import LazyLogits, Logits, Shard, ShardedLogits
 
 Student = Tensor | LazyLogits
-Kernel = Callable[..., tuple[Terms, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A task and what it is to be done on: `labels` and `rows` are of the positions in `index`."""
+    """Tasks and where they are to be done: `rows` and labels that are classes are of the positions in `index`."""
 
-    task: Task
-    teacher: Logits | None
-    labels: Tensor | None
+    tasks: tuple[Task, ...]
     index: Tensor | None
     rows: int
     overwrite: bool = False
@@ -33,75 +30,86 @@ class Problem:
     @classmethod
     def of(
         cls,
-        task: Task,
+        tasks: Sequence[Task],
         student: Student | ShardedLogits,
-        teacher: Logits | None,
-        labels: Tensor | None,
         index: Tensor | None,
         rows: int,
         overwrite: bool = False,
     ) -> "tuple[Problem, Student]":
         """The problem, and the student's part in it in this process."""
+        for task in tasks:
+            if task.labels is not None and not task.labels.is_floating_point() and task.labels.shape != (rows,):
+                raise ValueError(
+                    f"labels have shape {tuple(task.labels.shape)}; there are {rows} rows, write one of each"
+                )
         if not isinstance(student, ShardedLogits):
-            return cls(task, teacher, labels, index, rows, overwrite), student
-        if isinstance(teacher, ShardedLogits):
-            teacher = teacher.local
-        return cls(task, teacher, labels, index, rows, overwrite, student.shard), student.local
+            return cls(tuple(tasks), index, rows, overwrite), student
+        shard = student.shard
+        local = tuple(t if isinstance(t, LabelTask) else replace(t, teacher=_local(t.teacher)) for t in tasks)
+        check_sharded(local, shard)
+        return cls(local, index, rows, overwrite, shard), student.local
 
 
-def run(problem: Problem, x: Student, weights: Weights | None) -> tuple[Tensor, Tensor, Gradients | None]:
-    """Cross-entropy and divergence at every row (0 for a term that is not there), and gradients."""
-    task, n, classes, device = problem.task, problem.rows, x.shape[-1], x.device
-    student = Rows(x, problem.index, task.temperature)
-    teacher = None if problem.teacher is None else Rows(problem.teacher, problem.index, task.temperature)
+def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, Gradients | None]:
+    """Values `[tasks, rows]` and, given weights of the same shape, the gradients of their weighted sum."""
+    tasks, n, classes, device, shard = problem.tasks, problem.rows, x.shape[-1], x.device, problem.shard
+    plan = Plan.of(tasks)
+    student, teachers = Rows(x, problem.index), Teachers(read_by_rows(tasks), problem.index)
     gradients: Gradients | None = None
     if weights is not None:
-        gradients = (
-            OfHead(x, student, problem.shard) if isinstance(x, LazyLogits) else OfLogits(x, student, problem.overwrite)
-        )
-    kernel, many = choose(problem), block_rows(classes)
-    few = scratch_rows(device, classes) * (1 if kernel is by_closed_form else 2)
-    if problem.shard is not None:  # every process cuts alike, and seldom: collectives
-        kernel = partial(by_closed_form, shard=problem.shard)
-        few = many = block_rows(max(problem.shard.sizes))
-    lazy = any(isinstance(side, LazyLogits | Mixture) for side in (x, problem.teacher))
+        gradients = OfHead(x, student, shard) if isinstance(x, LazyLogits) else OfLogits(x, student, problem.overwrite)
+    lazy = isinstance(x, LazyLogits) + teachers.lazy
+    many, few = block_rows(classes * max(lazy, 2) // 2), scratch_rows(device, classes)
+    if shard is not None:  # every process cuts alike, and seldom: collectives
+        few = many = max(block_rows(max(shard.sizes)) // 2, 1)
     dtype = torch.float64 if _dtype(x) == torch.float64 else torch.float32
-    scratch = Scratch(min(few, n), classes, dtype, device)
-    values = torch.zeros(2, n, dtype=dtype, device=device)
+    scratch: Scratch | None = None
+    values = torch.zeros(len(tasks), n, dtype=dtype, device=device)
+    off, nowhere = switched_off(weights, len(tasks))
     with torch.autocast(device.type, enabled=False):
         for start, stop in equal_blocks(n, many if lazy else n):
             student.make(start, stop)
-            if teacher is not None:
-                teacher.make(start, stop)
-            for i in range(start, stop, few):
+            teachers.make(start, stop)
+            i = start
+            while i < stop:
+                if scratch is None:
+                    scratch = Scratch(min(few, n), classes, dtype, device)
                 j = min(i + few, stop)
-                z, t = student(i, j), None if teacher is None else teacher(i, j)
-                labels = None if problem.labels is None else problem.labels[i:j]
-                part = None if weights is None else weights.rows(i, j)
-                terms, gradient = kernel(task, z, t, labels, part, scratch)
-                for row, value in zip(values, terms, strict=True):
-                    if value is not None:
-                        row[i:j] = value
-                if gradients is not None and gradient is not None:
-                    gradients.rows(i, j, gradient)
+                place = None if gradients is None else gradients.place(i, j, dtype)
+                total = None if gradients is None else Total(scratch.of(j - i)() if place is None else place)
+                by = None if weights is None else [w[i:j].unsqueeze(-1) for w in weights]
+                where = [None if o is None else o[i:j].unsqueeze(-1) for o in off]
+                compute(plan, Few(i, j, student(i, j), teachers, values, by, where, total), scratch, shard)
+                if total is not None and nowhere is not None:
+                    blank(total.buffer, nowhere[i:j].unsqueeze(-1))
+                if gradients is not None and total is not None and place is None:
+                    gradients.rows(i, j, total.buffer)
+                scratch.taken = 0
+                if i == 0 and shard is None:  # now it is known how many buffers these tasks take
+                    few = scratch_rows(device, classes, len(scratch.buffers), plan.coarseness)
+                    scratch = None
+                i = j
             if gradients is not None:
                 gradients.block(start, stop)
-    return values[0], values[1], gradients
+    return values, gradients
 
 
-def choose(problem: Problem) -> Kernel:
-    """The fastest way to compute this."""
-    task, teacher = problem.task, problem.teacher
-    if problem.shard is not None and teacher is not None and task.closed_form is None:
-        raise ValueError(
-            "over a sharded vocabulary there are cross-entropy and the divergences with a closed form: "
-            "forward, reverse, symmetric and skewed KL, JSD and total variation, of logits or LazyLogits"
-        )
-    if task.vocabulary is not None and teacher is not None:
-        return by_autograd
-    if isinstance(teacher, TopKLogits):
-        return by_autograd if teacher.tail == "uniform" else by_top_k
-    return by_closed_form if teacher is None or task.closed_form is not None else by_autograd
+def read_by_rows(tasks: Sequence[Task]) -> Iterator[Logits]:
+    """Teachers, and labels that stand at all positions as they do."""
+    for task in tasks:
+        if isinstance(task, TeacherTask):
+            yield task.teacher
+        elif task.soft:
+            yield task.labels
+
+
+def switched_off(weights: Tensor | None, tasks: int) -> tuple[list[Tensor | None], Tensor | None]:
+    """For each task the rows of weight 0, and those where all tasks have none; None where there are no such rows."""
+    if weights is None:
+        return [None] * tasks, None
+    off = weights == 0
+    some = off.any(1).tolist()
+    return [o if there else None for o, there in zip(off, some, strict=True)], off.all(0) if all(some) else None
 
 
 def equal_blocks(rows: int, most: int) -> Iterator[tuple[int, int]]:
@@ -109,6 +117,22 @@ def equal_blocks(rows: int, most: int) -> Iterator[tuple[int, int]]:
     blocks = -(-rows // most) if rows else 0
     for k in range(blocks):
         yield rows * k // blocks, rows * (k + 1) // blocks
+
+
+def scratch_rows(device: torch.device, classes: int, buffers: int = 8, coarseness: int = 1) -> int:
+    """How many rows are worked on at a time: what stays in a CPU's cache, or fills an accelerator."""
+    cpu = device.type == "cpu"
+    entries = min(2**19 * coarseness, 2**21 // max(buffers, 1)) * (torch.get_num_threads() if cpu else 64)
+    return max(1, entries // max(classes, 1))
+
+
+def block_rows(classes: int, budget: int = 2**27) -> int:
+    """How many rows of logits are made at a time: student's and teacher's within the budget, in bytes."""
+    return min(max(budget // (8 * max(classes, 1)) // 128 * 128, 128), 1024)
+
+
+def _local(x: Logits) -> Logits:
+    return x.local if isinstance(x, ShardedLogits) else x
 
 
 def _dtype(x: Student) -> torch.dtype:

@@ -1,56 +1,90 @@
-"""What is computed at every position: cross-entropy, a divergence, or both."""
+"""What is computed at every position, one by one: cross-entropy of labels, a divergence from a teacher."""
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kdloss import _checks
 from kdloss._cross_entropy import cross_entropy
 from kdloss.engine.closed_forms import ClosedForm
 from kdloss.reduction import precise, takes
-from kdloss.targets import Logits, Mixture, TopKLogits, against, at, check, dense
+from kdloss.targets import Logits, Mixture, ShardedLogits, TopKLogits, against, at, check, dense
 
 Vocabulary = Callable[[Logits, Logits], tuple[Logits, Logits]]
+Pick = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Task:
-    """The terms of a loss on logits, and by `terms` their specification."""
+class LabelTask:
+    """Cross-entropy of the labels: classes `[rows]`, int64, of the positions that are computed, or
+    probabilities `[*positions, V]` at all positions.
+    """
 
-    divergence: Callable[..., Tensor] | None
+    labels: Tensor
+    smoothing: float = 0.0
+    class_weights: Tensor | None = None
+
+    @property
+    def soft(self) -> bool:
+        """Whether labels are probabilities."""
+        return self.labels.is_floating_point()
+
+    def check(self, student: Logits) -> None:
+        """Labels and weights fit the student's logits."""
+        if self.soft:
+            _checks.soft_labels(self.labels, student)
+            if isinstance(student, ShardedLogits):
+                raise ValueError("labels that are probabilities need the whole vocabulary in one process")
+        else:
+            _checks.classes(self.labels, student)
+        _checks.target_options(self.smoothing, self.class_weights, student)
+
+    def at(self, pick: Pick) -> "LabelTask":
+        """The task at chosen positions; labels that are classes stand at some already."""
+        return replace(self, labels=pick(self.labels)) if self.soft else self
+
+    def values(self, student: Logits, mask: Tensor | None = None) -> Tensor:
+        """The specification, by autograd: one value at every position of the student's, where labels stand, too."""
+        return cross_entropy(precise(dense(student)), self.labels, smoothing=self.smoothing, weight=self.class_weights)
+
+
+@dataclass(frozen=True)
+class TeacherTask:
+    """One divergence from one teacher, which stands at all positions; `labels`, where a divergence takes
+    some, are `[rows]` of the positions that are computed.
+    """
+
+    divergence: Callable[..., Tensor]
+    teacher: Logits
     temperature: float = 1.0
-    cross_entropy: bool = False
     vocabulary: Vocabulary | None = None
+    labels: Tensor | None = None
 
-    def terms(
-        self, student: Logits, teacher: Logits | None, labels: Tensor | None, mask: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Cross-entropy and divergence at every position, by autograd."""
-        ce = kd = None
-        student = precise(dense(student))  # once, so that the terms' gradients meet before they are rounded
-        if self.cross_entropy:
-            assert labels is not None
-            ce = cross_entropy(student, labels)
-        if self.divergence is not None and teacher is not None:
-            both = (student, teacher) if self.vocabulary is None else self.vocabulary(student, teacher)
-            s, t = both
-            if not (isinstance(s, Tensor) and isinstance(t, Tensor) and self._any_vocabulary):
-                s, t = against(s, t, self.temperature)
-            kd = self.diverge(s, t, labels, mask)
-        return ce, kd
+    def at(self, pick: Pick) -> "TeacherTask":
+        """The task at chosen positions."""
+        return replace(self, teacher=at(self.teacher, pick))
 
-    def diverge(self, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    def values(self, student: Logits, mask: Tensor | None = None) -> Tensor:
+        """The specification, by autograd: one value at every position of the student's, where teacher and
+        labels stand, too. A divergence between positions is told by the mask which count.
+        """
+        s: Logits = precise(dense(student))
+        t = self.teacher
+        if self.vocabulary is not None:
+            s, t = self.vocabulary(s, t)
+        if not (isinstance(s, Tensor) and isinstance(t, Tensor) and self._any_vocabulary):
+            s, t = against(s, t, self.temperature)
+        return self.diverge(s, t, mask)
+
+    def diverge(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """The divergence of logits over the same classes, with what else it wants to know."""
-        assert self.divergence is not None
-        if labels is None and takes(self.divergence, "labels"):
-            name = getattr(unwrapped(self.divergence)[0], "__name__", repr(self.divergence))
-            raise ValueError(f"{name} compares by the labels, and there are none: pass labels=...")
-        extra = {"labels": labels, "mask": mask}
+        if self.labels is None and takes(self.divergence, "labels"):
+            raise ValueError(f"{self.name} compares by the labels, and there are none: pass labels=...")
+        extra = {"labels": self.labels, "mask": mask}
         extra = {name: x for name, x in extra.items() if x is not None and takes(self.divergence, name)}
         values = self.divergence(student, teacher, temperature=self.temperature, **extra)
         if values.shape != student.shape[:-1]:
@@ -60,8 +94,9 @@ class Task:
             )
         return values
 
-    def check(self, student: Logits, teacher: Logits) -> None:
+    def check(self, student: Logits) -> None:
         """Student and teacher fit each other, and the divergence what the teacher gave."""
+        teacher, name = self.teacher, self.name
         function = unwrapped(self.divergence)[0]
         if self._any_vocabulary and isinstance(student, Tensor) and isinstance(teacher, Tensor):
             _checks.logit_shapes(student.shape, teacher.shape, None)
@@ -71,17 +106,22 @@ class Task:
         else:
             _checks.logit_shapes(student.shape, teacher.shape, None)
             check(*self.vocabulary(_no_rows(student), _no_rows(teacher)))  # shapes alone: nothing is copied
-        name = getattr(function, "__name__", repr(function))
         if getattr(function, "needs_logits", False) and isinstance(teacher, Mixture) and teacher.of_probabilities:
             raise ValueError(f"{name} compares logits, an average of probabilities has none; write average='logits'")
         if isinstance(teacher, TopKLogits) and teacher.tail != "uniform":
             if getattr(function, "needs_logits", False):
                 raise ValueError(f"{name} compares logits, top-k logits hold probabilities; take forward_kl")
-            if self.divergence is not None and takes(self.divergence, "labels"):
+            if takes(self.divergence, "labels") or getattr(function, "needs_classes", False):
                 raise ValueError(
                     f"{name} looks labels up among all classes, of which top-k logits hold a few; write "
                     "TopKLogits(..., tail='uniform')"
                 )
+
+    @property
+    def name(self) -> str:
+        """What errors call the divergence."""
+        function = unwrapped(self.divergence)[0]
+        return getattr(function, "__name__", repr(function))
 
     @property
     def _any_vocabulary(self) -> bool:
@@ -101,6 +141,15 @@ class Task:
         return partial(form, **options), self.temperature**2 if squared else 1.0
 
 
+Task = LabelTask | TeacherTask
+
+
+def specification(tasks: Sequence[Task], student: Logits, mask: Tensor | None = None) -> list[Tensor]:
+    """The values of several tasks at every position, by plain functions."""
+    z = precise(dense(student))  # once, so that the tasks' gradients meet before they are rounded
+    return [task.values(z, mask) for task in tasks]
+
+
 def _no_rows(x: Logits) -> Logits:
     return at(x, lambda t: t[:0]) if len(x.shape) > 1 else x
 
@@ -112,14 +161,3 @@ def unwrapped(function: Any) -> tuple[Any, dict[str, Any]]:
         options = {**function.keywords, **options}
         function = function.func
     return function, options
-
-
-def scratch_rows(device: torch.device, classes: int) -> int:
-    """How many rows are worked on at a time: what stays in a CPU's cache, or fills an accelerator."""
-    entries = torch.get_num_threads() * 2**19 if device.type == "cpu" else 2**25
-    return max(1, entries // max(classes, 1))
-
-
-def block_rows(classes: int, budget: int = 2**27) -> int:
-    """How many rows of logits are made at a time: student's and teacher's within the budget, in bytes."""
-    return min(max(budget // (8 * max(classes, 1)) // 128 * 128, 128), 1024)

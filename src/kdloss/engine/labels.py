@@ -1,0 +1,99 @@
+"""Cross-entropy of a few rows, from the exponentials that are there already."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdloss.engine.side import LN2, New, Side
+from kdloss.engine.task import LabelTask
+
+
+class Unsoftened(NamedTuple):
+    """A student's probabilities at T = 1 up to their sum, and the log of the sum of its exponentials."""
+
+    e: Tensor
+    total: Tensor
+    log_total: Tensor
+
+    @classmethod
+    def of(cls, q: Side, new: New) -> "Unsoftened":
+        """From those at any temperature."""
+        if q.temperature == 1:
+            return cls(q.probs, q.total, q.log_total)
+        out = new()
+        if q.temperature == 2:
+            e = torch.mul(q.probs, q.probs, out=out)
+            total = q.sum(e)
+            return cls(e, total, total.log() + 2 * (q.log_total - q.total.log()))
+        e = torch.mul(q.bits, q.temperature, out=out).exp2_()
+        total = q.sum(e)
+        return cls(e, total, total.log())
+
+
+class Target(NamedTuple):
+    r"""Cross-entropy with targets $a_c = w_c ((1 - \epsilon) y_c + \epsilon / C)$ in rows: its value, the sum
+    of a, and a itself, of which a part stands at one class of each row.
+
+    The gradient by the logits is the sum times the probabilities less a.
+    """
+
+    value: Tensor
+    sums: Tensor
+    everywhere: Tensor | None = None
+    label: Tensor | None = None
+    at_label: Tensor | None = None
+
+
+def of_probabilities(task: LabelTask, labels: Tensor, q: Side, one: Unsoftened, new: New) -> Target:
+    """Labels `[r, V]` that are probabilities."""
+    out = new()
+    a = labels.to(q.bits.dtype, copy=True) if out is None else out.copy_(labels)
+    if task.smoothing > 0:
+        a.mul_(1 - task.smoothing).add_(task.smoothing / labels.shape[-1])
+    if task.class_weights is not None:
+        a.mul_(task.class_weights)
+    sums = q.sum(a)
+    # 0 log 0 is 0, and the sum of a times log_total says where there is no number.
+    gaps = q.sum(torch.mul(a, q.bits, out=new()).nan_to_num_(0.0, neginf=-torch.inf))
+    return Target(sums * one.log_total - q.temperature * LN2 * gaps, sums, a)
+
+
+def of_classes(task: LabelTask, labels: Tensor, z: Tensor, q: Side, one: Unsoftened, new: New) -> Target:
+    """Labels `[r]` that are classes."""
+    labels = labels.unsqueeze(-1)
+    mine, here = labels, None
+    if q.shard is not None:
+        mine = labels - q.shard.offset
+        here = (mine >= 0) & (mine < z.shape[-1])
+        mine = mine.where(here, 0)
+    wide, top = one.total.dtype, q.top.to(one.total.dtype)
+    right = z.gather(-1, mine).to(wide) if z.shape[-1] else top.clone()
+    if q.shard is not None and here is not None:
+        right = q.shard.sum(right.masked_fill(~here, 0))
+    value, y = one.log_total + (top - right), torch.ones_like(one.total)
+    if task.class_weights is not None:
+        y = task.class_weights[labels].to(wide)
+        value = torch.where(y == 0, one.log_total * 0, y * value)
+    at_label = y if task.smoothing == 0 else y * (1 - task.smoothing)
+    at_label_here = at_label if here is None else at_label.masked_fill(~here, 0)
+    if task.smoothing == 0:
+        return Target(value, y, None, mine, at_label_here)
+    spread, total, share = _spread(task, q, one, new)
+    return Target((1 - task.smoothing) * value + spread, at_label + total, share, mine, at_label_here)
+
+
+def _spread(task: LabelTask, q: Side, one: Unsoftened, new: New) -> tuple[Tensor, Tensor, Tensor]:
+    """What smoothing gives to all classes: its part of the value, its sum, and itself, `[1, 1]` or `[1, V]`."""
+    classes = q.bits.shape[-1] if q.shard is None else sum(q.shard.sizes)
+    if task.class_weights is None:
+        share = q.bits.new_full((1, 1), task.smoothing / classes)
+        total = one.total.new_full((1, 1), task.smoothing)
+        bits = q.sum(q.bits) * (task.smoothing / classes)
+    else:
+        start = 0 if q.shard is None else q.shard.offset
+        weights = task.class_weights[start : start + q.bits.shape[-1]]
+        share = (weights * (task.smoothing / classes)).to(q.bits.dtype).unsqueeze(0)
+        total = task.class_weights.sum(dtype=one.total.dtype).reshape(1, 1) * (task.smoothing / classes)
+        bits = q.sum(torch.mul(q.bits, share, out=new()).nan_to_num_(0.0, neginf=-torch.inf))
+    return total * one.log_total - q.temperature * LN2 * bits, total, share
