@@ -155,6 +155,10 @@ def lazy_logits() -> None:
     report(f"{what}, KL against the four products: time", time_ratio(backward(KL, *data), products, 5), 1.25)
     ratio = time_ratio(backward(BOTH, *data), backward(dense(recipes.kl_ce), *data))
     report(f"{what}, KL + CE: time", ratio, 1)
+    second = 0.5 * kdloss.Logits(kdloss.divergences.reverse_kl, name="second")
+    more = time_ratio(backward(BOTH + second, *data), backward(BOTH, *data), 5)
+    another = time_ratio(lambda: teacher_hidden @ teacher_weight.T, backward(BOTH, *data), 5)
+    report(f"{what}, KL + CE + reverse KL, against KL + CE of ours: time", more, 1 + another)
     half = data[2].clone()
     half[::2] = -100
     ratio = time_ratio(backward(BOTH, *data[:2], half), backward(BOTH, *data), 5)

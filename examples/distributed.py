@@ -103,7 +103,7 @@ def perplexity(module: nn.Module, heldout: Tensor, args: Namespace) -> float:
     rank, world = dist.get_rank(), dist.get_world_size()
     module.eval()
     shares = heldout[rank::world].split(args.batch_size // world)
-    loss = torch.stack([module(input_ids=share, labels=share) for share in shares]).mean()
+    loss = torch.stack([module(input_ids=share, labels=share).loss for share in shares]).mean()
     module.train()
     dist.all_reduce(loss)
     return math.exp(loss.item() / world)
@@ -121,7 +121,7 @@ def train(
     """Train one student, or go on with it, and save it whole; its held-out perplexity over steps."""
     rank, world = dist.get_rank(), dist.get_world_size()
     student = scale.student_of(args, teacher, tokenizer)
-    module: nn.Module = scale.Distillation(student, criterion, teacher).to(blocks.device)
+    module: nn.Module = kdloss.Distillation(student, teacher, criterion).to(blocks.device)
     blocks_of = kdloss.layers.find_blocks(student)
     module = shard(module, blocks_of) if args.fsdp else DistributedDataParallel(module)
     optimizer = AdamW(module.parameters(), args.lr)  # after sharding; projections are among them
@@ -140,7 +140,7 @@ def train(
         # divided by all ranks' labels over the number of ranks, they are those of one process.
         items = (batch["labels"][:, 1:] != -100).sum()
         dist.all_reduce(items)
-        module(**batch, num_items_in_batch=items / world).backward()
+        module(**batch, num_items_in_batch=items / world).loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()

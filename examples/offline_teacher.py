@@ -42,12 +42,11 @@ class FromCache:
 
     def __init__(self, cache: kdloss.cache.Cache, criterion: kdloss.VanillaKD) -> None:
         self.cache, self.criterion = cache, criterion
+        self.distill = kdloss.Distiller(None, criterion)
 
     def __call__(self, student: PreTrainedModel, ids: list[int], input_ids: Tensor, labels: Tensor) -> kdloss.Distilled:
         """The student's pass, and the loss against what is on disk."""
-        output = student(input_ids=input_ids, use_cache=False)
-        loss = self.criterion(output.logits, self.cache[ids], labels)
-        return kdloss.Distilled(loss, output, self.criterion.components)
+        return self.distill(student, input_ids=input_ids, labels=labels, teacher=self.cache[ids])
 
 
 def write(args: argparse.Namespace, setup: Setup) -> Path:

@@ -28,6 +28,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
+import kdloss
+
 
 def complete(folder: Path) -> list[Path]:
     """Checkpoints from old to new; one gets its name only when it is whole."""
@@ -70,7 +72,7 @@ def perplexity(accelerator: Accelerator, module: nn.Module, heldout: Tensor, arg
     rank, world = accelerator.process_index, accelerator.num_processes
     module.eval()
     shares = heldout[rank::world].split(args.batch_size // world)
-    loss = torch.stack([module(input_ids=share, labels=share) for share in shares]).mean()
+    loss = torch.stack([module(input_ids=share, labels=share).loss for share in shares]).mean()
     module.train()
     return math.exp(accelerator.reduce(loss, "mean").item())
 
@@ -87,7 +89,7 @@ def train(
 ) -> scale.Curve:
     """Train one student, or go on with it, and save it whole; its held-out perplexity over steps."""
     student = scale.student_of(args, teacher, tokenizer)
-    module = scale.Distillation(student, criterion, teacher)
+    module = kdloss.Distillation(student, teacher, criterion)
     optimizer = AdamW(module.parameters(), args.lr)
     schedule = get_linear_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
     loader = DataLoader(blocks, args.batch_size // args.accumulate, shuffle=True, drop_last=True)
@@ -111,7 +113,7 @@ def train(
         items = accelerator.reduce(items, "sum") / (accelerator.num_processes * args.accumulate)
         for batch in micro_batches:
             with accelerator.accumulate(module):
-                accelerator.backward(module(**batch, num_items_in_batch=items))
+                accelerator.backward(module(**batch, num_items_in_batch=items).loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()

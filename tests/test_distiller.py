@@ -79,7 +79,7 @@ def test_nothing_of_the_teacher_is_in_any_state_dict_or_parameter_list():
     theirs = {p.data_ptr() for p in teacher.parameters()}
     assert len(student.state_dict()) == len(pair()[1].state_dict())
     assert sorted(criterion.state_dict()) == [
-        f"projections.{i}.{part}" for i in range(4) for part in ("bias", "weight")
+        f"terms.feature.projections.{i}.{part}" for i in range(4) for part in ("bias", "weight")
     ]
     assert not any(p.data_ptr() in theirs for p in [*student.parameters(), *criterion.parameters()])
     assert not isinstance(distill, nn.Module)

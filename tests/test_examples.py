@@ -298,7 +298,7 @@ def test_a_saved_folder_is_replaced_as_a_whole(tmp_path):
 )
 def test_layers_and_pairs_from_flags(flags, expected):
     args = distill_lm.parser().parse_args([*flags, "--method", "feature"])
-    chosen = distill_lm.criterion_for(args).layer_map
+    chosen = distill_lm.criterion_for(args).terms["feature"].layer_map
     assert (chosen.layers, chosen.pairing) == expected
 
 

@@ -72,7 +72,7 @@ def exact(kind):
     student, distill = pair("llama" if kind == "llama" else "gpt2")
     if kind == "strict":
         student.__class__ = Strict
-    for model in (student, distill.criterion, *distill.teachers):
+    for model in (student, distill.criterion, *(t.module for t in distill.teachers)):
         model.double()
     return student, distill
 
@@ -166,7 +166,7 @@ def test_bf16_is_near_fp32_and_covers_the_teacher_but_no_weight(tmp_path):
     def step(**settings):
         student, distill = pair()
         before, seen = trained(student, distill), []
-        (teacher,) = distill.teachers
+        (teacher,) = (t.module for t in distill.teachers)
         teacher.transformer.h[0].mlp.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
         make(tmp_path, student, distill, max_steps=1, **settings).train()
         after = trained(student, distill)
@@ -259,7 +259,7 @@ def test_a_checkpoint_holds_student_and_projections_and_no_teacher(tmp_path):
     assert shapes == sorted(tuple(p.shape) for p in weights for _ in range(2))
     rest = [x for n, x in found.items() if not n.startswith("optimizer")]
     assert all(x.dtype in (torch.uint8, torch.int64) for x in rest)
-    (teacher,) = distill.teachers
+    (teacher,) = (t.module for t in distill.teachers)
     values = {p.flatten()[:3].sum().item() for p in teacher.parameters() if p.std() > 0}
     assert not any(x.flatten()[:3].sum().item() in values for x in tensors_of(checkpoint).values())
     for file in checkpoint.iterdir():  # and no file is larger than what was found in it

@@ -13,7 +13,8 @@ from scipy.optimize import linprog
 from torch import nn
 
 import kdloss
-from kdloss.layers import block_lists, resolve, unwrap
+from kdloss.layers.blocks import block_lists
+from kdloss.layers.names import resolve, unwrap
 from kdloss.layers.select import STRATEGIES
 
 

@@ -9,7 +9,7 @@ from families import CAUSAL, FAMILIES, VOCAB, ResNet, batch, blocks_argument, bu
 from torch import nn
 
 import kdloss
-from kdloss.layers import block_lists
+from kdloss.layers.blocks import block_lists
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -101,7 +101,7 @@ def test_a_narrower_shallower_student_learns_from_features_and_logits(family):
     teacher, student = build(family, width=24, depth=5), build(family, width=16, depth=3, seed=1)
     criterion = kdloss.FeatureKD(layers="auto", logit_weight=1.0, blocks=blocks_argument(family))
     distill = kdloss.Distiller(teacher, criterion).prepare(student)
-    assert [p[:2] for p in criterion.layer_map.pairs()] == [(0, 0), (1, 2), (2, 4)]
+    assert [p[:2] for p in criterion.terms["feature"].layer_map.pairs()] == [(0, 0), (1, 2), (2, 4)]
     optimizer = torch.optim.AdamW([*student.parameters(), *criterion.parameters()], lr=1e-2)
     losses, before = [], copy.deepcopy(criterion.state_dict())
     for _ in range(8):
@@ -148,7 +148,7 @@ def test_a_kept_student_is_held_against_the_block_before_the_next_kept_one(famil
     blocks = blocks_argument(family)
     criterion = kdloss.FeatureKD("all", pairing="kept", alpha=0.0, blocks=blocks)
     distill = kdloss.Distiller(teacher, criterion).prepare(student)
-    assert [p[:2] for p in criterion.layer_map.pairs()] == [(0, 1), (1, 4), (2, 5)]
+    assert [p[:2] for p in criterion.terms["feature"].layer_map.pairs()] == [(0, 1), (1, 4), (2, 5)]
     assert list(criterion.parameters()) == []
     assert distill(student, **batch(family)).loss > 0
 
@@ -269,7 +269,7 @@ def test_cnns_pair_by_resolution_once_a_batch_has_told_their_sizes():
     distill.prepare(student, **images)
     assert calls[0] == 1
     assert calls[1] <= 1  # it may end early
-    assert criterion.layer_map.pairs() == [(0, 1, 0.5), (2, 3, 0.5)]
+    assert criterion.terms["feature"].layer_map.pairs() == [(0, 1, 0.5), (2, 3, 0.5)]
     assert [tuple(p.shape) for p in criterion.parameters()] == [(6, 4), (6,), (12, 8), (12,)]
     loss = distill(student, **images).loss
     loss.backward()
@@ -347,7 +347,7 @@ def test_block_names_are_as_good_as_their_indices():
     teacher, student = build("gpt2", depth=6), build("gpt2", depth=3, seed=1)
     criterion = kdloss.FeatureKD(["transformer.h.0", "transformer.h.2"])
     kdloss.Distiller(teacher, criterion).prepare(student)
-    assert criterion.layer_map.pairs() == [(0, 0, 0.5), (2, 5, 0.5)]
+    assert criterion.terms["feature"].layer_map.pairs() == [(0, 0, 0.5), (2, 5, 0.5)]
 
 
 def test_a_base_model_without_head_is_distilled_by_features_alone():

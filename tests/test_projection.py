@@ -201,7 +201,7 @@ def test_the_teacher_can_be_projected_by_rows_that_are_never_trained():
 
 def test_one_projection_can_be_shared_by_all_pairs_and_is_saved_once():
     criterion = kdloss.FeatureKD([0, 1], depths=(2, 2), widths=(5, 6), shared=True, alpha=0.0)
-    assert sorted(criterion.state_dict()) == ["projections.shared.bias", "projections.shared.weight"]
+    assert sorted(criterion.state_dict()) == [f"terms.feature.projections.shared.{part}" for part in ("bias", "weight")]
     apart = kdloss.FeatureKD([0, 1], depths=(2, 2), widths=(5, 6), alpha=0.0)
     for projection in apart.projections.values():
         projection.load_state_dict(criterion.projections["shared"].state_dict())
@@ -220,18 +220,18 @@ def test_what_fits_is_kept_with_what_it_learned_and_what_does_not_is_built_anew(
     for shared in (False, True):
         criterion = feature_kd(widths=(5, 6), shared=shared)
         first = next(iter(criterion.projections.values()))
-        criterion.build({(0, 0): (5, 6)})
+        criterion.terms["feature"].build({(0, 0): (5, 6)})
         assert next(iter(criterion.projections.values())) is first
-        criterion.build({(0, 0): (5, 7)})
+        criterion.terms["feature"].build({(0, 0): (5, 7)})
         assert next(iter(criterion.projections.values())).out_features == 7
-        criterion.build({(0, 0): (7, 7)})
+        criterion.terms["feature"].build({(0, 0): (7, 7)})
         assert not criterion.projections
-        criterion.build({(0, 0): (5, 7)})
+        criterion.terms["feature"].build({(0, 0): (5, 7)})
         assert next(iter(criterion.projections.values())).in_features == 5
     criterion = feature_kd(distance=Scaled, widths=(5, 6))
-    first = criterion.distances["0"]
-    criterion.build({(0, 0): (5, 6)})
-    assert criterion.distances["0"] is first
+    first = criterion.terms["feature"].distances["0"]
+    criterion.terms["feature"].build({(0, 0): (5, 6)})
+    assert criterion.terms["feature"].distances["0"] is first
 
 
 class Scaled(torch.nn.Module):
@@ -248,16 +248,21 @@ class Scaled(torch.nn.Module):
 
 def test_a_class_of_distances_is_built_for_every_student_layer_and_trained_and_saved():
     criterion = kdloss.FeatureKD([0, 1], depths=(2, 2), widths=(5, 6), distance=partial(Scaled, power=4.0), alpha=0.0)
-    assert [(d.widths, d.power) for d in criterion.distances.values()] == [((6, 6), 4.0)] * 2
-    names = ["distances.0.scale", "distances.1.scale"]
+    assert [(d.widths, d.power) for d in criterion.terms["feature"].distances.values()] == [((6, 6), 4.0)] * 2
+    names = [f"terms.feature.distances.{i}.scale" for i in (0, 1)]
     assert sorted(criterion.state_dict())[:2] == names
     seen = kdloss.Captured(), kdloss.Captured()
     for block in (0, 1):
         seen[0].features[block], seen[1].features[block] = torch.randn(3, 5), torch.randn(3, 6)
     criterion(*seen).backward()
     assert all(p.grad.abs().max() > 0 for p in criterion.parameters())
-    assert criterion.distances["0"].scale.grad.tolist() != criterion.distances["1"].scale.grad.tolist()
-    assert [d.widths for d in feature_kd(distance=Scaled, widths=(5, 5)).distances.values()] == [(5, 5)]
+    assert (
+        criterion.terms["feature"].distances["0"].scale.grad.tolist()
+        != criterion.terms["feature"].distances["1"].scale.grad.tolist()
+    )
+    assert [d.widths for d in feature_kd(distance=Scaled, widths=(5, 5)).terms["feature"].distances.values()] == [
+        (5, 5)
+    ]
     with pytest.raises(ValueError, match=r"not been built.*distill\.prepare\(student\)"):
         feature_kd(distance=Scaled)(*outputs(torch.randn(3, 5), torch.randn(3, 5)))
 
@@ -270,10 +275,10 @@ def test_copies_pickles_and_state_dicts_carry_projections_and_distances():
     for again in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), other):
         torch.testing.assert_close(again(*seen), criterion(*seen))
         with torch.no_grad():
-            again.distances["0"].scale.zero_()
+            again.terms["feature"].distances["0"].scale.zero_()
         assert again(*seen) == 0
         assert criterion(*seen) > 0
-        again.build({(0, 0): (5, 9)})
+        again.terms["feature"].build({(0, 0): (5, 9)})
         assert again.projections["0"][2].out_features == 9
         assert criterion.projections["0"][2].out_features == 6
 

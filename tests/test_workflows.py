@@ -66,7 +66,7 @@ def test_in_a_chain_each_student_is_the_teacher_of_the_next(data, teachers, tmp_
     asked, fit = [], distill_lm.fit
 
     def seen(distill, student, *rest):
-        asked.append((distill.teachers[0].num_parameters(), student.num_parameters()))
+        asked.append((distill.teachers[0].module.num_parameters(), student.num_parameters()))
         return fit(distill, student, *rest)
 
     monkeypatch.setattr(distill_lm, "fit", seen)
@@ -163,7 +163,7 @@ def test_a_criterion_of_the_task_uses_late_layers_and_alpha_of_a_fifth():
     args = summarise.parser().parse_args([])
     criterion = distill_lm.criterion_for(args)
     assert isinstance(criterion, kdloss.FeatureKD)
-    assert (criterion.alpha, criterion.layer_map.layers) == (0.2, "late")
+    assert (criterion.alpha, criterion.terms["feature"].layer_map.layers) == (0.2, "late")
 
 
 def test_an_empty_column_of_summaries_is_named(tmp_path):

@@ -61,7 +61,7 @@ def two_steps_of(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     student, distill = pair(seed=rank)  # unequal projections; rank 0's count
-    for model in (student, distill.criterion, *distill.teachers):
+    for model in (student, distill.criterion, *(t.module for t in distill.teachers)):
         model.double()
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
     settings["per_device_eval_batch_size"] = 1

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import with_accelerate
 from families import batch, build
-from parts.scale import Distillation
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -48,7 +47,7 @@ def train(wrap=None, sharded=False, early=False, settings=()):
     torch.manual_seed(0)
     weight = 0.0 if early else 1.0
     criterion = kdloss.FeatureKD("all", pairing="first", logit_weight=weight, **dict(settings))
-    module = step = Distillation(student, criterion, teacher)
+    module = step = kdloss.Distillation(student, teacher, criterion)
     if wrap == "ddp":
         step = DistributedDataParallel(module)
     elif wrap == "fsdp":
@@ -57,7 +56,7 @@ def train(wrap=None, sharded=False, early=False, settings=()):
         wrapped, distill = DistributedDataParallel(student), kdloss.Distiller(teacher, criterion)
 
         def step(**inputs):
-            return distill(wrapped, **inputs).loss
+            return distill(wrapped, **inputs)
 
     if sharded:
         shard(teacher)
@@ -69,7 +68,7 @@ def train(wrap=None, sharded=False, early=False, settings=()):
     optimizer = torch.optim.SGD(parameters.values(), lr=0.5)
     found = {"gradients": [], "norms": []}
     for _ in range(STEPS):
-        step(**mine, num_items_in_batch=items).backward()
+        step(**mine, num_items_in_batch=items).loss.backward()
         if wrap == "ddp of the student alone":  # projections are outside, so they are averaged by hand
             for parameter in criterion.parameters():
                 dist.all_reduce(parameter.grad)

@@ -1,4 +1,4 @@
-"""What distributed.py and with_accelerate.py share: the module they wrap, flags, data, results."""
+"""What distributed.py and with_accelerate.py share: flags, data, results."""
 
 import argparse
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,24 +16,6 @@ import kdloss
 from parts import cells, files, models, options, report, setup, text
 
 Curve = list[tuple[int, float]]
-
-
-class Distillation(nn.Module):
-    """Student and criterion as one module whose forward is the loss; the teacher is no part of it.
-
-    So whatever wraps it synchronises, shards, clips and saves projections like any parameter.
-    """
-
-    def __init__(self, student: nn.Module, criterion: nn.Module, teacher: nn.Module) -> None:
-        super().__init__()
-        self.student, self.criterion = student, criterion
-        self._distill = kdloss.Distiller(teacher, criterion).prepare(student)
-
-    def forward(self, num_items_in_batch: Tensor | None = None, **batch: Tensor) -> Tensor:
-        """The distiller's loss in training, the student's own in evaluation."""
-        if not self.training:
-            return self.student(**batch).loss
-        return self._distill(self.student, **batch, num_items_in_batch=num_items_in_batch).loss
 
 
 def parser(description: str, output: str) -> argparse.ArgumentParser:
@@ -171,7 +153,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
-    """Write the student of a `Distillation` with its gathered weights, and the tokenizer."""
+    """Write the student of a `kdloss.Distillation` with its gathered weights, and the tokenizer."""
     own = {name.removeprefix("student."): w for name, w in weights.items() if name.startswith("student.")}
     with files.replacing(folder) as partial, writing(partial):
         student.save_pretrained(partial, state_dict=own)

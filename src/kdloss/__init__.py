@@ -1,23 +1,34 @@
 """Knowledge-distillation losses that drop into a training loop you already have."""
 
-from kdloss import analysis, distances, divergences, layers, projections, resize, schedules, targets
+from kdloss import analysis, distances, divergences, layers, projections, resize, schedules, targets, terms
 from kdloss._capture import Captured, capture
 from kdloss._cross_entropy import cross_entropy
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
-from kdloss.distiller import Distilled, Distiller
+from kdloss.distillation import Distillation
+from kdloss.distilled import Distilled
+from kdloss.distiller import Distiller
 from kdloss.reduction import masked, reduce
 from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
+from kdloss.teacher import Teacher
+from kdloss.terms import CrossEntropy, Features, Logits, Sum, Task
 
 __all__ = [
     "Captured",
+    "CrossEntropy",
+    "Distillation",
     "Distilled",
     "Distiller",
     "FeatureKD",
+    "Features",
     "LazyLogits",
+    "Logits",
     "Mixture",
     "MultiTeacherKD",
     "ShardedLogits",
+    "Sum",
+    "Task",
+    "Teacher",
     "TokenMap",
     "TopKLogits",
     "VanillaKD",
@@ -34,5 +45,6 @@ __all__ = [
     "resize",
     "schedules",
     "targets",
+    "terms",
     "truncate",
 ]

@@ -59,6 +59,32 @@ class Steps:
         return Steps, ()
 
 
+class Reminder:
+    """Says once that a step was taken and not counted: between two forward passes some optimizer stepped."""
+
+    def __init__(self) -> None:
+        self._steps, self._counted, self._said = Steps(), True, False
+
+    def forward(self, log: logging.Logger) -> None:
+        """Before a forward pass whose loss depends on the step."""
+        if self._said:
+            return
+        if self._steps.taken and not self._counted:
+            self._said = True
+            self._steps.remove()
+            log.warning(
+                "an optimizer stepped and the criterion did not: what is scheduled stays where it is. Write "
+                "criterion.advance() after optimizer.step()"
+            )
+            return
+        self._steps.start()
+        self._steps.taken, self._counted = 0, False
+
+    def advanced(self) -> None:
+        """The step was counted."""
+        self._counted = True
+
+
 def _count(optimizer: Optimizer, steps: Steps) -> bool:
     steps.taken += 1
     return False

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from kdloss.layers import unwrap
+from kdloss.layers.names import unwrap
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -29,6 +29,14 @@ def with_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any], labels: Ten
         return dict(inputs)
     prepare: Any = unwrap(model).prepare_decoder_input_ids_from_labels
     return {**inputs, "decoder_input_ids": prepare(labels)}
+
+
+def named(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs without what is a teacher's: what the forward doesn't name, or what begins with "teacher_"."""
+    known = inspect.signature(unwrap(model).forward).parameters.values()
+    names = {p.name for p in known}
+    anything = any(p.kind is p.VAR_KEYWORD for p in known)
+    return {k: v for k, v in inputs.items() if k in names or (anything and not k.startswith("teacher_"))}
 
 
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from kdloss._capture import Captured, capture
 from kdloss.adapter import evaluating, is_causal, masks, with_decoder_inputs, without_cache
-from kdloss.layers import Layers, find_blocks, select
+from kdloss.layers import find_blocks, select
+from kdloss.layers.select import Layers
 from kdloss.reduction import widest
+
+__all__ = ["CKAMatrix", "cka_matrix"]
 
 LEAST = 4  # the unbiased estimator divides by n - 3
 

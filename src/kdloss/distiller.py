@@ -2,63 +2,50 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool
 from torch import Tensor, nn
 
-from kdloss._capture import Captured, capture
-from kdloss.adapter import evaluating, is_causal, masks, resharded, with_decoder_inputs, without_cache
-from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
-from kdloss.criteria._terms import find_logits, logits_of
-from kdloss.engine.task import unwrapped
-from kdloss.layers import Layer, parts, unwrap
-from kdloss.lazy_head import LazyHeads
-from kdloss.reduction import takes
-from kdloss.targets import TokenMap, dense
+from kdloss import _watch
+from kdloss._capture import Captured
+from kdloss._passes import Passes, all_masks, brought, requests
+from kdloss.adapter import evaluating, is_causal, named, resharded, with_decoder_inputs
+from kdloss.distilled import Distilled
+from kdloss.layers.names import unwrap
+from kdloss.teacher import Teacher
+from kdloss.terms import Plan
 
 _log = logging.getLogger("kdloss")
-
-
-@dataclass(frozen=True)
-class Distilled:
-    """One step: the loss to backpropagate, the student's own output, and the terms for logging.
-
-    Where its logits were never made, `output.logits` is a `LazyLogits` and `logits` makes them.
-    """
-
-    loss: Tensor
-    output: Any
-    components: dict[str, Tensor]
-
-    @property
-    def logits(self) -> Tensor:
-        """The student's logits; each time anew, where the loss did without."""
-        return dense(logits_of(self.output, "student"))
+_NOTHING = Plan({}, {}, {})
 
 
 class Distiller:
     """Runs student and teachers once each on a batch and returns the criterion's loss.
 
-    The teacher is run in eval mode without gradient and left as it was found; it ends at the
-    deepest block needed where its logits are not, and is not run at all where alpha is 1. A
-    `Distiller` is no module: nothing of the teacher is in anyone's parameters or state dict.
+    Teachers are run in eval mode without gradient, one after the other, and left as they were found; one ends at the
+    deepest block needed where its logits are not, and is not run at all where no term of weight above 0 reads it. A
+    `Distiller` is no module: nothing of a teacher is in anyone's parameters or state dict.
 
-    Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that both models
+    - `teachers`: a model, a `kdloss.Teacher`, None for a stored one, or a list of these.
+    - `criterion`: a `kdloss.Sum` or a recipe, asked in each step what it reads (`plan`). Any other module is called
+      with the outputs of student and teacher, labels, `mask` and `num_items_in_batch`; the logger "kdloss" warns of
+      what it misses.
+
+    Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models
     take. `labels` go to the criterion (an encoder-decoder's decoder inputs are made from them), so
     does `num_items_in_batch`, and an `attention_mask` (or `mask`, True = keep) takes positions out
-    of every term. Where the criterion's `vocabulary` is a `TokenMap`, the teacher reads its own ids of the
+    of every term. `teacher` is what a stored teacher said of this batch, a list where there are several.
+    Where a term's `vocabulary` is a `TokenMap`, its teacher reads its own ids of the
     student's tokens. Returns a `Distilled` with `loss`, `logits`, `components` and `output`.
 
     Hugging Face's causal models make no logits `[B, T, V]`: hidden states and head go to the criterion as
     `LazyLogits`, with the same loss and gradients. Where that can't be, the logger "kdloss" says why.
 
-    Raises: TypeError for a criterion that doesn't fit the number of teachers; whatever criterion
-    and capture raise.
+    Raises: TypeError for a teacher that no term reads, ValueError for a term without its teacher; whatever
+    criterion and capture raise.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> import kdloss
@@ -72,18 +59,28 @@ class Distiller:
     ['ce', 'feature', 'feature/0-0', 'feature/1-5']
     """
 
-    def __init__(self, teacher: nn.Module | Sequence[nn.Module], criterion: nn.Module) -> None:
-        self.criterion: Any = criterion
-        self.teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-        self._as_list = isinstance(criterion, MultiTeacherKD) or not isinstance(teacher, nn.Module)
-        ours = isinstance(criterion, VanillaKD | FeatureKD)
-        if ours and self._as_list and not isinstance(criterion, MultiTeacherKD):
-            raise TypeError(
-                f"{type(criterion).__name__} takes one teacher, got a list of {len(self.teachers)}; "
-                "write MultiTeacherKD(...), or pass the teacher itself"
+    def __init__(
+        self,
+        teachers: nn.Module | Teacher | Sequence[nn.Module | Teacher | None] | None,
+        criterion: nn.Module,
+    ) -> None:
+        self.criterion = cast(Any, criterion)
+        self._as_list = isinstance(teachers, list | tuple)
+        given: Any = teachers if self._as_list else [teachers]
+        self.teachers = [t if t is None or isinstance(t, Teacher) else Teacher(t) for t in given]
+        self._plans = callable(getattr(criterion, "plan", None))
+        if self._plans:
+            self.criterion.check_teachers(len(self.teachers))
+        else:
+            _log.warning(
+                "%s has no `plan` that says what it reads: logits are made whole, teachers run to their end, no "
+                "features are captured and nothing is prepared. A loss of your own gets all of that as a term: "
+                "kdloss.Task(function), or a module that inherits from kdloss.terms.Term",
+                type(criterion).__name__,
             )
-        self._prepared_for: Callable[[], nn.Module | None] = lambda: None
-        self._heads = LazyHeads()
+        self._prepared_for: weakref.ref[nn.Module] | None = None
+        self._pass = Passes()
+        self._told = False
 
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
         """Pair the blocks and build the projections; do it before the optimizer.
@@ -92,40 +89,75 @@ class Distiller:
         measured on it; without one widths are read from Hugging Face configurations.
         """
         self._settle(student)
-        if isinstance(self.criterion, FeatureKD):
-            self.criterion.prepare(student, self.teachers[0])
+        if self._plans:
+            self.criterion.prepare(student, self._modules)
             if args or batch:
-                self._measure(self.criterion, student, args, batch)
+                self._measure(student, args, batch)
         return self
 
     def __call__(
         self,
         student: nn.Module,
         *args: Any,
-        labels: Int64[Tensor, "..."] | None = None,
+        labels: Any = None,
         mask: Bool[Tensor, "..."] | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        teacher: Any = None,
+        teach: bool = True,
         **inputs: Any,
     ) -> Distilled:
-        """One forward pass of each model, and the loss; see the class."""
+        """One forward pass of each model, and the loss; see the class. `teach=False` runs no teacher."""
         self._settle(student)
+        stored = self._stored(teacher)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn(student)
+        plan = self._plan(teach)
         inputs = with_decoder_inputs(student, inputs, labels)
-        pairs = self._pairs()
-        seen = self._run(student, [s for s, _, _ in pairs], args, inputs)
-        target: Any = None
-        if pairs or getattr(self.criterion, "uses_teacher_logits", True):
-            outputs = [self._teach(teacher, pairs, args, inputs) for teacher in self.teachers]
-            target = outputs if self._as_list else outputs[0]
+        seen = self._study(student, plan, args, inputs, labels)
+        if not teach and (not plan.weights or (labels is None and plan.needs_labels)):
+            return Distilled.of(None, seen.output, {})
+        outputs = self._outputs(plan, args, inputs, stored, next((p.device for p in student.parameters()), None))
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
-        settings |= self._masks(student, seen, inputs, labels, mask)
-        if pairs:
-            settings["pairs"] = pairs
-        loss = self.criterion(seen, target, labels, **settings)
-        return Distilled(loss, seen.output, getattr(self.criterion, "components", {}))
+        settings |= all_masks(student, seen, plan, inputs, labels, mask)
+        if self._plans:
+            loss = self.criterion(seen, outputs, labels, plan=plan, **settings)
+        else:
+            every = list(outputs)
+            loss = self.criterion(seen, every if self._as_list else every[0], labels, **settings)
+        return Distilled.of(loss, seen.output, dict(getattr(self.criterion, "components", {})))
+
+    def _warn(self, student: nn.Module) -> None:
+        """Tell once of projections that no optimizer trains, and of some that it trains and nobody zeroes."""
+        if not any(p.requires_grad for p in self.criterion.parameters()):
+            return
+        _watch.watch(student, self.criterion, _log)
+        if not self._told and _watch.left_over(student, self.criterion):
+            self._told = True
+            _log.warning(
+                "the criterion's parameters still have gradients of the step before, the student's have none: they add "
+                "up. Write optimizer.zero_grad() for all parameters, those of the criterion, too, or train a "
+                "kdloss.Distillation, whose zero_grad() reaches both"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_prepared_for": None}
+
+    def _plan(self, teach: bool) -> Plan:
+        """What this step takes."""
+        if not self._plans:
+            return _NOTHING
+        plan: Plan = self.criterion.plan(len(self.teachers)) if teach else self.criterion.plan_of_task()
+        return plan
+
+    @property
+    def _modules(self) -> list[nn.Module | None]:
+        """The teachers that are models."""
+        found = (None if t is None else t.module for t in self.teachers)
+        return [module if isinstance(module, nn.Module) else None for module in found]
 
     def _settle(self, student: nn.Module) -> None:
         """Once per student: find out whether it is causal and where its blocks are."""
-        if self._prepared_for() is student:
+        if self._prepared_for is not None and self._prepared_for() is student:
             return
         if getattr(self.criterion, "causal", False) is None:
             self.criterion.causal = is_causal(student)
@@ -135,104 +167,79 @@ class Distiller:
                 type(unwrap(student)).__name__,
                 "t+1" if self.criterion.causal else "t",
             )
-        if isinstance(self.criterion, FeatureKD):
-            self.criterion.layer_map.locate(student, self.teachers[0])
+        if self._plans:
+            self.criterion.locate(student, self._modules)
         self._prepared_for = weakref.ref(student)
 
-    def _pairs(self) -> list[tuple[Layer, Layer, float]]:
-        criterion = self.criterion
-        if isinstance(criterion, FeatureKD) and criterion.alpha < 1:
-            return criterion.layer_map.pairs()
-        return []
+    def _stored(self, given: Any) -> list[Any]:
+        """What the stored teachers said."""
+        several = given if isinstance(given, list) else [] if given is None else [given]
+        places = sum(teacher is None for teacher in self.teachers)
+        if len(several) > places:
+            raise TypeError(
+                f"teacher={'[...]' if isinstance(given, list) else '...'} is what {len(several)} stored teachers said, "
+                f"and of {len(self.teachers)} teachers {places} are stored, given as None; leave it out, or write None "
+                "in the place of a stored teacher's model"
+            )
+        return several
 
-    def _run(
+    def _study(
+        self, student: nn.Module, plan: Plan, args: tuple[Any, ...], inputs: dict[str, Any], labels: Any
+    ) -> Captured:
+        """The student's pass."""
+        if any(t is not None and t.inputs is not None for t in self.teachers):
+            inputs = named(student, inputs)
+        if plan.own_loss:
+            inputs = {**inputs, "labels": labels}
+        why = plan.why_whole if self._plans else "its criterion may want them"
+        return self._pass(student, requests(plan.reads, "student"), args, inputs, why_whole=why)
+
+    def _outputs(
         self,
-        model: nn.Module,
-        names: Sequence[Layer],
+        plan: Plan,
         args: tuple[Any, ...],
         inputs: dict[str, Any],
-        stop: bool = False,
-    ) -> Captured:
-        blocks = self.criterion.layer_map.blocks if isinstance(self.criterion, FeatureKD) else None
-        take = getattr(self.criterion, "take", None)
-        if isinstance(take, Mapping):  # of the names of both models
-            take = {name: how for name, how in take.items() if name in parts(names)}
-        with (
-            capture(model, parts(names), blocks=blocks, stop=stop, take=take) as seen,
-            nullcontext() if stop else self._heads.apart(model, self._whole()) as head,
-        ):
-            seen.output = model(*args, **without_cache(model, inputs))
-        if head is None or self._heads.finish(model, head, seen.output):
-            return seen
-        return self._run(model, names, args, inputs)
+        stored: Sequence[Any] = (),
+        home: torch.device | None = None,
+    ) -> Iterator[Any]:
+        """Each teacher's output, made when it is asked for; None for one that nobody reads."""
+        rest = iter(stored)
+        for k, teacher in enumerate(self.teachers):
+            if teacher is None:
+                yield next(rest, None)
+            elif not self._plans or plan.of_teacher(k):
+                # By no name here: who asks for the output is the only one to hold it.
+                yield brought(self._teach(k, teacher, plan, args, inputs), None if teacher.device is None else home)
+            else:
+                yield None
 
-    def _whole(self) -> str | None:
-        """Why the criterion needs logits as tensors, if it does."""
-        if type(self.criterion) not in (VanillaKD, FeatureKD, MultiTeacherKD):
-            return f"{type(self.criterion).__name__} may want them"
-        divergence = self.criterion.divergence
-        if takes(divergence, "mask") or getattr(unwrapped(divergence)[0], "any_vocabulary", False):
-            return "its divergence needs all of them at once"
-        return None
-
-    def _teach(
-        self,
-        teacher: nn.Module,
-        pairs: Sequence[tuple[Layer, Layer, float]],
-        args: tuple[Any, ...],
-        inputs: dict[str, Any],
-    ) -> Captured:
-        stop = not getattr(self.criterion, "uses_teacher_logits", True)
-        vocabulary = getattr(self.criterion, "vocabulary", None)
-        if isinstance(vocabulary, TokenMap) and "input_ids" in inputs:
-            inputs = {**inputs, "input_ids": vocabulary.to_teacher(inputs["input_ids"])}
-        with evaluating(teacher), torch.no_grad():
-            seen = self._run(teacher, [t for _, t, _ in pairs], args, inputs, stop)
-        resharded(teacher)
+    def _teach(self, k: int, teacher: Teacher, plan: Plan, args: tuple[Any, ...], inputs: dict[str, Any]) -> Captured:
+        reads = {name: plan.reads[name] for name in plan.of_teacher(k)}
+        rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
+        if rename is not None and teacher.inputs is None and "input_ids" in inputs:
+            inputs = {**inputs, "input_ids": rename(inputs["input_ids"])}
+        args, inputs = teacher.of(args, inputs)
+        module = teacher.module
+        stop = self._plans and plan.ends_early(k)
+        why = plan.why_teacher_whole(k) if self._plans else "its criterion may want them"
+        with torch.no_grad():
+            if not isinstance(module, nn.Module):
+                seen = Captured()
+                seen.output = module(*args, **inputs)
+            else:
+                with evaluating(module):
+                    asked = requests(reads, "teacher")
+                    seen = self._pass(module, asked, args, inputs, stop=stop, why_whole=why)
+                resharded(module)
         return seen
 
-    def _measure(self, criterion: FeatureKD, student: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:
+    def _measure(self, student: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:
         labels = batch.pop("labels", None)
         inputs = with_decoder_inputs(student, batch, labels)
-        chosen = criterion.layer_map
-        pairs = chosen.candidates() if chosen.by_resolution else chosen.pairs()
+        plan = self.criterion.candidates(len(self.teachers))
         with evaluating(student), torch.no_grad():
-            seen = self._run(student, [s for s, _, _ in pairs], args, inputs)
-        target = self._teach(self.teachers[0], pairs, args, inputs)
-        if chosen.by_resolution:
-            chosen.sizes = _sizes(seen), _sizes(target)
-            pairs = chosen.pairs()
-        criterion.build({(s, t): (_width(seen, s), _width(target, t)) for s, t, _ in pairs})
-        criterion.to(next(student.parameters()).device)
-
-    def _masks(
-        self,
-        student: nn.Module,
-        seen: Captured,
-        inputs: dict[str, Any],
-        labels: Tensor | None,
-        mask: Tensor | None,
-    ) -> dict[str, Tensor | None]:
-        """The criterion's masks, as far as it knows them."""
-        logits = find_logits(seen.output)
-        positions = labels.shape if labels is not None else None if logits is None else logits.shape[:-1]
-        if not isinstance(self.criterion, FeatureKD) or not seen:
-            return {"mask": masks(student, inputs, mask, positions, None)[0]}
-        of_encoder = "encoder" in (self.criterion.layer_map.blocks or "")
-        first = next(iter(seen.values()))
-        mask, own = masks(student, inputs, mask, positions, first if of_encoder else None)
-        return {"mask": mask, "feature_mask": own}
-
-
-def _sizes(seen: Captured) -> list[tuple[int, int]]:
-    flat = {name: tuple(features.shape) for name, features in seen.items() if features.ndim != 4}
-    if flat:
-        raise ValueError(
-            "pairing='resolution' goes by maps [B, C, H, W], but there are blocks that give "
-            f"{next(iter(flat.values()))}; write pairing='uniform'"
-        )
-    return [(features.shape[2], features.shape[3]) for features in seen.values()]
-
-
-def _width(seen: Captured, name: Layer) -> int:
-    return sum(x.shape[1] if x.ndim == 4 else x.shape[-1] for x in map(seen.__getitem__, parts([name])))
+            seen = self._study(student, plan, args, inputs, labels)
+        for k, output in enumerate(self._outputs(plan, args, inputs)):
+            for name in plan.complete_with(k):
+                self.criterion.measure(name, seen.of(name), output.of(name))
+        self.criterion.to(next(student.parameters()).device)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kdloss.adapter import is_causal, is_encoder_decoder
-from kdloss.criteria._terms import find_logits
-from kdloss.layers import unwrap
+from kdloss.layers.names import unwrap
 from kdloss.targets import LazyLogits
+from kdloss.terms._outputs import find_logits
 
 _log = logging.getLogger("kdloss")
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
@@ -31,6 +31,10 @@ class LazyHeads:
         self._shaping: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
         self._failed: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._said: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._repeatable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LazyHeads, ()
 
     @contextmanager
     def apart(self, model: nn.Module, otherwise: str | None) -> Iterator["HeadPass"]:
@@ -44,7 +48,7 @@ class LazyHeads:
             self._say(model, str(reason))
             yield HeadPass(None)
             return
-        ran = HeadPass(head, self._shaping.get(model))
+        ran = HeadPass(head, self._known(model))
         hook: Any = torch.compiler.disable
         handles = [
             head.register_forward_pre_hook(hook(ran.before)),
@@ -70,6 +74,13 @@ class LazyHeads:
         if ran.shaping is not None:
             self._shaping[model] = ran.shaping
         return True
+
+    def _known(self, model: nn.Module) -> dict[str, Any] | None:
+        """What is known of a head; nothing where checkpointing recomputes, in backward(), the pass that found it."""
+        known = self._shaping.get(model)
+        if torch._C._current_graph_task_id() == -1:
+            self._repeatable[model] = known is not None
+        return known if self._repeatable.get(model, True) else None
 
     def _say(self, model: nn.Module, reason: str) -> None:
         if self._said.get(model) != reason:
@@ -119,12 +130,25 @@ class HeadPass:
             self.shaping = shaping(self.signal, answer.detach())
             if self.shaping is None:
                 return "it does more to its head's output than to scale and soft-cap it"
-        lazy = LazyLogits(self.hidden[0], head.weight, head.bias, **self.shaping or {})
+        parts = _Alias.apply(self.hidden[0], head.weight, head.bias)  # type: ignore[no-untyped-call]
+        lazy = LazyLogits(*parts, **self.shaping or {})
         if isinstance(output, dict):
             output["logits"] = lazy
         else:
             output.logits = lazy
         return None
+
+
+class _Alias(torch.autograd.Function):
+    """The same tensors as results of this pass: FSDP hooks what a model returns, and would hook the weight for ever."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.detach() for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients
 
 
 def signal_like(z: Tensor) -> Tensor:

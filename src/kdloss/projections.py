@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+__all__ = ["conv1x1", "linear", "mlp"]
+
 
 def linear(student_width: int, teacher_width: int, *, orthogonal: bool = False, frozen: bool = False) -> nn.Module:
     """A linear map for `FeatureKD(projection=...)`; on maps it is the 1x1 convolution.

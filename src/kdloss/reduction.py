@@ -1,8 +1,9 @@
 """The contract every loss shares: which positions count, and how their values become one number."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Shaped
@@ -112,11 +113,30 @@ def masked(
 
 def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a loss wants something by this name, beside student and teacher."""
+    return name in parameters(function)
+
+
+def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """A function's parameters; none where they can't be told. Looked up once."""
+    if torch.compiler.is_compiling():
+        return _parameters(function)
+    try:
+        if function not in _known:
+            _known[function] = _parameters(function)
+        return _known[function]
+    except TypeError:  # nothing that can be a key
+        return _parameters(function)
+
+
+_known: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     function = function.forward if isinstance(function, nn.Module) else function
     try:
-        return name in inspect.signature(function).parameters
+        return inspect.signature(function).parameters
     except (TypeError, ValueError):
-        return False
+        return {}
 
 
 def per_example(values: Tensor, mask: Bool[Tensor, "..."] | None) -> Tensor:

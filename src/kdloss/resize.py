@@ -12,6 +12,8 @@ from torch import Tensor
 from kdloss.distances import tokens
 from kdloss.reduction import precise
 
+__all__ = ["interpolate", "pool"]
+
 Sides = tuple[Tensor, Tensor]
 
 

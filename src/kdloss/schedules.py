@@ -9,7 +9,7 @@ from numbers import Real
 Schedule = Callable[[int], float]
 Setting = float | Schedule
 
-__all__ = ["Schedule", "Setting", "at", "constant", "cosine", "exponential", "linear", "warmup"]
+__all__ = ["constant", "cosine", "exponential", "linear", "warmup"]
 
 
 def constant(value: float) -> Schedule:

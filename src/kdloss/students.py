@@ -6,7 +6,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from kdloss.layers import Layers, block_lists, find_blocks, select, unwrap
+from kdloss.layers import find_blocks, select
+from kdloss.layers.blocks import block_lists
+from kdloss.layers.names import unwrap
+from kdloss.layers.select import Layers
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -13,7 +13,7 @@ from kdloss._capture.compiled import hooks_seen
 from kdloss._capture.located import Located, find
 from kdloss._capture.recorder import Captured, Recorder, Request, Stop, Which, known_at_the_end
 from kdloss._capture.take import Take
-from kdloss.layers import Name
+from kdloss.layers.layer_map import Name
 
 Option = TypeVar("Option")
 Key = TypeVar("Key", bound=Hashable)

@@ -6,7 +6,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from kdloss.layers import Name, find_blocks, resolve
+from kdloss.layers import find_blocks
+from kdloss.layers.layer_map import Name
+from kdloss.layers.names import resolve
 
 _LISTS = nn.ModuleList | nn.Sequential
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdloss._capture.compiled import BLOCKS
 from kdloss._capture.take import Take, taken
-from kdloss.layers import Name
+from kdloss.layers.layer_map import Name
 
 Which = Literal["once", "first", "last", "all"] | int
 _NUMBERS = {"once": 0, "first": 0, "last": -1}
@@ -33,6 +33,11 @@ class Captured(Mapping[Any, Any]):
     def __init__(self) -> None:
         self.features: dict[Hashable, Any] = {}
         self.output: Any = None
+        self.views: dict[str, Captured] = {}
+
+    def of(self, term: str) -> "Captured":
+        """What was captured for one term of a sum, where they asked for different things."""
+        return self.views.get(term, self)
 
     def __getitem__(self, name: Hashable) -> Any:
         if name not in self.features:
@@ -48,6 +53,7 @@ class Captured(Mapping[Any, Any]):
     def empty(self) -> None:
         """Let go of everything."""
         self.features.clear()
+        self.views.clear()
         self.output = None
 
 
@@ -76,6 +82,7 @@ class Recorder:
         }
         self.grad = torch.is_grad_enabled()
         self.thread, self.elsewhere = threading.get_ident(), False
+        self.backward = torch._C._current_graph_task_id()
         self.stopped = False
         self.error: Exception | None = None
 
@@ -139,10 +146,10 @@ class Recorder:
         return list(dict.fromkeys(self.requests[key].name for key in keys if key not in self.captured))
 
     def _ours(self) -> bool:
-        """Whether this is the recorded pass: not another thread's, nor recomputed within backward()."""
+        """Whether this is the recorded pass: not another thread's, nor recomputed within a backward() since."""
         here = threading.get_ident() == self.thread
         self.elsewhere |= not here
-        return here and torch._C._current_graph_task_id() == -1
+        return here and torch._C._current_graph_task_id() == self.backward
 
     def _keep(self, key: Hashable, module: nn.Module, output: Any) -> None:
         request, number, run = self.requests[key], self.number[key], self.runs[module] - 1

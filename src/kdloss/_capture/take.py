@@ -16,7 +16,7 @@ def taken(name: Key, output: Any, take: Take = None) -> Tensor:
     >>> taken("attn", (None, {"values": torch.ones(2)}), (1, "values"))
     tensor([1., 1.])
     """
-    found = take(output) if callable(take) else _first(output) if take is None else _follow(output, take)
+    found = take(output) if callable(take) else _first(output) if take is None else follow(output, take)
     if isinstance(found, Tensor):
         return found
     asked = "holds no tensor" if take is None else f"take={take!r} finds no tensor there"
@@ -50,7 +50,8 @@ def _first(output: Any) -> Any:
     return next((part for part in parts if isinstance(part, Tensor)), None)
 
 
-def _follow(output: Any, path: Key | tuple[Key, ...]) -> Any:
+def follow(output: Any, path: Key | tuple[Key, ...]) -> Any:
+    """What stands at an index, a key or a path of these; None where nothing does."""
     for key in path if isinstance(path, tuple) else (path,):
         if isinstance(output, Tensor):
             return None  # an index would choose an example of the batch

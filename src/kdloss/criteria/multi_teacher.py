@@ -1,29 +1,30 @@
 """Distillation from several teachers at once."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from jaxtyping import Bool, Float, Int64
-from torch import Tensor
-
-from kdloss import _checks
-from kdloss.criteria._terms import logits_of
-from kdloss.criteria.vanilla import VanillaKD
-from kdloss.divergences import forward_kl
+from kdloss.criteria._settings import checked_alpha, mixing, of_term, rest
+from kdloss.divergences.forward_kl import forward_kl
 from kdloss.engine import Divergence, Vocabulary
 from kdloss.reduction import Reduction
-from kdloss.targets import Mixture
+from kdloss.schedules import Setting
+from kdloss.terms import CrossEntropy, Logits, Sum
 
 
-class MultiTeacherKD(VanillaKD):
+class MultiTeacherKD(Sum):
     r"""`VanillaKD` whose teacher is the weighted average of several.
 
     $\alpha\,\mathrm{CE} + (1-\alpha)\,T^2\,\mathrm{KL}(\sum_k w_k\,\mathrm{softmax}(t_k/T)\,\|\,
     \mathrm{softmax}(s/T))$; `average="logits"` averages $t_k$ instead. For forward KL its gradient
-    is that of the weighted sum of the teachers' own losses. One teacher gives `VanillaKD` exactly.
+    is that of the weighted sum of the teachers' own losses. One teacher gives `VanillaKD` exactly. It is the sum
+    `alpha * kdloss.CrossEntropy() + (1 - alpha) * kdloss.Logits(divergence, teacher="all", weights=weights, ...)`.
 
-    Called like `VanillaKD`, with a list of teacher outputs over one vocabulary. `weights` are one
-    per teacher, non-negative, of sum 1; None for equal ones.
+    Called like `VanillaKD`, with a list of teacher outputs over one vocabulary.
+
+    - `weights`: one per teacher, non-negative, of sum 1; None for equal ones. `average`: of their "probabilities" or of
+      their "logits".
+    - `temperature`, `alpha`, `divergence`, `vocabulary`: as in `VanillaKD`.
+    - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`: the contract, see `kdloss.Sum`.
 
     Raises: what `VanillaKD` and `kdloss.Mixture` raise.
 
@@ -36,57 +37,40 @@ class MultiTeacherKD(VanillaKD):
     You, Xu, Xu, Tao 2017, "Learning from Multiple Teacher Networks", KDD.
     """
 
+    alpha = mixing()
+    temperature = of_term("kd", "temperature")
+
     def __init__(
         self,
         weights: Sequence[float] | None = None,
-        temperature: float = 2.0,
-        alpha: float = 0.5,
+        temperature: Setting = 2.0,
+        alpha: Setting = 0.5,
         *,
         average: Literal["probabilities", "logits"] = "probabilities",
         divergence: Divergence = forward_kl,
+        vocabulary: Vocabulary | None = None,
         causal: bool | None = None,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
         check_finite: bool = False,
-        vocabulary: Vocabulary | None = None,
         overwrite_logits: bool = False,
     ) -> None:
+        alpha = checked_alpha(alpha)
+        average_of_all = Logits(
+            divergence,
+            temperature=temperature,
+            teacher="all",
+            weights=weights,
+            average=average,
+            vocabulary=vocabulary,
+        )
         super().__init__(
-            temperature,
-            alpha,
-            divergence=divergence,
+            alpha * CrossEntropy(),
+            rest(alpha) * average_of_all,
             causal=causal,
             ignore_index=ignore_index,
             reduction=reduction,
             check_finite=check_finite,
-            vocabulary=vocabulary,
             overwrite_logits=overwrite_logits,
         )
-        _checks.choice("average", average, ("probabilities", "logits"))
-        self.weights = weights
-        self.average: Literal["probabilities", "logits"] = average
-
-    def forward(
-        self,
-        student: Any,
-        teacher: Any,
-        labels: Int64[Tensor, "..."] | None = None,
-        *,
-        mask: Bool[Tensor, "..."] | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-    ) -> Float[Tensor, "..."]:
-        """The mixed loss against a list of teachers; see the class."""
-        target = None
-        if self.uses_teacher_logits:
-            if not isinstance(teacher, list | tuple):
-                raise TypeError(
-                    f"MultiTeacherKD needs a list of teacher outputs, got {type(teacher).__name__}; "
-                    "write [teacher], or use VanillaKD"
-                )
-            logits = [logits_of(output, f"teacher {k}") for k, output in enumerate(teacher)]
-            target = Mixture(logits, self.weights, self.average)
-        return super().forward(student, target, labels, mask=mask, num_items_in_batch=num_items_in_batch)
-
-    def extra_repr(self) -> str:
-        """Settings for `repr`."""
-        return f"{super().extra_repr()}, weights={self.weights}, average={self.average!r}"
+        self._alpha, self._shares = alpha, {"kd": 1.0}

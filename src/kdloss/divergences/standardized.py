@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kdloss.engine import in_blocks
 from kdloss.reduction import precise
-from kdloss.targets import Logits, localised
+from kdloss.targets.kinds import AnyLogits
+from kdloss.targets.sharded import localised
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class standardized:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.divergence)
 
-    def __call__(self, student: Logits, teacher: Logits, *args: Any, **options: Any) -> Tensor:
+    def __call__(self, student: AnyLogits, teacher: AnyLogits, *args: Any, **options: Any) -> Tensor:
         """The divergence between standardised student and teacher."""
         student, teacher = localised(student), localised(teacher)
         if isinstance(student, Tensor) and isinstance(teacher, Tensor):

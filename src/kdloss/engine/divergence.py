@@ -15,7 +15,8 @@ from kdloss.engine.fused import per_position
 from kdloss.engine.run import Problem
 from kdloss.engine.task import TeacherTask, unwrapped
 from kdloss.reduction import takes
-from kdloss.targets import Logits, localised
+from kdloss.targets.kinds import AnyLogits
+from kdloss.targets.sharded import localised
 
 
 @runtime_checkable
@@ -42,7 +43,7 @@ def any_logits(
 
     def decorate(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @wraps(plain)
-        def divergence(student: Logits, teacher: Logits, *args: Any, **options: Any) -> Tensor:
+        def divergence(student: AnyLogits, teacher: AnyLogits, *args: Any, **options: Any) -> Tensor:
             student, teacher = localised(student), localised(teacher)
             if isinstance(student, Tensor) and isinstance(teacher, Tensor):
                 return plain(student, teacher, *args, **options)
@@ -63,7 +64,7 @@ def any_logits(
 def in_blocks(
     divergence: Callable[..., Tensor],
     student: Any,
-    teacher: Logits,
+    teacher: AnyLogits,
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
@@ -82,7 +83,7 @@ def in_blocks(
     return per_position(problem, local)[0].reshape(positions)
 
 
-def whole_only(student: Logits, divergence: Callable[..., Any] | None) -> bool:
+def whole_only(student: AnyLogits, divergence: Callable[..., Any] | None) -> bool:
     """Where rows can't be taken apart: while compiling or without data, in losses between positions, and in
     those with parameters of their own to train.
     """

@@ -12,7 +12,8 @@ from torch import Tensor
 from kdloss.engine.rows import matmul_dtype
 from kdloss.engine.run import Problem, Student, run
 from kdloss.reduction import fill, precise
-from kdloss.targets import LazyLogits, at, dense
+from kdloss.targets import LazyLogits
+from kdloss.targets.kinds import at, dense
 
 
 def fused(problem: Problem, student: Student, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kdloss.engine.rows import Rows, flat_view
-from kdloss.targets import LazyLogits, Shard
+from kdloss.targets import LazyLogits
+from kdloss.targets.sharded import Shard
 
 
 class OfLogits:

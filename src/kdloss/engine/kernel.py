@@ -15,7 +15,7 @@ from kdloss.engine.task import LabelTask, Task, TeacherTask
 from kdloss.engine.top_k import among_few
 from kdloss.engine.total import Scratch, Total
 from kdloss.reduction import precise
-from kdloss.targets import Shard
+from kdloss.targets.sharded import Shard
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from kdloss.engine.closed_forms import ClosedForm
 from kdloss.engine.rows import identity
 from kdloss.engine.task import LabelTask, Task, TeacherTask
-from kdloss.targets import Shard, TopKLogits
+from kdloss.targets import TopKLogits
+from kdloss.targets.sharded import Shard
 
 
 class Closed(NamedTuple):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdloss.targets import LazyLogits, Logits, Mixture, at
+from kdloss.targets import LazyLogits, Mixture
+from kdloss.targets.kinds import AnyLogits, at
 
 
 class Rows:
@@ -16,7 +17,7 @@ class Rows:
     `make` computes a block of lazy ones into one buffer, used again; asking for rows then looks there.
     """
 
-    def __init__(self, x: Logits, index: Tensor | None) -> None:
+    def __init__(self, x: AnyLogits, index: Tensor | None) -> None:
         self.x, self.index = x, index
         self.positions = len(x.shape) - 1
         self.made: Tensor | None = None
@@ -47,7 +48,7 @@ class Rows:
 class Teachers:
     """Several teachers' rows; the same teacher, also within mixtures, is made once for all who read it."""
 
-    def __init__(self, teachers: Iterable[Logits], index: Tensor | None) -> None:
+    def __init__(self, teachers: Iterable[AnyLogits], index: Tensor | None) -> None:
         self.rows: dict[Hashable, Rows] = {}
         self.of: dict[int, list[Rows]] = {}  # by the id of who asks
         for x in teachers:
@@ -68,7 +69,7 @@ class Teachers:
         for rows in self.rows.values():
             rows.make(start, stop)
 
-    def __call__(self, x: Logits, start: int, stop: int, temperature: float) -> Any:
+    def __call__(self, x: AnyLogits, start: int, stop: int, temperature: float) -> Any:
         """Rows start to stop of one teacher, for a loss at this temperature."""
         found = [rows(start, stop) for rows in self.of[id(x)]]
         return replace(x, teachers=found).dense(temperature) if isinstance(x, Mixture) else found[0]

@@ -12,7 +12,9 @@ from kdloss.engine.plan import Plan, check_sharded
 from kdloss.engine.rows import Rows, Teachers
 from kdloss.engine.task import LabelTask, Task, TeacherTask
 from kdloss.engine.total import Scratch, Total, blank
-from kdloss.targets import LazyLogits, Logits, Shard, ShardedLogits
+from kdloss.targets import LazyLogits, ShardedLogits
+from kdloss.targets.kinds import AnyLogits
+from kdloss.targets.sharded import Shard
 
 Student = Tensor | LazyLogits
 
@@ -94,7 +96,7 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
     return values, gradients
 
 
-def read_by_rows(tasks: Sequence[Task]) -> Iterator[Logits]:
+def read_by_rows(tasks: Sequence[Task]) -> Iterator[AnyLogits]:
     """Teachers, and labels that stand at all positions as they do."""
     for task in tasks:
         if isinstance(task, TeacherTask):
@@ -131,7 +133,7 @@ def block_rows(classes: int, budget: int = 2**27) -> int:
     return min(max(budget // (8 * max(classes, 1)) // 128 * 128, 128), 1024)
 
 
-def _local(x: Logits) -> Logits:
+def _local(x: AnyLogits) -> AnyLogits:
     return x.local if isinstance(x, ShardedLogits) else x
 
 

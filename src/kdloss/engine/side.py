@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdloss.engine.terms import NO_MASS
 from kdloss.reduction import precise, widest
-from kdloss.targets import Shard
+from kdloss.targets.sharded import Shard
 
 LN2 = math.log(2)
 NO_BITS = NO_MASS / LN2

@@ -1,6 +1,5 @@
 """What is computed at every position, one by one: cross-entropy of labels, a divergence from a teacher."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -11,10 +10,11 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._cross_entropy import cross_entropy
 from kdloss.engine.closed_forms import ClosedForm
-from kdloss.reduction import precise, takes
-from kdloss.targets import Logits, Mixture, ShardedLogits, TopKLogits, against, at, check, dense
+from kdloss.reduction import parameters, precise, takes
+from kdloss.targets import Mixture, ShardedLogits, TopKLogits
+from kdloss.targets.kinds import AnyLogits, against, at, check, dense
 
-Vocabulary = Callable[[Logits, Logits], tuple[Logits, Logits]]
+Vocabulary = Callable[[AnyLogits, AnyLogits], tuple[AnyLogits, AnyLogits]]
 Pick = Callable[[Tensor], Tensor]
 
 
@@ -33,7 +33,7 @@ class LabelTask:
         """Whether labels are probabilities."""
         return self.labels.is_floating_point()
 
-    def check(self, student: Logits) -> None:
+    def check(self, student: AnyLogits) -> None:
         """Labels and weights fit the student's logits."""
         if self.soft:
             _checks.soft_labels(self.labels, student)
@@ -47,7 +47,7 @@ class LabelTask:
         """The task at chosen positions; labels that are classes stand at some already."""
         return replace(self, labels=pick(self.labels)) if self.soft else self
 
-    def values(self, student: Logits, mask: Tensor | None = None) -> Tensor:
+    def values(self, student: AnyLogits, mask: Tensor | None = None) -> Tensor:
         """The specification, by autograd: one value at every position of the student's, where labels stand, too."""
         return cross_entropy(precise(dense(student)), self.labels, smoothing=self.smoothing, weight=self.class_weights)
 
@@ -59,7 +59,7 @@ class TeacherTask:
     """
 
     divergence: Callable[..., Tensor]
-    teacher: Logits
+    teacher: AnyLogits
     temperature: float = 1.0
     vocabulary: Vocabulary | None = None
     labels: Tensor | None = None
@@ -68,11 +68,11 @@ class TeacherTask:
         """The task at chosen positions."""
         return replace(self, teacher=at(self.teacher, pick))
 
-    def values(self, student: Logits, mask: Tensor | None = None) -> Tensor:
+    def values(self, student: AnyLogits, mask: Tensor | None = None) -> Tensor:
         """The specification, by autograd: one value at every position of the student's, where teacher and
         labels stand, too. A divergence between positions is told by the mask which count.
         """
-        s: Logits = precise(dense(student))
+        s: AnyLogits = precise(dense(student))
         t = self.teacher
         if self.vocabulary is not None:
             s, t = self.vocabulary(s, t)
@@ -94,7 +94,7 @@ class TeacherTask:
             )
         return values
 
-    def check(self, student: Logits) -> None:
+    def check(self, student: AnyLogits) -> None:
         """Student and teacher fit each other, and the divergence what the teacher gave."""
         teacher, name = self.teacher, self.name
         function = unwrapped(self.divergence)[0]
@@ -135,8 +135,8 @@ class TeacherTask:
         form = getattr(function, "closed_form", None)
         if form is None or self.vocabulary is not None or function is None:
             return None
-        parameters = inspect.signature(function).parameters
-        squared = "t_squared" in parameters and options.pop("t_squared", parameters["t_squared"].default)
+        takes_it = parameters(function).get("t_squared")
+        squared = takes_it is not None and options.pop("t_squared", takes_it.default)
         options.pop("temperature", None)  # the task's own holds
         return partial(form, **options), self.temperature**2 if squared else 1.0
 
@@ -144,13 +144,13 @@ class TeacherTask:
 Task = LabelTask | TeacherTask
 
 
-def specification(tasks: Sequence[Task], student: Logits, mask: Tensor | None = None) -> list[Tensor]:
+def specification(tasks: Sequence[Task], student: AnyLogits, mask: Tensor | None = None) -> list[Tensor]:
     """The values of several tasks at every position, by plain functions."""
     z = precise(dense(student))  # once, so that the tasks' gradients meet before they are rounded
     return [task.values(z, mask) for task in tasks]
 
 
-def _no_rows(x: Logits) -> Logits:
+def _no_rows(x: AnyLogits) -> AnyLogits:
     return at(x, lambda t: t[:0]) if len(x.shape) > 1 else x
 
 

@@ -76,6 +76,11 @@ class LayerMap:
         return isinstance(self.pairing, str) and self.pairing == "resolution"
 
     @property
+    def known(self) -> bool:
+        """Whether pairs can be told without the models' outputs."""
+        return self.depths is not None or self._by_name()
+
+    @property
     def unmeasured(self) -> bool:
         """Whether pairs wait for the sizes of maps."""
         return self.by_resolution and self.sizes is None

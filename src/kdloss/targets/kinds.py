@@ -12,20 +12,20 @@ from kdloss.targets.mixture import Mixture
 from kdloss.targets.sharded import ShardedLogits
 from kdloss.targets.top_k import TopKLogits
 
-Logits = Tensor | LazyLogits | TopKLogits | Mixture | ShardedLogits
+AnyLogits = Tensor | LazyLogits | TopKLogits | Mixture | ShardedLogits
 
 
-def at(x: Logits, pick: Callable[[Tensor], Tensor]) -> Logits:
+def at(x: AnyLogits, pick: Callable[[Tensor], Tensor]) -> AnyLogits:
     """These logits at chosen positions."""
     return pick(x) if isinstance(x, Tensor) else x.at(pick)
 
 
-def classes(x: Logits) -> int | None:
+def classes(x: AnyLogits) -> int | None:
     """How many classes there are, where it is known."""
     return x.vocabulary if isinstance(x, TopKLogits) else x.shape[-1]
 
 
-def chosen_classes(x: Logits, ids: Tensor | slice) -> Logits:
+def chosen_classes(x: AnyLogits, ids: Tensor | slice) -> AnyLogits:
     """Only some entries of the vocabulary, in this order."""
     if isinstance(x, TopKLogits):
         if x.vocabulary is None:
@@ -39,7 +39,7 @@ def chosen_classes(x: Logits, ids: Tensor | slice) -> Logits:
     return x[..., ids] if isinstance(x, Tensor) else x.classes(ids)
 
 
-def dense(x: Logits, temperature: float = 1.0) -> Tensor:
+def dense(x: AnyLogits, temperature: float = 1.0) -> Tensor:
     """Logits as a tensor, for a loss at this temperature."""
     if isinstance(x, Mixture):
         return x.dense(temperature)
@@ -50,7 +50,7 @@ def dense(x: Logits, temperature: float = 1.0) -> Tensor:
     return x.dense() if isinstance(x, LazyLogits) else x
 
 
-def against(student: Logits, teacher: Logits, temperature: float) -> tuple[Tensor, Tensor]:
+def against(student: AnyLogits, teacher: AnyLogits, temperature: float) -> tuple[Tensor, Tensor]:
     """Both as tensors over the same classes, ready for any divergence at this temperature."""
     check(student, teacher)
     z = dense(student, temperature)
@@ -59,7 +59,7 @@ def against(student: Logits, teacher: Logits, temperature: float) -> tuple[Tenso
     return z, dense(teacher.detach(), temperature).detach()
 
 
-def check(student: Logits, teacher: Logits) -> None:
+def check(student: AnyLogits, teacher: AnyLogits) -> None:
     """Student and teacher stand at the same positions, over one vocabulary, on one device."""
     for whose, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, LazyLogits | TopKLogits | Mixture | ShardedLogits):

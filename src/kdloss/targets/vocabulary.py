@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from kdloss.targets.kinds import Logits, chosen_classes, classes
+from kdloss.targets.kinds import AnyLogits, chosen_classes, classes
 
 
-def truncate(student: Logits, teacher: Logits) -> tuple[Logits, Logits]:
+def truncate(student: AnyLogits, teacher: AnyLogits) -> tuple[AnyLogits, AnyLogits]:
     """Both over their common prefix, renormalised: for vocabularies of which one begins with the other.
 
     As with models that pad the same vocabulary to different sizes.
@@ -63,7 +63,7 @@ class TokenMap:
         ids = sorted(pairs.items())
         return cls(torch.tensor([i for i, _ in ids]).long(), torch.tensor([j for _, j in ids]).long())
 
-    def __call__(self, student: Logits, teacher: Logits) -> tuple[Logits, Logits]:
+    def __call__(self, student: AnyLogits, teacher: AnyLogits) -> tuple[AnyLogits, AnyLogits]:
         """Student and teacher over the shared tokens, in the same order."""
         s, t = self.student_ids.to(student.device), self.teacher_ids.to(student.device)
         return chosen_classes(student, s), chosen_classes(teacher, t)

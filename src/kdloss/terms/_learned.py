@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdloss.criteria._features import Compared
-from kdloss.criteria._positions import Positions
-from kdloss.layers import Layer
+from kdloss.layers.layer_map import Layer
 from kdloss.reduction import reduce
+from kdloss.terms._compare import Compared
+from kdloss.terms._positions import Positions
 
 
 def learned_values(
     pairing: Callable[..., Any], compared: Mapping[tuple[Layer, Layer], Compared], where: Positions
 ) -> dict[str, Tensor]:
-    """The weighted sum of each student block's distances, one value per position, as "feature/3"."""
+    """The weighted sum of each student block's distances, one value per position, by its name."""
     with torch.no_grad():
         answer = pairing(
             student={s: c.student.detach() for (s, _), c in compared.items()},
@@ -28,7 +28,7 @@ def learned_values(
     for s, t, weight in chosen:
         constant = weight.detach() if isinstance(weight, Tensor) else weight
         value = compared[s, t].values(where, constant)
-        name = f"feature/{s}"
+        name = str(s)
         values[name] = values[name] + value if name in values else value
     return values
 

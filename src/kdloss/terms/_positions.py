@@ -8,7 +8,7 @@ from torch import Size, Tensor
 
 from kdloss import _checks
 from kdloss.reduction import fill
-from kdloss.targets import at
+from kdloss.targets.kinds import at
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Positions:
         causal: bool,
         ignore_index: int,
     ) -> "Positions":
-        """The positions that neither `ignore_index` nor `mask` takes out."""
+        """The positions that neither `ignore_index` nor `mask` takes out.
+
+        Labels that are no class indices (soft ones, numbers to regress) rule out none.
+        """
         if causal and len(shape) < 2:
             raise ValueError(
                 f"causal=True shifts time, so it needs positions [batch, time], got {tuple(shape)}; "
@@ -43,7 +46,7 @@ class Positions:
         if mask is not None:
             _checks.mask(mask, shape, "positions")
             mask = mask[:, 1:] if causal else mask
-        if labels is None:
+        if labels is None or labels.is_floating_point():
             return cls(shape, mask, None, causal)
         labels = labels[:, 1:] if causal else labels
         keep = labels != ignore_index
@@ -53,17 +56,33 @@ class Positions:
     @property
     def numel(self) -> int:
         """How many positions there are, counted or not."""
-        return self._shifted().numel()
+        return self.shifted.numel()
+
+    @property
+    def shifted(self) -> Size:
+        """The shape of one value per position: under `causal` without the last one."""
+        if not self.causal:
+            return self.shape
+        batch, time, *rest = self.shape
+        return Size((batch, max(time - 1, 0), *rest))
+
+    def count(self) -> int | Tensor:
+        """How many positions count."""
+        return self.numel if self.keep is None else self.keep.sum()
 
     def take(self, x: Any) -> Any:
         """A tensor `[*shape, ...]`, or logits, at the positions, zeroed where they don't count."""
         return at(x, lambda t: fill(t[:, :-1] if self.causal else t, self.keep))
 
+    def fill(self, x: Tensor) -> Tensor:
+        """What stands at the positions already, zeroed where they don't count."""
+        return fill(x, self.keep)
+
     def counted(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The positions that count, as indices into the flattened shape (None: all), and their labels."""
         keep = self.keep
         if self.causal:
-            shape = self._shifted()
+            shape = self.shifted
             keep = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else keep
             keep = torch.cat([keep, keep.new_zeros(shape[0], 1, *shape[2:])], 1)
         index = None if keep is None else keep.reshape(-1).nonzero().squeeze(1)
@@ -77,14 +96,8 @@ class Positions:
     def back(self, values: Tensor) -> Tensor:
         """Values of the positions that count at their places, 0 elsewhere."""
         if self.keep is None or len(values) == self.numel:
-            return values.reshape(self._shifted())
-        return values.new_zeros(self._shifted()).masked_scatter(self.keep, values)
-
-    def _shifted(self) -> Size:
-        if not self.causal:
-            return self.shape
-        batch, time, *rest = self.shape
-        return Size((batch, max(time - 1, 0), *rest))
+            return values.reshape(self.shifted)
+        return values.new_zeros(self.shifted).masked_scatter(self.keep, values)
 
     def examples(self, shape: Size) -> Tensor | None:
         """Which examples have a position that counts, as a mask `shape` that starts with them."""
@@ -95,5 +108,5 @@ class Positions:
 
     def spread(self, values: Tensor) -> Tensor:
         """One value per example, given to each of the example's positions."""
-        shape = self._shifted()
+        shape = self.shifted
         return values.reshape(shape[0], *[1] * (len(shape) - 1)).expand(shape)

@@ -1,4 +1,4 @@
-"""What `FeatureKD` reads from outputs, and the one value per position it makes of a pair."""
+"""What `Features` reads from outputs, and the one value per position it makes of a pair."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,13 @@ from torch import Size, Tensor, nn
 
 from kdloss import _checks
 from kdloss._capture import Captured
-from kdloss.criteria._positions import Positions
 from kdloss.distances._rows import needs_no_width
-from kdloss.layers import Layer, LayerMap
+from kdloss.layers.layer_map import Layer, LayerMap, parts
 from kdloss.projections import takes_maps
 from kdloss.reduction import fill, per_example, precise, takes
-from kdloss.targets import Logits
+from kdloss.terms._positions import Positions
+from kdloss.terms.reads import Pairs, Reads
 
-Pairs = Sequence[tuple[Layer, Layer, float]]
 Features = Mapping[tuple[Layer, Layer], tuple[Tensor, Tensor]]
 Distance = Callable[..., Tensor]
 Resize = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -41,9 +40,9 @@ def feature_pairs(
 
 
 def label(student: Layer, teacher: Layer) -> str:
-    """A pair among the components."""
+    """A pair among the components, behind the name of its term."""
     s, t = ("+".join(map(str, n)) if isinstance(n, tuple) else n for n in (student, teacher))
-    return f"feature/{s}-{t}"
+    return f"{s}-{t}"
 
 
 def one_width(
@@ -60,24 +59,10 @@ def one_width(
     return found
 
 
-def positions_shape(
-    logits: Logits | None,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    features: Features,
-    feature_mask: Tensor | None,
-) -> Size:
-    """The shape of the positions that count: the labels', else the mask's, else the features'."""
-    if logits is not None:
-        if labels is not None:
-            _checks.labels(labels, logits)
-        return logits.shape[:-1]
-    known = labels if labels is not None else mask
-    if known is not None:
-        return known.shape
-    student, _ = next(iter(features.values()))
-    whole_examples = student.ndim == 4 or feature_mask is not None
-    return student.shape[:1] if whole_examples else student.shape[:-1]
+def example_shape(features: Tensor, feature_mask: Tensor | None) -> Size:
+    """The positions that features stand at, where nothing else tells: whole examples for maps."""
+    whole_examples = features.ndim == 4 or feature_mask is not None
+    return features.shape[:1] if whole_examples else features.shape[:-1]
 
 
 @dataclass(frozen=True)
@@ -209,3 +194,27 @@ def _last_against_last(pairs: Pairs, depths: tuple[int, int]) -> None:
                 "the last entry has passed the model's final norm, the others have not. "
                 "Call kdloss.Distiller, which captures the blocks themselves"
             )
+
+
+def first_feature(output: Any, reads: Reads) -> Tensor | None:
+    """One of the student's features, which tells the positions where nothing else does."""
+    hidden = _hidden(output, reads.blocks)
+    if hidden is not None:
+        return hidden[1]
+    return next(iter(output.values()), None) if isinstance(output, Captured) else None
+
+
+def sizes(seen: Captured) -> list[tuple[int, int]]:
+    """Height and width of the maps that blocks gave."""
+    flat = {name: tuple(features.shape) for name, features in seen.items() if features.ndim != 4}
+    if flat:
+        raise ValueError(
+            "pairing='resolution' goes by maps [B, C, H, W], but there are blocks that give "
+            f"{next(iter(flat.values()))}; write pairing='uniform'"
+        )
+    return [(features.shape[2], features.shape[3]) for features in seen.values()]
+
+
+def width_of(seen: Captured, name: Layer) -> int:
+    """The width of a layer's features, of several side by side their sum."""
+    return sum(x.shape[1] if x.ndim == 4 else x.shape[-1] for x in map(seen.__getitem__, parts([name])))

@@ -9,7 +9,7 @@ from torch import nn
 
 from kdloss import _checks
 from kdloss.distances._rows import needs_no_width
-from kdloss.layers import Layer
+from kdloss.layers.layer_map import Layer
 from kdloss.projections import linear
 
 Projection = Callable[[int, int], nn.Module]

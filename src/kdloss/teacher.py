@@ -1,0 +1,95 @@
+"""A teacher, and how it is fed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from kdloss.targets import LazyLogits
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A teacher that reads something else than the student, or lives elsewhere.
+
+    - `module`: the model, or any function of its inputs where only outputs are needed.
+    - `inputs`: a function of the batch that gives the teacher's own: another tokenizer's ids, another normalisation or
+      resolution. It gets the positional inputs as they are, and keyword inputs as one dict behind them: of
+      `model(**batch)` the batch, of `model(x)` x. It returns keyword inputs as a dict, positional ones as a tuple, or
+      the only one. Where there is one, what the student's forward doesn't name (or begins with "teacher_") is kept
+      from the student.
+    - `device`: where the teacher is to stay; its inputs and outputs are moved. None: with the student. A model that is
+      quantised, offloaded, sharded or spread over devices stays where it is; say then where its inputs belong.
+
+    A copy of what holds it shares the teacher.
+
+    >>> teacher = Teacher(nn.Linear(4, 2), inputs=lambda x: x / 255)
+    >>> teacher.of((torch.ones(1, 4),), {})
+    ((tensor([[0.0039, 0.0039, 0.0039, 0.0039]]),), {})
+    """
+
+    module: Callable[..., Any]
+    inputs: Callable[..., Any] | None = None
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.module):
+            raise TypeError(f"a teacher is a model or a function, got {type(self.module).__name__}")
+        if self.inputs is not None and not callable(self.inputs):
+            raise TypeError(f"inputs is a function of the batch, got {self.inputs!r}; write inputs=lambda batch: ...")
+        if self.device is not None:
+            self._go(torch.device(self.device))
+
+    def of(self, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The teacher's own inputs of this batch, positional and by keyword, where it reads them."""
+        own_args, own = args, dict(inputs)
+        if self.inputs is not None:
+            given = self.inputs(*args, own) if own else self.inputs(*args)
+            own = dict(given) if isinstance(given, Mapping) else {}
+            own_args = () if isinstance(given, Mapping) else given if isinstance(given, tuple) else (given,)
+        return (own_args, own) if self.device is None else (moved(own_args, self.device), moved(own, self.device))
+
+    def follow(self, device: torch.device) -> None:
+        """Go where the student is, unless it has a device of its own or can't be moved.
+
+        Not to "meta", where students are until they are sharded: a teacher would lose its weights.
+        """
+        if self.device is None and device.type != "meta":
+            self._go(device)
+
+    def _go(self, device: torch.device) -> None:
+        module = self.module
+        if isinstance(module, nn.Module) and _place(module) != device and _movable(module):
+            module.to(device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
+        return self
+
+
+def moved(x: Any, device: torch.device | str) -> Any:
+    """The same with all tensors on a device."""
+
+    def move(t: Any) -> Any:
+        if isinstance(t, LazyLogits):
+            return replace(t, **{name: move(part) for name, part in vars(t).items()})
+        return t.to(device, non_blocking=True) if isinstance(t, Tensor) else t
+
+    return tree_map(move, x)
+
+
+def _place(module: nn.Module) -> torch.device | None:
+    """Where the first of its weights is."""
+    return next((t.device for tensors in (module.parameters(), module.buffers()) for t in tensors), None)
+
+
+def _movable(module: nn.Module) -> bool:
+    """Quantised, offloaded and sharded models, and those on several devices, have a place of their own."""
+    if any(getattr(module, name, None) for name in ("is_quantized", "hf_quantizer", "hf_device_map", "_hf_hook")):
+        return False
+    tensors = (*module.parameters(), *module.buffers())
+    if any(t.is_meta or hasattr(t, "placements") or hasattr(t, "ds_id") for t in tensors):  # DTensors', ZeRO-3's
+        return False
+    return len({t.device for t in tensors}) == 1

@@ -1,0 +1,72 @@
+"""What a term is multiplied by in a sum."""
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdloss import _checks
+
+Factor = Any
+
+
+class Weight(nn.Module):
+    """A product of numbers, functions of the step, and tensors; those that are parameters are trained."""
+
+    def __init__(self, *factors: Factor) -> None:
+        super().__init__()
+        if modules := [type(f).__name__ for f in factors if isinstance(f, nn.Module)]:
+            raise TypeError(
+                f"a weight is a number, a function of the step or a tensor, got {modules[0]}; terms are added, a + b"
+            )
+        self.number = math.prod(_checks.weight("a weight", f) for f in factors if not _varies(f))
+        self.schedules = tuple(f for f in factors if _varies(f) and not isinstance(f, Tensor))
+        self.tensors = tuple(_scalar(f) for f in factors if isinstance(f, Tensor) and not _trained(f))
+        self.learned = nn.ParameterList(_scalar(f) for f in factors if _trained(f))
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """What it is a product of."""
+        return (self.number, *self.schedules, *self.tensors, *self.learned)
+
+    def at(self, step: int) -> float | Tensor:
+        """The weight of this step: a number of 0 or more, or a tensor, which nobody looks at."""
+        weight: Any = self.number
+        if weight == 0:
+            return 0.0
+        for schedule in self.schedules:
+            value = schedule(step)
+            if not isinstance(value, Tensor):
+                value = _checks.weight(f"a weight at step {step}", value)
+            weight = weight * value
+        if not isinstance(weight, Tensor) and weight == 0:
+            return 0.0
+        for tensor in (*self.tensors, *self.learned):
+            weight = weight * tensor.reshape(())
+        return weight  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        words = [_word(f) for f in self.factors[1:]]
+        return " * ".join(words if words and self.number == 1 else [f"{self.number:g}", *words])
+
+
+def _varies(factor: Factor) -> bool:
+    return isinstance(factor, Tensor) or callable(factor)
+
+
+def _trained(factor: Factor) -> bool:
+    return isinstance(factor, nn.Parameter)
+
+
+def _scalar(tensor: Tensor) -> Tensor:
+    if tensor.numel() != 1 or not tensor.is_floating_point():
+        raise ValueError(
+            f"a weight is one floating-point number, got a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
+        )
+    return tensor
+
+
+def _word(factor: Factor) -> str:
+    if isinstance(factor, Tensor):
+        return "learned" if isinstance(factor, nn.Parameter) else "tensor"
+    return getattr(factor, "__name__", repr(factor))

@@ -1,0 +1,68 @@
+"""What a sum says once for all of its terms."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kdloss.reduction import Reduction, denominator, reduce
+from kdloss.terms._positions import Positions
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a sum says once for all of its terms; see `kdloss.Sum`."""
+
+    causal: bool | None = None
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+    check_finite: bool = False
+    overwrite_logits: bool = False
+
+    def said(self) -> dict[str, Any]:
+        """The settings that are not the default."""
+        return {name: value for name, value in vars(self).items() if value != getattr(Contract, name)}
+
+    def total(self, name: str, values: Tensor, where: Positions, items: int | Tensor | None) -> Tensor:
+        """A term's share of the loss: one number, or for reduction "none" one per position."""
+        if values.shape == where.shifted:
+            return reduce(values, where.keep, reduction=self.reduction, num_items_in_batch=items)
+        if values.ndim:
+            raise ValueError(
+                f"the term {name!r} gives values of shape {tuple(values.shape)}; a term gives one number, or one "
+                f"for each of the positions {tuple(where.shifted)}"
+            )
+        if self.reduction == "none":
+            raise ValueError(
+                f"the term {name!r} is one number for all positions, which reduction='none' has no place for; write "
+                "reduction='mean' or 'sum'"
+            )
+        values, counted = _of_something(values, where), where.count()
+        if self.reduction == "sum":
+            return values * counted
+        return values if items is None else values * counted / denominator(1, self.reduction, items)
+
+
+def mean(values: Tensor, where: Positions) -> Tensor:
+    """What is reported of a term: its mean at the positions of this call, whatever the loss is divided by."""
+    values = values.detach()
+    return reduce(values, where.keep) if values.shape == where.shifted else _of_something(values, where)
+
+
+def _of_something(value: Tensor, where: Positions) -> Tensor:
+    """A mean over the positions that count; 0 where there are none, of which means are NaN."""
+    return value if where.keep is None else value.where(where.keep.any(), 0)
+
+
+def agreed(contracts: Sequence[Contract]) -> Contract:
+    """The contract of several sums: that of the one that says something."""
+    found = Contract()
+    for contract in contracts:
+        if contract.said() and found.said() and contract != found:
+            raise ValueError(
+                f"two sums say different things of all terms, {found.said()} and {contract.said()}; say it once: "
+                "kdloss.Sum(*terms, ...)"
+            )
+        found = contract if contract.said() else found
+    return found

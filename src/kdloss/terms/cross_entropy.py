@@ -1,0 +1,103 @@
+"""The labels' own term."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._capture import Take
+from kdloss.engine import LabelTask
+from kdloss.targets.kinds import AnyLogits
+from kdloss.terms._outputs import logits_of
+from kdloss.terms.reads import Reads
+from kdloss.terms.step import Step
+from kdloss.terms.term import Term, Where
+
+
+class CrossEntropy(Term):
+    r"""Cross-entropy of the student's predictions against the labels.
+
+    $-\sum_c a_c \log \mathrm{softmax}(z)_c$ with $a_c = w_c\left((1-\varepsilon)\,y_c + \varepsilon / C\right)$ for
+    C classes: y is 1 at the label and 0 elsewhere, or soft labels (as mixup makes them), $\varepsilon$ is
+    `label_smoothing`, w are `class_weights`.
+
+    - `label_smoothing`: the share of the label that goes to all classes alike, from 0 to 1.
+    - `class_weights`: one factor for each class, `[C]`. The mean is over positions, whatever they weigh, so that
+      micro-batches add up; `torch.nn.functional.cross_entropy` divides by the sum of the weights instead.
+    - `take`: which part of the student's output holds the logits: an index, a key, a path or a function.
+    - `positions`: "labels", or "mask" as in `kdloss.terms.Term`, which for class indices is refused.
+    - `name`: the entry among the components.
+
+    Shapes: student logits `[..., C]`, labels `[...]` int64 (those equal to the sum's `ignore_index` count
+    nowhere) or soft `[..., C]` of any floating dtype. Nats.
+
+    Raises: ValueError for a step without labels, a smoothing outside 0 and 1, or shapes that don't fit; TypeError
+    for labels that are neither int64 nor floating point.
+
+    >>> criterion = 0.5 * CrossEntropy(label_smoothing=0.1)
+    >>> criterion(torch.zeros(2, 4), labels=torch.tensor([2, -100]))  # half of log 4
+    tensor(0.6931)
+
+    Szegedy et al. 2016, "Rethinking the Inception Architecture", arXiv:1512.00567 (smoothing); Zhang et al. 2018,
+    "mixup", arXiv:1710.09412 (soft labels).
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        class_weights: Float[Tensor, " classes"] | None = None,
+        take: Take = None,
+        positions: Where = "labels",
+        name: str = "ce",
+    ) -> None:
+        super().__init__(name=name, positions=positions)
+        self.label_smoothing = _checks.fraction("label_smoothing", label_smoothing)
+        weights = None if class_weights is None else torch.as_tensor(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.take = take
+
+    def reads(self) -> Reads:
+        """Labels and the student's logits."""
+        if self.take is not None:
+            return Reads(labels=True, why=f"the term {self.name!r} takes a part of the output")
+        return Reads(labels=True, logits="any")
+
+    def logits(self, student: Any) -> AnyLogits:
+        """Those of the student's output."""
+        found: AnyLogits = logits_of(student, "student", self.take)
+        return found
+
+    def task(self, step: Step, labels: Tensor | None) -> LabelTask:
+        """What the engine has to do; `labels` are those of its rows, None where they are soft."""
+        if labels is None:  # soft labels stay at all positions; under `causal` each moves to the logits before it
+            soft = self._soft(step)
+            labels = soft.roll(-1, 1) if step.where.causal else soft
+        return LabelTask(labels, self.label_smoothing, self.class_weights)
+
+    def loss(self, step: Step) -> Tensor:
+        """The value at every position; see the class."""
+        where, labels = step.where, step.where.labels
+        if labels is None:
+            soft = self._soft(step)
+            labels = where.fill(soft[:, 1:] if where.causal else soft)
+        task = LabelTask(labels, self.label_smoothing, self.class_weights)
+        return task.values(where.take(step.logits))
+
+    def _soft(self, step: Step) -> Tensor:
+        labels: Tensor = step.labels
+        if not labels.is_floating_point():
+            raise ValueError(
+                f"the term {self.name!r} counts unlabelled positions, too, where there is no class to learn; write "
+                "positions='labels', or give soft labels"
+            )
+        return labels
+
+    def __repr__(self) -> str:
+        smoothing = f"label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
+        weights = "class_weights=[...]" if self.class_weights is not None else ""
+        return f"CrossEntropy({', '.join(filter(None, (smoothing, weights)))})"

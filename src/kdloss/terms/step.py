@@ -1,0 +1,50 @@
+"""What a term sees of one step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kdloss._capture import Take
+from kdloss.targets.kinds import AnyLogits
+from kdloss.terms._outputs import logits_of, returned
+from kdloss.terms._positions import Positions
+from kdloss.terms.reads import Reads
+
+TakeTensor = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step as a term sees it.
+
+    - `student`: the student's output, or what was captured of it; `teacher` the same of the term's teacher, a
+      list where it reads several, None where it reads none.
+    - `labels` as they were given, and `feature_mask`.
+    - `where`: the positions that count. `where.take(x)` is a tensor `[*positions, ...]` there, zeroed where nothing
+      counts; `where.keep` says where (None: everywhere).
+    - `reads`: what the term said it reads; `number`: how many steps were taken before this one.
+    - `report(name, values)` adds a component under `name`: the mean of values at the positions that count.
+    - `logits`: the student's, for `CrossEntropy` and `Logits`.
+    """
+
+    student: Any
+    teacher: Any
+    labels: Any
+    where: Positions
+    feature_mask: Tensor | None
+    reads: Reads
+    number: int
+    report: Callable[[str, Tensor], None]
+    logits: AnyLogits | None = None
+
+    @property
+    def output(self) -> Any:
+        """What the student itself returned."""
+        return returned(self.student)
+
+    def student_logits(self, take: Take = None) -> AnyLogits:
+        """The student's logits."""
+        found: AnyLogits = logits_of(self.student, "student", take)
+        return found

@@ -1,0 +1,262 @@
+"""The sum of terms, and what it says for all of them."""
+
+import logging
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from kdloss import _checks
+from kdloss._capture import Captured
+from kdloss._watch import Reminder
+from kdloss.reduction import Reduction
+from kdloss.terms._evaluation import Evaluation
+from kdloss.terms._teachers import listed, refuse_unread
+from kdloss.terms._weight import Weight
+from kdloss.terms.contract import Contract, agreed
+from kdloss.terms.plan import Plan
+from kdloss.terms.term import Term
+
+_log = logging.getLogger("kdloss")
+
+
+class Sum(nn.Module):
+    r"""A criterion: terms, each times its weight, under one contract.
+
+    $\sum_i w_i\,\ell_i$, each term $\ell_i$ reduced over the positions that count.
+
+    Made by arithmetic, `0.1 * kdloss.CrossEntropy() + 0.9 * kdloss.Logits(temperature=4.0)`, or as
+    `Sum(*terms, ...)` of terms and sums, to say the contract. Where sums are added the contract of the one that says
+    something holds; two different ones are refused. Terms are held as they are, not copied; one twice is refused, and
+    so is one name twice. A weight is a number of 0 or more, a function of the step (`kdloss.schedules`), or a tensor
+    with one number, which is trained with the student if it is an `nn.Parameter`.
+
+    - `causal`: True holds logits at t against label t+1 (labels as Hugging Face wants them, not shifted); None means
+      False, or what `kdloss.Distiller` finds the student to be.
+    - `ignore_index`: labels equal to it take a position out of every term.
+    - `reduction`: "mean", "sum" or "none", over the positions that count.
+    - `check_finite`: look at the numbers, at the price of a device sync, and raise for NaN or +inf logits and labels
+      out of range at positions that count.
+    - `overwrite_logits`: the gradient takes the place of the student's logits (a tensor, not in float16, reduction
+      "mean" or "sum"), which then can't be used again.
+
+    Called with the student's and the teacher's output (a list of several teachers'), labels and a mask beside them
+    (True = keep); see `kdloss.reduce` for `num_items_in_batch`, which divides every term. `feature_mask` counts
+    features that stand elsewhere than labels, by a term's name where terms differ. Returns a scalar in
+    float32 or better (one value per position for "none"). `components` then holds each term's mean at the positions
+    of the call, detached and without its weight, by the term's name.
+
+    Shapes: labels and mask `[...]` where logits are `[..., V]`.
+
+    Raises: ValueError or TypeError for what doesn't fit, saying what to write instead.
+
+    >>> import kdloss
+    >>> criterion = 0.5 * kdloss.CrossEntropy() + kdloss.schedules.linear(0.0, 1.0, steps=10) * kdloss.Logits()
+    >>> student, teacher = torch.zeros(2, 4), torch.zeros(2, 4)
+    >>> criterion(student, teacher, torch.tensor([1, -100])), sorted(criterion.components)
+    (tensor(0.6931), ['ce'])
+    >>> criterion.advance()  # after optimizer.step()
+    >>> criterion(student, teacher, torch.tensor([1, -100])), sorted(criterion.components)
+    (tensor(0.6931), ['ce', 'kd'])
+    """
+
+    terms: MutableMapping[str, Term]
+    weights: MutableMapping[str, Weight]
+    step: int
+
+    def __init__(
+        self,
+        *terms: "Term | Sum",
+        causal: bool | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        check_finite: bool = False,
+        overwrite_logits: bool = False,
+    ) -> None:
+        super().__init__()
+        _checks.choice("reduction", reduction, ("mean", "sum", "none"))
+        own = Contract(causal, ignore_index, reduction, check_finite, overwrite_logits)
+        contract = agreed([own, *(term.contract for term in terms if isinstance(term, Sum))])
+        self.causal, self.ignore_index = contract.causal, contract.ignore_index
+        self.reduction: Reduction = contract.reduction
+        self.check_finite, self.overwrite_logits = contract.check_finite, contract.overwrite_logits
+        self.terms = cast(MutableMapping[str, Term], nn.ModuleDict())
+        self.weights = cast(MutableMapping[str, Weight], nn.ModuleDict())
+        for term, factors in _flat(terms):
+            self._add(term, factors)
+        self.step = max([0, *(term.step for term in terms if isinstance(term, Sum))])
+        self.components: dict[str, Tensor] = {}
+        self._reminder = Reminder()
+
+    @property
+    def contract(self) -> Contract:
+        """What holds for all terms."""
+        return Contract(self.causal, self.ignore_index, self.reduction, self.check_finite, self.overwrite_logits)
+
+    @property
+    def several(self) -> bool:
+        """Whether a term reads several teachers, so that outputs come as a list."""
+        return any(term.several for term in self.terms.values())
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a weight or anything in a term depends on the step."""
+        return any(w.schedules for w in self.weights.values()) or any(term.scheduled for term in self.terms.values())
+
+    def advance(self) -> None:
+        """Count one step, after `optimizer.step()`: what is scheduled moves on."""
+        self.step += 1
+        self._reminder.advanced()
+
+    def check_teachers(self, count: int) -> None:
+        """Raise for a teacher, of so many, that no term reads, and for a term whose teacher isn't there."""
+        refuse_unread(self, count)
+
+    def plan(self, teachers: int = 1) -> Plan:
+        """What this step takes, with so many teachers: terms of weight 0 take nothing."""
+        weights, reads, indices = {}, {}, {}
+        for name, term in self.terms.items():
+            weight, several = self.weights[name].at(self.step), term.teachers(teachers)
+            if isinstance(weight, Tensor) or weight > 0:
+                weights[name], reads[name], indices[name] = weight, term.reads(), several
+        return Plan(weights, reads, indices)
+
+    def plan_of_task(self) -> Plan:
+        """What an evaluation without teachers takes: the weighted mean of the terms that read none."""
+        alone = {name: term for name, term in self.terms.items() if term.teacher == ()}
+        weights = {name: self.weights[name].at(self.step) for name in alone}
+        total = sum(weights.values())
+        if isinstance(total, Tensor) or total > 0:
+            weights = {name: weight / total for name, weight in weights.items()}
+        else:
+            weights = dict.fromkeys(alone, 1 / max(len(alone), 1))
+        return Plan(weights, {name: term.reads() for name, term in alone.items()}, dict.fromkeys(alone, ()))
+
+    def locate(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
+        """Find the blocks that the terms read."""
+        for term in self.terms.values():
+            term.locate(student, teachers)
+
+    def prepare(self, student: nn.Module, teachers: nn.Module | Sequence[nn.Module | None]) -> "Sum":
+        """Find both models' blocks and build the projections; do it before the optimizer.
+
+        Widths are read from Hugging Face configurations; `Distiller.prepare(student, **batch)` and
+        `Distillation.prepare(**batch)` measure those of other models.
+        """
+        modules = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
+        for term in self.terms.values():
+            term.prepare(student, modules)
+        return self
+
+    def candidates(self, teachers: int = 1) -> Plan:
+        """What has to be seen of the models before everything that is trained can be built."""
+        reads = {name: r for name, term in self.terms.items() if (r := term.candidates()) is not None}
+        return Plan({}, reads, {name: self.terms[name].teachers(teachers) for name in reads})
+
+    def measure(self, name: str, student: Captured, teacher: Captured) -> None:
+        """Build what a term trains, for what its candidates were seen to give."""
+        self.terms[name].measure(student, teacher)
+
+    def forward(
+        self,
+        student: Any,
+        teacher: Any = None,
+        labels: Any = None,
+        *,
+        mask: Bool[Tensor, "..."] | None = None,
+        feature_mask: Bool[Tensor, "..."] | Mapping[str, Tensor | None] | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        plan: Plan | None = None,
+    ) -> Float[Tensor, "..."]:
+        """The weighted sum; see the class. `plan` is that of this step, where somebody ran the models by it."""
+        outputs, count = listed(self, teacher)
+        plan = self.plan(count) if plan is None else plan
+        if self.scheduled and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._reminder.forward(_log)
+        evaluation = Evaluation(self, plan, student, labels, mask, feature_mask, num_items_in_batch)
+        for name in plan.complete_with(-1):
+            evaluation.reach(name, [] if self.terms[name].several else None)
+        for k in range(plan.last_teacher + 1):
+            evaluation.taught(k, next(outputs))
+        loss, self.components = evaluation.finish()
+        return loss
+
+    def _add(self, term: Term, factors: tuple[Any, ...]) -> None:
+        if any(term is other for other in self.terms.values()):
+            raise ValueError(f"the term {term.name!r} is in the sum twice; give it once, with the sum of its weights")
+        if term.name in self.terms:
+            raise ValueError(
+                f"two terms are called {term.name!r}; give one a name: {type(term).__name__}(..., name='another')"
+            )
+        self.terms[term.name], self.weights[term.name] = term, Weight(*factors)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):  # nn.Module would register a module beside it
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __mul__(self, weight: Any) -> "Sum":
+        product = Sum(self)
+        for name, old in self.weights.items():
+            product.weights[name] = Weight(weight, *old.factors)
+        return product
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> "Sum":
+        if isinstance(other, Term | Sum):
+            return Sum(self, other)
+        return Sum(self) if isinstance(other, int) and other == 0 else NotImplemented  # sum(...) begins with 0
+
+    __radd__ = __add__
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.scheduled:
+            destination[f"{prefix}step"] = torch.tensor(self.step, device="cpu")  # whatever the default device
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}step"
+        if self.scheduled and key not in state_dict and strict:
+            missing_keys.append(key)
+        step = state_dict.pop(key, None)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if step is not None:
+            self.step = int(step)
+            state_dict[key] = step
+
+    def __repr__(self) -> str:
+        words = [
+            repr(term) if self.weights[name].factors == (1.0,) else f"{self.weights[name]!r} * {term!r}"
+            for name, term in self.terms.items()
+        ]
+        said = [f"{name}={value!r}" for name, value in self.contract.said().items()]
+        return f"{type(self).__name__}({', '.join([' + '.join(words), *said])})"
+
+
+def _flat(terms: Sequence[Any]) -> Iterator[tuple[Term, tuple[Any, ...]]]:
+    """Terms with the factors of their weights."""
+    for term in terms:
+        if isinstance(term, Sum):
+            yield from ((part, term.weights[name].factors) for name, part in term.terms.items())
+        elif isinstance(term, Term):
+            yield term, ()
+        else:
+            raise TypeError(
+                f"a sum is made of terms, got {type(term).__name__}; a loss of your own is kdloss.Task(function), or a "
+                "module that inherits from kdloss.terms.Term"
+            )

@@ -1,0 +1,74 @@
+"""Any other loss of the task."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from kdloss.terms._outputs import returned
+from kdloss.terms.reads import Reads
+from kdloss.terms.step import Step
+from kdloss.terms.term import Term, Where
+
+
+class Task(Term):
+    r"""A loss of the task that is no cross-entropy, or the student's own.
+
+    $f(\text{student's output}, \text{labels})$, or without f the loss that the student itself returns.
+
+    - `function`: of the student's output, as its forward pass returned it, and the labels, as they were given;
+      returns one value per position (under `causal` one per label from the second on) or a scalar. None reads
+      `outputs.loss`: the labels are passed to the student, which then makes its logits as a whole.
+    - `positions`: "labels" or "mask", as in `kdloss.terms.Term`.
+    - `name`: the entry among the components.
+
+    A value at a position that doesn't count is left out, and its gradient with it; what the function makes of NaN
+    there is its own affair. A scalar counts as the mean over the positions that count: under `num_items_in_batch` it
+    is weighted by their share in it, under reduction "sum" by their number.
+
+    Raises: TypeError where the student returns no loss; ValueError for values of another shape.
+
+    >>> import torch
+    >>> def error(output, labels):
+    ...     return (output.squeeze(-1) - labels).square()
+    >>> criterion = 1.0 * Task(error)
+    >>> criterion(torch.tensor([[1.0], [3.0]]), labels=torch.tensor([1.0, 1.0]))
+    tensor(2.)
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        positions: Where = "labels",
+        name: str = "task",
+    ) -> None:
+        super().__init__(name=name, positions=positions)
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"function is a loss of (student output, labels), got {function!r}; leave it out for the student's "
+                "own loss"
+            )
+        self.function = function
+
+    def reads(self) -> Reads:
+        """The student's output as it is, and its own loss where there is no function."""
+        if self.function is None:
+            return Reads(why="the student computes its own loss", own_loss=True)
+        return Reads(why=f"the term {self.name!r} reads the student's output")
+
+    def loss(self, step: Step) -> Tensor:
+        """The function's value, or the student's loss; see the class."""
+        if self.function is not None:
+            return self.function(step.output, step.labels)
+        output = returned(step.student)
+        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if not isinstance(own, Tensor):
+            raise TypeError(
+                f"Task() reads the student's own loss, and {type(output).__name__} has none: run the student with "
+                "labels=... (kdloss.Distiller and kdloss.Distillation do), or give the loss as Task(function)"
+            )
+        return own
+
+    def __repr__(self) -> str:
+        return f"Task({getattr(self.function, '__name__', self.function or '')})"

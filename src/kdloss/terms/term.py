@@ -1,0 +1,115 @@
+"""One thing to be learned."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from kdloss import _checks
+from kdloss._capture import Captured
+from kdloss.terms.reads import Reads
+from kdloss.terms.step import Step
+
+Teachers = int | Sequence[int] | Literal["all"]
+Where = Literal["labels", "mask"]
+
+
+class Term(nn.Module):
+    """One thing to be learned, to be weighted and added up: `0.3 * term + other` is a `kdloss.Sum`.
+
+    A term of your own is a subclass with `loss`, which gives one value per position, or one number, of one step
+    (`kdloss.terms.Step`). What it reads of the models, if not everything, it says by `reads`
+    (`kdloss.terms.Reads`). Parameters of its own are trained with the student.
+
+    - `name`: its entry among the components.
+    - `teacher`: which teachers it reads: an index, several, "all", or () for none.
+    - `positions`: "labels" counts where labels and mask say so, "mask" where the mask does, unlabelled or not.
+
+    >>> import torch, kdloss
+    >>> class Confidence(kdloss.terms.Term):
+    ...     def loss(self, step):
+    ...         return step.where.take(step.student_logits()).softmax(-1).square().sum(-1)
+    >>> criterion = kdloss.CrossEntropy() + 0.1 * Confidence(name="confidence")
+    >>> criterion(torch.zeros(2, 4), labels=torch.tensor([1, 2]))  # log 4 + 0.1 / 4
+    tensor(1.4113)
+    """
+
+    def __init__(self, *, name: str = "term", teacher: Teachers = (), positions: Where = "labels") -> None:
+        super().__init__()
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
+            raise ValueError(
+                f"a term's name is a word without dots that torch.nn.ModuleDict doesn't know, got {name!r}; write "
+                "name='...'"
+            )
+        _checks.choice("positions", positions, ("labels", "mask"))
+        self.name = name
+        self.teacher = _indices(teacher)
+        self.several = not isinstance(teacher, int) and self.teacher != ()
+        self.positions: Where = positions
+
+    def reads(self) -> Reads:
+        """What this term asks of the models in this step."""
+        return Reads()
+
+    def loss(self, step: Step) -> Tensor:
+        """One value for each of the step's positions, or one number for all of them."""
+        raise NotImplementedError(f"{type(self).__name__} is a term without a loss: define loss(self, step)")
+
+    def retain(self, teacher: Any) -> Any:
+        """What of a teacher's output this term needs; all else is let go of before the next teacher runs."""
+        return teacher
+
+    def locate(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
+        """Find what it reads in the models, once; a stored teacher is None."""
+
+    def prepare(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
+        """Build what is trained, as far as the models' configurations tell; before the optimizer."""
+        self.locate(student, teachers)
+
+    def candidates(self) -> Reads | None:
+        """What has to be seen of both models before `measure` can build what is trained."""
+        return None
+
+    def measure(self, student: Captured, teacher: Captured) -> None:
+        """Build what is trained, for what the candidates were seen to give."""
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether anything but the weight depends on the step."""
+        return False
+
+    def teachers(self, count: int) -> tuple[int, ...]:
+        """The teachers that it reads, of so many."""
+        if self.teacher == "all":
+            return tuple(range(count))
+        for k in self.teacher:
+            if k >= count:
+                raise ValueError(
+                    f"the term {self.name!r} reads teacher {k}, counted from 0, and there "
+                    f"{'is one' if count == 1 else f'are {count}'}; pass them as a list"
+                )
+        named: tuple[int, ...] = self.teacher
+        return named
+
+    def __mul__(self, weight: Any) -> "Any":
+        from kdloss.terms.sum import Sum  # a sum is made of terms
+
+        return Sum(self) * weight
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> "Any":
+        from kdloss.terms.sum import Sum
+
+        return Sum(self) + other
+
+    __radd__ = __add__  # the terms of a sum have no order; sum(terms) begins with 0
+
+
+def _indices(teacher: Any) -> Any:
+    if teacher == "all":
+        return teacher
+    several = (teacher,) if isinstance(teacher, int) else tuple(teacher)
+    if any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in several) or len(set(several)) < len(several):
+        raise ValueError(f"teacher is an index from 0, or several different ones, or 'all', got {teacher!r}")
+    return several
