@@ -1,0 +1,506 @@
+"""Laws of sums: what arithmetic makes of terms, against plain torch."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from terms import TERMS, Batch, Confidence, by_hand, close, grad, kl, made
+from torch import nn
+
+import kdloss
+from kdloss import CrossEntropy, FeatureKD, Features, Logits, MultiTeacherKD, Sum, Task, VanillaKD, divergences
+from kdloss.schedules import linear, warmup
+
+every_term = pytest.mark.parametrize("name", TERMS)
+either_way = pytest.mark.parametrize("causal", [False, True])
+
+
+# -- one term --
+
+
+@every_term
+@either_way
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_term_is_its_mean_over_the_positions_that_count_times_its_weight(name, causal, masked):
+    batch = Batch(causal)
+    mask = batch.mask if masked else None
+    expected = 0.3 * by_hand(name, batch, mask).mean()
+    criterion = Sum(0.3 * made(name), causal=causal)
+    close(criterion(*batch.args(), mask=mask), expected, batch)
+
+
+@pytest.mark.parametrize("name", [name for name in TERMS if name not in ("ce", "smooth")])
+@either_way
+def test_a_term_that_counts_by_the_mask_counts_unlabelled_positions_beside_one_that_does_not(name, causal):
+    batch = Batch(causal)
+    beside = "kd" if name == "own" else "own"
+    criterion = Sum(made(name, positions="mask"), 2.0 * made(beside), causal=causal)
+    expected = by_hand(name, batch, batch.mask, by_mask=True).mean() + 2 * by_hand(beside, batch, batch.mask).mean()
+    close(criterion(*batch.args(), mask=batch.mask), expected, batch)
+
+
+def test_cross_entropy_by_the_mask_alone_is_for_soft_labels():
+    batch, criterion = Batch(), 1.0 * CrossEntropy(positions="mask")
+    with pytest.raises(ValueError, match=r"'ce' counts unlabelled positions.*positions='labels'"):
+        criterion(*batch.args(), mask=batch.mask)
+    soft = torch.rand(3, 4, 7).double()
+    value = criterion(batch.student, None, soft, mask=batch.mask)
+    close(value, -(soft * batch.logits.log_softmax(-1)).sum(-1)[batch.mask].mean(), batch)
+
+
+@either_way
+def test_soft_labels_are_those_of_their_position(causal):
+    batch = Batch(causal)
+    soft = torch.rand(3, 4, 7).double()
+    soft /= soft.sum(-1, keepdim=True)
+    value = Sum(CrossEntropy(), causal=causal)(batch.student, None, soft, mask=batch.mask)
+    s, y, keep = (batch.logits[:, :-1], soft[:, 1:], batch.mask[:, 1:]) if causal else (batch.logits, soft, batch.mask)
+    close(value, -(y * s.log_softmax(-1)).sum(-1)[keep].mean(), batch)
+
+
+# -- arithmetic --
+
+
+@pytest.mark.parametrize("weight", [2, 0.5, 0.0, warmup(10, 1.0), lambda step: 0.5, nn.Parameter(torch.tensor(2.0))])
+def test_a_term_times_a_weight_holds_the_term_itself(weight):
+    term = Features("last", widths=(4, 8), depths=(2, 3))
+    for product in (weight * term, term * weight, weight * (1.0 * term), weight * Sum(term), sum([weight * term])):
+        assert isinstance(product, Sum)
+        assert list(product.terms.values()) == [term]
+        assert product.terms["feature"] is term
+        assert {id(p) for p in term.parameters()} <= {id(p) for p in product.parameters()}
+
+
+def test_a_sum_of_sums_is_flat_and_is_the_sum_in_value_and_gradient():
+    batch = Batch()
+    a, b = 0.3 * made("ce") + made("kd"), 2.0 * made("last") + 0.5 * made("task")
+    both = a + b
+    assert list(both.terms) == ["ce", "kd", "last", "task"]
+    assert all(both.terms[name] is (a if name in a.terms else b).terms[name] for name in both.terms)
+    means = {name: by_hand(name, batch).mean() for name in both.terms}
+    expected = 0.3 * means["ce"] + means["kd"] + 2 * means["last"] + 0.5 * means["task"]
+    close(both(*batch.args()), expected, batch)
+    close(a(*batch.args()) + b(*batch.args()), expected, batch)
+    assert list((a + b + made("own")).terms) == list((a + (b + made("own"))).terms)
+    assert [*a.terms] == ["ce", "kd"], "what was added is as it was"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_of_terms_does_not_matter(seed):
+    batch, names = Batch(), list(TERMS)
+    random.Random(seed).shuffle(names)
+    weights = {name: 0.1 * (i + 1) for i, name in enumerate(TERMS)}
+    expected = sum(w * by_hand(name, batch, batch.mask).mean() for name, w in weights.items())
+    criterion = sum(weights[name] * made(name) for name in names)
+    close(criterion(*batch.args(), mask=batch.mask), expected, batch)
+    assert [c for c in criterion.components if "/" not in c] == names
+
+
+@pytest.mark.parametrize("weight", [0.25, 3, 0.0, linear(0.0, 1.0, steps=4), lambda step: step / 4])
+def test_a_weight_distributes_over_a_sum(weight):
+    batch = Batch()
+    together = weight * (0.5 * made("ce") + made("kd") + 2 * made("last"))
+    apart = weight * (0.5 * made("ce")) + weight * made("kd") + 2 * (weight * made("last"))
+    for step in range(3):
+        w = weight(step) if callable(weight) else weight
+        expected = w * sum(x * by_hand(name, batch).mean() for name, x in (("ce", 0.5), ("kd", 1), ("last", 2)))
+        for criterion in (together, apart):
+            close(criterion(*batch.args()), expected, batch)
+            criterion.advance()
+
+
+def test_what_makes_no_sense_in_a_sum_is_refused_with_what_to_write():
+    term = Logits()
+    with pytest.raises(ValueError, match="'kd' is in the sum twice; give it once, with the sum of its weights"):
+        0.5 * term + 0.5 * term
+    with pytest.raises(ValueError, match=r"two terms are called 'kd'.*Logits\(\.\.\., name='another'\)"):
+        Logits() + Logits(temperature=2.0)
+    with pytest.raises(ValueError, match=r"'causal': True.*'reduction': 'sum'.*kdloss\.Sum\(\*terms, \.\.\.\)"):
+        Sum(CrossEntropy(), causal=True) + Sum(Logits(), reduction="sum")
+    with pytest.raises(TypeError, match=r"Linear.*kdloss\.Task\(function\).*kdloss\.terms\.Term"):
+        Sum(CrossEntropy(), nn.Linear(2, 2))
+    for name in ("a.b", "", 3, "keys", "type", "training"):
+        with pytest.raises(ValueError, match="a term's name is a word"):
+            Logits(name=name)
+    for other in (nn.Linear(2, 2), 1, "kd", None):
+        with pytest.raises(TypeError):
+            CrossEntropy() + other
+    for weight in ("2", None, True, 1j):
+        with pytest.raises(TypeError):
+            weight * CrossEntropy()
+    for product in (lambda: CrossEntropy() * Logits(), lambda: VanillaKD() * Task(), lambda: Logits() * VanillaKD()):
+        with pytest.raises(TypeError, match=r"a weight is a number, .*terms are added, a \+ b"):
+            product()
+    for weight in (-0.5, float("nan"), float("inf"), torch.ones(2), torch.tensor(1)):
+        with pytest.raises(ValueError, match="a weight"):
+            CrossEntropy() * weight
+    with pytest.raises(ValueError, match="a weight at step 0"):
+        ((lambda step: -1.0) * CrossEntropy()).plan()
+
+
+@pytest.mark.parametrize(
+    "contract", [{"causal": True}, {"ignore_index": -1}, {"reduction": "sum"}, {"check_finite": True}]
+)
+def test_the_contract_that_one_side_says_holds_for_both(contract):
+    said, silent = Sum(made("ce"), **contract), made("kd")
+    sums = (
+        said + silent,
+        silent + said,
+        0.5 * said + Sum(silent),
+        Sum(said, silent),
+        Sum(0.5 * said, Sum(silent, **contract)),
+    )
+    for criterion in (*sums, Sum(Sum(made("ce")), silent, **contract)):
+        (name, value), *more = criterion.contract.said().items()
+        assert ({name: value}, more) == (contract, [])
+    batch = Batch()
+    batch.labels[1, 2] = -1 if "ignore_index" in contract else -100
+    batch.labels[0, 0] = 3
+    same = Batch("causal" in contract)
+    same.labels = batch.labels.where(batch.labels != -1, -100)
+    values = [by_hand(name, same) for name in ("ce", "kd")]
+    expected = sum(v.sum() if "reduction" in contract else v.mean() for v in values)
+    torch.testing.assert_close(sums[0](*batch.args()), expected, rtol=1e-12, atol=0)
+
+
+# -- recipes are sums --
+
+
+def mean(values, keep):
+    """0 where nothing counts."""
+    return values[keep].sum() / max(int(keep.sum()), 1)
+
+
+SETTINGS = {
+    "alpha": st.floats(0, 1),
+    "temperature": st.floats(0.2, 20),
+    "logit_weight": st.floats(0, 3),
+    "kept": st.lists(st.booleans(), min_size=12, max_size=12),
+    "causal": st.booleans(),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SETTINGS)
+def test_recipes_equal_the_sums_they_stand_for(alpha, temperature, logit_weight, kept, causal):
+    batch, mask = Batch(), torch.tensor(kept).view(3, 4)
+    second = Batch(seed=1).teacher
+    ce, kd, last = CrossEntropy, lambda **o: Logits(temperature=temperature, **o), lambda: Features("last")
+    common = {"alpha": alpha, "temperature": temperature, "causal": causal}
+    shared = {"probabilities": lambda z: (z / temperature).softmax(-1), "logits": lambda z: z}
+    s, y, keep = batch.logits, batch.labels, mask
+    t, u, h, k = batch.teacher.logits, second.logits, batch.hidden[2], batch.teacher.hidden_states[3]
+    if causal:
+        s, t, u, h, k = (x[:, :-1] for x in (s, t, u, h, k))
+        y, keep = y[:, 1:], keep[:, 1:]
+    keep = keep & (y != -100)
+    own = mean(-s.log_softmax(-1).gather(-1, y.clamp_min(0)[..., None])[..., 0], keep)
+    hard, soft, gap = alpha * own, mean(kl(s, t, temperature), keep), mean((h - k).square().mean(-1), keep)
+    cases = [
+        (VanillaKD(**common), alpha * ce() + (1 - alpha) * kd(), batch.teacher, hard + (1 - alpha) * soft),
+        (
+            FeatureKD("last", logit_weight=logit_weight, **common),
+            alpha * ce() + (1 - alpha) * (last() + logit_weight * kd()),
+            batch.teacher,
+            hard + (1 - alpha) * (gap + logit_weight * soft),
+        ),
+    ]
+    for average, take in shared.items():
+        both = 0.25 * take(t) + 0.75 * take(u)
+        both = temperature * both.log() if average == "probabilities" else both
+        cases.append(
+            (
+                MultiTeacherKD([0.25, 0.75], average=average, **common),
+                alpha * ce() + (1 - alpha) * kd(teacher="all", weights=[0.25, 0.75], average=average),
+                [batch.teacher, second],
+                hard + (1 - alpha) * mean(kl(s, both, temperature), keep),
+            )
+        )
+    for recipe, written, teacher, expected in cases:
+        value = recipe(batch.student, teacher, batch.labels, mask=mask)
+        torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(grad(value, batch.inputs), grad(expected, batch.inputs), rtol=1e-8, atol=1e-10)
+        twin = Sum(written, causal=causal)(batch.student, teacher, batch.labels, mask=mask)
+        close(twin, value, batch)
+
+
+@pytest.mark.parametrize("recipe", [VanillaKD, FeatureKD, MultiTeacherKD])
+def test_a_recipe_is_a_sum(recipe):
+    criterion = recipe()
+    assert isinstance(criterion, Sum)
+    assert isinstance(criterion, nn.Module)
+    assert type(criterion + Task(lambda output, labels: 0)) is Sum
+    assert list(criterion.terms) == {FeatureKD: ["ce", "feature", "kd"]}.get(recipe, ["ce", "kd"])
+
+
+@pytest.mark.parametrize("recipe", [VanillaKD, FeatureKD, MultiTeacherKD])
+def test_assigned_settings_are_as_given_ones_and_checked_like_them(recipe):
+    batch = Batch()
+    teacher = [batch.teacher] if recipe is MultiTeacherKD else batch.teacher
+    base = {"layers": "last"} if recipe is FeatureKD else {}
+    settings = {"alpha": 0.9, "temperature": 3.0} | ({"logit_weight": 1.5} if recipe is FeatureKD else {})
+    settings |= {"alpha": linear(0.0, 1.0, steps=2), "temperature": linear(4.0, 1.0, steps=3)}
+    for chosen in (settings, {name: settings[name] for name in reversed(settings)}):
+        assigned, given_ = recipe(**base), recipe(**base, **chosen)
+        for name, value in chosen.items():
+            setattr(assigned, name, value)
+            assert getattr(assigned, name) == value == getattr(given_, name)
+        for _ in range(3):
+            values = [c(batch.student, teacher, batch.labels) for c in (assigned, given_)]
+            close(*values, batch)
+            assigned.advance()
+            given_.advance()
+    wrong = {"alpha": (1.5, -0.1, float("nan"), "1"), "temperature": (0.0, -1.0, float("inf"), "2", True)}
+    wrong |= {"logit_weight": (-1.0, float("nan"), "1")} if recipe is FeatureKD else {}
+    for name, values in wrong.items():
+        for value in values:
+            criterion, errors = recipe(**base), []
+            before = getattr(criterion, name)
+            for attempt in (lambda v: recipe(**base, **v), lambda v, c=criterion: setattr(c, *next(iter(v.items())))):
+                with pytest.raises((ValueError, TypeError), match=name) as raised:
+                    attempt({name: value})
+                errors.append((raised.type, str(raised.value)))
+            assert errors[0] == errors[1]
+            assert getattr(criterion, name) == before, "what was refused changed nothing"
+
+
+# -- weights --
+
+
+def test_a_weight_of_zero_asks_no_distance_and_gives_its_parameters_zero_gradients():
+    def never(student, teacher):
+        raise AssertionError("asked")
+
+    batch = Batch()
+    for zero in (0.0, linear(0.0, 1.0, steps=5), lambda step: 0.0, 0.0 * 3.0):
+        off = Features("last", distance=never, widths=(5, 5), depths=(2, 3), projection=kdloss.projections.linear)
+        criterion = made("ce") + zero * off
+        value = criterion(batch.student, None, batch.labels)
+        close(value, by_hand("ce", batch).mean(), batch)
+        assert list(criterion.components) == ["ce"]
+        value.backward()
+        for p in off.parameters():
+            assert p.grad is not None
+            assert not p.grad.any()
+    alone = 0.0 * Features("last", distance=never)
+    value = alone(*batch.args())
+    assert value == 0
+    assert not any(g.any() for g in grad(value, batch.inputs))
+
+
+@pytest.mark.parametrize("name", ["ce", "kd", "last", "task"])
+def test_a_weight_that_is_a_parameter_learns_by_the_mean_of_its_term_and_is_saved(name):
+    batch, weight = Batch(), nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+    criterion = 2.0 * (weight * made(name)) + made("own")
+    assert [p is weight for p in criterion.parameters()] == [True]
+    mean = by_hand(name, batch, batch.mask).mean()
+    value = criterion(*batch.args(), mask=batch.mask)
+    close(value, 2 * 0.7 * mean + by_hand("own", batch, batch.mask).mean(), batch)
+    torch.testing.assert_close(grad(value, [weight])[0], 2 * mean.detach(), rtol=1e-12, atol=0)
+    state = criterion.state_dict()
+    assert list(state) == [f"weights.{name}.learned.0"]
+    other = 2.0 * (nn.Parameter(torch.tensor(0.1, dtype=torch.float64)) * made(name)) + made("own")
+    other.load_state_dict(state)
+    assert torch.equal(other(*batch.args(), mask=batch.mask), value)
+
+
+def test_one_parameter_over_a_sum_learns_by_all_its_terms():
+    batch, weight = Batch(), nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
+    criterion = linear(0.0, 1.0, steps=4) * (weight * (made("ce") + 3.0 * made("last")))
+    assert [p is weight for p in criterion.parameters()] == [True]
+    criterion.advance()
+    slope = grad(criterion(*batch.args()), [weight])[0]
+    expected = (by_hand("ce", batch).mean() + 3 * by_hand("last", batch).mean()) / 4
+    torch.testing.assert_close(slope, expected.detach().view(1), rtol=1e-12, atol=0)
+    twin = copy.deepcopy(criterion)
+    assert len(list(twin.parameters())) == 1
+    assert next(twin.parameters()) is not weight
+
+
+@pytest.mark.parametrize("schedule", [warmup(10, 1.0), lambda step: min(step, 10) / 10])
+def test_schedules_multiply_terms(schedule):
+    batch = Batch()
+    for product in (schedule * made("kd"), made("kd") * schedule, schedule * (1.0 * made("kd"))):
+        criterion = product + made("ce")
+        assert criterion.scheduled
+        for step in range(4):
+            expected = 0.1 * step * by_hand("kd", batch).mean() + by_hand("ce", batch).mean()
+            close(criterion(*batch.args()), expected, batch)
+            criterion.advance()
+    squared = schedule * (schedule * made("kd"))
+    squared.step = 5
+    close(squared(*batch.args()), 0.25 * by_hand("kd", batch).mean(), batch)
+    assert squared.state_dict() == {"step": torch.tensor(5)}
+
+
+# -- reduction --
+
+
+@pytest.mark.parametrize("items", [1, 17, torch.tensor(40)])
+@either_way
+def test_num_items_in_batch_divides_every_term(items, causal):
+    batch = Batch(causal)
+    expected = sum(by_hand(name, batch, batch.mask).sum() for name in TERMS) / items
+    criterion = Sum(*map(made, TERMS), causal=causal)
+    close(criterion(*batch.args(), mask=batch.mask, num_items_in_batch=items), expected, batch)
+
+
+@either_way
+def test_reductions_of_a_sum_are_the_sum_of_reductions(causal):
+    batch = Batch(causal)
+    criterion = [Sum(*map(made, TERMS), causal=causal, reduction=r) for r in ("sum", "none")]
+    values = [by_hand(name, batch, batch.mask) for name in TERMS]
+    total, each = (c(*batch.args(), mask=batch.mask) for c in criterion)
+    close(total, sum(v.sum() for v in values), batch)
+    assert each.shape == (3, 3 if causal else 4)
+    close(each.sum(), sum(v.sum() for v in values), batch)
+    keep = (batch.mask & (batch.labels != -100))[:, 1:] if causal else batch.mask & (batch.labels != -100)
+    torch.testing.assert_close(each[keep], sum(values), rtol=1e-12, atol=0)
+    assert not each[~keep].any()
+    for c in criterion:
+        with pytest.raises(ValueError, match="num_items_in_batch"):
+            c(*batch.args(), num_items_in_batch=4)
+
+
+@pytest.mark.parametrize(
+    ("contract", "more"),
+    [({}, {}), ({}, {"num_items_in_batch": 40}), ({"reduction": "sum"}, {}), ({"reduction": "none"}, {})],
+)
+@either_way
+def test_components_are_unweighted_means_of_the_call_whatever_the_loss_is_divided_by(contract, more, causal):
+    batch = Batch(causal)
+    weights = {name: 0.1 * (i + 1) for i, name in enumerate(TERMS)}
+    criterion = Sum(*(w * made(name) for name, w in weights.items()), causal=causal, **contract)
+    criterion(*batch.args(), mask=batch.mask, **more)
+    for name in TERMS:
+        found, expected = criterion.components[name], by_hand(name, batch, batch.mask).mean()
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(criterion.components["last/1-2"], criterion.components["last"])
+
+
+def mean_of_labelled(output, labels):
+    """One number, as many losses give: the mean over labelled positions."""
+    return output.logits.square().mean(-1)[labels != -100].mean()
+
+
+def test_a_term_of_one_number_weighs_its_share_so_that_micro_batches_add_up():
+    batch = Batch()
+    values = by_hand("task", batch)
+    for criterion in (1.0 * Task(mean_of_labelled), made("ce") + Task(mean_of_labelled)):
+        beside = by_hand("ce", batch) if "ce" in criterion.terms else 0 * values
+        whole = criterion(*batch.args())
+        close(whole, values.mean() + beside.mean(), batch)
+        parts = 0
+        for i in range(3):
+            row = type(batch.student)(logits=batch.logits[i : i + 1])
+            parts = parts + criterion(row, None, batch.labels[i : i + 1], num_items_in_batch=11)
+        close(parts, whole, batch)
+        summed = Sum(criterion, reduction="sum")
+        close(summed(*batch.args()), values.sum() + beside.sum(), batch)
+        torch.testing.assert_close(summed.components["task"], values.mean().detach())
+        with pytest.raises(ValueError, match=r"'task' is one number.*reduction='none'.*reduction='mean' or 'sum'"):
+            Sum(criterion, reduction="none")(*batch.args())
+    with pytest.raises(ValueError, match=r"'task' gives values of shape \(3,\).*\(3, 4\)"):
+        (1.0 * Task(lambda output, labels: output.logits.mean((1, 2))))(*batch.args())
+
+
+def test_two_teachers_that_are_one_at_half_a_weight_each_give_that_one_exactly():
+    batch = Batch()
+    one = 1.0 * made("kd")
+    two = 0.5 * Logits(temperature=2.0, name="first") + 0.5 * Logits(temperature=2.0, teacher=1, name="second")
+    value = one(*batch.args(), mask=batch.mask)
+    both = two(batch.student, [batch.teacher, batch.teacher], batch.labels, mask=batch.mask)
+    assert torch.equal(both, value)
+    torch.testing.assert_close(grad(both, batch.inputs), grad(value, batch.inputs), rtol=1e-15, atol=1e-17)
+    for average in ("logits", "probabilities"):
+        together = 1.0 * Logits(temperature=2.0, teacher=[0, 1], average=average)
+        close(together(batch.student, [batch.teacher, batch.teacher], batch.labels, mask=batch.mask), value, batch)
+
+
+# -- what doesn't count, and copies --
+
+
+@either_way
+def test_garbage_under_the_mask_reaches_no_term(causal):
+    more = Logits(divergences.dkd, name="dkd"), Logits(divergences.dist, name="dist")
+    more += (Features("all", name="all"), Confidence(name="confidence", positions="mask"))
+    more += (Logits(divergences.hard_labels, name="hard"), Logits(divergences.uld, name="uld"))
+    terms = [made(name, positions=p) for name in TERMS if name != "task" for p in ["labels"]]
+    criterion = Sum(*terms, *more, causal=causal)
+    clean, dirty = Batch(causal), Batch(causal)
+    clean.labels[0, 0] = 3  # NaN at an unlabelled position reaches what counts by the mask: it counts there
+    value = criterion(*clean.args(), mask=clean.mask)
+    slopes, parts = grad(value, clean.inputs), dict(criterion.components)
+    dirty.labels[0, 0] = 3
+    out = ~dirty.mask
+    if causal:  # a mask is that of labels: logits at t belong to label t + 1
+        out = torch.cat([out[:, 1:], torch.ones(3, 1, dtype=torch.bool)], 1)
+    for own in (dirty.logits, *dirty.hidden[1:]):
+        own.data[out] = float("nan")
+    for theirs in (dirty.teacher.logits, *dirty.teacher.hidden_states[1:]):
+        theirs[out] = float("inf")
+    dirty.labels[~dirty.mask] = 10**9
+    value_of_dirty = criterion(*dirty.args(), mask=dirty.mask)
+    assert torch.equal(value_of_dirty, value)
+    for slope, expected in zip(grad(value_of_dirty, dirty.inputs), slopes, strict=True):
+        assert torch.equal(slope, expected)
+        assert not slope[out].any()
+        assert slope[~out].any()
+    for name, part in criterion.components.items():
+        assert torch.equal(part, parts[name]), name
+
+
+@either_way
+def test_nothing_that_counts_is_a_zero_that_backpropagates_zeros(causal):
+    batch, criterion = Batch(causal), Sum(*map(made, TERMS), causal=causal)
+    batch.labels[:] = -100
+    value = criterion(*batch.args())
+    assert value == 0
+    assert not any(g.any() for g in grad(value, batch.inputs))
+    assert all(part == 0 for part in criterion.components.values())
+
+
+@pytest.mark.parametrize(("contract", "more"), [({}, {}), ({}, {"num_items_in_batch": 4}), ({"reduction": "sum"}, {})])
+def test_a_mean_over_nothing_is_a_zero_beside_the_other_terms(contract, more):
+    """Cross-entropy's own mean is NaN where no label is; a micro-batch without any must not spoil the others."""
+    batch = Batch()
+    batch.labels[:] = -100
+    own = Task(lambda output, labels: F.cross_entropy(output.logits.flatten(0, 1), labels.flatten()))
+    criterion = Sum(made("kd", positions="mask"), own, **contract)
+    expected = by_hand("kd", batch, by_mask=True).sum() / (1 if contract else more.get("num_items_in_batch", 12))
+    close(criterion(*batch.args(), **more), expected, batch)
+    assert criterion.components["task"] == 0
+
+
+def test_sums_survive_deepcopy_pickle_and_state_dict():
+    batch = Batch()
+    criterion = linear(0.5, 1.0, steps=4) * made("kd") + nn.Parameter(torch.tensor(0.3)) * made("ce")
+    criterion += 2.0 * Features("last", depths=(2, 3), widths=(5, 5), projection=kdloss.projections.linear)
+    criterion = Sum(criterion + Confidence(name="own"), check_finite=True).double()
+    criterion.advance()
+    value = criterion(*batch.args())
+    for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert torch.equal(twin(*batch.args()), value)
+        assert (repr(twin), twin.step, twin.contract) == (repr(criterion), 1, criterion.contract)
+        assert not {id(p) for p in twin.parameters()} & {id(p) for p in criterion.parameters()}
+        twin.advance()
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.mul_(2)
+        assert torch.equal(criterion(*batch.args()), value), "copies share nothing"
+        assert not torch.isclose(twin(*batch.args()), value)
+        twin.load_state_dict(criterion.state_dict())
+        assert twin.step == 1
+        assert torch.equal(twin(*batch.args()), value)
+    assert sorted(criterion.state_dict()) == [
+        "step",
+        "terms.feature.projections.1.bias",
+        "terms.feature.projections.1.weight",
+        "weights.ce.learned.0",
+    ]
