@@ -1,0 +1,833 @@
+"""Student and criterion as one module: whatever trains it trains all that learns, and nothing of a teacher."""
+
+import copy
+import gc
+import inspect
+import io
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from types import SimpleNamespace
+
+import distillation_processes as runs
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
+from families import build
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, ViTForImageClassification
+
+import kdloss
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
+CLOSE = {"rtol": 1e-5, "atol": 1e-7}
+
+
+@pytest.fixture
+def module():
+    return runs.made()
+
+
+@pytest.fixture
+def inputs():
+    return next(iter(DataLoader(runs.rows(), runs.BATCH)))
+
+
+@pytest.fixture(autouse=True)
+def _a_fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def whole_logits():
+    """A divergence that needs the logits as a tensor."""
+    return kdloss.VanillaKD(divergence=kdloss.divergences.dist)
+
+
+class Passes:
+    """Counts how often a module runs."""
+
+    def __init__(self, module):
+        self.count = 0
+        module.register_forward_pre_hook(self)
+
+    def __call__(self, *_):
+        self.count += 1
+
+
+def teacher_of(module, k=0):
+    return module.teachers[k].module
+
+
+def slopes(module, inputs):
+    module.zero_grad()
+    loss = module(**inputs).loss
+    loss.backward()
+    return loss.detach(), runs.gradients(module)
+
+
+# Loops
+
+
+def test_readmes_loop_trains_student_and_projections_and_leaves_the_teacher():
+    teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
+    model = kdloss.Distillation(student, teacher, kdloss.FeatureKD(layers="auto"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    said = {name: x.clone() for name, x in teacher.state_dict().items()}
+    losses = []
+    for _ in range(10):
+        for one in DataLoader(runs.rows(), runs.BATCH):
+            loss = model(**one).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(not torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    equal(teacher.state_dict(), said)
+
+
+def test_two_processes_come_to_what_one_does(tmp_path):
+    """One test, for processes are slow to start: DDP, FSDP2, Accelerate and Lightning; see distillation_processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    said = subprocess.run(
+        [*command, runs.__file__, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 0, said.stdout + said.stderr
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    alone = {name: runs.plain(criterion) for name, criterion in runs.CRITERIA.items()}
+    each_step_is_that_of_one_process(ranks, "fsdp of blocks", alone["recipe"])
+    each_step_is_that_of_one_process(ranks, "fsdp of the whole", alone["turned on"])
+    for name, one in alone.items():
+        each_step_is_that_of_one_process(ranks, f"ddp, {name}", one)
+        for accumulate in (1, 2):
+            key = f"accelerate, {name}, {accumulate}"
+            a_run_taken_up_ends_like_one_undisturbed(ranks, key, one)
+            a_checkpoint_holds_what_learns(load_file(tmp_path / key / "model.safetensors"), name, tied=False)
+    for name in ("recipe", "turned on"):
+        key = f"lightning, {name}"
+        a_run_taken_up_ends_like_one_undisturbed(ranks, key, runs.plain(runs.CRITERIA[name], epochs=2))
+        saved = torch.load(tmp_path / key / "epoch=0.ckpt")["state_dict"]
+        a_checkpoint_holds_what_learns({key.removeprefix("model."): value for key, value in saved.items()}, name)
+    for found in ranks:
+        equal(found["checkpoint"]["weights"], found["checkpoint"]["resumed"])
+        assert found["checkpoint"]["step"] == 4
+        a_checkpoint_holds_what_learns(found["checkpoint"]["keys"], "turned on")
+
+
+def equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def each_step_is_that_of_one_process(ranks, key, one):
+    for rank, found in enumerate(ranks):
+        torch.testing.assert_close(found[key]["gradients"], one["gradients"], **CLOSE)
+        torch.testing.assert_close(found[key]["weights"], one["weights"], **CLOSE)
+        share = slice(2 * rank, 2 * rank + 2)
+        whole = [logits[share] for logits in one["logits"]]
+        torch.testing.assert_close(found[key]["logits"], whole, rtol=1e-4, atol=1e-6)
+    equal(ranks[0][key]["weights"], ranks[1][key]["weights"])
+    assert any("projections" in name for name in one["weights"])
+
+
+def a_run_taken_up_ends_like_one_undisturbed(ranks, key, one):
+    for found in ranks:
+        torch.testing.assert_close(found[key]["weights"], one["weights"], **CLOSE)
+        equal(found[key]["weights"], found[f"{key}, resumed"]["weights"])
+    equal(ranks[0][key]["weights"], ranks[1][key]["weights"])
+    if "turned on" in key:
+        assert found[key]["step"] == found[f"{key}, resumed"]["step"] == len(one["gradients"])
+
+
+def a_checkpoint_holds_what_learns(keys, criterion, tied=True):
+    expected = {name for name in runs.made(runs.CRITERIA[criterion]).state_dict() if tied or "lm_head" not in name}
+    assert set(keys) == expected
+    assert ("criterion.step" in expected) == (criterion == "turned on")
+    assert all(name.startswith(("student.", "criterion.")) for name in expected)
+
+
+@pytest.mark.parametrize("whole_only", [False, True])
+def test_fsdp_in_one_process_changes_nothing(whole_only):
+    one = runs.plain(runs.turned_on)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = runs.plain(runs.turned_on, wrap=lambda model: runs.sharded(model, whole_only))
+        stored = runs.kept_apart()
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(found, one, **CLOSE)
+    equal(stored["weights"], stored["resumed"])
+
+
+def test_what_zero_3_has_in_shards_is_left_alone_by_a_term_without_weight(inputs):
+    """There a parameter is empty outside of its module, and so would its gradient be."""
+    module = runs.made(runs.switched_off)
+    waited_for, sharded = list(module.criterion.parameters())[:2]
+    sharded.ds_id = 1
+    module(**inputs).loss.backward()
+    assert waited_for.grad.count_nonzero() == 0
+    assert sharded.grad is None
+
+
+def test_a_scheduled_sum_goes_through_the_distributed_state_dict():
+    stored = runs.kept_apart(sharding=False)
+    equal(stored["weights"], stored["resumed"])
+    torch.testing.assert_close(stored["weights"], runs.plain(runs.turned_on)["weights"], **CLOSE)
+    assert stored["step"] == 4
+
+
+def test_accelerate_in_bfloat16_goes_through_a_steps_parts_and_gives_nearly_the_same_losses(tmp_path):
+    half = runs.accelerated(tmp_path, precision="bf16")
+    full = runs.accelerated(tmp_path)
+    assert half["losses"] == pytest.approx(full["losses"], rel=2e-2)
+    assert half["losses"] != full["losses"]
+    assert full["kinds"]["logits"] == "torch.float32"
+    assert half["kinds"]["logits"] == "torch.bfloat16"  # Accelerate converts what is there, which these are not yet
+    assert all(weight.dtype == torch.float32 for weight in half["weights"].values())
+    whole = runs.accelerated(tmp_path, whole_logits, precision="bf16")
+    assert whole["kinds"]["logits"] == "torch.float32"
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:Checkpoint directory .* exists")  # Lightning's
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning_in_one_process_trains_logs_and_resumes(tmp_path, accumulate):
+    from lightning_runs import lightened
+
+    found = lightened(tmp_path, runs.turned_on, accumulate)
+    one = runs.plain(runs.turned_on, epochs=2)
+    torch.testing.assert_close(found["weights"], one["weights"], **CLOSE)
+    assert found["step"] == 8
+    assert {"ce", "kd", "feature", "validation"} <= set(found["metrics"])
+    again = lightened(tmp_path, runs.turned_on, accumulate, resume=tmp_path / "epoch=0.ckpt")
+    equal(again["weights"], found["weights"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_hugging_faces_trainer_takes_it_as_its_model(tmp_path, accumulate):
+    """As it is, but for the columns, which it would look for in the module's own signature."""
+    teacher, student = build("llama", width=24, depth=4), build("llama", depth=2, seed=1)
+    module = kdloss.Distillation(student, teacher, kdloss.FeatureKD(logit_weight=1.0))
+    expected = copy.deepcopy(module)
+    settings = TrainingArguments(
+        str(tmp_path), optim="sgd", learning_rate=0.3, lr_scheduler_type="constant", max_grad_norm=0.0, max_steps=4,
+        report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, save_steps=2,
+        per_device_train_batch_size=runs.BATCH // accumulate, gradient_accumulation_steps=accumulate,
+        remove_unused_columns=False,
+    )  # fmt: skip
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_):
+            return None
+
+    trainer = InOrder(module, settings, train_dataset=runs.rows(), eval_dataset=runs.rows(1))
+    trainer.train()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.3)
+    for one in DataLoader(runs.rows(), runs.BATCH):
+        expected(**one).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(runs.weights(module), runs.weights(expected), **CLOSE)
+    saved = load_file(tmp_path / "checkpoint-4/model.safetensors")
+    equal(saved, module.state_dict())
+    own = module.eval()(**next(iter(DataLoader(runs.rows(1), runs.BATCH)))).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(own, rel=1e-6)
+
+
+# Compilation and checkpointing
+
+
+def counting(counter):
+    def backend(graph, _):
+        def run(*args):
+            counter.append(1)
+            return graph(*args)
+
+        return run
+
+    return backend
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_around_it_runs_as_it_is_and_blocks_inside_stay_compiled(module, inputs, in_place):
+    loss, expected = slopes(module, inputs)
+    ran = []
+    for block in kdloss.layers.find_blocks(module.student):
+        block.compile(backend=counting(ran))
+    compiled = module
+    if in_place:
+        module.compile(backend="eager")
+    else:
+        compiled = torch.compile(module, backend="eager")
+    for step in (1, 2):
+        found, gradients = slopes(compiled, inputs)
+        assert len(ran) == 2 * step
+    torch.testing.assert_close(found, loss, **CLOSE)
+    gradients = {name.removeprefix("_orig_mod."): slope for name, slope in gradients.items()}
+    torch.testing.assert_close(gradients, expected, **CLOSE)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("criterion", [kdloss.VanillaKD, runs.recipe])
+def test_checkpointing_inside_the_student_gives_the_plain_gradient(inputs, criterion, reentrant):
+    module = runs.made(criterion)
+    loss, expected = slopes(module, inputs)
+    module.student.activation_checkpointing_enable({"use_reentrant": reentrant})
+    attention = Passes(module.student.transformer.h[0].attn)
+    found, gradients = slopes(module.train(), inputs)
+    assert attention.count == 2  # once for backward
+    assert torch.equal(found, loss)
+    torch.testing.assert_close(gradients, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("criterion", [kdloss.VanillaKD, runs.recipe])
+def test_checkpointing_around_the_whole_step_gives_the_plain_gradient(inputs, criterion, reentrant):
+    loss, expected = slopes(runs.made(criterion), inputs)
+    module, one = runs.made(criterion), torch.ones((), requires_grad=True)
+    for _ in (1, 2):  # what is measured in the first step is known in the second
+        module.zero_grad()
+        found = checkpoint(lambda x: x * module(**inputs).loss, one, use_reentrant=reentrant)
+        found.backward()
+        assert torch.equal(found.detach(), loss)
+        torch.testing.assert_close(runs.gradients(module), expected, **CLOSE)
+
+
+# What it returns
+
+
+def test_a_step_has_attributes_and_keys(module, inputs):
+    step = module(**inputs)
+    assert isinstance(step, dict)
+    assert list(step) == ["loss", "logits", "components", "output"]
+    assert step.loss is step["loss"]
+    assert step.output is step["output"]
+    assert set(step.components) == {"ce", "kd", "feature", "feature/0-0", "feature/1-1"}
+    assert torch.equal(step.logits, step["logits"])
+    assert not hasattr(step, "hidden_states")
+    with pytest.raises(AttributeError, match=r"a step has \['loss', .*not 'hidden_states'"):
+        step.hidden_states  # noqa: B018
+    step.loss = step.loss / 2
+    assert step["loss"] is step.loss
+
+
+def test_logits_are_made_only_when_they_are_asked_for(module, inputs, monkeypatch):
+    made, dense = [], kdloss.LazyLogits.dense
+    monkeypatch.setattr(kdloss.LazyLogits, "dense", lambda lazy: made.append(lazy.shape) or dense(lazy))
+    step = module.eval()(input_ids=inputs["input_ids"])
+    assert isinstance(step.output.logits, kdloss.LazyLogits)
+    assert not any(isinstance(value, torch.Tensor) for value in step.values())
+    made.clear()  # of one position, when the head was looked at
+    assert step.loss is None
+    assert step.logits.shape == (4, 8, 61)
+    assert made == [(4, 8, 61)]
+    torch.testing.assert_close(step["logits"], module.student(input_ids=inputs["input_ids"]).logits)
+
+
+def test_a_step_goes_through_pytrees_pickles_and_copies(module, inputs):
+    with torch.no_grad():
+        step = module(**inputs)
+    leaves, tree = tree_flatten(step)
+    assert any(leaf is step.loss for leaf in leaves)
+    for twin in (tree_unflatten(leaves, tree), pickle.loads(pickle.dumps(step)), copy.deepcopy(step)):
+        assert type(twin) is kdloss.Distilled
+        assert list(twin) == list(step)
+        assert torch.equal(twin.loss, step.loss)
+        assert torch.equal(twin.logits, step.logits)
+        assert twin.components == step.components
+
+
+def test_labels_stand_in_the_signature_for_those_who_look():
+    assert "labels" in inspect.signature(kdloss.Distillation.forward).parameters
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, kdloss.schedules.linear(0.0, 1.0, steps=10)])
+def test_in_evaluation_the_loss_is_plain_cross_entropy_and_no_teacher_runs(inputs, alpha):
+    module = runs.made(lambda: kdloss.FeatureKD(alpha=alpha, logit_weight=1.0)).eval()
+    teacher = Passes(teacher_of(module))
+    step = module(**inputs)
+    assert step.loss.item() == pytest.approx(module.student(**inputs).loss.item(), rel=1e-6)
+    assert set(step.components) == {"ce"}
+    unlabelled = module(**{name: x for name, x in inputs.items() if name != "labels"})
+    assert unlabelled.loss is None
+    assert unlabelled.components == {}
+    assert unlabelled.logits.shape == (4, 8, 61)
+    assert teacher.count == 0
+    module.train()(**inputs)
+    assert teacher.count == (0 if alpha == 1.0 else 1)
+
+
+def test_in_evaluation_teachers_run_where_that_is_said(inputs):
+    trained = runs.made().train()(**inputs).loss
+    module = runs.made()
+    module.teacher_in_eval = True
+    assert torch.equal(module.eval()(**inputs).loss, trained)
+    said = kdloss.Distillation(build("gpt2", depth=2, seed=1), build("gpt2"), kdloss.VanillaKD(), teacher_in_eval=True)
+    assert set(said.eval()(**inputs).components) == {"ce", "kd"}
+
+
+def test_training_and_evaluation_leave_the_teacher_alone(module, inputs):
+    teacher = teacher_of(module).train()
+    teacher.transformer.h[1].eval()
+    modes = [m.training for m in teacher.modules()]
+    wanted = [p.requires_grad for p in teacher.parameters()]
+    before = {name: x.clone() for name, x in teacher.state_dict().items()}
+    for mode in (True, False, True):
+        module.train(mode)
+        assert module.student.training == module.criterion.training == mode
+        assert [m.training for m in teacher.modules()] == modes
+    module.requires_grad_(True)
+    module(**inputs).loss.backward()
+    module.zero_grad()
+    assert [m.training for m in teacher.modules()] == modes
+    assert [p.requires_grad for p in teacher.parameters()] == wanted
+    assert all(p.grad is None for p in teacher.parameters())
+    equal(teacher.state_dict(), before)
+
+
+def test_what_learns_is_student_and_criterion(module):
+    assert [name for name, _ in module.named_children()] == ["student", "criterion"]
+    theirs = {p.data_ptr() for p in teacher_of(module).parameters()}
+    for mine in (module.parameters(), module.state_dict().values(), module.buffers()):
+        assert not any(tensor.data_ptr() in theirs for tensor in mine)
+    assert not any(part is teacher_of(module) for part in module.modules())
+    projections = {id(p) for p in module.criterion.parameters()}
+    assert len(projections) == 4
+    assert projections <= {id(p) for p in module.parameters()}
+
+
+# A stored teacher
+
+
+def test_a_stored_teacher_says_what_it_said(inputs):
+    teacher, student = build("gpt2", depth=4).eval(), build("gpt2", depth=2, seed=1)
+    live = kdloss.Distillation(student, teacher, kdloss.VanillaKD())
+    stored = kdloss.Distillation(student, None, kdloss.VanillaKD())
+    with torch.no_grad():
+        logits = teacher(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    expected = live(**inputs).loss
+    for said in (logits, SimpleNamespace(logits=logits), [logits], kdloss.TopKLogits.of(logits, 61)):
+        torch.testing.assert_close(stored(**inputs, teacher=said).loss, expected, rtol=1e-5, atol=1e-6)
+    stored.eval()
+    assert set(stored(**inputs).components) == {"ce"}
+    assert set(stored(**inputs, teacher=logits).components) == {"ce", "kd"}
+
+
+def test_what_no_stored_teacher_said_is_refused(module, inputs):
+    with pytest.raises(TypeError, match=r"of 1 teachers 0 are stored.*leave it out, or write None"):
+        module(**inputs, teacher=torch.zeros(4, 8, 61))
+    stored = kdloss.Distillation(module.student, None, kdloss.VanillaKD())
+    with pytest.raises(TypeError, match=r"what 2 stored teachers said, and of 1 teachers 1 are stored"):
+        stored(**inputs, teacher=[torch.zeros(4, 8, 61)] * 2)
+
+
+# Where a teacher is
+
+
+def test_a_teacher_follows_the_student_but_not_its_dtype(module, inputs, monkeypatch):
+    moves = []
+    monkeypatch.setattr("kdloss.teacher._place", lambda module: torch.device("cuda:7"))  # anywhere else
+    monkeypatch.setattr(teacher_of(module), "to", lambda *args, **settings: moves.append((args, settings)))
+    here = ((torch.device("cpu"),), {})
+    for n, move in enumerate([module.cpu, module.double, module.bfloat16, module.float], start=1):
+        move()
+        assert moves == [here] * n
+    monkeypatch.setattr("kdloss.teacher._place", lambda module: torch.device("cpu"))
+    module.double()
+    module(**inputs)
+    assert moves == [here] * 4  # where it is already nothing is moved
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
+    assert {p.dtype for p in teacher_of(module).parameters()} == {torch.float32}
+
+
+def test_a_teacher_follows_a_student_that_was_moved_by_itself(module, inputs, monkeypatch):
+    moves = []
+    monkeypatch.setattr("kdloss.teacher._place", lambda module: torch.device("cuda:7"))
+    monkeypatch.setattr(teacher_of(module), "to", lambda *args: moves.append(args))
+    module(**inputs)
+    assert moves == [(torch.device("cpu"),)]
+
+
+def test_a_teacher_keeps_its_weights_while_the_student_is_on_meta(module):
+    """Where Accelerate shards a module it is on "meta" for a while."""
+    module.to("meta")
+    assert all(p.is_meta for p in module.parameters())
+    assert not any(p.is_meta for p in teacher_of(module).parameters())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_teacher_of_another_dtype_teaches(inputs, dtypes):
+    full, module = runs.made(), runs.made()
+    module.to(dtypes[0])
+    teacher_of(module).to(dtypes[1])
+    step = module(**inputs)
+    step.loss.backward()
+    assert step.loss.item() == pytest.approx(full(**inputs).loss.item(), rel=2e-2)
+    assert {p.grad.dtype for p in module.parameters()} == {dtypes[0]}
+    assert {p.dtype for p in teacher_of(module).parameters()} == {dtypes[1]}
+
+
+def quantised(model):
+    model.is_quantized = True
+
+
+def dispatched(model):
+    model.hf_device_map = {"": 0}
+
+
+def hooked(model):
+    model._hf_hook = object()
+
+
+def offloaded(model):
+    model.transformer.h[0].to("meta")
+
+
+def in_shards(model):
+    model.lm_head.weight.ds_id = 3
+
+
+def spread(model):
+    model.lm_head.weight = nn.Parameter(OnGpu(model.lm_head.weight.detach()))
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is there."""
+
+    device = torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("placed", [quantised, dispatched, hooked, offloaded, in_shards, spread])
+def test_teachers_with_a_place_of_their_own_stay_there(module, placed, monkeypatch):
+    teacher = teacher_of(module)
+    placed(teacher)
+    monkeypatch.setattr("kdloss.teacher._place", lambda module: torch.device("cuda:7"))
+    monkeypatch.setattr(teacher, "to", lambda *_: pytest.fail("was moved"))
+    module.cpu()
+    kdloss.Teacher(teacher, device="cpu")
+
+
+def test_a_teacher_with_a_device_stays_there_and_inputs_and_outputs_travel(inputs, monkeypatch):
+    expected, _ = slopes(runs.made(), inputs)
+    teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
+    to = []
+    own = kdloss.teacher.moved
+    monkeypatch.setattr("kdloss.teacher.moved", lambda x, device: to.append((x, device)) or own(x, device))
+    monkeypatch.setattr("kdloss._passes.moved", lambda x, device: to.append((x, device)) or own(x, device))
+    torch.manual_seed(0)
+    there = kdloss.Teacher(teacher, device="cpu")
+    module = kdloss.Distillation(student, there, runs.recipe())
+    monkeypatch.setattr("kdloss.teacher._place", lambda module: torch.device("cuda:7"))
+    monkeypatch.setattr(teacher, "to", lambda *_: pytest.fail("was moved"))
+    module.cpu()
+    step = module(**inputs)
+    torch.testing.assert_close(step.loss.detach(), expected, **CLOSE)
+    (args, keywords), others = [x for x, device in to if device == "cpu"], [x for x, d in to if d != "cpu"]
+    assert args == ()
+    assert {"input_ids", "attention_mask"} <= set(keywords)
+    assert all(device == torch.device("cpu") for x, device in to[2:])
+    assert isinstance(others[0].logits, kdloss.LazyLogits)  # the output, and the features of each term
+    assert [set(features) for features in others[1:]] == [{0, 1}]
+
+
+def test_lazy_logits_travel():
+    lazy = kdloss.LazyLogits(torch.ones(2, 3), torch.ones(5, 3), torch.ones(5), softcap=3.0)
+    there = kdloss.teacher.moved({"logits": lazy, "n": 3}, "meta")
+    assert there["logits"].hidden.is_meta
+    assert there["logits"].bias.is_meta
+    assert there["logits"].softcap == 3.0
+    assert there["n"] == 3
+
+
+# What a teacher reads
+
+
+class Reads(nn.Module):
+    """Logits of x, and a note of what it was given."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.linear, self.seen = nn.Linear(width, 3), []
+
+    def forward(self, x, scale=1.0):
+        self.seen.append((x, scale))
+        return self.linear(x) * scale
+
+
+def test_a_teacher_reads_a_positional_batch_in_its_own_normalisation():
+    student, teacher = Reads(), Reads()
+    module = kdloss.Distillation(student, kdloss.Teacher(teacher, lambda x: x / 255), kdloss.VanillaKD())
+    x, y = torch.randn(2, 4), torch.tensor([0, 2])
+    loss = module(x, labels=y).loss
+    assert torch.equal(teacher.seen[0][0], x / 255)
+    assert torch.equal(student.seen[0][0], x)
+    both = kdloss.VanillaKD()(student(x), teacher(x / 255), y)
+    torch.testing.assert_close(loss, both)
+    module = kdloss.Distillation(student, kdloss.Teacher(teacher, lambda x: (x / 2, 3.0)), kdloss.VanillaKD())
+    module(x, labels=y)
+    assert teacher.seen[-1][1] == 3.0
+    module = kdloss.Distillation(
+        student, kdloss.Teacher(teacher, lambda x, rest: {"x": x, "scale": 2 * rest["scale"]}), kdloss.VanillaKD()
+    )
+    module(x, scale=2.0, labels=y)
+    assert (student.seen[-1][1], teacher.seen[-1][1]) == (2.0, 4.0)
+
+
+def test_a_teacher_with_other_ids_reads_its_own_columns_and_the_student_does_not(inputs):
+    teacher, student = build("gpt2", depth=4).eval(), build("gpt2", depth=2, seed=1)
+    given = {"student": [], "teacher": []}
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.register_forward_pre_hook(lambda m, a, k, n=name: given[n].append(k), with_kwargs=True)
+
+    def own(columns):
+        return {
+            "input_ids": columns["teacher_input_ids"],
+            "attention_mask": columns["teacher_attention_mask"],
+        }
+
+    theirs = {"teacher_input_ids": inputs["input_ids"].flip(0), "teacher_attention_mask": inputs["attention_mask"]}
+    module = kdloss.Distillation(student, kdloss.Teacher(teacher, own), kdloss.VanillaKD())
+    loss = module(**inputs, **theirs).loss
+    assert torch.equal(given["teacher"][0]["input_ids"], inputs["input_ids"].flip(0))
+    assert not any(name.startswith("teacher_") for name in given["student"][0])
+    with torch.no_grad():
+        said = teacher(**own(theirs)).logits
+    expected = kdloss.Distillation(student, None, kdloss.VanillaKD())(**inputs, teacher=said).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_sees_another_resolution():
+    teacher = build("vit", width=24, depth=4).eval()
+    config = copy.deepcopy(build("vit", depth=2).config)
+    config.image_size, config.patch_size = 8, 4
+    student = ViTForImageClassification(config)
+    images, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 4])
+
+    def larger(columns):
+        return {"pixel_values": F.interpolate(columns["pixel_values"], scale_factor=2.0)}
+
+    module = kdloss.Distillation(student, kdloss.Teacher(teacher, larger), kdloss.VanillaKD())
+    loss = module(pixel_values=images, labels=labels).loss
+    with torch.no_grad():
+        said = teacher(**larger({"pixel_values": images})).logits
+    torch.testing.assert_close(loss, kdloss.VanillaKD()(student(images).logits, said, labels))
+
+
+# Copies, files
+
+
+def test_copies_share_the_teacher_and_train_apart(module, inputs):
+    twin = copy.deepcopy(module)
+    assert twin.teachers[0] is module.teachers[0]
+    mine = {p.data_ptr() for p in module.parameters()}
+    assert not any(p.data_ptr() in mine for p in twin.parameters())
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    optimizer = runs.sgd(twin)
+    twin(**inputs).loss.backward()
+    optimizer.step()
+    twin.criterion.advance()
+    equal(module.state_dict(), before)
+    assert all(not torch.equal(x, before[name]) for name, x in twin.criterion.state_dict(prefix="criterion.").items())
+    assert (module.criterion.step, twin.criterion.step) == (0, 1)
+    assert not torch.equal(twin(**inputs).loss, module(**inputs).loss)
+    loss, expected = slopes(module, inputs)
+    again, gradients = slopes(copy.deepcopy(module), inputs)
+    assert torch.equal(loss, again)
+    equal(gradients, expected)
+
+
+def test_a_moving_average_follows_student_and_projections(module, inputs):
+    average = AveragedModel(module)
+    optimizer = runs.sgd(module)
+    seen = []
+    for _ in range(2):
+        module(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(module)
+        seen.append(runs.weights(module))
+    expected = {name: (seen[0][name] + seen[1][name]) / 2 for name in seen[0]}
+    torch.testing.assert_close(runs.weights(average), expected, **CLOSE)
+    assert average.module.teachers[0] is module.teachers[0]
+    assert average.eval()(**inputs).loss.isfinite()
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_pickle_goes_on_where_it_was(module, inputs, used):
+    if used:
+        module(**inputs)
+    module.criterion.advance()
+    twin = pickle.loads(pickle.dumps(module))
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for one in (twin, torch.load(file, weights_only=False)):
+        loss, gradients = slopes(one, inputs)
+        expected = slopes(module, inputs)
+        assert torch.equal(loss, expected[0])
+        equal(gradients, expected[1])
+        assert one.criterion.step == 1
+
+
+def test_a_distiller_is_pickled_too(inputs):
+    teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
+    distill = kdloss.Distiller(teacher, runs.recipe()).prepare(student)
+    loss = distill(student, **inputs).loss
+    assert torch.equal(pickle.loads(pickle.dumps(distill))(student, **inputs).loss, loss)
+
+
+def test_state_goes_strictly_into_a_fresh_module(inputs, tmp_path):
+    module = runs.made(runs.turned_on)
+    for _ in range(2):
+        module(**inputs).loss.backward()
+        module.criterion.advance()
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.01
+    torch.save(module.state_dict(), tmp_path / "module.pt")
+    torch.manual_seed(5)
+    fresh = runs.made(runs.turned_on)
+    fresh.load_state_dict(torch.load(tmp_path / "module.pt"))
+    assert fresh.criterion.step == 2
+    assert torch.equal(fresh(**inputs).loss, module(**inputs).loss)
+    module.student.save_pretrained(tmp_path / "student")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    equal(again.state_dict(), module.student.state_dict())
+
+
+class Plain(nn.Module):
+    """A model without a configuration."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_loading_before_projections_are_there_says_what_to_do():
+    def made():
+        criterion = kdloss.CrossEntropy() + kdloss.Features(["body"], pairing="same")
+        return kdloss.Distillation(Plain(5), Plain(7), criterion)
+
+    x = torch.randn(2, 4)
+    module, fresh = made().prepare(x), made()
+    whole = nn.ModuleDict({"model": fresh})  # as in a LightningModule
+    state = module.state_dict()
+    key = "criterion.terms.feature.projections.body.weight"
+    with pytest.raises(RuntimeError, match=rf"'{key}' was learned .*model\.prepare\(\*\*batch\) before"):
+        fresh.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=rf'Unexpected key.*"model\.{key}"'):
+        whole.load_state_dict({f"model.{name}": value for name, value in state.items()})
+    fresh.load_state_dict(state, strict=False)
+    fresh.prepare(x).load_state_dict(state)
+    equal(fresh.state_dict(), state)
+
+
+def test_a_replaced_criterion_is_refused(module, inputs):
+    module.criterion = kdloss.VanillaKD()
+    with pytest.raises(RuntimeError, match=r"criterion was replaced.*write Distillation\(model.student"):
+        module(**inputs)
+
+
+def test_a_replaced_student_is_trained(module, inputs):
+    module.student = copy.deepcopy(module.student)
+    loss, gradients = slopes(module, inputs)
+    expected, slopes_ = slopes(runs.made(), inputs)
+    assert torch.equal(loss, expected)
+    equal(gradients, slopes_)
+
+
+def test_ties_of_the_student_are_tied_again(module):
+    student = module.student
+    student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().clone())
+    module.tie_weights()
+    assert student.lm_head.weight is student.transformer.wte.weight
+    kdloss.Distillation(Plain(5), None, kdloss.VanillaKD()).tie_weights()  # which ties none
+
+
+# Memory
+
+
+def watched(model, found):
+    for block in kdloss.layers.find_blocks(model):
+        block.register_forward_hook(
+            lambda m, a, out: found.append(weakref.ref(out if isinstance(out, torch.Tensor) else out[0]))
+        )
+
+
+def alive(refs):
+    return sum(ref() is not None for ref in refs)
+
+
+@pytest.fixture
+def no_garbage_collection():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_features_of_a_teacher_are_freed_before_the_next_runs_and_nothing_is_held_after_the_step(inputs):
+    teachers = [build("gpt2", width=24, depth=4, seed=k) for k in range(3)]
+    student, of_student, of_teachers = build("gpt2", depth=2), [], [[], [], []]
+    at_start, at_sweep = [], []
+
+    def divergence(student, teacher, temperature=1.0):
+        at_sweep.append([alive(refs) for refs in of_teachers])
+        return kdloss.divergences.forward_kl(student, teacher, temperature=temperature)
+
+    criterion = kdloss.CrossEntropy() + kdloss.Logits(divergence, teacher=2)
+    for k in range(3):
+        criterion += kdloss.Features("all", pairing="first", teacher=k, name=f"features of {k}")
+    module = kdloss.Distillation(student, teachers, criterion)
+    module(**inputs).loss.backward()  # what is found once is found here
+    watched(student, of_student)
+    for k, teacher in enumerate(teachers):
+        watched(teacher, of_teachers[k])
+        teacher.register_forward_pre_hook(lambda *_: at_start.append([alive(refs) for refs in of_teachers]))
+    at_sweep.clear()
+    step = module(**inputs)
+    assert len(of_teachers[2]) == 4
+    assert at_start == [[0, 0, 0]] * 3
+    assert at_sweep[0] == [0, 0, 0]
+    assert alive(of_student) == 2  # for backward
+    step.loss.backward()
+    del step
+    assert alive(of_student) == 0
+    assert [alive(refs) for refs in of_teachers] == [0, 0, 0]
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_nothing_is_held_after_a_step_that_nobody_backpropagates(module, inputs):
+    refs, outputs = [], []
+    module(**inputs)
+    watched(module.student, refs)
+    watched(teacher_of(module), refs)
+    module.student.register_forward_hook(lambda m, a, out: outputs.append(weakref.ref(out.logits)))
+    module(**inputs)
+    module.eval()(**inputs)
+    assert len(refs) == 2 + 4 + 2  # the student's twice, the teacher's once
+    assert alive(refs) == alive(outputs) == 0
