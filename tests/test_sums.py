@@ -504,3 +504,20 @@ def test_sums_survive_deepcopy_pickle_and_state_dict():
         "terms.feature.projections.1.weight",
         "weights.ce.learned.0",
     ]
+
+
+def test_a_term_by_itself_is_the_sum_of_it_alone():
+    student, teacher = torch.randn(2, 5, 7)
+    value = Logits(temperature=2.0)(student, teacher)
+    torch.testing.assert_close(value, kl(student, teacher, 2.0).mean())
+    model = kdloss.Distillation(nn.Linear(4, 3), nn.Linear(4, 3), CrossEntropy())
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    torch.testing.assert_close(model(x, labels=y).loss, F.cross_entropy(model.student(x), y))
+
+
+def test_what_stands_in_the_wrong_place_is_refused_with_the_right_order():
+    net = nn.Linear(4, 3)
+    with pytest.raises(TypeError, match=r"Distillation\(student, teacher, criterion\)"):
+        kdloss.Distillation(net, kdloss.VanillaKD(), net)
+    with pytest.raises(TypeError, match=r"kdloss\.Task\(function\)"):
+        kdloss.Distillation(net, net, lambda output, labels: output.sum())

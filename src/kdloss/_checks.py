@@ -238,7 +238,9 @@ def target_options(smoothing: float, weight: Tensor | None, logits: Placed) -> N
         return
     floating("weight", weight)
     if weight.shape != logits.shape[-1:]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; logits {tuple(logits.shape)} need one per class")
+        raise ValueError(
+            f"class weights have shape {tuple(weight.shape)}; logits {tuple(logits.shape)} need one per class"
+        )
     same_place("weight", logits, weight)
 
 

@@ -126,9 +126,9 @@ class _Listener:
         _handle = _handle or register_optimizer_step_post_hook(_stepped)
 
     def leave(self, _: object = None) -> None:
-        if self in _listeners:
+        if _listeners and self in _listeners:  # None at the interpreter's end
             _listeners.remove(self)
-        _let_go(inside=False)
+            _let_go(inside=False)
 
 
 _listeners: list[_Listener] = []

@@ -54,9 +54,9 @@ class Distillation(nn.Module):
         teacher_in_eval: bool = False,
     ) -> None:
         super().__init__()
-        self.student, self.criterion = student, criterion
-        self.teacher_in_eval = teacher_in_eval
         self._distiller = Distiller(teacher, criterion).prepare(student)
+        self.student, self.criterion = student, self._distiller.criterion
+        self.teacher_in_eval = teacher_in_eval
 
     @property
     def teachers(self) -> list[Teacher | None]:

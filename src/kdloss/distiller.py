@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -17,6 +17,7 @@ from kdloss.distilled import Distilled
 from kdloss.layers.names import unwrap
 from kdloss.teacher import Teacher
 from kdloss.terms import Plan
+from kdloss.terms.sum import as_criterion
 
 _log = logging.getLogger("kdloss")
 _NOTHING = Plan({}, {}, {})
@@ -64,11 +65,16 @@ class Distiller:
         teachers: nn.Module | Teacher | Sequence[nn.Module | Teacher | None] | None,
         criterion: nn.Module,
     ) -> None:
-        self.criterion = cast(Any, criterion)
+        self.criterion = as_criterion(criterion)
         self._as_list = isinstance(teachers, list | tuple)
         given: Any = teachers if self._as_list else [teachers]
         self.teachers = [t if t is None or isinstance(t, Teacher) else Teacher(t) for t in given]
-        self._plans = callable(getattr(criterion, "plan", None))
+        self._plans = _plans(self.criterion)
+        if any(t is not None and _plans(t.module) for t in self.teachers):
+            raise TypeError(
+                f"a criterion came where a teacher belongs, and {type(criterion).__name__} as the criterion; write "
+                "Distiller(teacher, criterion), Distillation(student, teacher, criterion)"
+            )
         if self._plans:
             self.criterion.check_teachers(len(self.teachers))
         else:
@@ -243,3 +249,8 @@ class Distiller:
             for name in plan.complete_with(k):
                 self.criterion.measure(name, seen.of(name), output.of(name))
         self.criterion.to(next(student.parameters()).device)
+
+
+def _plans(module: Any) -> bool:
+    """Whether a criterion says what it reads."""
+    return callable(getattr(module, "plan", None))

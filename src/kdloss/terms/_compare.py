@@ -149,8 +149,8 @@ def _same_width(name: str, distance: Distance, student: Tensor, teacher: Tensor)
         raise ValueError(
             f"{name}: the student's features have width {s} and the teacher's {t}, and there is no "
             "projection between them. Before building the optimizer write distill.prepare(student), for "
-            "named modules and models without a Hugging Face configuration "
-            f"distill.prepare(student, **batch), or FeatureKD(..., widths=({s}, {t}), depths=...)"
+            "named modules and models without a Hugging Face configuration distill.prepare(student, **batch), of a "
+            f"kdloss.Distillation model.prepare(**batch), or FeatureKD(..., widths=({s}, {t}), depths=...)"
         )
 
 

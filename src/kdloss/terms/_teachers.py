@@ -25,7 +25,8 @@ def listed(criterion: Any, teacher: Any) -> tuple[Iterator[Any], int]:
 def refuse_unread(criterion: Any, count: int) -> None:
     """Raise for a teacher that no term reads, and for a term whose teacher isn't there."""
     read = {k for term in criterion.terms.values() for k in term.teachers(count)}
-    if missing := sorted(set(range(count)) - read):
+    missing = sorted(set(range(count)) - read)
+    if missing and count > 1:  # one that nobody reads is what a baseline has
         raise TypeError(
             f"{type(criterion).__name__} got {count} teachers, and no term reads teacher {missing[0]}, counted from 0; "
             "write MultiTeacherKD(...), Logits(teacher=[0, 1]) for their average, a term for each "

@@ -67,8 +67,8 @@ class Trained:
             raise ValueError(
                 f"student layer {name!r} needs a projection or distance that has not been built. Before "
                 "building the optimizer write distill.prepare(student), for named modules and models "
-                "without a Hugging Face configuration distill.prepare(student, **batch), or "
-                "FeatureKD(..., widths=(student, teacher), depths=...)"
+                "without a Hugging Face configuration distill.prepare(student, **batch), of a kdloss.Distillation "
+                "model.prepare(**batch), or FeatureKD(..., widths=(student, teacher), depths=...)"
             )
         distance = self.distances[key(name)] if _is_class(self.distance) else self.distance
         return (projection, nothing) if self.side == "student" else (nothing, projection), distance

@@ -248,6 +248,18 @@ class Sum(nn.Module):
         return f"{type(self).__name__}({', '.join([' + '.join(words), *said])})"
 
 
+def as_criterion(criterion: Any) -> Any:
+    """A term by itself is the sum of it alone; anything else has to be a module."""
+    if isinstance(criterion, Term):
+        return Sum(criterion)
+    if not isinstance(criterion, nn.Module):
+        raise TypeError(
+            f"a criterion is a sum of terms, a recipe like kdloss.VanillaKD(), or a module of your own, got "
+            f"{type(criterion).__name__}; a function of (student output, labels) is the term kdloss.Task(function)"
+        )
+    return criterion
+
+
 def _flat(terms: Sequence[Any]) -> Iterator[tuple[Term, tuple[Any, ...]]]:
     """Terms with the factors of their weights."""
     for term in terms:

@@ -55,6 +55,11 @@ class Term(nn.Module):
         """One value for each of the step's positions, or one number for all of them."""
         raise NotImplementedError(f"{type(self).__name__} is a term without a loss: define loss(self, step)")
 
+    def forward(self, *args: Any, **settings: Any) -> Tensor:
+        """The loss as that of a sum of this term alone."""
+        loss: Tensor = (1.0 * self)(*args, **settings)
+        return loss
+
     def retain(self, teacher: Any) -> Any:
         """What of a teacher's output this term needs; all else is let go of before the next teacher runs."""
         return teacher
