@@ -521,3 +521,15 @@ def test_what_stands_in_the_wrong_place_is_refused_with_the_right_order():
         kdloss.Distillation(net, kdloss.VanillaKD(), net)
     with pytest.raises(TypeError, match=r"kdloss\.Task\(function\)"):
         kdloss.Distillation(net, net, lambda output, labels: output.sum())
+
+
+def test_a_task_reads_the_part_of_the_output_that_it_takes():
+    aux, labels = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
+    output = {"logits": torch.randn(5, 3), "heads": {"aux": aux}, "mlm_loss": aux.square().mean()}
+    of_part = 1.0 * Task(lambda part, labels: F.cross_entropy(part, labels, reduction="none"), take=("heads", "aux"))
+    torch.testing.assert_close(of_part(output, None, labels), F.cross_entropy(aux, labels))
+    torch.testing.assert_close((1.0 * Task(take="mlm_loss"))(output, None, labels), aux.square().mean())
+    with pytest.raises(TypeError, match="take='axu' finds nothing"):
+        (1.0 * Task(lambda part, labels: part.sum(), take="axu"))(output, None, labels)
+    with pytest.raises(TypeError, match=r"there is none in a dict of \{'logits'"):
+        (1.0 * Task())(output, None, labels)

@@ -20,11 +20,16 @@ def returned(output: Any) -> Any:
     return output.output if isinstance(output, Captured) else output
 
 
+def part_of(output: Any, take: Take) -> Any:
+    """What stands at an index, a key or a path, or what a function finds; None where nothing does."""
+    return take(output) if callable(take) else follow(output, () if take is None else take)
+
+
 def logits_of(output: Any, whose: str, take: Take = None) -> Any:
     """Logits from a tensor, any other kind of logits, a Hugging Face output, a captured one, or by `take`."""
     output = returned(output)
     if take is not None:
-        found = localised(take(output) if callable(take) else follow(output, take))
+        found = localised(part_of(output, take))
         if isinstance(found, AnyLogits):
             return found
         raise TypeError(f"take={take!r} finds no logits in the {whose}'s output, {described(output)}")

@@ -1,11 +1,13 @@
 """Any other loss of the task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from kdloss.terms._outputs import returned
+from kdloss._capture import Take
+from kdloss._capture.take import described
+from kdloss.terms._outputs import part_of
 from kdloss.terms.reads import Reads
 from kdloss.terms.step import Step
 from kdloss.terms.term import Term, Where
@@ -19,6 +21,8 @@ class Task(Term):
     - `function`: of the student's output, as its forward pass returned it, and the labels, as they were given;
       returns one value per position (under `causal` one per label from the second on) or a scalar. None reads
       `outputs.loss`: the labels are passed to the student, which then makes its logits as a whole.
+    - `take`: which part of the student's output the function gets, or where its own loss is if not at `loss`: an
+      index, a key, a path or a function.
     - `positions`: "labels" or "mask", as in `kdloss.terms.Term`.
     - `name`: the entry among the components.
 
@@ -40,6 +44,7 @@ class Task(Term):
         self,
         function: Callable[[Any, Any], Tensor] | None = None,
         *,
+        take: Take = None,
         positions: Where = "labels",
         name: str = "task",
     ) -> None:
@@ -49,7 +54,7 @@ class Task(Term):
                 f"function is a loss of (student output, labels), got {function!r}; leave it out for the student's "
                 "own loss"
             )
-        self.function = function
+        self.function, self.take = function, take
 
     def reads(self) -> Reads:
         """The student's output as it is, and its own loss where there is no function."""
@@ -60,13 +65,16 @@ class Task(Term):
     def loss(self, step: Step) -> Tensor:
         """The function's value, or the student's loss; see the class."""
         if self.function is not None:
-            return self.function(step.output, step.labels)
-        output = returned(step.student)
-        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+            part = part_of(step.output, self.take)
+            if part is None:
+                raise TypeError(f"take={self.take!r} finds nothing in the student's output, {described(step.output)}")
+            return self.function(part, step.labels)
+        own = part_of(step.output, "loss" if self.take is None else self.take)
         if not isinstance(own, Tensor):
             raise TypeError(
-                f"Task() reads the student's own loss, and {type(output).__name__} has none: run the student with "
-                "labels=... (kdloss.Distiller and kdloss.Distillation do), or give the loss as Task(function)"
+                f"Task() reads the student's own loss, and there is none in {described(step.output)}: run the student "
+                "with labels=... (kdloss.Distiller and kdloss.Distillation do), say where it is by take=..., or give "
+                "the loss as Task(function)"
             )
         return own
 
