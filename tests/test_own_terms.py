@@ -194,10 +194,10 @@ def test_a_teacher_whose_terms_have_no_weight_does_not_run_and_its_projections_g
 
 
 def test_of_two_teachers_the_one_without_weight_does_not_run():
-    (student, first), second = pair(24), build("gpt2", 16, 3, seed=2).double()
+    (student, first), second, batch = pair(24), build("gpt2", 16, 3, seed=2).double(), texts(labelled=0.8)
     criterion = CrossEntropy() + 0.0 * Logits(name="first") + 0.5 * Logits(teacher=1, name="second")
     with Steps() as steps:
-        out = Distiller([first, second], criterion)(student, **(batch := texts(labelled=0.8)))
+        out = Distiller([first, second], criterion)(student, **batch)
     assert [steps.ran[m] for m in (student, first, second)] == [1, 0, 1]
     s, t = (asked(m, batch).logits[:, :-1] for m in (student, second))
     same(out.loss, ce(student, batch) + 0.5 * kl(s, t.detach(), 1.0)[counted(batch)].mean(), student)
