@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -533,3 +534,15 @@ def test_a_task_reads_the_part_of_the_output_that_it_takes():
         (1.0 * Task(lambda part, labels: part.sum(), take="axu"))(output, None, labels)
     with pytest.raises(TypeError, match=r"there is none in a dict of \{'logits'"):
         (1.0 * Task())(output, None, labels)
+
+
+def test_a_divergence_by_labels_does_not_count_unlabelled_positions():
+    criterion = 1.0 * Logits(divergences.dkd, positions="mask")
+    with pytest.raises(ValueError, match=r"'kd' compares by the labels.*positions='labels'"):
+        criterion(*torch.randn(2, 4, 5), torch.tensor([0, 1, -100, 2]))
+
+
+def test_numbers_of_numpy_are_weights():
+    term = CrossEntropy()
+    for product in (term * np.float32(0.5), np.float64(0.5) * term):
+        assert product.weights["ce"].at(0) == 0.5

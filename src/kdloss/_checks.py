@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Real
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -29,7 +30,7 @@ def fraction(name: str, value: float) -> float:
 
 def weight(name: str, value: float) -> float:
     """A weight of 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")

@@ -32,8 +32,8 @@ class Distiller:
 
     - `teachers`: a model, a `kdloss.Teacher`, None for a stored one, or a list of these.
     - `criterion`: a `kdloss.Sum` or a recipe, asked in each step what it reads (`plan`). Any other module is called
-      with the outputs of student and teacher, labels, `mask` and `num_items_in_batch`; the logger "kdloss" warns of
-      what it misses.
+      with what was captured of student and teacher (`.output` is what the model returned), labels, `mask` and
+      `num_items_in_batch`; the logger "kdloss" warns of what it misses.
 
     Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models
     take. `labels` go to the criterion (an encoder-decoder's decoder inputs are made from them), so

@@ -113,6 +113,11 @@ class Logits(Term):
 
     def task(self, step: Step, labels: Tensor | None) -> TeacherTask:
         """What the engine has to do; `labels` are those of its rows."""
+        if labels is None and step.labels is not None and self.positions == "mask" and takes(self.divergence, "labels"):
+            raise ValueError(
+                f"the term {self.name!r} compares by the labels, and unlabelled positions that it counts have none; "
+                "write positions='labels'"
+            )
         temperature = _checks.temperature(schedules.at(self._temperature, step.number))
         teacher = Mixture(step.teacher, self.weights, self.average) if self.several else step.teacher
         return TeacherTask(self.divergence, teacher, temperature, self.vocabulary, labels)
