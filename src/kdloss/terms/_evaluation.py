@@ -1,6 +1,7 @@
 """One step of a sum."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class Evaluation:
         self.swept: list[Swept] = []
         self.held: dict[str, list[Any]] = {}
         self.logits: dict[Any, Any] = {}
-        self.plain: set[Any] = set()
+        self.rows: dict[Any, bool] = {}
+        self.there: dict[Any, Tensor] = {}
         if labels is None:
             self._refuse_unlabelled()
         shape = self._shape(mask)
@@ -74,15 +76,14 @@ class Evaluation:
         if isinstance(own_mask, Mapping):
             own_mask = own_mask.get(name)
         student, reads = _view(self.student, name), self.plan.reads[name]
-        of_logits = isinstance(term, CrossEntropy | Logits)
-        logits = self._logits(term) if of_logits else None
-        step = Step(student, teacher, self.labels, where, own_mask, reads, self.criterion.step, report, logits)
-        if of_logits:
-            one = Swept(term, weight, step, logits)
-            if _as_given(term) and term.take not in self.plain:
+        step = Step(student, teacher, self.labels, where, own_mask, reads, self.criterion.step, report)
+        if isinstance(term, CrossEntropy | Logits):
+            one = Swept(term, weight, step, self._logits(term))
+            if _as_given(term) and self._by_rows(term):
                 self.swept.append(one)
                 return
             self._check_plain(one)
+            step = replace(step, logits=self._there(term))
         values = term.loss(step)
         self.losses.append(weight * self.contract.total(name, values, where, self.items))
         report(name, values)
@@ -106,20 +107,26 @@ class Evaluation:
         return total, found
 
     def _logits(self, term: Any) -> Any:
-        """The student's logits that a term reads: the same ones for all that take the same.
-
-        Where one of these can't go by rows none does, and they share logits in float32 or better: so their gradients
-        meet before they are rounded.
-        """
+        """The student's logits that a term reads: the same ones for all that take the same."""
         if term.take not in self.logits:
-            logits = term.logits(self.student)
+            self.logits[term.take] = term.logits(self.student)
+        return self.logits[term.take]
+
+    def _by_rows(self, term: Any) -> bool:
+        """Whether it goes some rows at a time; where one of those that read the same logits can't, none does."""
+        if term.take not in self.rows:
             every = (self.criterion.terms[name] for name in self.plan.reads)
             alike = [t for t in every if isinstance(t, CrossEntropy | Logits) and t.take == term.take]
-            if any(whole_only(logits, getattr(t, "divergence", None)) for t in alike):
-                self.plain.add(term.take)
-                logits = precise(dense(logits))
-            self.logits[term.take] = logits
-        return self.logits[term.take]
+            logits = self._logits(term)
+            self.rows[term.take] = not any(whole_only(logits, getattr(t, "divergence", None)) for t in alike)
+        return self.rows[term.take]
+
+    def _there(self, term: Any) -> Tensor:
+        """Its logits at the positions, in float32 or better: shared, so that gradients meet before they are rounded."""
+        key = term.take, term.positions
+        if key not in self.there:
+            self.there[key] = precise(dense(self.where[term.positions].take(self._logits(term))))
+        return self.there[key]
 
     def _where(self, name: str) -> Positions:
         return self.where[self.criterion.terms[name].positions]

@@ -86,7 +86,7 @@ class CrossEntropy(Term):
             soft = self._soft(step)
             labels = where.fill(soft[:, 1:] if where.causal else soft)
         task = LabelTask(labels, self.label_smoothing, self.class_weights)
-        return task.values(where.take(step.logits))
+        return task.values(step.logits)
 
     def _soft(self, step: Step) -> Tensor:
         labels: Tensor = step.labels

@@ -126,7 +126,7 @@ class Logits(Term):
         """The value at every position; see the class."""
         where, task = step.where, self.task(step, step.where.labels)
         there = replace(task, teacher=where.take(task.teacher))
-        return there.values(where.take(step.logits), where.keep)
+        return there.values(step.logits, where.keep)
 
     def __repr__(self) -> str:
         name = getattr(self.divergence, "__name__", repr(self.divergence))

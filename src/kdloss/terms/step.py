@@ -26,7 +26,7 @@ class Step:
       counts; `where.keep` says where (None: everywhere).
     - `reads`: what the term said it reads; `number`: how many steps were taken before this one.
     - `report(name, values)` adds a component under `name`: the mean of values at the positions that count.
-    - `logits`: the student's, for `CrossEntropy` and `Logits`.
+    - `logits`: for `CrossEntropy` and `Logits` the student's, at the positions as by `where.take`.
     """
 
     student: Any
@@ -37,7 +37,7 @@ class Step:
     reads: Reads
     number: int
     report: Callable[[str, Tensor], None]
-    logits: AnyLogits | None = None
+    logits: Any = None
 
     @property
     def output(self) -> Any:
