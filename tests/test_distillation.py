@@ -387,8 +387,9 @@ def test_in_evaluation_teachers_run_where_that_is_said(inputs):
 
 
 def test_training_and_evaluation_leave_the_teacher_alone(module, inputs):
-    teacher = teacher_of(module).train()
+    teacher, ran = teacher_of(module).train(), []
     teacher.transformer.h[1].eval()
+    teacher.transformer.h[0].register_forward_hook(lambda m, *_: ran.append((m.training, torch.is_grad_enabled())))
     modes = [m.training for m in teacher.modules()]
     wanted = [p.requires_grad for p in teacher.parameters()]
     before = {name: x.clone() for name, x in teacher.state_dict().items()}
@@ -399,6 +400,7 @@ def test_training_and_evaluation_leave_the_teacher_alone(module, inputs):
     module.requires_grad_(True)
     module(**inputs).loss.backward()
     module.zero_grad()
+    assert ran == [(False, False)]
     assert [m.training for m in teacher.modules()] == modes
     assert [p.requires_grad for p in teacher.parameters()] == wanted
     assert all(p.grad is None for p in teacher.parameters())
