@@ -28,13 +28,14 @@ def fraction(name: str, value: float) -> float:
     return float(value)
 
 
-def weight(name: str, value: float) -> float:
+def weight(name: str, value: object) -> float:
     """A weight of 0 or more."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
-    return float(value)
+    return number
 
 
 def function(name: str, value: object, example: str) -> None:

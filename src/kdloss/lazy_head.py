@@ -147,7 +147,7 @@ class _Alias(torch.autograd.Function):
         return tuple(None if t is None else t.detach() for t in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         return gradients
 
 
