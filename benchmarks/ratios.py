@@ -185,16 +185,16 @@ def features() -> None:
     batch = {"input_ids": tokens, "labels": tokens}
     wider = torch.nn.Linear(256, 384)
 
-    def step(loss: Callable[[], Tensor]) -> Step:
+    def step(loss: Callable[[], Tensor], trained: torch.nn.Module) -> Step:
         def run() -> None:
             loss().backward()
-            student.zero_grad()
+            trained.zero_grad()
 
         return run
 
     def distilled(criterion: Any) -> Step:
-        distill = kdloss.Distiller(teacher, criterion).prepare(student)
-        return step(lambda: distill(student, **batch).loss)
+        model = kdloss.Distillation(student, teacher, criterion)
+        return step(lambda: model(**batch).loss, model)
 
     def old_way() -> Tensor:
         """The student once for its loss and once for its features, the teacher in full."""
@@ -210,7 +210,7 @@ def features() -> None:
     both = distilled(kdloss.FeatureKD(logit_weight=1.0))
     what = "GPT-2 shape, 12 blocks, D = 256 and 384, 8 × 128 tokens, FeatureKD"
     report(f"{what}, against VanillaKD: time", time_ratio(feature, vanilla, 5), 0.95)
-    report(f"{what}, student twice and teacher in full: time", time_ratio(feature, step(old_way), 5), 0.65)
+    report(f"{what}, student twice and teacher in full: time", time_ratio(feature, step(old_way, student), 5), 0.65)
     report(f"{what} with the output term, against VanillaKD: time", time_ratio(both, vanilla, 5), 1.05)
     given = [*student.parameters(), *teacher.parameters()]
     base = peak(vanilla, *given)
