@@ -12,8 +12,6 @@ from kdloss.terms._outputs import logits_of, returned
 from kdloss.terms._positions import Positions
 from kdloss.terms.reads import Reads
 
-TakeTensor = Callable[[Any], Any]
-
 
 @dataclass(frozen=True)
 class Step:
