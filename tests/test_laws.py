@@ -375,6 +375,34 @@ def test_dtypes_may_differ_and_are_computed_in_float32(loss):
     torch.testing.assert_close(loss.call(student, rounded), loss.call(student, rounded.float()))
 
 
+WIDTHS = [(torch.float32, torch.float64), (torch.bfloat16, torch.float64), (torch.float64, torch.float32)]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("dtypes", WIDTHS, ids=["32-64", "16-64", "64-32"])
+def test_where_one_side_is_float64_both_are_computed_in_it(loss, dtypes):
+    for call in (loss.call, partial(in_criterion, loss)):
+        student, teacher = (x.detach().to(dtype) for x, dtype in zip(loss.sample(2, 5, 6), dtypes, strict=True))
+        student, wide = student.requires_grad_(), student.double().requires_grad_()
+        mixed, exact = call(student, teacher), call(wide, teacher.double())
+        assert mixed.dtype == torch.float64
+        torch.testing.assert_close(mixed, exact, rtol=1e-12, atol=1e-12)
+        slope, expected = (torch.autograd.grad(x.sum(), y)[0] for x, y in ((mixed, student), (exact, wide)))
+        assert slope.dtype == dtypes[0]
+        torch.testing.assert_close(
+            slope, expected.to(dtypes[0]), rtol=1e-2 if dtypes[0] == torch.bfloat16 else 1e-6, atol=1e-9
+        )
+
+
+def in_criterion(loss, student, teacher):
+    """A divergence as a criterion computes it; a distance as it is."""
+    if loss.kind != "divergence":
+        return loss.call(student, teacher)
+    settings = dict(loss.settings)
+    temperature, labels = settings.pop("temperature"), labels_for(student.shape)
+    return kdloss.VanillaKD(temperature, 0.0, divergence=partial(loss.function, **settings))(student, teacher, labels)
+
+
 @pytest.mark.parametrize("reduction", ["batchmean", "avg", None, "Mean"])
 def test_an_unknown_reduction_is_refused_with_the_known_ones(reduction):
     for ask in (

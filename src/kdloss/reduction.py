@@ -19,6 +19,12 @@ def precise(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Several to be computed with each other: in float64 if one of them is, else in float32."""
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return tuple(x.to(dtype) for x in tensors)
+
+
 def widest(device: torch.device) -> torch.dtype:
     """The dtype with the most digits that a device has: float64, but on Apple's GPUs."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -5,14 +5,15 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss.engine.terms import kl_terms
-from kdloss.reduction import fill, precise
+from kdloss.reduction import alike, fill, precise
 
 
 def log_probs(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Checked log-probabilities of student and detached teacher at a temperature."""
     _checks.temperature(temperature)
     _checks.logits(student, teacher)
-    return log_softmax(student, temperature), log_softmax(teacher.detach(), temperature)
+    student, teacher = alike(student, teacher.detach())
+    return log_softmax(student, temperature), log_softmax(teacher, temperature)
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
