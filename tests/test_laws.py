@@ -219,6 +219,8 @@ def test_nothing_valid_gives_zero_that_backpropagates_zeros(loss):
     for empty in (
         masked(loss, student, teacher, torch.zeros(4, dtype=torch.bool)),
         masked(loss, student[:0], teacher[:0]),
+        masked(loss, student, teacher, torch.zeros(4, dtype=torch.bool), num_items_in_batch=torch.tensor(0)),
+        masked(loss, student[:0], teacher[:0], num_items_in_batch=torch.tensor(0)),
     ):
         assert empty == 0
         assert torch.equal(grad(empty, student)[0], torch.zeros_like(student))
