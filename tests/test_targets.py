@@ -602,3 +602,26 @@ def test_token_maps_that_cannot_be_are_refused():
         TokenMap(torch.arange(3), torch.arange(2))
     with pytest.raises(ValueError, match="nothing is broadcast"):
         VanillaKD(alpha=0.0, vocabulary=shared)(torch.zeros(2, 3), torch.zeros(3, 3))
+
+
+def test_a_token_map_that_names_a_class_twice_is_refused_with_both_ids():
+    ids = torch.arange(3)
+    with pytest.raises(ValueError, match="student id 1 is paired twice, with teacher ids 0 and 2"):
+        TokenMap(torch.tensor([1, 0, 1]), ids)
+    with pytest.raises(ValueError, match="teacher id 5 is paired twice, with student ids 1 and 2"):
+        TokenMap(ids, torch.tensor([4, 5, 5]))
+    with pytest.raises(ValueError, match=r"student_ids has -1.*leave out"):
+        TokenMap(ids - 1, ids)
+    with pytest.raises(ValueError, match="teacher id 7 is paired twice, with student ids 0 and 1"):
+        TokenMap.of({"a": 0, "b": 1}, {"a": 7, "b": 7})
+
+
+def test_the_ends_of_a_text_are_paired_even_where_one_has_the_others_name():
+    class Tokenizer:
+        def __init__(self, eos_token_id, **vocabulary):
+            self.eos_token_id, self.get_vocab = eos_token_id, lambda: vocabulary
+
+    student = Tokenizer(3, a=0, end=1, b=2, stop=3)  # whose own "end" ends nothing
+    teacher = Tokenizer(0, end=0, b=1, a=2)
+    found = TokenMap.of(student, teacher)
+    assert dict(zip(found.student_ids.tolist(), found.teacher_ids.tolist(), strict=True)) == {0: 2, 2: 1, 3: 0}
