@@ -226,6 +226,31 @@ def test_nothing_valid_gives_zero_that_backpropagates_zeros(loss):
         assert torch.equal(grad(empty, student)[0], torch.zeros_like(student))
 
 
+@pytest.mark.parametrize("loss", DISTANCES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 6, 12), (0, 12), (0, 12, 2, 3)], ids=["tokens", "vectors", "maps"])
+def test_no_example_at_all_gives_zero_with_a_graph_wherever_labels_stand(loss, shape):
+    """At the features' own positions, one for each example, at others, or nowhere."""
+    for labels in ((0, 6), (0, 2, 3), (0,), (0, 5), None):
+        for reduction in ("mean", "sum", "none"):
+            student, teacher = kdloss.Captured(), kdloss.Captured()
+            student.features[0] = features = torch.zeros(shape, requires_grad=True)
+            teacher.features[0] = torch.zeros(shape)
+            term = kdloss.Features(pairing=[(0, 0)], depths=(1, 1), distance=partial(loss.function, **loss.settings))
+            classes = None if labels is None else torch.zeros(labels, dtype=torch.long)
+            value = kdloss.Sum(term, reduction=reduction)(student, teacher, classes)
+            assert not value.any()
+            assert grad(value, features)[0].shape == shape
+
+
+def test_one_vector_of_an_example_is_shared_by_all_of_its_tokens():
+    student, teacher = kdloss.Captured(), kdloss.Captured()
+    student.features[0], teacher.features[0] = torch.randn(3, 8), torch.randn(3, 8)
+    labels = torch.tensor([[1, 2, -100, 0], [1, -100, -100, -100], [-100] * 4])
+    each = (student.features[0] - teacher.features[0]).square().mean(-1)
+    value = kdloss.Sum(kdloss.Features(pairing=[(0, 0)], depths=(1, 1)))(student, teacher, labels)
+    torch.testing.assert_close(value, (3 * each[0] + each[1]) / 4)
+
+
 RELATIONAL = [loss for loss in LOSSES if "relational" in loss.exempt]
 ROWS = pytest.mark.parametrize("loss", [x for x in RELATIONAL if x.kind == "distance"], ids=str)
 

@@ -156,7 +156,8 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 def per_example(values: Tensor, mask: Bool[Tensor, "..."] | None) -> Tensor:
     """Mean over everything behind the first dimension: values `[B, ...]` to `[B]`."""
-    values = fill(values, mask).flatten(1)
+    shape = values.shape[0], values.shape[1:].numel()
+    values = fill(values, mask).reshape(shape)
     if mask is None:
-        return values.sum(1) / max(values.shape[1], 1)
-    return values.sum(1) / mask.flatten(1).sum(1).clamp_min(1)
+        return values.sum(1) / max(shape[1], 1)
+    return values.sum(1) / mask.reshape(shape).sum(1).clamp_min(1)
