@@ -112,15 +112,13 @@ def _others(z, labels, temperature):
 
 def _label_or_not(z, labels, temperature):
     log_p = log_softmax(z, temperature)
-    p = np.exp(log_p)
-    label = np.take_along_axis(p, labels[..., None], -1)[..., 0]
-    rest = p.sum(-1) - label
-    rest = np.where(rest.real < 1e-3, 0, rest)  # cancellation: sum the others one by one
-    for index in np.argwhere(rest == 0):
-        at = tuple(index)
-        rest[at] = np.delete(p[at], labels[at]).sum()
-    with np.errstate(divide="ignore"):
-        return np.stack([np.take_along_axis(log_p, labels[..., None], -1)[..., 0], np.log(rest)], -1)
+    rest = np.zeros(labels.shape, log_p.dtype)
+    for index in np.ndindex(labels.shape):  # relative to the largest of the others, which may be too small for exp
+        others = np.delete(log_p[index], labels[index])
+        top = max(others.real.max(), -1e300) if others.size else 0.0
+        with np.errstate(divide="ignore"):
+            rest[index] = top + np.log(np.exp(others - top).sum())
+    return np.stack([np.take_along_axis(log_p, labels[..., None], -1)[..., 0], rest], -1)
 
 
 def dkd(s, t, labels, temperature=1.0, alpha=1.0, beta=8.0):

@@ -736,3 +736,34 @@ def test_criteria_compile_without_a_graph_break(criterion):
     torch._dynamo.reset()
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(student, target, labels, mask=MASK), plain)
+
+
+NAMELESS = [kdloss.divergences.standardized(getattr(kdloss.divergences, name)) for name in ("forward_kl", "jsd", "dkd")]
+
+
+@pytest.mark.parametrize("divergence", NAMELESS, ids=lambda d: d.divergence.__name__)
+def test_a_divergence_without_a_name_compiles_within_a_criterion_too(divergence):
+    labels, teacher = torch.randint(0, 7, (3, 4)), torch.randn(3, 4, 7)
+    student = torch.randn(3, 4, 7, requires_grad=True)
+    criterion = kdloss.VanillaKD(3.0, 0.4, divergence=divergence)
+    torch._dynamo.reset()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    values = [c(student, teacher, labels, mask=MASK) for c in (compiled, criterion)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, student) for value in values))
+
+
+def test_a_criterion_made_inside_a_compiled_function_breaks_the_graph_or_is_refused_by_name():
+    student, teacher, labels = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([0, 6, 2])
+
+    def loss(s, t, y):
+        return kdloss.VanillaKD(3.0, 0.4)(s, t, y)
+
+    torch._dynamo.reset()
+    with pytest.raises(
+        Exception, match=r"made inside a function compiled with fullgraph=True: make terms and criteria "
+    ):
+        torch.compile(loss, fullgraph=True, backend="eager")(student, teacher, labels)
+    torch._dynamo.reset()
+    broken = torch.compile(loss, backend="eager")(student, teacher, labels)
+    torch.testing.assert_close(broken, loss(student, teacher, labels))

@@ -219,9 +219,36 @@ def test_nothing_valid_gives_zero_that_backpropagates_zeros(loss):
     for empty in (
         masked(loss, student, teacher, torch.zeros(4, dtype=torch.bool)),
         masked(loss, student[:0], teacher[:0]),
+        masked(loss, student, teacher, torch.zeros(4, dtype=torch.bool), num_items_in_batch=torch.tensor(0)),
+        masked(loss, student[:0], teacher[:0], num_items_in_batch=torch.tensor(0)),
     ):
         assert empty == 0
         assert torch.equal(grad(empty, student)[0], torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("loss", DISTANCES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 6, 12), (0, 12), (0, 12, 2, 3)], ids=["tokens", "vectors", "maps"])
+def test_no_example_at_all_gives_zero_with_a_graph_wherever_labels_stand(loss, shape):
+    """At the features' own positions, one for each example, at others, or nowhere."""
+    for labels in ((0, 6), (0, 2, 3), (0,), (0, 5), None):
+        for reduction in ("mean", "sum", "none"):
+            student, teacher = kdloss.Captured(), kdloss.Captured()
+            student.features[0] = features = torch.zeros(shape, requires_grad=True)
+            teacher.features[0] = torch.zeros(shape)
+            term = kdloss.Features(pairing=[(0, 0)], depths=(1, 1), distance=partial(loss.function, **loss.settings))
+            classes = None if labels is None else torch.zeros(labels, dtype=torch.long)
+            value = kdloss.Sum(term, reduction=reduction)(student, teacher, classes)
+            assert not value.any()
+            assert grad(value, features)[0].shape == shape
+
+
+def test_one_vector_of_an_example_is_shared_by_all_of_its_tokens():
+    student, teacher = kdloss.Captured(), kdloss.Captured()
+    student.features[0], teacher.features[0] = torch.randn(3, 8), torch.randn(3, 8)
+    labels = torch.tensor([[1, 2, -100, 0], [1, -100, -100, -100], [-100] * 4])
+    each = (student.features[0] - teacher.features[0]).square().mean(-1)
+    value = kdloss.Sum(kdloss.Features(pairing=[(0, 0)], depths=(1, 1)))(student, teacher, labels)
+    torch.testing.assert_close(value, (3 * each[0] + each[1]) / 4)
 
 
 RELATIONAL = [loss for loss in LOSSES if "relational" in loss.exempt]
@@ -373,6 +400,34 @@ def test_dtypes_may_differ_and_are_computed_in_float32(loss):
     student, teacher = loss.sample(4, 5)
     rounded = teacher.bfloat16()
     torch.testing.assert_close(loss.call(student, rounded), loss.call(student, rounded.float()))
+
+
+WIDTHS = [(torch.float32, torch.float64), (torch.bfloat16, torch.float64), (torch.float64, torch.float32)]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("dtypes", WIDTHS, ids=["32-64", "16-64", "64-32"])
+def test_where_one_side_is_float64_both_are_computed_in_it(loss, dtypes):
+    for call in (loss.call, partial(in_criterion, loss)):
+        student, teacher = (x.detach().to(dtype) for x, dtype in zip(loss.sample(2, 5, 6), dtypes, strict=True))
+        student, wide = student.requires_grad_(), student.double().requires_grad_()
+        mixed, exact = call(student, teacher), call(wide, teacher.double())
+        assert mixed.dtype == torch.float64
+        torch.testing.assert_close(mixed, exact, rtol=1e-12, atol=1e-12)
+        slope, expected = (torch.autograd.grad(x.sum(), y)[0] for x, y in ((mixed, student), (exact, wide)))
+        assert slope.dtype == dtypes[0]
+        torch.testing.assert_close(
+            slope, expected.to(dtypes[0]), rtol=1e-2 if dtypes[0] == torch.bfloat16 else 1e-6, atol=1e-9
+        )
+
+
+def in_criterion(loss, student, teacher):
+    """A divergence as a criterion computes it; a distance as it is."""
+    if loss.kind != "divergence":
+        return loss.call(student, teacher)
+    settings = dict(loss.settings)
+    temperature, labels = settings.pop("temperature"), labels_for(student.shape)
+    return kdloss.VanillaKD(temperature, 0.0, divergence=partial(loss.function, **settings))(student, teacher, labels)
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "avg", None, "Mean"])

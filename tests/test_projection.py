@@ -216,22 +216,78 @@ def test_one_projection_can_be_shared_by_all_pairs_and_is_saved_once():
         kdloss.FeatureKD([0, 1], depths=(2, 2), widths=[(5, 6), (7, 6)], shared=True)
 
 
-def test_what_fits_is_kept_with_what_it_learned_and_what_does_not_is_built_anew():
-    for shared in (False, True):
-        criterion = feature_kd(widths=(5, 6), shared=shared)
-        first = next(iter(criterion.projections.values()))
+def test_what_fits_is_kept_with_what_it_learned_and_what_does_not_is_refused_rather_than_replaced():
+    cases = ({}, {"shared": True}, {"project": "teacher"}, {"distance": Scaled})
+    for settings in cases:
+        criterion = feature_kd(widths=(5, 6), **settings)
+        before = list(criterion.parameters())
         criterion.terms["feature"].build({(0, 0): (5, 6)})
-        assert next(iter(criterion.projections.values())) is first
-        criterion.terms["feature"].build({(0, 0): (5, 7)})
-        assert next(iter(criterion.projections.values())).out_features == 7
-        criterion.terms["feature"].build({(0, 0): (7, 7)})
-        assert not criterion.projections
-        criterion.terms["feature"].build({(0, 0): (5, 7)})
-        assert next(iter(criterion.projections.values())).in_features == 5
-    criterion = feature_kd(distance=Scaled, widths=(5, 6))
-    first = criterion.terms["feature"].distances["0"]
-    criterion.terms["feature"].build({(0, 0): (5, 6)})
-    assert criterion.terms["feature"].distances["0"] is first
+        for other in ((5, 7), (7, 6), (6, 6), (6, 5)):
+            with pytest.raises(
+                ValueError, match=rf"widths \(5, 6\).*now come \({other[0]}, {other[1]}\).*a criterion for"
+            ):
+                criterion.terms["feature"].build({(0, 0): other})
+        assert all(a is b for a, b in zip(before, criterion.parameters(), strict=True))
+    criterion = feature_kd(widths=(5, 5))  # where nothing was built nothing is lost
+    criterion.terms["feature"].build({(0, 0): (7, 7)})
+    assert not criterion.projections
+    criterion.terms["feature"].build({(0, 0): (5, 7)})
+    assert next(iter(criterion.projections.values())).in_features == 5
+
+
+class Tiny(torch.nn.Module):
+    """One block, whose features may be wider than its configuration says."""
+
+    def __init__(self, width, says=None):
+        super().__init__()
+        self.config = None if says is None else type("Config", (), {"hidden_size": says})
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, width)])
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
+BATCH = torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("module", [kdloss.Distiller, kdloss.Distillation])
+def test_projections_of_one_student_are_never_replaced_by_those_of_another(measured, module):
+    def prepared(criterion, student, teacher):
+        made = module(teacher, criterion) if module is kdloss.Distiller else module(student, teacher, criterion)
+        if module is kdloss.Distiller:
+            return made.prepare(student, *([BATCH] if measured else []))
+        return made.prepare(BATCH) if measured else made
+
+    criterion = kdloss.FeatureKD("all", alpha=0.0)
+    first, teacher = Tiny(5, 5), Tiny(6, 6)
+    prepared(criterion, first, teacher)
+    before = list(criterion.parameters())
+    with torch.no_grad():
+        before[0].fill_(7)
+    for student in (first, Tiny(5, 5)):  # again, or another of its kind
+        prepared(criterion, student, teacher)
+    for student, other in ((Tiny(8, 8), teacher), (Tiny(6, 6), teacher), (first, Tiny(9, 9))):
+        with pytest.raises(ValueError, match=r"student layer 0.*widths \(5, 6\).*Write a criterion for each"):
+            prepared(criterion, student, other)
+    assert all(a is b for a, b in zip(before, criterion.parameters(), strict=True))
+    assert (before[0] == 7).all()
+
+
+def test_what_a_batch_shows_or_somebody_says_of_widths_holds_against_configurations():
+    teacher, student = Tiny(6, 6), Tiny(5, 3)
+    criterion = kdloss.FeatureKD("all", alpha=0.0)
+    distill = kdloss.Distiller(teacher, criterion).prepare(student)
+    assert criterion.projections["0"].in_features == 3
+    distill.prepare(student, BATCH)
+    assert criterion.projections["0"].in_features == 5
+    learned = criterion.projections["0"]
+    distill.prepare(student, BATCH).prepare(student)
+    assert criterion.projections["0"] is learned
+    said = kdloss.FeatureKD("all", alpha=0.0, depths=(1, 1), widths=(5, 6))
+    assert kdloss.Distiller(teacher, said).prepare(student).criterion.projections["0"].in_features == 5
+    with pytest.raises(ValueError, match=r"now come \(4, 6\)"):
+        kdloss.Distiller(teacher, said).prepare(Tiny(4), BATCH)
 
 
 class Scaled(torch.nn.Module):
@@ -278,9 +334,8 @@ def test_copies_pickles_and_state_dicts_carry_projections_and_distances():
             again.terms["feature"].distances["0"].scale.zero_()
         assert again(*seen) == 0
         assert criterion(*seen) > 0
-        again.terms["feature"].build({(0, 0): (5, 9)})
-        assert again.projections["0"][2].out_features == 9
-        assert criterion.projections["0"][2].out_features == 6
+        with pytest.raises(ValueError, match=r"widths \(5, 6\)"):
+            again.terms["feature"].build({(0, 0): (5, 9)})
 
 
 def test_maps_and_patches_of_other_sizes_are_resized_when_asked():

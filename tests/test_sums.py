@@ -342,6 +342,42 @@ def test_schedules_multiply_terms(schedule):
 # -- reduction --
 
 
+@every_term
+@either_way
+@pytest.mark.parametrize("items", [torch.tensor(0), torch.tensor(0.0), torch.tensor(0, dtype=torch.int32)], ids=str)
+@pytest.mark.parametrize("positions", ["labels", "mask"])
+def test_a_batch_in_which_nothing_counts_anywhere_gives_zero_and_zero_gradients(name, causal, items, positions):
+    if positions == "mask" and name in ("ce", "smooth"):
+        pytest.skip("counts by its labels")
+    for others in (0.0, 0.5):  # alone, beside a term on logits, and beside one between positions
+        batch = Batch(causal)
+        batch.labels = torch.full_like(batch.labels, -100)
+        terms = [made(name, positions=positions) if positions == "mask" else made(name)]
+        terms += [
+            others * Logits(divergences.forward_kl, name="beside"),
+            others * Logits(divergences.dist, name="rows"),
+        ]
+        criterion = Sum(*terms, causal=causal)
+        value = criterion(*batch.args(), num_items_in_batch=items)
+        assert value.item() == 0
+        assert all(not g.any() for g in grad(value, batch.inputs))
+
+
+def test_a_scalar_term_of_an_empty_micro_batch_adds_nothing_to_a_batch_of_none():
+    batch = Batch()
+    batch.labels = torch.full_like(batch.labels, -100)
+    functions = (
+        lambda output, labels: output.logits[labels >= 0].mean(),  # NaN
+        lambda output, labels: F.cross_entropy(output.logits.flatten(0, 1), labels.flatten()),
+        lambda output, labels: output.logits.square().mean(),
+    )
+    for function in functions:
+        for criterion in (Task(function) + Logits(), Sum(Task(function), reduction="mean")):
+            value = criterion(*batch.args(), num_items_in_batch=torch.tensor(0))
+            assert value.item() == 0
+            assert all(not g.any() for g in grad(value, batch.inputs))
+
+
 @pytest.mark.parametrize("items", [1, 17, torch.tensor(40)])
 @either_way
 def test_num_items_in_batch_divides_every_term(items, causal):

@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import numpy as np
 import oracles
 import pytest
@@ -283,6 +284,109 @@ def test_the_largest_vocabularies_and_a_student_without_mass_on_the_rest():
     assert value.item() == INF  # a quarter each on what the student excludes
 
 
+SURE = [
+    [[50.0, 0.0, 0.5, -0.3]],  # the others are below float32's digits beside the first,
+    [[110.0, 0.0, 0.5, -0.3]],  # below its numbers,
+    [[1e4, 0.0, 0.5, -0.3]],  # below float64's,
+    [[1e4, 9999.0, -1e4, -9990.0]],  # and far from each other, too
+    [[1e4, 1e4 - 2, 9997.0, 9999.5]],  # or all are large
+    [[0.25, -1e4, -1e4 - 2, -INF]],
+]
+
+
+def few_by_mpmath(student, teacher, k, temperature, name, tail):
+    """A divergence of k classes and all others as one, and its slope, with sixty digits."""
+    with mpmath.workdps(60):
+        kept = np.argsort(-np.array(teacher))[:k]
+        left = [v for v in range(len(teacher)) if v not in kept]
+
+        def grouped(z):
+            e = [mpmath.exp(mpmath.mpf(x) / temperature) if x > -INF else mpmath.mpf(0) for x in z]
+            few = [e[v] for v in kept] + ([mpmath.fsum(e[v] for v in left)] if tail == "bucket" else [])
+            return [x / mpmath.fsum(few) for x in few], e
+
+        (p, _), (q, e) = grouped(teacher), grouped(student)
+        a, b = (p, q) if name == "forward_kl" else (q, p)
+        value = mpmath.fsum(x * mpmath.log(x / y) for x, y in zip(a, b, strict=True) if x)
+        mine = [mpmath.log(x / y) if x else 0 for x, y in zip(q, p, strict=True)]
+        by_log = [x * (r - value) if name == "reverse_kl" else x - y for x, y, r in zip(q, p, mine, strict=True)]
+        slope = np.zeros(len(teacher))
+        for place, v in enumerate(kept):
+            slope[v] = temperature * by_log[place]
+        for v in left if tail == "bucket" else []:
+            slope[v] = temperature * by_log[k] * e[v] / mpmath.fsum(e[u] for u in left)
+        return float(temperature**2 * value), slope
+
+
+@pytest.mark.parametrize("sure", SURE)
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_student_sure_of_what_was_kept_still_tells_the_others_apart(sure, tail, name, dtype):
+    teacher = [2.0, 1.0, 0.0, -1.0]
+    student = torch.tensor(sure).to(dtype)
+    divergence = getattr(kdloss.divergences, name)
+    for k, temperature in ((1, 1.0), (2, 0.3), (2, 4.0)):
+        kept = TopKLogits.of(torch.tensor([teacher], dtype=torch.float64), k, tail=tail, temperature=temperature)
+        exact, slope = few_by_mpmath(student[0].double().tolist(), teacher, k, temperature, name, tail)
+        z = student.clone().requires_grad_()
+        plain = divergence(*kept.against(z), temperature=temperature)
+        by_autograd = plain.detach(), torch.autograd.grad(plain.sum(), z)[0]
+        with_labels = VanillaKD(temperature, 0.5, divergence=divergence)(z, kept, torch.tensor([0]))
+        beside = 2 * torch.autograd.grad(with_labels, z)[0] - (z.detach().softmax(-1) - torch.eye(4)[0]).to(dtype)
+        value, ours = loss_and_slope(student, kept, temperature, divergence)
+        digits = 1e-9 if dtype == torch.float64 else 1e-5
+        for got in (value, by_autograd[0]):
+            assert got.item() == pytest.approx(exact, rel=digits, abs=digits)
+        coarse = 1e-2 if dtype == torch.bfloat16 else digits
+        for got in (ours, by_autograd[1], beside):
+            np.testing.assert_allclose(got[0].double(), slope, rtol=0, atol=max(1, abs(slope).max()) * coarse)
+
+
+OF_FEW = sorted(
+    {*kdloss.divergences.__all__}
+    - {"bernoulli_kl", "dkd", "hard_labels", "logit_mse", "nkd", "standardized"}  # these need every class
+)
+
+
+@pytest.mark.parametrize("name", OF_FEW)
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
+def test_no_divergence_of_few_classes_is_lost_where_the_student_is_sure(name, tail):
+    divergence = getattr(kdloss.divergences, name)
+    options = {"gamma": 0.0} if name == "dist" else {}
+    for gap in (50.0, 110.0, 1e4):
+        z = torch.tensor([[gap, 0.0, 0.5, -0.3]])
+        kept = TopKLogits.of(torch.tensor([[2.0, 1.0, 0.0, -1.0]]), 2, tail=tail, temperature=0.5)
+        found = []
+        for student in (z.clone().requires_grad_(), z.double().requires_grad_()):
+            value = divergence(student, kept, temperature=0.5, **options).sum()
+            found.append((value.item(), torch.autograd.grad(value, student)[0].double()))
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-5, abs=1e-5)
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
+def test_a_stored_teacher_of_more_digits_is_compared_with_as_many(tail):
+    student = rows(4, 11).float()
+    kept = TopKLogits.of(rows(4, 11, seed=1), 3, tail=tail, temperature=2.0)
+    for name in ("forward_kl", "jsd", "adaptive_kl", "total_variation"):
+        divergence = getattr(kdloss.divergences, name)
+        (ours, slope), (exact, expected) = (
+            loss_and_slope(z, kept, 2.0, divergence) for z in (student, student.double())
+        )
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(slope, expected.float(), rtol=1e-6, atol=1e-8)
+        few, wide = (divergence(*kept.against(z), temperature=2.0) for z in (student, student.double()))
+        torch.testing.assert_close(few, wide, rtol=1e-12, atol=1e-12)
+
+
+def test_an_infinity_among_classes_that_are_not_compared_reaches_nothing():
+    kept = TopKLogits.of(torch.tensor([[2.0, 1.0, 0.0, -1.0]]), 2, tail="renormalise")
+    value, slope = loss_and_slope(torch.tensor([[1.0, 0.0, float("nan"), 3.0]]), kept)
+    assert value.isfinite().all()
+    assert slope[0, 2:].tolist() == [0, 0]
+
+
 def test_top_k_logits_that_do_not_fit_are_refused():
     ids, log_probs = torch.zeros(2, 3).long(), torch.full((2, 3), -2.0)
     cases = [
@@ -498,3 +602,26 @@ def test_token_maps_that_cannot_be_are_refused():
         TokenMap(torch.arange(3), torch.arange(2))
     with pytest.raises(ValueError, match="nothing is broadcast"):
         VanillaKD(alpha=0.0, vocabulary=shared)(torch.zeros(2, 3), torch.zeros(3, 3))
+
+
+def test_a_token_map_that_names_a_class_twice_is_refused_with_both_ids():
+    ids = torch.arange(3)
+    with pytest.raises(ValueError, match="student id 1 is paired twice, with teacher ids 0 and 2"):
+        TokenMap(torch.tensor([1, 0, 1]), ids)
+    with pytest.raises(ValueError, match="teacher id 5 is paired twice, with student ids 1 and 2"):
+        TokenMap(ids, torch.tensor([4, 5, 5]))
+    with pytest.raises(ValueError, match=r"student_ids has -1.*leave out"):
+        TokenMap(ids - 1, ids)
+    with pytest.raises(ValueError, match="teacher id 7 is paired twice, with student ids 0 and 1"):
+        TokenMap.of({"a": 0, "b": 1}, {"a": 7, "b": 7})
+
+
+def test_the_ends_of_a_text_are_paired_even_where_one_has_the_others_name():
+    class Tokenizer:
+        def __init__(self, eos_token_id, **vocabulary):
+            self.eos_token_id, self.get_vocab = eos_token_id, lambda: vocabulary
+
+    student = Tokenizer(3, a=0, end=1, b=2, stop=3)  # whose own "end" ends nothing
+    teacher = Tokenizer(0, end=0, b=1, a=2)
+    found = TokenMap.of(student, teacher)
+    assert dict(zip(found.student_ids.tolist(), found.teacher_ids.tolist(), strict=True)) == {0: 2, 2: 1, 3: 0}

@@ -19,6 +19,12 @@ def precise(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Several to be computed with each other: in float64 if one of them is, else in float32."""
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return tuple(x.to(dtype) for x in tensors)
+
+
 def widest(device: torch.device) -> torch.dtype:
     """The dtype with the most digits that a device has: float64, but on Apple's GPUs."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -45,7 +51,7 @@ def reduce(
     micro-batch, so that micro-batches add up to exactly the loss and gradient of one batch.
 
     Shapes: values `[...]`, mask `[...]` (True = keep). Returns a scalar, or `[...]` for "none".
-    Nothing to count gives 0, which backpropagates zeros.
+    Nothing to count gives 0, which backpropagates zeros; so does a `num_items_in_batch` that is a tensor 0.
 
     Raises: ValueError for an unknown reduction, a mask of another shape, or a `num_items_in_batch`
     that is not positive or comes with "sum" or "none"; TypeError for a mask that is not boolean.
@@ -62,7 +68,7 @@ def reduce(
         denominator(1, reduction, num_items_in_batch)
         return values
     count = max(values.numel(), 1) if mask is None else mask.sum().clamp_min(1)
-    return values.sum() / denominator(count, reduction, num_items_in_batch)
+    return divided(values.sum(), denominator(count, reduction, num_items_in_batch))
 
 
 def denominator(count: int | Tensor, reduction: Reduction, num_items_in_batch: int | Tensor | None) -> int | Tensor:
@@ -74,6 +80,15 @@ def denominator(count: int | Tensor, reduction: Reduction, num_items_in_batch: i
     if not isinstance(num_items_in_batch, Tensor) and num_items_in_batch <= 0:
         raise ValueError(f"num_items_in_batch must be positive, got {num_items_in_batch}")
     return num_items_in_batch
+
+
+def divided(total: Tensor, count: int | Tensor) -> Tensor:
+    """The total by the count, and 0 where that is 0: of nothing, in the whole batch, there is no loss."""
+    if not isinstance(count, Tensor):
+        return total / count
+    none = count == 0
+    mean = total / count.masked_fill(none, 1)
+    return mean.masked_fill(none.to(mean.device), 0)
 
 
 def masked(
@@ -141,7 +156,8 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 def per_example(values: Tensor, mask: Bool[Tensor, "..."] | None) -> Tensor:
     """Mean over everything behind the first dimension: values `[B, ...]` to `[B]`."""
-    values = fill(values, mask).flatten(1)
+    shape = values.shape[0], values.shape[1:].numel()
+    values = fill(values, mask).reshape(shape)
     if mask is None:
-        return values.sum(1) / max(values.shape[1], 1)
-    return values.sum(1) / mask.flatten(1).sum(1).clamp_min(1)
+        return values.sum(1) / max(shape[1], 1)
+    return values.sum(1) / mask.reshape(shape).sum(1).clamp_min(1)

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss.reduction import precise
+from kdloss.reduction import alike
 
 
 def features(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Checked features of student and detached teacher, in float32 or better."""
     _checks.pair("features", student, teacher)
-    return precise(student), precise(teacher.detach())
+    student, teacher = alike(student, teacher.detach())
+    return student, teacher
 
 
 def unit(x: Tensor) -> Tensor:

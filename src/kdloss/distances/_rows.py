@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss.reduction import fill, precise
+from kdloss.reduction import alike, fill
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,7 +43,8 @@ def rows(
         keep = mask
         student, teacher = fill(student, mask), fill(teacher, mask)
     student, teacher, keep = (x if student.ndim == 3 else x.unsqueeze(0) for x in (student, teacher, keep))
-    return precise(student), precise(teacher.detach()), keep
+    student, teacher = alike(student, teacher.detach())
+    return student, teacher, keep
 
 
 def count(keep: Tensor, like: Tensor) -> Tensor:

@@ -53,15 +53,22 @@ def cka(
 
 def _centred(x: Tensor, keep: Tensor) -> Tensor:
     """The Gram matrix of rows less their mean."""
-    n = count(keep, x).unsqueeze(-1)
-    x = fill(x - x.sum(-2, keepdim=True) / n, keep)
+    x = _less_mean(x, keep)
     return product(x, x)
+
+
+def _less_mean(x: Tensor, keep: Tensor) -> Tensor:
+    """Rows less their mean, 0 where they don't count."""
+    n = count(keep, x).unsqueeze(-1)
+    for _ in range(2):  # the first mean is rounded as the rows are, which may be nearly alike
+        x = fill(x - x.sum(-2, keepdim=True) / n, keep)
+    return x
 
 
 def _u_centred(x: Tensor, keep: Tensor) -> Tensor:
     """The Gram matrix without its diagonal, every row's and column's sum 0 (Székely and Rizzo 2014)."""
     n = count(keep, x).unsqueeze(-1)
-    x = fill(x - x.sum(-2, keepdim=True) / n, keep)  # changes nothing but rounding
+    x = _less_mean(x, keep)  # changes nothing but rounding
     others = pairs(keep) & ~torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
     gram = fill(product(x, x), others)
     sums = gram.sum(-1, keepdim=True) / (n - 2).clamp_min(1)

@@ -6,6 +6,7 @@ from torch import Tensor
 from kdloss.distances._features import unit
 from kdloss.distances._relations import kl_over
 from kdloss.distances._rows import any_width, count, pairs, product, rows, spread
+from kdloss.reduction import widest
 
 
 @any_width
@@ -40,8 +41,10 @@ def pkt(
     arXiv:1803.10837, and their code.
     """
     s, t, keep = rows("pkt", student, teacher, mask)
-    values = kl_over(_neighbours(s, eps), _neighbours(t, eps), pairs(keep)) / count(keep, s)
-    return spread(values, keep, student.shape[:-1])
+    # Where rows look away from each other, 1 + cos is a small difference, of which the logarithm is taken.
+    wide = widest(s.device)
+    values = kl_over(_neighbours(s.to(wide), eps), _neighbours(t.to(wide), eps), pairs(keep)) / count(keep, s)
+    return spread(values.to(s.dtype), keep, student.shape[:-1])
 
 
 def _neighbours(x: Tensor, eps: float) -> Tensor:

@@ -5,14 +5,15 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss.engine.terms import kl_terms
-from kdloss.reduction import fill, precise
+from kdloss.reduction import alike, fill, precise
 
 
 def log_probs(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Checked log-probabilities of student and detached teacher at a temperature."""
     _checks.temperature(temperature)
     _checks.logits(student, teacher)
-    return log_softmax(student, temperature), log_softmax(teacher.detach(), temperature)
+    student, teacher = alike(student, teacher.detach())
+    return log_softmax(student, temperature), log_softmax(teacher, temperature)
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -30,28 +31,36 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def counted(student: Tensor, teacher: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
-    """Student, teacher and labels with zeros where a label is ignored, and where one is not."""
+    """Student, detached teacher and labels with zeros where a label is ignored, and where one is not."""
     _checks.logits(student, teacher)
     _checks.labels(labels, student)
     keep = labels != ignore_index
+    student, teacher = alike(student, teacher.detach())
     return fill(student, keep), fill(teacher, keep), fill(labels, keep), keep
 
 
-def label_or_not(log_p: Tensor, labels: Tensor) -> Tensor:
+def label_or_not(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Log-probabilities of the label and of all other classes together, `[..., 2]`."""
-    others, none = _others(log_p, labels)
-    rest = others.logsumexp(-1, keepdim=True).masked_fill(none, -torch.inf)
-    return torch.cat([log_p.gather(-1, labels.unsqueeze(-1)), rest], -1)
+    others, none = _others(logits, labels)
+    mine = logits.gather(-1, labels.unsqueeze(-1))
+    # Relative to the largest of them: beside a label far ahead the others would lose their digits.
+    top = others.detach().amax(-1, keepdim=True)
+    size = ((others - top) / temperature).logsumexp(-1, keepdim=True)
+    base = torch.maximum(mine.detach(), top.masked_fill(none, -torch.inf))
+    base = base.masked_fill(base == -torch.inf, 0)
+    rest = (size + (top - base) / temperature).masked_fill(none, -torch.inf)
+    return torch.cat([(mine - base) / temperature, rest], -1).log_softmax(-1)
 
 
-def kl_of_others(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
+def kl_of_others(teacher: Tensor, student: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """KL of the classes but the label among themselves; 0 where one side gives them nothing."""
-    (p, none_p), (q, none_q) = _others(log_p, labels), _others(log_q, labels)
-    return kl(p.log_softmax(-1), q.log_softmax(-1)).masked_fill((none_p | none_q).squeeze(-1), 0)
+    (t, none_t), (s, none_s) = _others(teacher, labels), _others(student, labels)
+    values = kl(log_softmax(t, temperature), log_softmax(s, temperature))
+    return values.masked_fill((none_t | none_s).squeeze(-1), 0)
 
 
-def _others(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _others(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The label at -inf (all at 0 where nothing would be left), and where nothing is left."""
-    others = log_p.scatter(-1, labels.unsqueeze(-1), -torch.inf)
+    others = logits.scatter(-1, labels.unsqueeze(-1), -torch.inf)
     none = (others == -torch.inf).all(-1, keepdim=True)
     return others.masked_fill(none, 0), none

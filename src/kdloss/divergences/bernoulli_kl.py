@@ -8,7 +8,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss.divergences._log_probs import kl
 from kdloss.engine import any_logits
-from kdloss.reduction import precise
+from kdloss.reduction import alike
 
 
 @any_logits(needs_logits=True)
@@ -38,11 +38,12 @@ def bernoulli_kl(
     """
     _checks.temperature(temperature)
     _checks.logits(student, teacher)
-    values = kl(_both(teacher.detach(), temperature), _both(student, temperature)).sum(-1)
+    student, teacher = alike(student, teacher.detach())
+    values = kl(_both(teacher, temperature), _both(student, temperature)).sum(-1)
     return values * temperature**2 if t_squared else values
 
 
 def _both(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities of yes and no, in a last dimension."""
-    x = precise(logits) / temperature
+    x = logits / temperature
     return torch.stack([F.logsigmoid(x), F.logsigmoid(-x)], -1)

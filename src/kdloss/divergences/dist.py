@@ -7,7 +7,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss.divergences._log_probs import log_probs
 from kdloss.engine import any_logits
-from kdloss.reduction import fill
+from kdloss.reduction import fill, precise, widest
 
 
 @any_logits()
@@ -49,17 +49,21 @@ def dist(
     positions = student.shape[:-1]
     if gamma > 0 and positions.numel() == 1:
         raise ValueError("dist compares positions with each other, and there is one; write gamma=0")
+    _checks.logits(student, teacher)
+    dtype = torch.promote_types(precise(student).dtype, precise(teacher).dtype)
     if mask is not None:
         _checks.mask(mask, positions, "positions")
         student, teacher = fill(student, mask), fill(teacher, mask)
-    log_q, log_p = log_probs(student, teacher, temperature)
+    # Small differences of probabilities, from the largest digits on: more than float32 has, where classes hardly vary.
+    wide = widest(student.device)
+    log_q, log_p = log_probs(student.to(wide), teacher.to(wide), temperature)
     q, p = log_q.exp(), log_p.exp()
     keep = q.new_ones(positions) if mask is None else mask.to(q.dtype)
     values = beta * _decorrelation(q, p, torch.ones_like(q))
     if gamma > 0:
         columns = [x.reshape(-1, x.shape[-1]).T for x in (q, p, keep.unsqueeze(-1).expand_as(q))]
         values = values + gamma * _decorrelation(*columns).mean()
-    values = fill(values, mask)
+    values = fill(values, mask).to(dtype)
     return values * temperature**2 if t_squared else values
 
 

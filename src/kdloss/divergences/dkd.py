@@ -5,7 +5,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss.divergences._log_probs import counted, kl, kl_of_others, label_or_not, log_probs
+from kdloss.divergences._log_probs import counted, kl, kl_of_others, label_or_not
 from kdloss.engine import any_logits
 from kdloss.reduction import fill
 
@@ -44,12 +44,12 @@ def dkd(
     """
     _checks.weight("alpha", alpha)
     _checks.weight("beta", beta)
+    _checks.temperature(temperature)
     student, teacher, labels, keep = counted(student, teacher, labels, ignore_index)
-    log_q, log_p = log_probs(student, teacher, temperature)
-    values = torch.zeros_like(log_q[..., 0])
+    values = torch.zeros_like(student[..., 0])
     if alpha > 0:  # a term without weight may be infinite
-        values = values + alpha * kl(label_or_not(log_p, labels), label_or_not(log_q, labels))
+        values = values + alpha * kl(*(label_or_not(x, labels, temperature) for x in (teacher, student)))
     if beta > 0:
-        values = values + beta * kl_of_others(log_p, log_q, labels)
+        values = values + beta * kl_of_others(teacher, student, labels, temperature)
     values = fill(values, keep)
     return values * temperature**2 if t_squared else values

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss.engine import any_logits
-from kdloss.reduction import precise
+from kdloss.reduction import alike
 
 
 @any_logits(needs_logits=True)
@@ -38,7 +38,7 @@ def logit_mse(
     """
     _checks.temperature(temperature)
     _checks.logits(student, teacher)
-    s, t = precise(student), precise(teacher.detach())
+    s, t = alike(student, teacher.detach())
     excluded = (s == -torch.inf) & (t == -torch.inf)
     gap = s.masked_fill(excluded, 0) - t.masked_fill(excluded, 0)
     return gap.square().sum(-1) / (~excluded).sum(-1).clamp_min(1)

@@ -43,12 +43,12 @@ def nkd(
     Normalized Loss and Customized Soft Labels", arXiv:2303.13005.
     """
     _checks.weight("gamma", gamma)
+    _checks.temperature(temperature)
     student, teacher, labels, keep = counted(student, teacher, labels, ignore_index)
     label = [x.gather(-1, labels.unsqueeze(-1)).squeeze(-1) for x in log_probs(student, teacher, 1.0)]
     p = label[1].exp()
     soft_label = torch.where(p > 0, -p * label[0], 0)
     if gamma > 0:  # a term without weight may be infinite
-        log_q, log_p = log_probs(student, teacher, temperature)
         size = gamma * (temperature**2 if t_squared else 1.0)
-        soft_label = soft_label + size * kl_of_others(log_p, log_q, labels)
+        soft_label = soft_label + size * kl_of_others(teacher, student, labels, temperature)
     return fill(soft_label, keep)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdloss.engine import in_blocks
-from kdloss.reduction import precise
+from kdloss.reduction import alike
 from kdloss.targets.kinds import AnyLogits
 from kdloss.targets.sharded import localised
 
@@ -51,14 +51,14 @@ class standardized:
         """The divergence between standardised student and teacher."""
         student, teacher = localised(student), localised(teacher)
         if isinstance(student, Tensor) and isinstance(teacher, Tensor):
-            return self.divergence(_standard(student), _standard(teacher.detach()), *args, **options)
+            teacher = teacher.detach()
+            if student.is_floating_point() and teacher.is_floating_point():  # else the divergence says what is wrong
+                student, teacher = map(_standard, alike(student, teacher))
+            return self.divergence(student, teacher, *args, **options)
         return in_blocks(self, student, teacher, *args, **options)
 
 
-def _standard(logits: Tensor) -> Tensor:
-    if not logits.is_floating_point():
-        return logits  # the divergence says what is wrong
-    z = precise(logits)
+def _standard(z: Tensor) -> Tensor:
     there = z.isfinite()
     number = there.sum(-1, keepdim=True)
     # The largest leaves first: a mean of large numbers would round their small differences.

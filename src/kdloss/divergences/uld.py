@@ -7,6 +7,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss.divergences._log_probs import log_softmax
 from kdloss.engine import any_logits
+from kdloss.reduction import alike
 
 
 @any_logits(any_vocabulary=True)
@@ -41,8 +42,9 @@ def uld(
     _checks.floating("teacher logits", teacher)
     _checks.logit_shapes(student.shape, teacher.shape, None if teacher.shape[-1:].numel() else 0)
     _checks.same_place("teacher logits", student, teacher)
+    student, teacher = alike(student, teacher.detach())
     q = log_softmax(student, temperature).exp().sort(-1, descending=True).values
-    p = log_softmax(teacher.detach(), temperature).exp().sort(-1, descending=True).values
+    p = log_softmax(teacher, temperature).exp().sort(-1, descending=True).values
     longest = max(p.shape[-1], q.shape[-1])
     p, q = (F.pad(x, (0, longest - x.shape[-1])) for x in (p, q))
     return (p - q).abs().sum(-1)

@@ -69,10 +69,11 @@ def compute(plan: Plan, few: Few, scratch: Scratch, shard: Shard | None) -> None
     new = scratch.of(len(few.z))
     for temperature, group in plan.groups.items():
         with scratch.borrowed():
-            q = Side(few.z, temperature, new, shard, normalise=bool(group.closed))
-            pull = by_closed_forms(group, q, few, scratch, new)
-            by_top_k(group, q, few, scratch, new)
-            by_labels(group, q, few, pull, new)
+            if group.closed or group.labels:
+                q = Side(few.z, temperature, new, shard, normalise=bool(group.closed))
+                pull = by_closed_forms(group, q, few, scratch, new)
+                by_labels(group, q, few, pull, new)
+        by_top_k(group, few, scratch, new)
 
 
 def by_closed_forms(group: Group, q: Side, few: Few, scratch: Scratch, new: New) -> Tensor | None:
@@ -94,12 +95,11 @@ def by_closed_forms(group: Group, q: Side, few: Few, scratch: Scratch, new: New)
     return pull
 
 
-def by_top_k(group: Group, q: Side, few: Few, scratch: Scratch, new: New) -> None:
+def by_top_k(group: Group, few: Few, scratch: Scratch, new: New) -> None:
     """Divergences from a teacher's most probable classes."""
-    alone = len(group.top_k) == 1 and not group.labels and not group.closed
     for k, task in group.top_k:
         with scratch.borrowed():
-            of = among_few(task, few.z, q, few.teacher(task), few.gradient is not None, alone, new)
+            of = among_few(task, few.z, few.teacher(task), few.gradient is not None, new)
             few.note(k, of.value)
             if few.gradient is not None:
                 few.gradient.add(of.others, few.scaled(k, of.share), few.off[k])

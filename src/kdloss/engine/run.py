@@ -13,7 +13,7 @@ from kdloss.engine.rows import Rows, Teachers
 from kdloss.engine.task import LabelTask, Task, TeacherTask
 from kdloss.engine.total import Scratch, Total, blank
 from kdloss.targets import LazyLogits, ShardedLogits
-from kdloss.targets.kinds import AnyLogits
+from kdloss.targets.kinds import AnyLogits, is_double
 from kdloss.targets.sharded import Shard
 
 Student = Tensor | LazyLogits
@@ -64,7 +64,8 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
     many, few = block_rows(classes * max(lazy, 2) // 2), scratch_rows(device, classes)
     if shard is not None:  # every process cuts alike, and seldom: collectives
         few = many = max(block_rows(max(shard.sizes)) // 2, 1)
-    dtype = torch.float64 if _dtype(x) == torch.float64 else torch.float32
+    wide = any(map(is_double, (x, *(task.teacher for task in tasks if isinstance(task, TeacherTask)))))
+    dtype = torch.float64 if wide else torch.float32
     scratch: Scratch | None = None
     values = torch.zeros(len(tasks), n, dtype=dtype, device=device)
     off, nowhere = switched_off(weights, len(tasks))
@@ -135,7 +136,3 @@ def block_rows(classes: int, budget: int = 2**27) -> int:
 
 def _local(x: AnyLogits) -> AnyLogits:
     return x.local if isinstance(x, ShardedLogits) else x
-
-
-def _dtype(x: Student) -> torch.dtype:
-    return x.hidden.dtype if isinstance(x, LazyLogits) else x.dtype

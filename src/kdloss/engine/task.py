@@ -96,7 +96,7 @@ class TeacherTask:
 
     def check(self, student: AnyLogits) -> None:
         """Student and teacher fit each other, and the divergence what the teacher gave."""
-        teacher, name = self.teacher, self.name
+        teacher = self.teacher
         function = unwrapped(self.divergence)[0]
         if self._any_vocabulary and isinstance(student, Tensor) and isinstance(teacher, Tensor):
             _checks.logit_shapes(student.shape, teacher.shape, None)
@@ -107,13 +107,15 @@ class TeacherTask:
             _checks.logit_shapes(student.shape, teacher.shape, None)
             check(*self.vocabulary(_no_rows(student), _no_rows(teacher)))  # shapes alone: nothing is copied
         if getattr(function, "needs_logits", False) and isinstance(teacher, Mixture) and teacher.of_probabilities:
-            raise ValueError(f"{name} compares logits, an average of probabilities has none; write average='logits'")
+            raise ValueError(
+                f"{self.name} compares logits, an average of probabilities has none; write average='logits'"
+            )
         if isinstance(teacher, TopKLogits) and teacher.tail != "uniform":
             if getattr(function, "needs_logits", False):
-                raise ValueError(f"{name} compares logits, top-k logits hold probabilities; take forward_kl")
+                raise ValueError(f"{self.name} compares logits, top-k logits hold probabilities; take forward_kl")
             if takes(self.divergence, "labels") or getattr(function, "needs_classes", False):
                 raise ValueError(
-                    f"{name} looks labels up among all classes, of which top-k logits hold a few; write "
+                    f"{self.name} looks labels up among all classes, of which top-k logits hold a few; write "
                     "TopKLogits(..., tail='uniform')"
                 )
 

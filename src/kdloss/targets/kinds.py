@@ -20,6 +20,16 @@ def at(x: AnyLogits, pick: Callable[[Tensor], Tensor]) -> AnyLogits:
     return pick(x) if isinstance(x, Tensor) else x.at(pick)
 
 
+def is_double(x: AnyLogits) -> bool:
+    """Whether what is compared with these is computed in float64."""
+    if isinstance(x, Mixture):
+        return any(map(is_double, x.teachers))
+    if isinstance(x, ShardedLogits):
+        return is_double(x.local)
+    numbers = x.hidden if isinstance(x, LazyLogits) else x.log_probs if isinstance(x, TopKLogits) else x
+    return numbers.dtype == torch.float64
+
+
 def classes(x: AnyLogits) -> int | None:
     """How many classes there are, where it is known."""
     return x.vocabulary if isinstance(x, TopKLogits) else x.shape[-1]

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Size, Tensor
 
 from kdloss import _checks
-from kdloss.reduction import precise
+from kdloss.reduction import alike, precise
 
 Tail = Literal["bucket", "renormalise", "uniform"]
 
@@ -82,7 +82,8 @@ class TopKLogits:
         vocab = logits.shape[-1]
         if not 1 <= k <= vocab:
             raise ValueError(f"k={k} of {vocab} classes; k lies between 1 and their number")
-        log_probs = (precise(logits.detach()) / temperature).log_softmax(-1)
+        z = precise(logits.detach())
+        log_probs = ((z - base(z)) / temperature).log_softmax(-1)
         top = log_probs.topk(k)
         log_rest = log_probs.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
         return cls(top.indices, top.values, tail, temperature, log_rest, vocab)
@@ -115,18 +116,20 @@ class TopKLogits:
 
     def against(self, student: Float[Tensor, "*batch vocab"]) -> tuple[Tensor, Tensor]:
         """Logits of both over the same classes: the k, and what the tail makes of the rest."""
-        student, vocab, t = precise(student), student.shape[-1], self.temperature
+        student, _ = alike(student, self.log_probs)
+        vocab, t = student.shape[-1], self.temperature
         indices, empty = self.slots()
         if self.tail == "uniform":
             return student, self._spread(indices, empty, vocab).expand(student.shape)
         kept = student.gather(-1, indices).masked_fill(empty, -torch.inf)
         if self.tail == "renormalise":
-            return kept, self.logits(empty, vocab)
-        others = student.scatter(-1, indices, -torch.inf) / t
-        top = others.detach().amax(-1, keepdim=True)
-        top = top.masked_fill(top == -torch.inf, 0)
-        mass = (others - top).exp().sum(-1, keepdim=True)
-        return torch.cat([kept, log_mass(mass, top) * t], -1), self.logits(empty, vocab)
+            return kept - base(kept), self.logits(empty, vocab)
+        # Relative to the largest of their own: beside the classes kept, the others may be too small for a number.
+        others = student.scatter(-1, indices, -torch.inf)
+        largest = others.detach().amax(-1, keepdim=True)
+        low, top = base(kept, largest), largest.masked_fill(largest == -torch.inf, 0)
+        mass = ((others - top) / t).exp().sum(-1, keepdim=True)
+        return torch.cat([kept - low, log_mass(mass) * t + (top - low)], -1), self.logits(empty, vocab)
 
     def slots(self) -> tuple[Tensor, Tensor]:
         """Indices as int64, an empty slot repeating a full one, and which slots are empty."""
@@ -144,10 +147,10 @@ class TopKLogits:
         return kept * self.temperature
 
     def _spread(self, indices: Tensor, empty: Tensor, vocab: int) -> Tensor:
-        log_probs = precise(self.log_probs)
+        log_probs, rest = alike(self.log_probs, self._rest())
         left = (vocab - (~empty).sum(-1)).clamp_min(1).to(log_probs.dtype).log()
         repeated = log_probs.gather(-1, self.indices.long().argmax(-1, keepdim=True))
-        spread = (self._rest() - left).unsqueeze(-1).repeat_interleave(vocab, -1)
+        spread = (rest - left).unsqueeze(-1).repeat_interleave(vocab, -1)
         return spread.scatter(-1, indices, log_probs.where(~empty, repeated)) * self.temperature
 
     def _rest(self) -> Tensor:
@@ -158,7 +161,15 @@ class TopKLogits:
         return (1 - log_probs.exp().sum(-1)).clamp_min(torch.finfo(log_probs.dtype).eps).log()
 
 
-def log_mass(mass: Tensor, top: Tensor) -> Tensor:
-    """log(mass) + top, with -inf and no gradient where there is no mass."""
+def log_mass(mass: Tensor) -> Tensor:
+    """log(mass), with -inf and no gradient where there is no mass."""
     none = mass == 0
-    return (mass.masked_fill(none, 1).log() + top).masked_fill(none, -torch.inf)
+    return mass.masked_fill(none, 1).log().masked_fill(none, -torch.inf)
+
+
+def base(*logits: Tensor) -> Tensor:
+    """The largest of some logits at every position, `[..., 1]`, 0 where none is finite: what logits are taken
+    relative to, so that small numbers are rounded, not large ones.
+    """
+    largest = torch.cat([x.detach().amax(-1, keepdim=True) for x in logits], -1).amax(-1, keepdim=True)
+    return largest.masked_fill(largest == -torch.inf, 0)

@@ -35,6 +35,8 @@ class TokenMap:
 
     Shapes: student_ids and teacher_ids `[n]`, int64.
 
+    Raises: ValueError for lists of different lengths or none, and for an id that is negative or in two pairs.
+
     >>> shared = TokenMap.of({"a": 0, "b": 1, "c": 2}, {"<s>": 0, "b": 1, "a": 2})
     >>> shared.student_ids.tolist(), shared.teacher_ids.tolist()
     ([0, 1], [2, 1])
@@ -51,6 +53,9 @@ class TokenMap:
             )
         if not len(self.student_ids):
             raise ValueError("the two vocabularies share no token; nothing can be compared")
+        if not self.student_ids.is_meta:
+            _once("student", self.student_ids, "teacher", self.teacher_ids)
+            _once("teacher", self.teacher_ids, "student", self.student_ids)
 
     @classmethod
     def of(cls, student_tokenizer: Any, teacher_tokenizer: Any) -> "TokenMap":
@@ -58,8 +63,9 @@ class TokenMap:
         s, t = _vocabulary(student_tokenizer), _vocabulary(teacher_tokenizer)
         pairs = {s[token]: t[token] for token in s.keys() & t.keys()}
         end, teacher_end = (getattr(x, "eos_token_id", None) for x in (student_tokenizer, teacher_tokenizer))
-        if end is not None and teacher_end is not None:
-            pairs.setdefault(end, teacher_end)
+        if end is not None and teacher_end is not None and end not in pairs:
+            # whoever bears the name of the teacher's has to do without it
+            pairs = {i: j for i, j in pairs.items() if j != teacher_end} | {end: teacher_end}
         ids = sorted(pairs.items())
         return cls(torch.tensor([i for i, _ in ids]).long(), torch.tensor([j for _, j in ids]).long())
 
@@ -81,6 +87,20 @@ class TokenMap:
                 "texts that hold them have to be tokenised for the teacher by its own tokenizer"
             )
         return ids
+
+
+def _once(whose: str, ids: Tensor, other: str, others: Tensor) -> None:
+    """No class stands in two pairs: it would count twice on one side, or take two classes' mass for one's."""
+    found = dict[int, int]()
+    for i, j in zip(ids.tolist(), others.tolist(), strict=True):
+        if i < 0:
+            raise ValueError(f"{whose}_ids has {i}; ids are 0 or more: leave out what has no counterpart")
+        if i in found:
+            raise ValueError(
+                f"{whose} id {i} is paired twice, with {other} ids {found[i]} and {j}; a class is held against one "
+                "other: keep one of the two pairs"
+            )
+        found[i] = j
 
 
 def _vocabulary(tokenizer: Any) -> Mapping[str, int]:

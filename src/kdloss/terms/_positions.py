@@ -103,7 +103,7 @@ class Positions:
         """Which examples have a position that counts, as a mask `shape` that starts with them."""
         if self.keep is None:
             return None
-        counted = self.keep.reshape(self.shape[0], -1).any(1)
+        counted = self.keep.reshape(self.shape[0], self.keep.shape[1:].numel()).any(1)
         return counted.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
 
     def spread(self, values: Tensor) -> Tensor:

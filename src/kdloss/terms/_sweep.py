@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss.engine import LabelTask, Problem, TeacherTask, fused, per_position
-from kdloss.reduction import denominator, widest
+from kdloss.reduction import denominator, divided, widest
 from kdloss.terms._outputs import look_at_numbers
 from kdloss.terms._positions import Positions
 from kdloss.terms.contract import Contract
@@ -90,7 +90,7 @@ def _labels(where: Positions, widest_where: Positions) -> Tensor | None:
 def _share(weight: float | Tensor, size: int | Tensor, keep: Tensor | None, device: torch.device) -> Tensor:
     """What each row of a term is multiplied by."""
     wide: dict[str, Any] = {"dtype": widest(device), "device": device}
-    share = (weight.to(**wide) if isinstance(weight, Tensor) else torch.full((), weight, **wide)) / size
+    share = divided(weight.to(**wide) if isinstance(weight, Tensor) else torch.full((), weight, **wide), size)
     return share.expand(1) if keep is None else share * keep
 
 

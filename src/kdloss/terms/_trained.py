@@ -28,6 +28,8 @@ class Trained:
     distances: nn.ModuleDict
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     built: dict[str, tuple[int, int]] = field(default_factory=dict)
+    configured: dict[str, tuple[int, int]] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         _checks.choice("project", self.side, ("student", "teacher"))
@@ -44,8 +46,38 @@ class Trained:
         """Whether equal widths need something built, too."""
         return self.projection is not None or _is_class(self.distance)
 
+    def configure(self, widths: Mapping[Layer, tuple[int, int]]) -> None:
+        """Build for widths that configurations tell; what was said or measured holds against them."""
+        for name, both in widths.items():
+            self._refuse_other(name, self.configured.get(key(name)), both)
+        for name, both in widths.items():
+            if self.configured.get(key(name)) not in (None, both):
+                self.known.discard(key(name))
+            self.configured[key(name)] = both
+        self._build({name: both for name, both in widths.items() if key(name) not in self.known})
+
     def build(self, widths: Mapping[Layer, tuple[int, int]]) -> None:
-        """Build for student layers of these (student, teacher) widths; what fits is kept as it learned."""
+        """Build for student layers of these (student, teacher) widths; what fits is kept as it learned.
+
+        What was built for other widths may have learned, and be in an optimizer: it is never replaced, unless those
+        were a configuration's.
+        """
+        for name, both in widths.items():
+            self._refuse_other(name, self.widths.get(key(name)) if key(name) in self.known else None, both)
+        self._build(widths)
+        self.known |= {key(name) for name in widths}
+
+    def _refuse_other(self, name: Layer, before: tuple[int, int] | None, both: tuple[int, int]) -> None:
+        there = self._place(name) in self.projections or key(name) in self.distances
+        if there and before not in (None, both):
+            raise ValueError(
+                f"student layer {name!r} has a projection or distance of widths {before} (student, teacher), and now "
+                f"come {both}: built anew, what it learned would be lost, and an optimizer would go on with what "
+                "nobody uses. Write a criterion for each student and teacher: kdloss.Distiller(teacher, "
+                "kdloss.FeatureKD(...))"
+            )
+
+    def _build(self, widths: Mapping[Layer, tuple[int, int]]) -> None:
         if self.shared and len(set(widths.values())) > 1:
             raise ValueError(
                 f"shared=True makes one projection for all pairs, but they have widths {dict(widths)}; "

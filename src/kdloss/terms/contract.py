@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdloss.reduction import Reduction, denominator, reduce
+from kdloss.reduction import Reduction, denominator, divided, reduce
 from kdloss.terms._positions import Positions
 
 
@@ -41,7 +41,7 @@ class Contract:
         values, counted = _of_something(values, where), where.count()
         if self.reduction == "sum":
             return values * counted
-        return values if items is None else values * counted / denominator(1, self.reduction, items)
+        return values if items is None else divided(values * counted, denominator(1, self.reduction, items))
 
 
 def mean(values: Tensor, where: Positions) -> Tensor:

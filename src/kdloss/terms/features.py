@@ -147,7 +147,7 @@ class Features(Term):
         if s is None or t is None or self.layer_map.unmeasured:
             return
         pairs = [(a, b) for a, b, _ in self.layer_map.pairs() if isinstance(a, int) and isinstance(b, int)]
-        self.build(dict.fromkeys(pairs, (s, t)))
+        self._trained.configure(one_width(dict.fromkeys(pairs, (s, t))))
         self.to(next(student.parameters()).device)
 
     def candidates(self) -> Reads:
@@ -163,7 +163,10 @@ class Features(Term):
         self.build({(s, t): (width_of(student, s), width_of(teacher, t)) for s, t, _ in chosen.pairs()})
 
     def build(self, widths: Mapping[tuple[Layer, Layer], tuple[int, int]]) -> None:
-        """Build what is trained for pairs of these (student, teacher) widths; what fits stays as it learned."""
+        """Build what is trained for pairs of these (student, teacher) widths.
+
+        What fits stays as it learned; what was built for others is never replaced, but refused.
+        """
         self._trained.build(one_width(widths))
 
     def loss(self, step: Step) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from kdloss import _checks
@@ -35,6 +36,11 @@ class Term(nn.Module):
     """
 
     def __init__(self, *, name: str = "term", teacher: Teachers = (), positions: Where = "labels") -> None:
+        if torch.compiler.is_compiling():  # with graph breaks it is made outside, behind this error
+            raise RuntimeError(
+                f"{type(self).__name__} is made inside a function compiled with fullgraph=True: make terms and "
+                "criteria before, and compile what calls them"
+            )
         super().__init__()
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
             raise ValueError(
