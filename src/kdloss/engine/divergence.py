@@ -15,6 +15,7 @@ from kdloss.engine.fused import per_position
 from kdloss.engine.run import Problem
 from kdloss.engine.task import TeacherTask, unwrapped
 from kdloss.reduction import takes
+from kdloss.targets import TopKLogits
 from kdloss.targets.kinds import AnyLogits
 from kdloss.targets.sharded import localised
 
@@ -75,6 +76,8 @@ def in_blocks(
     temperature = _checks.temperature(temperature)
     task = TeacherTask(partial(divergence, **options), teacher.detach(), temperature, labels=labels)
     task.check(student)
+    if isinstance(teacher, TopKLogits):
+        teacher.look_at_range(student.shape[-1])
     if whole_only(student, divergence):
         return task.values(student, mask)
     positions = student.shape[:-1]

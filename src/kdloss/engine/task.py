@@ -77,7 +77,10 @@ class TeacherTask:
         if self.vocabulary is not None:
             s, t = self.vocabulary(s, t)
         if not (isinstance(s, Tensor) and isinstance(t, Tensor) and self._any_vocabulary):
+            nothing = t.empty() if isinstance(t, TopKLogits) else None
             s, t = against(s, t, self.temperature)
+            if nothing is not None:
+                return self.diverge(s, t, mask).masked_fill(nothing, 0)
         return self.diverge(s, t, mask)
 
     def diverge(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

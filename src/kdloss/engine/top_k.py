@@ -32,6 +32,7 @@ def among_few(
     classes in it by their share of its mass. If nobody else reads q, it is overwritten (`alone`).
     """
     indices, empty = teacher.slots()
+    nothing = empty.all(-1, keepdim=True)
     others = q.probs if alone else _copy(q.probs, new())
     kept, mass = precise(z.gather(-1, indices)), q.sum(others.scatter_(-1, indices, 0))
     log_size = (q.log_total - q.total.log()).to(kept.dtype) + q.top / q.temperature
@@ -39,8 +40,9 @@ def among_few(
     with torch.set_grad_enabled(wanted):
         few = kept.masked_fill(empty, -torch.inf)
         few = (few if teacher.tail == "renormalise" else torch.cat([few, rest], -1)).detach()
-        few.requires_grad_(wanted)
+        few = few.masked_fill(nothing, 0).requires_grad_(wanted)
         values = replace(task, labels=None).diverge(few, teacher.logits(empty, z.shape[-1]))
+        values = values.masked_fill(nothing.squeeze(-1), 0)
         slope = torch.autograd.grad(values.sum(), few)[0] if wanted else torch.zeros_like(few)
     k = indices.shape[-1]
     share = slope[:, k:].sum(-1, keepdim=True) / mass.masked_fill(mass == 0, 1)

@@ -15,7 +15,7 @@ from kdloss.targets.kinds import dense
 from kdloss.terms._compare import example_shape, first_feature
 from kdloss.terms._outputs import find_logits, returned
 from kdloss.terms._positions import Positions
-from kdloss.terms._sweep import Swept, by_logits, check_numbers, sweep
+from kdloss.terms._sweep import Swept, by_logits, check_numbers, look_at_stored, sweep
 from kdloss.terms.contract import mean
 from kdloss.terms.cross_entropy import CrossEntropy
 from kdloss.terms.logits import Logits
@@ -167,6 +167,7 @@ class Evaluation:
         """What the sweep checks of its terms, for one that is computed by itself."""
         task = one.term.task(one.step, one.step.where.labels)
         task.check(one.logits)
+        look_at_stored(one, task, self.contract.check_finite)
         if self.contract.check_finite:
             check_numbers(one, task)
         if self.contract.overwrite_logits and not torch.compiler.is_compiling():
