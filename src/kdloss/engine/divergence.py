@@ -35,11 +35,12 @@ def any_logits(
     needs_logits: bool = False,
     needs_classes: bool = False,
     any_vocabulary: bool = False,
+    one_class: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Let a divergence on tensors take every kind of logits, in blocks of rows.
 
     `needs_logits`: probabilities alone don't do. `needs_classes`: nor do some classes and a bucket.
-    `any_vocabulary`: tensors may differ in classes.
+    `any_vocabulary`: tensors may differ in classes. `one_class`: one alone says something, too.
     """
 
     def decorate(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -55,6 +56,7 @@ def any_logits(
             "needs_logits": needs_logits,
             "needs_classes": needs_classes,
             "any_vocabulary": any_vocabulary,
+            "one_class": one_class,
         }
         vars(divergence).update(about)
         return divergence

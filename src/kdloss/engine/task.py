@@ -108,7 +108,13 @@ class TeacherTask:
             check(student, teacher)
         else:
             _checks.logit_shapes(student.shape, teacher.shape, None)
-            check(*self.vocabulary(_no_rows(student), _no_rows(teacher)))  # shapes alone: nothing is copied
+            mapped = self.vocabulary(_no_rows(student), _no_rows(teacher))  # shapes alone: nothing is copied
+            check(*mapped)
+            if mapped[0].shape[-1] == 1 and not getattr(function, "one_class", True):
+                raise ValueError(
+                    f"{name} compares probabilities of classes, and vocabulary={self.vocabulary!r} leaves one, whose "
+                    "probability is 1: the loss would be 0 whatever the models say"
+                )
         if getattr(function, "needs_logits", False) and isinstance(teacher, Mixture) and teacher.of_probabilities:
             raise ValueError(f"{name} compares logits, an average of probabilities has none; write average='logits'")
         if isinstance(teacher, TopKLogits) and teacher.tail != "uniform":

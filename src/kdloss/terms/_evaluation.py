@@ -10,6 +10,7 @@ from torch import Size, Tensor
 from kdloss import _checks
 from kdloss._capture import Captured
 from kdloss.engine import whole_only
+from kdloss.engine.task import unwrapped
 from kdloss.reduction import precise
 from kdloss.targets.kinds import dense
 from kdloss.terms._compare import example_shape, first_feature
@@ -110,7 +111,12 @@ class Evaluation:
         """The student's logits that a term reads: the same ones for all that take the same."""
         if term.take not in self.logits:
             self.logits[term.take] = term.logits(self.student)
-        return self.logits[term.take]
+        logits = self.logits[term.take]
+        if isinstance(term, CrossEntropy) and _as_given(term):
+            _checks.one_class(term.name, logits, self.labels)
+        elif isinstance(term, Logits) and not getattr(unwrapped(term.divergence)[0], "one_class", True):
+            _checks.one_class(term.name, logits)
+        return logits
 
     def _by_rows(self, term: Any) -> bool:
         """Whether it goes some rows at a time; where one of those that read the same logits can't, none does."""
