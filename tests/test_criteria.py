@@ -684,7 +684,7 @@ def test_labels_that_do_not_fit_are_refused():
     student, teacher, labels, _ = batch()
     with pytest.raises(ValueError, match=r"\(3, 3\).*\(3, 4, 7\)"):
         kdloss.VanillaKD()(student, teacher, labels[:, 1:])
-    with pytest.raises(ValueError, match=r"\(3, 4, 7\) as the logits, got \(3, 4\).*labels\.long\(\)"):
+    with pytest.raises(TypeError, match=r"labels\.long\(\).*\(3, 4, 7\) as the logits; got .* \(3, 4\)"):
         kdloss.VanillaKD()(student, teacher, labels.float())
     with pytest.raises(ValueError, match="mask"):
         kdloss.VanillaKD()(student, teacher, labels, mask=MASK[:, 1:])
@@ -767,3 +767,87 @@ def test_a_criterion_made_inside_a_compiled_function_breaks_the_graph_or_is_refu
     torch._dynamo.reset()
     broken = torch.compile(loss, backend="eager")(student, teacher, labels)
     torch.testing.assert_close(broken, loss(student, teacher, labels))
+
+
+# -- no classes: one output, numbers, several yes or no --
+
+ONE = "one class.*logit_mse.*bernoulli_kl"
+OF_CLASSES = [n for n in kdloss.divergences.__all__ if n not in ("logit_mse", "bernoulli_kl", "standardized")]
+
+
+@pytest.mark.parametrize("name", [*OF_CLASSES, "standardized"])
+def test_a_divergence_of_probabilities_refuses_one_class(name):
+    divergence = getattr(kdloss.divergences, name)
+    divergence = divergence(kdloss.divergences.forward_kl) if name == "standardized" else partial(divergence)
+    student, teacher = torch.randn(8, 1), torch.randn(8, 1)
+    lazy = kdloss.LazyLogits(torch.randn(8, 3), torch.randn(1, 3))
+    for s in (student, lazy):
+        with pytest.raises(ValueError, match=ONE):
+            kdloss.VanillaKD(1.0, 0.0, divergence=divergence)(s, teacher, torch.zeros(8).long())
+    criterion = kdloss.Logits(kdloss.divergences.logit_mse) + kdloss.Logits(divergence, name="second")
+    with pytest.raises(ValueError, match=ONE):
+        criterion(student, teacher, torch.zeros(8).long())
+
+
+def test_a_cross_entropy_refuses_one_class_whatever_the_labels_are():
+    student, teacher = torch.randn(8, 1), torch.randn(8, 1)
+    for labels, error in (
+        (torch.zeros(8).long(), ValueError),
+        (torch.rand(8), TypeError),
+        (torch.rand(8, 1), TypeError),
+    ):
+        for criterion in (kdloss.VanillaKD(1.0, 0.5), kdloss.VanillaKD(1.0, 1.0), 1.0 * kdloss.CrossEntropy()):
+            with pytest.raises(error, match=r"one class.*kdloss\.Task") as told:
+                criterion(student, teacher, labels)
+            assert ".long()" not in str(told.value)
+
+
+def test_a_common_vocabulary_of_one_class_is_refused():
+    with pytest.raises(ValueError, match="leaves one"):
+        kdloss.VanillaKD(1.0, 0.0, vocabulary=kdloss.truncate)(
+            torch.randn(3, 4), kdloss.TopKLogits.of(torch.randn(3, 1), 1)
+        )
+
+
+def test_one_output_is_distilled_by_what_the_error_says():
+    s, t = torch.randn(8, 1, dtype=torch.float64, requires_grad=True), torch.randn(8, 1, dtype=torch.float64)
+    y = torch.rand(8, dtype=torch.float64)
+    task = kdloss.Task(lambda output, labels: (output.logits.squeeze(-1) - labels).square())
+    found = (task + kdloss.Logits(kdloss.divergences.logit_mse))(Output(logits=s), Output(logits=t), y)
+    expected = ((s.squeeze(-1) - y) ** 2).mean() + ((s - t) ** 2).mean()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, s), torch.autograd.grad(expected, s))
+    found = kdloss.VanillaKD(1.0, 0.0, divergence=kdloss.divergences.bernoulli_kl)(s, t, y)
+    p, q = t.sigmoid(), s.sigmoid()
+    expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, s), torch.autograd.grad(expected, s))
+
+
+@pytest.mark.parametrize("labels", [torch.rand(8), torch.rand(8, 3), torch.full((8, 4), torch.nan)])
+def test_float_labels_that_no_term_reads_are_not_looked_at(labels):
+    s, t = torch.randn(8, 5), torch.randn(8, 5)
+    for criterion in (kdloss.VanillaKD(1.0, 0.0, check_finite=True), 0.0 * kdloss.CrossEntropy() + kdloss.Logits()):
+        assert criterion(s, t, labels) == criterion(s, t)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error"),
+    [(torch.rand(8), TypeError), (torch.rand(8, 3), ValueError), (torch.ones(8, 5).long(), ValueError)],
+)
+def test_labels_that_are_no_classes_are_told_their_ways(labels, error):
+    for criterion in (kdloss.VanillaKD(1.0, 0.5), 1.0 * kdloss.CrossEntropy()):
+        with pytest.raises(error, match=r"kdloss\.Task.*logit_mse.*binary_cross_entropy_with_logits.*bernoulli_kl"):
+            criterion(torch.randn(8, 5), torch.randn(8, 5), labels)
+
+
+def test_several_yes_or_no_are_distilled_by_what_the_error_says():
+    s, t = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5)
+    y = torch.randint(0, 2, (8, 5)).float()
+    task = kdloss.Task(torch.nn.functional.binary_cross_entropy_with_logits)
+    found = (task + kdloss.Logits(kdloss.divergences.bernoulli_kl))(s, t, y)
+    p, q = t.sigmoid(), s.sigmoid()
+    expected = -(y * q.log() + (1 - y) * (1 - q).log()).mean()
+    expected = expected + (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(-1).mean()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, s), torch.autograd.grad(expected, s), rtol=1e-4, atol=1e-6)

@@ -1,6 +1,9 @@
 """Kinds of logits: what each stands for, against numpy; what it refuses."""
 
+import copy
+import dataclasses
 import math
+import pickle
 
 import mpmath
 import numpy as np
@@ -388,7 +391,7 @@ def test_an_infinity_among_classes_that_are_not_compared_reaches_nothing():
 
 
 def test_top_k_logits_that_do_not_fit_are_refused():
-    ids, log_probs = torch.zeros(2, 3).long(), torch.full((2, 3), -2.0)
+    ids, log_probs = torch.tensor([[0, 2, 1], [5, 10, 3]]), torch.full((2, 3), -2.0)
     cases = [
         (TypeError, r"indices must be integers.*indices\.long\(\)", {"indices": ids.float()}),
         (TypeError, "indices must be integers", {"indices": ids.bool()}),
@@ -414,6 +417,196 @@ def test_top_k_logits_that_do_not_fit_are_refused():
     assert VanillaKD(alpha=0.0)(torch.zeros(2, 64), stated).isfinite()
     with pytest.raises(ValueError, match="nothing is broadcast"):
         VanillaKD(alpha=0.0)(torch.zeros(3, 11), TopKLogits(ids, log_probs))
+
+
+def stored_rows(seed=0):
+    """Two rows of three classes each that are as they should be."""
+    kept = TopKLogits.of(rows(2, 11, seed=seed), 3)
+    return kept.indices, kept.log_probs
+
+
+WRONG = {
+    "a class twice": (lambda i, p: (torch.tensor([4, 0, 4]).expand(2, 3), p), "class 4 twice"),
+    "a class twice, once without mass": (
+        lambda i, p: (torch.tensor([4, 0, 4]).expand(2, 3), p.index_fill(1, torch.tensor([2]), -torch.inf)),
+        "from_served",
+    ),
+    "an id below -1": (lambda i, p: (i.index_fill(1, torch.tensor([2]), -100), p), "is -100, outside the"),
+    "raw logits": (lambda i, p: (i, p + 5), r"log_softmax\(-1\) over all classes.*TopKLogits\.of\(logits, k\)"),
+    "one of them above 0": (lambda i, p: (i, torch.tensor([[-9.0, -9.0, 0.5]]).expand(2, 3)), "more than 1"),
+    "probabilities": (lambda i, p: (i, p.exp()), r"probabilities; write log_probs=probabilities\.log\(\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "match"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
+def test_rows_that_cannot_be_are_refused_when_they_are_given(wrong, match, tail):
+    with pytest.raises(ValueError, match=match):
+        TopKLogits(*wrong(*stored_rows()), tail)
+
+
+@pytest.mark.parametrize(("wrong", "match"), WRONG.values(), ids=WRONG)
+def test_where_looking_is_dear_they_are_refused_under_check_finite(wrong, match, monkeypatch):
+    monkeypatch.setattr(kdloss.targets._stored, "free_to_look", lambda *x: False)  # as on an accelerator
+    kept, student = TopKLogits(*wrong(*stored_rows())), rows(2, 11, seed=2)
+    with pytest.raises(ValueError, match=match):
+        VanillaKD(alpha=0.0, check_finite=True)(student, kept)
+    with pytest.raises(ValueError, match=match):  # a term that is computed by itself
+        VanillaKD(alpha=0.0, check_finite=True, divergence=kdloss.divergences.dist)(
+            student, dataclasses.replace(kept, tail="renormalise")
+        )
+
+
+def test_an_id_out_of_range_is_refused_and_one_that_counts_nowhere_is_not():
+    indices, log_probs = stored_rows()
+    indices[1, 2] = 11
+    with pytest.raises(ValueError, match=r"indices\[1, 2\] is 11, outside the 11 classes, 0 to 10"):
+        TopKLogits(indices, log_probs, vocabulary=11)
+    kept, student = TopKLogits(indices, log_probs), rows(2, 11, seed=2)
+    for loss in (VanillaKD(alpha=0.0), kdloss.divergences.forward_kl):
+        with pytest.raises(ValueError, match="is 11, outside"):
+            loss(student, kept)
+    first = VanillaKD(alpha=0.0)(student[:1], TopKLogits(indices[:1], log_probs[:1]))
+    torch.testing.assert_close(VanillaKD(alpha=0.0)(student, kept, mask=torch.tensor([True, False])), first)
+
+
+@pytest.mark.parametrize("fill", [0.0, -torch.inf, torch.nan])
+def test_padding_is_refused_only_where_it_counts(fill):
+    indices, log_probs = stored_rows()
+    indices[1], log_probs[1] = 0, fill
+    kept, student = TopKLogits(indices, log_probs), rows(2, 11, seed=2)
+    mask = torch.tensor([True, False])
+    for check in (False, True):
+        loss = VanillaKD(alpha=0.0, check_finite=check)
+        torch.testing.assert_close(
+            loss(student, kept, mask=mask), loss(student[:1], TopKLogits(indices[:1], log_probs[:1]))
+        )
+        with pytest.raises(ValueError, match="class 0 twice"):
+            loss(student, kept)
+    causal = VanillaKD(alpha=0.0, causal=True)
+    assert causal(student[None], kept.at(lambda t: t[None])).isfinite()  # the last position stands for no label
+    assert kdloss.masked(kdloss.divergences.forward_kl, student, kept, mask).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_was_rounded_to_16_bits_passes(dtype):
+    for size in (0.01, 1.0, 10.0):
+        kept = TopKLogits.of(rows(64, 300) * size, 290)
+        for again in (kept.log_probs.to(dtype), kept.log_probs.to(dtype).float()):
+            TopKLogits(kept.indices, again, log_rest=kept.log_rest.to(dtype))
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
+@pytest.mark.parametrize("path", ["engine", "autograd", "compiled"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation", "hard_labels"])
+def test_a_row_without_classes_has_no_loss_and_no_gradient(tail, path, name):
+    if name == "hard_labels" and tail != "uniform":
+        return
+    indices, log_probs = stored_rows()
+    said = TopKLogits(indices, log_probs, tail)
+    indices, log_probs = indices.clone(), log_probs.clone()
+    indices[1], log_probs[1] = -1, torch.nan if path == "engine" else -torch.inf
+    kept, student = TopKLogits(indices, log_probs, tail), rows(2, 11, seed=2).requires_grad_()
+    divergence = getattr(kdloss.divergences, name)
+    other = divergence(student[:1], said.at(lambda t: t[:1]))
+    if path == "engine":
+        values = divergence(student, kept)
+    elif path == "autograd":
+        values = kdloss.engine.TeacherTask(divergence, kept).values(student)
+    else:
+        criterion = VanillaKD(1.0, 0.0, divergence=divergence, reduction="none")
+
+        def step(z, i, p):
+            return criterion(z, TopKLogits(i, p, tail))
+
+        torch.compiler.reset()
+        values = torch.compile(step, backend="eager", fullgraph=True)(student, indices, log_probs)
+    torch.testing.assert_close(values, torch.cat([other, torch.zeros_like(other)]))
+    (slope,) = torch.autograd.grad(values.sum(), student)
+    assert slope[0].abs().sum() > 0
+    assert torch.equal(slope[1], torch.zeros_like(slope[1]))
+
+
+def test_stored_rows_go_through_meta_tensors_and_copies():
+    indices, log_probs = (x.to("meta") for x in stored_rows())
+    loss = VanillaKD(1.0, 0.0)(torch.zeros(2, 11, device="meta"), TopKLogits(indices, log_probs))
+    assert loss.is_meta
+    kept = TopKLogits(*stored_rows())
+    again = pickle.loads(pickle.dumps(copy.deepcopy(kept)))
+    student = rows(2, 11, seed=2)
+    assert VanillaKD(1.0, 0.0)(student, again).item() == VanillaKD(1.0, 0.0)(student, kept).item()
+
+
+@dataclasses.dataclass
+class Logprob:
+    logprob: float
+    rank: int | None = None
+
+
+def served(t, tokens, k, form):
+    """What a server says of these tokens: None, then the k most probable ones and the one that was there."""
+    rows = [None]
+    for position, token in enumerate(tokens[1:].tolist()):
+        p = t[position].log_softmax(-1)
+        ids = [token, *p.topk(k).indices.tolist()]
+        rows.append([(p[i].item(), i, f"text of {i}") for i in ids] if form == "tuples" else dict.fromkeys(ids))
+        if form != "tuples":
+            wrap = {"numbers": float, "objects": Logprob, "json": lambda x: {"logprob": x, "rank": 1}}[form]
+            rows[-1] = {str(i) if form == "json" else i: wrap(p[i].item()) for i in ids}
+    return rows
+
+
+@pytest.mark.parametrize("form", ["numbers", "objects", "json", "tuples"])
+def test_what_a_server_says_of_a_text_is_the_bucket_of_what_it_named(form):
+    teacher, student, tokens = rows(6, 11), rows(6, 11, seed=1).requires_grad_(), torch.tensor([3, 10, 2, 9, 1, 4])
+    tokens[3] = teacher[2].argmax()  # one that is among the most probable
+    kept = TopKLogits.from_served(served(teacher, tokens, 2, form), vocabulary=11)
+    named = [sorted({tokens[i + 1].item(), *teacher[i].topk(2).indices.tolist()}) for i in range(5)]
+    assert [sorted(x for x in row if x >= 0) for row in kept.indices.tolist()] == [*named, []]
+    assert len({len(x) for x in named}) == 2  # rows of different lengths
+    expected = torch.zeros(())
+    for i, ids in enumerate(named):
+        p, q = teacher[i].softmax(-1), student[i].softmax(-1)
+        p, q = (torch.cat([x[ids], 1 - x[ids].sum()[None]]) for x in (p, q))
+        expected = expected + (p * (p / q).log()).sum() / 5
+    value = VanillaKD(1.0, 0.0, causal=True)(student[None], kept.at(lambda t: t[None]), tokens[None])
+    torch.testing.assert_close(value.double(), expected.double(), rtol=1e-5, atol=1e-6)
+    slopes = [torch.autograd.grad(x, student)[0].double() for x in (value, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["numbers", "tuples"])
+def test_a_batch_of_texts_is_padded_at_the_right(form):
+    teacher, tokens = rows(6, 11), torch.tensor([3, 10, 2, 9, 1, 4])
+    long, short = (served(teacher, tokens[:n], 2, form) for n in (6, 3))
+    both = TopKLogits.from_served([long, short])
+    assert both.shape == (2, 6, 3)
+    one = TopKLogits.from_served(short)
+    k = one.shape[-1]
+    assert torch.equal(both.indices[1, :3, :k], one.indices)
+    assert torch.equal(both.log_probs[1, :3, :k], one.log_probs)
+    assert (both.indices[1, 3:] == -1).all()
+    in_place = TopKLogits.from_served([long], of="logits")
+    assert (in_place.indices[0, 0] == -1).all()
+    assert torch.equal(in_place.indices[0, 1:], both.indices[0, :-1])
+    empty = TopKLogits.from_served([None, None])
+    assert empty.shape == (2, 1)
+    assert VanillaKD(1.0, 0.0)(rows(2, 11), empty).item() == 0
+
+
+def test_rows_of_another_form_are_refused():
+    with pytest.raises(ValueError, match=r"\[None, \*rows\], or of='logits'"):
+        TopKLogits.from_served([{1: -0.5}, {2: -0.1}])
+    with pytest.raises(ValueError, match="choose one of"):
+        TopKLogits.from_served([None, {2: -0.1}], of="text")
+    for wrong in ("text", {1: -0.5}, [], 3):
+        with pytest.raises(TypeError, match="one row for each token"):
+            TopKLogits.from_served(wrong)
+    for row in ({"token": -0.5}, {1: None}, {1: {"rank": 1}}, "row", [3]):
+        with pytest.raises(TypeError, match="a row is None, a mapping"):
+            TopKLogits.from_served([None, row])
+    with pytest.raises(ValueError, match="more than 1"):
+        TopKLogits.from_served([None, {1: 3.5, 2: 1.0}])
 
 
 # -- mixtures --

@@ -3,6 +3,7 @@
 from kdloss import analysis, distances, divergences, layers, projections, resize, schedules, targets, terms
 from kdloss._capture import Captured, capture
 from kdloss._cross_entropy import cross_entropy
+from kdloss.bases import base_of
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.distillation import Distillation
 from kdloss.distilled import Distilled
@@ -33,6 +34,7 @@ __all__ = [
     "TopKLogits",
     "VanillaKD",
     "analysis",
+    "base_of",
     "capture",
     "cross_entropy",
     "distances",

@@ -209,9 +209,23 @@ def labels(labels: Tensor, logits: Placed) -> None:
     """Integer class indices, one per position of the logits."""
     classes(labels, logits)
     if labels.shape != logits.shape[:-1]:
+        several = f". Where each class has its own yes or no, {INSTEAD}" if labels.shape == logits.shape else ""
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)} but logits {tuple(logits.shape)} need {tuple(logits.shape[:-1])}"
+            f"labels have shape {tuple(labels.shape)} but logits {tuple(logits.shape)} need "
+            f"{tuple(logits.shape[:-1])}{several}"
         )
+
+
+def one_class(term: str, logits: Placed, labels: object = None) -> None:
+    """Raise where there is one class, whose probability is 1 whatever a model says."""
+    if not logits.shape or logits.shape[-1] != 1:
+        return
+    numbers = isinstance(labels, Tensor) and labels.is_floating_point()
+    raise (TypeError if numbers else ValueError)(
+        f"the term {term!r} compares probabilities of classes, and logits {tuple(logits.shape)} are of one class, "
+        f"which has no distribution: loss and gradient would be 0 whatever the models say. In its place {INSTEAD}; "
+        "in a recipe write alpha=0 and divergence=kdloss.divergences.logit_mse or bernoulli_kl"
+    )
 
 
 def classes(labels: Tensor, logits: Placed) -> None:
@@ -223,12 +237,21 @@ def classes(labels: Tensor, logits: Placed) -> None:
     same_place("labels", logits, labels)
 
 
+INSTEAD = (
+    "for numbers to regress write kdloss.Task(lambda output, labels: (output.logits.squeeze(-1) - labels).square()) + "
+    "kdloss.Logits(kdloss.divergences.logit_mse), for a yes or no, one or several, kdloss.Task(function) with "
+    "torch.nn.functional.binary_cross_entropy_with_logits + kdloss.Logits(kdloss.divergences.bernoulli_kl)"
+)
+
+
 def soft_labels(labels: Tensor, logits: Placed) -> None:
     """Probabilities of every class, at every position of the logits."""
     if labels.shape != logits.shape:
-        raise ValueError(
-            f"labels in floating point are probabilities of the classes, {tuple(logits.shape)} as the logits, got "
-            f"{tuple(labels.shape)}; class indices are int64: write labels.long()"
+        numbers = labels.shape == logits.shape[:-1]
+        raise (TypeError if numbers else ValueError)(
+            "a cross-entropy takes class indices in int64 (labels.long(), where they are whole numbers of classes), or "
+            f"soft labels, probabilities of the classes, {tuple(logits.shape)} as the logits; got {labels.dtype} of "
+            f"shape {tuple(labels.shape)}. Where these are no classes, {INSTEAD}"
         )
     same_place("labels", logits, labels)
 

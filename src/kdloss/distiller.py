@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from kdloss import _watch
 from kdloss._capture import Captured
 from kdloss._passes import Passes, all_masks, brought, requests
 from kdloss.adapter import evaluating, is_causal, named, resharded, with_decoder_inputs
+from kdloss.bases import Own, owner
 from kdloss.distilled import Distilled
 from kdloss.layers.names import unwrap
 from kdloss.teacher import Teacher
@@ -45,8 +47,9 @@ class Distiller:
     Hugging Face's causal models make no logits `[B, T, V]`: hidden states and head go to the criterion as
     `LazyLogits`, with the same loss and gradients. Where that can't be, the logger "kdloss" says why.
 
-    Raises: TypeError for a teacher that no term reads, ValueError for a term without its teacher; whatever
-    criterion and capture raise.
+    Raises: TypeError for a teacher that no term reads, ValueError for a term without its teacher, and for a teacher
+    that runs on weights which the student trains (`kdloss.base_of` is the base under adapters); whatever criterion
+    and capture raise.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> import kdloss
@@ -85,6 +88,7 @@ class Distiller:
                 type(criterion).__name__,
             )
         self._prepared_for: weakref.ref[nn.Module] | None = None
+        self._compared: set[int] = set()
         self._pass = Passes()
         self._told = False
 
@@ -122,7 +126,8 @@ class Distiller:
         seen = self._study(student, plan, args, inputs, labels)
         if not teach and (not plan.weights or (labels is None and plan.needs_labels)):
             return Distilled.of(None, seen.output, {})
-        outputs = self._outputs(plan, args, inputs, stored, next((p.device for p in student.parameters()), None))
+        home = next((p.device for p in student.parameters()), None)
+        outputs = self._outputs(student, plan, args, inputs, stored, home)
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
         settings |= all_masks(student, seen, plan, inputs, labels, mask)
         if self._plans:
@@ -146,7 +151,7 @@ class Distiller:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_prepared_for": None}
+        return vars(self) | {"_prepared_for": None, "_compared": set()}
 
     def _plan(self, teach: bool) -> Plan:
         """What this step takes."""
@@ -175,7 +180,7 @@ class Distiller:
             )
         if self._plans:
             self.criterion.locate(student, self._modules)
-        self._prepared_for = weakref.ref(student)
+        self._prepared_for, self._compared = weakref.ref(student), set()
 
     def _stored(self, given: Any) -> list[Any]:
         """What the stored teachers said."""
@@ -202,6 +207,7 @@ class Distiller:
 
     def _outputs(
         self,
+        student: nn.Module,
         plan: Plan,
         args: tuple[Any, ...],
         inputs: dict[str, Any],
@@ -215,9 +221,25 @@ class Distiller:
                 yield next(rest, None)
             elif not self._plans or plan.of_teacher(k):
                 # By no name here: who asks for the output is the only one to hold it.
-                yield brought(self._teach(k, teacher, plan, args, inputs), None if teacher.device is None else home)
+                with self._seen_apart(k, student):
+                    seen = [self._teach(k, teacher, plan, args, inputs)]
+                yield brought(seen.pop(), None if teacher.device is None else home)
             else:
                 yield None
+
+    @contextmanager
+    def _seen_apart(self, k: int, student: nn.Module) -> Iterator[None]:
+        """Once per student: raise for a teacher that ran, inside the `with`, on weights that the student trains."""
+        teacher = self.teachers[k]
+        module = None if teacher is None else owner(teacher.module)
+        if module is None or k in self._compared:
+            yield
+            return
+        own = Own(student, module)
+        with own.watch():
+            yield
+        own.refuse(k)
+        self._compared.add(k)
 
     def _teach(self, k: int, teacher: Teacher, plan: Plan, args: tuple[Any, ...], inputs: dict[str, Any]) -> Captured:
         reads = {name: plan.reads[name] for name in plan.of_teacher(k)}
@@ -245,7 +267,7 @@ class Distiller:
         plan = self.criterion.candidates(len(self.teachers))
         with evaluating(student), torch.no_grad():
             seen = self._study(student, plan, args, inputs, labels)
-        for k, output in enumerate(self._outputs(plan, args, inputs)):
+        for k, output in enumerate(self._outputs(student, plan, args, inputs)):
             for name in plan.complete_with(k):
                 self.criterion.measure(name, seen.of(name), output.of(name))
         self.criterion.to(next(student.parameters()).device)

@@ -9,7 +9,7 @@ from kdloss.engine import any_logits
 from kdloss.reduction import alike
 
 
-@any_logits(needs_logits=True)
+@any_logits(needs_logits=True, one_class=True)
 def logit_mse(
     student: Float[Tensor, "*batch vocab"],
     teacher: Float[Tensor, "*batch vocab"],

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class standardized:
 
     Sun et al. 2024, "Logit Standardization in Knowledge Distillation", arXiv:2403.01427.
     """
+
+    one_class: ClassVar[bool] = False  # which is 0 when it is standardised
 
     divergence: Callable[..., Tensor]
 

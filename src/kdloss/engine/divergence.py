@@ -15,6 +15,7 @@ from kdloss.engine.fused import per_position
 from kdloss.engine.run import Problem
 from kdloss.engine.task import TeacherTask, unwrapped
 from kdloss.reduction import takes
+from kdloss.targets import TopKLogits
 from kdloss.targets.kinds import AnyLogits
 from kdloss.targets.sharded import localised
 
@@ -34,11 +35,12 @@ def any_logits(
     needs_logits: bool = False,
     needs_classes: bool = False,
     any_vocabulary: bool = False,
+    one_class: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Let a divergence on tensors take every kind of logits, in blocks of rows.
 
     `needs_logits`: probabilities alone don't do. `needs_classes`: nor do some classes and a bucket.
-    `any_vocabulary`: tensors may differ in classes.
+    `any_vocabulary`: tensors may differ in classes. `one_class`: one alone says something, too.
     """
 
     def decorate(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -54,6 +56,7 @@ def any_logits(
             "needs_logits": needs_logits,
             "needs_classes": needs_classes,
             "any_vocabulary": any_vocabulary,
+            "one_class": one_class,
         }
         vars(divergence).update(about)
         return divergence
@@ -75,6 +78,8 @@ def in_blocks(
     temperature = _checks.temperature(temperature)
     task = TeacherTask(partial(divergence, **options), teacher.detach(), temperature, labels=labels)
     task.check(student)
+    if isinstance(teacher, TopKLogits):
+        teacher.look_at_range(student.shape[-1])
     if whole_only(student, divergence):
         return task.values(student, mask)
     positions = student.shape[:-1]

@@ -77,7 +77,10 @@ class TeacherTask:
         if self.vocabulary is not None:
             s, t = self.vocabulary(s, t)
         if not (isinstance(s, Tensor) and isinstance(t, Tensor) and self._any_vocabulary):
+            nothing = t.empty() if isinstance(t, TopKLogits) else None
             s, t = against(s, t, self.temperature)
+            if nothing is not None:
+                return self.diverge(s, t, mask).masked_fill(nothing, 0)
         return self.diverge(s, t, mask)
 
     def diverge(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -105,7 +108,13 @@ class TeacherTask:
             check(student, teacher)
         else:
             _checks.logit_shapes(student.shape, teacher.shape, None)
-            check(*self.vocabulary(_no_rows(student), _no_rows(teacher)))  # shapes alone: nothing is copied
+            mapped = self.vocabulary(_no_rows(student), _no_rows(teacher))  # shapes alone: nothing is copied
+            check(*mapped)
+            if mapped[0].shape[-1] == 1 and not getattr(function, "one_class", True):
+                raise ValueError(
+                    f"{name} compares probabilities of classes, and vocabulary={self.vocabulary!r} leaves one, whose "
+                    "probability is 1: the loss would be 0 whatever the models say"
+                )
         if getattr(function, "needs_logits", False) and isinstance(teacher, Mixture) and teacher.of_probabilities:
             raise ValueError(
                 f"{self.name} compares logits, an average of probabilities has none; write average='logits'"

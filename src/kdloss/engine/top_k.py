@@ -30,6 +30,7 @@ def among_few(task: TeacherTask, z: Tensor, teacher: TopKLogits, wanted: bool, n
     classes in it by their share of its mass.
     """
     indices, empty = teacher.slots()
+    nothing = empty.all(-1, keepdim=True)
     others = _others(z, indices, new())
     kept = z.gather(-1, indices).to(others.dtype).masked_fill(empty, -torch.inf)
     if teacher.tail == "renormalise":
@@ -41,8 +42,9 @@ def among_few(task: TeacherTask, z: Tensor, teacher: TopKLogits, wanted: bool, n
         size = (rest.log_total * rest.temperature).to(kept.dtype) + (rest.top - low)
         few, mass, others = torch.cat([kept - low, size], -1), rest.total, rest.probs
     with torch.set_grad_enabled(wanted):
-        few = few.detach().requires_grad_(wanted)
+        few = few.masked_fill(nothing, 0).detach().requires_grad_(wanted)
         values = replace(task, labels=None).diverge(few, teacher.logits(empty, z.shape[-1]))
+        values = values.masked_fill(nothing.squeeze(-1), 0)
         slope = torch.autograd.grad(values.sum(), few)[0] if wanted else torch.zeros_like(few)
     k = indices.shape[-1]
     share = slope[:, k:].sum(-1, keepdim=True) / mass.masked_fill(mass == 0, 1)

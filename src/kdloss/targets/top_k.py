@@ -1,8 +1,8 @@
 """A teacher of which only the most probable classes were kept."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -10,6 +10,7 @@ from torch import Size, Tensor
 
 from kdloss import _checks
 from kdloss.reduction import alike, precise
+from kdloss.targets import _stored
 
 Tail = Literal["bucket", "renormalise", "uniform"]
 
@@ -31,11 +32,15 @@ class TopKLogits:
     temperature you train with. `log_rest` is the log-probability of all that was left out, where it is
     known better than as 1 minus the sum; `vocabulary` the number V of classes, where it shall be checked.
 
-    Shapes: indices `[..., k]` of any integer type, -1 for an empty slot; log_probs `[..., k]`; log_rest
-    `[...]`.
+    A row without any class says nothing: loss and gradient are 0 there, under each tail.
 
-    Raises: ValueError for shapes or devices that differ or an unknown tail; TypeError for indices that
-    are no integers.
+    Shapes: indices `[..., k]` of any integer type, different ones in each row, -1 for an empty slot; log_probs
+    `[..., k]`; log_rest `[...]`.
+
+    Raises: ValueError for shapes or devices that differ or an unknown tail, and for numbers that can't be: a class
+    twice in a row or out of range, probabilities or raw logits in place of log-probabilities. CPU tensors are looked
+    at when they are given, rows of padding (one id and one number everywhere) in a loss, where they count; those of
+    an accelerator under a criterion's `check_finite=True`. TypeError for indices that are no integers.
 
     >>> import kdloss
     >>> teacher = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
@@ -68,6 +73,10 @@ class TopKLogits:
                 "it is one number per position"
             )
         _checks.same_place("log_probs", self.indices, self.log_probs)
+        if _stored.free_to_look(self.indices, self.log_probs, self.log_rest):
+            padding = _stored.padding(self.indices, self.log_probs)
+            _stored.look(self.indices, self.log_probs, self.log_rest, self.vocabulary, ~padding)
+            object.__setattr__(self, "_right", not padding.any().item())
 
     @classmethod
     def of(
@@ -88,6 +97,45 @@ class TopKLogits:
         log_rest = log_probs.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
         return cls(top.indices, top.values, tail, temperature, log_rest, vocab)
 
+    @classmethod
+    def from_served(
+        cls,
+        rows: Sequence[Any],
+        *,
+        of: Literal["tokens", "logits"] = "tokens",
+        tail: Tail = "bucket",
+        temperature: float = 1.0,
+        vocabulary: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> "TopKLogits":
+        """What vLLM or SGLang say of a text, or of a batch of texts: one row for each token, None for the first.
+
+        A row is a mapping from token ids to log-probabilities, as numbers or as objects or dicts that have a
+        `logprob` (vLLM's `prompt_logprobs`, also as JSON), or a list of tuples that begin with log-probability and
+        id (SGLang's `input_top_logprobs`). Rows may be of different lengths, as the token that was there stands
+        beside the k most probable; an id that stands twice is kept once. Shorter rows and texts are filled up with
+        empty slots at the right.
+
+        - `of`: "tokens" where row t says what token t was expected to be, as both servers have it. It comes to stand
+          at t - 1, whose logits predict that token, and the last position is empty: right for a criterion with
+          `causal=True`. "logits" leaves row t at t.
+
+        Shapes: `[T, k]` for a text of T rows, `[B, T, k]` for a batch.
+
+        Raises: ValueError where `of="tokens"` and there is a row for the first token; TypeError for rows of
+        another form.
+
+        >>> rows = [None, {7: -0.5, 2: -1.5}, {2: -0.1}]
+        >>> kept = TopKLogits.from_served(rows)
+        >>> kept.indices
+        tensor([[ 7,  2],
+                [ 2, -1],
+                [-1, -1]])
+        """
+        _checks.choice("of", of, ("tokens", "logits"))
+        indices, log_probs = _stored.from_rows(rows, of == "tokens")
+        return cls(indices.to(device), log_probs.to(device), tail, temperature, None, vocabulary)
+
     @property
     def shape(self) -> Size:
         """The shape of what was kept, `[..., k]`."""
@@ -101,27 +149,54 @@ class TopKLogits:
     def at(self, pick: Callable[[Tensor], Tensor]) -> "TopKLogits":
         """Chosen positions."""
         rest = None if self.log_rest is None else pick(self.log_rest)
-        return replace(self, indices=pick(self.indices), log_probs=pick(self.log_probs), log_rest=rest)
+        return self._with(indices=pick(self.indices), log_probs=pick(self.log_probs), log_rest=rest)
 
     def detach(self) -> "TopKLogits":
         """Without gradients."""
         rest = None if self.log_rest is None else self.log_rest.detach()
-        return replace(self, log_probs=self.log_probs.detach(), log_rest=rest)
+        return self._with(log_probs=self.log_probs.detach(), log_rest=rest)
+
+    def look(self, classes: int | None, keep: Tensor | None = None, *, always: bool = False) -> None:
+        """Raise for numbers that can't be in a row that counts, where looking costs nothing or `always`."""
+        if not (always or _stored.free_to_look(self.indices, self.log_probs, keep)):
+            return
+        keep = torch.ones_like(self.indices[..., 0], dtype=torch.bool) if keep is None else keep
+        if getattr(self, "_right", False):
+            _stored.look_at_range(self.indices, classes, keep)
+        else:
+            _stored.look(self.indices, self.log_probs, self.log_rest, classes, keep)
+
+    def look_at_range(self, classes: int) -> None:
+        """The same where nobody says which rows count: padding doesn't."""
+        if _stored.free_to_look(self.indices, self.log_probs):
+            _stored.look_at_range(self.indices, classes, ~_stored.padding(self.indices, self.log_probs))
+
+    def empty(self) -> Tensor:
+        """Which rows say nothing, `[...]`."""
+        return (self.indices.long() < 0).all(-1)
+
+    def _with(self, **changes: Any) -> "TopKLogits":
+        """The same rows, or some of them: what was looked at isn't looked at again."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self) | changes)
+        return other
 
     def renamed(self, new: Int[Tensor, " old"], vocabulary: int) -> "TopKLogits":
         """The same classes under other indices, `new[old]`; those with a new index of -1 are gone."""
         indices = self.indices.long()
         indices = new[indices.clamp_min(0)].where(indices >= 0, -1)
-        return replace(self, indices=indices, log_rest=self._rest(), vocabulary=vocabulary)
+        return self._with(indices=indices, log_rest=self._rest(), vocabulary=vocabulary)
 
     def against(self, student: Float[Tensor, "*batch vocab"]) -> tuple[Tensor, Tensor]:
         """Logits of both over the same classes: the k, and what the tail makes of the rest."""
         student, _ = alike(student, self.log_probs)
         vocab, t = student.shape[-1], self.temperature
         indices, empty = self.slots()
+        nothing = empty.all(-1, keepdim=True)
+        student = student.masked_fill(nothing, 0)
         if self.tail == "uniform":
-            return student, self._spread(indices, empty, vocab).expand(student.shape)
-        kept = student.gather(-1, indices).masked_fill(empty, -torch.inf)
+            return student, self._spread(indices, empty, vocab).masked_fill(nothing, 0).expand(student.shape)
+        kept = student.gather(-1, indices).masked_fill(empty & ~nothing, -torch.inf)
         if self.tail == "renormalise":
             return kept - base(kept), self.logits(empty, vocab)
         # Relative to the largest of their own: beside the classes kept, the others may be too small for a number.
@@ -144,7 +219,7 @@ class TopKLogits:
         if self.tail == "bucket":
             everything = (~empty).sum(-1) == vocab
             kept = torch.cat([kept, self._rest().masked_fill(everything, -torch.inf).unsqueeze(-1)], -1)
-        return kept * self.temperature
+        return (kept * self.temperature).masked_fill(empty.all(-1, keepdim=True), 0)
 
     def _spread(self, indices: Tensor, empty: Tensor, vocab: int) -> Tensor:
         log_probs, rest = alike(self.log_probs, self._rest())

@@ -10,12 +10,13 @@ from torch import Size, Tensor
 from kdloss import _checks
 from kdloss._capture import Captured
 from kdloss.engine import whole_only
+from kdloss.engine.task import unwrapped
 from kdloss.reduction import precise
 from kdloss.targets.kinds import dense
 from kdloss.terms._compare import example_shape, first_feature
 from kdloss.terms._outputs import find_logits, returned
 from kdloss.terms._positions import Positions
-from kdloss.terms._sweep import Swept, by_logits, check_numbers, sweep
+from kdloss.terms._sweep import Swept, by_logits, check_numbers, look_at_stored, sweep
 from kdloss.terms.contract import mean
 from kdloss.terms.cross_entropy import CrossEntropy
 from kdloss.terms.logits import Logits
@@ -110,7 +111,12 @@ class Evaluation:
         """The student's logits that a term reads: the same ones for all that take the same."""
         if term.take not in self.logits:
             self.logits[term.take] = term.logits(self.student)
-        return self.logits[term.take]
+        logits = self.logits[term.take]
+        if isinstance(term, CrossEntropy) and _as_given(term):
+            _checks.one_class(term.name, logits, self.labels)
+        elif isinstance(term, Logits) and not getattr(unwrapped(term.divergence)[0], "one_class", True):
+            _checks.one_class(term.name, logits)
+        return logits
 
     def _by_rows(self, term: Any) -> bool:
         """Whether it goes some rows at a time; where one of those that read the same logits can't, none does."""
@@ -167,6 +173,7 @@ class Evaluation:
         """What the sweep checks of its terms, for one that is computed by itself."""
         task = one.term.task(one.step, one.step.where.labels)
         task.check(one.logits)
+        look_at_stored(one, task, self.contract.check_finite)
         if self.contract.check_finite:
             check_numbers(one, task)
         if self.contract.overwrite_logits and not torch.compiler.is_compiling():

@@ -10,6 +10,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss.engine import LabelTask, Problem, TeacherTask, fused, per_position
 from kdloss.reduction import denominator, divided, widest
+from kdloss.targets import TopKLogits
 from kdloss.terms._outputs import look_at_numbers
 from kdloss.terms._positions import Positions
 from kdloss.terms.contract import Contract
@@ -46,6 +47,7 @@ def sweep(group: Sequence[Swept], contract: Contract, items: int | Tensor | None
     tasks = [one.term.task(one.step, _labels(one.step.where, widest_where)) for one in group]
     for one, task in zip(group, tasks, strict=True):
         task.check(logits)
+        look_at_stored(one, task, contract.check_finite)
         if contract.check_finite:
             check_numbers(one, task)
     problem, local = Problem.of(tuple(tasks), logits, index, rows, contract.overwrite_logits)
@@ -92,6 +94,15 @@ def _share(weight: float | Tensor, size: int | Tensor, keep: Tensor | None, devi
     wide: dict[str, Any] = {"dtype": widest(device), "device": device}
     share = divided(weight.to(**wide) if isinstance(weight, Tensor) else torch.full((), weight, **wide), size)
     return share.expand(1) if keep is None else share * keep
+
+
+def look_at_stored(one: Swept, task: LabelTask | TeacherTask, always: bool) -> None:
+    """Raise for what can't be in a stored teacher's rows that count; on an accelerator only if that is wanted."""
+    if isinstance(task, TeacherTask) and isinstance(task.teacher, TopKLogits):
+        where, teacher = one.step.where, task.teacher
+        classes = one.logits.shape[-1] if task.vocabulary is None else teacher.vocabulary
+        there = teacher.at(lambda t: t[:, :-1]) if where.causal else teacher
+        there.look(classes, where.keep, always=always)
 
 
 def check_numbers(one: Swept, task: LabelTask | TeacherTask) -> None:

@@ -1,0 +1,261 @@
+"""The base under a student's adapters as its teacher; teachers that are their own students."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from families import batch, build
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+from torch.nn.functional import log_softmax
+
+import kdloss
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*loss_type=None.*"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft's own
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True"),
+]
+LORA = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "init_lora_weights": False}
+CONFIGS = {
+    "lora": LoraConfig(**LORA),
+    "dora": LoraConfig(**LORA, use_dora=True),
+    "trained head": LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    "lora on the head": LoraConfig(**LORA | {"target_modules": ["c_attn", "lm_head"]}),
+    "trained tokens": LoraConfig(**LORA, trainable_token_indices=[3, 4]),
+    "ia3": IA3Config(
+        target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True,
+        init_ia3_weights=False,
+    ),
+}  # fmt: skip
+
+
+def plain_and(config, seed=0):
+    """A base, and the same with adapters that do something."""
+    plain = build("gpt2", depth=4, seed=seed).eval()
+    torch.manual_seed(3)
+    student = get_peft_model(copy.deepcopy(plain), copy.deepcopy(config))
+    for p in student.parameters():
+        if p.requires_grad:
+            p.data += 0.5 * torch.randn_like(p)
+    return plain, student
+
+
+def state(model):
+    return (
+        {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()},
+        {
+            n: (m.training, getattr(m, "_disable_adapters", None), "forward" in vars(m))
+            for n, m in model.named_modules()
+        },
+        getattr(model, "active_adapter", None),
+    )
+
+
+def same(before, after):
+    assert all(
+        a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(before[0].values(), after[0].values(), strict=True)
+    )
+    assert before[1:] == after[1:]
+
+
+def kl(student, teacher):
+    s, t = (log_softmax(z[:, :-1].double(), -1) for z in (student, teacher))
+    return (t.exp() * (t - s)).sum(-1).mean().item()
+
+
+def ids():
+    return {"input_ids": batch("gpt2")["input_ids"]}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("criterion", [kdloss.VanillaKD(alpha=0.0), kdloss.FeatureKD("all", alpha=0.0)], ids=repr)
+def test_the_base_under_adapters_teaches_what_a_base_loaded_apart_teaches(config, criterion):
+    plain, student = plain_and(config)
+    student.eval()  # no dropout, so that both steps are the same
+    found = []
+    for teacher in (plain, kdloss.base_of(student)):
+        before = state(student)
+        loss = kdloss.Distiller(teacher, copy.deepcopy(criterion))(student, **batch("gpt2")).loss
+        same(before, state(student))
+        trained = [p for p in student.parameters() if p.requires_grad]
+        found.append((loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)))
+    assert found[0][0] > 1e-5
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-7)
+
+
+def test_the_base_stays_the_same_teacher_while_its_student_trains():
+    plain, student = plain_and(CONFIGS["trained head"])
+    model = kdloss.Distillation(student, kdloss.base_of(student), kdloss.VanillaKD(1.0, 0.0)).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    with torch.no_grad():
+        expected = plain(**ids()).logits
+    losses = []
+    for _ in range(5):
+        before = [m.training for m in student.modules()]
+        out = model(**ids())
+        assert [m.training for m in student.modules()] == before
+        assert out.loss.item() == pytest.approx(kl(out.logits.detach(), expected), rel=1e-4)
+        losses.append(out.loss.item())
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert not any("teacher" in name or name.split(".")[0] == "module" for name in model.state_dict())
+
+
+@pytest.mark.parametrize("where", ["the variable", "get_base_model", "the student", "a method", "a wrapper"])
+def test_a_student_under_adapters_is_not_its_own_teacher_unseen(where):
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs):
+            return self.model(**inputs)
+
+    base = build("gpt2")
+    student = get_peft_model(base, copy.deepcopy(CONFIGS["lora"]))
+    teacher = {
+        "the variable": base,
+        "get_base_model": student.get_base_model(),
+        "the student": student,
+        "a method": student.forward,
+        "a wrapper": Wrapper(base),
+    }[where]
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0))
+    for _ in range(2):  # it is said again, until it is right
+        with pytest.raises(ValueError, match=r"teacher 0 .*lora_A.*kdloss\.base_of\(student\)"):
+            distill(student, **batch("gpt2"))
+    with pytest.raises(ValueError, match=r"kdloss\.base_of"):
+        kdloss.Distiller([build("gpt2", seed=2), teacher], kdloss.MultiTeacherKD(alpha=0.0))(student, **batch("gpt2"))
+    kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 1.0))(student, **batch("gpt2"))  # nobody reads it
+
+
+def test_weights_that_teacher_and_student_share_are_refused_where_they_are_trained_and_used():
+    trunk = nn.Linear(4, 8)
+    student, teacher = nn.Sequential(trunk, nn.Linear(8, 3)), nn.Sequential(trunk, nn.Linear(8, 3))
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0))
+    with pytest.raises(ValueError, match=r"'0\.weight'.*copy\.deepcopy\(student\).*kdloss\.Teacher\(lambda"):
+        distill(student, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="it is its own"):
+        kdloss.Distiller(student, kdloss.VanillaKD(1.0, 0.0))(student, torch.ones(2, 4))
+    trunk.requires_grad_(False)
+    distill(student, torch.ones(2, 4)).loss.backward()
+    trunk.requires_grad_(True)
+    itself = kdloss.Teacher(lambda x: student(x))
+    assert kdloss.Distiller(itself, kdloss.VanillaKD(1.0, 0.0))(student, torch.ones(2, 4)).loss.item() == 0
+
+
+def test_weights_held_and_not_used_are_no_matter():
+    class Without(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs):
+            with self.model.disable_adapter():
+                return self.model(**inputs)
+
+    plain, student = plain_and(CONFIGS["trained head"])
+    student.eval()
+    loss = kdloss.Distiller(Without(student), kdloss.VanillaKD(1.0, 0.0))(student, **ids()).loss
+    with torch.no_grad():
+        assert loss.item() == pytest.approx(kl(student(**ids()).logits, plain(**ids()).logits), rel=1e-4)
+
+
+def test_everything_is_as_it_was_after_an_exception_too():
+    _, student = plain_and(CONFIGS["lora"])
+    student.train()
+    frozen = next(p for n, p in student.named_parameters() if "lora_A" in n)
+    frozen.requires_grad_(False)  # peft would turn it on again
+    student.base_model.model.transformer.h[1].eval()
+    before, teacher = state(student), kdloss.base_of(student)
+    teacher(**ids())
+    same(before, state(student))
+    with pytest.raises(IndexError):
+        teacher(input_ids=torch.tensor([[9999]]))
+    same(before, state(student))
+    with kdloss.capture(teacher, [1], stop=True) as seen:
+        teacher(**ids())
+    same(before, state(student))
+    assert not seen[1].requires_grad
+
+
+def test_several_adapters_and_prompts_are_all_off():
+    plain, student = plain_and(CONFIGS["lora"])
+    student.add_adapter("second", LoraConfig(**LORA, r=3))
+    student.set_adapter("second")
+    student.eval()
+    torch.testing.assert_close(kdloss.base_of(student)(**ids()).logits, plain(**ids()).logits)
+    assert student.active_adapter == "second"
+    prompted = get_peft_model(plain, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    expected, before = plain(**ids()).logits, state(prompted)
+    torch.testing.assert_close(kdloss.base_of(prompted)(**ids()).logits, expected.detach())
+    same(before, state(prompted))
+
+
+def test_adapters_added_by_transformers_are_off_too():
+    model = build("gpt2").eval()
+    expected = model(**ids()).logits.detach()
+    model.add_adapter(copy.deepcopy(CONFIGS["lora"]))
+    model.eval()
+    before = state(model)
+    assert not torch.allclose(model(**ids()).logits, expected)
+    torch.testing.assert_close(kdloss.base_of(model)(**ids()).logits, expected)
+    same(before, state(model))
+    with pytest.raises(ValueError, match=r"kdloss\.base_of"):
+        kdloss.Distiller(model, kdloss.VanillaKD())(model, **batch("gpt2"))
+
+
+def test_what_is_no_base_any_more_is_refused():
+    _, student = plain_and(CONFIGS["lora"])
+    teacher = kdloss.base_of(student)
+    student.merge_adapter()
+    for merged in (lambda: kdloss.base_of(student), lambda: teacher(**ids())):
+        with pytest.raises(ValueError, match="unmerge_adapter"):
+            merged()
+    student.unmerge_adapter()
+    teacher(**ids())
+    for change, match in (
+        ({"bias": "lora_only"}, "biases are trained"),
+        ({"init_lora_weights": "pissa"}, "pissa.*Load the base a second time"),
+        ({"init_lora_weights": "olora"}, "olora"),
+    ):
+        _, other = plain_and(LoraConfig(**LORA | {"target_modules": ["c_attn"]} | change))
+        with pytest.raises(ValueError, match=match):
+            kdloss.base_of(other)
+    for nothing in (build("gpt2"), nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="has no adapters"):
+            kdloss.base_of(nothing)
+    with pytest.raises(TypeError, match="got str"):
+        kdloss.base_of("gpt2")
+    with pytest.raises(TypeError, match="move the model"):
+        teacher.to("meta")
+    with pytest.raises(TypeError, match="move the model"):
+        kdloss.Teacher(teacher, device="meta")
+
+
+def test_a_base_of_which_a_part_is_trained_is_refused_in_the_first_step():
+    _, student = plain_and(CONFIGS["lora"])
+    student.base_model.model.transformer.ln_f.weight.requires_grad_(True)
+    distill = kdloss.Distiller(kdloss.base_of(student), kdloss.VanillaKD(1.0, 0.0))
+    with pytest.raises(ValueError, match=r"ln_f.*Freeze it"):
+        distill(student, **batch("gpt2"))
+
+
+def test_a_compiled_or_wrapped_model_has_a_base_and_pickles_hold_one_model():
+    plain, student = plain_and(CONFIGS["lora"])
+    expected = plain(**ids()).logits.detach()
+    for around in (torch.compile(student, backend="eager"), nn.ModuleDict({"module": student})):
+        torch.testing.assert_close(kdloss.base_of(around)(**ids()).logits, expected)
+    model = kdloss.Distillation(student, kdloss.base_of(student), kdloss.VanillaKD(1.0, 0.0))
+    again = pickle.loads(pickle.dumps(model))
+    assert again.teachers[0].module.module is again.student
+    again.eval()
+    model.eval()
+    for one in (model, again):
+        one.teacher_in_eval = True
+    assert again(**ids()).loss.item() == pytest.approx(model(**ids()).loss.item())
