@@ -112,8 +112,8 @@ class TeacherTask:
             check(*mapped)
             if mapped[0].shape[-1] == 1 and not getattr(function, "one_class", True):
                 raise ValueError(
-                    f"{self.name} compares probabilities of classes, and vocabulary={self.vocabulary!r} leaves one, whose "
-                    "probability is 1: the loss would be 0 whatever the models say"
+                    f"{self.name} compares probabilities of classes, and vocabulary={self.vocabulary!r} leaves one, "
+                    "whose probability is 1: the loss would be 0 whatever the models say"
                 )
         if getattr(function, "needs_logits", False) and isinstance(teacher, Mixture) and teacher.of_probabilities:
             raise ValueError(
