@@ -166,7 +166,11 @@ def apart(x: Any) -> tuple[Sequence[Tensor], Callable[[Iterator[Tensor]], Any]]:
 
 def _together(kind: Any, named: Mapping[str, Callable[[Iterator[Tensor]], Any]], them: Iterator[Tensor]) -> Any:
     made = {name: build(them) for name, build in named.items()}
-    return kind(made.values()) if issubclass(kind, list | tuple) else kind(**made)
+    if issubclass(kind, list | tuple):
+        return kind(made.values())
+    whole = object.__new__(kind)  # what was checked once, where it may have been masked, is not checked again
+    vars(whole).update(made)
+    return whole
 
 
 def _by_row(problem: Problem, weights: Tensor) -> Tensor:
