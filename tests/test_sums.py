@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -582,3 +583,10 @@ def test_numbers_of_numpy_are_weights():
     term = CrossEntropy()
     for product in (term * np.float32(0.5), np.float64(0.5) * term):
         assert product.weights["ce"].at(0) == 0.5
+
+
+@pytest.mark.parametrize("side", ["take", "teacher_take"])
+def test_a_part_of_hidden_states_is_refused_rather_than_not_taken(side):
+    states = SimpleNamespace(hidden_states=[torch.randn(2, 3, 4) for _ in range(3)])
+    with pytest.raises(TypeError, match="hidden_states are no modules' outputs"):
+        (1.0 * Features("last", **{side: 0}))(states, states)

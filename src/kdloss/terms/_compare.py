@@ -218,3 +218,12 @@ def sizes(seen: Captured) -> list[tuple[int, int]]:
 def width_of(seen: Captured, name: Layer) -> int:
     """The width of a layer's features, of several side by side their sum."""
     return sum(x.shape[1] if x.ndim == 4 else x.shape[-1] for x in map(seen.__getitem__, parts([name])))
+
+
+def refuse_take(output: Any, take: Any, reads: Reads, whose: str) -> None:
+    """`take` says what counts of a module's output; hidden states are features already."""
+    if take is not None and _hidden(output, reads.blocks) is not None:
+        raise TypeError(
+            f"take={take!r} takes a part of what a module of the {whose} returned, and hidden_states are no modules' "
+            "outputs: call kdloss.Distiller or kdloss.Distillation, which capture the modules, or leave it out"
+        )

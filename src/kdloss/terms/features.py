@@ -15,7 +15,17 @@ from kdloss.layers.blocks import width
 from kdloss.layers.layer_map import Layer, LayerMap
 from kdloss.layers.pair import Pairing, learned
 from kdloss.layers.select import Layers
-from kdloss.terms._compare import Distance, Resize, compare, feature_pairs, label, one_width, sizes, width_of
+from kdloss.terms._compare import (
+    Distance,
+    Resize,
+    compare,
+    feature_pairs,
+    label,
+    one_width,
+    refuse_take,
+    sizes,
+    width_of,
+)
 from kdloss.terms._learned import learned_values
 from kdloss.terms._trained import Projection, Side, Trained
 from kdloss.terms.reads import Pairs, Reads, Takes
@@ -171,6 +181,8 @@ class Features(Term):
 
     def loss(self, step: Step) -> Tensor:
         """The value at every position; see the class."""
+        refuse_take(step.student, self.take, step.reads, "student")
+        refuse_take(step.teacher, self.teacher_take, step.reads, "teacher")
         pairs = step.reads.pairs
         features, weights = feature_pairs(step.student, step.teacher, self.layer_map, pairs, self.resize)
         compared = {}
