@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from kdloss import _watch
 from kdloss._capture import Captured
+from kdloss._decoder_inputs import DecoderInputs
 from kdloss._own_loss import OwnLoss, own_loss, refuse_unread
 from kdloss._passes import Passes, all_masks, brought, requests
-from kdloss.adapter import evaluating, named, resharded, with_decoder_inputs
+from kdloss.adapter import evaluating, named, resharded
 from kdloss.bases import Own, owner
 from kdloss.distilled import Distilled
 from kdloss.teacher import Teacher
@@ -95,7 +96,7 @@ class Distiller:
         self._prepared_for: weakref.ref[nn.Module] | None = None
         self._own: OwnLoss | None = None
         self._compared: set[int] = set()
-        self._pass = Passes()
+        self._pass, self._decoder_inputs = Passes(), DecoderInputs()
         self._told = False
 
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
@@ -230,7 +231,7 @@ class Distiller:
         shift_labels: Tensor | None = None,
     ) -> Captured:
         """The student's pass."""
-        inputs = with_decoder_inputs(student, self._of_student(student, inputs), labels)
+        inputs = self._decoder_inputs.of(student, args, self._of_student(student, inputs), labels)
         if plan.own_loss or (self._own is not None and self._own.of_labels):
             inputs = {**inputs, "labels": labels} | ({} if shift_labels is None else {"shift_labels": shift_labels})
         why = plan.why_whole if self._plans else "its criterion may want them"
@@ -289,7 +290,7 @@ class Distiller:
                 seen = Captured()
                 seen.output = module(*args, **inputs)
             else:
-                inputs = with_decoder_inputs(module, inputs, labels)
+                inputs = self._decoder_inputs.of(module, args, inputs, labels)
                 with evaluating(module):
                     asked = requests(reads, "teacher")
                     seen = self._pass(module, asked, args, inputs, stop=stop, why_whole=why)
