@@ -5,15 +5,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdloss._capture import Captured, Located, Request, record
-from kdloss.adapter import masks, without_cache
+from kdloss.adapter import without_cache
 from kdloss.layers.layer_map import parts
 from kdloss.lazy_head import LazyHeads
 from kdloss.teacher import moved
-from kdloss.terms import Plan, Reads
-from kdloss.terms._outputs import find_logits
+from kdloss.terms import Reads
 
 Requests = Mapping[Any, Request]
 
@@ -64,23 +63,6 @@ def brought(seen: Captured, device: torch.device | None) -> Captured:
     for view in seen.views.values():
         view.features, view.output = moved(view.features, device), seen.output
     return seen
-
-
-def all_masks(
-    student: nn.Module, seen: Captured, plan: Plan, inputs: dict[str, Any], labels: Any, mask: Tensor | None
-) -> dict[str, Any]:
-    """The mask of the labels' positions, and those of features that stand elsewhere, by term."""
-    logits = find_logits(seen.output)
-    positions = None if logits is None else logits.shape[:-1]
-    if isinstance(labels, Tensor) and not labels.is_floating_point():
-        positions = labels.shape
-    own: dict[str, Tensor | None] = {}
-    for name, reads in plan.reads.items():
-        if reads.pairs:
-            first = next(iter(seen.of(name).values())) if "encoder" in (reads.blocks or "") else None
-            own[name] = masks(student, inputs, mask, positions, first)[1]
-    settings: dict[str, Any] = {"mask": masks(student, inputs, mask, positions, None)[0]}
-    return settings | {"feature_mask": own} if own else settings
 
 
 def _viewed(seen: Captured) -> Captured:

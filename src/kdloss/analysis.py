@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kdloss._capture import Captured, capture
-from kdloss.adapter import evaluating, is_causal, masks, with_decoder_inputs, without_cache
+from kdloss._masks import masks
+from kdloss.adapter import evaluating, is_causal, with_decoder_inputs, without_cache
 from kdloss.layers import find_blocks, select
 from kdloss.layers.select import Layers
 from kdloss.reduction import widest

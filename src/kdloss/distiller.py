@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from kdloss import _watch
 from kdloss._capture import Captured
-from kdloss._passes import Passes, all_masks, brought, requests
+from kdloss._masks import all_masks
+from kdloss._passes import Passes, brought, requests
 from kdloss.adapter import evaluating, is_causal, named, resharded, with_decoder_inputs
 from kdloss.bases import Own, owner
 from kdloss.distilled import Distilled
