@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kdloss._capture import Captured, Located, Request, record
+from kdloss._virtual import without_virtual_tokens
 from kdloss.adapter import without_cache
 from kdloss.layers.layer_map import parts
 from kdloss.lazy_head import LazyHeads
@@ -40,7 +41,9 @@ class Passes:
         ):
             seen.output = model(*args, **without_cache(model, inputs))
         if head is None or self.heads.finish(model, head, seen.output):
-            return _viewed(seen)
+            _viewed(seen)
+            without_virtual_tokens(model, seen, args, inputs)
+            return seen
         return self(model, requests, args, inputs, stop=stop, why_whole=why_whole)
 
 
@@ -65,10 +68,9 @@ def brought(seen: Captured, device: torch.device | None) -> Captured:
     return seen
 
 
-def _viewed(seen: Captured) -> Captured:
-    """What was captured, by name for each term."""
+def _viewed(seen: Captured) -> None:
+    """Have what was captured by name for each term."""
     features: Mapping[Any, Any] = seen.features
     for (term, name), feature in features.items():
         view = seen.views.setdefault(term, Captured())
         view.features[name], view.output = feature, seen.output
-    return seen

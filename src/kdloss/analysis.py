@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdloss._capture import Captured, capture
-from kdloss._masks import masks
+from kdloss._capture import Captured, Located, Request, record
+from kdloss._masks import Padding, mask_of_features
+from kdloss._towers import Towers
 from kdloss.adapter import evaluating, is_causal, with_decoder_inputs, without_cache
 from kdloss.layers import find_blocks, select
 from kdloss.layers.select import Layers
@@ -117,8 +118,9 @@ def cka_matrix(
     if samples < LEAST:
         raise ValueError(f"samples={samples} are too few for the unbiased estimator; it needs {LEAST}")
     sums: list[Tensor] = []
+    towers = Towers()
     for number, batch in enumerate(batches):
-        features, keep = _features(student, teacher, batch, blocks)
+        features, keep = _features(student, teacher, batch, blocks, towers)
         if keep is not None:
             rows = keep.nonzero()
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
@@ -137,25 +139,24 @@ def cka_matrix(
 
 
 def _features(
-    student: nn.Module, teacher: nn.Module, batch: Any, blocks: str | None
+    student: nn.Module, teacher: nn.Module, batch: Any, blocks: str | None, towers: Towers
 ) -> tuple[list[list[Tensor]], Tensor | None]:
     """The features of every block of both models, and which tokens count; None where examples do."""
     inputs = dict(batch) if isinstance(batch, Mapping) else {}
     args = () if inputs else batch if isinstance(batch, tuple | list) else (batch,)
     labels, mask = inputs.pop("labels", None), inputs.pop("mask", None)
     inputs = with_decoder_inputs(student, inputs, labels)
-    features = [list(_run(model, args, inputs, blocks).values()) for model in (student, teacher)]
+    seen = [_run(model, args, inputs, blocks) for model in (student, teacher)]
+    features = [list(side.values()) for side in seen]
     everything = [h for side in features for h in side]
     positions = everything[0].shape[:2]
     if any(h.ndim != 3 or h.shape[:2] != positions for h in everything):
         return [[h.flatten(1) for h in side] for side in features], None
-    of_encoder = "encoder" in (blocks or "")
-    where = None if labels is None or of_encoder else labels.shape
-    found = masks(student, inputs, mask, where, everything[0] if of_encoder else None)
-    keep = torch.ones(positions, dtype=torch.bool, device=everything[0].device)
-    for m in found:
-        keep = keep & m if m is not None and m.shape == positions else keep
-    if where == positions:
+    asked = {key: Request(key[1], blocks) for key in seen[0]}
+    place = towers.of(student, asked, inputs, Located(), lambda: _run(student, args, inputs, blocks))
+    found = mask_of_features(Padding.of(student, inputs), place, mask, positions)
+    keep = torch.ones(positions, dtype=torch.bool, device=everything[0].device) if found is None else found
+    if labels is not None and labels.shape == positions and place.side("", 0) == "outputs":
         counted = labels != -100
         if is_causal(student):
             counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1)
@@ -164,8 +165,8 @@ def _features(
 
 
 def _run(model: nn.Module, args: Any, inputs: dict[str, Any], blocks: str | None) -> Captured:
-    names = range(len(find_blocks(model, blocks)))
-    with evaluating(model), torch.no_grad(), capture(model, names, blocks=blocks, stop=True) as seen:
+    asked = {("", i): Request(i, blocks) for i in range(len(find_blocks(model, blocks)))}
+    with evaluating(model), torch.no_grad(), record(model, asked, stop=True) as seen:
         model(*args, **without_cache(model, inputs))
     return seen
 

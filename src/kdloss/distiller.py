@@ -2,8 +2,9 @@
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from kdloss import _watch
 from kdloss._capture import Captured
-from kdloss._masks import all_masks
+from kdloss._masks import Padding, all_masks
 from kdloss._passes import Passes, brought, requests
+from kdloss._towers import Towers
 from kdloss.adapter import evaluating, is_causal, named, resharded, with_decoder_inputs
 from kdloss.bases import Own, owner
 from kdloss.distilled import Distilled
@@ -90,7 +92,7 @@ class Distiller:
             )
         self._prepared_for: weakref.ref[nn.Module] | None = None
         self._compared: set[int] = set()
-        self._pass = Passes()
+        self._pass, self._towers = Passes(), Towers()
         self._told = False
 
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
@@ -112,6 +114,7 @@ class Distiller:
         *args: Any,
         labels: Any = None,
         mask: Bool[Tensor, "..."] | None = None,
+        feature_mask: Bool[Tensor, "..."] | Mapping[str, Tensor | None] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         teacher: Any = None,
         teach: bool = True,
@@ -130,13 +133,32 @@ class Distiller:
         home = next((p.device for p in student.parameters()), None)
         outputs = self._outputs(student, plan, args, inputs, stored, home)
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
-        settings |= all_masks(student, seen, plan, inputs, labels, mask)
+        settings |= self._masks(student, seen, plan, args, inputs, labels, mask, feature_mask)
         if self._plans:
             loss = self.criterion(seen, outputs, labels, plan=plan, **settings)
         else:
             every = list(outputs)
             loss = self.criterion(seen, every if self._as_list else every[0], labels, **settings)
         return Distilled.of(loss, seen.output, dict(getattr(self.criterion, "components", {})))
+
+    def _masks(
+        self,
+        student: nn.Module,
+        seen: Captured,
+        plan: Plan,
+        args: tuple[Any, ...],
+        inputs: dict[str, Any],
+        labels: Any,
+        mask: Tensor | None,
+        feature_mask: Any,
+    ) -> dict[str, Any]:
+        """What counts: the user's masks and the batch's own, each where it stands."""
+        on_features = [name for name, reads in plan.reads.items() if reads.pairs]
+        again = partial(self._study, student, plan, args, inputs, labels)
+        place = self._towers.of(student, requests(plan.reads, "student"), inputs, self._pass.located, again)
+        causal = self._plans and bool(getattr(self.criterion, "causal", False))
+        padding = Padding.of(student, inputs)
+        return all_masks(padding, seen, on_features, labels, mask, feature_mask, place, causal=causal)
 
     def _warn(self, student: nn.Module) -> None:
         """Tell once of projections that no optimizer trains, and of some that it trains and nobody zeroes."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import EllipsisType
 from typing import Any
 
@@ -189,7 +190,7 @@ class Features(Term):
         for (s, t), both in features.items():
             projections, distance = self._trained.of(s)
             name = f"{self.name}/{label(s, t)}"
-            compared[s, t] = compare(name, distance, projections, *both, step.where, step.feature_mask)
+            compared[s, t] = compare(name, distance, projections, *both, step.where, partial(step.feature_mask, s))
         if learned(self.layer_map.pairing):
             shares = learned_values(self.layer_map.pairing, compared, step.where)
             for name, share in shares.items():

@@ -166,6 +166,7 @@ class Sum(nn.Module):
         labels: Any = None,
         *,
         mask: Bool[Tensor, "..."] | None = None,
+        attention_mask: Bool[Tensor, "..."] | None = None,
         feature_mask: Bool[Tensor, "..."] | Mapping[str, Tensor | None] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         plan: Plan | None = None,
@@ -175,7 +176,7 @@ class Sum(nn.Module):
         plan = self.plan(count) if plan is None else plan
         if self.scheduled and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._reminder.forward(_log)
-        evaluation = Evaluation(self, plan, student, labels, mask, feature_mask, num_items_in_batch)
+        evaluation = Evaluation(self, plan, student, labels, mask, attention_mask, feature_mask, num_items_in_batch)
         for name in plan.complete_with(-1):
             evaluation.reach(name, [] if self.terms[name].several else None)
         for k in range(plan.last_teacher + 1):
