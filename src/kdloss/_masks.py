@@ -120,8 +120,17 @@ def _of_features(
     said, silent = given_to(name, given), isinstance(given, Mapping) and name in given and given[name] is None
 
     def at(layer: Layer, positions: Size) -> tuple[Tensor | None, bool]:
+        if silent or (said is not None and said.shape != positions):
+            return said, True
         side = place.side(name, layer)
-        if side == "elsewhere" or silent or (said is not None and said.shape != positions):
+        if side == "unknown" and said is None and padding.inputs is not None:
+            raise ValueError(
+                f"nothing tells whether attention_mask {tuple(padding.inputs.shape)} is that of the features of "
+                f"{name!r} at {layer!r}: the batch has something beside text, and no nn.Embedding of the student's "
+                f"reads input_ids; write feature_mask={{{name!r}: ...}}, boolean, {tuple(positions)}, or None to count "
+                "all of them"
+            )
+        if side in ("elsewhere", "unknown"):
             return said, True
         if side == "outputs" and positions == labels and said is None:
             return None, False

@@ -16,6 +16,7 @@ from kdloss.layers.layer_map import Layer, parts
 from kdloss.layers.names import unwrap
 
 Again = Callable[[], Captured]
+Side = Literal["inputs", "outputs", "elsewhere", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,10 @@ class Place:
     """Whose a feature is, by term and layer; `mixed`: whether the batch has something beside the mask's text.
 
     "inputs": of what the model reads (an encoder's); "outputs": of what it puts out; "elsewhere": of other inputs
-    than those that the mask is about.
+    than those that the mask is about; "unknown": nothing tells.
     """
 
-    side: Callable[[str, Layer], Literal["inputs", "outputs", "elsewhere"]]
+    side: Callable[[str, Layer], Side]
     mixed: bool = False
 
 
@@ -34,7 +35,7 @@ class Towers:
     """Remembers of each student which of its features follow the text that the mask is about."""
 
     def __init__(self) -> None:
-        self._follow: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+        self._follow: WeakKeyDictionary[nn.Module, dict[Any, bool | None]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Towers, ()
@@ -49,10 +50,10 @@ class Towers:
             known |= _measured(student, text, again)
         encoder = set() if not is_encoder_decoder(student) else _encoder_side(unwrap(student))
 
-        def side(term: str, layer: Layer) -> Literal["inputs", "outputs", "elsewhere"]:
+        def side(term: str, layer: Layer) -> Side:
             keys = [(term, name) for name in parts([layer]) if (term, name) in asked]
             if text is not None and not all(known[key] for key in keys):
-                return "elsewhere"
+                return "unknown" if any(known[key] is None for key in keys) else "elsewhere"
             modules = [located.find(student, asked[key].name, asked[key].blocks) for key in keys]
             return "inputs" if modules and encoder.issuperset(modules) else "outputs"
 
@@ -64,22 +65,18 @@ def _text_beside_others(batch: Mapping[str, Any]) -> Tensor | None:
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if not isinstance(mask, Tensor) or not isinstance(ids, Tensor) or ids.shape != mask.shape:
         return None
-    others = (x for x in batch.values() if isinstance(x, Tensor) and x.is_floating_point())
-    return ids if any(x.shape[:2] != ids.shape for x in others) else None
+    others = (x for x in batch.values() if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1)
+    return ids if any(x.shape != ids.shape for x in others) else None
 
 
-def _measured(student: nn.Module, ids: Tensor, again: Again) -> dict[Any, bool]:
-    """Which features change when the embeddings of the text do."""
+def _measured(student: nn.Module, ids: Tensor, again: Again) -> dict[Any, bool | None]:
+    """Which features change when the embeddings of the text do; None where no `nn.Embedding` reads it."""
     with evaluating(student), torch.no_grad():
         before = _run(student, again)
         with _other_embeddings(student, ids) as changed:
             after = _run(student, again)
     if not changed:
-        raise ValueError(
-            "the batch has text and something else, and nothing tells which features are the text's, whose "
-            "attention_mask it is: no nn.Embedding of the student's reads input_ids. Write feature_mask={name of the "
-            "term: a boolean tensor, or None for all}"
-        )
+        return dict.fromkeys(before)
     return {key: not torch.allclose(x, after[key], rtol=1e-3, atol=1e-5, equal_nan=True) for key, x in before.items()}
 
 
