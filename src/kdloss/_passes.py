@@ -41,8 +41,12 @@ class Passes:
         ):
             seen.output = model(*args, **without_cache(model, inputs))
         if head is None or self.heads.finish(model, head, seen.output):
+
+            def module(key: Any) -> nn.Module:
+                return self.located.find(model, requests[key].name, requests[key].blocks)
+
+            without_virtual_tokens(model, seen, args, inputs, module)
             _viewed(seen)
-            without_virtual_tokens(model, seen, args, inputs)
             return seen
         return self(model, requests, args, inputs, stop=stop, why_whole=why_whole)
 

@@ -48,7 +48,7 @@ class Towers:
         text = _text_beside_others(batch)
         if text is not None and any(key not in known for key in asked):
             known |= _measured(student, text, again)
-        encoder = set() if not is_encoder_decoder(student) else _encoder_side(unwrap(student))
+        encoder = encoder_side(student)
 
         def side(term: str, layer: Layer) -> Side:
             keys = [(term, name) for name in parts([layer]) if (term, name) in asked]
@@ -110,8 +110,11 @@ def _other_embeddings(student: nn.Module, ids: Tensor) -> Iterator[list[nn.Modul
             handle.remove()
 
 
-def _encoder_side(model: nn.Module) -> set[nn.Module]:
+def encoder_side(model: nn.Module) -> set[nn.Module]:
     """What of an encoder-decoder stands at its inputs' positions: all but the decoder, what holds it, and the head."""
+    if not is_encoder_decoder(model):
+        return set()
+    model = unwrap(model)
     decoder, head = (_asked(model, name) for name in ("get_decoder", "get_output_embeddings"))
     if decoder is None or decoder is model:
         return set()
