@@ -194,9 +194,11 @@ def test_logits_and_features_of_padding_on_the_left_teach_nothing(given, labelle
 
 @pytest.mark.parametrize("positions", ["labels", "mask"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_beside_them_cross_entropy_counts_every_label_as_the_models_own_loss_does(positions, reduction):
+@pytest.mark.parametrize("first", ["ce", "kd"])
+def test_beside_them_cross_entropy_counts_every_label_as_the_models_own_loss_does(positions, reduction, first):
     (student, teacher), batch = llamas(), padded_left()
-    sums = Sum(0.3 * CrossEntropy(), 0.7 * Logits(temperature=2.0, positions=positions), reduction=reduction)
+    terms = [0.3 * CrossEntropy(), 0.7 * Logits(temperature=2.0, positions=positions)]
+    sums = Sum(*(terms if first == "ce" else terms[::-1]), reduction=reduction)
     out = Distiller(teacher, sums)(student, **batch)
     own = student(**batch).loss
     same(out.components["ce"], own.detach(), rtol=1e-6, atol=0.0, check_dtype=False)

@@ -40,19 +40,21 @@ class Distiller:
       with what was captured of student and teacher (`.output` is what the model returned), labels, `mask` and
       `num_items_in_batch`; the logger "kdloss" warns of what it misses.
 
-    Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models
-    take. `labels` go to the criterion (an encoder-decoder's decoder inputs are made from them), so
-    does `num_items_in_batch`, and an `attention_mask` (or `mask`, True = keep) takes positions out
-    of every term. `teacher` is what a stored teacher said of this batch, a list where there are several.
-    Where a term's `vocabulary` is a `TokenMap`, its teacher reads its own ids of the
-    student's tokens. Returns a `Distilled` with `loss`, `logits`, `components` and `output`.
+    Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models take. `labels` go to the
+    criterion (an encoder-decoder's decoder inputs are made from them), so does `num_items_in_batch`. `mask` (True =
+    keep) takes positions of labels and logits out of every term, `feature_mask` those of features, all or by their
+    term's name (None: all count). The batch's own `attention_mask` and `decoder_attention_mask` do so where they stand:
+    brought to a speech model's frames by its own lengths, kept to the tower that reads the text, and under `causal`
+    with the logits of padding on the left. `teacher` is what a stored teacher said of this batch, a list where there
+    are several. Where a term's `vocabulary` is a `TokenMap`, its teacher reads its own ids of the student's tokens.
+    Returns a `Distilled` with `loss`, `logits`, `components` and `output`, without the virtual tokens of prompt tuning.
 
     Hugging Face's causal models make no logits `[B, T, V]`: hidden states and head go to the criterion as
     `LazyLogits`, with the same loss and gradients. Where that can't be, the logger "kdloss" says why.
 
-    Raises: TypeError for a teacher that no term reads, ValueError for a term without its teacher, and for a teacher
-    that runs on weights which the student trains (`kdloss.base_of` is the base under adapters); whatever criterion
-    and capture raise.
+    Raises: TypeError for a teacher that no term reads, ValueError for a term without its teacher, for a mask that fits
+    nothing, and for a teacher that runs on weights which the student trains (`kdloss.base_of` is the base under
+    adapters); whatever criterion and capture raise.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> import kdloss

@@ -63,7 +63,8 @@ class Features(Term):
     the last block after the model's final norm: it can be held against the teacher's last only.)
 
     Shapes: features `[B, T, D]`, `[B, D]` or maps `[B, C, H, W]`. Those at the labels' positions are counted where
-    the labels are; others are averaged within their example, over `feature_mask` where given. `components` has
+    the labels are; others are averaged within their example, over `feature_mask` where given; without labels those of
+    another tower or an encoder are the mean of the examples. `components` has
     each pair's distance "feature/3-7" and "feature", their sum by weight.
 
     A learned pairing is called as `pairing(student=..., teacher=..., distances=...)`: features `[..., D]`
