@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from kdloss._decoder_inputs import DecoderInputs
+from kdloss._virtual import virtual_tokens
 from kdloss.adapter import evaluating, resharded, takes_input, without_cache
 from kdloss.layers.names import unwrap
 from kdloss.terms._outputs import find_logits
@@ -74,7 +75,11 @@ def own_loss(
     logits, loss = find_logits(output), _field(output, "loss")
     if not isinstance(logits, Tensor) or not isinstance(loss, Tensor) or loss.numel() != 1:
         return OwnLoss()
-    if logits.ndim != 3 or (labels.shape[0], labels.shape[1]) != (logits.shape[0], logits.shape[1]):
+    if logits.ndim != 3:
+        return OwnLoss()
+    if (ahead := logits.shape[1] - labels.shape[1]) and ahead == virtual_tokens(model):
+        labels = pad(labels, (ahead, 0), value=IGNORED)  # as peft does
+    if (labels.shape[0], labels.shape[1]) != (logits.shape[0], logits.shape[1]):
         return OwnLoss()
     resharded(model)
     own = _read(model, output, loss.float().item(), logits, labels.to(logits.device))
@@ -103,8 +108,7 @@ def _classes(model: nn.Module, args: Any, inputs: Mapping[str, Any], ids: Any) -
 
 
 def _keeps_few(model: nn.Module) -> bool:
-    prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    return takes_input(model, "logits_to_keep", by_name=True) and not prompts
+    return takes_input(model, "logits_to_keep", by_name=True) and not virtual_tokens(model)
 
 
 def _window(model: nn.Module, labels: Tensor) -> tuple[Tensor, dict[str, Any]]:

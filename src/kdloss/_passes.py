@@ -5,15 +5,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdloss._capture import Captured, Located, Request, record
-from kdloss.adapter import masks, without_cache
+from kdloss._virtual import without_virtual_tokens
+from kdloss.adapter import without_cache
 from kdloss.layers.layer_map import parts
 from kdloss.lazy_head import LazyHeads
 from kdloss.teacher import moved
-from kdloss.terms import Plan, Reads
-from kdloss.terms._outputs import find_logits
+from kdloss.terms import Reads
 
 Requests = Mapping[Any, Request]
 
@@ -43,7 +43,13 @@ class Passes:
         ):
             seen.output = model(*args, **without_cache(model, inputs))
         if head is None or self.heads.finish(model, head, seen.output):
-            return _viewed(seen)
+
+            def module(key: Any) -> nn.Module:
+                return self.located.find(model, requests[key].name, requests[key].blocks)
+
+            without_virtual_tokens(model, seen, args, inputs, module)
+            _viewed(seen)
+            return seen
         return self(model, requests, args, inputs, stop=stop, why_whole=why_whole)
 
 
@@ -68,27 +74,9 @@ def brought(seen: Captured, device: torch.device | None) -> Captured:
     return seen
 
 
-def all_masks(
-    student: nn.Module, seen: Captured, plan: Plan, inputs: dict[str, Any], labels: Any, mask: Tensor | None
-) -> dict[str, Any]:
-    """The mask of the labels' positions, and those of features that stand elsewhere, by term."""
-    logits = find_logits(seen.output)
-    positions = None if logits is None else logits.shape[:-1]
-    if isinstance(labels, Tensor) and not labels.is_floating_point():
-        positions = labels.shape
-    own: dict[str, Tensor | None] = {}
-    for name, reads in plan.reads.items():
-        if reads.pairs:
-            first = next(iter(seen.of(name).values())) if "encoder" in (reads.blocks or "") else None
-            own[name] = masks(student, inputs, mask, positions, first)[1]
-    settings: dict[str, Any] = {"mask": masks(student, inputs, mask, positions, None)[0]}
-    return settings | {"feature_mask": own} if own else settings
-
-
-def _viewed(seen: Captured) -> Captured:
-    """What was captured, by name for each term."""
+def _viewed(seen: Captured) -> None:
+    """Have what was captured by name for each term."""
     features: Mapping[Any, Any] = seen.features
     for (term, name), feature in features.items():
         view = seen.views.setdefault(term, Captured())
         view.features[name], view.output = feature, seen.output
-    return seen

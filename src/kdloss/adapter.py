@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Size, Tensor, nn
+from torch import nn
 
 from kdloss.layers.names import unwrap
 
@@ -35,31 +34,6 @@ def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     return {"use_cache": False, **inputs} if takes_input(model, "use_cache", by_name=True) else dict(inputs)
 
 
-def masks(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    mask: Tensor | None,
-    positions: Size | None,
-    encoder_features: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mask of the labels' positions, and that of features which stand elsewhere.
-
-    `positions` is None where there are neither labels nor logits: the features' are all there is.
-    """
-    attention = _boolean(inputs.get("attention_mask"))
-    if is_encoder_decoder(model):
-        feature_mask = attention
-        if encoder_features is None:
-            feature_mask = None
-        elif attention is None:
-            feature_mask = encoder_features.new_ones(encoder_features.shape[:-1], dtype=torch.bool)
-        decoder = _boolean(inputs.get("decoder_attention_mask"))
-        return _both(mask, decoder), feature_mask
-    if attention is None or positions is None or attention.shape == positions:
-        return _both(mask, attention), None
-    return mask, attention
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for every module inside the `with`; each one's own mode behind it."""
@@ -77,14 +51,3 @@ def resharded(model: nn.Module) -> None:
     reset = getattr(model, "reset_iter_state", None)
     if callable(reset):
         reset()
-
-
-def _boolean(mask: Tensor | None) -> Tensor | None:
-    """A padding mask `[batch, time]`; masks of more dimensions say what attends to what."""
-    return mask.bool() if mask is not None and mask.ndim == 2 else None
-
-
-def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return first if second is None else second
-    return first & second

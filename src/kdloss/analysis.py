@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdloss._capture import Captured, capture
+from kdloss._capture import Captured, Located, Request, record
 from kdloss._decoder_inputs import DecoderInputs
+from kdloss._masks import Padding, mask_of_features
 from kdloss._own_loss import own_loss
-from kdloss.adapter import evaluating, masks, without_cache
+from kdloss._towers import Towers
+from kdloss.adapter import evaluating, without_cache
 from kdloss.layers import find_blocks, select
 from kdloss.layers.select import Layers
 from kdloss.reduction import widest
@@ -119,11 +121,12 @@ def cka_matrix(
         raise ValueError(f"samples={samples} are too few for the unbiased estimator; it needs {LEAST}")
     sums: list[Tensor] = []
     causal: bool | None = None
+    towers = Towers()
     for number, batch in enumerate(batches):
         args, inputs, labels, mask = _parts(batch)
         if labels is not None and causal is None:
             causal = getattr(own_loss(student, args, inputs, labels), "causal", None) or False
-        features, keep = _features(student, teacher, args, inputs, labels, mask, causal, blocks)
+        features, keep = _features(student, teacher, args, inputs, labels, mask, causal, blocks, towers)
         if keep is not None:
             rows = keep.nonzero()
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
@@ -157,23 +160,22 @@ def _features(
     mask: Tensor | None,
     causal: bool | None,
     blocks: str | None,
+    towers: Towers,
 ) -> tuple[list[list[Tensor]], Tensor | None]:
     """The features of every block of both models, and which tokens count; None where examples do."""
     fed = DecoderInputs()
-    features = [
-        list(_run(model, args, fed.of(model, args, inputs, labels), blocks).values()) for model in (student, teacher)
-    ]
+    both = [fed.of(model, args, inputs, labels) for model in (student, teacher)]
+    seen = [_run(model, args, own, blocks) for model, own in zip((student, teacher), both, strict=True)]
+    features = [list(side.values()) for side in seen]
     everything = [h for side in features for h in side]
     positions = everything[0].shape[:2]
     if any(h.ndim != 3 or h.shape[:2] != positions for h in everything):
         return [[h.flatten(1) for h in side] for side in features], None
-    of_encoder = "encoder" in (blocks or "")
-    where = None if labels is None or of_encoder else labels.shape
-    found = masks(student, inputs, mask, where, everything[0] if of_encoder else None)
-    keep = torch.ones(positions, dtype=torch.bool, device=everything[0].device)
-    for m in found:
-        keep = keep & m if m is not None and m.shape == positions else keep
-    if where == positions:
+    asked = {key: Request(key[1], blocks) for key in seen[0]}
+    place = towers.of(student, asked, inputs, Located(), lambda: _run(student, args, both[0], blocks))
+    found = mask_of_features(Padding.of(student, inputs), place, mask, positions)
+    keep = torch.ones(positions, dtype=torch.bool, device=everything[0].device) if found is None else found
+    if labels is not None and labels.shape == positions and place.side("", 0) == "outputs":
         counted = labels != -100
         if causal:
             counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1)
@@ -182,8 +184,8 @@ def _features(
 
 
 def _run(model: nn.Module, args: Any, inputs: dict[str, Any], blocks: str | None) -> Captured:
-    names = range(len(find_blocks(model, blocks)))
-    with evaluating(model), torch.no_grad(), capture(model, names, blocks=blocks, stop=True) as seen:
+    asked = {("", i): Request(i, blocks) for i in range(len(find_blocks(model, blocks)))}
+    with evaluating(model), torch.no_grad(), record(model, asked, stop=True) as seen:
         model(*args, **without_cache(model, inputs))
     return seen
 

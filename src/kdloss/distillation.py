@@ -31,7 +31,7 @@ class Distillation(nn.Module):
       terms that read no teacher, for the named recipes plain cross-entropy whatever alpha; None without labels.
 
     Called like the student, `model(**batch)` or `model(x, labels=y)`, and with what `kdloss.Distiller` takes beside:
-    `mask`, `num_items_in_batch`, and `teacher`, what a stored teacher said of this batch. Returns a
+    `mask`, `feature_mask`, `num_items_in_batch`, and `teacher`, what a stored teacher said of this batch. Returns a
     `kdloss.Distilled`: `loss`, `logits`, `components`, `output`, as attributes and as keys. Compiled as a whole it runs
     as it is; what stays fast is compiled blocks of the student.
 

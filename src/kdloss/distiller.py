@@ -2,8 +2,9 @@
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from kdloss import _watch
 from kdloss._capture import Captured
 from kdloss._decoder_inputs import DecoderInputs
+from kdloss._masks import Padding, all_masks
 from kdloss._own_loss import OwnLoss, own_loss, refuse_unread
-from kdloss._passes import Passes, all_masks, brought, requests
+from kdloss._passes import Passes, brought, requests
+from kdloss._towers import Towers
 from kdloss.adapter import evaluating, named, resharded
 from kdloss.bases import Own, owner
 from kdloss.distilled import Distilled
@@ -41,10 +44,13 @@ class Distiller:
 
     Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models take. `labels` go to the
     criterion (an encoder-decoder's decoder inputs are made from them), or `shift_labels`, which stand beside their
-    logits already; so does `num_items_in_batch`, and an `attention_mask` (or `mask`, True = keep) takes positions out
-    of every term. `teacher` is what a stored teacher said of this batch, a list where there are several. Where a term's
-    `vocabulary` is a `TokenMap`, its teacher reads its own ids of the student's tokens. Returns a `Distilled` with
-    `loss`, `logits`, `components` and `output`.
+    logits already; so does `num_items_in_batch`. `mask` (True = keep) takes positions of labels and logits out of every
+    term, `feature_mask` those of features, all or by their term's name (None: all count). The batch's own
+    `attention_mask` and `decoder_attention_mask` do so where they stand: brought to a speech model's frames by its own
+    lengths, kept to the tower that reads the text, and under `causal` with the logits of padding on the left. `teacher`
+    is what a stored teacher said of this batch, a list where there are several. Where a term's `vocabulary` is a
+    `TokenMap`, its teacher reads its own ids of the student's tokens. Returns a `Distilled` with `loss`, `logits`,
+    `components` and `output`, without the virtual tokens of prompt tuning.
 
     Where the criterion doesn't say whether logits at t learn label t+1 (`causal`), the first batch shows it: one pass
     of the student with labels, in eval mode and without gradient, against its own loss. What the student adds to
@@ -54,8 +60,9 @@ class Distiller:
     `LazyLogits`, with the same loss and gradients. Where that can't be, the logger "kdloss" says why.
 
     Raises: TypeError for a teacher that no term reads; ValueError for a term without its teacher, for labels `[B, T]`
-    that may be meant either way where nothing shows how, and for a teacher that runs on weights which the student
-    trains (`kdloss.base_of` is the base under adapters); whatever criterion and capture raise.
+    that may be meant either way where nothing shows how, for a mask that fits nothing, and for a teacher that runs on
+    weights which the student trains (`kdloss.base_of` is the base under adapters); whatever criterion and capture
+    raise.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> import kdloss
@@ -96,7 +103,7 @@ class Distiller:
         self._prepared_for: weakref.ref[nn.Module] | None = None
         self._own: OwnLoss | None = None
         self._compared: set[int] = set()
-        self._pass, self._decoder_inputs = Passes(), DecoderInputs()
+        self._pass, self._towers, self._decoder_inputs = Passes(), Towers(), DecoderInputs()
         self._told = False
 
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
@@ -118,6 +125,7 @@ class Distiller:
         *args: Any,
         labels: Any = None,
         mask: Bool[Tensor, "..."] | None = None,
+        feature_mask: Bool[Tensor, "..."] | Mapping[str, Tensor | None] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         teacher: Any = None,
         teach: bool = True,
@@ -138,15 +146,34 @@ class Distiller:
         home = next((p.device for p in student.parameters()), None)
         outputs = self._outputs(student, plan, args, inputs, labels, stored, home)
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
-        settings |= all_masks(student, seen, plan, inputs, labels, mask)
+        causal = self._plans and shift_labels is None and self._causal(student, own, seen, labels)
+        settings |= self._masks(student, seen, plan, args, inputs, labels, mask, feature_mask, causal)
         if self._plans:
-            settings["causal"] = self._causal(student, own, seen, labels) if shift_labels is None else False
-            settings["task_terms"] = own.added(seen.output)
+            settings |= {"causal": causal, "task_terms": own.added(seen.output)}
             loss = self.criterion(seen, outputs, labels, plan=plan, **settings)
         else:
             every = list(outputs)
             loss = self.criterion(seen, every if self._as_list else every[0], labels, **settings)
         return Distilled.of(loss, seen.output, dict(getattr(self.criterion, "components", {})))
+
+    def _masks(
+        self,
+        student: nn.Module,
+        seen: Captured,
+        plan: Plan,
+        args: tuple[Any, ...],
+        inputs: dict[str, Any],
+        labels: Any,
+        mask: Tensor | None,
+        feature_mask: Any,
+        causal: bool,
+    ) -> dict[str, Any]:
+        """What counts: the user's masks and the batch's own, each where it stands."""
+        on_features = [name for name, reads in plan.reads.items() if reads.pairs]
+        again = partial(self._study, student, plan, args, inputs, labels)
+        place = self._towers.of(student, requests(plan.reads, "student"), inputs, self._pass.located, again)
+        padding = Padding.of(student, inputs)
+        return all_masks(padding, seen, on_features, labels, mask, feature_mask, place, causal=causal)
 
     def _warn(self, student: nn.Module) -> None:
         """Tell once of projections that no optimizer trains, and of some that it trains and nobody zeroes."""

@@ -59,10 +59,9 @@ def one_width(
     return found
 
 
-def example_shape(features: Tensor, feature_mask: Tensor | None) -> Size:
-    """The positions that features stand at, where nothing else tells: whole examples for maps."""
-    whole_examples = features.ndim == 4 or feature_mask is not None
-    return features.shape[:1] if whole_examples else features.shape[:-1]
+def feature_positions(features: Tensor) -> Size:
+    """Where a map's or any other features stand."""
+    return features.shape[:1] + features.shape[2:] if features.ndim == 4 else features.shape[:-1]
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,12 @@ def compare(
     student: Tensor,
     teacher: Tensor,
     where: Positions,
-    feature_mask: Tensor | None,
+    own: Callable[[Size], tuple[Tensor | None, bool]],
 ) -> Compared:
     """The distances of a pair's features.
 
     Features that stand at the labels' positions are taken there. Others (an image's patches, an
-    encoder's tokens) are averaged within their example, over `feature_mask` where given, and all
+    encoder's tokens) are averaged within their example, over their own mask where there is one, and all
     positions of the example share that value.
     """
     _checks.floating(f"student features of {name}", student)
@@ -104,14 +103,15 @@ def compare(
             "Write FeatureKD(resize=kdloss.resize.pool) for another grid of pixels or patches; maps of several "
             "resolutions are paired by pairing='resolution'"
         )
-    apart = feature_mask is not None or student.shape[:-1] != where.shape
+    mask, elsewhere = own(student.shape[:-1])
+    apart = elsewhere or student.shape[:-1] != where.shape
     if not apart:
         student, teacher, keep = where.take(student), where.take(teacher), where.keep
     else:
         keep = where.examples(student.shape[:-1])
-        if feature_mask is not None:
-            _checks.mask(feature_mask, student.shape[:-1], "feature positions")
-            keep = feature_mask if keep is None else keep & feature_mask
+        if mask is not None:
+            _checks.mask(mask, student.shape[:-1], "feature positions")
+            keep = mask if keep is None else keep & mask
         student, teacher = fill(student, keep), fill(teacher, keep)
     student, teacher = (_project(p, x) for p, x in zip(projections, (student, teacher), strict=True))
     _same_width(name, distance, student, teacher)
@@ -196,12 +196,12 @@ def _last_against_last(pairs: Pairs, depths: tuple[int, int]) -> None:
             )
 
 
-def first_feature(output: Any, reads: Reads) -> Tensor | None:
-    """One of the student's features, which tells the positions where nothing else does."""
+def first_feature(output: Any, reads: Reads) -> tuple[Layer, Tensor] | None:
+    """One of the student's features and its layer, which tell the positions where nothing else does."""
     hidden = _hidden(output, reads.blocks)
     if hidden is not None:
-        return hidden[1]
-    return next(iter(output.values()), None) if isinstance(output, Captured) else None
+        return 0, hidden[1]
+    return next(iter(output.items()), None) if isinstance(output, Captured) else None
 
 
 def sizes(seen: Captured) -> list[tuple[int, int]]:

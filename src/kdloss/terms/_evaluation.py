@@ -11,14 +11,17 @@ from kdloss import _checks
 from kdloss._capture import Captured
 from kdloss.engine import whole_only
 from kdloss.engine.task import unwrapped
-from kdloss.reduction import precise
+from kdloss.reduction import precise, takes
 from kdloss.targets.kinds import dense
-from kdloss.terms._compare import example_shape, first_feature
-from kdloss.terms._outputs import find_logits, returned
+from kdloss.terms._compare import feature_positions, first_feature
+from kdloss.terms._feature_masks import check_given, of_term
+from kdloss.terms._outputs import class_indices, find_logits, returned, stand_at
 from kdloss.terms._positions import Positions
 from kdloss.terms._sweep import Swept, by_logits, check_numbers, look_at_stored, sweep
+from kdloss.terms._wheres import Wheres, both
 from kdloss.terms.contract import Contract, mean
 from kdloss.terms.cross_entropy import CrossEntropy
+from kdloss.terms.features import Features
 from kdloss.terms.logits import Logits
 from kdloss.terms.plan import Plan
 from kdloss.terms.step import Step
@@ -35,11 +38,12 @@ class Evaluation:
         student: Any,
         labels: Any,
         mask: Tensor | None,
+        attention_mask: Tensor | None,
         feature_mask: Any,
         items: int | Tensor | None,
     ) -> None:
         self.criterion, self.plan, self.contract = criterion, plan, contract
-        self.student, self.labels, self.feature_mask, self.items = student, labels, feature_mask, items
+        self.student, self.labels, self.items = student, labels, items
         self.losses: list[Tensor] = []
         self.means: dict[str, Tensor] = {}
         self.swept: list[Swept] = []
@@ -51,12 +55,23 @@ class Evaluation:
             self._refuse_unlabelled()
         elif contract.causal is None:
             self._refuse_unsaid()
-        shape = self._shape(mask)
-        options: dict[str, Any] = {"causal": bool(self.contract.causal), "ignore_index": self.contract.ignore_index}
-        labelled = Positions.of(shape, labels if isinstance(labels, Tensor) else None, mask, **options)
-        alike = labelled.labels is None
-        masked = labelled if alike else Positions.of(shape, None, mask, **options)
-        self.where = {"labels": labelled, "mask": masked}
+        check_given(feature_mask, criterion.terms)
+        self.own = {name: of_term(name, feature_mask) for name in plan.reads}
+        if mask is not None and attention_mask is not None:
+            _checks.mask(attention_mask, mask.shape, "the positions of mask")
+        mask = both(mask, attention_mask)
+        shape, classes = self._shape(mask)
+        told = [] if classes is not None else self._told_by_features(shape is None)
+        if shape is None and told:
+            labelled = masked = told[0][1]
+        else:
+            shape = self._any_shape() if shape is None else shape
+            labelled = masked = self._positions(shape, classes, mask)
+            if classes is not None:
+                masked = self._positions(shape, None, mask)
+        self.where = Wheres(labelled, masked, attention_mask)
+        counted = self.where.of("mask")
+        self.alone = {name: replace(own, keep=both(own.keep, counted.examples(own.shifted))) for name, own in told}
 
     def taught(self, k: int, output: Any) -> None:
         """Teacher k has run: terms take what they need of its output, and those that have it all are reached."""
@@ -76,11 +91,8 @@ class Evaluation:
         def report(name: str, values: Tensor) -> None:
             means[name] = mean(values, where)
 
-        own_mask = self.feature_mask
-        if isinstance(own_mask, Mapping):
-            own_mask = own_mask.get(name)
         student, reads = _view(self.student, name), self.plan.reads[name]
-        step = Step(student, teacher, self.labels, where, own_mask, reads, self.criterion.step, report)
+        step = Step(student, teacher, self.labels, where, self.own[name], reads, self.criterion.step, report)
         if isinstance(term, CrossEntropy | Logits):
             one = Swept(term, weight, step, self._logits(term))
             if _as_given(term) and self._by_rows(term):
@@ -95,7 +107,7 @@ class Evaluation:
     def finish(self, task_terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and every component in the order of the terms; what joins cross-entropy last."""
         for group in by_logits(self.swept):
-            loss, means = sweep(group, self.contract, self.items)
+            loss, means = sweep(group, self.where.widest(one.term for one in group), self.contract, self.items)
             self.losses.append(loss)
             self.means |= means
         joined = self._joined(task_terms)
@@ -142,13 +154,18 @@ class Evaluation:
 
     def _there(self, term: Any) -> Tensor:
         """Its logits at the positions, in float32 or better: shared, so that gradients meet before they are rounded."""
-        key = term.take, term.positions
+        where = self._where(term.name)
+        key = term.take, id(where)
         if key not in self.there:
-            self.there[key] = precise(dense(self.where[term.positions].take(self._logits(term))))
+            self.there[key] = precise(dense(where.take(self._logits(term))))
         return self.there[key]
 
     def _where(self, name: str) -> Positions:
-        return self.where[self.criterion.terms[name].positions]
+        return self.alone.get(name) or self.where.of_term(self.criterion.terms[name])
+
+    def _positions(self, shape: Size, classes: Tensor | None, mask: Tensor | None, **other: Any) -> Positions:
+        options = {"causal": bool(self.contract.causal), "ignore_index": self.contract.ignore_index} | other
+        return Positions.of(shape, classes, mask, **options)
 
     def _refuse_unlabelled(self) -> None:
         for name, reads in self.plan.reads.items():
@@ -168,30 +185,54 @@ class Evaluation:
                 "stand beside their logits, or call kdloss.Distiller or kdloss.Distillation, which measure it"
             )
 
-    def _shape(self, mask: Tensor | None) -> Size:
-        """The positions' shape: that of the logits that are read, else of labels, mask, features, or logits."""
-        labels = self.labels if isinstance(self.labels, Tensor) else None
-        indices = labels if labels is not None and not labels.is_floating_point() else None
-        for name in self.plan.reads:
-            term = self.criterion.terms[name]
-            if isinstance(term, CrossEntropy | Logits):
-                logits = self._logits(term)
-                if indices is not None:
-                    _checks.labels(indices, logits)
-                return Size(logits.shape[:-1])
-        known = indices if indices is not None else mask
-        if known is not None:
-            return known.shape
+    def _shape(self, mask: Tensor | None) -> tuple[Size | None, Tensor | None]:
+        """The positions' shape, that of logits that are read, else of labels or mask; and labels that stand there."""
+        logits = next((self._logits(term) for term in self._terms() if isinstance(term, CrossEntropy | Logits)), None)
+        classes = class_indices(self.labels)
+        if logits is not None:
+            shape = Size(logits.shape[:-1])
+            if classes is not None and classes.shape != shape and self._labels_are_the_tasks():
+                return shape, None
+            if classes is not None:
+                _checks.labels(classes, logits)
+            return shape, classes
+        if not stand_at(classes, find_logits(returned(self.student))):
+            classes = None
+        known = classes if classes is not None else mask
+        return None if known is None else known.shape, classes
+
+    def _labels_are_the_tasks(self) -> bool:
+        """Whether no term reads labels as classes, and one hands them to a loss of the task (CTC's transcripts)."""
+        as_classes = any(
+            self.plan.reads[t.name].labels or (isinstance(t, Logits) and takes(t.divergence, "labels"))
+            for t in self._terms()
+        )
+        return not as_classes and any(not isinstance(t, CrossEntropy | Logits | Features) for t in self._terms())
+
+    def _told_by_features(self, unknown: bool) -> list[tuple[str, Positions]]:
+        """Terms whose features stand elsewhere, or all on features where nothing else tells, and their positions."""
+        found = []
         for name, reads in self.plan.reads.items():
-            features = first_feature(_view(self.student, name), reads)
-            if features is not None:
-                own = self.feature_mask
-                own = own.get(name) if isinstance(own, Mapping) else own
-                return example_shape(features, own)
+            first = None if reads.pairs == () else first_feature(_view(self.student, name), reads)
+            if first is None:
+                continue
+            layer, features = first
+            mask, elsewhere = self.own[name](layer, feature_positions(features))
+            if elsewhere or (unknown and features.ndim == 4):
+                found.append((name, self._positions(features.shape[:1], None, None, causal=False)))
+            elif unknown:
+                found.append((name, self._positions(features.shape[:-1], None, mask)))
+        return found
+
+    def _any_shape(self) -> Size:
+        """The positions' shape where no term tells: that of logits, else of labels."""
         found = find_logits(returned(self.student))
         if found is not None:
             return Size(found.shape[:-1])
-        return Size(()) if labels is None else labels.shape
+        return self.labels.shape if isinstance(self.labels, Tensor) else Size(())
+
+    def _terms(self) -> list[Any]:
+        return [self.criterion.terms[name] for name in self.plan.reads]
 
     def _check_plain(self, one: Swept) -> None:
         """What the sweep checks of its terms, for one that is computed by itself."""

@@ -52,6 +52,18 @@ def find_logits(output: Any) -> AnyLogits | None:
     return output if isinstance(output, AnyLogits) else None
 
 
+def class_indices(labels: Any) -> Tensor | None:
+    """Labels that may be class indices: integers."""
+    return labels if isinstance(labels, Tensor) and not labels.is_floating_point() else None
+
+
+def stand_at(labels: Tensor | None, logits: AnyLogits | None) -> bool:
+    """Whether labels `[B, T]` are those of logits `[B, T, V]`: a CTC model's transcripts stand at no frames."""
+    if labels is None or logits is None or labels.ndim != 2 or len(logits.shape) != 3:
+        return True
+    return logits.shape[:-1] == labels.shape
+
+
 def look_at_numbers(name: str, logits: AnyLogits, where: Positions) -> None:
     """Raise for NaN or +inf at a position that counts."""
     at(logits, partial(_look_at, name, where))

@@ -36,11 +36,11 @@ def by_logits(terms: Sequence[Swept]) -> list[list[Swept]]:
     return groups
 
 
-def sweep(group: Sequence[Swept], contract: Contract, items: int | Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+def sweep(
+    group: Sequence[Swept], widest_where: Positions, contract: Contract, items: int | Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss of terms that read the same logits, and each one's mean."""
     logits, device = group[0].logits, group[0].logits.device
-    # Positions that count by the mask alone contain those that count by the labels, too.
-    widest_where = next((one.step.where for one in group if one.term.positions == "mask"), group[0].step.where)
     index, _ = widest_where.counted(device)
     rows = widest_where.numel if index is None else len(index)
     counts = [_rows_that_count(one.step.where, widest_where) for one in group]

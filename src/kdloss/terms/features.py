@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import EllipsisType
 from typing import Any
 
@@ -62,7 +63,8 @@ class Features(Term):
     the last block after the model's final norm: it can be held against the teacher's last only.)
 
     Shapes: features `[B, T, D]`, `[B, D]` or maps `[B, C, H, W]`. Those at the labels' positions are counted where
-    the labels are; others are averaged within their example, over `feature_mask` where given. `components` has
+    the labels are; others are averaged within their example, over `feature_mask` where given; without labels those of
+    another tower or an encoder are the mean of the examples. `components` has
     each pair's distance "feature/3-7" and "feature", their sum by weight.
 
     A learned pairing is called as `pairing(student=..., teacher=..., distances=...)`: features `[..., D]`
@@ -189,7 +191,7 @@ class Features(Term):
         for (s, t), both in features.items():
             projections, distance = self._trained.of(s)
             name = f"{self.name}/{label(s, t)}"
-            compared[s, t] = compare(name, distance, projections, *both, step.where, step.feature_mask)
+            compared[s, t] = compare(name, distance, projections, *both, step.where, partial(step.feature_mask, s))
         if learned(self.layer_map.pairing):
             shares = learned_values(self.layer_map.pairing, compared, step.where)
             for name, share in shares.items():

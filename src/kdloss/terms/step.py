@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdloss._capture import Take
 from kdloss.targets.kinds import AnyLogits
+from kdloss.terms._feature_masks import FeatureMask
 from kdloss.terms._outputs import logits_of, returned
 from kdloss.terms._positions import Positions
 from kdloss.terms.reads import Reads
@@ -19,7 +20,8 @@ class Step:
 
     - `student`: the student's output, or what was captured of it; `teacher` the same of the term's teacher, a
       list where it reads several, None where it reads none.
-    - `labels` as they were given, and `feature_mask`.
+    - `labels` as they were given. `feature_mask(layer, positions)` is the mask of a layer's features at these
+      positions (None: all count), and whether they stand elsewhere than labels though they are as many.
     - `where`: the positions that count. `where.take(x)` is a tensor `[*positions, ...]` there, zeroed where nothing
       counts; `where.keep` says where (None: everywhere).
     - `reads`: what the term said it reads; `number`: how many steps were taken before this one.
@@ -31,7 +33,7 @@ class Step:
     teacher: Any
     labels: Any
     where: Positions
-    feature_mask: Tensor | None
+    feature_mask: FeatureMask
     reads: Reads
     number: int
     report: Callable[[str, Tensor], None]

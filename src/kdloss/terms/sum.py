@@ -45,12 +45,15 @@ class Sum(nn.Module):
       "mean" or "sum"), which then can't be used again.
 
     Called with the student's and the teacher's output (a list of several teachers'), labels and a mask beside them
-    (True = keep); see `kdloss.reduce` for `num_items_in_batch`, which divides every term. `feature_mask` counts
-    features that stand elsewhere than labels, by a term's name where terms differ. Returns a scalar in
+    (True = keep); see `kdloss.reduce` for `num_items_in_batch`, which divides every term. `attention_mask` (boolean,
+    True = a token) takes positions out as `mask` does, and under `causal` those whose logits are padding's out of every
+    term but `CrossEntropy` and `Task`, whose label is real. `feature_mask` counts features that stand elsewhere than
+    labels, by a term's name where terms differ. Returns a scalar in
     float32 or better (one value per position for "none"). `components` then holds each term's mean at the positions
     of the call, detached and without its weight, by the term's name.
 
-    Shapes: labels and mask `[...]` where logits are `[..., V]`.
+    Shapes: labels, mask and attention_mask `[...]` where logits are `[..., V]`. Labels of another shape, like CTC's
+    transcripts, are left to `Task` where no term reads them as classes.
 
     Raises: ValueError or TypeError for what doesn't fit, saying what to write instead.
 
@@ -168,6 +171,7 @@ class Sum(nn.Module):
         labels: Any = None,
         *,
         mask: Bool[Tensor, "..."] | None = None,
+        attention_mask: Bool[Tensor, "..."] | None = None,
         feature_mask: Bool[Tensor, "..."] | Mapping[str, Tensor | None] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         plan: Plan | None = None,
@@ -184,7 +188,9 @@ class Sum(nn.Module):
         if self.scheduled and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._reminder.forward(_log)
         contract = self.contract if causal is None else replace(self.contract, causal=causal)
-        evaluation = Evaluation(self, plan, contract, student, labels, mask, feature_mask, num_items_in_batch)
+        evaluation = Evaluation(
+            self, plan, contract, student, labels, mask, attention_mask, feature_mask, num_items_in_batch
+        )
         for name in plan.complete_with(-1):
             evaluation.reach(name, [] if self.terms[name].several else None)
         for k in range(plan.last_teacher + 1):

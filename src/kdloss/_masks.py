@@ -1,0 +1,165 @@
+"""Which positions of a batch count, as far as its masks say: each mask counts where it stands, and nowhere else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from kdloss import _checks
+from kdloss._capture import Captured
+from kdloss._frames import at_positions
+from kdloss._towers import Place
+from kdloss.adapter import is_encoder_decoder
+from kdloss.layers.layer_map import Layer
+from kdloss.layers.names import unwrap
+from kdloss.terms._compare import feature_positions
+from kdloss.terms._feature_masks import FeatureMask, given_to
+from kdloss.terms._outputs import class_indices, find_logits, stand_at
+from kdloss.terms._wheres import both
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What a batch says of padding: of what the model reads, and of what it puts out, `[batch, time]` each."""
+
+    model: nn.Module
+    inputs: Tensor | None
+    outputs: Tensor | None
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Mapping[str, Any]) -> "Padding":
+        """That of a batch; masks of more dimensions say what attends to what."""
+        inputs = _boolean(batch.get("attention_mask"))
+        return cls(
+            model, inputs, _boolean(batch.get("decoder_attention_mask")) if is_encoder_decoder(model) else inputs
+        )
+
+    def at(self, positions: Size, what: str, instead: str, *, of_inputs: bool = False) -> Tensor | None:
+        """The mask there; None where none is about these positions. Raises for one that can't be brought there."""
+        mask = self.inputs if of_inputs else self.outputs
+        if mask is None:
+            return None
+        try:
+            return at_positions(self.model, mask, positions)
+        except LookupError:
+            name = "attention_mask" if mask is self.inputs else "decoder_attention_mask"
+            raise ValueError(
+                f"{name} {tuple(mask.shape)} doesn't stand at the positions of {what}, {tuple(positions)}, and no "
+                f"length function of {type(unwrap(self.model)).__name__} brings it there; write {instead}"
+            ) from None
+
+
+def all_masks(
+    padding: Padding,
+    seen: Captured,
+    on_features: list[str],
+    labels: Any,
+    mask: Tensor | None,
+    feature_mask: Any,
+    place: Place,
+    *,
+    causal: bool,
+) -> dict[str, Any]:
+    """`mask`, of labels' and logits' positions, and `feature_mask`, a function for each term on features."""
+    logits = find_logits(seen.output)
+    positions, own = _label_positions(labels, logits), None
+    if positions is not None:
+        own = _of_logits(padding, positions, logits, mask, place.mixed)
+    elif mask is not None and on_features:
+        _check_features(seen, mask)
+        own = padding.outputs if padding.outputs is not None and padding.outputs.shape == mask.shape else None
+    elif not on_features:
+        own = padding.outputs
+    found: dict[str, Any] = {"mask": mask, "attention_mask": own} if causal else {"mask": both(mask, own)}
+    by_term = {name: _of_features(padding, name, positions, feature_mask, place, causal) for name in on_features}
+    if on_features:
+        rest = dict.fromkeys(feature_mask) if isinstance(feature_mask, Mapping) else {}
+        found["feature_mask"] = rest | by_term
+    elif feature_mask is not None:
+        found["feature_mask"] = feature_mask
+    return found
+
+
+def _label_positions(labels: Any, logits: Any) -> Size | None:
+    """Where labels and logits stand; None where there are none."""
+    classes = class_indices(labels)
+    if classes is not None and stand_at(classes, logits):
+        return classes.shape
+    return None if logits is None else Size(logits.shape[:-1])
+
+
+def _of_logits(padding: Padding, positions: Size, logits: Any, mask: Tensor | None, mixed: bool) -> Tensor | None:
+    """The batch's own mask of labels and logits."""
+    if mask is not None:
+        _checks.mask(mask, positions, "labels and logits")
+    there = positions if logits is None else Size(logits.shape[:-1])
+    try:
+        return padding.at(there, "the logits", f"mask=..., boolean, {tuple(there)}, True where one counts")
+    except ValueError:
+        if mask is None and not mixed:
+            raise
+        return None  # the user has said which count; or these are no logits of the text's
+
+
+def _check_features(seen: Captured, mask: Tensor) -> None:
+    """Raise for a user's mask that stands, where features are all there is, neither at some nor at examples."""
+    shapes = {feature_positions(x) for x in seen.features.values()}
+    if mask.shape not in {*shapes, *(shape[:1] for shape in shapes)}:
+        raise ValueError(
+            f"mask {tuple(mask.shape)} fits no features, which stand at {sorted(map(tuple, shapes))}; give one entry "
+            "per position, or write feature_mask={name of the term: ...}"
+        )
+
+
+def _of_features(
+    padding: Padding, name: str, labels: Size | None, given: Any, place: Place, causal: bool
+) -> FeatureMask:
+    """The mask of a term's features by layer and positions, and whether they stand elsewhere than labels."""
+    said, silent = given_to(name, given), isinstance(given, Mapping) and name in given and given[name] is None
+
+    def at(layer: Layer, positions: Size) -> tuple[Tensor | None, bool]:
+        if silent or (said is not None and said.shape != positions):
+            return said, True
+        side = place.side(name, layer)
+        if side == "unknown" and said is None and padding.inputs is not None:
+            raise ValueError(
+                f"nothing tells whether attention_mask {tuple(padding.inputs.shape)} is that of the features of "
+                f"{name!r} at {layer!r}: the batch has something beside text, and no nn.Embedding of the student's "
+                f"reads input_ids; write feature_mask={{{name!r}: ...}}, boolean, {tuple(positions)}, or None to count "
+                "all of them"
+            )
+        if side in ("elsewhere", "unknown"):
+            return said, True
+        if side == "outputs" and positions == labels and said is None:
+            return None, False
+        what = f"the features of {name!r} at {layer!r}"
+        instead = f"feature_mask={{{name!r}: ...}}, boolean, {tuple(positions)}, or None to count all of them"
+        try:
+            found = padding.at(positions, what, instead, of_inputs=side == "inputs")
+        except ValueError:
+            if said is None:
+                raise
+            found = None
+        if causal and labels is None and found is not None and found.ndim == 2:
+            found = _after_real(found)
+        return both(said, found), said is not None or side == "inputs"
+
+    return at
+
+
+def mask_of_features(padding: Padding, place: Place, mask: Tensor | None, positions: Size) -> Tensor | None:
+    """The mask of what stands at these positions, by a user's mask of them and the batch's own."""
+    if mask is not None:
+        _checks.mask(mask, positions, "features")
+    return both(mask, _of_features(padding, "", None, None, place, False)(0, positions)[0])
+
+
+def _after_real(mask: Tensor | None) -> Tensor | None:
+    """Counted are labels that count behind a position that counts."""
+    return None if mask is None else torch.cat([mask[:, :1], mask[:, 1:] & mask[:, :-1]], 1)
+
+
+def _boolean(mask: Any) -> Tensor | None:
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

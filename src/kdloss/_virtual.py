@@ -1,0 +1,71 @@
+"""Virtual tokens: what prompt tuning and p-tuning put in front of the text has no label, and no place in a teacher."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdloss._capture import Captured
+from kdloss._towers import encoder_side
+from kdloss.targets.kinds import at
+from kdloss.terms._outputs import find_logits
+
+_OF_DECODER, _OF_INPUT = ("decoder_input_ids", "decoder_inputs_embeds", "labels"), ("input_ids", "inputs_embeds")
+
+_WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")
+
+
+def without_virtual_tokens(
+    model: nn.Module,
+    seen: Captured,
+    args: tuple[Any, ...],
+    batch: Mapping[str, Any],
+    module: Callable[[Any], nn.Module],
+) -> None:
+    """Cut them off logits and features that are longer than the batch by exactly as many as peft says.
+
+    `module` gives that of a feature's key.
+    """
+    n = virtual_tokens(model)
+    if not n:
+        return
+    of_input = _lengths([*args, *map(batch.get, _OF_INPUT)])
+    of_output = _lengths(map(batch.get, _OF_DECODER)) or of_input
+    of_encoder = encoder_side(model)
+    logits = find_logits(seen.output)
+    if logits is not None and len(logits.shape) == 3 and _longer(logits, n, of_output):
+        _put(seen.output, at(logits, partial(_behind, n)))
+    for key, x in seen.features.items():
+        if x.ndim == 3 and _longer(x, n, of_input if module(key) in of_encoder else of_output):
+            seen.features[key] = _behind(n, x)
+
+
+def _longer(x: Any, n: int, lengths: set[int]) -> bool:
+    """Whether something has the length of none of these, but of one with n tokens in front."""
+    return x.shape[1] not in lengths and x.shape[1] - n in lengths
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many a peft model's active adapter has; a prefix, which lengthens nothing, has some, too."""
+    inner: nn.Module | None = model
+    while inner is not None and not hasattr(inner, "peft_config"):
+        inner = next((m for name in _WRAPPED if (m := inner._modules.get(name)) is not None), None)
+    configs, active = getattr(inner, "peft_config", None), getattr(inner, "active_adapter", None)
+    config = configs.get(active) if isinstance(configs, Mapping) and isinstance(active, str) else None
+    return int(getattr(config, "num_virtual_tokens", None) or 0)
+
+
+def _lengths(tensors: Any) -> set[int]:
+    return {x.shape[1] for x in tensors if isinstance(x, Tensor) and x.ndim > 1}
+
+
+def _behind(n: int, x: Tensor) -> Tensor:
+    return x[:, n:]
+
+
+def _put(output: Any, logits: Any) -> None:
+    if isinstance(output, dict):
+        output["logits"] = logits
+    else:
+        output.logits = logits
