@@ -1,6 +1,5 @@
 """What `Distiller` reads from a model and its batch; duck-typed, without importing transformers."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +7,13 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from kdloss._inputs import named, taken_by
 from kdloss.layers.names import unwrap
+
+__all__ = [
+    "evaluating", "is_causal", "is_encoder_decoder", "masks", "named", "resharded", "with_decoder_inputs",
+    "without_cache",
+]  # fmt: skip
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -31,18 +36,9 @@ def with_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any], labels: Ten
     return {**inputs, "decoder_input_ids": prepare(labels)}
 
 
-def named(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs without what is a teacher's: what the forward doesn't name, or what begins with "teacher_"."""
-    known = inspect.signature(unwrap(model).forward).parameters.values()
-    names = {p.name for p in known}
-    anything = any(p.kind is p.VAR_KEYWORD for p in known)
-    return {k: v for k, v in inputs.items() if k in names or (anything and not k.startswith("teacher_"))}
-
-
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs that keep a causal model from storing keys and values for a generation that won't come."""
-    known = inspect.signature(unwrap(model).forward).parameters
-    return {"use_cache": False, **inputs} if "use_cache" in known else dict(inputs)
+    return {"use_cache": False, **inputs} if "use_cache" in taken_by(model)[0] else dict(inputs)
 
 
 def masks(

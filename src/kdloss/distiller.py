@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from kdloss import _watch
 from kdloss._capture import Captured
+from kdloss._inputs import of_student, taken_by
 from kdloss._passes import Passes, all_masks, brought, requests
-from kdloss.adapter import evaluating, is_causal, named, resharded, with_decoder_inputs
+from kdloss.adapter import evaluating, is_causal, resharded, with_decoder_inputs
 from kdloss.bases import Own, owner
 from kdloss.distilled import Distilled
 from kdloss.layers.names import unwrap
@@ -38,7 +39,8 @@ class Distiller:
       `num_items_in_batch`; the logger "kdloss" warns of what it misses.
 
     Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models
-    take. `labels` go to the criterion (an encoder-decoder's decoder inputs are made from them), so
+    take: each is given those that its forward names (all, if it takes any), and one that nobody reads is refused.
+    `labels` go to the criterion (an encoder-decoder's decoder inputs are made from them), so
     does `num_items_in_batch`, and an `attention_mask` (or `mask`, True = keep) takes positions out
     of every term. `teacher` is what a stored teacher said of this batch, a list where there are several.
     Where a term's `vocabulary` is a `TokenMap`, its teacher reads its own ids of the
@@ -47,8 +49,8 @@ class Distiller:
     Hugging Face's causal models make no logits `[B, T, V]`: hidden states and head go to the criterion as
     `LazyLogits`, with the same loss and gradients. Where that can't be, the logger "kdloss" says why.
 
-    Raises: TypeError for a teacher that no term reads, ValueError for a term without its teacher, and for a teacher
-    that runs on weights which the student trains (`kdloss.base_of` is the base under adapters); whatever criterion
+    Raises: TypeError for a teacher or an input that nobody reads, ValueError for a term without its teacher, for packed
+    or padded rows that a model can't tell from others (no `position_ids`, no `attention_mask`), and for a teacher that runs on weights which the student trains (`kdloss.base_of` is the base under adapters); whatever criterion
     and capture raise.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -161,6 +163,17 @@ class Distiller:
         return plan
 
     @property
+    def columns(self) -> list[str] | None:
+        """The inputs that teachers name, which whoever drops what the student doesn't read has to keep; None: all.
+
+        All where a teacher is given a function of the batch.
+        """
+        there = [teacher for teacher in self.teachers if teacher is not None]
+        if any(teacher.inputs is not None for teacher in there):
+            return None
+        return sorted({name for teacher in there for name in taken_by(teacher.module)[0]} - {"labels"})
+
+    @property
     def _modules(self) -> list[nn.Module | None]:
         """The teachers that are models."""
         found = (None if t is None else t.module for t in self.teachers)
@@ -198,8 +211,7 @@ class Distiller:
         self, student: nn.Module, plan: Plan, args: tuple[Any, ...], inputs: dict[str, Any], labels: Any
     ) -> Captured:
         """The student's pass."""
-        if any(t is not None and t.inputs is not None for t in self.teachers):
-            inputs = named(student, inputs)
+        inputs = of_student(student, self.teachers, inputs)
         if plan.own_loss:
             inputs = {**inputs, "labels": labels}
         why = plan.why_whole if self._plans else "its criterion may want them"

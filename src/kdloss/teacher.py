@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from kdloss._inputs import of_teacher
 from kdloss.targets import LazyLogits
 
 
@@ -46,7 +47,9 @@ class Teacher:
     def of(self, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The teacher's own inputs of this batch, positional and by keyword, where it reads them."""
         own_args, own = args, dict(inputs)
-        if self.inputs is not None:
+        if self.inputs is None:
+            own = of_teacher(self.module, inputs)
+        else:
             given = self.inputs(*args, own) if own else self.inputs(*args)
             own = dict(given) if isinstance(given, Mapping) else {}
             own_args = () if isinstance(given, Mapping) else given if isinstance(given, tuple) else (given,)
