@@ -50,8 +50,9 @@ class Distiller:
     `LazyLogits`, with the same loss and gradients. Where that can't be, the logger "kdloss" says why.
 
     Raises: TypeError for a teacher or an input that nobody reads, ValueError for a term without its teacher, for packed
-    or padded rows that a model can't tell from others (no `position_ids`, no `attention_mask`), and for a teacher that runs on weights which the student trains (`kdloss.base_of` is the base under adapters); whatever criterion
-    and capture raise.
+    or padded rows that a model can't tell from others (no `position_ids`, no `attention_mask`), and for a teacher that
+    runs on weights which the student trains (`kdloss.base_of` is the base under adapters); whatever criterion and
+    capture raise.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> import kdloss
