@@ -68,9 +68,16 @@ def masks(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module inside the `with`; each one's own mode behind it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    """Eval mode for every module inside the `with`; each one's own mode behind it.
+
+    What torch.export made has the mode that it was exported in, and frozen TorchScript has none.
+    """
+    modes = {module: module.training for module in model.modules() if hasattr(module, "training")}
+    try:
+        model.eval()
+    except NotImplementedError:
+        for module in modes:
+            module.training = False
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from kdloss.adapter import evaluating, is_causal, resharded, with_decoder_inputs
 from kdloss.bases import Own, owner
 from kdloss.distilled import Distilled
 from kdloss.layers.names import unwrap
-from kdloss.teacher import Teacher
+from kdloss.teacher import Teacher, refuse_functions, tensors
 from kdloss.terms import Plan
 from kdloss.terms.sum import as_criterion
 
@@ -83,6 +83,7 @@ class Distiller:
             )
         if self._plans:
             self.criterion.check_teachers(len(self.teachers))
+            refuse_functions(self.criterion, self.teachers)
         else:
             _log.warning(
                 "%s has no `plan` that says what it reads: logits are made whole, teachers run to their end, no "
@@ -272,6 +273,7 @@ class Distiller:
                     asked = requests(reads, "teacher")
                     seen = self._pass(module, asked, args, inputs, stop=stop, why_whole=why)
                 resharded(module)
+        seen.output = tensors(seen.output, (args, inputs))
         return seen
 
     def _measure(self, student: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:
