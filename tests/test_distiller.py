@@ -298,7 +298,7 @@ def test_vocabularies_that_differ_are_refused():
     student.resize_token_embeddings(59)
     inputs = batch("llama")
     inputs["input_ids"] = inputs["input_ids"].clamp(max=58)
-    with pytest.raises(ValueError, match="59 entries and the teacher's 61"):
+    with pytest.raises(ValueError, match="student has 59 classes and the teacher 61"):
         kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=0.0))(student, **inputs)
 
 

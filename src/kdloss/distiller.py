@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdloss import _watch
 from kdloss._capture import Captured
+from kdloss._classes import Named
 from kdloss._inputs import of_student, taken_by
 from kdloss._passes import Passes, all_masks, brought, requests
 from kdloss.adapter import evaluating, is_causal, resharded, with_decoder_inputs
@@ -93,7 +94,7 @@ class Distiller:
             )
         self._prepared_for: weakref.ref[nn.Module] | None = None
         self._compared: set[int] = set()
-        self._pass = Passes()
+        self._pass, self._classes = Passes(), Named()
         self._told = False
 
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
@@ -237,6 +238,7 @@ class Distiller:
                 # By no name here: who asks for the output is the only one to hold it.
                 with self._seen_apart(k, student):
                     seen = [self._teach(k, teacher, plan, args, inputs)]
+                seen[0].classes = self._classes(k, student, teacher.module)
                 yield brought(seen.pop(), None if teacher.device is None else home)
             else:
                 yield None
@@ -258,8 +260,9 @@ class Distiller:
     def _teach(self, k: int, teacher: Teacher, plan: Plan, args: tuple[Any, ...], inputs: dict[str, Any]) -> Captured:
         reads = {name: plan.reads[name] for name in plan.of_teacher(k)}
         rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
-        if rename is not None and teacher.inputs is None and "input_ids" in inputs:
-            inputs = {**inputs, "input_ids": rename(inputs["input_ids"])}
+        if rename is not None and teacher.inputs is None:
+            tokens = [name for name in ("input_ids", "decoder_input_ids") if inputs.get(name) is not None]
+            inputs = {**inputs, **{name: rename(inputs[name]) for name in tokens}}
         args, inputs = teacher.of(args, inputs)
         module = teacher.module
         stop = self._plans and plan.ends_early(k)
