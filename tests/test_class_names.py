@@ -157,8 +157,15 @@ def test_an_encoder_decoders_teacher_reads_its_own_ids_on_both_sides():
         for own, old in ((renamed.shared, teacher.shared), (renamed.lm_head, teacher.lm_head)):
             before = old.weight.clone()
             own.weight[ids] = before
+    renamed.config.decoder_start_token_id = renamed.config.pad_token_id = int(ids[0])
     inputs = batch("t5")
     plain = kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=0.0))(student, **inputs).loss
     shared = kdloss.TokenMap(torch.arange(61), ids)
     mapped = kdloss.Distiller(renamed, kdloss.VanillaKD(alpha=0.0, vocabulary=shared))(student, **inputs).loss
     torch.testing.assert_close(mapped, plain)
+    given = inputs | {"decoder_input_ids": inputs["labels"].clamp_min(0)}
+    both = [
+        kdloss.Distiller(t, kdloss.VanillaKD(alpha=0.0, vocabulary=v))(student, **given).loss
+        for t, v in ((teacher, None), (renamed, shared))
+    ]
+    torch.testing.assert_close(*both)

@@ -74,6 +74,16 @@ def of_teacher(teacher: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[s
     return own
 
 
+def of_decoder(model: Callable[..., Any], labels: Any, rename: Callable[[Tensor], Tensor]) -> Any:
+    """The labels of which an encoder-decoder's decoder inputs are made, in its own ids of tokens."""
+    config = getattr(unwrap(model), "config", None) if isinstance(model, nn.Module) else None
+    if not getattr(config, "is_encoder_decoder", False) or not isinstance(labels, Tensor) or labels.is_floating_point():
+        return labels
+    own, there = labels.clone(), labels >= 0
+    own[there] = rename(labels[there])
+    return own
+
+
 def _refuse_unread_packing(model: Callable[..., Any], inputs: Mapping[str, Any], whose: str, way: str) -> None:
     if inputs.get(_PACKING) is None:
         return

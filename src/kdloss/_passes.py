@@ -35,6 +35,8 @@ class Passes:
         why_whole: str | None = None,
     ) -> Captured:
         """One pass, ended early where `stop` says so; `why_whole` its logits must be a tensor, if they must."""
+        if inputs.get("labels") is not None:
+            why_whole = "it is given labels, of which it makes a loss by itself"
         with (
             record(model, requests, stop=stop, located=self.located) as seen,
             nullcontext() if stop else self.heads.apart(model, why_whole) as head,

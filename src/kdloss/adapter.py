@@ -11,16 +11,10 @@ from kdloss._inputs import named, taken_by
 from kdloss.layers.names import unwrap
 
 __all__ = [
-    "evaluating", "is_causal", "is_encoder_decoder", "masks", "named", "resharded", "with_decoder_inputs",
+    "evaluating", "is_encoder_decoder", "masks", "named", "resharded", "takes_input", "with_decoder_inputs",
     "without_cache",
 ]  # fmt: skip
-
-
-def is_causal(model: nn.Module) -> bool:
-    """Whether Hugging Face shifts this model's labels: the logits at t belong to label t+1."""
-    model = unwrap(model)
-    by_loss = getattr(model, "loss_type", None) == "ForCausalLM"
-    return by_loss or type(model).__name__.endswith(("LMHeadModel", "ForCausalLM"))
+_DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds", "decoder_input_values"}
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -28,17 +22,29 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
 
 
-def with_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
-    """An encoder-decoder's decoder inputs, which it makes itself only where it is given labels."""
-    if labels is None or not is_encoder_decoder(model) or "decoder_input_ids" in inputs:
+def takes_input(model: nn.Module, name: str, *, by_name: bool = False) -> bool:
+    """Whether a model's forward takes this keyword; `by_name` leaves out what `**kwargs` may be for."""
+    names, anything = taken_by(model)
+    return name in names or (anything and not by_name)
+
+
+def with_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any], labels: Any) -> dict[str, Any]:
+    """What an encoder-decoder's decoder reads, made of labels that are text: by the model's method, or in its forward.
+
+    Labels of whole examples (classes, boxes) are no text; such a model makes its decoder's inputs by itself.
+    """
+    text = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+    if not text or not is_encoder_decoder(model) or not _DECODER_INPUTS.isdisjoint(inputs):
         return dict(inputs)
-    prepare: Any = unwrap(model).prepare_decoder_input_ids_from_labels
-    return {**inputs, "decoder_input_ids": prepare(labels)}
+    prepare = getattr(unwrap(model), "prepare_decoder_input_ids_from_labels", None)
+    if callable(prepare):
+        return {**inputs, "decoder_input_ids": prepare(labels)}
+    return {**inputs, "labels": labels} if takes_input(model, "labels", by_name=True) else dict(inputs)
 
 
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs that keep a causal model from storing keys and values for a generation that won't come."""
-    return {"use_cache": False, **inputs} if "use_cache" in taken_by(model)[0] else dict(inputs)
+    return {"use_cache": False, **inputs} if takes_input(model, "use_cache", by_name=True) else dict(inputs)
 
 
 def masks(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kdloss._capture import Captured, capture
-from kdloss.adapter import evaluating, is_causal, masks, with_decoder_inputs, without_cache
+from kdloss._own_loss import own_loss
+from kdloss.adapter import evaluating, masks, with_decoder_inputs, without_cache
 from kdloss.layers import find_blocks, select
 from kdloss.layers.select import Layers
 from kdloss.reduction import widest
@@ -116,8 +117,12 @@ def cka_matrix(
     if samples < LEAST:
         raise ValueError(f"samples={samples} are too few for the unbiased estimator; it needs {LEAST}")
     sums: list[Tensor] = []
+    causal: bool | None = None
     for number, batch in enumerate(batches):
-        features, keep = _features(student, teacher, batch, blocks)
+        args, inputs, labels, mask = _parts(batch)
+        if labels is not None and causal is None:
+            causal = getattr(own_loss(student, args, inputs, labels), "causal", None) or False
+        features, keep = _features(student, teacher, args, inputs, labels, mask, causal, blocks)
         if keep is not None:
             rows = keep.nonzero()
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
@@ -135,13 +140,24 @@ def cka_matrix(
     return CKAMatrix(torch.where(scale > 0, both / scale, 0.0))
 
 
-def _features(
-    student: nn.Module, teacher: nn.Module, batch: Any, blocks: str | None
-) -> tuple[list[list[Tensor]], Tensor | None]:
-    """The features of every block of both models, and which tokens count; None where examples do."""
+def _parts(batch: Any) -> tuple[Any, dict[str, Any], Any, Any]:
+    """A batch's positional inputs, those by keyword, labels and mask."""
     inputs = dict(batch) if isinstance(batch, Mapping) else {}
     args = () if inputs else batch if isinstance(batch, tuple | list) else (batch,)
-    labels, mask = inputs.pop("labels", None), inputs.pop("mask", None)
+    return args, inputs, inputs.pop("labels", None), inputs.pop("mask", None)
+
+
+def _features(
+    student: nn.Module,
+    teacher: nn.Module,
+    args: Any,
+    inputs: dict[str, Any],
+    labels: Any,
+    mask: Tensor | None,
+    causal: bool | None,
+    blocks: str | None,
+) -> tuple[list[list[Tensor]], Tensor | None]:
+    """The features of every block of both models, and which tokens count; None where examples do."""
     inputs = with_decoder_inputs(student, inputs, labels)
     features = [list(_run(model, args, inputs, blocks).values()) for model in (student, teacher)]
     everything = [h for side in features for h in side]
@@ -156,7 +172,7 @@ def _features(
         keep = keep & m if m is not None and m.shape == positions else keep
     if where == positions:
         counted = labels != -100
-        if is_causal(student):
+        if causal:
             counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1)
         keep = keep & counted
     return features, keep

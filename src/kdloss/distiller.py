@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from kdloss import _watch
 from kdloss._capture import Captured
 from kdloss._classes import Named
-from kdloss._inputs import of_student, taken_by
+from kdloss._inputs import of_decoder, of_student, taken_by
+from kdloss._own_loss import OwnLoss, own_loss, refuse_unread
 from kdloss._passes import Passes, all_masks, brought, requests
-from kdloss.adapter import evaluating, is_causal, resharded, with_decoder_inputs
+from kdloss.adapter import evaluating, resharded, with_decoder_inputs
 from kdloss.bases import Own, owner
 from kdloss.distilled import Distilled
-from kdloss.layers.names import unwrap
 from kdloss.teacher import Teacher, refuse_functions, tensors
 from kdloss.terms import Plan
+from kdloss.terms.contract import Contract
 from kdloss.terms.sum import as_criterion
 
 _log = logging.getLogger("kdloss")
@@ -39,21 +40,25 @@ class Distiller:
       with what was captured of student and teacher (`.output` is what the model returned), labels, `mask` and
       `num_items_in_batch`; the logger "kdloss" warns of what it misses.
 
-    Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models
-    take: each is given those that its forward names (all, if it takes any), and one that nobody reads is refused.
-    `labels` go to the criterion (an encoder-decoder's decoder inputs are made from them), so
-    does `num_items_in_batch`, and an `attention_mask` (or `mask`, True = keep) takes positions out
-    of every term. `teacher` is what a stored teacher said of this batch, a list where there are several.
-    Where a term's `vocabulary` is a `TokenMap`, its teacher reads its own ids of the
-    student's tokens. Returns a `Distilled` with `loss`, `logits`, `components` and `output`.
+    Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models take: each is given
+    those that its forward names (all, if it takes any), and one that nobody reads is refused. `labels` go to the
+    criterion (an encoder-decoder's decoder inputs are made from them), or `shift_labels`, which stand beside their
+    logits already; so does `num_items_in_batch`, and an `attention_mask` (or `mask`, True = keep) takes positions out
+    of every term. `teacher` is what a stored teacher said of this batch, a list where there are several. Where a term's
+    `vocabulary` is a `TokenMap`, its teacher reads its own ids of the student's tokens. Returns a `Distilled` with
+    `loss`, `logits`, `components` and `output`.
 
-    Hugging Face's causal models make no logits `[B, T, V]`: hidden states and head go to the criterion as
+    Where the criterion doesn't say whether logits at t learn label t+1 (`causal`), the first batch shows it: one pass
+    of the student with labels, in eval mode and without gradient, against its own loss. What the student adds to
+    cross-entropy by name (`aux_loss` of a mixture of experts) joins it, with the student's own coefficient.
+
+    Hugging Face's language models make no logits `[B, T, V]`: hidden states and head go to the criterion as
     `LazyLogits`, with the same loss and gradients. Where that can't be, the logger "kdloss" says why.
 
-    Raises: TypeError for a teacher or an input that nobody reads, ValueError for a term without its teacher, for packed
-    or padded rows that a model can't tell from others (no `position_ids`, no `attention_mask`), and for a teacher that
-    runs on weights which the student trains (`kdloss.base_of` is the base under adapters); whatever criterion and
-    capture raise.
+    Raises: TypeError for a teacher or an input that nobody reads; ValueError for a term without its teacher, for labels
+    `[B, T]` that may be meant either way where nothing shows how, for packed or padded rows that a model can't tell
+    from others (no `position_ids`, no `attention_mask`), and for a teacher that runs on weights which the student trains
+    (`kdloss.base_of` is the base under adapters); whatever criterion and capture raise.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> import kdloss
@@ -93,6 +98,7 @@ class Distiller:
                 type(criterion).__name__,
             )
         self._prepared_for: weakref.ref[nn.Module] | None = None
+        self._own: OwnLoss | None = None
         self._compared: set[int] = set()
         self._pass, self._classes = Passes(), Named()
         self._told = False
@@ -119,23 +125,27 @@ class Distiller:
         num_items_in_batch: int | Tensor | None = None,
         teacher: Any = None,
         teach: bool = True,
+        shift_labels: Tensor | None = None,
         **inputs: Any,
     ) -> Distilled:
         """One forward pass of each model, and the loss; see the class. `teach=False` runs no teacher."""
         self._settle(student)
+        own = self._own_loss(student, args, inputs, labels)
         stored = self._stored(teacher)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn(student)
         plan = self._plan(teach)
-        inputs = with_decoder_inputs(student, inputs, labels)
-        seen = self._study(student, plan, args, inputs, labels)
+        seen = self._study(student, plan, args, inputs, labels, shift_labels)
+        labels = labels if shift_labels is None else shift_labels
         if not teach and (not plan.weights or (labels is None and plan.needs_labels)):
             return Distilled.of(None, seen.output, {})
         home = next((p.device for p in student.parameters()), None)
-        outputs = self._outputs(student, plan, args, inputs, stored, home)
+        outputs = self._outputs(student, plan, args, inputs, labels, stored, home)
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
         settings |= all_masks(student, seen, plan, inputs, labels, mask)
         if self._plans:
+            settings["causal"] = self._causal(student, own, seen, labels) if shift_labels is None else False
+            settings["task_terms"] = own.added(seen.output)
             loss = self.criterion(seen, outputs, labels, plan=plan, **settings)
         else:
             every = list(outputs)
@@ -183,20 +193,31 @@ class Distiller:
         return [module if isinstance(module, nn.Module) else None for module in found]
 
     def _settle(self, student: nn.Module) -> None:
-        """Once per student: find out whether it is causal and where its blocks are."""
+        """Once per student: find out where its blocks are."""
         if self._prepared_for is not None and self._prepared_for() is student:
             return
-        if getattr(self.criterion, "causal", False) is None:
-            self.criterion.causal = is_causal(student)
-            _log.info(
-                "causal=%s, as %s is: logits at t are held against label %s",
-                self.criterion.causal,
-                type(unwrap(student)).__name__,
-                "t+1" if self.criterion.causal else "t",
-            )
         if self._plans:
             self.criterion.locate(student, self._modules)
-        self._prepared_for, self._compared = weakref.ref(student), set()
+        self._prepared_for, self._compared, self._own = weakref.ref(student), set(), None
+
+    def _own_loss(self, student: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], labels: Any) -> OwnLoss:
+        """How the student's own loss reads labels, measured on the first batch, on every rank alike."""
+        if self._own is None:
+            contract = self.criterion.contract if self._plans else Contract()
+            inputs = of_student(student, self.teachers, inputs)
+            self._own = own_loss(student, args, inputs, labels, contract.ignore_index)
+            if self._own is not None and self._own.causal is not None and contract.causal is None:
+                _log.info("causal=%s, measured: %s", self._own.causal, self._own)
+        return self._own or OwnLoss()
+
+    def _causal(self, student: nn.Module, own: OwnLoss, seen: Captured, labels: Any) -> bool:
+        """Whether logits at t are held against label t+1: as the criterion says, else as the student does it."""
+        said: bool | None = self.criterion.contract.causal
+        if said is not None:
+            return said
+        if own.causal is None:
+            refuse_unread(own, student, seen.output, labels)
+        return bool(own.causal)
 
     def _stored(self, given: Any) -> list[Any]:
         """What the stored teachers said."""
@@ -211,12 +232,18 @@ class Distiller:
         return several
 
     def _study(
-        self, student: nn.Module, plan: Plan, args: tuple[Any, ...], inputs: dict[str, Any], labels: Any
+        self,
+        student: nn.Module,
+        plan: Plan,
+        args: tuple[Any, ...],
+        inputs: dict[str, Any],
+        labels: Any,
+        shift_labels: Tensor | None = None,
     ) -> Captured:
         """The student's pass."""
-        inputs = of_student(student, self.teachers, inputs)
-        if plan.own_loss:
-            inputs = {**inputs, "labels": labels}
+        inputs = with_decoder_inputs(student, of_student(student, self.teachers, inputs), labels)
+        if plan.own_loss or (self._own is not None and self._own.of_labels):
+            inputs = {**inputs, "labels": labels} | ({} if shift_labels is None else {"shift_labels": shift_labels})
         why = plan.why_whole if self._plans else "its criterion may want them"
         return self._pass(student, requests(plan.reads, "student"), args, inputs, why_whole=why)
 
@@ -226,6 +253,7 @@ class Distiller:
         plan: Plan,
         args: tuple[Any, ...],
         inputs: dict[str, Any],
+        labels: Any,
         stored: Sequence[Any] = (),
         home: torch.device | None = None,
     ) -> Iterator[Any]:
@@ -237,7 +265,7 @@ class Distiller:
             elif not self._plans or plan.of_teacher(k):
                 # By no name here: who asks for the output is the only one to hold it.
                 with self._seen_apart(k, student):
-                    seen = [self._teach(k, teacher, plan, args, inputs)]
+                    seen = [self._teach(k, teacher, plan, args, inputs, labels)]
                 seen[0].classes = self._classes(k, student, teacher.module)
                 yield brought(seen.pop(), None if teacher.device is None else home)
             else:
@@ -257,14 +285,16 @@ class Distiller:
         own.refuse(k)
         self._compared.add(k)
 
-    def _teach(self, k: int, teacher: Teacher, plan: Plan, args: tuple[Any, ...], inputs: dict[str, Any]) -> Captured:
-        reads = {name: plan.reads[name] for name in plan.of_teacher(k)}
+    def _teach(
+        self, k: int, teacher: Teacher, plan: Plan, args: tuple[Any, ...], inputs: dict[str, Any], labels: Any
+    ) -> Captured:
+        reads, module = {name: plan.reads[name] for name in plan.of_teacher(k)}, teacher.module
         rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
         if rename is not None and teacher.inputs is None:
             tokens = [name for name in ("input_ids", "decoder_input_ids") if inputs.get(name) is not None]
             inputs = {**inputs, **{name: rename(inputs[name]) for name in tokens}}
+            labels = of_decoder(module, labels, rename)
         args, inputs = teacher.of(args, inputs)
-        module = teacher.module
         stop = self._plans and plan.ends_early(k)
         why = plan.why_teacher_whole(k) if self._plans else "its criterion may want them"
         with torch.no_grad():
@@ -272,6 +302,7 @@ class Distiller:
                 seen = Captured()
                 seen.output = module(*args, **inputs)
             else:
+                inputs = with_decoder_inputs(module, inputs, labels)
                 with evaluating(module):
                     asked = requests(reads, "teacher")
                     seen = self._pass(module, asked, args, inputs, stop=stop, why_whole=why)
@@ -281,11 +312,11 @@ class Distiller:
 
     def _measure(self, student: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:
         labels = batch.pop("labels", None)
-        inputs = with_decoder_inputs(student, batch, labels)
+        self._own_loss(student, args, batch, labels)
         plan = self.criterion.candidates(len(self.teachers))
         with evaluating(student), torch.no_grad():
-            seen = self._study(student, plan, args, inputs, labels)
-        for k, output in enumerate(self._outputs(student, plan, args, inputs)):
+            seen = self._study(student, plan, args, batch, labels)
+        for k, output in enumerate(self._outputs(student, plan, args, batch, labels)):
             for name in plan.complete_with(k):
                 self.criterion.measure(name, seen.of(name), output.of(name))
         self.criterion.to(next(student.parameters()).device)

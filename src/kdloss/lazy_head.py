@@ -1,4 +1,4 @@
-"""Logits of Hugging Face causal models that are never made: base model and head, apart, in one pass.
+"""Logits of Hugging Face language models that are never made: base model and head, apart, in one pass.
 
 During the pass the head is shown the first position only, so everything around it (DDP, peft, accelerate,
 the model's own scale or soft cap) runs as ever, on logits `[1, 1, V]`. All its input is kept.
@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kdloss.adapter import is_causal, is_encoder_decoder
 from kdloss.layers.names import unwrap
 from kdloss.targets import LazyLogits
 from kdloss.terms._outputs import find_logits
@@ -176,8 +175,6 @@ def why_whole(model: nn.Module, head: nn.Module | None) -> str | None:
     """What speaks against running a model's head apart, as far as it can be told beforehand."""
     if torch.compiler.is_compiling():
         return "the step is being compiled"
-    if not is_causal(model) or is_encoder_decoder(model):
-        return "it is no causal language model of Hugging Face's"
     if head is None:
         return "it has no output embeddings"
     if type(head) is not nn.Linear:

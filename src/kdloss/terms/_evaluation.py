@@ -17,7 +17,7 @@ from kdloss.terms._compare import example_shape, first_feature
 from kdloss.terms._outputs import find_logits, returned
 from kdloss.terms._positions import Positions
 from kdloss.terms._sweep import Swept, by_logits, check_numbers, look_at_stored, sweep
-from kdloss.terms.contract import mean
+from kdloss.terms.contract import Contract, mean
 from kdloss.terms.cross_entropy import CrossEntropy
 from kdloss.terms.logits import Logits
 from kdloss.terms.plan import Plan
@@ -31,13 +31,14 @@ class Evaluation:
         self,
         criterion: Any,
         plan: Plan,
+        contract: Contract,
         student: Any,
         labels: Any,
         mask: Tensor | None,
         feature_mask: Any,
         items: int | Tensor | None,
     ) -> None:
-        self.criterion, self.plan, self.contract = criterion, plan, criterion.contract
+        self.criterion, self.plan, self.contract = criterion, plan, contract
         self.student, self.labels, self.feature_mask, self.items = student, labels, feature_mask, items
         self.losses: list[Tensor] = []
         self.means: dict[str, Tensor] = {}
@@ -48,6 +49,8 @@ class Evaluation:
         self.there: dict[Any, Tensor] = {}
         if labels is None:
             self._refuse_unlabelled()
+        elif contract.causal is None:
+            self._refuse_unsaid()
         shape = self._shape(mask)
         options: dict[str, Any] = {"causal": bool(self.contract.causal), "ignore_index": self.contract.ignore_index}
         labelled = Positions.of(shape, labels if isinstance(labels, Tensor) else None, mask, **options)
@@ -89,23 +92,33 @@ class Evaluation:
         self.losses.append(weight * self.contract.total(name, values, where, self.items))
         report(name, values)
 
-    def finish(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and every component in the order of the terms."""
+    def finish(self, task_terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and every component in the order of the terms; what joins cross-entropy last."""
         for group in by_logits(self.swept):
             loss, means = sweep(group, self.contract, self.items)
             self.losses.append(loss)
             self.means |= means
+        joined = self._joined(task_terms)
         self.losses += self._untouched()
         found = {
             part: value
             for name in self.plan.weights
             for part, value in self.means.items()
             if part == name or part.startswith(f"{name}/")
-        }
+        } | joined
         total = self.losses[0]
         for loss in self.losses[1:]:
             total = total + loss
         return total, found
+
+    def _joined(self, task_terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Numbers that belong to cross-entropy, weighed as it is: each one's mean."""
+        names = [name for name in self.plan.weights if isinstance(self.criterion.terms[name], CrossEntropy)]
+        if not names:
+            return {}
+        where, weight = self._where(names[0]), sum(self.plan.weights[name] for name in names)
+        self.losses += [weight * self.contract.total(n, v, where, self.items) for n, v in task_terms.items()]
+        return {name: mean(value, where) for name, value in task_terms.items()}
 
     def _logits(self, term: Any) -> Any:
         """The student's logits that a term reads: the same ones for all that take the same."""
@@ -143,6 +156,17 @@ class Evaluation:
                 raise ValueError(
                     f"the term {name!r} needs labels: pass labels=..., or give it weight 0 (alpha=0 in a recipe)"
                 )
+
+    def _refuse_unsaid(self) -> None:
+        """Labels of a Hugging Face output's logits [B, T, V] may be shifted or not; those of a tensor are beside it."""
+        output, labels = returned(self.student), self.labels
+        logits = find_logits(output) if hasattr(output, "to_tuple") else None
+        if logits is not None and len(logits.shape) == 3 and isinstance(labels, Tensor) and labels.ndim == 2:
+            raise ValueError(
+                f"{type(output).__name__} has logits {tuple(logits.shape)}, and nothing says whether those at t learn "
+                "label t+1 or label t: write causal=True where labels are the input's own ids, causal=False where they "
+                "stand beside their logits, or call kdloss.Distiller or kdloss.Distillation, which measure it"
+            )
 
     def _shape(self, mask: Tensor | None) -> Size:
         """The positions' shape: that of the logits that are read, else of labels, mask, features, or logits."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -33,8 +34,9 @@ class Sum(nn.Module):
     so is one name twice. A weight is a number of 0 or more, a function of the step (`kdloss.schedules`), or a tensor
     with one number, which is trained with the student if it is an `nn.Parameter`.
 
-    - `causal`: True holds logits at t against label t+1 (labels as Hugging Face wants them, not shifted); None means
-      False, or what `kdloss.Distiller` finds the student to be.
+    - `causal`: True holds logits at t against label t+1 (labels are the input's ids, not shifted), False against label
+      t. None is False for tensors, what `kdloss.Distiller` measures of the student, and an error for labels of a
+      Hugging Face output's logits `[B, T, V]`.
     - `ignore_index`: labels equal to it take a position out of every term.
     - `reduction`: "mean", "sum" or "none", over the positions that count.
     - `check_finite`: look at the numbers, at the price of a device sync, and raise for NaN or +inf logits and labels
@@ -169,18 +171,25 @@ class Sum(nn.Module):
         feature_mask: Bool[Tensor, "..."] | Mapping[str, Tensor | None] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         plan: Plan | None = None,
+        causal: bool | None = None,
+        task_terms: Mapping[str, Tensor] | None = None,
     ) -> Float[Tensor, "..."]:
-        """The weighted sum; see the class. `plan` is that of this step, where somebody ran the models by it."""
+        """The weighted sum; see the class. The last three are said by whoever ran the models.
+
+        `plan` is that of this step; `causal` holds in place of the sum's own; `task_terms` are numbers that the
+        student adds to its cross-entropy, and join it here.
+        """
         outputs, count = listed(self, teacher)
         plan = self.plan(count) if plan is None else plan
         if self.scheduled and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._reminder.forward(_log)
-        evaluation = Evaluation(self, plan, student, labels, mask, feature_mask, num_items_in_batch)
+        contract = self.contract if causal is None else replace(self.contract, causal=causal)
+        evaluation = Evaluation(self, plan, contract, student, labels, mask, feature_mask, num_items_in_batch)
         for name in plan.complete_with(-1):
             evaluation.reach(name, [] if self.terms[name].several else None)
         for k in range(plan.last_teacher + 1):
             evaluation.taught(k, next(outputs))
-        loss, self.components = evaluation.finish()
+        loss, self.components = evaluation.finish(task_terms or {})
         return loss
 
     def _add(self, term: Term, factors: tuple[Any, ...]) -> None:

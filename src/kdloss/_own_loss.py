@@ -1,0 +1,193 @@
+"""How a model's own loss reads its labels, measured: shifted or not, and what it adds to cross-entropy."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from kdloss.adapter import evaluating, resharded, takes_input, with_decoder_inputs, without_cache
+from kdloss.layers.names import unwrap
+from kdloss.terms._outputs import find_logits
+
+IGNORED = -100  # of every model of Hugging Face's
+WINDOW = 32  # positions are enough to tell, and no logits of a whole batch have to be made
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """Cross-entropy of logits at t against label t+1 (`causal`) or t, and the model's named terms by coefficient.
+
+    `causal` is None where nothing of the model's tells; `seen` are the numbers, where there are some. `of_labels` says
+    that the named terms are there only where the model is given labels.
+    """
+
+    causal: bool | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
+    seen: str = ""
+    of_labels: bool = False
+
+    def __str__(self) -> str:
+        return self.seen + "".join(f" + {factor:g} * {name}" for name, factor in self.terms.items())
+
+    def added(self, output: Any) -> dict[str, Tensor]:
+        """What the model adds to cross-entropy, of one output; without those that the output doesn't have."""
+        named = _named_terms(output)
+        return {name: factor * named[name] for name, factor in self.terms.items() if name in named}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def own_loss(
+    model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], labels: Any, ignore_index: int = IGNORED
+) -> OwnLoss | None:
+    """What a batch shows: one pass with labels, in eval mode and without gradient, held against both readings.
+
+    Without labels of positions the input's own ids are the labels. None where a batch shows nothing: it is empty, or
+    its labels are one for each example.
+    """
+    if not takes_input(model, "labels"):
+        return OwnLoss()
+    ids = inputs.get("input_ids", args[0] if args else None)
+    classes_given = isinstance(labels, Tensor) and not labels.is_floating_point()
+    shown = labels if classes_given else ids
+    if not isinstance(shown, Tensor) or shown.is_floating_point() or shown.ndim != 2 or not shown.numel():
+        return None
+    if shown.is_meta:
+        return OwnLoss()
+    with evaluating(model), torch.no_grad():
+        if not classes_given or not _counts(labels, ignore_index):
+            classes = _classes(model, args, inputs, ids)
+            if classes is None:
+                return OwnLoss()
+            labels = ids.remainder(classes)
+        labels = labels.masked_fill(labels == ignore_index, IGNORED)
+        labels, few = _window(model, labels)
+        try:
+            output = model(*args, **without_cache(model, {**inputs, **few, "labels": labels}))
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:  # labels that are not for its own loss
+            return OwnLoss(seen=f"{type(unwrap(model)).__name__} makes no loss of these labels itself ({error})")
+    logits, loss = find_logits(output), _field(output, "loss")
+    if not isinstance(logits, Tensor) or not isinstance(loss, Tensor) or loss.numel() != 1:
+        return OwnLoss()
+    if logits.ndim != 3 or (labels.shape[0], labels.shape[1]) != (logits.shape[0], logits.shape[1]):
+        return OwnLoss()
+    resharded(model)
+    own = _read(model, output, loss.float().item(), logits, labels.to(logits.device))
+    if not own.terms:
+        return own
+    with evaluating(model), torch.no_grad():
+        output = model(*args, **without_cache(model, {**with_decoder_inputs(model, inputs, labels), **few}))
+    resharded(model)
+    return replace(own, of_labels=own.added(output).keys() != own.terms.keys())
+
+
+def _counts(labels: Tensor, ignore_index: int) -> bool:
+    """Whether a label counts in either reading."""
+    return bool((labels[:, 1:] != ignore_index).any())
+
+
+def _classes(model: nn.Module, args: Any, inputs: Mapping[str, Any], ids: Any) -> int | None:
+    """How many classes the logits at every input id have; None where there are no such logits."""
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return None
+    few = {"logits_to_keep": 1} if _keeps_few(model) else {}
+    logits = find_logits(model(*args, **without_cache(model, {**inputs, **few})))
+    stand_there = isinstance(logits, Tensor) and logits.ndim == 3 and (few or logits.shape[:2] == ids.shape)
+    return logits.shape[-1] if isinstance(logits, Tensor) and stand_there else None
+
+
+def _keeps_few(model: nn.Module) -> bool:
+    prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    return takes_input(model, "logits_to_keep", by_name=True) and not prompts
+
+
+def _window(model: nn.Module, labels: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The labels of a few positions, from before the first that counts, and what keeps the model to them."""
+    if not _keeps_few(model) or labels.ndim != 2 or labels.shape[1] <= WINDOW:
+        return labels, {}
+    first = int((labels[:, 1:] != IGNORED).any(0).nonzero()[0])
+    first = min(first, labels.shape[1] - WINDOW)
+    index = torch.arange(first, first + WINDOW, device=labels.device)
+    return labels[:, index], {"logits_to_keep": index}
+
+
+def _read(model: nn.Module, output: Any, loss: float, logits: Tensor, labels: Tensor) -> OwnLoss:
+    """The reading, and the coefficients, with which the loss is what it is."""
+    coarse, logits = logits.dtype in (torch.float16, torch.bfloat16), logits.float()
+    readings = {
+        True: cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED).item(),
+        False: cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).item(),
+    }
+    named = {name: value.float().item() for name, value in _named_terms(output).items()}
+    fits = [
+        (_apart(loss, value + sum(factors[name] * named[name] for name in named)), causal, factors)
+        for causal, value in readings.items()
+        for factors in _coefficients(model, named)
+    ]
+    off, causal, factors = min(fits, key=lambda fit: fit[0])
+    other = min(fit[0] for fit in fits if fit[1] != causal)
+    name, shifted, beside = type(unwrap(model)).__name__, readings[True], readings[False]
+    seen = f"{name}'s own loss is {loss:.6g}, cross-entropy {shifted:.6g} with shifted labels, {beside:.6g} without"
+    # Some models compute their loss in the dtype of their logits.
+    if off > (1e-2 if coarse else 1e-4) or other < max(8 * off, 1e-6):
+        return OwnLoss(None, {}, seen)
+    return OwnLoss(causal, {key: factor for key, factor in factors.items() if factor}, seen)
+
+
+def _apart(x: float, y: float) -> float:
+    """How far apart, relative to their size; two means of nothing are the same."""
+    if math.isnan(x) or math.isnan(y):
+        return 0.0 if math.isnan(x) and math.isnan(y) else math.inf
+    return abs(x - y) / max(abs(x), abs(y), 1e-3)
+
+
+def _field(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _named_terms(output: Any) -> dict[str, Tensor]:
+    """Numbers of an output that are called losses, but for the loss itself."""
+    fields = output if isinstance(output, Mapping) else {}
+    return {
+        name: value
+        for name, value in fields.items()
+        if name.endswith("_loss") and isinstance(value, Tensor) and value.numel() == 1
+    }
+
+
+def _coefficients(model: nn.Module, named: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+    """Every way to weigh the named terms by what the configuration calls a coefficient, by 1, or not at all."""
+    found = dict(_numbers(getattr(unwrap(model), "config", None)))
+    choices = []
+    for name in named:
+        word = name.removesuffix("_loss").rpartition("_")[2]  # "aux" of "encoder_aux_loss"
+        own = {value for key, value in found.items() if word in key.split("_")} or set(found.values())
+        choices.append(sorted({0.0, 1.0, *own}))
+    for factors in product(*choices):
+        yield dict(zip(named, factors, strict=True))
+
+
+def _numbers(config: Any) -> Iterator[tuple[str, float]]:
+    """The coefficients and weights of losses in a configuration and those within it."""
+    for key, value in vars(config).items() if config is not None else ():
+        if isinstance(value, float) and ("coef" in key or "loss_weight" in key):
+            yield key, value
+        elif key.endswith("config") and hasattr(value, "__dict__"):
+            yield from _numbers(value)
+
+
+def refuse_unread(own: OwnLoss, model: nn.Module, output: Any, labels: Any) -> None:
+    """Raise where labels or a loss of a language model's form are there, and nothing tells how they are meant."""
+    logits, name = find_logits(output), type(unwrap(model)).__name__
+    if logits is None or len(logits.shape) != 3 or not isinstance(labels, Tensor) or labels.shape != logits.shape[:2]:
+        return
+    raise ValueError(
+        f"{own.seen or f'{name} makes no loss of labels [B, T] by itself'}: nothing tells whether its logits at t "
+        "learn label t+1 or label t. Say it: causal=True where labels are the input's own ids, causal=False where "
+        "they stand beside their logits. To learn by the student's own loss write kdloss.Task() in place of "
+        "cross-entropy: kdloss.Sum(0.5 * kdloss.Task(), 0.5 * kdloss.Logits(), causal=...)"
+    )
