@@ -13,7 +13,7 @@ from kdloss.layers.layer_map import parts
 from kdloss.lazy_head import LazyHeads
 from kdloss.teacher import moved
 from kdloss.terms import Plan, Reads
-from kdloss.terms._outputs import find_logits
+from kdloss.terms._outputs import logits_read
 
 Requests = Mapping[Any, Request]
 
@@ -72,7 +72,7 @@ def all_masks(
     student: nn.Module, seen: Captured, plan: Plan, inputs: dict[str, Any], labels: Any, mask: Tensor | None
 ) -> dict[str, Any]:
     """The mask of the labels' positions, and those of features that stand elsewhere, by term."""
-    logits = find_logits(seen.output)
+    logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
     positions = None if logits is None else logits.shape[:-1]
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         positions = labels.shape

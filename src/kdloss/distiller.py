@@ -57,8 +57,8 @@ class Distiller:
 
     Raises: TypeError for a teacher or an input that nobody reads; ValueError for a term without its teacher, for labels
     `[B, T]` that may be meant either way where nothing shows how, for packed or padded rows that a model can't tell
-    from others (no `position_ids`, no `attention_mask`), and for a teacher that runs on weights which the student trains
-    (`kdloss.base_of` is the base under adapters); whatever criterion and capture raise.
+    from others (no `position_ids`, no `attention_mask`), and for a teacher that runs on weights which the student
+    trains (`kdloss.base_of` is the base under adapters); whatever criterion and capture raise.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> import kdloss
@@ -243,7 +243,8 @@ class Distiller:
         """The student's pass."""
         inputs = with_decoder_inputs(student, of_student(student, self.teachers, inputs), labels)
         if plan.own_loss or (self._own is not None and self._own.of_labels):
-            inputs = {**inputs, "labels": labels} | ({} if shift_labels is None else {"shift_labels": shift_labels})
+            given = {"labels": labels, "shift_labels": shift_labels}
+            inputs = {**inputs, **{name: x for name, x in given.items() if x is not None}}
         why = plan.why_whole if self._plans else "its criterion may want them"
         return self._pass(student, requests(plan.reads, "student"), args, inputs, why_whole=why)
 

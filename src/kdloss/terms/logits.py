@@ -108,7 +108,8 @@ class Logits(Term):
         """Both sides' logits; as a tensor where rows of them can't be told apart."""
         rename = getattr(self.vocabulary, "to_teacher", None) if self._of_tokens else None
         if self.take is not None or self.teacher_take is not None:
-            return Reads(why=f"the term {self.name!r} takes a part of the output", to_teacher=rename)
+            why = f"the term {self.name!r} takes a part of the output"
+            return Reads(why=why, logits_at=self.take, to_teacher=rename)
         if takes(self.divergence, "mask") or self._any_vocabulary:
             return Reads(why="its divergence needs all of them at once", to_teacher=rename)
         return Reads(logits="any", to_teacher=rename)
