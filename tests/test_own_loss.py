@@ -355,3 +355,43 @@ def test_a_module_around_a_model_shows_the_same():
     own = student(input_ids=ids, labels=ids).loss.item()
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=1.0))
     assert distill(Around(copy.deepcopy(student)), input_ids=ids, labels=ids).loss.item() == pytest.approx(own)
+
+
+def fsmt():
+    config = hf.FSMTConfig(
+        src_vocab_size=VOCAB, tgt_vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, init_std=0.3,
+        max_position_embeddings=64, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+    )  # fmt: skip
+    return hf.FSMTForConditionalGeneration(config)
+
+
+def m2m():
+    config = hf.M2M100Config(
+        vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        encoder_attention_heads=2, decoder_attention_heads=2, init_std=0.3, max_position_embeddings=64,
+    )  # fmt: skip
+    return hf.M2M100ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build", [fsmt, m2m], ids=lambda build: build.__name__)
+def test_a_decoder_reads_what_the_models_own_forward_makes_of_labels(build):
+    """FSMT's method for collators gives other inputs than its forward, and writes into the labels it is given."""
+    student, teacher, ids = made(build), made(build, 1), tokens()
+    labels = tokens(length=7)
+    labels[0, 4:] = -100
+    if build is fsmt:
+        labels = labels.new_full((2, 9), -100)
+        labels[:, :6] = ids[:, 3:]
+    kept = labels.clone()
+    own, theirs = (m(input_ids=ids.clone(), labels=labels) for m in (student, teacher))
+    expected = 0.5 * own.loss + 0.5 * divergence(own.logits, theirs.logits, labels != -100)
+    slopes = gradients(expected, student)
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(temperature=1.0))
+    out = distill(student, input_ids=ids, labels=labels)
+    assert torch.equal(labels, kept)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    if build is m2m:  # FSMT's forward writes into the input's ids, too, which the student's backward needs as they were
+        found = gradients(out.loss, student)
+        for name, slope in slopes.items():
+            torch.testing.assert_close(found[name], slope, rtol=1e-3, atol=1e-5)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from kdloss.adapter import evaluating, resharded, takes_input, with_decoder_inputs, without_cache
+from kdloss._decoder_inputs import DecoderInputs
+from kdloss.adapter import evaluating, resharded, takes_input, without_cache
 from kdloss.layers.names import unwrap
 from kdloss.terms._outputs import find_logits
 
@@ -80,7 +81,8 @@ def own_loss(
     if not own.terms:
         return own
     with evaluating(model), torch.no_grad():
-        output = model(*args, **without_cache(model, {**with_decoder_inputs(model, inputs, labels), **few}))
+        fed = DecoderInputs().of(model, args, inputs, labels)
+        output = model(*args, **without_cache(model, {**fed, **few}))
     resharded(model)
     return replace(own, of_labels=own.added(output).keys() != own.terms.keys())
 

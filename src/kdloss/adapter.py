@@ -10,11 +10,7 @@ from torch import Size, Tensor, nn
 from kdloss._inputs import named, taken_by
 from kdloss.layers.names import unwrap
 
-__all__ = [
-    "evaluating", "is_encoder_decoder", "masks", "named", "resharded", "takes_input", "with_decoder_inputs",
-    "without_cache",
-]  # fmt: skip
-_DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds", "decoder_input_values"}
+__all__ = ["evaluating", "is_encoder_decoder", "masks", "named", "resharded", "takes_input", "without_cache"]
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -26,20 +22,6 @@ def takes_input(model: nn.Module, name: str, *, by_name: bool = False) -> bool:
     """Whether a model's forward takes this keyword; `by_name` leaves out what `**kwargs` may be for."""
     names, anything = taken_by(model)
     return name in names or (anything and not by_name)
-
-
-def with_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any], labels: Any) -> dict[str, Any]:
-    """What an encoder-decoder's decoder reads, made of labels that are text: by the model's method, or in its forward.
-
-    Labels of whole examples (classes, boxes) are no text; such a model makes its decoder's inputs by itself.
-    """
-    text = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
-    if not text or not is_encoder_decoder(model) or not _DECODER_INPUTS.isdisjoint(inputs):
-        return dict(inputs)
-    prepare = getattr(unwrap(model), "prepare_decoder_input_ids_from_labels", None)
-    if callable(prepare):
-        return {**inputs, "decoder_input_ids": prepare(labels)}
-    return {**inputs, "labels": labels} if takes_input(model, "labels", by_name=True) else dict(inputs)
 
 
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kdloss._capture import Captured, capture
+from kdloss._decoder_inputs import DecoderInputs
 from kdloss._own_loss import own_loss
-from kdloss.adapter import evaluating, masks, with_decoder_inputs, without_cache
+from kdloss.adapter import evaluating, masks, without_cache
 from kdloss.layers import find_blocks, select
 from kdloss.layers.select import Layers
 from kdloss.reduction import widest
@@ -158,8 +159,10 @@ def _features(
     blocks: str | None,
 ) -> tuple[list[list[Tensor]], Tensor | None]:
     """The features of every block of both models, and which tokens count; None where examples do."""
-    inputs = with_decoder_inputs(student, inputs, labels)
-    features = [list(_run(model, args, inputs, blocks).values()) for model in (student, teacher)]
+    fed = DecoderInputs()
+    features = [
+        list(_run(model, args, fed.of(model, args, inputs, labels), blocks).values()) for model in (student, teacher)
+    ]
     everything = [h for side in features for h in side]
     positions = everything[0].shape[:2]
     if any(h.ndim != 3 or h.shape[:2] != positions for h in everything):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from kdloss import _watch
 from kdloss._capture import Captured
 from kdloss._classes import Named
+from kdloss._decoder_inputs import DecoderInputs
 from kdloss._inputs import of_decoder, of_student, taken_by
 from kdloss._own_loss import OwnLoss, own_loss, refuse_unread
 from kdloss._passes import Passes, all_masks, brought, requests
-from kdloss.adapter import evaluating, resharded, with_decoder_inputs
+from kdloss.adapter import evaluating, resharded
 from kdloss.bases import Own, owner
 from kdloss.distilled import Distilled
 from kdloss.teacher import Teacher, refuse_functions, tensors
@@ -100,7 +101,7 @@ class Distiller:
         self._prepared_for: weakref.ref[nn.Module] | None = None
         self._own: OwnLoss | None = None
         self._compared: set[int] = set()
-        self._pass, self._classes = Passes(), Named()
+        self._pass, self._classes, self._decoder_inputs = Passes(), Named(), DecoderInputs()
         self._told = False
 
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
@@ -241,7 +242,7 @@ class Distiller:
         shift_labels: Tensor | None = None,
     ) -> Captured:
         """The student's pass."""
-        inputs = with_decoder_inputs(student, of_student(student, self.teachers, inputs), labels)
+        inputs = self._decoder_inputs.of(student, args, of_student(student, self.teachers, inputs), labels)
         if plan.own_loss or (self._own is not None and self._own.of_labels):
             given = {"labels": labels, "shift_labels": shift_labels}
             inputs = {**inputs, **{name: x for name, x in given.items() if x is not None}}
@@ -303,7 +304,7 @@ class Distiller:
                 seen = Captured()
                 seen.output = module(*args, **inputs)
             else:
-                inputs = with_decoder_inputs(module, inputs, labels)
+                inputs = self._decoder_inputs.of(module, args, inputs, labels)
                 with evaluating(module):
                     asked = requests(reads, "teacher")
                     seen = self._pass(module, asked, args, inputs, stop=stop, why_whole=why)

@@ -1,0 +1,257 @@
+"""Every class of transformers' mappings as a tiny random model, and what becomes of it.
+
+`python tests/sweep.py` writes the table of docs/models.md. A class is *right* where its loss at alpha = 1 is the
+model's own and its distillation is the divergence of the logits where the model predicts a label, both computed here;
+*refused* where kdloss raises a ValueError or TypeError of its own; *unsupported* where transformers itself can't build
+or run so small a model. Anything else is a fault.
+"""
+
+import contextlib
+import re
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.models.auto import configuration_auto, modeling_auto
+
+import kdloss
+
+VOCAB, CLASSES = 61, 3
+BEGIN, END = "<!-- by tests/sweep.py -->", "<!-- end -->"
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+MAPPINGS = {
+    "CAUSAL_LM": "text",
+    "IMAGE_TEXT_TO_TEXT": "text",
+    "MULTIMODAL_LM": "text",
+    "SEQ_TO_SEQ_CAUSAL_LM": "text",
+    "MASKED_LM": "text",
+    "TOKEN_CLASSIFICATION": "tags",
+    "SEQUENCE_CLASSIFICATION": "class",
+    "IMAGE_CLASSIFICATION": "class",
+    "VIDEO_CLASSIFICATION": "class",
+    "AUDIO_CLASSIFICATION": "class",
+    "SPEECH_SEQ_2_SEQ": "text",
+    "CTC": "transcript",
+}
+SIZES = {  # what widths, depths and lengths are called
+    16: "hidden_size d_model n_embd embed_dim dim emb_dim word_embed_proj_dim d_embed model_dim embedding_size out_dim "
+    "conv_channels projection_dim text_embed_dim attention_hidden_size lm_hidden_size rnn_hidden_size output_size",
+    32: "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner feed_forward_hidden_size "
+    "d_inner ffn_hidden_size moe_intermediate_size shared_expert_intermediate_size image_size ff_dim intermediate_dim "
+    "expert_ffn_hidden_size zero_expert_num",
+    2: "num_hidden_layers n_layer num_layers encoder_layers decoder_layers n_layers num_attention_heads n_head n_heads "
+    "num_heads encoder_attention_heads decoder_attention_heads num_decoder_layers num_key_value_heads depth "
+    "num_encoder_layers num_kv_heads encoder_num_attention_heads decoder_num_attention_heads adapter_layers "
+    "encoder_num_key_value_heads decoder_num_key_value_heads first_k_dense_replace encoder_num_hidden_layers "
+    "decoder_num_hidden_layers top_k num_experts_per_tok moe_topk",
+    4: "n_routed_experts num_local_experts num_experts moe_num_experts num_frames index_topk index_n_heads window_size",
+    8: "head_dim d_kv attention_head_size kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim patch_size "
+    "num_mel_bins index_head_dim swa_head_dim global_head_dim",
+    12: "kv_lora_rank q_lora_rank",
+    64: "max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len n_ctx",
+}
+CALLED = {name: size for size, names in SIZES.items() for name in names.split()}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
+
+def classes() -> Iterator[tuple[str, str, str, str]]:
+    """Mapping, kind, model type and class, each class once."""
+    seen = set()
+    for mapping, kind in MAPPINGS.items():
+        for model_type, names in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").items():
+            name = names[0] if isinstance(names, tuple | list) else names
+            if name not in seen:
+                seen.add(name)
+                yield mapping, kind, model_type, name
+
+
+def small(config: Any) -> Any:
+    """The same configuration with everything small, and weights so large that positions differ."""
+    depth = None
+    for key, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):
+            small(value)
+        elif key.endswith("vocab_size"):
+            setattr(config, key, VOCAB)
+        elif key in CALLED and isinstance(value, int) and not isinstance(value, bool):
+            setattr(config, key, min(value, CALLED[key]))
+        elif key.endswith("token_id") and isinstance(value, int):
+            setattr(config, key, TOKENS.get(key, value % VOCAB))
+        elif key in ("initializer_range", "init_std", "initializer_factor"):
+            setattr(config, key, 0.3 if key != "initializer_factor" else 1.0)
+        elif key == "layer_types" and isinstance(value, list):
+            kinds = list(dict.fromkeys(value))
+            depth = max(2, len(kinds))
+            config.layer_types = (kinds * 2)[:depth]
+        elif key in ("num_heads", "num_attention_heads") and isinstance(value, list | tuple):
+            setattr(config, key, [2] * len(value))
+        elif isinstance(value, dict) and "mrope_section" in value:
+            value["mrope_section"] = [2, 1, 1]
+        elif key == "output_router_logits":
+            config.output_router_logits = True
+        elif key in ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef"):
+            setattr(config, key, 0.1)
+        elif "layerdrop" in key or key == "mask_time_prob":
+            setattr(config, key, 0.0)
+    if depth is not None and hasattr(config, "num_hidden_layers"):
+        config.num_hidden_layers = depth
+    return config
+
+
+def made(model_type: str, name: str, seed: int) -> Any:
+    """A tiny random model."""
+    config = small(getattr(hf, configuration_auto.CONFIG_MAPPING_NAMES[model_type])())
+    with contextlib.suppress(Exception):
+        config.num_labels = CLASSES
+    for key, value in TOKENS.items():
+        if getattr(config, key, None) is None:
+            setattr(config, key, value)
+    kind = getattr(hf, name)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in kind(config).parameters())
+    if size > 30_000_000:
+        raise MemoryError(f"{size} parameters")
+    torch.manual_seed(seed)
+    return kind(config).eval()
+
+
+def mel_bins(config: Any) -> int:
+    """How many numbers a frame of sound has."""
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim")
+    for part in (config, *(v for k, v in vars(config).items() if k.endswith("_config"))):
+        for key in names:
+            if isinstance(getattr(part, key, None), int):
+                return int(getattr(part, key))
+    return 8
+
+
+def batch(model: Any, kind: str) -> dict[str, Any]:
+    """Inputs by the model's main one, and labels of its kind."""
+    torch.manual_seed(7)
+    tokens, config = torch.randint(3, 57, (2, 9)), model.config
+    main, labels, name = model.main_input_name, tokens.clone(), type(model).__name__
+    if kind == "class":
+        labels = torch.tensor([0, 2])
+    elif kind == "tags":
+        labels = tokens % CLASSES
+    if main == "pixel_values":
+        size = getattr(config, "image_size", 32)
+        height, width = (size, size) if isinstance(size, int) else size
+        frames = (config.num_frames,) if hasattr(config, "num_frames") else ()
+        inputs = {"pixel_values": torch.randn(2, *frames, getattr(config, "num_channels", 3), height, width)}
+    elif main == "input_values":
+        inputs = {"input_values": torch.randn(2, 4000)}
+    elif main == "input_features":
+        mels, time = mel_bins(config), 2 * getattr(config, "max_source_positions", 64)
+        inputs = {"input_features": torch.randn(2, *((mels, time) if "Whisper" in name else (time, mels)))}
+    elif main == "flattened_patches":
+        inputs = {"flattened_patches": torch.cat([torch.ones(2, 4, 2), torch.randn(2, 4, 768)], -1)}
+    else:
+        tokens[:, -1] = 2 if kind == "class" else tokens[:, -1]  # some classify where the end of the text is
+        inputs = {"input_ids": tokens}
+    if kind in ("text", "tags"):
+        labels[0, :2] = -100
+    return {**inputs, "labels": labels}
+
+
+def divergence(student: Tensor, teacher: Tensor, keep: Any) -> float:
+    """KL(teacher || student) in float64, mean over what is kept."""
+    s, t = student[keep].double().log_softmax(-1), teacher[keep].double().log_softmax(-1)
+    return (t.exp() * (t - s)).sum(-1).mean().item()
+
+
+def verdict(kind: str, model_type: str, name: str) -> tuple[str, str]:
+    """What becomes of one class, and why."""
+    try:
+        student, teacher = made(model_type, name, 0), made(model_type, name, 1)
+        inputs = batch(student, kind)
+        more = {"use_cache": False} if "use_cache" in vars(student.config) else {}
+        with torch.no_grad():
+            own, theirs = student(**inputs, **more), teacher(**inputs, **more)
+        if not own.loss.isfinite():
+            raise ValueError("its loss is not finite")
+    except Exception as error:
+        return "unsupported", f"{type(error).__name__}: {error}".splitlines()[0][:90]
+    labels = inputs["labels"]
+    task = kdloss.CrossEntropy() if kind != "transcript" else kdloss.Task(name="ce")
+    try:
+        distill = kdloss.Distiller(teacher, 0.5 * task + 0.5 * kdloss.Logits())
+        out = distill(student, **inputs, **more)
+    except (ValueError, TypeError) as error:
+        if "kdloss" in traceback.extract_tb(error.__traceback__)[-1].filename:
+            return "refused", str(error).splitlines()[0][:160]
+        raise
+    parts = {key: value.item() for key, value in out.components.items()}
+    alone = sum(value for key, value in parts.items() if key != "kd")
+    if abs(alone - own.loss.item()) > 2e-4 * max(1, abs(own.loss.item())):
+        return "silent", f"its own loss is {own.loss.item()}, the task's {alone}"
+    added = alone - parts["ce"]
+    expected = divergence(*compared(kind, own, theirs, labels, own.loss.item() - added))
+    if abs(parts["kd"] - expected) > 2e-4 * max(1, expected):
+        return "silent", f"the divergence is {expected}, and came as {parts['kd']}"
+    return "right", ", ".join(sorted(parts.keys() - {"ce", "kd"}))
+
+
+def compared(kind: str, own: Any, theirs: Any, labels: Tensor, loss: float) -> tuple[Tensor, Tensor, Any]:
+    """Student's and teacher's logits where they are compared: where the model's own loss has a label."""
+    s, t = own.logits, theirs.logits
+    if kind in ("class", "transcript"):
+        return s, t, torch.ones(s.shape[:-1], dtype=torch.bool)
+    beside = cross_entropy(s.flatten(0, 1).float(), labels.flatten()).item()
+    shifted = cross_entropy(s[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()).item()
+    if abs(loss - shifted) < abs(loss - beside):
+        return s[:, :-1], t[:, :-1], labels[:, 1:] != -100
+    return s, t, labels != -100
+
+
+def table(found: dict[str, list[tuple[str, str, str]]]) -> str:
+    """The page's part for transformers."""
+    lines = ["| mapping | right | refused | unsupported |", "|---|---|---|---|"]
+    for mapping, rows in found.items():
+        counts = [sum(what == state for _, what, _ in rows) for state in ("right", "refused", "unsupported")]
+        lines.append(f"| {mapping} | {' | '.join(map(str, counts))} |")
+    every = [row for rows in found.values() for row in rows]
+    joined = {name: why for name, what, why in every if what == "right" and why}
+    lines += ["", "### Right", "", ", ".join(f"`{name}`" for name, what, _ in every if what == "right") + ".", ""]
+    lines += [
+        "With terms of their own beside cross-entropy: " + ", ".join(f"`{n}` ({w})" for n, w in joined.items()) + "."
+    ]
+    for state, title in (("refused", "Refused"), ("unsupported", "Unsupported: transformers doesn't run it so small")):
+        lines += ["", f"### {title}", "", "| class | message |", "|---|---|"]
+        lines += [f"| `{name}` | {why.replace('|', '/')} |" for name, what, why in every if what == state]
+    return "\n".join(lines) + "\n"
+
+
+def stated() -> dict[str, str]:
+    """What the page says of every class."""
+    text = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
+    states = {"Right": "right", "Refused": "refused", "Unsupported": "unsupported"}
+    found = {}
+    for part in text.split("### ")[1:]:
+        title = part.split(":")[0].split("\n")[0]
+        names = re.findall(r"`(\w+)`", part.split("With terms of their own")[0])
+        found |= dict.fromkeys(names, states[title])
+    return found
+
+
+def main() -> None:
+    """Write the table."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for mapping, kind, model_type, name in classes():
+        found.setdefault(mapping, []).append((name, *verdict(kind, model_type, name)))
+        print(*found[mapping][-1], sep=" | ", flush=True)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(found)}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    hf.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    main()
