@@ -135,7 +135,7 @@ def clip(seed):
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 39, "initializer_factor": 20.0, **small}
     image = {"image_size": 8, "patch_size": 4, "initializer_factor": 20.0, **small}
-    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=image, projection_dim=8)).eval()
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=image, projection_dim=8)).double().eval()
 
 
 def test_a_pair_of_towers_is_learned_in_both_directions():
@@ -144,7 +144,7 @@ def test_a_pair_of_towers_is_learned_in_both_directions():
     batch = {
         "input_ids": torch.randint(0, 39, (3, 5), generator=generator),
         "attention_mask": torch.ones(3, 5, dtype=torch.long),
-        "pixel_values": torch.randn(3, 3, 8, 8, generator=generator),
+        "pixel_values": torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64),
     }
     batch["input_ids"][:, -1], pairs = 39, torch.arange(3)
     names = ("logits_per_image", "logits_per_text")
