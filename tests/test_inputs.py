@@ -145,6 +145,37 @@ def test_a_teacher_that_cannot_be_told_of_padding_gets_rows_without():
     assert distill(student, **whole).loss.item() == pytest.approx(right.item(), rel=1e-4)
 
 
+def test_blocks_are_compared_on_what_each_model_reads():
+    class Deep(Reader):
+        def __init__(self, seed):
+            super().__init__(seed=seed)
+            self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, input_ids):
+            h = self.embedding(input_ids)
+            for block in self.blocks:
+                h = block(h)
+            return {"logits": self.head(h)}
+
+    class OfSegments(Deep):
+        def forward(self, input_ids, token_type_ids=None):
+            return super().forward((input_ids + 7 * (0 if token_type_ids is None else token_type_ids)) % VOCAB)
+
+    ids, segments, _ = inputs()
+    student, teacher = Deep(0), OfSegments(1)
+    apart = {"input_ids": ids, "token_type_ids": segments}
+    found = kdloss.analysis.cka_matrix(student, teacher, [apart]).values
+
+    class Moved(Deep):  # the same segments, written into the tokens beforehand
+        def forward(self, input_ids):
+            return super().forward((input_ids + 7 * segments) % VOCAB)
+
+    torch.testing.assert_close(found, kdloss.analysis.cka_matrix(student, Moved(1), [{"input_ids": ids}]).values)
+    assert not torch.equal(found, kdloss.analysis.cka_matrix(student, teacher, [{"input_ids": ids}]).values)
+    with pytest.raises(TypeError, match=r"no model reads \['other'\]"):
+        kdloss.analysis.cka_matrix(student, teacher, [{"input_ids": ids, "other": ids}])
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_names_are_those_of_the_model_inside_its_wrappers():

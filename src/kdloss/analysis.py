@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from kdloss._capture import Captured, capture
 from kdloss._decoder_inputs import DecoderInputs
+from kdloss._inputs import named, of_student, of_teacher
 from kdloss._own_loss import own_loss
 from kdloss.adapter import evaluating, masks, without_cache
 from kdloss.layers import find_blocks, select
 from kdloss.layers.select import Layers
 from kdloss.reduction import widest
+from kdloss.teacher import Teacher
 
 __all__ = ["CKAMatrix", "cka_matrix"]
 
@@ -98,7 +100,8 @@ def cka_matrix(
     than `samples`, as many are drawn, the same in every run. Otherwise, as for a CNN's maps, the
     samples are the examples, their features side by side.
 
-    A batch is a mapping of inputs that both models take, or a tuple of them, on the models' device.
+    A batch is a mapping of inputs, of which each model is given those that its forward names, or a tuple of them, on
+    the models' device.
     Both run in eval mode without gradient, once a batch, up to their last block, and are left as they
     were. Memory does not grow with the number of batches. For a progress bar pass `tqdm(batches)`.
 
@@ -121,8 +124,9 @@ def cka_matrix(
     causal: bool | None = None
     for number, batch in enumerate(batches):
         args, inputs, labels, mask = _parts(batch)
+        own = of_student(student, [Teacher(teacher)], inputs)
         if labels is not None and causal is None:
-            causal = getattr(own_loss(student, args, inputs, labels), "causal", None) or False
+            causal = getattr(own_loss(student, args, own, labels), "causal", None) or False
         features, keep = _features(student, teacher, args, inputs, labels, mask, causal, blocks)
         if keep is not None:
             rows = keep.nonzero()
@@ -136,8 +140,8 @@ def cka_matrix(
         sums = [x + y for x, y in zip(sums, new, strict=True)] if sums else new
     if not sums:
         raise ValueError("no batch was given; pass some batches of text or images that both models take")
-    both, of_student, of_teacher = sums
-    scale = (of_student[:, None] * of_teacher).sqrt()
+    both, students, teachers = sums
+    scale = (students[:, None] * teachers).sqrt()
     return CKAMatrix(torch.where(scale > 0, both / scale, 0.0))
 
 
@@ -160,9 +164,8 @@ def _features(
 ) -> tuple[list[list[Tensor]], Tensor | None]:
     """The features of every block of both models, and which tokens count; None where examples do."""
     fed = DecoderInputs()
-    features = [
-        list(_run(model, args, fed.of(model, args, inputs, labels), blocks).values()) for model in (student, teacher)
-    ]
+    read = ((student, named(student, inputs)), (teacher, of_teacher(teacher, inputs)))
+    features = [list(_run(model, args, fed.of(model, args, own, labels), blocks).values()) for model, own in read]
     everything = [h for side in features for h in side]
     positions = everything[0].shape[:2]
     if any(h.ndim != 3 or h.shape[:2] != positions for h in everything):
