@@ -266,7 +266,7 @@ def test_a_plain_loop_takes_a_batch_from_the_cache_where_the_teachers_logits_wer
 
 def test_a_student_with_another_vocabulary_is_refused_by_both_sizes(folder):
     student = torch.randn(1, len(caching.tokens()[0]), VOCAB + 1)
-    with pytest.raises(ValueError, match="the student's vocabulary has 41 entries and the teacher's 40"):
+    with pytest.raises(ValueError, match="the student has 41 classes and the teacher 40"):
         kdloss.VanillaKD(alpha=0.0)(student, opened(folder)[[name(0)]])
 
 

@@ -753,6 +753,30 @@ def test_a_divergence_without_a_name_compiles_within_a_criterion_too(divergence)
     torch.testing.assert_close(*(torch.autograd.grad(value, student) for value in values))
 
 
+MADE = {
+    "recipe": lambda: kdloss.VanillaKD(3.0, 0.4),
+    "standardized": lambda: kdloss.VanillaKD(divergence=kdloss.divergences.standardized(kdloss.divergences.dkd)),
+    "of whole batches": lambda: kdloss.VanillaKD(divergence=kdloss.divergences.standardized(kdloss.divergences.dist)),
+    "scheduled": lambda: kdloss.VanillaKD(temperature=kdloss.schedules.linear(1.0, 2.0, steps=10)),
+    "task": lambda: 1.0 * kdloss.Task(lambda output, labels: output.square().mean(-1)),
+}
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch.compile traces no modules being made")
+@pytest.mark.parametrize("made", MADE)
+def test_a_criterion_made_inside_a_compiled_function_is_the_one_made_outside(made):
+    student, teacher, labels = torch.randn(3, 7, requires_grad=True), torch.randn(3, 7), torch.tensor([0, 6, 2])
+
+    def loss(s, t, y):
+        return MADE[made]()(s, t, y)
+
+    torch._dynamo.reset()
+    values = [way(student, teacher, labels) for way in (torch.compile(loss, fullgraph=True, backend="eager"), loss)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, student) for value in values))
+
+
+@pytest.mark.skipif(torch.__version__ >= (2, 13), reason="torch.compile traces modules being made")
 def test_a_criterion_made_inside_a_compiled_function_breaks_the_graph_or_is_refused_by_name():
     student, teacher, labels = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([0, 6, 2])
 

@@ -1184,9 +1184,9 @@ def test_nothing_broadcasts_between_kinds(shape):
     wrong = [teacher, LazyLogits(hidden, weight), kept, Mixture([teacher, teacher])]
     for target in wrong:
         for side in (student, student.dense()):
-            with pytest.raises(ValueError, match=r"nothing is broadcast|vocabulary has 11"):
+            with pytest.raises(ValueError, match=r"nothing is broadcast|student has 11"):
                 VanillaKD()(side, target, LABELS)
-            with pytest.raises(ValueError, match=r"nothing is broadcast|vocabulary has 11"):
+            with pytest.raises(ValueError, match=r"nothing is broadcast|student has 11"):
                 kdloss.divergences.forward_kl(side, target)
 
 

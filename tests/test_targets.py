@@ -412,7 +412,7 @@ def test_top_k_logits_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=rf"k={k} of 11 classes"):
             TopKLogits.of(torch.zeros(2, 11), k)
     stated = TopKLogits(ids, log_probs, vocabulary=64)
-    with pytest.raises(ValueError, match=r"11 entries and the teacher's 64"):
+    with pytest.raises(ValueError, match=r"student has 11 classes and the teacher 64"):
         VanillaKD(alpha=0.0)(torch.zeros(2, 11), stated)
     assert VanillaKD(alpha=0.0)(torch.zeros(2, 64), stated).isfinite()
     with pytest.raises(ValueError, match="nothing is broadcast"):

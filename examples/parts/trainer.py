@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 import kdloss
+from kdloss.adapter import named
 
 
 class DistillationTrainer(Trainer):
@@ -31,6 +32,7 @@ class DistillationTrainer(Trainer):
             raise ValueError("the distiller computes the loss; leave out label_smoothing_factor and compute_loss_func")
         self.model_accepts_loss_kwargs = True  # the distiller takes num_items_in_batch for it
         self.distill, self.criterion = distill.prepare(self.model), distill.criterion
+        self.args.remove_unused_columns &= distill.columns is not None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The distiller's loss in training; in evaluation the student's own, hidden states left out."""
@@ -38,9 +40,15 @@ class DistillationTrainer(Trainer):
             with self.accelerator.autocast():  # the teacher too
                 out = self.distill(model, **inputs, num_items_in_batch=num_items_in_batch)
             return (out.loss, out.output) if return_outputs else out.loss
-        loss, output = super().compute_loss(model, inputs, return_outputs=True)
+        loss, output = super().compute_loss(model, named(self.model, inputs), return_outputs=True)
         output = {name: value for name, value in output.items() if "hidden_state" not in name}
         return (loss, output) if return_outputs else loss
+
+    def _set_signature_columns_if_needed(self):
+        """The columns that the Trainer keeps: those that the student's forward names, and the teachers'."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += self.distill.columns
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one step, and how many labels in them count (those of padding are -100).

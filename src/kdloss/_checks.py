@@ -187,10 +187,11 @@ def logit_shapes(student: Size, teacher: Size, teacher_classes: int | None) -> N
         )
     if t is not None and s != t:
         raise ValueError(
-            f"the student's vocabulary has {s} entries and the teacher's {t}. If one begins with "
-            "the other, compare over the common prefix: VanillaKD(vocabulary=kdloss.truncate), or "
-            "kdloss.truncate(student, teacher); otherwise pair their tokens: "
-            "vocabulary=kdloss.TokenMap.of(student_tokenizer, teacher_tokenizer)"
+            f"the student has {s} classes and the teacher {t} ({tuple(student)} and {tuple(teacher)}). If the first "
+            "ones are the same (vocabularies padded to a size), compare over the common prefix: "
+            "VanillaKD(vocabulary=kdloss.truncate), or kdloss.truncate(student, teacher); otherwise pair them by name, "
+            "tokens by vocabulary=kdloss.TokenMap.of(student_tokenizer, teacher_tokenizer), classes by "
+            "vocabulary=kdloss.TokenMap.of(student.config.label2id, teacher.config.label2id)"
         )
 
 

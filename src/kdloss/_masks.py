@@ -16,7 +16,7 @@ from kdloss.layers.layer_map import Layer
 from kdloss.layers.names import unwrap
 from kdloss.terms._compare import feature_positions
 from kdloss.terms._feature_masks import FeatureMask, given_to
-from kdloss.terms._outputs import class_indices, find_logits, stand_at
+from kdloss.terms._outputs import class_indices, stand_at
 from kdloss.terms._wheres import both
 
 
@@ -54,6 +54,7 @@ class Padding:
 def all_masks(
     padding: Padding,
     seen: Captured,
+    logits: Any,
     on_features: list[str],
     labels: Any,
     mask: Tensor | None,
@@ -63,7 +64,6 @@ def all_masks(
     causal: bool,
 ) -> dict[str, Any]:
     """`mask`, of labels' and logits' positions, and `feature_mask`, a function for each term on features."""
-    logits = find_logits(seen.output)
     positions, own = _label_positions(labels, logits), None
     if positions is not None:
         own = _of_logits(padding, positions, logits, mask, place.mixed)

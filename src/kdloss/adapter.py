@@ -1,13 +1,15 @@
 """What `Distiller` reads from a model and its batch; duck-typed, without importing transformers."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from kdloss._inputs import named, taken_by
 from kdloss.layers.names import unwrap
+
+__all__ = ["evaluating", "is_encoder_decoder", "named", "resharded", "takes_input", "without_cache"]
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -17,16 +19,8 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def takes_input(model: nn.Module, name: str, *, by_name: bool = False) -> bool:
     """Whether a model's forward takes this keyword; `by_name` leaves out what `**kwargs` may be for."""
-    known = inspect.signature(unwrap(model).forward).parameters
-    return name in known or (not by_name and any(p.kind is p.VAR_KEYWORD for p in known.values()))
-
-
-def named(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs without what is a teacher's: what the forward doesn't name, or what begins with "teacher_"."""
-    known = inspect.signature(unwrap(model).forward).parameters.values()
-    names = {p.name for p in known}
-    anything = any(p.kind is p.VAR_KEYWORD for p in known)
-    return {k: v for k, v in inputs.items() if k in names or (anything and not k.startswith("teacher_"))}
+    names, anything = taken_by(model)
+    return name in names or (anything and not by_name)
 
 
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,9 +30,16 @@ def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module inside the `with`; each one's own mode behind it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    """Eval mode for every module inside the `with`; each one's own mode behind it.
+
+    What torch.export made has the mode that it was exported in, and frozen TorchScript has none.
+    """
+    modes = {module: module.training for module in model.modules() if hasattr(module, "training")}
+    try:
+        model.eval()
+    except NotImplementedError:
+        for module in modes:
+            module.training = False
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdloss._capture import Captured, Located, Request, record
 from kdloss._decoder_inputs import DecoderInputs
+from kdloss._inputs import named, of_student, of_teacher
 from kdloss._masks import Padding, mask_of_features
 from kdloss._own_loss import own_loss
 from kdloss._towers import Towers
@@ -18,6 +19,7 @@ from kdloss.adapter import evaluating, without_cache
 from kdloss.layers import find_blocks, select
 from kdloss.layers.select import Layers
 from kdloss.reduction import widest
+from kdloss.teacher import Teacher
 
 __all__ = ["CKAMatrix", "cka_matrix"]
 
@@ -100,7 +102,8 @@ def cka_matrix(
     than `samples`, as many are drawn, the same in every run. Otherwise, as for a CNN's maps, the
     samples are the examples, their features side by side.
 
-    A batch is a mapping of inputs that both models take, or a tuple of them, on the models' device.
+    A batch is a mapping of inputs, of which each model is given those that its forward names, or a tuple of them, on
+    the models' device.
     Both run in eval mode without gradient, once a batch, up to their last block, and are left as they
     were. Memory does not grow with the number of batches. For a progress bar pass `tqdm(batches)`.
 
@@ -124,8 +127,9 @@ def cka_matrix(
     towers = Towers()
     for number, batch in enumerate(batches):
         args, inputs, labels, mask = _parts(batch)
+        own = of_student(student, [Teacher(teacher)], inputs)
         if labels is not None and causal is None:
-            causal = getattr(own_loss(student, args, inputs, labels), "causal", None) or False
+            causal = getattr(own_loss(student, args, own, labels), "causal", None) or False
         features, keep = _features(student, teacher, args, inputs, labels, mask, causal, blocks, towers)
         if keep is not None:
             rows = keep.nonzero()
@@ -139,8 +143,8 @@ def cka_matrix(
         sums = [x + y for x, y in zip(sums, new, strict=True)] if sums else new
     if not sums:
         raise ValueError("no batch was given; pass some batches of text or images that both models take")
-    both, of_student, of_teacher = sums
-    scale = (of_student[:, None] * of_teacher).sqrt()
+    both, students, teachers = sums
+    scale = (students[:, None] * teachers).sqrt()
     return CKAMatrix(torch.where(scale > 0, both / scale, 0.0))
 
 
@@ -164,7 +168,8 @@ def _features(
 ) -> tuple[list[list[Tensor]], Tensor | None]:
     """The features of every block of both models, and which tokens count; None where examples do."""
     fed = DecoderInputs()
-    both = [fed.of(model, args, inputs, labels) for model in (student, teacher)]
+    read = ((student, named(student, inputs)), (teacher, of_teacher(teacher, inputs)))
+    both = [fed.of(model, args, own, labels) for model, own in read]
     seen = [_run(model, args, own, blocks) for model, own in zip((student, teacher), both, strict=True)]
     features = [list(side.values()) for side in seen]
     everything = [h for side in features for h in side]

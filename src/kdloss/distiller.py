@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from kdloss import _watch
 from kdloss._capture import Captured
+from kdloss._classes import Named
 from kdloss._decoder_inputs import DecoderInputs
+from kdloss._inputs import of_decoder, of_student, taken_by
 from kdloss._masks import Padding, all_masks
 from kdloss._own_loss import OwnLoss, own_loss, refuse_unread
 from kdloss._passes import Passes, brought, requests
 from kdloss._towers import Towers
-from kdloss.adapter import evaluating, named, resharded
+from kdloss.adapter import evaluating, resharded
 from kdloss.bases import Own, owner
 from kdloss.distilled import Distilled
-from kdloss.teacher import Teacher
+from kdloss.teacher import Teacher, refuse_functions, tensors
 from kdloss.terms import Plan
+from kdloss.terms._outputs import logits_read
 from kdloss.terms.contract import Contract
 from kdloss.terms.sum import as_criterion
 
@@ -42,7 +45,8 @@ class Distiller:
       with what was captured of student and teacher (`.output` is what the model returned), labels, `mask` and
       `num_items_in_batch`; the logger "kdloss" warns of what it misses.
 
-    Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models take. `labels` go to the
+    Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models take: each is given
+    those that its forward names (all, if it takes any), and one that nobody reads is refused. `labels` go to the
     criterion (an encoder-decoder's decoder inputs are made from them), or `shift_labels`, which stand beside their
     logits already; so does `num_items_in_batch`. `mask` (True = keep) takes positions of labels and logits out of every
     term, `feature_mask` those of features, all or by their term's name (None: all count). The batch's own
@@ -59,8 +63,9 @@ class Distiller:
     Hugging Face's language models make no logits `[B, T, V]`: hidden states and head go to the criterion as
     `LazyLogits`, with the same loss and gradients. Where that can't be, the logger "kdloss" says why.
 
-    Raises: TypeError for a teacher that no term reads; ValueError for a term without its teacher, for labels `[B, T]`
-    that may be meant either way where nothing shows how, for a mask that fits nothing, and for a teacher that runs on
+    Raises: TypeError for a teacher or an input that nobody reads; ValueError for a term without its teacher, for labels
+    `[B, T]` that may be meant either way where nothing shows how, for packed or padded rows that a model can't tell
+    from others (no `position_ids`, no `attention_mask`), for a mask that fits nothing, and for a teacher that runs on
     weights which the student trains (`kdloss.base_of` is the base under adapters); whatever criterion and capture
     raise.
 
@@ -93,6 +98,7 @@ class Distiller:
             )
         if self._plans:
             self.criterion.check_teachers(len(self.teachers))
+            refuse_functions(self.criterion, self.teachers)
         else:
             _log.warning(
                 "%s has no `plan` that says what it reads: logits are made whole, teachers run to their end, no "
@@ -103,7 +109,7 @@ class Distiller:
         self._prepared_for: weakref.ref[nn.Module] | None = None
         self._own: OwnLoss | None = None
         self._compared: set[int] = set()
-        self._pass, self._towers, self._decoder_inputs = Passes(), Towers(), DecoderInputs()
+        self._pass, self._towers, self._decoder_inputs, self._classes = Passes(), Towers(), DecoderInputs(), Named()
         self._told = False
 
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
@@ -172,8 +178,9 @@ class Distiller:
         on_features = [name for name, reads in plan.reads.items() if reads.pairs]
         again = partial(self._study, student, plan, args, inputs, labels)
         place = self._towers.of(student, requests(plan.reads, "student"), inputs, self._pass.located, again)
+        logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
         padding = Padding.of(student, inputs)
-        return all_masks(padding, seen, on_features, labels, mask, feature_mask, place, causal=causal)
+        return all_masks(padding, seen, logits, on_features, labels, mask, feature_mask, place, causal=causal)
 
     def _warn(self, student: nn.Module) -> None:
         """Tell once of projections that no optimizer trains, and of some that it trains and nobody zeroes."""
@@ -199,6 +206,17 @@ class Distiller:
         return plan
 
     @property
+    def columns(self) -> list[str] | None:
+        """The inputs that teachers name, which whoever drops what the student doesn't read has to keep; None: all.
+
+        All where a teacher is given a function of the batch.
+        """
+        there = [teacher for teacher in self.teachers if teacher is not None]
+        if any(teacher.inputs is not None for teacher in there):
+            return None
+        return sorted({name for teacher in there for name in taken_by(teacher.module)[0]} - {"labels"})
+
+    @property
     def _modules(self) -> list[nn.Module | None]:
         """The teachers that are models."""
         found = (None if t is None else t.module for t in self.teachers)
@@ -216,7 +234,7 @@ class Distiller:
         """How the student's own loss reads labels, measured on the first batch, on every rank alike."""
         if self._own is None:
             contract = self.criterion.contract if self._plans else Contract()
-            inputs = self._of_student(student, inputs)
+            inputs = of_student(student, self.teachers, inputs)
             self._own = own_loss(student, args, inputs, labels, contract.ignore_index)
             if self._own is not None and self._own.causal is not None and contract.causal is None:
                 _log.info("causal=%s, measured: %s", self._own.causal, self._own)
@@ -230,11 +248,6 @@ class Distiller:
         if own.causal is None:
             refuse_unread(own, student, seen.output, labels)
         return bool(own.causal)
-
-    def _of_student(self, student: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The student's own part of a batch."""
-        apart = any(t is not None and t.inputs is not None for t in self.teachers)
-        return named(student, inputs) if apart else inputs
 
     def _stored(self, given: Any) -> list[Any]:
         """What the stored teachers said."""
@@ -258,9 +271,10 @@ class Distiller:
         shift_labels: Tensor | None = None,
     ) -> Captured:
         """The student's pass."""
-        inputs = self._decoder_inputs.of(student, args, self._of_student(student, inputs), labels)
+        inputs = self._decoder_inputs.of(student, args, of_student(student, self.teachers, inputs), labels)
         if plan.own_loss or (self._own is not None and self._own.of_labels):
-            inputs = {**inputs, "labels": labels} | ({} if shift_labels is None else {"shift_labels": shift_labels})
+            given = {"labels": labels, "shift_labels": shift_labels}
+            inputs = {**inputs, **{name: x for name, x in given.items() if x is not None}}
         why = plan.why_whole if self._plans else "its criterion may want them"
         return self._pass(student, requests(plan.reads, "student"), args, inputs, why_whole=why)
 
@@ -283,6 +297,7 @@ class Distiller:
                 # By no name here: who asks for the output is the only one to hold it.
                 with self._seen_apart(k, student):
                     seen = [self._teach(k, teacher, plan, args, inputs, labels)]
+                seen[0].classes = self._classes(k, student, teacher.module)
                 yield brought(seen.pop(), None if teacher.device is None else home)
             else:
                 yield None
@@ -304,12 +319,13 @@ class Distiller:
     def _teach(
         self, k: int, teacher: Teacher, plan: Plan, args: tuple[Any, ...], inputs: dict[str, Any], labels: Any
     ) -> Captured:
-        reads = {name: plan.reads[name] for name in plan.of_teacher(k)}
+        reads, module = {name: plan.reads[name] for name in plan.of_teacher(k)}, teacher.module
         rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
-        if rename is not None and teacher.inputs is None and "input_ids" in inputs:
-            inputs = {**inputs, "input_ids": rename(inputs["input_ids"])}
+        if rename is not None and teacher.inputs is None:
+            tokens = [name for name in ("input_ids", "decoder_input_ids") if inputs.get(name) is not None]
+            inputs = {**inputs, **{name: rename(inputs[name]) for name in tokens}}
+            labels = of_decoder(module, labels, rename)
         args, inputs = teacher.of(args, inputs)
-        module = teacher.module
         stop = self._plans and plan.ends_early(k)
         why = plan.why_teacher_whole(k) if self._plans else "its criterion may want them"
         with torch.no_grad():
@@ -322,6 +338,7 @@ class Distiller:
                     asked = requests(reads, "teacher")
                     seen = self._pass(module, asked, args, inputs, stop=stop, why_whole=why)
                 resharded(module)
+        seen.output = tensors(seen.output, (args, inputs))
         return seen
 
     def _measure(self, student: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:

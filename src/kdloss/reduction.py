@@ -128,7 +128,19 @@ def masked(
 
 def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a loss wants something by this name, beside student and teacher."""
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        function = inner
+    return _named(function, name)
+
+
+def _named(function: Callable[..., Any], name: str) -> bool:
     return name in parameters(function)
+
+
+# Whether torch.compile traces the making of modules; then it takes signatures, which it can't trace, as they are.
+TRACES_MODULES = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+if TRACES_MODULES:  # what torch.compiler.assume_constant_result does, which would import the compiler
+    _named._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -1,21 +1,26 @@
 """A teacher, and how it is fed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from kdloss._graphs import refuse_trained
+from kdloss._inputs import of_teacher
 from kdloss.targets import LazyLogits
+from kdloss.terms import Features
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
     """A teacher that reads something else than the student, or lives elsewhere.
 
-    - `module`: the model, or any function of its inputs where only outputs are needed.
+    - `module`: the model, or any function of its inputs where only outputs are needed (an ONNX session's; numpy arrays
+      become tensors). So is TorchScript, and what torch.export made: `exported.module()`. A graph that was made in
+      training mode is refused.
     - `inputs`: a function of the batch that gives the teacher's own: another tokenizer's ids, another normalisation or
       resolution. It gets the positional inputs as they are, and keyword inputs as one dict behind them: of
       `model(**batch)` the batch, of `model(x)` x. It returns keyword inputs as a dict, positional ones as a tuple, or
@@ -38,6 +43,10 @@ class Teacher:
     def __post_init__(self) -> None:
         if not callable(self.module):
             raise TypeError(f"a teacher is a model or a function, got {type(self.module).__name__}")
+        if not isinstance(self.module, nn.Module) and callable(getattr(self.module, "module", None)):
+            raise TypeError(f"an {type(self.module).__name__} isn't called itself; write teacher.module(), which is")
+        if isinstance(self.module, nn.Module):
+            refuse_trained(self.module)
         if self.inputs is not None and not callable(self.inputs):
             raise TypeError(f"inputs is a function of the batch, got {self.inputs!r}; write inputs=lambda batch: ...")
         if self.device is not None:
@@ -46,7 +55,9 @@ class Teacher:
     def of(self, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The teacher's own inputs of this batch, positional and by keyword, where it reads them."""
         own_args, own = args, dict(inputs)
-        if self.inputs is not None:
+        if self.inputs is None:
+            own = of_teacher(self.module, inputs)
+        else:
             given = self.inputs(*args, own) if own else self.inputs(*args)
             own = dict(given) if isinstance(given, Mapping) else {}
             own_args = () if isinstance(given, Mapping) else given if isinstance(given, tuple) else (given,)
@@ -78,6 +89,30 @@ def moved(x: Any, device: torch.device | str) -> Any:
         return t.to(device, non_blocking=True) if isinstance(t, Tensor) else t
 
     return tree_map(move, x)
+
+
+def refuse_functions(criterion: Any, teachers: Sequence[Any]) -> None:
+    """Raise for a teacher without modules whose features are to be learned."""
+    for name, term in criterion.terms.items():
+        for k in term.teachers(len(teachers)) if isinstance(term, Features) else ():
+            teacher = teachers[k]
+            if teacher is not None and not isinstance(teacher.module, nn.Module):
+                raise TypeError(
+                    f"the term {name!r} reads features of teacher {k}, and {teacher.module!r} is a function, which has "
+                    "outputs only: give the model, an nn.Module"
+                )
+
+
+def tensors(output: Any, inputs: Any) -> Any:
+    """What a teacher returned with its numpy arrays as tensors, where its inputs are."""
+    if not any(map(_is_numpy, tree_leaves(output))):
+        return output
+    device = next((x.device for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
+    return tree_map(lambda x: torch.tensor(x, device=device) if _is_numpy(x) else x, output)
+
+
+def _is_numpy(x: Any) -> bool:
+    return hasattr(x, "__array_interface__")
 
 
 def _place(module: nn.Module) -> torch.device | None:

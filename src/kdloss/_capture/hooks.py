@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.jit import ScriptModule
 from torch.nn.parallel import DistributedDataParallel
 
 from kdloss._capture.compiled import hooks_seen
@@ -51,7 +52,7 @@ def capture(
     Raises: ValueError for a name that does not exist or options that don't fit; RuntimeError when a
     module ran not at all or more than once, changed its output in place afterwards, or gave a tensor
     without gradient although its parameters are trained (reentrant checkpointing); TypeError where
-    `take` finds no tensor.
+    `take` finds no tensor, and for TorchScript.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
     >>> with capture(model, ["0"]) as seen:
@@ -78,9 +79,12 @@ def record(
 
     `located`, kept from step to step, spares looking for the modules again.
     """
+    if requests:
+        _refuse_torchscript(model)
     asked: dict[nn.Module, list[Hashable]] = {}
     for key, request in requests.items():
         module = (find if located is None else located.find)(model, request.name, request.blocks)
+        _refuse_torchscript(module)
         asked.setdefault(module, []).append(key)
     for request in requests.values():
         _check(request, stop)
@@ -88,8 +92,9 @@ def record(
     seen = recorder.captured
     hook = _hook()
     handles = [m.register_forward_hook(hook(partial(recorder.record, m))) for m in asked]
-    handles.append(model.register_forward_pre_hook(hook(recorder.begin)))
-    handles.append(model.register_forward_hook(hook(recorder.finish)))
+    if not isinstance(model, ScriptModule):
+        handles.append(model.register_forward_pre_hook(hook(recorder.begin)))
+        handles.append(model.register_forward_hook(hook(recorder.finish)))
     try:
         try:
             with hooks_seen(model, asked):
@@ -127,6 +132,16 @@ def _hook() -> type[_Hook]:
     """Its like beside compiled code, never a part of it; made late, as it imports the compiler."""
     beside: Callable[[Callable[..., None]], Callable[..., None]] = torch.compiler.disable
     return type("_Hook", (_Hook,), {"__call__": beside(_Hook.__call__)})
+
+
+def _refuse_torchscript(module: nn.Module) -> None:
+    """TorchScript runs where no hook is seen."""
+    if isinstance(module, ScriptModule):
+        raise TypeError(
+            f"features are captured by hooks, and TorchScript ({type(module).__name__}) has none: its outputs can be "
+            "learned. Load the model it was made from; or, where it returns features too, wrap it in a module of your "
+            "own that passes them through an nn.Identity, and capture that"
+        )
 
 
 def _check(request: Request, stop: bool) -> None:

@@ -33,6 +33,7 @@ class Captured(Mapping[Any, Any]):
     def __init__(self) -> None:
         self.features: dict[Hashable, Any] = {}
         self.output: Any = None
+        self.classes: Any = None  # names of the student's classes and of this teacher's, where they have some
         self.views: dict[str, Captured] = {}
 
     def of(self, term: str) -> "Captured":

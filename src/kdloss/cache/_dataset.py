@@ -1,32 +1,48 @@
-"""Examples as they come from a dataset: ids, and tokens without padding."""
+"""Examples as they come from a dataset: ids, tokens without padding, and what else the teacher reads."""
 
 import hashlib
 import json
+import logging
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
+from kdloss.cache import _documents
+
 Id = str | int
+_log = logging.getLogger("kdloss")
+_OF_THE_TOKENS = {"input_ids", "attention_mask", *_documents.COLUMNS}
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples as they are given to the teacher: without padding."""
+    """Examples as they are given to the teacher: without padding, and one document of a packed row after the other.
+
+    `documents` are the lengths of each row's documents; `beside` what else the teacher reads, by column: `by_token`
+    are those with an entry for each token.
+    """
 
     ids: list[Id]
     tokens: list[list[int]]
+    documents: list[list[int]]
+    beside: dict[str, list[Any]] = field(default_factory=dict)
+    by_token: frozenset[str] = frozenset()
+    of_tokens: bool = True
 
     def digest(self) -> str:
         """What tells these examples from others."""
-        return hashlib.sha256(json.dumps([self.ids, self.tokens]).encode()).hexdigest()
+        packed = [self.documents] if any(len(lengths) > 1 for lengths in self.documents) else []
+        content = [self.ids, self.tokens, *packed, *([self.beside] if self.beside else [])]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def checked_ids(dataset: Any, id_column: str) -> list[Id]:
+def checked_ids(dataset: Any, id_column: str, of_tokens: bool = True) -> list[Id]:
     """All ids, none twice."""
     columns = getattr(dataset, "column_names", None)
     if not hasattr(dataset, "with_format") or not hasattr(dataset, "__len__"):
         raise TypeError(f"dataset must be a datasets.Dataset, which has a length, got {type(dataset).__name__}")
-    if absent := {id_column, "input_ids"} - set(columns or ()):
+    if absent := {id_column, *(["input_ids"] if of_tokens else [])} - set(columns or ()):
         raise ValueError(
             f"the dataset has the columns {columns}, not {sorted(absent)}; it needs input_ids, and ids in "
             'id_column="..."; without ids write '
@@ -45,20 +61,55 @@ def checked_ids(dataset: Any, id_column: str) -> list[Id]:
     return ids
 
 
-def read(dataset: Any, rows: slice, id_column: str) -> Examples:
+def beside(dataset: Any, id_column: str, names: Collection[str], of_tokens: bool) -> list[str]:
+    """The columns that a teacher names, but for those of the tokens and the labels."""
+    left_out = {id_column, "labels", *_OF_THE_TOKENS}
+    found = [column for column in dataset.column_names if column in names and column not in left_out]
+    if not of_tokens and not found:
+        raise ValueError(f"the teacher takes {sorted(names)}, and the dataset has the columns {dataset.column_names}")
+    _log.info("of the dataset's columns the teacher reads %s", [*(["input_ids"] if of_tokens else []), *found])
+    return found
+
+
+def read(dataset: Any, rows: slice, id_column: str, columns: Collection[str] = (), of_tokens: bool = True) -> Examples:
     """Some examples without their padding."""
     found = dataset.with_format(None)[rows]
-    ids, tokens = list(found[id_column]), found["input_ids"]
+    ids = list(found[id_column])
+    if not of_tokens:
+        return Examples(
+            ids, [[] for _ in ids], [[0] for _ in ids], {name: found[name] for name in columns}, of_tokens=False
+        )
+    tokens = found["input_ids"]
     masks = found.get("attention_mask") or [[1] * len(row) for row in tokens]
-    return Examples(ids, [real(*row) for row in zip(ids, tokens, masks, strict=True)])
+    spans = [real(*row) for row in zip(ids, tokens, masks, strict=True)]
+    cut = {name: found[name] for name in columns}
+    by_token = frozenset(name for name, x in cut.items() if _by_token(x, tokens))
+    for name in by_token:
+        cut[name] = [row[span] for row, span in zip(cut[name], spans, strict=True)]
+    documents = [
+        _documents.lengths(id, {name: found[name][i] for name in _documents.COLUMNS if name in found}, masks[i], span)
+        for i, (id, span) in enumerate(zip(ids, spans, strict=True))
+    ]
+    kept = [row[span] for row, span in zip(tokens, spans, strict=True)]
+    return Examples(ids, kept, documents, cut, by_token)
 
 
-def real(id: Id, tokens: list[int], mask: list[int]) -> list[int]:
-    """The tokens that a mask, with zeros at the beginning or the end only, leaves."""
+def real(id: Id, tokens: list[int], mask: list[int]) -> slice:
+    """Where the tokens are that a mask, with zeros at the beginning or the end only, leaves."""
     if len(tokens) != len(mask):
         raise ValueError(f"example {id!r} has {len(tokens)} input_ids and an attention_mask of {len(mask)}")
-    kept = [token for token, there in zip(tokens, mask, strict=True) if there]
-    start = mask.index(1) if 1 in mask else 0
-    if kept != tokens[start : start + len(kept)] or not all(mask[start : start + len(kept)]):
+    start = next((i for i, there in enumerate(mask) if there), 0)
+    span = slice(start, start + sum(map(bool, mask)))
+    if not all(mask[span]):
         raise ValueError(f"the attention_mask of example {id!r} has zeros between ones; padding is outside")
-    return kept
+    return span
+
+
+def _by_token(rows: list[Any], tokens: list[list[int]]) -> bool:
+    """Whether a column has a whole number, or a list of some, for each token."""
+    if any(not isinstance(x, list) or len(x) != len(row) for x, row in zip(rows, tokens, strict=True)):
+        return False
+    first: Any = next((x[0] for x in rows if x), 0)
+    while isinstance(first, list):
+        first = first[0] if first else 0
+    return isinstance(first, int)

@@ -20,8 +20,8 @@ from kdloss.targets.top_k import Tail
 def open(folder: str | Path, *, tokenizer: Any, tail: Tail = "bucket", device: torch.device | str = "cpu") -> "Cache":
     """A cache that `kdloss.cache.write` made, ready to give batches; only its ids are read now.
 
-    `tokenizer` is the one that makes the training batches; `tail` says how the classes left out are
-    treated (see `kdloss.TopKLogits`); batches are put on `device`.
+    `tokenizer` is the one that makes the training batches (None where no tokens were read); `tail` says how the
+    classes left out are treated (see `kdloss.TopKLogits`); batches are put on `device`.
 
     Raises: ValueError for a folder without a cache, an incomplete one, an index that was cut or altered,
     another tokenizer.
@@ -34,11 +34,12 @@ def open(folder: str | Path, *, tokenizer: Any, tail: Tail = "bucket", device: t
             f"{folder} is not complete: {len(missing)} of {count} shards are missing; the same call of "
             "kdloss.cache.write, with the same settings, goes on and writes them"
         )
-    ours = tokenizer_hash(tokenizer)
-    if ours != manifest["tokenizer"]:
+    theirs = manifest["tokenizer"]
+    ours = None if tokenizer is None and theirs is None else tokenizer_hash(tokenizer)
+    if ours != theirs:
         raise ValueError(
-            f"{folder} was written with another tokenizer (hash {manifest['tokenizer'][:12]}, this one "
-            f"{ours[:12]}); open it with that of its teacher {manifest['teacher']!r}. For a student with "
+            f"{folder} was written with another tokenizer (hash {str(theirs)[:12]}, this one {str(ours)[:12]}); "
+            f"open it with that of its teacher {manifest['teacher']!r}. For a student with "
             "other tokens: VanillaKD(vocabulary=kdloss.TokenMap.of(student_tokenizer, teacher_tokenizer))"
         )
     return Cache(folder, manifest, tail, torch.device(device))
@@ -49,8 +50,8 @@ class Cache:
 
     `cache[ids]` are `TopKLogits` `[B, T, k]`, T being the longest example's length, with empty slots
     behind the shorter ones, to stand in a criterion where the teacher's logits would: position t holds
-    what the teacher said at t, which a causal criterion shifts with the student's. Only what a batch
-    needs is read; a shard's checksum is tested when it is first needed.
+    what the teacher said at t, which a causal criterion shifts with the student's. Of a classifier they are
+    `[B, k]`. Only what a batch needs is read; a shard's checksum is tested when it is first needed.
 
     Raises: ValueError for an id that is not there, a length that doesn't fit, a shard that was cut or
     altered, naming it; TypeError for ids that are no list or 1-D tensor.
@@ -89,6 +90,12 @@ class Cache:
         ids = ids.tolist() if isinstance(ids, Tensor) and ids.ndim == 1 else ids
         if isinstance(ids, str | int | Tensor) or not len(ids):
             raise TypeError(f"ids must be a list or a 1-D tensor, as cache[[id]], got {ids!r}")
+        whole = self.manifest.get("positions") == "examples"
+        if whole and (length is not None or attention_mask is not None):
+            raise TypeError(
+                f"{self.folder} holds one row of classes for each example, of a classifier, and not one for each "
+                "token; leave out length and attention_mask"
+            )
         rows = [self._read(id) for id in ids]
         lengths = torch.tensor([len(log_rest) for *_, log_rest in rows])
         if attention_mask is not None:
@@ -101,6 +108,8 @@ class Cache:
         empty = torch.full((*size, k), -1), torch.full((*size, k), -torch.inf), torch.zeros(size)
         indices, log_probs, log_rest = (self._laid(x, y, there) for x, y in zip(empty, parts, strict=True))
         temperature, vocabulary = self.manifest["temperature"], self.manifest["vocabulary"]
+        if whole:
+            indices, log_probs, log_rest = indices.squeeze(1), log_probs.squeeze(1), log_rest.squeeze(1)
         return TopKLogits(indices, log_probs, self.tail, temperature, log_rest, vocabulary)
 
     def verify(self) -> None:

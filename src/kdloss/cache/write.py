@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 from kdloss import _checks
+from kdloss._inputs import taken_by
 from kdloss.cache import _dataset, _files, _manifest, _shard, _teacher
+from kdloss.cache._weights import fingerprint
 from kdloss.cache.tokenizer import tokenizer_hash
 
 
@@ -35,8 +37,13 @@ def write(
 
     `dataset` is a `datasets.Dataset` with a column of ids (strings or integers, none twice),
     `input_ids` (lists), and maybe `attention_mask`; what that masks is padding, at an example's
-    beginning or end, and neither read by the teacher nor stored. The teacher runs on the device it is
-    on, in eval mode; its modes are restored.
+    beginning or end, and neither read by the teacher nor stored. Every other column that the teacher's
+    forward names is given to it, too: those with whole numbers for each token (`token_type_ids`) cut like
+    the tokens, others (`pixel_values`) as they are. Where `position_ids` start anew, or `seq_idx`, `seq_lengths` or
+    an `attention_mask` that numbers them say that a row is packed, the teacher reads each document by itself.
+    Of a classifier, whose logits are `[B, C]`, one row is kept for each example. A teacher of images
+    needs no `input_ids`, and tokenizer=None. The teacher runs on the device it is
+    on, offloaded or quantised as it may be, in eval mode; its modes are restored.
 
     A file is there only when it is whole. Killed at any instant, the same call goes on: shards that
     are finished, by their checksum, are skipped. Batches never cross shards and follow from the
@@ -45,8 +52,8 @@ def write(
     or several. Under torch.distributed or torchrun each process writes every world-size-th shard.
 
     Raises: ValueError or TypeError for a folder begun with other settings, naming them, for other
-    examples than were there before, for duplicate ids, k beyond the vocabulary, a mask with holes, NaN;
-    OSError for a full disk.
+    examples than were there before, for duplicate ids, k beyond the vocabulary, a mask with holes, NaN,
+    positions that are no packing, logits of other shapes; OSError for a full disk.
 
     >>> import datasets, tempfile, torch
     >>> from tokenizers import Tokenizer, models
@@ -61,19 +68,28 @@ def write(
     torch.Size([2, 3, 2])
     """
     folder, (rank, world) = Path(folder), place()
-    ids = _dataset.checked_ids(dataset, id_column)
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher is a model, got {type(teacher).__name__}; of a function make a module that calls it")
+    names, anything = taken_by(teacher)
+    of_tokens = "input_ids" in names or (anything and not names)
+    ids = _dataset.checked_ids(dataset, id_column, of_tokens)
     for name, value in {"k": k, "batch_size": batch_size, "shard_size": shard_size}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
-    vocabulary = _teacher.logits_of(teacher, [[0]]).shape[-1]
+    temperature = _checks.temperature(temperature)
+    tokens_of = tokenizer_hash(tokenizer) if of_tokens or tokenizer is not None else None
+    columns = _dataset.beside(dataset, id_column, names, of_tokens)
+    first = _dataset.read(dataset, slice(0, 1), id_column, columns, of_tokens)
+    document = _teacher.pieces_of(first, 0)[:1]
+    logits = _teacher.pass_of(teacher, document, first)
+    vocabulary = _teacher.apart(logits, document)[0].shape[-1]
     if k > vocabulary:
         raise ValueError(f"k={k} of {vocabulary} classes; k lies between 1 and their number")
-    temperature = _checks.temperature(temperature)
     settings = {
         "format": _manifest.FORMAT,
         "teacher": teacher_name or getattr(teacher, "name_or_path", "") or type(teacher).__name__,
-        "teacher_weights": _teacher.fingerprint(teacher),
-        "tokenizer": tokenizer_hash(tokenizer),
+        "teacher_weights": fingerprint(teacher),
+        "tokenizer": tokens_of,
         "vocabulary": vocabulary,
         "k": k,
         "temperature": temperature,
@@ -82,17 +98,22 @@ def write(
         "batch_size": batch_size,
         "shard_size": shard_size,
     }
+    if columns:
+        settings["columns"] = columns
+    if logits.ndim == 2:
+        settings["positions"] = "examples"
     _manifest.begin(folder, settings, rank)
     _files.sweep(folder, rank, world)
     mine = [*enumerate(_shard.names(_manifest.shard_count(settings)))][rank::world]
     with progress(sum(len(ids[i * shard_size :][:shard_size]) for i, _ in mine), rank) as bar:
         for i, name in mine:
-            examples = _dataset.read(dataset, slice(i * shard_size, (i + 1) * shard_size), id_column)
+            rows = slice(i * shard_size, (i + 1) * shard_size)
+            examples = _dataset.read(dataset, rows, id_column, columns, of_tokens)
             if _shard.finished(folder, name, examples):
                 bar(len(examples.ids))
                 continue
             kept = []
-            for batch in _teacher.top_k(teacher, examples.tokens, batch_size, k, temperature):
+            for batch in _teacher.top_k(teacher, examples, batch_size, k, temperature):
                 kept += batch
                 bar(len(batch))
             for id, x in zip(examples.ids, kept, strict=True):

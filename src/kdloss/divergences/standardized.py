@@ -1,6 +1,5 @@
 """Logit standardisation, around any divergence."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -46,8 +45,8 @@ class standardized:
             )
 
     @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.divergence)
+    def __wrapped__(self) -> Callable[..., Tensor]:
+        return self.divergence  # whose signature it has
 
     def __call__(self, student: AnyLogits, teacher: AnyLogits, *args: Any, **options: Any) -> Tensor:
         """The divergence between standardised student and teacher."""

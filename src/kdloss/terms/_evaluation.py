@@ -170,6 +170,8 @@ class Evaluation:
     def _refuse_unlabelled(self) -> None:
         for name, reads in self.plan.reads.items():
             if reads.labels:
+                if isinstance(term := self.criterion.terms[name], CrossEntropy):
+                    term.logits(self.student)  # what has no logits says more of what is missing
                 raise ValueError(
                     f"the term {name!r} needs labels: pass labels=..., or give it weight 0 (alpha=0 in a recipe)"
                 )

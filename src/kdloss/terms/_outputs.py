@@ -1,6 +1,6 @@
 """Logits in what a model returned."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from kdloss._capture import Captured, Take
 from kdloss._capture.take import described, follow
 from kdloss.targets.kinds import AnyLogits, at
 from kdloss.targets.sharded import localised
+from kdloss.terms._no_logits import no_logits
 from kdloss.terms._positions import Positions
 
 
@@ -35,10 +36,7 @@ def logits_of(output: Any, whose: str, take: Take = None) -> Any:
         raise TypeError(f"take={take!r} finds no logits in the {whose}'s output, {described(output)}")
     logits = find_logits(output)
     if logits is None:
-        raise TypeError(
-            f"the {whose}'s logits are needed: pass a tensor, or an output or dict that has logits, or say "
-            f"where they are by take=..., got {type(output).__name__}"
-        )
+        raise no_logits(output, whose)
     return logits
 
 
@@ -62,6 +60,15 @@ def stand_at(labels: Tensor | None, logits: AnyLogits | None) -> bool:
     if labels is None or logits is None or labels.ndim != 2 or len(logits.shape) != 3:
         return True
     return logits.shape[:-1] == labels.shape
+
+
+def logits_read(output: Any, takes: Iterable[Take]) -> AnyLogits | None:
+    """The logits, wherever a term reads them."""
+    found = find_logits(output)
+    if found is None:
+        parts = (localised(part_of(output, take)) for take in takes if take is not None)
+        found = next((part for part in parts if isinstance(part, AnyLogits)), None)
+    return found
 
 
 def look_at_numbers(name: str, logits: AnyLogits, where: Positions) -> None:

@@ -64,7 +64,7 @@ class CrossEntropy(Term):
     def reads(self) -> Reads:
         """Labels and the student's logits."""
         if self.take is not None:
-            return Reads(labels=True, why=f"the term {self.name!r} takes a part of the output")
+            return Reads(labels=True, why=f"the term {self.name!r} takes a part of the output", logits_at=self.take)
         return Reads(labels=True, logits="any")
 
     def logits(self, student: Any) -> AnyLogits:

@@ -5,10 +5,11 @@ from dataclasses import replace
 from types import EllipsisType
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdloss import _checks, schedules
-from kdloss._capture import Take
+from kdloss._capture import Captured, Take
+from kdloss._classes import predicts_tokens
 from kdloss.divergences.forward_kl import forward_kl
 from kdloss.engine import Divergence, TeacherTask, Vocabulary
 from kdloss.engine.task import unwrapped
@@ -33,7 +34,9 @@ class Logits(Term):
     - `temperature`: what both sides' logits are divided by; a number, or a function of the step.
     - `teacher`: an index, several, whose average is the teacher, or "all". `weights` are theirs, non-negative and of
       sum 1, None for equal ones; `average` takes that of their "probabilities" or of their "logits".
-    - `vocabulary` brings two vocabularies together: `kdloss.truncate`, a `kdloss.TokenMap`, any function of both.
+    - `vocabulary` brings two vocabularies, or sets of classes, together: `kdloss.truncate`, a `kdloss.TokenMap`, any
+      function of both. Without one, classes that both models name (`config.id2label`, upper and lower case alike) are
+      paired by name where `kdloss.Distiller` runs the models, in whatever order; other names are refused.
     - `take`, `teacher_take`: which part of the student's and the teacher's output holds the logits: an index, a key,
       a path or a function. The teacher's is the student's unless it is given; None takes nothing.
     - `positions`: "labels" or "mask", which counts unlabelled positions, too.
@@ -74,6 +77,7 @@ class Logits(Term):
         self.divergence = divergence
         self.temperature = temperature
         self.weights, self.vocabulary = weights, vocabulary
+        self._of_tokens = True
         self.average: Literal["probabilities", "logits"] = average
         self.take: Take = take
         self.teacher_take: Take = take if isinstance(teacher_take, EllipsisType) else teacher_take
@@ -92,12 +96,21 @@ class Logits(Term):
         """Whether the temperature depends on the step."""
         return callable(self._temperature)
 
+    def locate(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
+        """Find out whether the student's classes are tokens, whose ids a `TokenMap` translates for the teacher."""
+        self._of_tokens = predicts_tokens(student)
+
+    @property
+    def _any_vocabulary(self) -> bool:
+        return getattr(unwrapped(self.divergence)[0], "any_vocabulary", False)
+
     def reads(self) -> Reads:
         """Both sides' logits; as a tensor where rows of them can't be told apart."""
-        rename = getattr(self.vocabulary, "to_teacher", None)
+        rename = getattr(self.vocabulary, "to_teacher", None) if self._of_tokens else None
         if self.take is not None or self.teacher_take is not None:
-            return Reads(why=f"the term {self.name!r} takes a part of the output", to_teacher=rename)
-        if takes(self.divergence, "mask") or getattr(unwrapped(self.divergence)[0], "any_vocabulary", False):
+            why = f"the term {self.name!r} takes a part of the output"
+            return Reads(why=why, logits_at=self.take, to_teacher=rename)
+        if takes(self.divergence, "mask") or self._any_vocabulary:
             return Reads(why="its divergence needs all of them at once", to_teacher=rename)
         return Reads(logits="any", to_teacher=rename)
 
@@ -109,6 +122,9 @@ class Logits(Term):
     def retain(self, teacher: Any) -> AnyLogits:
         """The teacher's logits."""
         found: AnyLogits = logits_of(teacher, "teacher", self.teacher_take)
+        classes = teacher.classes if isinstance(teacher, Captured) else None
+        if classes is not None and self.vocabulary is None and not self._any_vocabulary:
+            found = classes.in_students_order(found)
         return found.detach()
 
     def task(self, step: Step, labels: Tensor | None) -> TeacherTask:

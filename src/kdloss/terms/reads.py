@@ -20,6 +20,7 @@ class Reads:
     - `labels`: the term can't do without.
     - `logits`: of the student's logits "none" is looked at, "any" kind will do (they may never be made as a
       whole), or they must be there as a tensor, "whole", for the reason given in `why`.
+    - `logits_at`: where in the student's output its logits are, if not at `logits`.
     - `own_loss`: the student's own loss is read, so the student is given the labels.
     - `teacher_output`: the teacher runs to its end; False where its features are enough.
     - `pairs`: the layers (student, teacher, weight) whose features are read, None where they follow from the
@@ -30,6 +31,7 @@ class Reads:
     labels: bool = False
     logits: Literal["none", "any", "whole"] = "whole"
     why: str = "a term may want them"
+    logits_at: Take = None
     own_loss: bool = False
     teacher_output: bool = True
     pairs: Pairs | None = ()

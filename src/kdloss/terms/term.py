@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kdloss import _checks
 from kdloss._capture import Captured
+from kdloss.reduction import TRACES_MODULES
 from kdloss.terms.reads import Reads
 from kdloss.terms.step import Step
 
@@ -36,7 +37,7 @@ class Term(nn.Module):
     """
 
     def __init__(self, *, name: str = "term", teacher: Teachers = (), positions: Where = "labels") -> None:
-        if torch.compiler.is_compiling():  # with graph breaks it is made outside, behind this error
+        if torch.compiler.is_compiling() and not TRACES_MODULES:  # with graph breaks it is made outside, behind this
             raise RuntimeError(
                 f"{type(self).__name__} is made inside a function compiled with fullgraph=True: make terms and "
                 "criteria before, and compile what calls them"

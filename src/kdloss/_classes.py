@@ -1,0 +1,110 @@
+"""The names that models give their classes (`config.id2label`), by which their orders are told apart."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdloss.layers.names import unwrap
+from kdloss.targets.kinds import AnyLogits, chosen_classes
+
+_log = logging.getLogger("kdloss")
+_NAMES = "vocabulary=kdloss.TokenMap.of(student.config.label2id, teacher.config.label2id)"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a student and of one of its teachers, by name."""
+
+    student: tuple[str, ...]
+    teacher: tuple[str, ...]
+
+    @property
+    def alike(self) -> bool:
+        """Whether both have the same ones, in whatever order."""
+        return set(self.student) == set(self.teacher)
+
+    def in_students_order(self, logits: AnyLogits) -> AnyLogits:
+        """A teacher's logits over its classes in the order of the student's; others as they are.
+
+        Raises: ValueError where the names differ.
+        """
+        if logits.shape[-1] != len(self.teacher) or self.student == self.teacher:
+            return logits
+        if not self.alike:
+            raise ValueError(self._differ())
+        at = [self.teacher.index(name) for name in self.student]
+        return chosen_classes(logits, torch.tensor(at, device=logits.device))
+
+    def _differ(self) -> str:
+        alone = [[x for x in a if x not in b] for a, b in ((self.student, self.teacher), (self.teacher, self.student))]
+        who = [
+            f"{whose} alone has {names[:3]}"
+            for whose, names in zip(("the student", "the teacher"), alone, strict=True)
+            if names
+        ]
+        shared = len(set(self.student) & set(self.teacher))
+        way = (
+            f"compare over the {shared} classes that both have: {_NAMES}"
+            if shared
+            else "where they mean the same, give both models the same names: student.config.id2label = {0: ..., 1: ...}"
+        )
+        return (
+            f"the student has {len(self.student)} classes and the teacher {len(self.teacher)}, by config.id2label, and "
+            f"{' and '.join(who)}; {way}"
+        )
+
+
+class Named:
+    """Reads the names of both models' classes, and tells once what follows."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, k: int, student: nn.Module, teacher: Any) -> Classes | None:
+        """The classes of a student and teacher k, where both name them; upper and lower case are one."""
+        ours, theirs = _names(student), _names(teacher)
+        if theirs is None:
+            return None
+        if ours is None:
+            if len(theirs) == getattr(getattr(unwrap(student), "config", None), "num_labels", None):
+                self._say(
+                    f"teacher {k} names its classes ({_some(theirs)}) and the student doesn't: they are taken to be in "
+                    "one order; write student.config.id2label = {0: ..., 1: ...}, and orders are compared"
+                )
+            return None
+        found = Classes(ours, theirs)
+        if ours != theirs and found.alike:
+            self._say(f"teacher {k} has the student's classes in another order: paired by name, {_some(ours)}")
+        return found
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            _log.info(message)
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether a model's classes are tokens, as far as it says: it has output embeddings."""
+    found: Any = getattr(unwrap(model), "get_output_embeddings", None)
+    return not callable(found) or found() is not None
+
+
+def _names(model: Any) -> tuple[str, ...] | None:
+    """Names of a model's classes in their order; None where there are none, or Hugging Face's LABEL_0, LABEL_1."""
+    if not isinstance(model, nn.Module):
+        return None
+    named: Any = getattr(getattr(unwrap(model), "config", None), "id2label", None)
+    if not isinstance(named, dict) or set(map(str, named)) != set(map(str, range(len(named)))):
+        return None
+    exact = [str(name) for _, name in sorted((int(i), name) for i, name in named.items())]
+    if all(name == f"LABEL_{i}" for i, name in enumerate(exact)):
+        return None
+    folded = [name.casefold() for name in exact]
+    return tuple(folded if len(set(folded)) == len(folded) else exact)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

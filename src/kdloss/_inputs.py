@@ -1,0 +1,111 @@
+"""Which inputs of a batch a model reads: what its forward names, or all, where it says so."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdloss.layers.names import unwrap
+
+_PACKING = "position_ids"  # whoever doesn't read these takes the documents of a packed row for one
+
+
+def taken_by(model: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The keyword inputs that a model, or a function, names, and whether it takes others, too.
+
+    >>> taken_by(nn.Linear(2, 2))
+    (['input'], False)
+    """
+    function = unwrap(model).forward if isinstance(model, nn.Module) else model
+    if isinstance(schema := getattr(function, "schema", None), torch._C.FunctionSchema):  # TorchScript's
+        return [a.name for a in schema.arguments if a.name != "self"], False
+    try:
+        known = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C
+        return [], True
+    named = [p.name for p in known if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return named, any(p.kind is p.VAR_KEYWORD for p in known)
+
+
+def named(model: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that a model's forward takes; what begins with "teacher_" has to be named there."""
+    names, anything = taken_by(model)
+    return {k: v for k, v in inputs.items() if k in names or (anything and not k.startswith("teacher_"))}
+
+
+def of_student(student: nn.Module, teachers: Iterable[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The student's inputs of a batch.
+
+    Raises: TypeError for one that neither the student nor a teacher reads, ValueError for packed rows.
+    """
+    own = named(student, inputs)
+    models = [student]
+    for teacher in teachers:
+        if teacher is not None:
+            if teacher.inputs is not None:  # a function of the whole batch
+                models.clear()
+                break
+            models.append(teacher.module)
+    if models and (nobody := [k for k in inputs if not any(k in named(model, inputs) for model in models)]):
+        raise TypeError(
+            f"no model reads {nobody}: {_told(models)}. Leave it out, or say what is made of it: "
+            "kdloss.Teacher(teacher, inputs=lambda batch: ...)"
+        )
+    _refuse_unread_packing(student, inputs, "student", "give it padded rows in place of packed ones")
+    return own
+
+
+def of_teacher(teacher: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A teacher's inputs, of those that the student is given.
+
+    Raises: ValueError where one is left out that changes what all the others mean.
+    """
+    own, line = named(teacher, inputs), 'kdloss.Teacher(teacher, inputs=lambda batch: {"input_ids": ...})'
+    _refuse_unread_packing(teacher, inputs, "teacher", f"give it padded rows, or say what it reads: {line}")
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and "attention_mask" not in own and not mask.is_meta and not mask.bool().all():
+        raise ValueError(
+            f"the teacher ({_told([teacher])}) takes no attention_mask and would read padding as if it were text. Say "
+            f"what it reads, if that is right: {line}"
+        )
+    return own
+
+
+def of_decoder(model: Callable[..., Any], labels: Any, rename: Callable[[Tensor], Tensor]) -> Any:
+    """The labels of which an encoder-decoder's decoder inputs are made, in its own ids of tokens."""
+    config = getattr(unwrap(model), "config", None) if isinstance(model, nn.Module) else None
+    if not getattr(config, "is_encoder_decoder", False) or not isinstance(labels, Tensor) or labels.is_floating_point():
+        return labels
+    own, there = labels.clone(), labels >= 0
+    own[there] = rename(labels[there])
+    return own
+
+
+def _refuse_unread_packing(model: Callable[..., Any], inputs: Mapping[str, Any], whose: str, way: str) -> None:
+    if inputs.get(_PACKING) is None:
+        return
+    names, anything = taken_by(model)
+    if _PACKING not in names and (not anything or _ignores_what_it_does_not_name(model)):
+        raise ValueError(
+            f"the {whose} ({_told([model])}) takes no position_ids, by which packed rows are told from one document: "
+            f"it would read the others as context. Leave them out where rows aren't packed, or {way}"
+        )
+
+
+def _ignores_what_it_does_not_name(model: Callable[..., Any]) -> bool:
+    """Hugging Face's models take any keyword, and pass on few."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, nn.Module) and isinstance(
+        unwrap(model), transformers.PreTrainedModel
+    )  # fmt: skip
+
+
+def _told(models: Iterable[Callable[..., Any]]) -> str:
+    return ", ".join(f"{_name(model)} takes {taken_by(model)[0]}" for model in models)
+
+
+def _name(model: Callable[..., Any]) -> str:
+    return type(unwrap(model)).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "a function")

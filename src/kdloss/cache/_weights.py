@@ -1,0 +1,82 @@
+"""What tells a teacher from another: its weights, wherever and however they are kept."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+
+def fingerprint(teacher: nn.Module) -> str:
+    """A SHA-256 of names, shapes and some 64 values of every parameter, buffer and packed weight.
+
+    Raises: ValueError for weights that can't be read.
+    """
+    found = hashlib.sha256()
+    known = dict(teacher.named_parameters(remove_duplicate=False))  # offloaded, tied weights are two
+    for name, p in known.items():
+        found.update(_digest(name, _there(teacher, name, p)))
+    for path, module in teacher.named_modules(remove_duplicate=False):
+        own: dict[str, Any] = {}
+        module._save_to_state_dict(own, f"{path}." if path else "", True)
+        for name, value in own.items():
+            for x in tree_leaves(value) if name not in known else ():
+                if isinstance(x, Tensor):
+                    found.update(_digest(name, _there(teacher, name, x)))
+                elif isinstance(x, str | int | float | torch.dtype):
+                    found.update(f"{name} {x}".encode())
+    return found.hexdigest()
+
+
+def device_of(teacher: nn.Module) -> torch.device:
+    """Where a teacher wants its inputs: of one that is offloaded, where it computes."""
+    for hook in map(_hook, teacher.modules()):
+        if getattr(hook, "execution_device", None) is not None:
+            place = hook.execution_device
+            return torch.device(place) if not isinstance(place, int) else torch.device(_accelerator(), place)
+    tensors = (t for kind in (teacher.parameters(), teacher.buffers()) for t in kind)
+    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+
+
+def _digest(name: str, x: Tensor) -> bytes:
+    if hasattr(x, "full_tensor"):  # sharded over processes
+        x = x.full_tensor()
+    if is_traceable_wrapper_subclass(x):  # quantised: of several tensors
+        parts, settings = x.__tensor_flatten__()
+        return b"".join([f"{name} {settings} ".encode(), *(_digest(part, getattr(x, part)) for part in parts)])
+    shape, dtype = tuple(x.shape), x.dtype
+    values = (x.detach().dequantize() if x.is_quantized else x.detach()).flatten()
+    some = values[:: max(1, values.numel() // 64)].cpu().contiguous().view(torch.uint8)
+    return f"{name} {shape} {dtype} ".encode() + bytes(some.tolist())
+
+
+def _there(teacher: nn.Module, name: str, x: Tensor) -> Tensor:
+    """A tensor's values; of one that accelerate offloads, from where they are kept between passes."""
+    if not x.is_meta:
+        return x
+    path, _, last = name.rpartition(".")
+    for hook in _each(_hook(teacher.get_submodule(path))):
+        kept = getattr(hook, "weights_map", None)
+        if kept is not None:
+            found: Tensor = kept[last]
+            return found
+    raise ValueError(
+        f"the teacher's {name!r} is on the device 'meta' and nothing says where its values are: load the weights, or "
+        "offload them by accelerate (device_map=...)"
+    )
+
+
+def _hook(module: nn.Module) -> Any:
+    return getattr(module, "_hf_hook", None)
+
+
+def _each(hook: Any) -> Iterator[Any]:
+    """A hook of accelerate's, or those that it is made of."""
+    yield from getattr(hook, "hooks", (hook,))
+
+
+def _accelerator() -> str:
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cuda"  # type: ignore[union-attr]

@@ -1,0 +1,171 @@
+"""Classes that two models name in different orders, or not all alike; values in float64 by hand."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import transformers as hf
+from families import batch, build
+
+import kdloss
+
+NLI = ["contradiction", "neutral", "entailment"]
+
+
+def named(names):
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def bert(kind, names, seed=0):
+    torch.manual_seed(seed)
+    return getattr(hf, f"BertFor{kind}Classification")(
+        hf.BertConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            initializer_range=0.5, **named(names),
+        )
+    ).eval()  # fmt: skip
+
+
+def vit(names, seed=0):
+    torch.manual_seed(seed)
+    return hf.ViTForImageClassification(
+        hf.ViTConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16,
+            patch_size=8, initializer_range=0.5, **named(names),
+        )
+    ).eval()  # fmt: skip
+
+
+def resnet(names, seed=0):
+    torch.manual_seed(seed)
+    return hf.ResNetForImageClassification(
+        hf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", **named(names))
+    ).eval()
+
+
+TEXT = {"input_ids": torch.randint(0, 40, (3, 6), generator=torch.Generator().manual_seed(1))}
+IMAGES = {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+Y = torch.tensor([0, 1, 2])
+MODELS = {
+    "sequence": (lambda names, seed: bert("Sequence", names, seed), TEXT | {"labels": Y}),
+    "token": (lambda names, seed: bert("Token", names, seed), TEXT | {"labels": TEXT["input_ids"] % 3}),
+    "vit": (vit, IMAGES | {"labels": Y}),
+    "resnet": (resnet, IMAGES | {"labels": Y}),
+}
+
+
+def kl(student, teacher):
+    s, t = student.double().log_softmax(-1), teacher.detach().double().log_softmax(-1)
+    return (t.exp() * (t - s)).sum(-1).mean()
+
+
+def only(inputs):
+    return {name: x for name, x in inputs.items() if name != "labels"}
+
+
+def same(out, right, student):
+    torch.testing.assert_close(out.loss.double(), right, rtol=1e-5, atol=1e-7)
+    slopes = [torch.autograd.grad(x, [*student.parameters()], allow_unused=True) for x in (out.loss, right)]
+    for ours, theirs in zip(*slopes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("teachers", [[NLI], [[n.upper() for n in NLI]], [["neutral", "entailment", "contradiction"]]])
+def test_a_teachers_classes_are_taken_in_the_students_order(kind, teachers, caplog):
+    caplog.set_level(logging.INFO, logger="kdloss")
+    make, inputs = MODELS[kind]
+    (names,) = teachers
+    student, teacher = make(NLI[::-1], 0), make(names, 1)
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0))
+    order = [[n.casefold() for n in names].index(n) for n in NLI[::-1]]
+    right = kl(student(**only(inputs)).logits, teacher(**only(inputs)).logits[..., order])
+    same(distill(student, **inputs), right, student)
+    distill(student, **inputs)
+    said = [r.getMessage() for r in caplog.records if "order" in r.getMessage()]
+    assert said == [
+        "teacher 0 has the student's classes in another order: paired by name, entailment, neutral, contradiction"
+    ]
+
+
+def test_each_of_several_teachers_has_an_order_of_its_own():
+    make, inputs = MODELS["sequence"]
+    student, teachers = make(NLI, 0), [make(NLI[::-1], 1), make(NLI, 2)]
+    distill = kdloss.Distiller(teachers, kdloss.MultiTeacherKD(alpha=0.0, temperature=1.0))
+    first, second = (t(**only(inputs)).logits.softmax(-1) for t in teachers)
+    mixture = (first[:, [2, 1, 0]] + second) / 2
+    same(distill(student, **inputs), kl(student(**only(inputs)).logits, mixture.log()), student)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (
+            NLI,
+            NLI[:2],
+            r"3 classes and the teacher 2, .* and the student alone has \['entailment'\]; compare over the 2",
+        ),
+        (NLI[:2], [*NLI, "other"], r"2 classes and the teacher 4, .* the teacher alone has \['entailment', 'other'\]"),
+        (["x", "y", "z"], NLI, r"the student alone has \['x', 'y', 'z'\] and the teacher alone has .* the same names"),
+    ],
+)
+def test_other_classes_are_refused_by_their_names(ours, theirs, said):
+    make, inputs = MODELS["sequence"]
+    inputs = inputs | {"labels": inputs["labels"].clamp(max=1)}
+    with pytest.raises(ValueError, match=said) as error:
+        kdloss.Distiller(make(theirs, 1), kdloss.VanillaKD())(make(ours, 0), **inputs)
+    assert "vocabular" not in str(error.value).replace("vocabulary=", "")
+
+
+def test_the_line_of_the_error_compares_over_shared_classes_and_leaves_tokens_alone():
+    make, inputs = MODELS["sequence"]
+    student, teacher = make(NLI, 0), make(["other", "neutral", "contradiction", "more"], 1)
+    shared = kdloss.TokenMap.of(student.config.label2id, teacher.config.label2id)
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0, vocabulary=shared))
+    s, t = student(**only(inputs)).logits[:, [0, 1]], teacher(**only(inputs)).logits[:, [2, 1]]
+    same(distill(student, **inputs), kl(s, t), student)
+
+
+def test_classes_without_names_are_taken_as_they_come_and_that_is_said(caplog):
+    caplog.set_level(logging.INFO, logger="kdloss")
+    make, inputs = MODELS["sequence"]
+    student, teacher = make([f"LABEL_{i}" for i in range(3)], 0), make(NLI[::-1], 1)
+    out = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0))(student, **inputs)
+    same(out, kl(student(**only(inputs)).logits, teacher(**only(inputs)).logits), student)
+    assert "(entailment, neutral, contradiction) and the student doesn't: they are taken" in caplog.text
+
+
+def test_names_that_are_not_of_the_logits_say_nothing():
+    """A language model keeps the names of a classifier that it was made from."""
+    student, teacher = build("bert", depth=1), build("bert", depth=1, seed=1)
+    inputs = batch("bert")
+    plain = kdloss.Distiller(teacher, kdloss.VanillaKD())(student.eval(), **inputs).loss
+    student.config.id2label, teacher.config.id2label = dict(enumerate(NLI)), dict(enumerate(NLI[::-1]))
+    torch.testing.assert_close(kdloss.Distiller(teacher, kdloss.VanillaKD())(student, **inputs).loss, plain)
+
+
+def test_the_number_of_classes_is_said_in_words_that_fit_any_model():
+    with pytest.raises(ValueError, match=r"the student has 3 classes and the teacher 4 .* classes by vocabulary="):
+        kdloss.VanillaKD()(torch.zeros(2, 3), torch.zeros(2, 4), torch.tensor([0, 1]))
+
+
+def test_an_encoder_decoders_teacher_reads_its_own_ids_on_both_sides():
+    teacher, student = build("t5", depth=1, seed=2).eval(), build("t5", depth=1).eval()
+    renamed, ids = copy.deepcopy(teacher), torch.randperm(61, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for own, old in ((renamed.shared, teacher.shared), (renamed.lm_head, teacher.lm_head)):
+            before = old.weight.clone()
+            own.weight[ids] = before
+    renamed.config.decoder_start_token_id = renamed.config.pad_token_id = int(ids[0])
+    inputs = batch("t5")
+    plain = kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=0.0))(student, **inputs).loss
+    shared = kdloss.TokenMap(torch.arange(61), ids)
+    mapped = kdloss.Distiller(renamed, kdloss.VanillaKD(alpha=0.0, vocabulary=shared))(student, **inputs).loss
+    torch.testing.assert_close(mapped, plain)
+    given = inputs | {"decoder_input_ids": inputs["labels"].clamp_min(0)}
+    both = [
+        kdloss.Distiller(t, kdloss.VanillaKD(alpha=0.0, vocabulary=v))(student, **given).loss
+        for t, v in ((teacher, None), (renamed, shared))
+    ]
+    torch.testing.assert_close(*both)

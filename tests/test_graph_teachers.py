@@ -1,0 +1,126 @@
+"""Teachers that are TorchScript, exported, sessions that give numpy arrays, or functions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kdloss
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*_check_is_size.*:FutureWarning"),
+]
+
+
+class Net(nn.Module):
+    def __init__(self, width, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.drop, self.head = nn.Conv2d(3, width, 3, 2), nn.Dropout(0.5), nn.Linear(width, 5)
+
+    def forward(self, x):
+        return self.head(self.drop(self.conv(x).relu()).mean((2, 3)))
+
+
+class Session:
+    """As onnxruntime's: names in, a list of numpy arrays out."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def run(self, names, feed):
+        return [self.net(torch.from_numpy(feed["x"])).detach().numpy()]
+
+
+def images():
+    return torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(2))
+
+
+def saved(module, tmp_path):
+    torch.jit.script(module).save(tmp_path / "net.pt")
+    return torch.jit.load(tmp_path / "net.pt")
+
+
+KINDS = {
+    "scripted": lambda net, folder: torch.jit.script(net),
+    "scripted in train mode": lambda net, folder: torch.jit.script(net).train(),
+    "traced": lambda net, folder: torch.jit.trace(net, images()),
+    "loaded": saved,
+    "frozen": lambda net, folder: torch.jit.freeze(torch.jit.script(net)),
+    "exported": lambda net, folder: torch.export.export(net, (images(),)).module(),
+    "inside a module": lambda net, folder: nn.Sequential(nn.Identity(), torch.jit.script(net)),
+    "exported inside a module": lambda net, folder: nn.Sequential(torch.export.export(net, (images(),)).module()),
+    "function": lambda net, folder: lambda x: net(x),
+    "numpy": lambda net, folder: lambda x: net(x).numpy(),
+    "numpy in a dict": lambda net, folder: lambda x: {"logits": net(x).numpy()},
+    "session": lambda net, folder: lambda x: Session(net).run(None, {"x": x.numpy()})[0],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_of_any_kind_of_teacher_are_learned(kind, tmp_path):
+    student, net, x, y = Net(4).eval(), Net(8, seed=1).eval(), images(), torch.tensor([0, 1, 2, 3])
+    teacher = KINDS[kind](net, tmp_path)
+    modes = [m.training for m in teacher.modules() if hasattr(m, "training")] if isinstance(teacher, nn.Module) else []
+    s, t = student(x), net(x).detach()
+    kl = 4 * F.kl_div((s / 2).log_softmax(-1), (t / 2).softmax(-1), reduction="batchmean")
+    right = 0.5 * F.cross_entropy(s, y) + 0.5 * kl
+    loss = kdloss.Distiller(teacher, kdloss.VanillaKD())(student, x, labels=y).loss
+    torch.testing.assert_close(loss, right)
+    slopes = [torch.autograd.grad(v, list(student.parameters())) for v in (loss, right)]
+    torch.testing.assert_close(*slopes)
+    if modes:
+        assert modes == [m.training for m in teacher.modules() if hasattr(m, "training")]
+
+
+def test_keyword_inputs_reach_them_by_their_names():
+    student, net, x = Net(4).eval(), Net(8, seed=1).eval(), images()
+    for teacher in (torch.jit.script(net), torch.jit.trace(net, x), lambda x: net(x).numpy()):
+        out = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0))(student, x=x)
+        right = F.kl_div(student(x).log_softmax(-1), net(x).softmax(-1), reduction="batchmean")
+        torch.testing.assert_close(out.loss, right)
+
+
+@pytest.mark.parametrize("kind", ["scripted", "traced", "frozen"])
+def test_torchscript_gives_no_features_and_the_error_says_what_to_do(kind, tmp_path):
+    teacher = KINDS[kind](Net(4).eval(), tmp_path)
+    with (
+        pytest.raises(TypeError, match=r"TorchScript .* has none: its outputs can be learned"),
+        kdloss.capture(teacher, ["conv"]),
+    ):
+        pass
+    around = nn.Sequential(Net(4), torch.jit.script(Net(4)))
+    with pytest.raises(TypeError, match="TorchScript"), kdloss.capture(around, ["1"]):
+        pass
+    beside = nn.Sequential(teacher, nn.Identity())  # the way that the error names
+    with kdloss.capture(beside, ["1"]) as seen:
+        beside(images())
+    assert seen["1"].shape == (4, 5)
+
+
+def test_a_function_gives_no_features():
+    with pytest.raises(TypeError, match="a function, which has outputs only"):
+        kdloss.Distiller(lambda x: x, kdloss.FeatureKD())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", ["trace", "export"])
+def test_a_graph_made_in_training_mode_is_refused(make):
+    x = images()
+    for layer in (nn.Dropout(0.3), nn.BatchNorm2d(3), nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(49, 7))):
+        shown = x[..., :7, :7]
+
+        def graph(module, shown=shown):
+            if make == "trace":
+                return torch.jit.trace(module, shown, check_trace=False)
+            return torch.export.export(module, (shown,)).module()
+
+        kdloss.Teacher(graph(layer.eval()))
+        with pytest.raises(ValueError, match=r"graph was made in training mode .* make it of model\.eval"):
+            kdloss.Teacher(graph(layer.train()))
+
+
+def test_an_exported_program_is_given_as_its_module():
+    with pytest.raises(TypeError, match=r"write teacher\.module\(\)"):
+        kdloss.Distiller(torch.export.export(Net(4).eval(), (images(),)), kdloss.VanillaKD())

@@ -1,0 +1,214 @@
+"""Which inputs of a batch student and teacher are given; values are held against the models called by hand."""
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from families import batch, build
+from parts.trainer import DistillationTrainer
+from torch import nn
+
+import kdloss
+
+VOCAB = 30
+
+
+class Reader(nn.Module):
+    """A classifier that reads just what it names; segments, where it is told of them, add up to the tokens."""
+
+    def __init__(self, classes=3, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, classes)
+
+    def forward(self, input_ids):
+        return {"logits": self.head(self.embedding(input_ids).mean(1))}
+
+
+class OfPairs(Reader):
+    def forward(self, input_ids, token_type_ids=None):
+        segments = 0 if token_type_ids is None else token_type_ids
+        return super().forward((input_ids + 7 * segments) % VOCAB)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, VOCAB, (4, 6), generator=generator)
+    segments = torch.zeros_like(ids)
+    segments[:, 3:] = 1
+    return ids, segments, torch.tensor([0, 1, 2, 1])
+
+
+def kl(student, teacher):
+    s, t = student["logits"].double().log_softmax(-1), teacher["logits"].detach().double().log_softmax(-1)
+    return (t.exp() * (t - s)).sum(-1).mean()
+
+
+CRITERION = {"temperature": 1.0, "alpha": 0.0}
+
+
+def test_what_a_teacher_reads_reaches_it_and_not_a_student_that_does_not_name_it():
+    ids, segments, y = inputs()
+    student, teacher = Reader(), OfPairs(seed=1)
+    out = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))(
+        student, input_ids=ids, token_type_ids=segments, labels=y
+    )
+    right = kl(student(ids), teacher(ids, segments))
+    assert out.loss.item() == pytest.approx(right.item(), rel=1e-5)
+    assert abs(right - kl(student(ids), teacher(ids))) > 1e-3
+    slopes = [torch.autograd.grad(x, list(student.parameters())) for x in (out.loss, right)]
+    torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize("teacher", [Reader(seed=1), Reader(seed=1).forward], ids=["module", "function"])
+def test_what_a_teacher_does_not_name_is_left_out_for_it_alone(teacher):
+    ids, segments, y = inputs()
+    student = OfPairs()
+    out = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))(
+        student, input_ids=ids, token_type_ids=segments, labels=y
+    )
+    right = kl(student(ids, segments), teacher(ids))
+    assert out.loss.item() == pytest.approx(right.item(), rel=1e-5)
+
+
+def test_each_of_several_teachers_gets_its_own():
+    ids, segments, y = inputs()
+    student, teachers = Reader(), [Reader(seed=1), OfPairs(seed=2)]
+    criterion = 1.0 * kdloss.Logits() + 1.0 * kdloss.Logits(teacher=1, name="second")
+    out = kdloss.Distiller(teachers, criterion)(student, input_ids=ids, token_type_ids=segments, labels=y)
+    right = kl(student(ids), teachers[0](ids)) + kl(student(ids), teachers[1](ids, segments))
+    assert out.loss.item() == pytest.approx(right.item(), rel=1e-5)
+
+
+def test_an_input_that_nobody_reads_is_named():
+    ids, segments, y = inputs()
+    distill = kdloss.Distiller(Reader(), kdloss.VanillaKD())
+    with pytest.raises(TypeError, match=r"no model reads \['token_type_ids'\]: Reader takes \['input_ids'\]"):
+        distill(Reader(), input_ids=ids, token_type_ids=segments, labels=y)
+    anything = kdloss.Distiller(kdloss.Teacher(Reader(), inputs=lambda b: b["input_ids"]), kdloss.VanillaKD())
+    assert anything(Reader(), input_ids=ids, token_type_ids=segments, labels=y).loss.isfinite()
+
+
+def test_an_input_of_a_teachers_own_is_kept_from_models_that_take_any():
+    class Any(Reader):
+        def forward(self, input_ids, **others):
+            assert not others
+            return super().forward(input_ids)
+
+    class Other(Reader):
+        def forward(self, teacher_ids):
+            return super().forward(teacher_ids)
+
+    ids, _, y = inputs()
+    criterion = 1.0 * kdloss.Logits() + 1.0 * kdloss.Logits(teacher=1, name="second")
+    teachers, student = [Any(seed=1), Other(seed=2)], Any()
+    out = kdloss.Distiller(teachers, criterion)(student, input_ids=ids, teacher_ids=ids.flip(0), labels=y)
+    right = kl(student(ids), teachers[0](ids)) + kl(student(ids), teachers[1](ids.flip(0)))
+    assert out.loss.item() == pytest.approx(right.item(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
+def test_packed_rows_are_told_apart_by_both_models_or_refused():
+    teacher, student = build("llama", depth=2).eval(), build("llama", depth=1, seed=1).eval()
+    docs = [torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[9, 8, 7]])]
+    packed = {"input_ids": torch.cat(docs, 1), "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])}
+    labels = packed["input_ids"].clone()
+    labels[0, [0, 5]] = -100
+    out = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))(student, **packed, labels=labels)
+    logits = [[{"logits": m(d).logits[:, :-1].flatten(0, 1)} for d in docs] for m in (student, teacher)]
+    apart = [kl(s, t) * len(s["logits"]) for s, t in zip(*logits, strict=True)]
+    assert out.loss.item() == pytest.approx((sum(apart) / 6).item(), rel=1e-4)
+    bloom = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=61, hidden_size=8, n_layer=1, n_head=2))
+    for blind in (bloom, lambda input_ids: bloom(input_ids)):  # the first takes any keyword, and reads none
+        with pytest.raises(ValueError, match=r"teacher \(.* takes no position_ids, by which packed rows"):
+            kdloss.Distiller(blind, kdloss.VanillaKD())(student, **packed, labels=labels)
+    with pytest.raises(ValueError, match=r"student \(BloomForCausalLM takes .* takes no position_ids"):
+        kdloss.Distiller(teacher, kdloss.VanillaKD())(bloom, **packed, labels=labels)
+    said = kdloss.Teacher(bloom, inputs=lambda b: {"input_ids": b["input_ids"]})
+    assert kdloss.Distiller(said, kdloss.VanillaKD())(student, **packed, labels=labels).loss.isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
+def test_a_teacher_that_cannot_be_told_of_padding_gets_rows_without():
+    student, net = build("bert", depth=1).eval(), build("bert", depth=1, seed=1).eval()
+
+    def teacher(input_ids):
+        return net(input_ids).logits
+
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))
+    padded = batch("bert")
+    with pytest.raises(ValueError, match="takes no attention_mask and would read padding"):
+        distill(student, **padded)
+    whole = {name: x[:1] for name, x in padded.items()}
+    right = kl({"logits": student(**whole).logits}, {"logits": teacher(whole["input_ids"])})
+    assert distill(student, **whole).loss.item() == pytest.approx(right.item(), rel=1e-4)
+
+
+def test_blocks_are_compared_on_what_each_model_reads():
+    class Deep(Reader):
+        def __init__(self, seed):
+            super().__init__(seed=seed)
+            self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, input_ids):
+            h = self.embedding(input_ids)
+            for block in self.blocks:
+                h = block(h)
+            return {"logits": self.head(h)}
+
+    class OfSegments(Deep):
+        def forward(self, input_ids, token_type_ids=None):
+            return super().forward((input_ids + 7 * (0 if token_type_ids is None else token_type_ids)) % VOCAB)
+
+    ids, segments, _ = inputs()
+    student, teacher = Deep(0), OfSegments(1)
+    apart = {"input_ids": ids, "token_type_ids": segments}
+    found = kdloss.analysis.cka_matrix(student, teacher, [apart]).values
+
+    class Moved(Deep):  # the same segments, written into the tokens beforehand
+        def forward(self, input_ids):
+            return super().forward((input_ids + 7 * segments) % VOCAB)
+
+    torch.testing.assert_close(found, kdloss.analysis.cka_matrix(student, Moved(1), [{"input_ids": ids}]).values)
+    assert not torch.equal(found, kdloss.analysis.cka_matrix(student, teacher, [{"input_ids": ids}]).values)
+    with pytest.raises(TypeError, match=r"no model reads \['other'\]"):
+        kdloss.analysis.cka_matrix(student, teacher, [{"input_ids": ids, "other": ids}])
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_names_are_those_of_the_model_inside_its_wrappers():
+    model = build("gpt2", depth=1)
+    from peft import LoraConfig, get_peft_model
+
+    known = kdloss._inputs.taken_by(model)
+    assert {"input_ids", "position_ids"} <= set(known[0])
+    adapted = get_peft_model(build("gpt2", depth=1), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    for wrapped in (torch.compile(model, backend="eager"), adapted):
+        assert kdloss._inputs.taken_by(wrapped) == known
+    assert kdloss._inputs.taken_by(torch.jit.trace(Reader(), inputs()[0], strict=False)) == (["input_ids"], False)
+    assert kdloss._inputs.taken_by(max) == ([], True)  # nothing tells
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["named", "by a function"])
+def test_the_trainer_keeps_the_teachers_columns_and_evaluates_without_them(own, tmp_path):
+    class Student(Reader):
+        def forward(self, input_ids, labels=None):
+            logits = super().forward(input_ids)["logits"]
+            return {"logits": logits} | ({} if labels is None else {"loss": F.cross_entropy(logits, labels)})
+
+    ids, segments, y = inputs()
+    student, net = Student(), OfPairs(seed=1)
+    read = {"token_type_ids": segments.tolist()}
+    teacher = kdloss.Teacher(net, inputs=lambda b: (b["input_ids"], b["token_type_ids"])) if own else net
+    data = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": y.tolist(), **read})
+    arguments = hf.TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, learning_rate=0.0, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))
+    trainer = DistillationTrainer(student, arguments, train_dataset=data, eval_dataset=data, distill=distill)
+    right = kl(student(ids, y), net(ids, segments)).item()
+    assert trainer.train().training_loss == pytest.approx(right, rel=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(student(ids, y)["loss"].item(), rel=1e-5)
