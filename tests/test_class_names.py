@@ -3,12 +3,15 @@
 import copy
 import logging
 
+import datasets
 import pytest
 import torch
 import transformers as hf
 from families import batch, build
+from tokenizers import Tokenizer, models
 
 import kdloss
+import kdloss.cache
 
 NLI = ["contradiction", "neutral", "entailment"]
 
@@ -96,6 +99,26 @@ def test_each_of_several_teachers_has_an_order_of_its_own():
     first, second = (t(**only(inputs)).logits.softmax(-1) for t in teachers)
     mixture = (first[:, [2, 1, 0]] + second) / 2
     same(distill(student, **inputs), kl(student(**only(inputs)).logits, mixture.log()), student)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_stored_teachers_classes_are_known_by_their_names(k, tmp_path):
+    make, inputs = MODELS["sequence"]
+    student, teacher = make(NLI, 0), make([n.upper() for n in NLI[::-1]], 1)
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(40)}, "0"))
+    data = datasets.Dataset.from_dict({"id": [0, 1, 2], "input_ids": TEXT["input_ids"].tolist()})
+    kdloss.cache.write(tmp_path, teacher, data, tokenizer=words, k=k)
+    stored = kdloss.cache.open(tmp_path, tokenizer=words)[[0, 1, 2]]
+    out = kdloss.Distiller(None, kdloss.VanillaKD(1.0, 0.0))(student, **inputs, teacher=stored)
+    said = teacher(**only(inputs)).logits[:, [2, 1, 0]]
+    live = kdloss.VanillaKD(1.0, 0.0)(student(**only(inputs)).logits, kdloss.TopKLogits.of(said, k), inputs["labels"])
+    torch.testing.assert_close(out.loss, live, rtol=5e-3, atol=1e-3)
+    if k == 3:
+        right = kl(student(**only(inputs)).logits, said)
+        torch.testing.assert_close(out.loss.double(), right, rtol=5e-3, atol=1e-3)
+    other = make(["x", "y", "z"], 0)
+    with pytest.raises(ValueError, match="the student alone has"):
+        kdloss.Distiller(None, kdloss.VanillaKD(1.0, 0.0))(other, **inputs, teacher=stored)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdloss._capture import Captured
 from kdloss.layers.names import unwrap
-from kdloss.targets.kinds import AnyLogits, chosen_classes
+from kdloss.targets import TopKLogits
+from kdloss.targets.kinds import AnyLogits, chosen_classes, classes
 
 _log = logging.getLogger("kdloss")
 _NAMES = "vocabulary=kdloss.TokenMap.of(student.config.label2id, teacher.config.label2id)"
@@ -31,7 +33,7 @@ class Classes:
 
         Raises: ValueError where the names differ.
         """
-        if logits.shape[-1] != len(self.teacher) or self.student == self.teacher:
+        if classes(logits) != len(self.teacher) or self.student == self.teacher:
             return logits
         if not self.alike:
             raise ValueError(self._differ())
@@ -64,8 +66,8 @@ class Named:
         self._said: set[str] = set()
 
     def __call__(self, k: int, student: nn.Module, teacher: Any) -> Classes | None:
-        """The classes of a student and teacher k, where both name them; upper and lower case are one."""
-        ours, theirs = _names(student), _names(teacher)
+        """The classes of a student and teacher k, a model or what one that is stored said, where both name them."""
+        ours, theirs = _folded(class_names(student)), _folded(class_names(teacher))
         if theirs is None:
             return None
         if ours is None:
@@ -80,6 +82,15 @@ class Named:
             self._say(f"teacher {k} has the student's classes in another order: paired by name, {_some(ours)}")
         return found
 
+    def stored(self, k: int, student: nn.Module, said: Any) -> Any:
+        """What a stored teacher said, with its classes' names where it has some."""
+        found = self(k, student, said) if isinstance(said, TopKLogits) else None
+        if found is None:
+            return said
+        seen = Captured()
+        seen.output, seen.classes = said, found
+        return seen
+
     def _say(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
@@ -92,18 +103,23 @@ def predicts_tokens(model: nn.Module) -> bool:
     return not callable(found) or found() is not None
 
 
-def _names(model: Any) -> tuple[str, ...] | None:
+def class_names(model: Any) -> tuple[str, ...] | None:
     """Names of a model's classes in their order; None where there are none, or Hugging Face's LABEL_0, LABEL_1."""
+    if isinstance(model, TopKLogits):
+        return model.classes
     if not isinstance(model, nn.Module):
         return None
     named: Any = getattr(getattr(unwrap(model), "config", None), "id2label", None)
     if not isinstance(named, dict) or set(map(str, named)) != set(map(str, range(len(named)))):
         return None
-    exact = [str(name) for _, name in sorted((int(i), name) for i, name in named.items())]
-    if all(name == f"LABEL_{i}" for i, name in enumerate(exact)):
-        return None
-    folded = [name.casefold() for name in exact]
-    return tuple(folded if len(set(folded)) == len(folded) else exact)
+    names = tuple(str(name) for _, name in sorted((int(i), name) for i, name in named.items()))
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+
+
+def _folded(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Upper and lower case are one, where that leaves names apart."""
+    folded = None if names is None else tuple(name.casefold() for name in names)
+    return names if folded is None or len(set(folded)) < len(folded) else folded
 
 
 def _some(names: tuple[str, ...]) -> str:

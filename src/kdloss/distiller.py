@@ -292,7 +292,8 @@ class Distiller:
         rest = iter(stored)
         for k, teacher in enumerate(self.teachers):
             if teacher is None:
-                yield next(rest, None)
+                said = next(rest, None)
+                yield self._classes.stored(k, student, said) if self._plans else said
             elif not self._plans or plan.of_teacher(k):
                 # By no name here: who asks for the output is the only one to hold it.
                 with self._seen_apart(k, student):

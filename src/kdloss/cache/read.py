@@ -108,9 +108,10 @@ class Cache:
         empty = torch.full((*size, k), -1), torch.full((*size, k), -torch.inf), torch.zeros(size)
         indices, log_probs, log_rest = (self._laid(x, y, there) for x, y in zip(empty, parts, strict=True))
         temperature, vocabulary = self.manifest["temperature"], self.manifest["vocabulary"]
+        names = tuple(self.manifest["classes"]) if "classes" in self.manifest else None
         if whole:
             indices, log_probs, log_rest = indices.squeeze(1), log_probs.squeeze(1), log_rest.squeeze(1)
-        return TopKLogits(indices, log_probs, self.tail, temperature, log_rest, vocabulary)
+        return TopKLogits(indices, log_probs, self.tail, temperature, log_rest, vocabulary, names)
 
     def verify(self) -> None:
         """Test every shard's checksum now, not when it is first needed."""

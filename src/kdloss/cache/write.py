@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from kdloss import _checks
+from kdloss._classes import class_names
 from kdloss._inputs import taken_by
 from kdloss.cache import _dataset, _files, _manifest, _shard, _teacher
 from kdloss.cache._weights import fingerprint
@@ -100,6 +101,9 @@ def write(
     }
     if columns:
         settings["columns"] = columns
+    named = class_names(teacher)
+    if named is not None and len(named) == vocabulary:
+        settings["classes"] = [*named]
     if logits.ndim == 2:
         settings["positions"] = "examples"
     _manifest.begin(folder, settings, rank)

@@ -30,7 +30,8 @@ class TopKLogits:
     With all V classes kept each equals the dense teacher. `temperature` is the one the log-probabilities
     were taken at; a loss at another T softens from there, the bucket as one class, so keep them at the
     temperature you train with. `log_rest` is the log-probability of all that was left out, where it is
-    known better than as 1 minus the sum; `vocabulary` the number V of classes, where it shall be checked.
+    known better than as 1 minus the sum; `vocabulary` the number V of classes, where it shall be checked; `classes` are
+    their names, by which `kdloss.Distiller` finds them among the student's.
 
     A row without any class says nothing: loss and gradient are 0 there, under each tail.
 
@@ -55,6 +56,7 @@ class TopKLogits:
     temperature: float = 1.0
     log_rest: Float[Tensor, "*batch"] | None = None
     vocabulary: int | None = None
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _checks.choice("tail", self.tail, ("bucket", "renormalise", "uniform"))
@@ -185,7 +187,7 @@ class TopKLogits:
         """The same classes under other indices, `new[old]`; those with a new index of -1 are gone."""
         indices = self.indices.long()
         indices = new[indices.clamp_min(0)].where(indices >= 0, -1)
-        return self._with(indices=indices, log_rest=self._rest(), vocabulary=vocabulary)
+        return self._with(indices=indices, log_rest=self._rest(), vocabulary=vocabulary, classes=None)
 
     def against(self, student: Float[Tensor, "*batch vocab"]) -> tuple[Tensor, Tensor]:
         """Logits of both over the same classes: the k, and what the tail makes of the rest."""
