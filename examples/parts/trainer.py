@@ -62,7 +62,8 @@ class DistillationTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches or "labels" not in batches[0]:
             return batches, None
-        first = 1 if getattr(self.criterion, "causal", False) else 0
+        on_device = {name: x.to(self.args.device) for name, x in batches[0].items()}
+        first = int(self.distill.shifts(self.model, **on_device))
         count = sum((batch["labels"][..., first:] != -100).sum() for batch in batches)
         total = self.accelerator.reduce(count.to(device), "sum").clamp_min(1)
         return batches, total / self.accelerator.num_processes

@@ -230,6 +230,12 @@ class Distiller:
             self.criterion.locate(student, self._modules)
         self._prepared_for, self._compared, self._own = weakref.ref(student), set(), None
 
+    def shifts(self, student: nn.Module, *args: Any, labels: Any = None, **inputs: Any) -> bool:
+        """Whether logits at t are held against label t+1: as the criterion says, else as this batch shows."""
+        self._settle(student)
+        said: bool | None = self.criterion.contract.causal if self._plans else False
+        return bool(self._own_loss(student, args, inputs, labels).causal) if said is None else said
+
     def _own_loss(self, student: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], labels: Any) -> OwnLoss:
         """How the student's own loss reads labels, measured on the first batch, on every rank alike."""
         if self._own is None:
