@@ -1,5 +1,7 @@
 """Each mask counts where it stands, and nowhere else."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -326,6 +328,25 @@ def test_a_mask_that_fits_nothing_is_an_error():
     short = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"][:, 1:]}
     with pytest.raises(ValueError, match=r"attention_mask \(2, 7\).*\(2, 8\).*write mask="):
         Distiller(Embeds(), kdloss.VanillaKD(alpha=0.0))(Embeds(), **short)
+
+
+def test_a_mask_beside_features_alone_fits_them_or_is_an_error():
+    student, teacher = ({"features": torch.randn(2, 5, 4)} for _ in range(2))
+    outputs = [SimpleNamespace(hidden_states=[side["features"]] * 2) for side in (student, teacher)]
+    criterion = kdloss.FeatureKD("last", alpha=0.0)
+    keep = torch.arange(5).expand(2, 5) < torch.tensor([[5], [2]])
+    gaps = (student["features"] - teacher["features"]).square().mean(-1)
+    same(criterion(*outputs, mask=keep), gaps[keep].mean())
+    same(criterion(*outputs, mask=torch.tensor([True, False])), gaps[0].mean())
+    with pytest.raises(ValueError, match=r"mask \(2, 4\) fits neither logits nor features, which stand at .*\(2, 5\)"):
+        criterion(*outputs, mask=keep[:, 1:])
+
+
+def test_values_at_different_positions_are_not_added_one_by_one():
+    student, teacher, batch = clip(2, 0), clip(3, 1), captions(8)
+    terms = [Features(blocks=blocks, name=name, **FIRST) for blocks, name in ((TEXT, "words"), (VISION, "pictures"))]
+    with pytest.raises(ValueError, match=r"different ones, \[\(3,\), \(3, 8\)\]; write reduction='mean' or 'sum'"):
+        Distiller(teacher, Sum(*terms, reduction="none"))(student, **batch)
 
 
 class Embeds(nn.Module):
