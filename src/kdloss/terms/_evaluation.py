@@ -52,7 +52,7 @@ class Evaluation:
         self.there: dict[Any, Tensor] = {}
         if labels is None:
             self._refuse_unlabelled()
-        check_given(feature_mask, criterion.terms)
+        check_given(feature_mask, dict(criterion.terms.items()))
         self.stood: set[Size] = set()
         self.own = {name: _noted(of_term(name, feature_mask), self.stood) for name in plan.reads}
         if mask is not None and attention_mask is not None:
