@@ -330,6 +330,30 @@ def test_a_mask_that_fits_nothing_is_an_error():
         Distiller(Embeds(), kdloss.VanillaKD(alpha=0.0))(Embeds(), **short)
 
 
+class Halves(nn.Module):
+    """Reads text, makes half as many vectors, and knows lengths of sound."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(9, 4), nn.Conv1d(4, 4, 2, 2)
+        self.halves = nn.Identity()
+
+    def _get_feat_extract_output_lengths(self, lengths):
+        return lengths // 2
+
+    def forward(self, input_ids, attention_mask):
+        return self.embed(input_ids) + self.halves(self.conv(self.embed(input_ids).mT).mT).mean(1, keepdim=True)
+
+
+def test_a_texts_mask_is_brought_nowhere_by_the_lengths_of_sound():
+    student, teacher = Halves(), Halves()
+    batch = {"input_ids": torch.randint(9, (2, 6)), "attention_mask": torch.ones(2, 6)}
+    distill = Distiller(teacher, 1.0 * Features(["halves"], pairing="same"))
+    with pytest.raises(ValueError, match=r"attention_mask \(2, 6\) doesn't .* 'feature' at 'halves', \(2, 3\)"):
+        distill(student, **batch)
+    distill(student, **batch, feature_mask=torch.ones(2, 3).bool())
+
+
 def test_a_mask_beside_features_alone_fits_them_or_is_an_error():
     student, teacher = ({"features": torch.randn(2, 5, 4)} for _ in range(2))
     outputs = [SimpleNamespace(hidden_states=[side["features"]] * 2) for side in (student, teacher)]

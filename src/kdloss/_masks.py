@@ -27,14 +27,16 @@ class Padding:
     model: nn.Module
     inputs: Tensor | None
     outputs: Tensor | None
+    of_text: bool
 
     @classmethod
     def of(cls, model: nn.Module, batch: Mapping[str, Any]) -> "Padding":
         """That of a batch; masks of more dimensions say what attends to what."""
         inputs = _boolean(batch.get("attention_mask"))
-        return cls(
-            model, inputs, _boolean(batch.get("decoder_attention_mask")) if is_encoder_decoder(model) else inputs
-        )
+        outputs = _boolean(batch.get("decoder_attention_mask")) if is_encoder_decoder(model) else inputs
+        ids = batch.get("input_ids")
+        of_text = inputs is not None and isinstance(ids, Tensor) and ids.shape == inputs.shape
+        return cls(model, inputs, outputs, of_text)
 
     def at(self, positions: Size, what: str, instead: str, *, of_inputs: bool = False) -> Tensor | None:
         """The mask there; None where none is about these positions. Raises for one that can't be brought there."""
@@ -42,7 +44,7 @@ class Padding:
         if mask is None:
             return None
         try:
-            return at_positions(self.model, mask, positions)
+            return at_positions(self.model, mask, positions, of_text=self.of_text or mask is not self.inputs)
         except LookupError:
             name = "attention_mask" if mask is self.inputs else "decoder_attention_mask"
             raise ValueError(
