@@ -154,6 +154,17 @@ def test_inside_a_vision_language_model_only_the_language_models_features_follow
         same(loss, values.mean() if counted is None else values[counted].mean())
 
 
+@pytest.mark.parametrize("length", [8, 17])
+def test_blocks_of_pictures_resemble_each_other_whatever_their_captions_lengths(length):
+    student, teacher, batch = clip(2, 0), clip(3, 1), captions(length)
+    every = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
+    masked, whole = (kdloss.analysis.cka_matrix(student, teacher, [b], blocks=VISION).values for b in (batch, every))
+    same(masked, whole)
+    wrong = every | {"mask": torch.ones(3, 5).bool()}
+    with pytest.raises(ValueError, match=r"mask has shape \(3, 5\) but features have shape \(3, 17\)"):
+        kdloss.analysis.cka_matrix(student, teacher, [wrong], blocks=VISION)
+
+
 # -- padding on the left --
 
 

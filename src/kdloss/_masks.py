@@ -155,7 +155,15 @@ def mask_of_features(padding: Padding, place: Place, mask: Tensor | None, positi
     """The mask of what stands at these positions, by a user's mask of them and the batch's own."""
     if mask is not None:
         _checks.mask(mask, positions, "features")
-    return both(mask, _of_features(padding, "", None, None, place, False)(0, positions)[0])
+    try:
+        own, _ = _of_features(padding, "", None, None, place, False)(0, positions)
+    except ValueError as error:
+        if mask is None:
+            raise ValueError(
+                f"{str(error).partition('; write')[0]}; give the batch a 'mask', boolean, {tuple(positions)}"
+            ) from None
+        own = None  # the user has said which count
+    return both(mask, own)
 
 
 def _after_real(mask: Tensor | None) -> Tensor | None:
