@@ -334,7 +334,9 @@ def test_a_mask_that_fits_nothing_is_an_error():
             logits(student, **batch, mask=wrong)
     inputs = {k: x for k, x in batch.items() if k != "labels"}
     features = Distiller(teacher.model, 1.0 * Features(**FIRST))
-    with pytest.raises(ValueError, match=r"mask \(2, 7\) fits no features, which stand at \[\(2, 8\)\]"):
+    with pytest.raises(
+        ValueError, match=r"mask \(2, 7\) fits neither logits nor features, which stand at \[\(2,\), \(2, 8\)\]"
+    ):
         features(student.model, **inputs, mask=torch.ones(2, 7).bool())
     short = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"][:, 1:]}
     with pytest.raises(ValueError, match=r"attention_mask \(2, 7\).*\(2, 8\).*write mask="):

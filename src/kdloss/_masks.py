@@ -8,13 +8,11 @@ import torch
 from torch import Size, Tensor, nn
 
 from kdloss import _checks
-from kdloss._capture import Captured
 from kdloss._frames import at_positions
 from kdloss._towers import Place
 from kdloss.adapter import is_encoder_decoder
 from kdloss.layers.layer_map import Layer
 from kdloss.layers.names import unwrap
-from kdloss.terms._compare import feature_positions
 from kdloss.terms._feature_masks import FeatureMask, given_to
 from kdloss.terms._outputs import class_indices, find_logits, stand_at
 from kdloss.terms._wheres import both
@@ -55,7 +53,7 @@ class Padding:
 
 def all_masks(
     padding: Padding,
-    seen: Captured,
+    output: Any,
     on_features: list[str],
     labels: Any,
     mask: Tensor | None,
@@ -65,12 +63,11 @@ def all_masks(
     causal: bool,
 ) -> dict[str, Any]:
     """`mask`, of labels' and logits' positions, and `feature_mask`, a function for each term on features."""
-    logits = find_logits(seen.output)
+    logits = find_logits(output)
     positions, own = _label_positions(labels, logits), None
     if positions is not None:
         own = _of_logits(padding, positions, logits, mask, place.mixed)
     elif mask is not None and on_features:
-        _check_features(seen, mask)
         own = padding.outputs if padding.outputs is not None and padding.outputs.shape == mask.shape else None
     elif not on_features:
         own = padding.outputs
@@ -103,16 +100,6 @@ def _of_logits(padding: Padding, positions: Size, logits: Any, mask: Tensor | No
         if mask is None and not mixed:
             raise
         return None  # the user has said which count; or these are no logits of the text's
-
-
-def _check_features(seen: Captured, mask: Tensor) -> None:
-    """Raise for a user's mask that stands, where features are all there is, neither at some nor at examples."""
-    shapes = {feature_positions(x) for x in seen.features.values()}
-    if mask.shape not in {*shapes, *(shape[:1] for shape in shapes)}:
-        raise ValueError(
-            f"mask {tuple(mask.shape)} fits no features, which stand at {sorted(map(tuple, shapes))}; give one entry "
-            "per position, or write feature_mask={name of the term: ...}"
-        )
 
 
 def _of_features(

@@ -160,7 +160,7 @@ class Distiller:
         place = self._towers.of(student, requests(plan.reads, "student"), inputs, self._pass.located, again)
         causal = self._plans and bool(getattr(self.criterion, "causal", False))
         padding = Padding.of(student, inputs)
-        return all_masks(padding, seen, on_features, labels, mask, feature_mask, place, causal=causal)
+        return all_masks(padding, seen.output, on_features, labels, mask, feature_mask, place, causal=causal)
 
     def _warn(self, student: nn.Module) -> None:
         """Tell once of projections that no optimizer trains, and of some that it trains and nobody zeroes."""
