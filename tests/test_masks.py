@@ -1,5 +1,7 @@
 """Each mask counts where it stands, and nowhere else."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,6 +152,17 @@ def test_inside_a_vision_language_model_only_the_language_models_features_follow
         loss = Distiller(teacher, Sum(term, causal=False))(student, **batch).loss
         values = squares(student, teacher, batch, where, pair)
         same(loss, values.mean() if counted is None else values[counted].mean())
+
+
+@pytest.mark.parametrize("length", [8, 17])
+def test_blocks_of_pictures_resemble_each_other_whatever_their_captions_lengths(length):
+    student, teacher, batch = clip(2, 0), clip(3, 1), captions(length)
+    every = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
+    masked, whole = (kdloss.analysis.cka_matrix(student, teacher, [b], blocks=VISION).values for b in (batch, every))
+    same(masked, whole)
+    wrong = every | {"mask": torch.ones(3, 5).bool()}
+    with pytest.raises(ValueError, match=r"mask has shape \(3, 5\) but features have shape \(3, 17\)"):
+        kdloss.analysis.cka_matrix(student, teacher, [wrong], blocks=VISION)
 
 
 # -- padding on the left --
@@ -321,11 +334,56 @@ def test_a_mask_that_fits_nothing_is_an_error():
             logits(student, **batch, mask=wrong)
     inputs = {k: x for k, x in batch.items() if k != "labels"}
     features = Distiller(teacher.model, 1.0 * Features(**FIRST))
-    with pytest.raises(ValueError, match=r"mask \(2, 7\) fits no features, which stand at \[\(2, 8\)\]"):
+    with pytest.raises(
+        ValueError, match=r"mask \(2, 7\) fits neither logits nor features, which stand at \[\(2,\), \(2, 8\)\]"
+    ):
         features(student.model, **inputs, mask=torch.ones(2, 7).bool())
     short = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"][:, 1:]}
     with pytest.raises(ValueError, match=r"attention_mask \(2, 7\).*\(2, 8\).*write mask="):
         Distiller(Embeds(), kdloss.VanillaKD(alpha=0.0))(Embeds(), **short)
+
+
+class Halves(nn.Module):
+    """Reads text, makes half as many vectors, and knows lengths of sound."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(9, 4), nn.Conv1d(4, 4, 2, 2)
+        self.halves = nn.Identity()
+
+    def _get_feat_extract_output_lengths(self, lengths):
+        return lengths // 2
+
+    def forward(self, input_ids, attention_mask):
+        return self.embed(input_ids) + self.halves(self.conv(self.embed(input_ids).mT).mT).mean(1, keepdim=True)
+
+
+def test_a_texts_mask_is_brought_nowhere_by_the_lengths_of_sound():
+    student, teacher = Halves(), Halves()
+    batch = {"input_ids": torch.randint(9, (2, 6)), "attention_mask": torch.ones(2, 6)}
+    distill = Distiller(teacher, 1.0 * Features(["halves"], pairing="same"))
+    with pytest.raises(ValueError, match=r"attention_mask \(2, 6\) doesn't .* 'feature' at 'halves', \(2, 3\)"):
+        distill(student, **batch)
+    distill(student, **batch, feature_mask=torch.ones(2, 3).bool())
+
+
+def test_a_mask_beside_features_alone_fits_them_or_is_an_error():
+    student, teacher = ({"features": torch.randn(2, 5, 4)} for _ in range(2))
+    outputs = [SimpleNamespace(hidden_states=[side["features"]] * 2) for side in (student, teacher)]
+    criterion = kdloss.FeatureKD("last", alpha=0.0)
+    keep = torch.arange(5).expand(2, 5) < torch.tensor([[5], [2]])
+    gaps = (student["features"] - teacher["features"]).square().mean(-1)
+    same(criterion(*outputs, mask=keep), gaps[keep].mean())
+    same(criterion(*outputs, mask=torch.tensor([True, False])), gaps[0].mean())
+    with pytest.raises(ValueError, match=r"mask \(2, 4\) fits neither logits nor features, which stand at .*\(2, 5\)"):
+        criterion(*outputs, mask=keep[:, 1:])
+
+
+def test_values_at_different_positions_are_not_added_one_by_one():
+    student, teacher, batch = clip(2, 0), clip(3, 1), captions(8)
+    terms = [Features(blocks=blocks, name=name, **FIRST) for blocks, name in ((TEXT, "words"), (VISION, "pictures"))]
+    with pytest.raises(ValueError, match=r"different ones, \[\(3,\), \(3, 8\)\]; write reduction='mean' or 'sum'"):
+        Distiller(teacher, Sum(*terms, reduction="none"))(student, **batch)
 
 
 class Embeds(nn.Module):

@@ -256,3 +256,29 @@ def test_an_encoders_frames_are_held_over_their_own_mask_under_a_decoders_labels
     values = squares(student, teacher, inputs, "model.encoder.layers")
     per_example = torch.stack([values[i][keep[i]].mean() for i in range(2)])
     torch.testing.assert_close(loss, (3 * per_example[0] + per_example[1]) / 4)
+
+
+def moonshine(depth, seed):
+    torch.manual_seed(seed)
+    heads = {"encoder_num_attention_heads": 2, "decoder_num_attention_heads": 2}
+    config = hf.MoonshineConfig(
+        vocab_size=30, hidden_size=32, intermediate_size=16, encoder_num_hidden_layers=depth, pad_token_id=0,
+        decoder_num_hidden_layers=1, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, **heads,
+    )  # fmt: skip
+    return hf.MoonshineForConditionalGeneration(config).double().eval()
+
+
+def test_a_length_function_of_one_number_at_a_time_serves_as_well():
+    student, teacher = moonshine(1, 0), moonshine(2, 1)
+    batch = {"input_values": torch.randn(2, 4000, dtype=torch.float64)}
+    batch |= {"attention_mask": (torch.arange(4000) < torch.tensor([[4000], [2000]])).long()}
+    batch |= {"decoder_input_ids": torch.tensor([[1, 3], [1, 4]])}
+    where = "model.encoder.layers"
+    loss = Distiller(teacher, 1.0 * Features(pairing=[(0, 1)], blocks=where))(student, **batch).loss
+    values, lengths = squares(student, teacher, batch, where), []
+    for samples in (4000, 2000):
+        for kernel, stride in ((127, 64), (7, 3), (3, 2)):
+            samples = (samples - kernel) // stride + 1
+        lengths.append(samples)
+    assert lengths == [9, 3]
+    torch.testing.assert_close(loss, torch.stack([values[i, :n].mean() for i, n in enumerate(lengths)]).mean())

@@ -10,11 +10,12 @@ from torch import Size, Tensor, nn
 from kdloss.layers.names import unwrap
 
 
-def at_positions(model: nn.Module, mask: Tensor, positions: Size) -> Tensor | None:
+def at_positions(model: nn.Module, mask: Tensor, positions: Size, *, of_text: bool) -> Tensor | None:
     """A mask `[B, T]` where logits or features stand; None for those that are one per example.
 
     Where there are fewer positions, as of a speech model's frames, the model's own length function says how many of
-    an example count. An attention map's `[B, T, T]` count where query and key do.
+    an example count; not of text, of which it says nothing. An attention map's `[B, T, T]` count where query and key
+    do.
 
     Raises: LookupError where nothing brings it there.
     """
@@ -24,7 +25,7 @@ def at_positions(model: nn.Module, mask: Tensor, positions: Size) -> Tensor | No
         return None
     if positions == (*mask.shape, mask.shape[1]):
         return mask.unsqueeze(-1) & mask.unsqueeze(-2)
-    if len(positions) == 2 and positions[0] == len(mask):
+    if len(positions) == 2 and positions[0] == len(mask) and not of_text:
         for lengths in _length_functions(model):
             if lengths(torch.tensor([mask.shape[1]])).tolist() == [positions[1]]:  # no mask's numbers are looked at
                 counted = lengths(mask.sum(-1)).to(mask.device)
@@ -43,10 +44,12 @@ def _length_functions(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def _each(function: Callable[[Tensor], Any], lengths: Tensor) -> Tensor:
-    """A function of lengths, or of one at a time; what gives no numbers gives none that fit."""
+    """A function of lengths, or of one at a time; of one that gives something else there is no number."""
     try:
-        found = function(lengths)
-        found = found if isinstance(found, Tensor) else torch.as_tensor(found).expand(lengths.shape)
+        return torch.as_tensor(function(lengths)).expand(lengths.shape)
     except (RuntimeError, TypeError, ValueError):  # it wants one length, as a number
-        found = torch.tensor([int(function(n)) for n in lengths.cpu()])
-    return found
+        pass
+    try:
+        return torch.tensor([int(function(n)) for n in lengths.cpu()])
+    except (RuntimeError, TypeError, ValueError):
+        return lengths.new_empty(0)

@@ -8,13 +8,11 @@ import torch
 from torch import Size, Tensor, nn
 
 from kdloss import _checks
-from kdloss._capture import Captured
 from kdloss._frames import at_positions
 from kdloss._towers import Place
 from kdloss.adapter import is_encoder_decoder
 from kdloss.layers.layer_map import Layer
 from kdloss.layers.names import unwrap
-from kdloss.terms._compare import feature_positions
 from kdloss.terms._feature_masks import FeatureMask, given_to
 from kdloss.terms._outputs import class_indices, stand_at
 from kdloss.terms._wheres import both
@@ -27,14 +25,16 @@ class Padding:
     model: nn.Module
     inputs: Tensor | None
     outputs: Tensor | None
+    of_text: bool
 
     @classmethod
     def of(cls, model: nn.Module, batch: Mapping[str, Any]) -> "Padding":
         """That of a batch; masks of more dimensions say what attends to what."""
         inputs = _boolean(batch.get("attention_mask"))
-        return cls(
-            model, inputs, _boolean(batch.get("decoder_attention_mask")) if is_encoder_decoder(model) else inputs
-        )
+        outputs = _boolean(batch.get("decoder_attention_mask")) if is_encoder_decoder(model) else inputs
+        ids = batch.get("input_ids")
+        of_text = inputs is not None and isinstance(ids, Tensor) and ids.shape == inputs.shape
+        return cls(model, inputs, outputs, of_text)
 
     def at(self, positions: Size, what: str, instead: str, *, of_inputs: bool = False) -> Tensor | None:
         """The mask there; None where none is about these positions. Raises for one that can't be brought there."""
@@ -42,7 +42,7 @@ class Padding:
         if mask is None:
             return None
         try:
-            return at_positions(self.model, mask, positions)
+            return at_positions(self.model, mask, positions, of_text=self.of_text or mask is not self.inputs)
         except LookupError:
             name = "attention_mask" if mask is self.inputs else "decoder_attention_mask"
             raise ValueError(
@@ -53,7 +53,6 @@ class Padding:
 
 def all_masks(
     padding: Padding,
-    seen: Captured,
     logits: Any,
     on_features: list[str],
     labels: Any,
@@ -68,7 +67,6 @@ def all_masks(
     if positions is not None:
         own = _of_logits(padding, positions, logits, mask, place.mixed)
     elif mask is not None and on_features:
-        _check_features(seen, mask)
         own = padding.outputs if padding.outputs is not None and padding.outputs.shape == mask.shape else None
     elif not on_features:
         own = padding.outputs
@@ -101,16 +99,6 @@ def _of_logits(padding: Padding, positions: Size, logits: Any, mask: Tensor | No
         if mask is None and not mixed:
             raise
         return None  # the user has said which count; or these are no logits of the text's
-
-
-def _check_features(seen: Captured, mask: Tensor) -> None:
-    """Raise for a user's mask that stands, where features are all there is, neither at some nor at examples."""
-    shapes = {feature_positions(x) for x in seen.features.values()}
-    if mask.shape not in {*shapes, *(shape[:1] for shape in shapes)}:
-        raise ValueError(
-            f"mask {tuple(mask.shape)} fits no features, which stand at {sorted(map(tuple, shapes))}; give one entry "
-            "per position, or write feature_mask={name of the term: ...}"
-        )
 
 
 def _of_features(
@@ -153,7 +141,15 @@ def mask_of_features(padding: Padding, place: Place, mask: Tensor | None, positi
     """The mask of what stands at these positions, by a user's mask of them and the batch's own."""
     if mask is not None:
         _checks.mask(mask, positions, "features")
-    return both(mask, _of_features(padding, "", None, None, place, False)(0, positions)[0])
+    try:
+        own, _ = _of_features(padding, "", None, None, place, False)(0, positions)
+    except ValueError as error:
+        if mask is None:
+            raise ValueError(
+                f"{str(error).partition('; write')[0]}; give the batch a 'mask', boolean, {tuple(positions)}"
+            ) from None
+        own = None  # the user has said which count
+    return both(mask, own)
 
 
 def _after_real(mask: Tensor | None) -> Tensor | None:

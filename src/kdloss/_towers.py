@@ -48,7 +48,7 @@ class Towers:
         text = _text_beside_others(batch)
         if text is not None and any(key not in known for key in asked):
             known |= _measured(student, text, again)
-        encoder = encoder_side(student)
+        encoder = encoder_side(student) if asked else set()
 
         def side(term: str, layer: Layer) -> Side:
             keys = [(term, name) for name in parts([layer]) if (term, name) in asked]

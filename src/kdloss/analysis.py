@@ -177,7 +177,7 @@ def _features(
     if any(h.ndim != 3 or h.shape[:2] != positions for h in everything):
         return [[h.flatten(1) for h in side] for side in features], None
     asked = {key: Request(key[1], blocks) for key in seen[0]}
-    place = towers.of(student, asked, inputs, Located(), lambda: _run(student, args, both[0], blocks))
+    place = towers.of(student, asked, inputs, Located(), lambda: _run(student, args, both[0], blocks, stop=False))
     found = mask_of_features(Padding.of(student, inputs), place, mask, positions)
     keep = torch.ones(positions, dtype=torch.bool, device=everything[0].device) if found is None else found
     if labels is not None and labels.shape == positions and place.side("", 0) == "outputs":
@@ -188,9 +188,9 @@ def _features(
     return features, keep
 
 
-def _run(model: nn.Module, args: Any, inputs: dict[str, Any], blocks: str | None) -> Captured:
+def _run(model: nn.Module, args: Any, inputs: dict[str, Any], blocks: str | None, *, stop: bool = True) -> Captured:
     asked = {("", i): Request(i, blocks) for i in range(len(find_blocks(model, blocks)))}
-    with evaluating(model), torch.no_grad(), record(model, asked, stop=True) as seen:
+    with evaluating(model), torch.no_grad(), record(model, asked, stop=stop) as seen:
         model(*args, **without_cache(model, inputs))
     return seen
 

@@ -180,7 +180,7 @@ class Distiller:
         place = self._towers.of(student, requests(plan.reads, "student"), inputs, self._pass.located, again)
         logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
         padding = Padding.of(student, inputs)
-        return all_masks(padding, seen, logits, on_features, labels, mask, feature_mask, place, causal=causal)
+        return all_masks(padding, logits, on_features, labels, mask, feature_mask, place, causal=causal)
 
     def _warn(self, student: nn.Module) -> None:
         """Tell once of projections that no optimizer trains, and of some that it trains and nobody zeroes."""

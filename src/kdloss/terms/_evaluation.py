@@ -11,10 +11,11 @@ from kdloss import _checks
 from kdloss._capture import Captured
 from kdloss.engine import whole_only
 from kdloss.engine.task import unwrapped
+from kdloss.layers.layer_map import Layer
 from kdloss.reduction import precise, takes
 from kdloss.targets.kinds import dense
 from kdloss.terms._compare import feature_positions, first_feature
-from kdloss.terms._feature_masks import check_given, of_term
+from kdloss.terms._feature_masks import FeatureMask, check_given, of_term
 from kdloss.terms._outputs import class_indices, find_logits, returned, stand_at
 from kdloss.terms._positions import Positions
 from kdloss.terms._sweep import Swept, by_logits, check_numbers, look_at_stored, sweep
@@ -55,12 +56,14 @@ class Evaluation:
             self._refuse_unlabelled()
         elif contract.causal is None:
             self._refuse_unsaid()
-        check_given(feature_mask, criterion.terms)
-        self.own = {name: of_term(name, feature_mask) for name in plan.reads}
+        check_given(feature_mask, dict(criterion.terms.items()))
+        self.stood: set[Size] = set()
+        self.own = {name: _noted(of_term(name, feature_mask), self.stood) for name in plan.reads}
         if mask is not None and attention_mask is not None:
             _checks.mask(attention_mask, mask.shape, "the positions of mask")
         mask = both(mask, attention_mask)
         shape, classes = self._shape(mask)
+        self.by_mask = shape if mask is not None and classes is None and not self.logits else None
         told = [] if classes is not None else self._told_by_features(shape is None)
         if shape is None and told:
             labelled = masked = told[0][1]
@@ -117,7 +120,8 @@ class Evaluation:
             for name in self.plan.weights
             for part, value in self.means.items()
             if part == name or part.startswith(f"{name}/")
-        } | joined
+        }
+        self._check_shapes()
         total = self.losses[0]
         for loss in self.losses[1:]:
             total = total + loss
@@ -131,6 +135,22 @@ class Evaluation:
         where, weight = self._where(names[0]), sum(self.plan.weights[name] for name in names)
         self.losses += [weight * self.contract.total(n, v, where, self.items) for n, v in task_terms.items()]
         return {name: mean(value, where) for name, value in task_terms.items()}
+
+    def _check_shapes(self) -> None:
+        """Raise for a mask at which nothing stood, and for values of different positions under "none"."""
+        logits = find_logits(returned(self.student))
+        there = self.stood if logits is None else {*self.stood, Size(logits.shape[:-1])}
+        if self.by_mask is not None and self.stood and self.by_mask not in there:
+            raise ValueError(
+                f"mask {tuple(self.by_mask)} fits neither logits nor features, which stand at "
+                f"{sorted(map(tuple, there))}; give one entry per position, or write feature_mask=..."
+            )
+        shapes = {tuple(loss.shape) for loss in self.losses if loss.ndim}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"reduction='none' gives one value per position, and the terms stand at different ones, "
+                f"{sorted(shapes)}; write reduction='mean' or 'sum'"
+            )
 
     def _logits(self, term: Any) -> Any:
         """The student's logits that a term reads: the same ones for all that take the same."""
@@ -281,3 +301,13 @@ def _view(output: Any, name: str) -> Any:
 def _as_given(term: CrossEntropy | Logits) -> bool:
     """Whether the engine computes the same as its `loss`: a subclass may have another."""
     return type(term).loss in (CrossEntropy.loss, Logits.loss)
+
+
+def _noted(own: FeatureMask, stood: set[Size]) -> FeatureMask:
+    """The same, which puts down where features stood: there, and at examples, a mask may be."""
+
+    def noted(layer: Layer, shape: Size) -> tuple[Tensor | None, bool]:
+        stood.update((shape, shape[:1]))
+        return own(layer, shape)
+
+    return noted

@@ -172,7 +172,7 @@ class Sum(nn.Module):
         *,
         mask: Bool[Tensor, "..."] | None = None,
         attention_mask: Bool[Tensor, "..."] | None = None,
-        feature_mask: Bool[Tensor, "..."] | Mapping[str, Tensor | None] | None = None,
+        feature_mask: Bool[Tensor, "..."] | Mapping[str, Any] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         plan: Plan | None = None,
         causal: bool | None = None,
