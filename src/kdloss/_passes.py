@@ -71,7 +71,8 @@ def all_masks(
 ) -> dict[str, Any]:
     """The mask of the labels' positions, and those of features that stand elsewhere, by term."""
     logits = find_logits(seen.output)
-    positions = None if logits is None else logits.shape[:-1]
+    shape = None if logits is None else logits.shape if plan.layout is None else plan.layout.shape(logits.shape)
+    positions = None if shape is None else shape[:-1]
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         positions = labels.shape
     own: dict[str, Tensor | None] = {}
@@ -89,4 +90,5 @@ def _viewed(seen: Captured) -> Captured:
     for (term, name), feature in features.items():
         view = seen.views.setdefault(term, Captured())
         view.features[name], view.output = feature, seen.output
+        view.tells[name] = seen.tells[term, name]
     return seen

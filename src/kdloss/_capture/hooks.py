@@ -88,7 +88,7 @@ def record(
     seen = recorder.captured
     hook = _hook()
     handles = [m.register_forward_hook(hook(partial(recorder.record, m))) for m in asked]
-    handles.append(model.register_forward_pre_hook(hook(recorder.begin)))
+    handles.append(model.register_forward_pre_hook(hook(recorder.begin), with_kwargs=True))
     handles.append(model.register_forward_hook(hook(recorder.finish)))
     try:
         try:

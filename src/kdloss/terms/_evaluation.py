@@ -9,6 +9,7 @@ from torch import Size, Tensor
 
 from kdloss import _checks
 from kdloss._capture import Captured
+from kdloss._layout import classes_last
 from kdloss.engine import whole_only
 from kdloss.engine.task import unwrapped
 from kdloss.reduction import precise
@@ -46,9 +47,14 @@ class Evaluation:
         self.logits: dict[Any, Any] = {}
         self.rows: dict[Any, bool] = {}
         self.there: dict[Any, Tensor] = {}
+        self.layout, self.teacher_layout = self.contract.layouts
+        indices = isinstance(labels, Tensor) and not labels.is_floating_point()
+        self.known = [x.shape for x in (labels if indices else None, mask) if x is not None]
+        self.by_features = False
         if labels is None:
             self._refuse_unlabelled()
         shape = self._shape(mask)
+        self.batch = None if self.by_features else next(iter(shape), None)
         options: dict[str, Any] = {"causal": bool(self.contract.causal), "ignore_index": self.contract.ignore_index}
         labelled = Positions.of(shape, labels if isinstance(labels, Tensor) else None, mask, **options)
         alike = labelled.labels is None
@@ -59,6 +65,8 @@ class Evaluation:
         """Teacher k has run: terms take what they need of its output, and those that have it all are reached."""
         for name in self.plan.of_teacher(k):
             own = self.criterion.terms[name].retain(_view(output, name))
+            if isinstance(self.criterion.terms[name], Logits) and self.teacher_layout is not None:
+                own = classes_last(own, self.teacher_layout, self.known, "teacher", "teacher_layout")
             self.held.setdefault(name, []).append(own)
         del output
         for name in self.plan.complete_with(k):
@@ -77,7 +85,8 @@ class Evaluation:
         if isinstance(own_mask, Mapping):
             own_mask = own_mask.get(name)
         student, reads = _view(self.student, name), self.plan.reads[name]
-        step = Step(student, teacher, self.labels, where, own_mask, reads, self.criterion.step, report)
+        known: dict[str, Any] = {"layout": self.layout, "batch": self.batch}
+        step = Step(student, teacher, self.labels, where, own_mask, reads, self.criterion.step, report, **known)
         if isinstance(term, CrossEntropy | Logits):
             one = Swept(term, weight, step, self._logits(term))
             if _as_given(term) and self._by_rows(term):
@@ -110,7 +119,8 @@ class Evaluation:
     def _logits(self, term: Any) -> Any:
         """The student's logits that a term reads: the same ones for all that take the same."""
         if term.take not in self.logits:
-            self.logits[term.take] = term.logits(self.student)
+            given = term.logits(self.student)
+            self.logits[term.take] = classes_last(given, self.layout, self.known, "student", "layout")
         logits = self.logits[term.take]
         if isinstance(term, CrossEntropy) and _as_given(term):
             _checks.one_class(term.name, logits, self.labels)
@@ -159,14 +169,16 @@ class Evaluation:
         if known is not None:
             return known.shape
         for name, reads in self.plan.reads.items():
-            features = first_feature(_view(self.student, name), reads)
+            axes = getattr(self.criterion.terms[name], "axes", (None,))[0]
+            features = first_feature(_view(self.student, name), reads, axes)
             if features is not None:
+                self.by_features = True
                 own = self.feature_mask
                 own = own.get(name) if isinstance(own, Mapping) else own
                 return example_shape(features, own)
         found = find_logits(returned(self.student))
         if found is not None:
-            return Size(found.shape[:-1])
+            return Size((found.shape if self.layout is None else self.layout.shape(found.shape))[:-1])
         return Size(()) if labels is None else labels.shape
 
     def _check_plain(self, one: Swept) -> None:
