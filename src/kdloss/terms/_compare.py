@@ -11,7 +11,7 @@ from kdloss import _checks
 from kdloss._capture import Captured
 from kdloss._layout import standard, width_last
 from kdloss.distances._rows import needs_no_width
-from kdloss.layers.layer_map import Layer, LayerMap, parts
+from kdloss.layers.layer_map import Layer, LayerMap
 from kdloss.projections import convolves
 from kdloss.reduction import fill, per_example, precise, takes
 from kdloss.terms._axes import Axes, Batch
@@ -210,11 +210,12 @@ def _last_against_last(pairs: Pairs, depths: tuple[int, int]) -> None:
 
 def first_feature(output: Any, reads: Reads, axes: Axes | None) -> Tensor | None:
     """One of the student's features, width last, which tells the positions where nothing else does."""
-    axes = Axes("student") if axes is None else axes
     hidden = _hidden(output, reads.blocks)
     if hidden is not None:
-        return _feature(output, hidden, 0, axes)
-    return next((_feature(output, None, name, axes) for name in output), None) if isinstance(output, Captured) else None
+        return hidden[1] if axes is None else _feature(output, hidden, 0, axes)
+    if not isinstance(output, Captured) or output.views:  # those of other terms
+        return None
+    return next((x if axes is None else _feature(output, None, name, axes) for name, x in output.items()), None)
 
 
 def sizes(seen: Captured, axes: Axes) -> list[tuple[int, ...]]:
@@ -231,7 +232,7 @@ def sizes(seen: Captured, axes: Axes) -> list[tuple[int, ...]]:
 
 def width_of(seen: Captured, name: Layer, axes: Axes) -> int:
     """The width of a layer's features, of several side by side their sum."""
-    return sum(_feature(seen, None, one, axes).shape[-1] for one in parts([name]))
+    return sum(_feature(seen, None, one, axes).shape[-1] for one in (name if isinstance(name, tuple) else (name,)))
 
 
 def refuse_take(output: Any, take: Any, reads: Reads, whose: str) -> None:

@@ -218,9 +218,10 @@ class Features(Term):
     def _refuse_unknown(self) -> None:
         """Raise for options of layers that there are none of."""
         takes = (take for take in (self.take, self.teacher_take) if isinstance(take, Mapping))
-        named = [name for names in (*takes, *(one.names for one in self.axes)) for name in names]
-        if unknown := [name for name in named if isinstance(name, str) and name not in self.layer_map.names]:
-            there = self.layer_map.names or "blocks, which are named by number"
+        named = dict.fromkeys(name for names in (*takes, *(one.names for one in self.axes)) for name in names)
+        known = self.layer_map.names
+        if unknown := [name for name in named if isinstance(name, str) and name not in known]:
+            there = known or "blocks, which are named by number"
             raise ValueError(f"take or layout has {unknown}, and the layers are {there}")
 
     def __repr__(self) -> str:
