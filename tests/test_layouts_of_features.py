@@ -498,3 +498,20 @@ def test_hidden_states_are_batch_time_width_by_definition():
     labels[0] = -100
     value = criterion(Output(hidden_states=states), Output(hidden_states=other), labels)
     torch.testing.assert_close(value, (states[2] - other[2])[1:].square().mean())
+
+
+def test_the_matrix_of_likenesses_reads_features_as_the_loss_does():
+    student, x = Encoder(TIME_FIRST["own"]).double(), torch.randn(4, 6, 3).double()
+    with pytest.raises(ValueError, match=r"student block 0 gives \(6, 4, 8\).*layout='t b d'"):
+        kdloss.analysis.cka_matrix(student, student, [x])
+
+    class Batch(Encoder):
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(self.embed(x) if layer is self.layers[0] else x)
+            return x
+
+    first = Batch(Own, first=False).double()
+    first.load_state_dict(student.state_dict())
+    expected = kdloss.analysis.cka_matrix(first, first, [x]).values
+    torch.testing.assert_close(kdloss.analysis.cka_matrix(student, student, [x], layout="t b d").values, expected)

@@ -4,16 +4,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdloss._capture import Captured, capture
+from kdloss._layout import Patterns
 from kdloss.adapter import evaluating, is_causal, masks, with_decoder_inputs, without_cache
 from kdloss.layers import find_blocks, select
 from kdloss.layers.select import Layers
 from kdloss.reduction import widest
+from kdloss.terms._axes import Axes
 
 __all__ = ["CKAMatrix", "cka_matrix"]
 
@@ -80,6 +83,8 @@ def cka_matrix(
     *,
     blocks: str | None = None,
     samples: int = 512,
+    layout: Patterns = None,
+    teacher_layout: Patterns | EllipsisType = ...,
 ) -> CKAMatrix:
     r"""Centred kernel alignment between all blocks of two models, over some batches.
 
@@ -94,14 +99,15 @@ def cka_matrix(
     The n samples of a batch are the tokens that count where the features of all blocks are `[B, T, D]`
     with one T: `attention_mask` (or `mask`) and labels of -100 take them out as in `FeatureKD`. Of more
     than `samples`, as many are drawn, the same in every run. Otherwise, as for a CNN's maps, the
-    samples are the examples, their features side by side.
+    samples are the examples, their features side by side. `layout` and `teacher_layout` are those of
+    `kdloss.Features`.
 
     A batch is a mapping of inputs that both models take, or a tuple of them, on the models' device.
     Both run in eval mode without gradient, once a batch, up to their last block, and are left as they
     were. Memory does not grow with the number of batches. For a progress bar pass `tqdm(batches)`.
 
-    Raises: ValueError for no batch, one of fewer than 4 samples, or models whose blocks are not found
-    (`blocks` names the list).
+    Raises: ValueError for no batch, one of fewer than 4 samples, models whose blocks are not found
+    (`blocks` names the list), or features in another layout.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9))
@@ -116,8 +122,10 @@ def cka_matrix(
     if samples < LEAST:
         raise ValueError(f"samples={samples} are too few for the unbiased estimator; it needs {LEAST}")
     sums: list[Tensor] = []
+    taught = layout if isinstance(teacher_layout, EllipsisType) else teacher_layout
+    axes = Axes("student", layout), Axes("teacher", taught, "teacher_layout")
     for number, batch in enumerate(batches):
-        features, keep = _features(student, teacher, batch, blocks)
+        features, keep = _features(student, teacher, batch, blocks, axes)
         if keep is not None:
             rows = keep.nonzero()
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
@@ -136,14 +144,18 @@ def cka_matrix(
 
 
 def _features(
-    student: nn.Module, teacher: nn.Module, batch: Any, blocks: str | None
+    student: nn.Module, teacher: nn.Module, batch: Any, blocks: str | None, axes: tuple[Axes, Axes]
 ) -> tuple[list[list[Tensor]], Tensor | None]:
     """The features of every block of both models, and which tokens count; None where examples do."""
     inputs = dict(batch) if isinstance(batch, Mapping) else {}
     args = () if inputs else batch if isinstance(batch, tuple | list) else (batch,)
     labels, mask = inputs.pop("labels", None), inputs.pop("mask", None)
     inputs = with_decoder_inputs(student, inputs, labels)
-    features = [list(_run(model, args, inputs, blocks).values()) for model in (student, teacher)]
+    examples = None if labels is None else len(labels)
+    features = []
+    for model, own in zip((student, teacher), axes, strict=True):
+        seen = _run(model, args, inputs, blocks)
+        features.append([own.width_last(x, name, seen.tells[name], examples) for name, x in seen.items()])
     everything = [h for side in features for h in side]
     positions = everything[0].shape[:2]
     if any(h.ndim != 3 or h.shape[:2] != positions for h in everything):
