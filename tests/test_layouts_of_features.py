@@ -197,6 +197,17 @@ class Turned(nn.Module):
         return x.permute(self.order)
 
 
+class Unfolded(nn.Module):
+    """Frames [B, T, C, H, W] that go through a part one by one."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return self.part(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
 def read(part, x, labels=None, **said):
     """The loss of a student against itself, and the feature's width in the projection that was built."""
     student = Around(part).double()
@@ -231,6 +242,8 @@ REFUSED = {
         torch.randn(2, 7, 3).double(),
         "'b c t'",
     ),
+    "an activation behind a convolution": (nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU()), x1, "layout='b c t'"),
+    "frames of maps": (Unfolded(nn.Conv2d(3, 8, 1)), torch.randn(2, 4, 3, 5, 6).double(), "'b c d h w' or layout="),
     "volumes of nothing": (nn.Identity(), torch.randn(2, 3, 4, 5, 6).double(), "'b c d h w' or layout='b d h w c'"),
     "six axes": (nn.Identity(), torch.randn(2, 3, 4, 5, 6, 7).double(), "name its axes by layout="),
 }
@@ -264,6 +277,33 @@ RIGHT = {
 def test_a_layout_that_nothing_speaks_against_is_read(name):
     part, x, said, width = RIGHT[name]
     assert read(part, x, **said) == width
+
+
+def test_an_activation_is_told_by_what_stands_before_it():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act, self.norm, self.gelu = nn.Conv1d(3, 7, 1), nn.ReLU(), nn.LayerNorm(7), nn.GELU()
+
+        def forward(self, x):
+            x = self.act(self.conv(x))
+            return self.gelu(self.norm(x.mT)).mean(1)
+
+    student, x = Stack(), torch.randn(2, 3, 7)
+    criterion = FeatureKD(["act"], pairing="same", alpha=0.0)
+    with pytest.raises(ValueError, match=r"student layer 'act' gives \(2, 7, 7\).*layout='b c t'"):
+        Distiller(copy.deepcopy(student), criterion).prepare(student, x)
+    Distiller(copy.deepcopy(student), FeatureKD(["gelu"], pairing="same", alpha=0.0)).prepare(student, x)
+
+
+def test_numbers_to_regress_tell_how_many_examples_there_are():
+    s, t = torch.randn(6, 4, 5), torch.randn(6, 4, 5)
+    score = torch.randn(4)
+    regress = kdloss.Task(lambda output, y: (output - y).square().mean())
+    captured = [seen(x) for x in (s, t)]
+    captured[0].output = torch.randn(4)
+    with pytest.raises(ValueError, match=r"gives \(6, 4, 5\).*there are 4 examples.*layout='t b d'"):
+        (regress + Features(["stage"], pairing="same"))(*captured, score)
 
 
 class Mixed(nn.Module):

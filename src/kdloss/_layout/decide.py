@@ -124,7 +124,7 @@ def _fits(shape: tuple[int, ...], tells: Tells | None) -> list[int]:
     if len(fits) == 1:
         return fits
     kind = told.maps if maps and not told.sure else told.axis
-    if kind is not None:
+    if kind is not None and (fits or len(shape) < 5 or width is None):
         return [kind]
     return [FIRST, LAST] if len(shape) == 5 or (len(shape) == 4 and told.mixed) else [default]
 

@@ -47,7 +47,9 @@ def evidence_of(module: nn.Module, model: nn.Module | None = None) -> Evidence:
     (1, 1)
     """
     if module not in _known:
-        _known[module] = replace(_of(module), maps=_format(module))
+        found = _of(module)
+        found = _beside(module, model) if found == Evidence() and model is not None else found
+        _known[module] = replace(found, maps=_format(module))
     known = _known[module]
     return known if known.axis is not None or known.maps is not None else replace(known, maps=_format(model))
 
@@ -70,6 +72,18 @@ def _of(module: nn.Module) -> Evidence:
         batches.pop() if len(batches) == 1 else None,
         mixed=len(axes) > 1,
     )
+
+
+def _beside(module: nn.Module, model: nn.Module) -> Evidence:
+    """Of a module without weights, as an activation, what stands before it tells."""
+    for parent in model.modules():
+        children = list(parent.children())
+        if any(child is module for child in children):
+            place = next(i for i, child in enumerate(children) if child is module)
+            before = (_of(child) for child in reversed(children[:place]))
+            found = next((e for e in before if e != Evidence()), Evidence())
+            return replace(found, axis=found.axis if _keeps_axes(module) else None, batch=None, sure=False)
+    return Evidence()
 
 
 def _parts(module: nn.Module) -> Iterator[Evidence]:

@@ -54,7 +54,9 @@ class Evaluation:
         if labels is None:
             self._refuse_unlabelled()
         shape = self._shape(mask)
-        self.batch = None if self.by_features else next(iter(shape), None)
+        self.batch = next(iter(shape), None)
+        if self.by_features:  # numbers to regress tell how many examples there are, too
+            self.batch = next(iter(labels.shape), None) if isinstance(labels, Tensor) else None
         options: dict[str, Any] = {"causal": bool(self.contract.causal), "ignore_index": self.contract.ignore_index}
         labelled = Positions.of(shape, labels if isinstance(labels, Tensor) else None, mask, **options)
         alike = labelled.labels is None
