@@ -235,6 +235,38 @@ def test_a_pattern_of_another_number_of_axes_is_shown_beside_the_shape():
         Sum(CrossEntropy(), layout="b c t") + Sum(Logits(), layout="t b c")
 
 
+def test_a_convolution_that_makes_the_logits_tells_their_classes_where_no_labels_do():
+    """One over frames, whose logits [B, C, T] look like a language model's, and one over pixels."""
+    for build, x, write in (
+        (nn.Conv1d, torch.randn(2, 3, 7), "b c t"),
+        (nn.Conv2d, torch.randn(2, 3, 7, 4), "b c h w"),
+    ):
+        student, teacher = (build(3, 5, 1) for _ in range(2))
+        with pytest.raises(ValueError, match=rf"5 channels: their classes are the second axis. Write layout='{write}'"):
+            kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=0.0))(student, x)
+        loss = kdloss.Distiller(teacher, kdloss.VanillaKD(2.0, 0.0, layout=write))(student, x).loss
+        torch.testing.assert_close(loss, kl(student(x).movedim(1, -1), teacher(x).movedim(1, -1), 2.0).mean())
+    last = [nn.Sequential(nn.Conv1d(7, 7, 1), nn.Linear(3, 5)) for _ in range(2)]
+    kdloss.Distiller(last[0], kdloss.VanillaKD(alpha=0.0))(last[1], torch.randn(2, 7, 3))
+
+
+def test_an_attention_mask_stands_at_the_positions_of_a_stated_layout():
+    class Frames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(3, 5, 1)
+
+        def forward(self, x, attention_mask=None):
+            return self.conv(x)
+
+    student, teacher, x = Frames(), Frames(), torch.randn(2, 3, 7)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    loss = kdloss.Distiller(teacher, kdloss.VanillaKD(2.0, 0.0, layout="b c t"))(student, x, attention_mask=mask).loss
+    values = kl(student(x).movedim(1, -1), teacher(x).movedim(1, -1), 2.0)
+    torch.testing.assert_close(loss, values[mask.bool()].mean())
+
+
 # -- a segmentation net: its own cross-entropy, its predictions, and channel-wise distillation --
 
 

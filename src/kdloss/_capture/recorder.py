@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdloss._capture.compiled import BLOCKS
 from kdloss._capture.take import Take, levels, taken
-from kdloss._layout import Evidence, Tells, evidence_of
+from kdloss._layout import Evidence, Tells, ends, evidence_of
 from kdloss.layers.blocks import width
 from kdloss.layers.layer_map import Name
 from kdloss.layers.names import unwrap
@@ -38,6 +38,7 @@ class Captured(Mapping[Any, Any]):
         self.output: Any = None
         self.views: dict[str, Captured] = {}
         self.tells: dict[Hashable, Tells] = {}
+        self.head = Evidence()
 
     def of(self, term: str) -> "Captured":
         """What was captured for one term of a sum, where they asked for different things."""
@@ -118,7 +119,7 @@ class Recorder:
     def finish(self, model: nn.Module, args: object, output: Any) -> None:
         """After the model has run."""
         if self._ours():
-            self.captured.output = output
+            self.captured.output, self.captured.head = output, ends(model)
 
     def check(self) -> None:
         """Raise for what went wrong, and for what didn't happen."""

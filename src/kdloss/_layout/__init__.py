@@ -2,7 +2,7 @@
 
 from kdloss._layout.classes import classes_last
 from kdloss._layout.decide import Tells, check_batch, decide, standard, width_last
-from kdloss._layout.evidence import Evidence, evidence_of
+from kdloss._layout.evidence import Evidence, ends, evidence_of
 from kdloss._layout.pattern import Layout, Patterns, read, read_each
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "check_batch",
     "classes_last",
     "decide",
+    "ends",
     "evidence_of",
     "read",
     "read_each",

@@ -38,6 +38,7 @@ class Evidence:
 
 _RMS: Any = getattr(nn, "RMSNorm", nn.LayerNorm)
 _known: WeakKeyDictionary[nn.Module, Evidence] = WeakKeyDictionary()
+_ends: WeakKeyDictionary[nn.Module, Evidence] = WeakKeyDictionary()
 
 
 def evidence_of(module: nn.Module, model: nn.Module | None = None) -> Evidence:
@@ -52,6 +53,13 @@ def evidence_of(module: nn.Module, model: nn.Module | None = None) -> Evidence:
         _known[module] = replace(found, maps=_format(module))
     known = _known[module]
     return known if known.axis is not None or known.maps is not None else replace(known, maps=_format(model))
+
+
+def ends(model: nn.Module) -> Evidence:
+    """What the last layer of a model tells, which makes its logits where it is a head."""
+    if model not in _ends:
+        _ends[model] = _own(model) or next(iter([*_parts(model)][-1:]), Evidence())
+    return _ends[model]
 
 
 def _of(module: nn.Module) -> Evidence:

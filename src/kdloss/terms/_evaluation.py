@@ -122,7 +122,8 @@ class Evaluation:
         """The student's logits that a term reads: the same ones for all that take the same."""
         if term.take not in self.logits:
             given = term.logits(self.student)
-            self.logits[term.take] = classes_last(given, self.layout, self.known, "student", "layout")
+            head = self.student.head if isinstance(self.student, Captured) and term.take is None else None
+            self.logits[term.take] = classes_last(given, self.layout, self.known, "student", "layout", head)
         logits = self.logits[term.take]
         if isinstance(term, CrossEntropy) and _as_given(term):
             _checks.one_class(term.name, logits, self.labels)
