@@ -226,3 +226,27 @@ def test_the_levels_of_a_channels_last_model_are_not_read_as_channels_first():
     loss = Distiller(teacher, criterion).prepare(student, x)(student, x).loss
     pairs = zip(student.neck(x), teacher.neck(x), strict=True)
     torch.testing.assert_close(loss, sum(F.mse_loss(s, t) for s, t in pairs) / 2)
+
+
+def test_a_part_of_a_block_is_not_the_block():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.fc(x[0] if isinstance(x, tuple) else x)
+            return x, x + 1
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x):
+            return self.blocks[1](self.blocks[0](x))[0]
+
+    x, models = torch.randn(3, 4), (Model(), Model())
+    criterion = FeatureKD(["blocks.0[1]", "blocks.1[0]"], pairing="same", alpha=0.0)
+    components = Distiller(models[0], criterion)(models[1], x).components
+    assert list(components) == ["feature/blocks.0[1]-blocks.0[1]", "feature/blocks.1[0]-blocks.1[0]", "feature"]
