@@ -555,3 +555,17 @@ def test_the_matrix_of_likenesses_reads_features_as_the_loss_does():
     first.load_state_dict(student.state_dict())
     expected = kdloss.analysis.cka_matrix(first, first, [x]).values
     torch.testing.assert_close(kdloss.analysis.cka_matrix(student, student, [x], layout="t b d").values, expected)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize(("pattern", "usual"), [("b h w c", "b c h w"), ("b c t", "b t c"), ("b d h w c", "b c d h w")])
+def test_positions_that_a_layout_would_bring_together_are_not_to_be_resized(side, pattern, usual):
+    (s, _), (t, _) = of(pattern, 0), of(usual, 1, width=7)
+    layouts = {"layout": usual, "teacher_layout": usual}
+    argument = "layout"
+    if side == "teacher":
+        s, t, argument = t, s, "teacher_layout"
+    criterion = FeatureKD(["stage"], pairing="same", alpha=0.0, distance=distances.similarity, **layouts)
+    with pytest.raises(ValueError, match=rf"different positions.*With {argument}='{pattern}' they stand") as error:
+        criterion(seen(s), seen(t))
+    assert "resize" not in str(error.value), "which would hide it"

@@ -116,8 +116,7 @@ def compare(
         raise ValueError(
             f"{name}: student features {tuple(student.shape)} and teacher features "
             f"{tuple(teacher.shape)} (width last) stand at different positions; nothing is broadcast. "
-            "Write FeatureKD(resize=kdloss.resize.pool) for another grid of pixels or patches; maps of several "
-            "resolutions are paired by pairing='resolution'"
+            f"{_turned(student, teacher)}"
         )
     apart = feature_mask is not None or student.shape[:-1] != where.shape
     if not apart:
@@ -131,6 +130,20 @@ def compare(
     student, teacher = (_project(p, x) for p, x in zip(projections, (student, teacher), strict=True))
     _same_width(name, distance, student, teacher)
     return Compared(student, teacher, _distances(distance, student, teacher, keep), keep, apart)
+
+
+def _turned(student: Tensor, teacher: Tensor) -> str:
+    """What to write for features at different positions: a layout, where one would bring them together."""
+    sides = (("layout", student, teacher), ("teacher_layout", teacher, student))
+    for argument, x, other in sides:
+        given, axes = standard(x).shape, x.ndim
+        if axes > 2 and other.shape[1:-1] == (given[2:] if axes == 3 else given[1:-1]):
+            pattern = {3: "b c t", 4: "b h w c", 5: "b d h w c"}.get(axes, "...")
+            return f"With {argument}={pattern!r} they stand at the same: write it where that is what its axes are"
+    return (
+        "Write FeatureKD(resize=kdloss.resize.pool) for another grid of pixels or patches; maps of several resolutions "
+        "are paired by pairing='resolution'"
+    )
 
 
 def _project(projection: nn.Module, features: Tensor) -> Tensor:
