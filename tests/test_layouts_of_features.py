@@ -569,3 +569,25 @@ def test_positions_that_a_layout_would_bring_together_are_not_to_be_resized(side
     with pytest.raises(ValueError, match=rf"different positions.*With {argument}='{pattern}' they stand") as error:
         criterion(seen(s), seen(t))
     assert "resize" not in str(error.value), "which would hide it"
+
+
+def test_blocks_of_xlnet_run_with_time_first_and_equal_its_own_hidden_states():
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    shape = {"vocab_size": 20, "d_model": 8, "n_layer": 2, "n_head": 2, "d_inner": 8}
+    student, teacher = (XLNetLMHeadModel(XLNetConfig(**shape)).double().eval() for _ in range(2))
+    tokens = torch.randint(0, 20, (2, 5))
+    labels = tokens.clone()
+    labels[0, 3:] = -100
+    settings = {"depths": (2, 2)}
+    with pytest.raises(ValueError, match=r"student block 0 gives \(5, 2, 8\).*there are 2 examples.*layout='t b d'"):
+        Distiller(teacher, kdloss.Sum(Features([0], **settings), causal=False))(
+            student, input_ids=tokens, labels=labels
+        )
+    criterion = kdloss.Sum(Features([0], layout="t b d", **settings), causal=False)
+    loss = Distiller(teacher, criterion)(student, input_ids=tokens, labels=labels).loss
+    s, t = (m(tokens, output_hidden_states=True).hidden_states[1] for m in (student, teacher))
+    expected = (s - t.detach())[labels != -100].square().mean()
+    torch.testing.assert_close(loss, expected)
+    one = student.transformer.layer[0].ff.layer_2.weight
+    torch.testing.assert_close(*(torch.autograd.grad(x, one)[0] for x in (loss, expected)))
