@@ -313,7 +313,8 @@ class Maps(nn.Module):
 def test_an_attention_map_counts_where_query_and_key_do():
     student, teacher = Maps(), Maps()
     ids, mask = torch.randint(9, (2, 4)), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    loss = Distiller(teacher, 1.0 * Features(["scores"], pairing="same"))(student, input_ids=ids, attention_mask=mask)
+    scores = Features(["scores"], pairing="same", layout="b c q k")
+    loss = Distiller(teacher, 1.0 * scores)(student, input_ids=ids, attention_mask=mask)
     found = []
     for model in (student, teacher):
         model.scores.register_forward_hook(lambda m, a, out: found.append(out))

@@ -241,13 +241,17 @@ def test_mgd_generates_from_the_neighbours_on_the_grid():
 
 
 def test_mgd_of_a_map_is_its_convolutions_on_the_map_itself():
-    maps, target = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)
-    module = kdloss.distances.MGD(5, 5).eval()
+    maps, target = torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 8)
+    module = kdloss.distances.MGD(5, 5, size=(2, 8)).eval()
     made = module.second(module.first(maps).relu())
     expected = (made - target).square().mean(1).flatten(1)
     value = module(kdloss.distances.tokens(maps), kdloss.distances.tokens(target))
     torch.testing.assert_close(value, expected)
     assert module.ratio == 0.65
+    module.size = None
+    torch.testing.assert_close(
+        module(kdloss.distances.tokens(maps), kdloss.distances.tokens(target), grid=(2, 8)), expected
+    )
 
 
 def test_mgd_with_a_mask_is_that_of_the_cut_map():
@@ -263,8 +267,10 @@ def test_mgd_with_a_mask_is_that_of_the_cut_map():
 
 
 def test_mgd_refuses_positions_that_do_not_fit_a_grid():
-    with pytest.raises(ValueError, match=r"6 positions, which stand no square.*size=\(1, -1\)"):
-        kdloss.distances.MGD(2, 2)(torch.zeros(6, 2), torch.zeros(6, 2))
+    with pytest.raises(ValueError, match=r"9 positions, which grid they stand on isn't said.*size=\(1, -1\)"):
+        kdloss.distances.MGD(2, 2)(torch.zeros(9, 2), torch.zeros(9, 2))
+    with pytest.raises(ValueError, match=r"6 positions, of a map \(3, 2\), which are no grid of size=\(2, 3\)"):
+        kdloss.distances.MGD(2, 2, size=(2, 3))(torch.zeros(6, 2), torch.zeros(6, 2), grid=(3, 2))
     for size in ((2, 2), (4, -1), (-1, -1), (0, 6)):
         with pytest.raises(ValueError, match=rf"6 positions.*size=\({size[0]}, {size[1]}\)"):
             kdloss.distances.MGD(2, 2, size=size)(torch.zeros(6, 2), torch.zeros(6, 2))

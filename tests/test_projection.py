@@ -53,12 +53,12 @@ def test_pooling_averages_the_finer_side_in_each_direction():
 
 def test_tokens_of_a_grid_are_pooled_as_maps_and_class_tokens_stay_in_front():
     student, teacher = torch.randn(2, 1 + 4, 3), torch.randn(2, 2 + 16, 5)
-    s, t = kdloss.resize.pool(student, teacher, prefix=(1, 2))
+    s, t = kdloss.resize.pool(student, teacher, prefix=(1, 2), size=((2, 2), (4, 4)))
     assert torch.equal(s, student)
     assert torch.equal(t[:, 0], teacher[:, 0])
     blocks = teacher[:, 2:].numpy().reshape(2, 2, 2, 2, 2, 5).mean((2, 4)).reshape(2, 4, 5)
     np.testing.assert_allclose(t[:, 1:], blocks, rtol=1e-5, atol=1e-6)
-    s, t = kdloss.resize.pool(student[:, 1:], teacher, prefix=(0, 2))
+    s, t = kdloss.resize.pool(student[:, 1:], teacher, prefix=(0, 2), size=((2, -1), (-1, 4)))
     assert s.shape == (2, 4, 3)
     np.testing.assert_allclose(t, blocks, rtol=1e-5, atol=1e-6)
 
@@ -97,11 +97,37 @@ def test_equal_positions_stay_as_they_are_and_gradients_pass(resize):
 
 
 @pytest.mark.parametrize("resize", [kdloss.resize.pool, kdloss.resize.interpolate])
-def test_features_that_are_no_grid_are_refused_with_the_prefix_to_write(resize):
-    with pytest.raises(ValueError, match=r"17 tokens behind prefix=0.*partial\(kdloss\.resize\.pool, prefix"):
-        resize(torch.zeros(2, 16, 3), torch.zeros(2, 17, 3))
-    with pytest.raises(ValueError, match="neither maps nor tokens"):
+def test_tokens_whose_grid_is_not_said_are_refused_be_they_a_square_number(resize):
+    for teacher in (torch.zeros(2, 64, 3), torch.zeros(2, 3, 4, 9)):
+        with pytest.raises(ValueError, match=r"student.*16 positions behind prefix=0.*partial\(.*size=\(H, W\)\)"):
+            resize(torch.zeros(2, 16, 3), teacher)
+    with pytest.raises(ValueError, match=r"teacher.*63 positions behind prefix=1, which are no grid of size=\(8, 8\)"):
+        resize(torch.zeros(2, 3, 4, 9), torch.zeros(2, 64, 3), prefix=(0, 1), size=(8, 8))
+    with pytest.raises(ValueError, match=r"student.*36 positions, which are no grid of size=\(6, 6\)"):
+        resize(torch.zeros(2, 3, 4, 9), torch.zeros(2, 64, 3), size=((6, 6), (8, 8)))
+    with pytest.raises(ValueError, match="of different kinds"):
+        resize(torch.zeros(2, 3, 4, 9), torch.zeros(2, 3, 4, 9, 2))
+    with pytest.raises(ValueError, match="neither maps"):
         resize(torch.zeros(2, 16), torch.zeros(2, 16))
+
+
+def test_tokens_of_a_rectangle_a_sequence_and_a_volume_are_pooled_as_the_maps_that_they_are():
+    for size, coarse in (((4, 9), (2, 3)), ((2, 4, 9), (2, 2, 3)), ((12,), (4,))):
+        maps = torch.randn(2, 3, *size)
+        blocks = maps
+        for axis, (n, m) in enumerate(zip(size, coarse, strict=True)):
+            blocks = blocks.unflatten(2 + axis, (m, n // m)).mean(3 + axis)
+        other = torch.randn(2, 5, *coarse)
+        s, t = kdloss.resize.pool(maps.flatten(2).mT, other.flatten(2).mT, size=(size, coarse))
+        torch.testing.assert_close(s, blocks.flatten(2).mT)
+        torch.testing.assert_close(t, other.flatten(2).mT)
+        if len(size) > 1:
+            s, t = kdloss.resize.pool(maps.flatten(2).mT, other, size=size)  # the map shows its own grid
+            torch.testing.assert_close(s, blocks.flatten(2).mT)
+    long, short = torch.randn(2, 4, 3), torch.randn(2, 2, 3)
+    s, _ = kdloss.resize.interpolate(short, long, size=(-1,))
+    quarter = 0.75 * short[:, 0] + 0.25 * short[:, 1]
+    torch.testing.assert_close(s[:, :2], torch.stack([short[:, 0], quarter], 1))
 
 
 def test_a_linear_map_of_positions_is_the_1x1_convolution_of_a_map():

@@ -136,19 +136,12 @@ def one_width(name: str, student: int, teacher: int) -> int:
     return whole("width", teacher)
 
 
-def grid(name: str, size: tuple[int, int] | None, positions: int) -> tuple[int, int]:
-    """Height and width of a grid of positions, by default a square."""
-    side = math.isqrt(positions)
-    height, width = (side, side) if size is None else size
-    height = positions // width if height == -1 and width > 0 else height
-    width = positions // height if width == -1 and height > 0 else width
-    if height < 1 or width < 1 or height * width != positions:
-        asked = "no square" if size is None else f"not on a grid of size={size}"
-        raise ValueError(
-            f"{name} got {positions} positions, which stand {asked}; write size=(H, W) of the maps, or "
-            "size=(1, -1) for text"
-        )
-    return height, width
+def grid(size: tuple[int, ...], positions: int) -> tuple[int, ...] | None:
+    """The grid of so many positions that `size` says, where one number may be -1; None where they don't fit on it."""
+    others = math.prod([n for n in size if n != -1])
+    found = tuple(positions // max(others, 1) if n == -1 else n for n in size)
+    fits = min(found, default=0) > 0 and list(size).count(-1) < 2 and math.prod(found) == positions
+    return found if fits else None
 
 
 def heads(name: str, heads: int, parts: int, *widths: int) -> None:

@@ -53,7 +53,7 @@ class Padding:
 
 def all_masks(
     padding: Padding,
-    logits: Any,
+    logits: Size | None,
     on_features: list[str],
     labels: Any,
     mask: Tensor | None,
@@ -80,19 +80,19 @@ def all_masks(
     return found
 
 
-def _label_positions(labels: Any, logits: Any) -> Size | None:
+def _label_positions(labels: Any, logits: Size | None) -> Size | None:
     """Where labels and logits stand; None where there are none."""
     classes = class_indices(labels)
     if classes is not None and stand_at(classes, logits):
         return classes.shape
-    return None if logits is None else Size(logits.shape[:-1])
+    return None if logits is None else logits[:-1]
 
 
 def _of_logits(padding: Padding, positions: Size, logits: Any, mask: Tensor | None, mixed: bool) -> Tensor | None:
     """The batch's own mask of labels and logits."""
     if mask is not None:
         _checks.mask(mask, positions, "labels and logits")
-    there = positions if logits is None else Size(logits.shape[:-1])
+    there = positions if logits is None else logits[:-1]
     try:
         return padding.at(there, "the logits", f"mask=..., boolean, {tuple(there)}, True where one counts")
     except ValueError:

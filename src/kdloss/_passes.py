@@ -80,3 +80,4 @@ def _viewed(seen: Captured) -> None:
     for (term, name), feature in features.items():
         view = seen.views.setdefault(term, Captured())
         view.features[name], view.output = feature, seen.output
+        view.tells[name] = seen.tells[term, name]

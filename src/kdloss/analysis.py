@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from kdloss._capture import Captured, Located, Request, record
 from kdloss._decoder_inputs import DecoderInputs
 from kdloss._inputs import named, of_student, of_teacher
+from kdloss._layout import Patterns
 from kdloss._masks import Padding, mask_of_features
 from kdloss._own_loss import own_loss
 from kdloss._towers import Towers
@@ -20,6 +22,7 @@ from kdloss.layers import find_blocks, select
 from kdloss.layers.select import Layers
 from kdloss.reduction import widest
 from kdloss.teacher import Teacher
+from kdloss.terms._axes import Axes
 
 __all__ = ["CKAMatrix", "cka_matrix"]
 
@@ -86,6 +89,8 @@ def cka_matrix(
     *,
     blocks: str | None = None,
     samples: int = 512,
+    layout: Patterns = None,
+    teacher_layout: Patterns | EllipsisType = ...,
 ) -> CKAMatrix:
     r"""Centred kernel alignment between all blocks of two models, over some batches.
 
@@ -100,15 +105,16 @@ def cka_matrix(
     The n samples of a batch are the tokens that count where the features of all blocks are `[B, T, D]`
     with one T: `attention_mask` (or `mask`) and labels of -100 take them out as in `FeatureKD`. Of more
     than `samples`, as many are drawn, the same in every run. Otherwise, as for a CNN's maps, the
-    samples are the examples, their features side by side.
+    samples are the examples, their features side by side. `layout` and `teacher_layout` are those of
+    `kdloss.Features`.
 
     A batch is a mapping of inputs, of which each model is given those that its forward names, or a tuple of them, on
     the models' device.
     Both run in eval mode without gradient, once a batch, up to their last block, and are left as they
     were. Memory does not grow with the number of batches. For a progress bar pass `tqdm(batches)`.
 
-    Raises: ValueError for no batch, one of fewer than 4 samples, or models whose blocks are not found
-    (`blocks` names the list).
+    Raises: ValueError for no batch, one of fewer than 4 samples, models whose blocks are not found
+    (`blocks` names the list), or features in another layout.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9))
@@ -123,6 +129,8 @@ def cka_matrix(
     if samples < LEAST:
         raise ValueError(f"samples={samples} are too few for the unbiased estimator; it needs {LEAST}")
     sums: list[Tensor] = []
+    taught = layout if isinstance(teacher_layout, EllipsisType) else teacher_layout
+    axes = Axes("student", layout), Axes("teacher", taught, "teacher_layout")
     causal: bool | None = None
     towers = Towers()
     for number, batch in enumerate(batches):
@@ -130,7 +138,7 @@ def cka_matrix(
         own = of_student(student, [Teacher(teacher)], inputs)
         if labels is not None and causal is None:
             causal = getattr(own_loss(student, args, own, labels), "causal", None) or False
-        features, keep = _features(student, teacher, args, inputs, labels, mask, causal, blocks, towers)
+        features, keep = _features(student, teacher, args, inputs, labels, mask, causal, blocks, towers, axes)
         if keep is not None:
             rows = keep.nonzero()
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
@@ -165,13 +173,18 @@ def _features(
     causal: bool | None,
     blocks: str | None,
     towers: Towers,
+    axes: tuple[Axes, Axes],
 ) -> tuple[list[list[Tensor]], Tensor | None]:
     """The features of every block of both models, and which tokens count; None where examples do."""
     fed = DecoderInputs()
     read = ((student, named(student, inputs)), (teacher, of_teacher(teacher, inputs)))
     both = [fed.of(model, args, own, labels) for model, own in read]
     seen = [_run(model, args, own, blocks) for model, own in zip((student, teacher), both, strict=True)]
-    features = [list(side.values()) for side in seen]
+    examples = None if labels is None else len(labels)
+    features = [
+        [own.width_last(x, name, side.tells["", name], examples) for (_, name), x in side.items()]
+        for side, own in zip(seen, axes, strict=True)
+    ]
     everything = [h for side in features for h in side]
     positions = everything[0].shape[:2]
     if any(h.ndim != 3 or h.shape[:2] != positions for h in everything):

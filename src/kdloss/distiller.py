@@ -179,8 +179,9 @@ class Distiller:
         again = partial(self._study, student, plan, args, inputs, labels)
         place = self._towers.of(student, requests(plan.reads, "student"), inputs, self._pass.located, again)
         logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
+        shape = None if logits is None else logits.shape if plan.layout is None else plan.layout.shape(logits.shape)
         padding = Padding.of(student, inputs)
-        return all_masks(padding, logits, on_features, labels, mask, feature_mask, place, causal=causal)
+        return all_masks(padding, shape, on_features, labels, mask, feature_mask, place, causal=causal)
 
     def _warn(self, student: nn.Module) -> None:
         """Tell once of projections that no optimizer trains, and of some that it trains and nobody zeroes."""

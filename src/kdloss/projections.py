@@ -23,7 +23,8 @@ def linear(student_width: int, teacher_width: int, *, orthogonal: bool = False, 
 def conv1x1(student_width: int, teacher_width: int, *, orthogonal: bool = False, frozen: bool = False) -> nn.Module:
     """A 1x1 convolution for maps `[B, C, H, W]`; the options are those of `linear`.
 
-    Any module with an `nn.Conv2d` in it is given the map as it is, every other its positions, width last.
+    Any module with an `nn.Conv2d` in it is given maps channels first, one with an `nn.Conv1d` or `nn.Conv3d` features
+    of one or three axes of positions, and every other its positions, width last.
 
     >>> conv1x1(64, 96)
     Conv2d(64, 96, kernel_size=(1, 1), stride=(1, 1))
@@ -50,9 +51,10 @@ def mlp(student_width: int, teacher_width: int, *, hidden: int | None = None) ->
     return nn.Sequential(nn.Linear(student_width, hidden), nn.GELU(), nn.Linear(hidden, teacher_width))
 
 
-def takes_maps(module: nn.Module) -> bool:
-    """Whether a projection wants maps `[B, C, H, W]`."""
-    return any(isinstance(part, nn.Conv2d) for part in module.modules())
+def convolves(module: nn.Module) -> int:
+    """The axes of positions that a projection convolves; 0 for one that wants the width last."""
+    axes = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+    return next((n for part in module.modules() for kind, n in axes.items() if isinstance(part, kind)), 0)
 
 
 def _started(module: nn.Linear | nn.Conv2d, orthogonal: bool, frozen: bool) -> nn.Module:

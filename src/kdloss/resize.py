@@ -1,20 +1,21 @@
 """Features at other positions: maps of other sizes, patches of other sizes, class tokens on one side."""
 
 from collections.abc import Callable
-from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from kdloss.distances import tokens
+from kdloss import _checks
 from kdloss.reduction import precise
 
 __all__ = ["interpolate", "pool"]
 
 Sides = tuple[Tensor, Tensor]
+Grid = tuple[int, ...]
+Sizes = Grid | tuple[Grid | None, Grid | None] | None
 
 
 def pool(
@@ -22,26 +23,32 @@ def pool(
     teacher: Float[Tensor, "batch ..."],
     *,
     prefix: tuple[int, int] = (0, 0),
+    size: Sizes = None,
 ) -> Sides:
     """Average the finer side down to the coarser one's positions: `FeatureKD(resize=kdloss.resize.pool)`.
 
-    Features are maps `[B, C, H, W]` or tokens `[B, N, D]` of a square grid, of which the first `prefix`
-    (student's, teacher's) are class or register tokens: those both have stay in front, others drop out. In
-    each direction apart the finer side goes down, by adaptive average pooling. Two maps come back as
-    maps, anything else as tokens.
+    Features are maps `[B, C, H, W]`, volumes `[B, C, D, H, W]`, or tokens `[B, N, D]`. In each direction apart the
+    finer side goes down, by adaptive average pooling. Two maps come back as maps, anything else as tokens.
 
-    Raises: ValueError for features that are no grid.
+    - `prefix`: how many tokens in front (student's, teacher's) are class or register tokens: those both have stay in
+      front, others drop out.
+    - `size`: the grid on which the other tokens stand row by row, (H, W), or one for each side, (student's, teacher's),
+      None for a map. One number may be -1; (-1,) is a sequence, three numbers a volume. Where both sides have equally
+      many positions nothing is pooled, and no size is needed.
 
-    >>> student, teacher = torch.zeros(2, 16, 8), torch.zeros(2, 1 + 64, 12)
-    >>> [tuple(side.shape) for side in pool(student, teacher, prefix=(0, 1))]
-    [(2, 16, 8), (2, 16, 12)]
+    Raises: ValueError for tokens whose grid isn't said, or isn't theirs, and for grids of different kinds.
+
+    >>> student, teacher = torch.zeros(2, 18, 8), torch.zeros(2, 1 + 72, 12)
+    >>> [tuple(side.shape) for side in pool(student, teacher, prefix=(0, 1), size=((3, 6), (6, 12)))]
+    [(2, 18, 8), (2, 18, 12)]
     """
 
     def both(s: Tensor, t: Tensor) -> Sides:
-        height, width = (min(a, b) for a, b in zip(s.shape[2:], t.shape[2:], strict=True))
-        return F.adaptive_avg_pool2d(s, (height, width)), F.adaptive_avg_pool2d(t, (height, width))
+        coarse = [min(a, b) for a, b in zip(s.shape[2:], t.shape[2:], strict=True)]
+        pooled: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(coarse) - 1]
+        return pooled(s, coarse), pooled(t, coarse)
 
-    return _on_grids(both, student, teacher, prefix)
+    return _on_grids(both, student, teacher, prefix, size)
 
 
 def interpolate(
@@ -49,10 +56,11 @@ def interpolate(
     teacher: Float[Tensor, "batch ..."],
     *,
     prefix: tuple[int, int] = (0, 0),
+    size: Sizes = None,
 ) -> Sides:
-    """Interpolate the student's features to the teacher's positions, bilinearly; else as `pool`.
+    """Interpolate the student's features to the teacher's positions, linearly in each direction; else as `pool`.
 
-    Raises: ValueError for features that are no grid.
+    Raises: what `pool` raises.
 
     >>> student, teacher = torch.zeros(2, 8, 4, 4), torch.zeros(2, 12, 7, 7)
     >>> [tuple(side.shape) for side in interpolate(student, teacher)]
@@ -60,38 +68,73 @@ def interpolate(
     """
 
     def both(s: Tensor, t: Tensor) -> Sides:
-        return F.interpolate(s, t.shape[2:], mode="bilinear", align_corners=False), t
+        mode = ("linear", "bilinear", "trilinear")[s.ndim - 3]
+        return F.interpolate(s, t.shape[2:], mode=mode, align_corners=False), t
 
-    return _on_grids(both, student, teacher, prefix)
+    return _on_grids(both, student, teacher, prefix, size)
 
 
 def _on_grids(
-    both: Callable[[Tensor, Tensor], Sides], student: Tensor, teacher: Tensor, prefix: tuple[int, int]
+    both: Callable[[Tensor, Tensor], Sides], student: Tensor, teacher: Tensor, prefix: tuple[int, int], size: Sizes
 ) -> Sides:
-    (s_front, s), (t_front, t) = _grid("student", student, prefix[0]), _grid("teacher", teacher, prefix[1])
-    s, t = both(precise(s), precise(t))
-    if student.ndim == teacher.ndim == 4:
-        return s, t
-    shared = min(prefix)
+    sides = _Side("student", student, prefix[0]), _Side("teacher", teacher, prefix[1])
+    apart = size is not None and any(not isinstance(n, int) for n in size)
+    each: Any = size if apart else (size, size)
+    found = [side.grid(one, apart) for side, one in zip(sides, each, strict=True)]
+    if sides[0].count == sides[1].count:  # nothing has to be found where both have as many positions
+        own = next((grid for grid in found if grid is not None), (sides[0].count,))
+        found = [grid or own for grid in found]
+    for side, grid in zip(sides, found, strict=True):
+        if grid is None:
+            raise ValueError(f"{side}, and which grid they stand on isn't said; {_SAY}")
+    grids = [grid for grid in found if grid is not None]
+    if len(grids[0]) != len(grids[1]):
+        raise ValueError(f"student and teacher stand on grids {grids[0]} and {grids[1]} of different kinds; {_SAY}")
+    maps = both(*(precise(side.on(grid)) for side, grid in zip(sides, grids, strict=True)))
+    if student.ndim == teacher.ndim > 3:
+        return maps
+    s, t = (side.behind_front(min(prefix), x.flatten(2).mT) for side, x in zip(sides, maps, strict=True))
+    return s, t
 
-    def rows(front: Tensor, grid: Tensor) -> Tensor:
-        return torch.cat([front[:, :shared].to(grid.dtype), tokens(grid)], 1)
 
-    return rows(s_front, s), rows(t_front, t)
+_SAY = (
+    "write functools.partial(kdloss.resize.pool, size=(H, W)), or size=((H, W), (H, W)) for student and teacher apart; "
+    "(-1,) is a sequence. Class tokens in front are prefix=(student's, teacher's)"
+)
 
 
-def _grid(whose: str, features: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """The tokens in front, `[B, prefix, D]`, and the map `[B, C, H, W]`."""
-    if features.ndim == 4:
-        return features.new_zeros(len(features), 0, features.shape[1]), features
-    if features.ndim != 3:
-        raise ValueError(f"{whose} features {tuple(features.shape)} are neither maps nor tokens of a grid")
-    count = features.shape[1] - prefix
-    side = isqrt(max(count, 0))
-    if side == 0 or side * side != count:
-        raise ValueError(
-            f"{whose} features {tuple(features.shape)} have {count} tokens behind prefix={prefix}, which "
-            "is no square grid; write functools.partial(kdloss.resize.pool, prefix=(student's, teacher's)) with "
-            "the number of class tokens in front"
-        )
-    return features[:, :prefix], rearrange(features[:, prefix:], "b (h w) c -> b c h w", h=side)
+class _Side:
+    """Features of one side: tokens of which some stand in front, or a map."""
+
+    def __init__(self, whose: str, features: Tensor, prefix: int) -> None:
+        if features.ndim not in (3, 4, 5):
+            raise ValueError(
+                f"{whose} features {tuple(features.shape)} are neither maps [B, C, H, W], volumes [B, C, D, H, W] nor "
+                "tokens [B, N, D]"
+            )
+        self.whose, self.features, self.tokens = whose, features, features.ndim == 3
+        self.prefix = prefix * self.tokens
+        self.count = features.shape[1] - prefix if self.tokens else features.shape[2:].numel()
+
+    def __str__(self) -> str:
+        front = f" behind prefix={self.prefix}" if self.tokens else ""
+        return f"{self.whose} features {tuple(self.features.shape)} have {self.count} positions{front}"
+
+    def grid(self, size: Grid | None, apart: bool) -> Grid | None:
+        """A map's own, or what was said of tokens; `apart` says it of this side alone."""
+        own = None if self.tokens else tuple(self.features.shape[2:])
+        if size is None or (own is not None and not apart):
+            return own
+        found = _checks.grid(tuple(size), self.count)
+        if found is None or own not in (None, found):
+            raise ValueError(f"{self}, which are no grid of size={tuple(size)}; {_SAY}")
+        return found
+
+    def on(self, grid: Grid) -> Tensor:
+        """The map `[B, C, *grid]`."""
+        x = self.features
+        return x[:, self.prefix :].mT.reshape(x.shape[0], x.shape[2], *grid) if self.tokens else x
+
+    def behind_front(self, front: int, tokens: Tensor) -> Tensor:
+        """Tokens behind those in front of these features."""
+        return torch.cat([self.features[:, :front].to(tokens.dtype), tokens], 1) if front and self.tokens else tokens

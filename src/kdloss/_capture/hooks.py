@@ -33,11 +33,13 @@ def capture(
     """Record the outputs of chosen modules during the one forward pass made inside the `with`.
 
     `names` are module names, or integers for a model's blocks (found by themselves, or in the list
-    that `blocks` names). Prefixes of DDP, torch.compile and peft may be left out.
+    that `blocks` names). Prefixes of DDP, torch.compile and peft may be left out. "fpn[0]" is the part of
+    what `fpn` returned at an index, "backbone[out]" at a key, of which there may be several.
 
     - `take` is what counts of an output: an index, a key, a path like `(1, "values")`, or a function
-      of the output. By default it is the output, or its first tensor. `take=torch.clone` keeps a
-      feature that the model changes in place afterwards, like the input of a `ReLU(inplace=True)`.
+      of the output. By default it is the output, or its first tensor, which a list or dict of several
+      features hasn't. `take=torch.clone` keeps a feature that the model changes in place afterwards, like
+      the input of a `ReLU(inplace=True)`.
     - `which` says what counts of a module that is used several times: "first", "last", "all" (a
       list), or the number of one, negative from the end. By default that is an error.
     - Either may be a mapping from some of the names.
@@ -93,7 +95,7 @@ def record(
     hook = _hook()
     handles = [m.register_forward_hook(hook(partial(recorder.record, m))) for m in asked]
     if not isinstance(model, ScriptModule):
-        handles.append(model.register_forward_pre_hook(hook(recorder.begin)))
+        handles.append(model.register_forward_pre_hook(hook(recorder.begin), with_kwargs=True))
         handles.append(model.register_forward_hook(hook(recorder.finish)))
     try:
         try:

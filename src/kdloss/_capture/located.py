@@ -8,7 +8,7 @@ from torch import nn
 
 from kdloss.layers import find_blocks
 from kdloss.layers.layer_map import Name
-from kdloss.layers.names import resolve
+from kdloss.layers.names import part, resolve
 
 _LISTS = nn.ModuleList | nn.Sequential
 
@@ -40,6 +40,7 @@ class Located:
         return self._named(model, name) if isinstance(name, str) else _numbered(self._blocks(model, blocks), name)
 
     def _named(self, model: nn.Module, name: str) -> nn.Module:
+        name, _ = part(name)
         known = self._modules.setdefault(model, {})
         if there := _at(model, [known[name]] if name in known else []):
             return there[0]

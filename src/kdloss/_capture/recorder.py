@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kdloss._capture.compiled import BLOCKS
-from kdloss._capture.take import Take, taken
+from kdloss._capture.take import Take, levels, taken
+from kdloss._layout import Evidence, Tells, ends, evidence_of
+from kdloss.layers.blocks import width
 from kdloss.layers.layer_map import Name
+from kdloss.layers.names import unwrap
 
 Which = Literal["once", "first", "last", "all"] | int
 _NUMBERS = {"once": 0, "first": 0, "last": -1}
@@ -35,6 +38,8 @@ class Captured(Mapping[Any, Any]):
         self.output: Any = None
         self.classes: Any = None  # names of the student's classes and of this teacher's, where they have some
         self.views: dict[str, Captured] = {}
+        self.tells: dict[Hashable, Tells] = {}
+        self.head = Evidence()
 
     def of(self, term: str) -> "Captured":
         """What was captured for one term of a sum, where they asked for different things."""
@@ -55,6 +60,7 @@ class Captured(Mapping[Any, Any]):
         """Let go of everything."""
         self.features.clear()
         self.views.clear()
+        self.tells.clear()
         self.output = None
 
 
@@ -86,11 +92,16 @@ class Recorder:
         self.backward = torch._C._current_graph_task_id()
         self.stopped = False
         self.error: Exception | None = None
+        self.model: nn.Module | None = None
+        self.batch: int | None = None
 
-    def begin(self, model: nn.Module, args: object) -> None:
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the model runs."""
         if self._ours():
             self.grad = torch.is_grad_enabled()
+            self.model = unwrap(model)
+            firsts = {x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim}
+            self.batch = firsts.pop() if len(firsts) == 1 else None
 
     def record(self, module: nn.Module, _module: nn.Module, args: object, output: Any) -> None:
         """After a module has run; `module` is the one asked for, `_module` may be its replica."""
@@ -109,7 +120,7 @@ class Recorder:
     def finish(self, model: nn.Module, args: object, output: Any) -> None:
         """After the model has run."""
         if self._ours():
-            self.captured.output = output
+            self.captured.output, self.captured.head = output, ends(model)
 
     def check(self) -> None:
         """Raise for what went wrong, and for what didn't happen."""
@@ -142,6 +153,15 @@ class Recorder:
                     "inplace=False, or capture the module that changes it"
                 )
 
+    def _tells(self, request: Request, module: nn.Module, output: Any, tensor: Tensor) -> Tells:
+        """What is known of a feature's axes; of what a function made of it, the inputs' batch alone."""
+        found = evidence_of(module, self.model)
+        if not _by_itself(request, output, tensor):
+            part = request.take is None or (not callable(request.take) and levels(output))
+            found = found.of_part() if part else Evidence()
+        configured = width(module) if self.model is None else width(self.model)
+        return Tells(found, configured if isinstance(request.name, int) else None, inputs=self.batch)
+
     def _missing(self, keys: Iterable[Hashable]) -> list[Name]:
         """Names of what wasn't captured, each once."""
         return list(dict.fromkeys(self.requests[key].name for key in keys if key not in self.captured))
@@ -170,6 +190,7 @@ class Recorder:
                 f"{name!r} gave a tensor without gradient although it is trained: reentrant activation "
                 "checkpointing hides it. Write use_reentrant=False where checkpointing is turned on"
             )
+        self.captured.tells[key] = self._tells(request, module, output, tensor)
         if tensor.is_inference():
             # Nothing tells of changes to these in place, and no loss can save them for backward.
             with torch.inference_mode(False):
@@ -180,6 +201,13 @@ class Recorder:
             self.captured.features[key] = [tensor for tensor, _ in kept]
         elif len(kept) == kept.maxlen:
             self.captured.features[key] = kept[0][0]
+
+
+def _by_itself(request: Request, output: Any, tensor: Tensor) -> bool:
+    """Whether this is what counts of the module's output where nothing is said."""
+    if isinstance(output, Tensor):
+        return tensor is output or request.take is torch.clone
+    return isinstance(output, tuple) and len(output) > 0 and tensor is output[0]
 
 
 def known_at_the_end(which: Which) -> bool:

@@ -1,10 +1,12 @@
 """Distillation of hidden features."""
 
 from collections.abc import Sequence
+from types import EllipsisType
 
 from torch import nn
 
 from kdloss import _checks
+from kdloss._layout import Patterns
 from kdloss.criteria._settings import checked_alpha, mixing, of_term, projections_of, rest, share_of
 from kdloss.distances.mse import mse
 from kdloss.divergences.forward_kl import forward_kl
@@ -31,9 +33,10 @@ class FeatureKD(Sum):
 
     - `alpha`: the weight of cross-entropy; `logit_weight`, `temperature`, `divergence`, `vocabulary`: the optional
       output term, see `kdloss.Logits`.
-    - `layers`, `pairing`, `distance`, `projection`, `project`, `shared`, `resize`, `blocks`, `take`, `depths`,
-      `widths`: those of `kdloss.Features`.
-    - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`: the contract, see `kdloss.Sum`.
+    - `layers`, `pairing`, `distance`, `projection`, `project`, `shared`, `resize`, `blocks`, `take`, `teacher_take`,
+      `layout`, `teacher_layout`, `depths`, `widths`: those of `kdloss.Features`.
+    - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`: the contract, see `kdloss.Sum`, whose
+      `layout` is called `logit_layout` here.
 
     Called with outputs that hold features: what `kdloss.capture` recorded, or Hugging Face outputs
     made with `output_hidden_states=True`; with labels, mask and the rest as in `VanillaKD`. `components` then holds
@@ -76,6 +79,9 @@ class FeatureKD(Sum):
         divergence: Divergence = forward_kl,
         blocks: str | None = None,
         take: Takes = None,
+        teacher_take: Takes | EllipsisType = ...,
+        layout: Patterns = None,
+        teacher_layout: Patterns | EllipsisType = ...,
         depths: tuple[int, int] | None = None,
         widths: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         causal: bool | None = None,
@@ -84,6 +90,7 @@ class FeatureKD(Sum):
         check_finite: bool = False,
         vocabulary: Vocabulary | None = None,
         overwrite_logits: bool = False,
+        logit_layout: str | None = None,
     ) -> None:
         logit_weight = _checks.weight("logit_weight", logit_weight)
         alpha = checked_alpha(alpha)
@@ -97,6 +104,9 @@ class FeatureKD(Sum):
             resize=resize,
             blocks=blocks,
             take=take,
+            teacher_take=teacher_take,
+            layout=layout,
+            teacher_layout=teacher_layout,
             depths=depths,
             widths=widths,
         )
@@ -110,5 +120,6 @@ class FeatureKD(Sum):
             reduction=reduction,
             check_finite=check_finite,
             overwrite_logits=overwrite_logits,
+            layout=logit_layout,
         )
         self._alpha, self._shares = alpha, {"feature": 1.0, "kd": logit_weight}

@@ -1,6 +1,7 @@
 """Distillation from several teachers at once."""
 
 from collections.abc import Sequence
+from types import EllipsisType
 from typing import Literal
 
 from kdloss.criteria._settings import checked_alpha, mixing, of_term, rest
@@ -24,7 +25,8 @@ class MultiTeacherKD(Sum):
     - `weights`: one per teacher, non-negative, of sum 1; None for equal ones. `average`: of their "probabilities" or of
       their "logits".
     - `temperature`, `alpha`, `divergence`, `vocabulary`: as in `VanillaKD`.
-    - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`: the contract, see `kdloss.Sum`.
+    - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`, `layout`, `teacher_layout`: the
+      contract, see `kdloss.Sum`.
 
     Raises: what `VanillaKD` and `kdloss.Mixture` raise.
 
@@ -54,6 +56,8 @@ class MultiTeacherKD(Sum):
         reduction: Reduction = "mean",
         check_finite: bool = False,
         overwrite_logits: bool = False,
+        layout: str | None = None,
+        teacher_layout: str | EllipsisType | None = ...,
     ) -> None:
         alpha = checked_alpha(alpha)
         average_of_all = Logits(
@@ -72,5 +76,7 @@ class MultiTeacherKD(Sum):
             reduction=reduction,
             check_finite=check_finite,
             overwrite_logits=overwrite_logits,
+            layout=layout,
+            teacher_layout=teacher_layout,
         )
         self._alpha, self._shares = alpha, {"kd": 1.0}

@@ -1,5 +1,7 @@
 """Distillation of logits."""
 
+from types import EllipsisType
+
 from kdloss.criteria._settings import checked_alpha, mixing, of_term, rest
 from kdloss.divergences.forward_kl import forward_kl
 from kdloss.engine import Divergence, Vocabulary
@@ -19,7 +21,8 @@ class VanillaKD(Sum):
     - `alpha`: the weight of cross-entropy, the same. 1 is plain training and needs no teacher, 0 pure distillation and
       needs no labels.
     - `divergence`, `vocabulary`: those of `kdloss.Logits`.
-    - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`: the contract, see `kdloss.Sum`.
+    - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`, `layout`, `teacher_layout`: the
+      contract, see `kdloss.Sum`.
 
     Called with student and teacher logits `[..., V]` (tensors, `LazyLogits`, a teacher's `TopKLogits`
     or `Mixture`, both `ShardedLogits`) or outputs that have `.logits`, labels
@@ -56,6 +59,8 @@ class VanillaKD(Sum):
         reduction: Reduction = "mean",
         check_finite: bool = False,
         overwrite_logits: bool = False,
+        layout: str | None = None,
+        teacher_layout: str | EllipsisType | None = ...,
     ) -> None:
         alpha = checked_alpha(alpha)
         super().__init__(
@@ -66,5 +71,7 @@ class VanillaKD(Sum):
             reduction=reduction,
             check_finite=check_finite,
             overwrite_logits=overwrite_logits,
+            layout=layout,
+            teacher_layout=teacher_layout,
         )
         self._alpha, self._shares = alpha, {"kd": 1.0}

@@ -14,13 +14,13 @@ Distance = Callable[..., Tensor]
 
 
 def tokens(features: Tensor) -> Tensor:
-    """A map `[B, C, H, W]` as the positions `[B, H·W, C]` it is made of; other features as they are.
+    """A map `[B, C, H, W]` as the positions `[B, H·W, C]` it is made of, a volume too; other features as they are.
 
     >>> import torch
     >>> tokens(torch.zeros(2, 3, 4, 4)).shape
     torch.Size([2, 16, 3])
     """
-    return rearrange(features, "b c h w -> b (h w) c") if features.ndim == 4 else features
+    return rearrange(features, "b c ... -> b (...) c") if features.ndim > 3 else features
 
 
 def between_tokens(distance: Distance) -> Distance:

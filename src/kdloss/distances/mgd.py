@@ -22,20 +22,21 @@ class MGD(nn.Module):
     weight of 2e-5: this is their mean over positions and channels. The ratio is that of their detectors,
     0.65; their classifiers leave out whole channels instead.
 
-    Positions come as rows (`kdloss.distances.tokens` of a map) and are put on the grid `size` = (H, W) again, by
-    default a square; one of the two may be -1. Text stands in one line: `size=(1, -1)`. Positions that the
-    mask takes out are zeros to both convolutions, like what lies outside the grid.
+    Positions come as rows (`kdloss.distances.tokens` of a map) and are put on the grid `size` = (H, W) again;
+    one of the two may be -1. Text stands in one line: `size=(1, -1)`. The grid of maps is told by
+    `kdloss.Features` (`grid`), that of tokens has to be said. Positions that the mask takes out are zeros to
+    both convolutions, like what lies outside the grid.
 
     `MGD(student_width, teacher_width)`: the widths of the features it is called with, which are equal
     (after `FeatureKD`'s projection). Shapes: student and teacher `[..., N, D]`, mask `[..., N]` (True =
     counts). Returns `[..., N]`, in float32 or better. The teacher is detached; the generator holds
     parameters: give them to the optimizer. It is not 0 at the teacher.
 
-    Raises: ValueError for a grid that doesn't hold N positions, widths, positions or devices that differ,
-    or maps that are not rows; TypeError for integer features.
+    Raises: ValueError for no grid, or one that doesn't hold N positions, widths, positions or devices that differ, or
+    maps that are not rows; TypeError for integer features.
 
     >>> student, teacher = torch.randn(2, 16, 8), torch.randn(2, 16, 8)
-    >>> MGD(8, 8)(student, teacher).shape  # a grid of 4 x 4
+    >>> MGD(8, 8, size=(2, 8))(student, teacher).shape
     torch.Size([2, 16])
 
     Yang et al. 2022, "Masked Generative Distillation", arXiv:2205.01529, and their code.
@@ -62,17 +63,27 @@ class MGD(nn.Module):
         teacher: Float[Tensor, "*batch rows width"],
         *,
         mask: Bool[Tensor, "*batch rows"] | None = None,
+        grid: tuple[int, ...] | None = None,
     ) -> Float[Tensor, "*batch rows"]:
         """The value at every position; see the class."""
         s, t, keep = rows("MGD", student, teacher, mask, same_width=True, least=1)
         if s.numel():
-            s = self._generate(s, keep)
+            s = self._generate(s, keep, grid)
         return spread((s - t).square().mean(-1), keep, student.shape[:-1])
 
-    def _generate(self, s: Tensor, keep: Tensor) -> Tensor:
+    def _generate(self, s: Tensor, keep: Tensor, told: tuple[int, ...] | None) -> Tensor:
+        size = told if self.size is None else self.size
+        where = None if size is None or len(size) != 2 else _checks.grid(size, s.shape[1])
+        if where is None or (told is not None and where != told):
+            stand = f", of a map {told}" if told else ""
+            asked = "which grid they stand on isn't said" if size is None else f"which are no grid of size={size}"
+            raise ValueError(
+                f"MGD got {s.shape[1]} positions{stand}, {asked}; write functools.partial(kdloss.distances.MGD, "
+                "size=(H, W)), or size=(1, -1) for text"
+            )
+        height, width = where
         if self.training:
             s = fill(s, torch.rand(keep.shape, device=s.device) >= self.ratio)
-        height, width = _checks.grid("MGD", self.size, s.shape[1])
         grid = rearrange(s, "b (h w) c -> b c h w", h=height, w=width)
         there = rearrange(keep, "b (h w) -> b 1 h w", h=height, w=width)
         hidden = F.relu(convolution(grid, self.first)).masked_fill(~there, 0)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from kdloss.layers.names import resolve, unwrap, unwrapped_block
+from kdloss.layers.names import part, resolve, unwrap, unwrapped_block
 
 Lists = nn.ModuleList | nn.Sequential
 
@@ -126,6 +126,8 @@ def block_indices(model: nn.Module, names: Sequence[str], blocks: str | None = N
     except ValueError:
         return []
     modules = [resolve(model, name) for name in names]
+    if any(part(name)[1] for name in names):
+        return []
     return [found.index(m) for m in modules] if all(m in found for m in modules) else []
 
 

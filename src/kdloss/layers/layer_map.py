@@ -36,7 +36,7 @@ class LayerMap:
     blocks: str | None
     depths: tuple[int, int] | None = None
     kept: list[int] | None = None
-    sizes: tuple[list[tuple[int, int]], list[tuple[int, int]]] | None = None
+    sizes: tuple[list[tuple[int, ...]], list[tuple[int, ...]]] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str):
@@ -106,6 +106,11 @@ class LayerMap:
             return list(pair_by_resolution(*self.sizes))
         selected = [] if self._explicit() else select(self.layers, depths[0])
         return [p for p in pair(selected, *depths, self.pairing, self.kept) if p[2] > 0]
+
+    @property
+    def names(self) -> list[Name]:
+        """The modules that are named, on either side."""
+        return parts([layer for s, t, _ in self._named_pairs() for layer in (s, t)]) if self._by_name() else []
 
     def __str__(self) -> str:
         """The choice, negative indices counted from the start once the depths are known."""

@@ -1,5 +1,6 @@
 """Names of modules, whatever a model is wrapped in."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import nn
 
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PART = re.compile(r"(.*?)((?:\[[^\[\]]+\])*)", re.DOTALL)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -34,11 +36,24 @@ def unwrapped_block(module: nn.Module) -> nn.Module:
     return module
 
 
+def part(name: str) -> tuple[str, tuple[int | str, ...]]:
+    """The module that a name names, and the path of the part of its output, in brackets.
+
+    >>> part("fpn"), part("fpn[0]"), part("net.backbone[out][-1]")
+    (('fpn', ()), ('fpn', (0,)), ('net.backbone', ('out', -1)))
+    """
+    match = _PART.fullmatch(name)
+    module, brackets = match.groups() if match else (name, "")
+    keys = (key.strip("'\"") for key in re.findall(r"\[([^\[\]]+)\]", brackets))
+    return module, tuple(int(key) if re.fullmatch(r"-?\d+", key) else key for key in keys)
+
+
 def resolve(model: nn.Module, name: str) -> nn.Module:
-    """The module of this name, wrapper prefixes seen through.
+    """The module of this name, wrapper prefixes seen through; of a part of its output, the module itself.
 
     Raises: ValueError with the nearest names when there is none.
     """
+    name, _ = part(name)
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if name in modules and name:
         return modules[name]

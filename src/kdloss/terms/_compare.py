@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Size, Tensor, nn
 
 from kdloss import _checks
 from kdloss._capture import Captured
+from kdloss._layout import standard, width_last
 from kdloss.distances._rows import needs_no_width
-from kdloss.layers.layer_map import Layer, LayerMap, parts
-from kdloss.projections import takes_maps
+from kdloss.layers.layer_map import Layer, LayerMap
+from kdloss.projections import convolves
 from kdloss.reduction import fill, per_example, precise, takes
+from kdloss.terms._axes import Axes, Batch
 from kdloss.terms._positions import Positions
 from kdloss.terms.reads import Pairs, Reads
 
@@ -23,7 +24,13 @@ Resize = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def feature_pairs(
-    student: Any, teacher: Any, chosen: LayerMap, pairs: Pairs | None, resize: Resize | None
+    student: Any,
+    teacher: Any,
+    chosen: LayerMap,
+    pairs: Pairs | None,
+    resize: Resize | None,
+    axes: tuple[Axes, Axes],
+    batch: int | None,
 ) -> tuple[Features, dict[tuple[Layer, Layer], float]]:
     """Both features of every pair, at the same positions with the width last, and the pairs' weights."""
     s, t = _hidden(student, chosen.blocks), _hidden(teacher, chosen.blocks)
@@ -33,10 +40,18 @@ def feature_pairs(
         _last_against_last(pairs, depths)
     features = {}
     for i, j, _ in pairs:
-        both = _feature(student, s, i, "student"), _feature(teacher, t, j, "teacher").detach()
-        s_features, t_features = map(_width_last, resize(*both) if resize else both)
-        features[i, j] = s_features, t_features
+        both = _feature(student, s, i, axes[0], batch), _feature(teacher, t, j, axes[1], batch).detach()
+        features[i, j] = _resized(resize, both, label(i, j)) if resize else both
     return features, {(i, j): w for i, j, w in pairs}
+
+
+def _resized(resize: Resize, both: tuple[Tensor, Tensor], pair: str) -> tuple[Tensor, Tensor]:
+    """At the same positions: `resize` gets both sides in the layouts that stand where nothing is said."""
+    try:
+        student, teacher = resize(*map(standard, both))
+    except ValueError as error:
+        raise ValueError(f"{pair}: {error}") from None
+    return width_last(student), width_last(teacher)
 
 
 def label(student: Layer, teacher: Layer) -> str:
@@ -57,11 +72,6 @@ def one_width(
                 f"{both[1]} ({t!r}), but has one projection; pair it with layers of one width"
             )
     return found
-
-
-def feature_positions(features: Tensor) -> Size:
-    """Where a map's or any other features stand."""
-    return features.shape[:1] + features.shape[2:] if features.ndim == 4 else features.shape[:-1]
 
 
 @dataclass(frozen=True)
@@ -100,8 +110,7 @@ def compare(
         raise ValueError(
             f"{name}: student features {tuple(student.shape)} and teacher features "
             f"{tuple(teacher.shape)} (width last) stand at different positions; nothing is broadcast. "
-            "Write FeatureKD(resize=kdloss.resize.pool) for another grid of pixels or patches; maps of several "
-            "resolutions are paired by pairing='resolution'"
+            f"{_turned(student, teacher)}"
         )
     mask, elsewhere = own(student.shape[:-1])
     apart = elsewhere or student.shape[:-1] != where.shape
@@ -118,28 +127,44 @@ def compare(
     return Compared(student, teacher, _distances(distance, student, teacher, keep), keep, apart)
 
 
+def _turned(student: Tensor, teacher: Tensor) -> str:
+    """What to write for features at different positions: a layout, where one would bring them together."""
+    sides = (("layout", student, teacher), ("teacher_layout", teacher, student))
+    for argument, x, other in sides:
+        given, axes = standard(x).shape, x.ndim
+        if axes > 2 and other.shape[1:-1] == (given[2:] if axes == 3 else given[1:-1]):
+            pattern = {3: "b c t", 4: "b h w c", 5: "b d h w c"}.get(axes, "...")
+            return f"With {argument}={pattern!r} they stand at the same: write it where that is what its axes are"
+    return (
+        "Write FeatureKD(resize=kdloss.resize.pool) for another grid of pixels or patches; maps of several resolutions "
+        "are paired by pairing='resolution'"
+    )
+
+
 def _project(projection: nn.Module, features: Tensor) -> Tensor:
     """A projection of features, width last, in its own precision."""
     own = next(projection.parameters(), None)
     features = precise(features) if own is None else features.to(own.dtype)
-    if not takes_maps(projection):
-        projected: Tensor = projection(features)
-        return projected
-    if features.ndim != 4:
+    axes = convolves(projection)
+    if axes and features.ndim != axes + 2:
         raise ValueError(
-            f"{type(projection).__name__} projects maps [B, C, H, W], got {tuple(features.shape)}; "
-            "write projection=kdloss.projections.linear"
+            f"{type(projection).__name__} projects features of {axes} axes of positions, where maps have 2; got, width "
+            f"last, {tuple(features.shape)}; write projection=kdloss.projections.linear"
         )
-    return _width_last(projection(rearrange(features, "b h w c -> b c h w")))
+    projected: Tensor = projection(features.movedim(-1, 1)).movedim(1, -1) if axes else projection(features)
+    return projected
 
 
 def _distances(distance: Distance, student: Tensor, teacher: Tensor, keep: Tensor | None) -> Tensor:
-    """One value per position; a map's rows of pixels are one list of them to the distance."""
+    """One value per position; a map's pixels are one list of them to the distance, on a grid that it may ask for."""
     shape = student.shape[:-1]
-    if student.ndim == 4:
-        student, teacher = student.flatten(1, 2), teacher.flatten(1, 2)
+    told: dict[str, Any] = {}
+    if student.ndim > 3:
+        student, teacher = student.flatten(1, -2), teacher.flatten(1, -2)
         keep = None if keep is None else keep.flatten(1)
-    told = {"mask": keep} if takes(distance, "mask") else {}
+        told = {"grid": tuple(shape[1:])} if takes(distance, "grid") else {}
+    if takes(distance, "mask"):
+        told["mask"] = keep
     return distance(student, teacher, **told).view(shape)
 
 
@@ -163,26 +188,21 @@ def _hidden(output: Any, blocks: str | None) -> Sequence[Tensor] | None:
     return own if own is not None else getattr(output, f"{stack}_hidden_states", None)
 
 
-def _feature(output: Any, hidden: Sequence[Tensor] | None, name: Layer, whose: str) -> Tensor:
+def _feature(output: Any, hidden: Sequence[Tensor] | None, name: Layer, axes: Axes, batch: Batch = ...) -> Tensor:
+    """A layer's features, width last."""
     if isinstance(name, tuple):
-        side_by_side = [_feature(output, hidden, part, whose) for part in name]
-        return torch.cat(side_by_side, 1 if side_by_side[0].ndim == 4 else -1)
+        return torch.cat([_feature(output, hidden, part, axes, batch) for part in name], -1)
     if isinstance(output, Captured):
-        captured: Tensor = output[name]
-        return captured
+        return axes.width_last(output[name], name, output.tells.get(name), batch)
     if hidden is None:
         raise TypeError(
-            f"the {whose}'s features are needed: call kdloss.Distiller, pass what kdloss.capture "
+            f"the {axes.whose}'s features are needed: call kdloss.Distiller, pass what kdloss.capture "
             "recorded, or a Hugging Face output made with output_hidden_states=True; got "
             f"{type(output).__name__}"
         )
     if not isinstance(name, int):
         raise TypeError(f"hidden_states are in order of blocks, they don't know {name!r}; capture it")
-    return hidden[name + 1]
-
-
-def _width_last(features: Tensor) -> Tensor:
-    return rearrange(features, "b c h w -> b h w c") if features.ndim == 4 else features
+    return axes.width_last(hidden[name + 1], name, None, batch)
 
 
 def _last_against_last(pairs: Pairs, depths: tuple[int, int]) -> None:
@@ -196,28 +216,34 @@ def _last_against_last(pairs: Pairs, depths: tuple[int, int]) -> None:
             )
 
 
-def first_feature(output: Any, reads: Reads) -> tuple[Layer, Tensor] | None:
-    """One of the student's features and its layer, which tell the positions where nothing else does."""
+def first_feature(output: Any, reads: Reads, axes: Axes | None) -> tuple[Layer, Tensor] | None:
+    """One of the student's features, width last, and its layer, which tell the positions where nothing else does."""
     hidden = _hidden(output, reads.blocks)
     if hidden is not None:
-        return 0, hidden[1]
-    return next(iter(output.items()), None) if isinstance(output, Captured) else None
+        return 0, hidden[1] if axes is None else _feature(output, hidden, 0, axes)
+    if not isinstance(output, Captured) or output.views:  # those of other terms
+        return None
+    name = next(iter(output), None)
+    if name is None:
+        return None
+    return name, output[name] if axes is None else _feature(output, None, name, axes)
 
 
-def sizes(seen: Captured) -> list[tuple[int, int]]:
-    """Height and width of the maps that blocks gave."""
-    flat = {name: tuple(features.shape) for name, features in seen.items() if features.ndim != 4}
+def sizes(seen: Captured, axes: Axes) -> list[tuple[int, ...]]:
+    """Height and width of the maps that blocks gave, or the sizes of volumes, or of sequences where they were said."""
+    found = {name: tuple(_feature(seen, None, name, axes).shape) for name in seen}
+    flat = [shape for name, shape in found.items() if len(shape) < (3 if axes.of(name) else 4)]
     if flat:
         raise ValueError(
-            "pairing='resolution' goes by maps [B, C, H, W], but there are blocks that give "
-            f"{next(iter(flat.values()))}; write pairing='uniform'"
+            f"pairing='resolution' goes by maps, and there are blocks of the {axes.whose} that give {flat[0]} (width "
+            "last); write pairing='uniform'"
         )
-    return [(features.shape[2], features.shape[3]) for features in seen.values()]
+    return [shape[1:-1] for shape in found.values()]
 
 
-def width_of(seen: Captured, name: Layer) -> int:
+def width_of(seen: Captured, name: Layer, axes: Axes) -> int:
     """The width of a layer's features, of several side by side their sum."""
-    return sum(x.shape[1] if x.ndim == 4 else x.shape[-1] for x in map(seen.__getitem__, parts([name])))
+    return sum(_feature(seen, None, one, axes).shape[-1] for one in (name if isinstance(name, tuple) else (name,)))
 
 
 def refuse_take(output: Any, take: Any, reads: Reads, whose: str) -> None:

@@ -9,12 +9,13 @@ from torch import Size, Tensor
 
 from kdloss import _checks
 from kdloss._capture import Captured
+from kdloss._layout import classes_last
 from kdloss.engine import whole_only
 from kdloss.engine.task import unwrapped
 from kdloss.layers.layer_map import Layer
 from kdloss.reduction import precise, takes
 from kdloss.targets.kinds import dense
-from kdloss.terms._compare import feature_positions, first_feature
+from kdloss.terms._compare import first_feature
 from kdloss.terms._feature_masks import FeatureMask, check_given, of_term
 from kdloss.terms._outputs import class_indices, find_logits, returned, stand_at
 from kdloss.terms._positions import Positions
@@ -52,6 +53,7 @@ class Evaluation:
         self.logits: dict[Any, Any] = {}
         self.rows: dict[Any, bool] = {}
         self.there: dict[Any, Tensor] = {}
+        self.layout, self.teacher_layout = contract.layouts
         if labels is None:
             self._refuse_unlabelled()
         elif contract.causal is None:
@@ -62,16 +64,20 @@ class Evaluation:
         if mask is not None and attention_mask is not None:
             _checks.mask(attention_mask, mask.shape, "the positions of mask")
         mask = both(mask, attention_mask)
+        there = None if self._labels_are_the_tasks() else class_indices(labels)
+        self.known = [x.shape for x in (there, mask) if x is not None]
         shape, classes = self._shape(mask)
         self.by_mask = shape if mask is not None and classes is None and not self.logits else None
         told = [] if classes is not None else self._told_by_features(shape is None)
         if shape is None and told:
             labelled = masked = told[0][1]
         else:
-            shape = self._any_shape() if shape is None else shape
-            labelled = masked = self._positions(shape, classes, mask)
+            anywhere = self._any_shape() if shape is None else shape
+            labelled = masked = self._positions(anywhere, classes, mask)
             if classes is not None:
-                masked = self._positions(shape, None, mask)
+                masked = self._positions(anywhere, None, mask)
+        told_by = labels if shape is None and isinstance(labels, Tensor) else None
+        self.batch = next(iter(shape or (() if told_by is None else told_by.shape)), None)
         self.where = Wheres(labelled, masked, attention_mask)
         counted = self.where.of("mask")
         self.alone = {name: replace(own, keep=both(own.keep, counted.examples(own.shifted))) for name, own in told}
@@ -80,6 +86,8 @@ class Evaluation:
         """Teacher k has run: terms take what they need of its output, and those that have it all are reached."""
         for name in self.plan.of_teacher(k):
             own = self.criterion.terms[name].retain(_view(output, name))
+            if isinstance(self.criterion.terms[name], Logits) and self.teacher_layout is not None:
+                own = classes_last(own, self.teacher_layout, self.known, "teacher", "teacher_layout")
             self.held.setdefault(name, []).append(own)
         del output
         for name in self.plan.complete_with(k):
@@ -95,7 +103,8 @@ class Evaluation:
             means[name] = mean(values, where)
 
         student, reads = _view(self.student, name), self.plan.reads[name]
-        step = Step(student, teacher, self.labels, where, self.own[name], reads, self.criterion.step, report)
+        known: dict[str, Any] = {"layout": self.layout, "batch": self.batch}
+        step = Step(student, teacher, self.labels, where, self.own[name], reads, self.criterion.step, report, **known)
         if isinstance(term, CrossEntropy | Logits):
             one = Swept(term, weight, step, self._logits(term))
             if _as_given(term) and self._by_rows(term):
@@ -120,7 +129,7 @@ class Evaluation:
             for name in self.plan.weights
             for part, value in self.means.items()
             if part == name or part.startswith(f"{name}/")
-        }
+        } | joined
         self._check_shapes()
         total = self.losses[0]
         for loss in self.losses[1:]:
@@ -139,7 +148,7 @@ class Evaluation:
     def _check_shapes(self) -> None:
         """Raise for a mask at which nothing stood, and for values of different positions under "none"."""
         logits = find_logits(returned(self.student))
-        there = self.stood if logits is None else {*self.stood, Size(logits.shape[:-1])}
+        there = self.stood if logits is None else {*self.stood, self._classes_last(logits)[:-1]}
         if self.by_mask is not None and self.stood and self.by_mask not in there:
             raise ValueError(
                 f"mask {tuple(self.by_mask)} fits neither logits nor features, which stand at "
@@ -155,7 +164,9 @@ class Evaluation:
     def _logits(self, term: Any) -> Any:
         """The student's logits that a term reads: the same ones for all that take the same."""
         if term.take not in self.logits:
-            self.logits[term.take] = term.logits(self.student)
+            given = term.logits(self.student)
+            head = self.student.head if isinstance(self.student, Captured) and term.take is None else None
+            self.logits[term.take] = classes_last(given, self.layout, self.known, "student", "layout", head)
         logits = self.logits[term.take]
         if isinstance(term, CrossEntropy) and _as_given(term):
             _checks.one_class(term.name, logits, self.labels)
@@ -218,7 +229,8 @@ class Evaluation:
             if classes is not None:
                 _checks.labels(classes, logits)
             return shape, classes
-        if not stand_at(classes, find_logits(returned(self.student))):
+        found = find_logits(returned(self.student))
+        if not stand_at(classes, None if found is None else self._classes_last(found)):
             classes = None
         known = classes if classes is not None else mask
         return None if known is None else known.shape, classes
@@ -235,12 +247,13 @@ class Evaluation:
         """Terms whose features stand elsewhere, or all on features where nothing else tells, and their positions."""
         found = []
         for name, reads in self.plan.reads.items():
-            first = None if reads.pairs == () else first_feature(_view(self.student, name), reads)
+            axes = getattr(self.criterion.terms[name], "axes", (None,))[0]
+            first = None if reads.pairs == () else first_feature(_view(self.student, name), reads, axes)
             if first is None:
                 continue
             layer, features = first
-            mask, elsewhere = self.own[name](layer, feature_positions(features))
-            if elsewhere or (unknown and features.ndim == 4):
+            mask, elsewhere = self.own[name](layer, features.shape[:-1])
+            if elsewhere or (unknown and features.ndim > 3):
                 found.append((name, self._positions(features.shape[:1], None, None, causal=False)))
             elif unknown:
                 found.append((name, self._positions(features.shape[:-1], None, mask)))
@@ -250,8 +263,11 @@ class Evaluation:
         """The positions' shape where no term tells: that of logits, else of labels."""
         found = find_logits(returned(self.student))
         if found is not None:
-            return Size(found.shape[:-1])
+            return self._classes_last(found)[:-1]
         return self.labels.shape if isinstance(self.labels, Tensor) else Size(())
+
+    def _classes_last(self, logits: Any) -> Size:
+        return Size(logits.shape if self.layout is None else self.layout.shape(logits.shape))
 
     def _terms(self) -> list[Any]:
         return [self.criterion.terms[name] for name in self.plan.reads]

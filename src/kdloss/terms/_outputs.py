@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from kdloss import _checks
 from kdloss._capture import Captured, Take
@@ -55,11 +55,11 @@ def class_indices(labels: Any) -> Tensor | None:
     return labels if isinstance(labels, Tensor) and not labels.is_floating_point() else None
 
 
-def stand_at(labels: Tensor | None, logits: AnyLogits | None) -> bool:
-    """Whether labels `[B, T]` are those of logits `[B, T, V]`: a CTC model's transcripts stand at no frames."""
-    if labels is None or logits is None or labels.ndim != 2 or len(logits.shape) != 3:
+def stand_at(labels: Tensor | None, logits: Size | None) -> bool:
+    """Whether labels `[B, T]` are those of logits of this shape: a CTC model's transcripts stand at no frames."""
+    if labels is None or logits is None or labels.ndim != 2 or len(logits) != 3:
         return True
-    return logits.shape[:-1] == labels.shape
+    return logits[:-1] == labels.shape
 
 
 def logits_read(output: Any, takes: Iterable[Take]) -> AnyLogits | None:

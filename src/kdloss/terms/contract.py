@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 from torch import Tensor
 
+from kdloss._layout import Layout, read
 from kdloss.reduction import Reduction, denominator, divided, reduce
 from kdloss.terms._positions import Positions
 
@@ -19,6 +21,15 @@ class Contract:
     reduction: Reduction = "mean"
     check_finite: bool = False
     overwrite_logits: bool = False
+    layout: str | None = None
+    teacher_layout: str | EllipsisType | None = ...
+
+    @property
+    def layouts(self) -> tuple[Layout | None, Layout | None]:
+        """Those of the student's and the teacher's logits, as far as they were said."""
+        taught = self.layout if isinstance(self.teacher_layout, EllipsisType) else self.teacher_layout
+        own = None if self.layout is None else read(self.layout)
+        return own, None if taught is None else read(taught, "teacher_layout")
 
     def said(self) -> dict[str, Any]:
         """The settings that are not the default."""

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from kdloss import _checks
 from kdloss._capture import Captured
+from kdloss._layout import Patterns
 from kdloss.distances.mse import mse
 from kdloss.layers.blocks import width
 from kdloss.layers.layer_map import Layer, LayerMap
 from kdloss.layers.pair import Pairing, learned
 from kdloss.layers.select import Layers
+from kdloss.terms._axes import Axes
 from kdloss.terms._compare import (
     Distance,
     Resize,
@@ -52,20 +54,26 @@ class Features(Term):
       student's width instead, by orthonormal rows that are never trained; `shared=True` has one for all pairs.
     - `depths`, `widths`: the numbers of blocks and the widths of student and teacher, (student, teacher), where
       no `prepare` finds them; widths for all pairs, or one for each.
-    - `resize` (`kdloss.resize.pool`, `kdloss.resize.interpolate`) brings both sides to the same positions.
+    - `resize` (`kdloss.resize.pool`, `kdloss.resize.interpolate`) brings both sides to the same positions. It gets
+      tokens `[B, N, D]`, maps `[B, C, H, W]` and volumes `[B, C, D, H, W]`, whatever the models' layouts.
     - `blocks` names the list of blocks in models that have several. `take` and `teacher_take` say what counts of
       the modules' outputs (for all, or by name), as in `kdloss.capture`; the teacher's is the student's unless it
-      is given, None takes nothing. A tuple of names is their outputs side by side.
+      is given, None takes nothing. A tuple of names is their outputs side by side; "fpn[0]" is a part of what `fpn`
+      returned.
+    - `layout` and `teacher_layout` name the axes where they are not the default (for all, or by name), after `take`: b
+      is the batch, c the width (else d), all others are positions, as in "b h w c", "b c t", "t b d", "b c d h w". The
+      teacher's is the student's unless it is given; None is the default. What modules, labels and inputs tell of the
+      axes is held against either.
     - `teacher`: the index of the one it reads; `positions`: "labels" or "mask"; `name`: the entry among the
       components.
 
     Reads what `kdloss.capture` recorded, or Hugging Face outputs made with `output_hidden_states=True`. (These hold
     the last block after the model's final norm: it can be held against the teacher's last only.)
 
-    Shapes: features `[B, T, D]`, `[B, D]` or maps `[B, C, H, W]`. Those at the labels' positions are counted where
-    the labels are; others are averaged within their example, over `feature_mask` where given; without labels those of
-    another tower or an encoder are the mean of the examples. `components` has
-    each pair's distance "feature/3-7" and "feature", their sum by weight.
+    Shapes: features `[B, T, D]`, `[B, D]` or maps `[B, C, H, W]`, or any with a layout. Those at the labels' positions
+    are counted where the labels are; others are averaged within their example, over `feature_mask` where given; without
+    labels those of another tower or an encoder are the mean of the examples. `components` has each pair's distance
+    "feature/3-7" and "feature", their sum by weight.
 
     A learned pairing is called as `pairing(student=..., teacher=..., distances=...)`: features `[..., D]`
     by block, projected, 0 where nothing counts, and the mean distance of every pair of a selected student
@@ -101,6 +109,8 @@ class Features(Term):
         blocks: str | None = None,
         take: Takes = None,
         teacher_take: Takes | EllipsisType = ...,
+        layout: Patterns = None,
+        teacher_layout: Patterns | EllipsisType = ...,
         depths: tuple[int, int] | None = None,
         widths: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         teacher: int = 0,
@@ -120,6 +130,8 @@ class Features(Term):
         self.distance, self.resize = distance, resize
         self.take: Takes = take
         self.teacher_take: Takes = take if isinstance(teacher_take, EllipsisType) else teacher_take
+        taught = layout if isinstance(teacher_layout, EllipsisType) else teacher_layout
+        self.axes = Axes("student", layout), Axes("teacher", taught, "teacher_layout")
         self.projections, self.distances = nn.ModuleDict(), nn.ModuleDict()
         self._trained = Trained(projection, project, shared, distance, self.projections, self.distances)
         if widths is not None:
@@ -171,8 +183,9 @@ class Features(Term):
         """Build the projections for what `candidates` were seen to give."""
         chosen = self.layer_map
         if chosen.by_resolution:
-            chosen.sizes = sizes(student), sizes(teacher)
-        self.build({(s, t): (width_of(student, s), width_of(teacher, t)) for s, t, _ in chosen.pairs()})
+            chosen.sizes = sizes(student, self.axes[0]), sizes(teacher, self.axes[1])
+        own, its = self.axes
+        self.build({(s, t): (width_of(student, s, own), width_of(teacher, t, its)) for s, t, _ in chosen.pairs()})
 
     def build(self, widths: Mapping[tuple[Layer, Layer], tuple[int, int]]) -> None:
         """Build what is trained for pairs of these (student, teacher) widths.
@@ -185,8 +198,10 @@ class Features(Term):
         """The value at every position; see the class."""
         refuse_take(step.student, self.take, step.reads, "student")
         refuse_take(step.teacher, self.teacher_take, step.reads, "teacher")
-        pairs = step.reads.pairs
-        features, weights = feature_pairs(step.student, step.teacher, self.layer_map, pairs, self.resize)
+        self._refuse_unknown()
+        features, weights = feature_pairs(
+            step.student, step.teacher, self.layer_map, step.reads.pairs, self.resize, self.axes, step.batch
+        )
         compared = {}
         for (s, t), both in features.items():
             projections, distance = self._trained.of(s)
@@ -201,6 +216,15 @@ class Features(Term):
         for pair, value in values.items():
             step.report(f"{self.name}/{label(*pair)}", value)
         return torch.stack([weights[pair] * value for pair, value in values.items()]).sum(0)
+
+    def _refuse_unknown(self) -> None:
+        """Raise for options of layers that there are none of."""
+        takes = (take for take in (self.take, self.teacher_take) if isinstance(take, Mapping))
+        named = dict.fromkeys(name for names in (*takes, *(one.names for one in self.axes)) for name in names)
+        known = self.layer_map.names
+        if unknown := [name for name in named if isinstance(name, str) and name not in known]:
+            there = known or "blocks, which are named by number"
+            raise ValueError(f"take or layout has {unknown}, and the layers are {there}")
 
     def __repr__(self) -> str:
         name = getattr(self.distance, "__name__", repr(self.distance))

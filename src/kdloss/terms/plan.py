@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kdloss._layout import Layout
 from kdloss.terms.reads import Reads
 
 
@@ -12,12 +13,14 @@ from kdloss.terms.reads import Reads
 class Plan:
     """The terms of one step, in their order: what each is multiplied by, what it reads, and of which teachers.
 
-    Terms of weight 0 are not in it. Whoever runs the models asks it what they have to give.
+    Terms of weight 0 are not in it; `layout` is that of the student's logits, where it was said. Whoever runs the
+    models asks it what they have to give.
     """
 
     weights: Mapping[str, float | Tensor]
     reads: Mapping[str, Reads]
     teachers: Mapping[str, tuple[int, ...]]
+    layout: Layout | None = None
 
     @property
     def last_teacher(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from kdloss._capture import Take
+from kdloss._layout import Layout, classes_last
 from kdloss.targets.kinds import AnyLogits
 from kdloss.terms._feature_masks import FeatureMask
 from kdloss.terms._outputs import logits_of, returned
@@ -27,6 +28,8 @@ class Step:
     - `reads`: what the term said it reads; `number`: how many steps were taken before this one.
     - `report(name, values)` adds a component under `name`: the mean of values at the positions that count.
     - `logits`: for `CrossEntropy` and `Logits` the student's, at the positions as by `where.take`.
+    - `layout`: what the sum says of the student's logits' axes, if anything; `batch`: how many examples there are,
+      where labels, mask or logits tell.
     """
 
     student: Any
@@ -38,6 +41,8 @@ class Step:
     number: int
     report: Callable[[str, Tensor], None]
     logits: Any = None
+    layout: Layout | None = None
+    batch: int | None = None
 
     @property
     def output(self) -> Any:
@@ -45,6 +50,8 @@ class Step:
         return returned(self.student)
 
     def student_logits(self, take: Take = None) -> AnyLogits:
-        """The student's logits."""
+        """The student's logits, classes last where the sum says their layout."""
         found: AnyLogits = logits_of(self.student, "student", take)
+        if self.layout is not None:
+            found = classes_last(found, self.layout, (), "student", "layout")
         return found

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from types import EllipsisType
 from typing import Any, cast
 
 import torch
@@ -43,17 +44,21 @@ class Sum(nn.Module):
       out of range at positions that count.
     - `overwrite_logits`: the gradient takes the place of the student's logits (a tensor, not in float16, reduction
       "mean" or "sum"), which then can't be used again.
+    - `layout` and `teacher_layout` name the axes of logits whose classes are not last, as "b c h w" of a segmentation
+      net: b is the batch, c the classes (else d), all others are positions, in order. The teacher's is the student's
+      unless it is given. Labels, mask and values then stand at `[B, H, W]`.
 
     Called with the student's and the teacher's output (a list of several teachers'), labels and a mask beside them
     (True = keep); see `kdloss.reduce` for `num_items_in_batch`, which divides every term. `attention_mask` (boolean,
     True = a token) takes positions out as `mask` does, and under `causal` those whose logits are padding's out of every
     term but `CrossEntropy` and `Task`, whose label is real. `feature_mask` counts features that stand elsewhere than
-    labels, by a term's name where terms differ. Returns a scalar in
-    float32 or better (one value per position for "none"). `components` then holds each term's mean at the positions
-    of the call, detached and without its weight, by the term's name.
+    labels, by a term's name where terms differ. Returns a scalar in float32 or better (one value per position for
+    "none"). `components` then holds each term's mean at the positions of the call, detached and without its weight, by
+    the term's name.
 
-    Shapes: labels, mask and attention_mask `[...]` where logits are `[..., V]`. Labels of another shape, like CTC's
-    transcripts, are left to `Task` where no term reads them as classes.
+    Shapes: labels, mask and attention_mask `[...]` where logits are `[..., V]`, or have a layout. Logits of four axes
+    and more without one are refused where labels or mask don't show that their classes are last. Labels of another
+    shape, like CTC's transcripts, are left to `Task` where no term reads them as classes.
 
     Raises: ValueError or TypeError for what doesn't fit, saying what to write instead.
 
@@ -79,14 +84,18 @@ class Sum(nn.Module):
         reduction: Reduction = "mean",
         check_finite: bool = False,
         overwrite_logits: bool = False,
+        layout: str | None = None,
+        teacher_layout: str | EllipsisType | None = ...,
     ) -> None:
         super().__init__()
         _checks.choice("reduction", reduction, ("mean", "sum", "none"))
-        own = Contract(causal, ignore_index, reduction, check_finite, overwrite_logits)
+        own = Contract(causal, ignore_index, reduction, check_finite, overwrite_logits, layout, teacher_layout)
+        own.layouts  # noqa: B018 - raises for patterns that are none
         contract = agreed([own, *(term.contract for term in terms if isinstance(term, Sum))])
         self.causal, self.ignore_index = contract.causal, contract.ignore_index
         self.reduction: Reduction = contract.reduction
         self.check_finite, self.overwrite_logits = contract.check_finite, contract.overwrite_logits
+        self.layout, self.teacher_layout = contract.layout, contract.teacher_layout
         self.terms = cast(MutableMapping[str, Term], nn.ModuleDict())
         self.weights = cast(MutableMapping[str, Weight], nn.ModuleDict())
         for term, factors in _flat(terms):
@@ -98,7 +107,7 @@ class Sum(nn.Module):
     @property
     def contract(self) -> Contract:
         """What holds for all terms."""
-        return Contract(self.causal, self.ignore_index, self.reduction, self.check_finite, self.overwrite_logits)
+        return Contract(**{name: getattr(self, name) for name in Contract.__dataclass_fields__})
 
     @property
     def several(self) -> bool:
@@ -126,7 +135,7 @@ class Sum(nn.Module):
             weight, several = self.weights[name].at(self.step), term.teachers(teachers)
             if isinstance(weight, Tensor) or weight > 0:
                 weights[name], reads[name], indices[name] = weight, term.reads(), several
-        return Plan(weights, reads, indices)
+        return Plan(weights, reads, indices, self.contract.layouts[0])
 
     def plan_of_task(self) -> Plan:
         """What an evaluation without teachers takes: the weighted mean of the terms that read none."""
@@ -137,7 +146,8 @@ class Sum(nn.Module):
             weights = {name: weight / total for name, weight in weights.items()}
         else:
             weights = dict.fromkeys(alone, 1 / max(len(alone), 1))
-        return Plan(weights, {name: term.reads() for name, term in alone.items()}, dict.fromkeys(alone, ()))
+        reads = {name: term.reads() for name, term in alone.items()}
+        return Plan(weights, reads, dict.fromkeys(alone, ()), self.contract.layouts[0])
 
     def locate(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
         """Find the blocks that the terms read."""

@@ -1,0 +1,143 @@
+"""Which axis of a layer's features is what: as it was said, else the default where nothing speaks against it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kdloss._layout.evidence import FIRST, LAST, Evidence
+from kdloss._layout.pattern import Layout, read
+
+DEFAULTS = {len(pattern.split()): read(pattern) for pattern in ("b d", "b t d", "b c h w", "b c d h w")}
+OTHERS = {(3, FIRST): "b c t", (4, FIRST): "b c h w", (5, FIRST): "b c d h w"}
+OTHERS |= {(3, LAST): "b t d", (4, LAST): "b h w c", (5, LAST): "b d h w c"}
+
+
+@dataclass(frozen=True)
+class Tells:
+    """What is known of a captured feature beside its shape.
+
+    - `module`: what its module tells; `width`: that of the model's configuration.
+    - `inputs`: the number of examples that the model's inputs tell.
+    """
+
+    module: Evidence
+    width: int | None = None
+    inputs: int | None = None
+
+
+def decide(shape: tuple[int, ...], said: Layout | None, tells: Tells | None, layer: str, argument: str) -> Layout:
+    """The layout of features of this shape; `layer` and `argument` are what an error calls them.
+
+    Raises: ValueError for a layout that the shape, or the module, contradicts, and where nothing was said and nothing
+    decides.
+
+    >>> decide((2, 8, 5, 5), None, None, "layer 'stem'", "layout").pattern
+    'b c h w'
+    """
+    if said is None:
+        return _default(shape, tells, layer, argument)
+    if len(said.axes) != len(shape):
+        raise ValueError(
+            f"{argument}={said.pattern!r} names {len(said.axes)} axes, and {layer} gives {shape}; name each of its "
+            f"{len(shape)}"
+        )
+    told = None if tells is None else tells.module
+    if told is not None and told.sure and told.width not in (None, shape[said.width]):
+        axis = next((axis for axis in (FIRST, LAST) if shape[axis] == told.width), None)
+        raise ValueError(
+            f"{argument}={said.pattern!r} reads {layer}, which gives {shape}, as {shape[said.width]} wide, but its "
+            f"module has {told.width} channels{_write(argument, OTHERS.get((len(shape), axis or 0)))}"
+        )
+    return said
+
+
+def check_batch(
+    shape: tuple[int, ...],
+    layout: Layout,
+    said: bool,
+    tells: Tells | None,
+    batch: int | None,
+    layer: str,
+    argument: str,
+) -> None:
+    """Raise for features whose batch is at another axis, or nowhere; `batch` is what labels or logits tell."""
+    here = shape[layout.batch]
+    if tells is not None and not said and len(shape) == 3:
+        second, undecided = tells.module.batch == 1, batch is None or here != batch or shape[1] == batch
+        if second and (tells.module.sure or undecided):
+            raise ValueError(
+                f"{layer} gives {shape}, and in it are layers whose batch is the second axis (batch_first=False): "
+                f"write {argument}='t b d', or {argument}='b t d' if it turns them around"
+            )
+        if batch is None and tells.inputs == shape[1]:
+            batch = tells.inputs
+    if batch is None or here == batch:
+        return
+    others = [i for i, n in enumerate(shape) if n == batch and i not in (layout.batch, layout.width)]
+    instead = (
+        f": write {argument}={layout.swapped(others[0])!r}"
+        if others
+        else ", and no axis of it is as long. If the positions of several examples stand in one row, make a row of "
+        "each by take=..., a function of the module's output"
+    )
+    raise ValueError(
+        f"{layer} gives {shape}, which as {layout.pattern!r} is a batch of {here}, but there are {batch} examples in "
+        f"the batch{instead}"
+    )
+
+
+def _default(shape: tuple[int, ...], tells: Tells | None, layer: str, argument: str) -> Layout:
+    axes = len(shape)
+    if axes not in DEFAULTS:
+        raise ValueError(
+            f"{layer} gives {shape}, which has no default layout; name its axes by {argument}='...': b the batch, "
+            "c the width, and a word for each other axis, the positions"
+        )
+    if axes == 2 or (axes < 5 and tells is None):
+        return DEFAULTS[axes]
+    fits = _fits(shape, tells)
+    if len(fits) > 1:
+        raise ValueError(
+            f"{layer} gives {shape}, and nothing tells which axis its channels are: write "
+            f"{argument}={OTHERS[axes, FIRST]!r} or {argument}={OTHERS[axes, LAST]!r}"
+        )
+    (axis,) = fits
+    if OTHERS[axes, axis] != DEFAULTS[axes].pattern:
+        raise ValueError(
+            f"{layer} gives {shape}, which is read as {DEFAULTS[axes].pattern!r} where nothing else is said, but its "
+            f"{'last' if axis == LAST else 'second'} axis is that of its {shape[axis]} channels"
+            f"{_write(argument, OTHERS[axes, axis])}"
+        )
+    return DEFAULTS[axes]
+
+
+def _fits(shape: tuple[int, ...], tells: Tells | None) -> list[int]:
+    """Where the width can be, FIRST or LAST; both where it is open."""
+    default = LAST if len(shape) == 3 else FIRST
+    if tells is None:
+        return [FIRST, LAST]
+    told, maps = tells.module, len(shape) == 4 and tells.module.maps is not None
+    if len(shape) == 3 and tells.width == shape[LAST] and not told.sure:
+        return [default]
+    width = tells.width if told.width is None else told.width
+    fits = [axis for axis in (FIRST, LAST) if shape[axis] == width]
+    if len(fits) == 1:
+        return fits
+    kind = told.maps if maps and not told.sure else told.axis
+    if kind is not None and (fits or len(shape) < 5 or width is None):
+        return [kind]
+    return [FIRST, LAST] if len(shape) == 5 or (len(shape) == 4 and told.mixed) else [default]
+
+
+def standard(x: Tensor) -> Tensor:
+    """Features `[B, positions, width]` as `resize` gets them: of several axes of positions `[B, C, ...]`."""
+    return x.movedim(-1, 1) if x.ndim > 3 else x
+
+
+def width_last(x: Tensor) -> Tensor:
+    """`standard`, undone."""
+    return x.movedim(1, -1) if x.ndim > 3 else x
+
+
+def _write(argument: str, pattern: str | None) -> str:
+    return f": write {argument}={pattern!r}" if pattern else ""

@@ -1,0 +1,150 @@
+"""What a module tells of the axes of its output."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+FIRST, LAST = 1, -1  # where the width stands: behind the batch, or behind everything
+_KEEP = tuple(f"torch.nn.modules.{name}" for name in ("activation", "dropout", "pooling"))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a module tells; None is what it doesn't.
+
+    - `width`: how many channels its output has, and `axis` where: FIRST or LAST.
+    - `batch`: the axis of the examples.
+    - `sure`: the module itself says so; else it is what its last parts do, which may be turned around behind them.
+    - `mixed`: it has parts of both kinds, so that `axis` isn't known.
+    - `maps`: where the width of maps is in its model, as timm's models say by `output_fmt`.
+    """
+
+    width: int | None = None
+    axis: int | None = None
+    batch: int | None = None
+    sure: bool = False
+    mixed: bool = False
+    maps: int | None = None
+
+    def of_part(self) -> "Evidence":
+        """What holds of one of several tensors that a module returns."""
+        return replace(self, width=None, batch=None, sure=False)
+
+
+_RMS: Any = getattr(nn, "RMSNorm", nn.LayerNorm)
+_known: WeakKeyDictionary[nn.Module, Evidence] = WeakKeyDictionary()
+_ends: WeakKeyDictionary[nn.Module, Evidence] = WeakKeyDictionary()
+
+
+def evidence_of(module: nn.Module, model: nn.Module | None = None) -> Evidence:
+    """What a module tells, looked at once; what it doesn't know of its axes its model may.
+
+    >>> evidence_of(nn.Conv1d(3, 8, 1)).axis, evidence_of(nn.LSTM(3, 8)).batch
+    (1, 1)
+    """
+    if module not in _known:
+        found = _of(module)
+        found = _beside(module, model) if found == Evidence() and model is not None else found
+        _known[module] = replace(found, maps=_format(module))
+    known = _known[module]
+    return known if known.axis is not None or known.maps is not None else replace(known, maps=_format(model))
+
+
+def ends(model: nn.Module) -> Evidence:
+    """What the last layer of a model tells, which makes its logits where it is a head."""
+    if model not in _ends:
+        _ends[model] = _own(model) or next(iter([*_parts(model)][-1:]), Evidence())
+    return _ends[model]
+
+
+def _of(module: nn.Module) -> Evidence:
+    own = _own(module)
+    if own is not None:
+        return own
+    if isinstance(module, nn.Sequential):  # it returns what its last part does
+        last = next((m for m in reversed(module) if not _keeps_axes(m)), None)
+        if last is not None and (found := _of(last)).sure:
+            return found
+    parts = list(_parts(module))
+    widths = [e.width for e in parts if e.width is not None]
+    axes = {e.axis for e in parts if e.axis is not None}
+    batches = {e.batch for e in parts if e.batch is not None}
+    return Evidence(
+        widths[-1] if widths else None,
+        axes.pop() if len(axes) == 1 else None,
+        batches.pop() if len(batches) == 1 else None,
+        mixed=len(axes) > 1,
+    )
+
+
+def _beside(module: nn.Module, model: nn.Module) -> Evidence:
+    """Of a module without weights, as an activation, what stands before it tells."""
+    for parent in model.modules():
+        children = list(parent.children())
+        if any(child is module for child in children):
+            place = next(i for i, child in enumerate(children) if child is module)
+            before = (_of(child) for child in reversed(children[:place]))
+            found = next((e for e in before if e != Evidence()), Evidence())
+            return replace(found, axis=found.axis if _keeps_axes(module) else None, batch=None, sure=False)
+    return Evidence()
+
+
+def _parts(module: nn.Module) -> Iterator[Evidence]:
+    """What the innermost parts tell, in the order they are in."""
+    for child in module.children():
+        own = _own(child)
+        if own is not None:
+            yield own
+        else:
+            yield from _parts(child)
+
+
+def _own(module: Any) -> Evidence | None:
+    """What a layer of PyTorch's is by its definition."""
+    width: Any
+    axis, batch = LAST, None
+    if isinstance(module, _ConvNd):
+        width, axis = module.out_channels, FIRST
+    elif isinstance(module, _NormBase):
+        width, axis = module.num_features, FIRST
+    elif isinstance(module, nn.GroupNorm):
+        width, axis = module.num_channels, FIRST
+    elif isinstance(module, nn.LayerNorm | _RMS):
+        if len(module.normalized_shape) != 1:
+            return None
+        theirs = type(module).forward in (nn.LayerNorm.forward, _RMS.forward)  # timm's LayerNorm2d has its own
+        return Evidence(module.normalized_shape[0], LAST if theirs else None, sure=theirs)
+    elif isinstance(module, nn.MultiheadAttention):
+        width, batch = module.embed_dim, 0 if module.batch_first else 1
+    elif isinstance(module, nn.RNNBase):
+        width = (module.proj_size or module.hidden_size) * (1 + module.bidirectional)
+        batch = 0 if module.batch_first else 1
+    elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return _own(module.self_attn)
+    elif isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        return _own(module.layers[0])
+    elif isinstance(module, nn.Embedding):
+        width = module.embedding_dim
+    else:
+        width = getattr(module, "out_features", None) if isinstance(module, nn.Linear) else _of_gpt2(module)
+    return Evidence(width, axis, batch, sure=True) if isinstance(width, int) and width > 0 else None
+
+
+def _of_gpt2(module: Any) -> Any:
+    """The width of transformers' `Conv1D`, a linear layer under another name."""
+    return getattr(module, "nf", None) if type(module).__name__ == "Conv1D" else None
+
+
+def _keeps_axes(module: nn.Module) -> bool:
+    plain = type(module).__module__ in _KEEP and not isinstance(module, nn.MultiheadAttention)
+    return plain or isinstance(module, nn.Identity)
+
+
+def _format(module: nn.Module | None) -> int | None:
+    said: Any = getattr(module, "output_fmt", None)
+    return {"NHWC": LAST, "NCHW": FIRST}.get(str(getattr(said, "value", said)))

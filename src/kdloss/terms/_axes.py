@@ -1,0 +1,63 @@
+"""The layouts of one side's features."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import EllipsisType
+
+from torch import Tensor
+
+from kdloss._layout import Evidence, Layout, Patterns, Tells, check_batch, decide, read_each
+
+Batch = int | EllipsisType | None
+
+
+class Axes:
+    """What was said of the layouts of student's or teacher's features, and what was found where nothing was.
+
+    A layer is decided where it is seen first: later its numbers may contradict that, but never leave it open again.
+    """
+
+    def __init__(self, whose: str, said: Patterns = None, argument: str = "layout") -> None:
+        self.whose, self.argument, self._said = whose, argument, read_each(said, argument)
+        self._widths: dict[tuple[int | str, int, Evidence], tuple[Layout, Evidence]] = {}
+        self._batches: set[tuple[int | str, int, Evidence]] = set()
+
+    @property
+    def names(self) -> list[int | str]:
+        """The layers that something was said of by name."""
+        return list(self._said) if isinstance(self._said, Mapping) else []
+
+    def of(self, name: int | str) -> Layout | None:
+        """What was said of a layer."""
+        return self._said.get(name) if isinstance(self._said, Mapping) else self._said
+
+    def width_last(self, features: Tensor, name: int | str, tells: Tells | None, batch: Batch = ...) -> Tensor:
+        """A layer's features with the batch first and the width last.
+
+        `batch` is the number of examples that labels or logits tell, None where nothing does, and ... where it is not
+        looked at.
+        """
+        shape, said = tuple(features.shape), self.of(name)
+        layer = f"{self.whose} {'block' if isinstance(name, int) else 'layer'} {name!r}"
+        layout = self._decided(shape, name, said, tells, layer)
+        if not isinstance(batch, EllipsisType):
+            key = None if tells is None else (name, len(shape), tells.module)
+            settled = said is not None or key in self._batches
+            check_batch(shape, layout, settled, tells, batch, layer, self.argument)
+            if key is not None:
+                self._batches.add(key)
+        return layout.width_last(features)
+
+    def _decided(
+        self, shape: tuple[int, ...], name: int | str, said: Layout | None, tells: Tells | None, layer: str
+    ) -> Layout:
+        if said is not None or tells is None:
+            return decide(shape, said, tells, layer, self.argument)
+        key = name, len(shape), tells.module
+        if key in self._widths:
+            layout, module = self._widths[key]
+            return decide(shape, layout, replace(tells, module=module), layer, self.argument)
+        layout, width = decide(shape, None, tells, layer, self.argument), tells.module.width
+        held = width is not None and shape[layout.width] == width
+        self._widths[key] = layout, Evidence(width, sure=True) if held else Evidence()
+        return layout
