@@ -50,8 +50,8 @@ def capture(
 
     Raises: ValueError for a name that does not exist or options that don't fit; RuntimeError when a
     module ran not at all or more than once, changed its output in place afterwards, or gave a tensor
-    without gradient although its parameters are trained (reentrant checkpointing); TypeError where
-    `take` finds no tensor.
+    without gradient although its parameters are trained (it ran under `torch.no_grad()`, or in
+    reentrant checkpointing); TypeError where `take` finds no tensor.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
     >>> with capture(model, ["0"]) as seen:
@@ -84,7 +84,7 @@ def record(
         asked.setdefault(module, []).append(key)
     for request in requests.values():
         _check(request, stop)
-    recorder = Recorder(asked, requests, stop)
+    recorder = Recorder(model, asked, requests, stop)
     seen = recorder.captured
     hook = _hook()
     handles = [m.register_forward_hook(hook(partial(recorder.record, m))) for m in asked]

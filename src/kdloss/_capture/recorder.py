@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdloss._capture.compiled import BLOCKS
 from kdloss._capture.take import Take, taken
+from kdloss._capture.why import no_gradient, not_run
 from kdloss.layers.layer_map import Name
 
 Which = Literal["once", "first", "last", "all"] | int
@@ -69,11 +69,12 @@ class Recorder:
 
     def __init__(
         self,
+        model: nn.Module,
         asked: Mapping[nn.Module, list[Hashable]],
         requests: Mapping[Any, Request],
         stop: bool,
     ) -> None:
-        self.asked, self.requests, self.stop = asked, requests, stop
+        self.model, self.asked, self.requests, self.stop = model, asked, requests, stop
         self.number = {key: _number(request.which) for key, request in requests.items()}
         self.captured = Captured()
         self.runs = dict.fromkeys(asked, 0)
@@ -83,13 +84,13 @@ class Recorder:
         self.grad = torch.is_grad_enabled()
         self.thread, self.elsewhere = threading.get_ident(), False
         self.backward = torch._C._current_graph_task_id()
-        self.stopped = False
+        self.begun, self.stopped = False, False
         self.error: Exception | None = None
 
     def begin(self, model: nn.Module, args: object) -> None:
         """Before the model runs."""
         if self._ours():
-            self.grad = torch.is_grad_enabled()
+            self.begun, self.grad = True, torch.is_grad_enabled()
 
     def record(self, module: nn.Module, _module: nn.Module, args: object, output: Any) -> None:
         """After a module has run; `module` is the one asked for, `_module` may be its replica."""
@@ -127,12 +128,8 @@ class Recorder:
                     f"{missing} ran in other threads only, as under nn.DataParallel; open `capture` in the "
                     "thread that runs the model, and use DistributedDataParallel"
                 )
-        if missing := self._missing(self.kept):
-            raise RuntimeError(
-                f"{missing} did not run inside the `with`: the model skips it, was not called, or is part "
-                "of something that torch.compile compiled before the hook was there; give `capture` the "
-                f"compiled model itself, or compile its blocks instead: {BLOCKS}"
-            )
+        if absent := {name: m for m, keys in self.asked.items() for name in self._missing(keys)}:
+            raise RuntimeError(not_run(self.model, absent, self.begun))
         for key, kept in self.kept.items():
             if any(tensor._version != version for tensor, version in kept):
                 raise RuntimeError(
@@ -165,10 +162,7 @@ class Recorder:
         tensor = taken(name, output, request.take)
         trained = self.grad and any(p.requires_grad for p in module.parameters())
         if trained and tensor.is_floating_point() and not tensor.requires_grad:
-            raise RuntimeError(
-                f"{name!r} gave a tensor without gradient although it is trained: reentrant activation "
-                "checkpointing hides it. Write use_reentrant=False where checkpointing is turned on"
-            )
+            raise RuntimeError(f"{name!r} gave a tensor without gradient although it is trained: {no_gradient()}")
         if tensor.is_inference():
             # Nothing tells of changes to these in place, and no loss can save them for backward.
             with torch.inference_mode(False):

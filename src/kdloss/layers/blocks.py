@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from kdloss.layers.graph import called, is_graph
 from kdloss.layers.names import resolve, unwrap, unwrapped_block
 
 Lists = nn.ModuleList | nn.Sequential
@@ -60,7 +61,7 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> nn.ModuleList:
     if blocks is not None:
         raise ValueError(f"{kind} has no stages of blocks called {blocks!r}; it has {lists}")
     if not found:
-        raise ValueError(f"{kind} has no nn.ModuleList of equal blocks, only {_what_else(unwrap(model))}")
+        raise ValueError(f"{kind} has no nn.ModuleList of equal blocks: {_what_else(unwrap(model))}")
     if len(found) > 1:
         raise ValueError(f"{kind} has {len(found)} lists of blocks, {lists}; say which: blocks={next(iter(lists))!r}")
     return next(iter(found.values()))
@@ -107,6 +108,12 @@ def _has_parts(module: nn.Module) -> bool:
 
 def _what_else(model: nn.Module) -> str:
     """What a model without a list of equal blocks has, and how to use it."""
+    if is_graph(model):
+        names = called(model, model)
+        return (
+            f"it was traced by torch.fx, which keeps no lists. Name modules that its graph calls: layers={names[-2:]}, "
+            f"of {names}"
+        )
     mixed: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in mixed):
@@ -114,7 +121,7 @@ def _what_else(model: nn.Module) -> str:
     names = [name for name, _ in model.named_children()]
     there = f"{names} and lists of unequal modules, {mixed}" if mixed else f"{names}"
     return (
-        f"{there}; name the modules instead, for example layers=[{names[0] if names else 'name'!r}], or "
+        f"there is {there}; name the modules instead, for example layers=[{names[0] if names else 'name'!r}], or "
         f"the list itself by blocks={next(iter(mixed), 'name')!r}"
     )
 

@@ -13,7 +13,7 @@ from kdloss._capture import Captured
 from kdloss.distances._rows import needs_no_width
 from kdloss.layers.layer_map import Layer, LayerMap, parts
 from kdloss.projections import takes_maps
-from kdloss.reduction import fill, per_example, precise, takes
+from kdloss.reduction import fill, per_example, precise, told
 from kdloss.terms._positions import Positions
 from kdloss.terms.reads import Pairs, Reads
 
@@ -139,8 +139,7 @@ def _distances(distance: Distance, student: Tensor, teacher: Tensor, keep: Tenso
     if student.ndim == 4:
         student, teacher = student.flatten(1, 2), teacher.flatten(1, 2)
         keep = None if keep is None else keep.flatten(1)
-    told = {"mask": keep} if takes(distance, "mask") else {}
-    return distance(student, teacher, **told).view(shape)
+    return told(distance, student, teacher, keep).view(shape)
 
 
 def _same_width(name: str, distance: Distance, student: Tensor, teacher: Tensor) -> None:
