@@ -22,7 +22,8 @@ def find(model: nn.Module, name: Name, blocks: str | None = None) -> nn.Module:
 
 
 class Located:
-    """`find` that remembers: the path of a module, and of the lists that blocks are in, for every model.
+    """`find` that remembers, for every model, the path of a module, and of the lists that blocks are in, or of the
+    blocks where lists hold other things, too.
 
     What stands at a path now is what counts, be it wrapped, replaced or inserted since; a path that
     leads nowhere any more is looked for again. Models are held weakly, and copies begin empty.
@@ -30,7 +31,7 @@ class Located:
 
     def __init__(self) -> None:
         self._modules: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
-        self._lists: WeakKeyDictionary[nn.Module, dict[str | None, list[str]]] = WeakKeyDictionary()
+        self._lists: WeakKeyDictionary[nn.Module, dict[str | None, tuple[list[str], bool]]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Located, ()
@@ -52,13 +53,18 @@ class Located:
 
     def _blocks(self, model: nn.Module, blocks: str | None) -> Sequence[nn.Module]:
         known = self._lists.setdefault(model, {})
-        if there := _items(_at(model, known.get(blocks, []))):
+        paths, of_lists = known.get(blocks, ([], True))
+        there = _at(model, paths)
+        if there := _items(there) if of_lists else there:
             return there
         found = list(find_blocks(model, blocks))
         ours = set(found)
         lists = {p: m for p, m in model.named_modules() if isinstance(m, _LISTS) and len(m) and ours.issuperset(m)}
         if _items(lists.values()) == found:  # not so where a block is in two lists
-            known[blocks] = list(lists)
+            known[blocks] = list(lists), True
+        elif not lists:
+            places = {m: p for p, m in model.named_modules()}
+            known[blocks] = [places[block] for block in found], False
         return found
 
 
