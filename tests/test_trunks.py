@@ -183,6 +183,22 @@ def test_a_mobilenet_learns_the_features_of_its_own_blocks():
     torch.testing.assert_close(out.loss, expected)
 
 
+def vgg():
+    """Convolutions, each changed in place by what follows it."""
+    layers = [nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    return Attributes(features=nn.Sequential(*layers, nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2)))
+
+
+def test_resolution_captures_what_it_may_pair_alone():
+    torch.manual_seed(0)
+    student, teacher, x = vgg().eval(), vgg().eval(), torch.randn(2, 3, 8, 8)
+    criterion = kdloss.FeatureKD(pairing="resolution", blocks="features", alpha=0.0)
+    out = kdloss.Distiller(teacher, criterion).prepare(student, x)(student, x)
+    assert [pair[:2] for pair in criterion.terms["feature"].layer_map.pairs()] == [(1, 1), (4, 4), (5, 5)]
+    expected = [(student.features[: i + 1](x) - teacher.features[: i + 1](x)).square().mean() for i in (1, 4, 5)]
+    torch.testing.assert_close(out.loss, sum(expected) / 3)
+
+
 # -- several stacks of Hugging Face's ----------------------------------------------------------------
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
