@@ -82,6 +82,9 @@ def record(
     for key, request in requests.items():
         module = (find if located is None else located.find)(model, request.name, request.blocks)
         asked.setdefault(module, []).append(key)
+    if located is not None:
+        places = {key: m for m, keys in asked.items() for key in keys}
+        located.refuse_dropped(model, {(r.name, r.blocks): places[key] for key, r in requests.items()})
     for request in requests.values():
         _check(request, stop)
     recorder = Recorder(model, asked, requests, stop)

@@ -1,12 +1,14 @@
 """Where modules are, looked up once per model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from kdloss._capture.why import dropped
 from kdloss.layers import find_blocks
+from kdloss.layers.drop import layer_drop
 from kdloss.layers.layer_map import Name
 from kdloss.layers.names import resolve
 
@@ -31,6 +33,7 @@ class Located:
 
     def __init__(self) -> None:
         self._modules: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+        self._steady: WeakKeyDictionary[nn.Module, set[tuple[Name, str | None]]] = WeakKeyDictionary()
         self._lists: WeakKeyDictionary[nn.Module, dict[str | None, tuple[list[str], bool]]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -39,6 +42,16 @@ class Located:
     def find(self, model: nn.Module, name: Name, blocks: str | None = None) -> nn.Module:
         """The same module as `find`'s."""
         return self._named(model, name) if isinstance(name, str) else _numbered(self._blocks(model, blocks), name)
+
+    def refuse_dropped(self, model: nn.Module, asked: Mapping[tuple[Name, str | None], nn.Module]) -> None:
+        """Once for each name: raise for a block that the model, as it trains now, leaves out at random."""
+        known = self._steady.setdefault(model, set())
+        if not model.training or known.issuperset(asked):
+            return
+        for (name, _), module in asked.items():
+            if (drop := layer_drop(model, module)) is not None:
+                raise ValueError(f"{name!r} can't be captured in every step: {dropped(model, *drop)}")
+        known.update(asked)
 
     def _named(self, model: nn.Module, name: str) -> nn.Module:
         known = self._modules.setdefault(model, {})

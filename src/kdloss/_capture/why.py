@@ -8,6 +8,7 @@ from torch import fx, nn
 from torch.utils import checkpoint
 
 from kdloss._capture.compiled import BLOCKS
+from kdloss.layers.drop import layer_drop
 from kdloss.layers.graph import called
 from kdloss.layers.layer_map import Name
 
@@ -37,10 +38,20 @@ def not_run(model: nn.Module, absent: Mapping[Name, nn.Module], begun: bool) -> 
                 f"{missing}: nn.MultiheadAttention computes with the weights of its parts and never calls them; "
                 "capture the attention itself"
             )
+    if (drop := layer_drop(model, module)) is not None:
+        return f"{missing}: {dropped(model, *drop)}"
     return (
         f"{missing}: the model skipped it in this pass (an option, a condition, a random choice), computes with its "
         "weights without calling it, or it is part of something that torch.compile compiled before the hook was "
         f"there; then give `capture` the compiled model itself, or compile its blocks instead: {BLOCKS}"
+    )
+
+
+def dropped(model: nn.Module, rate: float, line: str) -> str:
+    """What LayerDrop does to features, and how it ends."""
+    return (
+        f"{type(model).__name__} leaves blocks out of its training passes at random (LayerDrop, here {rate:g}), and "
+        f"one that did not run has no features to learn from; write {line}"
     )
 
 
