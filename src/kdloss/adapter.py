@@ -25,7 +25,8 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def with_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
     """An encoder-decoder's decoder inputs, which it makes itself only where it is given labels."""
-    if labels is None or not is_encoder_decoder(model) or "decoder_input_ids" in inputs:
+    text = isinstance(labels, Tensor)  # a detector's are a list of boxes and classes
+    if not text or not is_encoder_decoder(model) or "decoder_input_ids" in inputs:
         return dict(inputs)
     prepare: Any = unwrap(model).prepare_decoder_input_ids_from_labels
     return {**inputs, "decoder_input_ids": prepare(labels)}

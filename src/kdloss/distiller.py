@@ -19,6 +19,7 @@ from kdloss.distilled import Distilled
 from kdloss.layers.names import unwrap
 from kdloss.teacher import Teacher
 from kdloss.terms import Plan
+from kdloss.terms._outputs import part_of
 from kdloss.terms.sum import as_criterion
 
 _log = logging.getLogger("kdloss")
@@ -124,7 +125,8 @@ class Distiller:
         plan = self._plan(teach)
         inputs = with_decoder_inputs(student, inputs, labels)
         seen = self._study(student, plan, args, inputs, labels)
-        if not teach and (not plan.weights or (labels is None and plan.needs_labels)):
+        asked = plan.needs_labels or (plan.own_loss and part_of(seen.output, "loss") is None)
+        if not teach and (not plan.weights or (labels is None and asked)):
             return Distilled.of(None, seen.output, {})
         home = next((p.device for p in student.parameters()), None)
         outputs = self._outputs(student, plan, args, inputs, stored, home)
@@ -200,7 +202,7 @@ class Distiller:
         """The student's pass."""
         if any(t is not None and t.inputs is not None for t in self.teachers):
             inputs = named(student, inputs)
-        if plan.own_loss:
+        if plan.own_loss and labels is not None:
             inputs = {**inputs, "labels": labels}
         why = plan.why_whole if self._plans else "its criterion may want them"
         return self._pass(student, requests(plan.reads, "student"), args, inputs, why_whole=why)
