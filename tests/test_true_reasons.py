@@ -1,4 +1,4 @@
-"""Errors whose reasons and remedies hold for the model at hand: traced, scripted, frozen, wrapped, not prepared."""
+"""Errors whose reasons and remedies hold for the model at hand: traced, frozen, wrapped, not prepared."""
 
 import functools
 
@@ -43,7 +43,7 @@ def frozen(block, x):
 X = torch.randn(2, 4)
 
 
-# -- torch.fx, TorchScript ---------------------------------------------------------------------------
+# -- torch.fx ---------------------------------------------------------------------------------------
 
 
 def test_of_a_traced_model_the_modules_that_its_graph_calls_are_named():
@@ -86,13 +86,6 @@ def test_a_traced_model_has_no_lists_of_blocks_and_says_so():
     traced = fx.symbolic_trace(Net())
     with pytest.raises(ValueError, match=r"torch\.fx.*layers=\['blocks\.\d\.\d', .*\]"):
         kdloss.layers.find_blocks(traced)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_a_scripted_model_is_told_that_its_parts_run_without_hooks():
-    said = reason(torch.jit.trace(Net(), X), "blocks.1", X)
-    assert "TorchScript" in said
-    assert "compile its blocks" not in said
 
 
 # -- parts that are never called ---------------------------------------------------------------------

@@ -125,17 +125,17 @@ def masked(
     return reduce(values, mask, reduction=reduction, num_items_in_batch=num_items_in_batch)
 
 
-def told(loss: Callable[..., Tensor], student: Any, teacher: Any, mask: Tensor | None) -> Tensor:
+def told(loss: Callable[..., Tensor], student: Any, teacher: Any, mask: Tensor | None, **more: Any) -> Tensor:
     """A loss's values; one with a parameter `mask` is told which positions count, one with `**kwargs` passes it on.
 
     Raises: TypeError where it passes it to one that takes none: only that one knows whether it wants it.
     """
     if takes(loss, "mask"):
-        return loss(student, teacher, mask=mask)
+        return loss(student, teacher, mask=mask, **more)
     if mask is None or not passes_on(loss):
-        return loss(student, teacher)
+        return loss(student, teacher, **more)
     try:
-        return loss(student, teacher, mask=mask)
+        return loss(student, teacher, mask=mask, **more)
     except TypeError as error:
         if "unexpected keyword argument 'mask'" not in str(error):
             raise

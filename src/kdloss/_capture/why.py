@@ -28,11 +28,6 @@ def not_run(model: nn.Module, absent: Mapping[Name, nn.Module], begun: bool) -> 
             continue
         if isinstance(holder, fx.GraphModule):
             return f"{missing}: {_only_the_graph(model, absent)}"
-        if isinstance(holder, torch.jit.ScriptModule):
-            return (
-                f"{missing}: {type(model).__name__} was compiled by TorchScript, which runs the parts of a model "
-                "without hooks; capture the model before torch.jit.script or torch.jit.trace"
-            )
         if isinstance(holder, nn.MultiheadAttention):
             return (
                 f"{missing}: nn.MultiheadAttention computes with the weights of its parts and never calls them; "
