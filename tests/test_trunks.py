@@ -144,8 +144,10 @@ def test_a_stem_is_no_list_of_blocks(stem):
 
 def test_of_several_lists_the_one_that_holds_most_is_proposed_first():
     stem = nn.Sequential(Residual(2), Residual(2))
-    model = Attributes(stem=stem, body=nn.ModuleList([Residual(8)]), tokens=nn.ModuleList([Branches(4)]))
-    with pytest.raises(ValueError, match=r"\{'body': 1, 'tokens': 1, 'stem': 2\}; say which: blocks='body'"):
+    model = Attributes(
+        stem=stem, body=nn.ModuleList(Residual(2) for _ in range(3)), tokens=nn.ModuleList([Branches(9)])
+    )
+    with pytest.raises(ValueError, match=r"\{'body': 3, 'stem': 2, 'tokens': 1\}; say which: blocks='body'"):
         find_blocks(model)
 
 
@@ -187,6 +189,16 @@ def vgg():
     """Convolutions, each changed in place by what follows it."""
     layers = [nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
     return Attributes(features=nn.Sequential(*layers, nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2)))
+
+
+def test_layers_in_a_row_are_no_blocks_but_can_be_named_as_such():
+    deep = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(4)))
+    model = Attributes(features=deep, classifier=nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))))
+    with pytest.raises(
+        ValueError, match=r"layers in a row, \{'features': 4, 'classifier': 3\}; take .* blocks='features', or"
+    ):
+        find_blocks(model)
+    assert list(find_blocks(model, "features")) == list(deep)
 
 
 def test_resolution_captures_what_it_may_pair_alone():

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from kdloss.layers.graph import called, is_graph
-from kdloss.layers.lists import Lists, block_lists, size, unequal_lists
+from kdloss.layers.lists import Lists, block_lists, sequences, size, unequal_lists
 from kdloss.layers.names import resolve, unwrap
 
 
@@ -84,12 +84,17 @@ def _what_else(model: nn.Module, unequal: Mapping[str, nn.ModuleList]) -> str:
         )
     names = [name for name, _ in model.named_children()]
     mixed = {name: len(found) for name, found in sorted(unequal.items(), key=lambda named: -size(named[1]))}
-    if not mixed:
-        return f"there is {names}; name the modules instead, for example layers=[{names[0] if names else 'name'!r}]"
-    return (
-        f"there is {names} and lists of unequal modules, {mixed}; take a list as it is by "
-        f"blocks={next(iter(mixed))!r}, or name the modules instead, for example layers=[{names[0]!r}]"
-    )
+    if mixed:
+        there, how = (
+            f"{names} and lists of unequal modules, {mixed}",
+            f"a list as it is by blocks={next(iter(mixed))!r}",
+        )
+    elif layers := sequences(model):
+        there, how = f"{names} and layers in a row, {layers}", f"a row of layers by blocks={next(iter(layers))!r}"
+    else:
+        there, how = f"{names}", ""
+    by_name = f"name the modules instead, for example layers=[{names[0] if names else 'name'!r}], pairing='same'"
+    return f"there is {there}; take {how}, or {by_name}" if how else f"there is {there}; {by_name}"
 
 
 def block_indices(model: nn.Module, names: Sequence[str], blocks: str | None = None) -> list[int]:

@@ -52,9 +52,16 @@ def unequal_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return _grouped(one for one in _lists(unwrap(model), "") if not _one_class(one.blocks))
 
 
+def sequences(model: nn.Module) -> dict[str, int]:
+    """How many single layers are in each `nn.Sequential` of more than two that have weights, the most first."""
+    rows = {name: m for name, m in model.named_modules() if name and isinstance(m, nn.Sequential)}
+    long = {name: row for name, row in rows.items() if sum(size(layer) > 0 for layer in row) > 2}
+    return {name: len(row) for name, row in sorted(long.items(), key=lambda named: -size(named[1]))}
+
+
 def size(module: nn.Module) -> int:
-    """How many numbers a module has learned."""
-    return sum(p.numel() for p in module.parameters())
+    """How many weights a module has: a trunk has more than what stands before and behind it, whatever their widths."""
+    return sum(1 for _ in module.parameters())
 
 
 def _grouped(lists: Iterable[Found]) -> dict[str, nn.ModuleList]:
