@@ -79,6 +79,12 @@ def test_the_other_stacks_drops_are_none_of_its_business():
     assert torch.isfinite(out.loss)
 
 
+def test_a_stack_that_stays_in_evaluation_drops_nothing():
+    student = bart(decoder_layerdrop=0.9).train()
+    student.model.decoder.eval()
+    assert torch.isfinite(kdloss.Distiller(bart().eval(), criterion())(student, **tokens()).loss)
+
+
 def test_capture_names_the_drop_where_it_happened():
     student = bart(decoder_layerdrop=1.0).train()
     x = tokens()["input_ids"]
