@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdloss._capture import Captured, Located, Request, record, without_data
+from kdloss._capture import Captured, Located, Request, record
 from kdloss.adapter import masks, without_cache
 from kdloss.layers.layer_map import parts
 from kdloss.lazy_head import LazyHeads
@@ -52,7 +52,7 @@ def requests(reads: Mapping[str, Reads], side: str) -> Requests:
         take = r.take if side == "student" else r.teacher_take
         for name in parts([s if side == "student" else t for s, t, _ in r.pairs or ()]):
             one = take.get(name) if isinstance(take, Mapping) else take
-            found[term, name] = Request(name, r.blocks, take=without_data(name, one) if r.shapes else one)
+            found[term, name] = Request(name, r.blocks, take=one, shape_alone=r.shapes)
     return found
 
 

@@ -3,6 +3,6 @@
 from kdloss._capture.hooks import capture, record
 from kdloss._capture.located import Located
 from kdloss._capture.recorder import Captured, Request, Which
-from kdloss._capture.take import Take, without_data
+from kdloss._capture.take import Take
 
-__all__ = ["Captured", "Located", "Request", "Take", "Which", "capture", "record", "without_data"]
+__all__ = ["Captured", "Located", "Request", "Take", "Which", "capture", "record"]

@@ -19,12 +19,16 @@ _NUMBERS = {"once": 0, "first": 0, "last": -1}
 
 @dataclass(frozen=True)
 class Request:
-    """What counts of one module: see `capture`, whose options these are."""
+    """What counts of one module: see `capture`, whose options these are.
+
+    `shape_alone` keeps features without data: nothing is held, and a change in place afterwards doesn't matter.
+    """
 
     name: Name
     blocks: str | None = None
     which: Which = "once"
     take: Take = None
+    shape_alone: bool = False
 
 
 class Captured(Mapping[Any, Any]):
@@ -153,9 +157,9 @@ class Recorder:
         name = request.name
         if request.which == "once" and run:
             raise RuntimeError(
-                f"{name!r} ran more than once inside the `with`. If it is used several times, write "
-                "which='first', 'last', 'all' (a list) or the number of one; else make one forward pass "
-                "in the `with`"
+                f"{name!r} ran more than once inside the `with`. If it is used several times, kdloss.capture takes "
+                "which='first', 'last', 'all' (a list) or the number of one, and a criterion reads modules that run "
+                "once, like those around it; else make one forward pass in the `with`"
             )
         if number is not None and 0 <= number != run:
             return
@@ -163,6 +167,8 @@ class Recorder:
         trained = self.grad and any(p.requires_grad for p in module.parameters())
         if trained and tensor.is_floating_point() and not tensor.requires_grad:
             raise RuntimeError(f"{name!r} gave a tensor without gradient although it is trained: {no_gradient()}")
+        if request.shape_alone:
+            tensor = torch.empty_like(tensor, device="meta")
         if tensor.is_inference():
             # Nothing tells of changes to these in place, and no loss can save them for backward.
             with torch.inference_mode(False):

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 Key = int | str
@@ -25,11 +24,6 @@ def taken(name: Key, output: Any, take: Take = None) -> Tensor:
         f"{name!r} returned {described(output)}; {asked}. Write take=1 (an index), take='hidden' (a key), "
         "take=(1, 'hidden') (one inside the other) or a function of the output"
     )
-
-
-def without_data(name: Key, take: Take = None) -> Take:
-    """What counts of an output, but its shape alone: nothing is held, and nothing can be changed in place."""
-    return lambda output: torch.empty_like(taken(name, output, take), device="meta")
 
 
 def described(output: Any) -> str:
