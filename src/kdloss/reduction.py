@@ -154,11 +154,11 @@ def takes(function: Callable[..., Any], name: str) -> bool:
 
 def passes_on(function: Callable[..., Any]) -> bool:
     """Whether a function takes `**kwargs`, which may be another one's."""
-    return any(p.kind is p.VAR_KEYWORD for p in parameters(function).values())
+    return takes(function, "**")
 
 
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """A function's parameters; none where they can't be told. Looked up once."""
+    """A function's parameters, `**kwargs` as "**"; none where they can't be told. Looked up once."""
     if torch.compiler.is_compiling():
         return _parameters(function)
     try:
@@ -175,9 +175,10 @@ _known: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDiction
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     function = function.forward if isinstance(function, nn.Module) else function
     try:
-        return inspect.signature(function).parameters
+        known = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return {}
+    return {"**" if p.kind is p.VAR_KEYWORD else name: p for name, p in known.items()}
 
 
 def per_example(values: Tensor, mask: Bool[Tensor, "..."] | None) -> Tensor:
