@@ -742,6 +742,9 @@ def test_loading_before_projections_are_there_says_what_to_do():
         fresh.load_state_dict(state)
     with pytest.raises(RuntimeError, match=rf'Unexpected key.*"model\.{key}"'):
         whole.load_state_dict({f"model.{name}": value for name, value in state.items()})
+    learned = {name.removeprefix("criterion."): x for name, x in state.items() if name.startswith("criterion.")}
+    with pytest.raises(RuntimeError, match=r"'terms\.feature\.projections.*distill\.prepare\(student, \*\*batch\)"):
+        fresh.criterion.load_state_dict(learned)
     fresh.load_state_dict(state, strict=False)
     fresh.prepare(x).load_state_dict(state)
     equal(fresh.state_dict(), state)

@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 from torch import nn
 
 import kdloss
-from kdloss.layers.blocks import block_lists
+from kdloss.layers.lists import block_lists
 from kdloss.layers.names import resolve, unwrap
 from kdloss.layers.select import STRATEGIES
 
@@ -270,7 +270,7 @@ def test_an_unknown_name_is_refused_with_near_ones():
 
 def test_several_lists_of_blocks_are_listed_and_one_can_be_named():
     both = nn.ModuleDict({"left": Stack(2), "right": Stack(5)})
-    with pytest.raises(ValueError, match=r"left\.body': 2, 'right\.body': 5.*blocks='left\.body'"):
+    with pytest.raises(ValueError, match=r"right\.body': 5, 'left\.body': 2.*blocks='right\.body'"):
         kdloss.layers.find_blocks(both)
     assert len(kdloss.layers.find_blocks(both, "right.body")) == 5
     with pytest.raises(ValueError, match="not a list of blocks"):
@@ -281,10 +281,10 @@ class Block(nn.Module):
     def __init__(self, experts=0):
         super().__init__()
         self.experts = nn.ModuleList(blocks(experts))
-        self.linear, self.act = nn.Linear(4, 4), nn.GELU()
+        self.linear, self.act, self.out = nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)
 
     def forward(self, x):
-        return self.act(self.linear(x))
+        return self.out(self.act(self.linear(x)))
 
 
 def blocks(depth):
@@ -305,7 +305,8 @@ def test_experts_stems_and_lists_of_heads_are_no_blocks():
     model = WithExtras()
     assert list(kdloss.layers.find_blocks(model)) == list(model.body)
     model.body.append(Stack())
-    assert list(kdloss.layers.find_blocks(model)) == list(model.heads)
+    with pytest.raises(ValueError, match=r"\{'body': 4, 'heads': 5\}; say which: blocks='body'"):
+        kdloss.layers.find_blocks(model)
     model.heads = None
     with pytest.raises(ValueError, match=r"lists of unequal modules, \{'body': 4\}.*blocks='body'"):
         kdloss.layers.find_blocks(model)

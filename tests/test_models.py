@@ -9,7 +9,7 @@ from families import CAUSAL, FAMILIES, VOCAB, ResNet, batch, blocks_argument, bu
 from torch import nn
 
 import kdloss
-from kdloss.layers.blocks import block_lists
+from kdloss.layers.lists import block_lists
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -35,24 +35,22 @@ def test_the_same_blocks_are_found_with_any_head_and_with_none(family):
         assert {(type(block), len(blocks)) for blocks in found.values() for block in blocks} == {(kind, 3)}
 
 
-def test_an_encoder_decoder_says_that_it_has_two_lists():
+def test_an_encoder_decoders_blocks_are_the_decoders_unless_others_are_named():
     t5 = build("t5")
-    listed = r"\{'encoder\.block': 3, 'decoder\.block': 3\}; say which: blocks='encoder\.block'"
-    with pytest.raises(ValueError, match=listed):
-        kdloss.layers.find_blocks(t5)
+    assert list(kdloss.layers.find_blocks(t5)) == list(t5.decoder.block)
     assert list(kdloss.layers.find_blocks(t5, "encoder.block")) == list(t5.encoder.block)
 
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 
 
-def test_images_beside_text_are_two_lists():
+def test_blocks_behind_an_images_encoder_are_the_language_models():
     vision = hf.CLIPVisionConfig(**TINY, num_hidden_layers=2, image_size=16, patch_size=8)
     text = FAMILIES["llama"][0](16, 3)
     llava = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text))
-    with pytest.raises(ValueError, match=r"vision_tower.*: 2, .*language_model.*: 3"):
-        kdloss.layers.find_blocks(llava)
-    assert len(kdloss.layers.find_blocks(llava, "model.language_model.layers")) == 3
+    assert list(kdloss.layers.find_blocks(llava)) == list(llava.model.language_model.layers)
+    vision = [name for name in block_lists(llava) if "vision" in name]
+    assert len(kdloss.layers.find_blocks(llava, *vision)) == 2
 
 
 def test_experts_are_parts_of_their_blocks():

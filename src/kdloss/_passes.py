@@ -60,7 +60,7 @@ def requests(reads: Mapping[str, Reads], side: str) -> Requests:
         take = r.take if side == "student" else r.teacher_take
         for name in parts([s if side == "student" else t for s, t, _ in r.pairs or ()]):
             one = take.get(name) if isinstance(take, Mapping) else take
-            found[term, name] = Request(name, r.blocks, take=one)
+            found[term, name] = Request(name, r.blocks, take=one, shape_alone=r.shapes)
     return found
 
 

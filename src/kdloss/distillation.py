@@ -10,6 +10,7 @@ from torch import nn
 from kdloss.distilled import Distilled
 from kdloss.distiller import Distiller
 from kdloss.teacher import Teacher
+from kdloss.terms._loading import told_to_prepare
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 _uncompiled: Callable[[Method], Method] = torch.compiler.disable  # hooks are seen beside compiled code only
@@ -101,17 +102,8 @@ class Distillation(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
         """Load student and criterion; what the criterion has learned needs its place, by `prepare`."""
-        try:
+        with told_to_prepare(self.criterion, state_dict, "model.prepare(**batch)", "criterion."):
             return super().load_state_dict(state_dict, *args, **options)
-        except RuntimeError as error:
-            there = self.criterion.state_dict(prefix="criterion.")
-            unbuilt = [key for key in state_dict if key.startswith("criterion.") and key not in there]
-            if not unbuilt:
-                raise
-            raise RuntimeError(
-                f"{unbuilt[0]!r} was learned by a criterion, and this one has nothing there yet: if it is the same, "
-                "write model.prepare(**batch) before model.load_state_dict(...)"
-            ) from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
         twin = copy.copy(self)

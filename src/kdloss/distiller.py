@@ -25,7 +25,7 @@ from kdloss.bases import Own, owner
 from kdloss.distilled import Distilled
 from kdloss.teacher import Teacher, refuse_functions, tensors
 from kdloss.terms import Plan
-from kdloss.terms._outputs import logits_read
+from kdloss.terms._outputs import logits_read, part_of
 from kdloss.terms.contract import Contract
 from kdloss.terms.sum import as_criterion
 
@@ -147,7 +147,8 @@ class Distiller:
         plan = self._plan(teach)
         seen = self._study(student, plan, args, inputs, labels, shift_labels)
         labels = labels if shift_labels is None else shift_labels
-        if not teach and (not plan.weights or (labels is None and plan.needs_labels)):
+        asked = plan.needs_labels or (plan.own_loss and part_of(seen.output, "loss") is None)
+        if not teach and (not plan.weights or (labels is None and asked)):
             return Distilled.of(None, seen.output, {})
         home = next((p.device for p in student.parameters()), None)
         outputs = self._outputs(student, plan, args, inputs, labels, stored, home)

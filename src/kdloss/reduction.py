@@ -115,15 +115,36 @@ def masked(
     >>> masked(kdloss.divergences.forward_kl, student, teacher, torch.tensor([True, False]))
     tensor(0.)
     """
-    told: dict[str, Tensor] = {}
-    if mask is not None:
-        _checks.mask(mask, student.shape[: mask.ndim], "the leading dimensions of the student")
-        student, teacher = (
-            fill(x, mask) if isinstance(x, Tensor) else x.at(lambda t: fill(t, mask)) for x in (student, teacher)
-        )
-        told = {"mask": mask} if takes(loss, "mask") else {}
-    values = loss(student, teacher, **told)
+    if mask is None:
+        return reduce(loss(student, teacher), reduction=reduction, num_items_in_batch=num_items_in_batch)
+    _checks.mask(mask, student.shape[: mask.ndim], "the leading dimensions of the student")
+    student, teacher = (
+        fill(x, mask) if isinstance(x, Tensor) else x.at(lambda t: fill(t, mask)) for x in (student, teacher)
+    )
+    values = told(loss, student, teacher, mask)
     return reduce(values, mask, reduction=reduction, num_items_in_batch=num_items_in_batch)
+
+
+def told(loss: Callable[..., Tensor], student: Any, teacher: Any, mask: Tensor | None, **more: Any) -> Tensor:
+    """A loss's values; one with a parameter `mask` is told which positions count, one with `**kwargs` passes it on.
+
+    Raises: TypeError where it passes it to one that takes none: only that one knows whether it wants it.
+    """
+    if takes(loss, "mask"):
+        return loss(student, teacher, mask=mask, **more)
+    if mask is None or not passes_on(loss):
+        return loss(student, teacher, **more)
+    try:
+        return loss(student, teacher, mask=mask, **more)
+    except TypeError as error:
+        if "unexpected keyword argument 'mask'" not in str(error):
+            raise
+        name = getattr(loss, "__name__", repr(loss))
+        raise TypeError(
+            f"{name} takes **kwargs, so it is given mask=, which positions count, to pass on, and {error}. Write "
+            f"@functools.wraps(function) over it, or name its parameters instead of **kwargs: def {name}(student, "
+            "teacher)"
+        ) from error
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
@@ -143,8 +164,13 @@ if TRACES_MODULES:  # what torch.compiler.assume_constant_result does, which wou
     _named._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def passes_on(function: Callable[..., Any]) -> bool:
+    """Whether a function takes `**kwargs`, which may be another one's."""
+    return takes(function, "**")
+
+
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """A function's parameters; none where they can't be told. Looked up once."""
+    """A function's parameters, `**kwargs` as "**"; none where they can't be told. Looked up once."""
     if torch.compiler.is_compiling():
         return _parameters(function)
     try:
@@ -161,9 +187,10 @@ _known: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDiction
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     function = function.forward if isinstance(function, nn.Module) else function
     try:
-        return inspect.signature(function).parameters
+        known = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return {}
+    return {"**" if p.kind is p.VAR_KEYWORD else name: p for name, p in known.items()}
 
 
 def per_example(values: Tensor, mask: Bool[Tensor, "..."] | None) -> Tensor:

@@ -6,10 +6,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from kdloss.layers import find_blocks, select
-from kdloss.layers.blocks import block_lists
+from kdloss.layers.lists import block_lists
 from kdloss.layers.names import unwrap
-from kdloss.layers.select import Layers
+from kdloss.layers.select import Layers, select
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +41,11 @@ def keep_blocks(teacher: Model, blocks: Layers) -> Model:
         )
     lists = block_lists(teacher)
     if len(lists) != 1 and not getattr(config, "is_encoder_decoder", False):
-        find_blocks(teacher)  # says what there is instead
+        depths = {name: len(found) for name, found in lists.items()}
+        raise ValueError(
+            f"{type(teacher).__name__} has {len(lists)} lists of blocks, {depths}; keep_blocks thins models that have "
+            "one, and encoder-decoders: build the student yourself and copy the blocks' state_dict"
+        )
     stages = [name for name in lists if "*" in name]
     if stages:
         raise TypeError(
@@ -53,6 +56,7 @@ def keep_blocks(teacher: Model, blocks: Layers) -> Model:
     for name, chosen in kept.items():
         if chosen != sorted(chosen):
             raise ValueError(f"blocks of {name} must be in ascending order, got {chosen}")
+
     student = type(teacher)(_smaller(config, kept))
     if {name: len(found) for name, found in block_lists(student).items()} != {
         name: len(chosen) for name, chosen in kept.items()

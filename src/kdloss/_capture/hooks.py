@@ -53,8 +53,8 @@ def capture(
 
     Raises: ValueError for a name that does not exist or options that don't fit; RuntimeError when a
     module ran not at all or more than once, changed its output in place afterwards, or gave a tensor
-    without gradient although its parameters are trained (reentrant checkpointing); TypeError where
-    `take` finds no tensor, and for TorchScript.
+    without gradient although its parameters are trained (it ran under `torch.no_grad()`, or in
+    reentrant checkpointing); TypeError where `take` finds no tensor, and for TorchScript.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
     >>> with capture(model, ["0"]) as seen:
@@ -88,9 +88,12 @@ def record(
         module = (find if located is None else located.find)(model, request.name, request.blocks)
         _refuse_torchscript(module)
         asked.setdefault(module, []).append(key)
+    if located is not None:
+        places = {key: m for m, keys in asked.items() for key in keys}
+        located.refuse_dropped(model, {(r.name, r.blocks): places[key] for key, r in requests.items()})
     for request in requests.values():
         _check(request, stop)
-    recorder = Recorder(asked, requests, stop)
+    recorder = Recorder(model, asked, requests, stop)
     seen = recorder.captured
     hook = _hook()
     handles = [m.register_forward_hook(hook(partial(recorder.record, m))) for m in asked]

@@ -1,12 +1,14 @@
 """Where modules are, looked up once per model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from kdloss._capture.why import dropped
 from kdloss.layers import find_blocks
+from kdloss.layers.drop import layer_drop
 from kdloss.layers.layer_map import Name
 from kdloss.layers.names import part, resolve
 
@@ -22,7 +24,8 @@ def find(model: nn.Module, name: Name, blocks: str | None = None) -> nn.Module:
 
 
 class Located:
-    """`find` that remembers: the path of a module, and of the lists that blocks are in, for every model.
+    """`find` that remembers, for every model, the path of a module, and of the lists that blocks are in, or of the
+    blocks where lists hold other things, too.
 
     What stands at a path now is what counts, be it wrapped, replaced or inserted since; a path that
     leads nowhere any more is looked for again. Models are held weakly, and copies begin empty.
@@ -30,7 +33,8 @@ class Located:
 
     def __init__(self) -> None:
         self._modules: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
-        self._lists: WeakKeyDictionary[nn.Module, dict[str | None, list[str]]] = WeakKeyDictionary()
+        self._steady: WeakKeyDictionary[nn.Module, set[tuple[Name, str | None]]] = WeakKeyDictionary()
+        self._lists: WeakKeyDictionary[nn.Module, dict[str | None, tuple[list[str], bool]]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Located, ()
@@ -38,6 +42,16 @@ class Located:
     def find(self, model: nn.Module, name: Name, blocks: str | None = None) -> nn.Module:
         """The same module as `find`'s."""
         return self._named(model, name) if isinstance(name, str) else _numbered(self._blocks(model, blocks), name)
+
+    def refuse_dropped(self, model: nn.Module, asked: Mapping[tuple[Name, str | None], nn.Module]) -> None:
+        """Once for each name: raise for a block that the model, as it trains now, leaves out at random."""
+        known = self._steady.setdefault(model, set())
+        if not model.training or known.issuperset(asked):
+            return
+        for (name, _), module in asked.items():
+            if (drop := layer_drop(model, module)) is not None:
+                raise ValueError(f"{name!r} can't be captured in every step: {dropped(model, *drop)}")
+        known.update(asked)
 
     def _named(self, model: nn.Module, name: str) -> nn.Module:
         name, _ = part(name)
@@ -53,13 +67,18 @@ class Located:
 
     def _blocks(self, model: nn.Module, blocks: str | None) -> Sequence[nn.Module]:
         known = self._lists.setdefault(model, {})
-        if there := _items(_at(model, known.get(blocks, []))):
+        paths, of_lists = known.get(blocks, ([], True))
+        there = _at(model, paths)
+        if there := _items(there) if of_lists else there:
             return there
         found = list(find_blocks(model, blocks))
         ours = set(found)
         lists = {p: m for p, m in model.named_modules() if isinstance(m, _LISTS) and len(m) and ours.issuperset(m)}
         if _items(lists.values()) == found:  # not so where a block is in two lists
-            known[blocks] = list(lists)
+            known[blocks] = list(lists), True
+        elif not lists:
+            places = {m: p for p, m in model.named_modules()}
+            known[blocks] = [places[block] for block in found], False
         return found
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdloss._capture.compiled import BLOCKS
 from kdloss._capture.take import Take, levels, taken
+from kdloss._capture.why import no_gradient, not_run
 from kdloss._layout import Evidence, Tells, ends, evidence_of
 from kdloss.layers.blocks import width
 from kdloss.layers.layer_map import Name
@@ -22,12 +22,16 @@ _NUMBERS = {"once": 0, "first": 0, "last": -1}
 
 @dataclass(frozen=True)
 class Request:
-    """What counts of one module: see `capture`, whose options these are."""
+    """What counts of one module: see `capture`, whose options these are.
+
+    `shape_alone` keeps features without data: nothing is held, and a change in place afterwards doesn't matter.
+    """
 
     name: Name
     blocks: str | None = None
     which: Which = "once"
     take: Take = None
+    shape_alone: bool = False
 
 
 class Captured(Mapping[Any, Any]):
@@ -76,11 +80,12 @@ class Recorder:
 
     def __init__(
         self,
+        model: nn.Module,
         asked: Mapping[nn.Module, list[Hashable]],
         requests: Mapping[Any, Request],
         stop: bool,
     ) -> None:
-        self.asked, self.requests, self.stop = asked, requests, stop
+        self.model, self.asked, self.requests, self.stop = unwrap(model), asked, requests, stop
         self.number = {key: _number(request.which) for key, request in requests.items()}
         self.captured = Captured()
         self.runs = dict.fromkeys(asked, 0)
@@ -90,16 +95,14 @@ class Recorder:
         self.grad = torch.is_grad_enabled()
         self.thread, self.elsewhere = threading.get_ident(), False
         self.backward = torch._C._current_graph_task_id()
-        self.stopped = False
+        self.begun, self.stopped = False, False
         self.error: Exception | None = None
-        self.model: nn.Module | None = None
         self.batch: int | None = None
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the model runs."""
         if self._ours():
-            self.grad = torch.is_grad_enabled()
-            self.model = unwrap(model)
+            self.begun, self.grad = True, torch.is_grad_enabled()
             firsts = {x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim}
             self.batch = firsts.pop() if len(firsts) == 1 else None
 
@@ -139,12 +142,8 @@ class Recorder:
                     f"{missing} ran in other threads only, as under nn.DataParallel; open `capture` in the "
                     "thread that runs the model, and use DistributedDataParallel"
                 )
-        if missing := self._missing(self.kept):
-            raise RuntimeError(
-                f"{missing} did not run inside the `with`: the model skips it, was not called, or is part "
-                "of something that torch.compile compiled before the hook was there; give `capture` the "
-                f"compiled model itself, or compile its blocks instead: {BLOCKS}"
-            )
+        if absent := {name: m for m, keys in self.asked.items() for name in self._missing(keys)}:
+            raise RuntimeError(not_run(self.model, absent, self.begun))
         for key, kept in self.kept.items():
             if any(tensor._version != version for tensor, version in kept):
                 raise RuntimeError(
@@ -177,20 +176,19 @@ class Recorder:
         name = request.name
         if request.which == "once" and run:
             raise RuntimeError(
-                f"{name!r} ran more than once inside the `with`. If it is used several times, write "
-                "which='first', 'last', 'all' (a list) or the number of one; else make one forward pass "
-                "in the `with`"
+                f"{name!r} ran more than once inside the `with`. If it is used several times, kdloss.capture takes "
+                "which='first', 'last', 'all' (a list) or the number of one, and a criterion reads modules that run "
+                "once, like those around it; else make one forward pass in the `with`"
             )
         if number is not None and 0 <= number != run:
             return
         tensor = taken(name, output, request.take)
         trained = self.grad and any(p.requires_grad for p in module.parameters())
         if trained and tensor.is_floating_point() and not tensor.requires_grad:
-            raise RuntimeError(
-                f"{name!r} gave a tensor without gradient although it is trained: reentrant activation "
-                "checkpointing hides it. Write use_reentrant=False where checkpointing is turned on"
-            )
+            raise RuntimeError(f"{name!r} gave a tensor without gradient although it is trained: {no_gradient()}")
         self.captured.tells[key] = self._tells(request, module, output, tensor)
+        if request.shape_alone:
+            tensor = torch.empty_like(tensor, device="meta")
         if tensor.is_inference():
             # Nothing tells of changes to these in place, and no loss can save them for backward.
             with torch.inference_mode(False):

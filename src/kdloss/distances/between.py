@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kdloss.distances._rows import any_width, count, needs_no_width
-from kdloss.reduction import fill, takes
+from kdloss.reduction import fill, passes_on, takes
 
 Distance = Callable[..., Tensor]
 
@@ -84,7 +84,7 @@ def _between_examples(
 
 
 def _relational(distance: Distance) -> Distance:
-    if not takes(distance, "mask"):
+    if not (takes(distance, "mask") or passes_on(distance)):
         raise TypeError(
             f"{getattr(distance, '__name__', distance)} compares each position with its own partner only; "
             "give it to FeatureKD(distance=...) as it is"

@@ -1,47 +1,24 @@
 """Finding the list of blocks a model is made of."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
-from kdloss.layers.names import part, resolve, unwrap, unwrapped_block
-
-Lists = nn.ModuleList | nn.Sequential
-
-
-def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Every outermost list of blocks of one class, by name.
-
-    A list is an `nn.ModuleList`, or an `nn.Sequential` of modules that have parts. A CNN's stages,
-    lists of blocks whose names differ by their numbers, are one list, in their order: "layer*". What
-    stands inside a block (experts, adapters) is no list of blocks, and lists of single layers
-    (heads) count only where there is nothing else.
-
-    >>> from transformers import T5Config, T5ForConditionalGeneration
-    >>> t5 = T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=3, vocab_size=9))
-    >>> {name: len(blocks) for name, blocks in block_lists(t5).items()}
-    {'encoder.block': 3, 'decoder.block': 3}
-    """
-    groups: dict[str, dict[str, Lists]] = {}
-    for name, found, of_stage in _lists(unwrap(model), ""):
-        groups.setdefault(re.sub(r"\d+", "*", name) if of_stage else name, {})[name] = found
-    lists = {
-        pattern if len(group) > 1 else next(iter(group)): nn.ModuleList(
-            block for stage in group.values() for block in stage
-        )
-        for pattern, group in groups.items()
-    }
-    return {name: found for name, found in lists.items() if _has_parts(found[0])} or lists
+from kdloss.layers.graph import called, is_graph
+from kdloss.layers.lists import Lists, block_lists, sequences, size, unequal_lists
+from kdloss.layers.names import part, resolve, unwrap
 
 
 def find_blocks(model: nn.Module, blocks: str | None = None) -> nn.ModuleList:
     """The list of blocks of a model, in the order they run; block i is its i-th entry.
 
-    Found are an `nn.ModuleList` of blocks of one class, and the residual blocks of a CNN's stages.
-    `blocks` names the list where a model has several.
+    Found are an `nn.ModuleList` of blocks of one class, the blocks of one class in an `nn.Sequential`, and
+    the residual blocks of a CNN's stages. Of a Hugging Face model with several stacks it is that of the
+    decoder, which the logits come from: of an encoder-decoder, of the language model behind an image's or
+    audio's encoder. `blocks` names another list, or one of unequal modules.
 
-    Raises: ValueError when there is none or more than one, with what there is.
+    Raises: ValueError when there is none, or more than one to choose from, with what there is.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> len(find_blocks(GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9))))
@@ -50,73 +27,74 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> nn.ModuleList:
     kind = type(unwrap(model)).__name__
     if blocks is not None and "*" not in blocks:
         module = resolve(model, blocks)
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) == 0:
+        if not isinstance(module, Lists) or len(module) == 0:
             raise ValueError(f"blocks={blocks!r} of {kind} is not a list of blocks: {type(module)}")
         return nn.ModuleList(module)
     found = block_lists(model)
-    if blocks in found:
-        return found[blocks]
-    lists = {name: len(module) for name, module in found.items()}
-    if blocks is not None:
+    if blocks is None:
+        return found[chosen_list(model, found)]
+    there = unequal_lists(model) | found
+    if blocks not in there:
+        lists = {name: len(module) for name, module in there.items()}
         raise ValueError(f"{kind} has no stages of blocks called {blocks!r}; it has {lists}")
+    return there[blocks]
+
+
+def chosen_list(model: nn.Module, found: Mapping[str, nn.ModuleList]) -> str:
+    """The name of the one list of blocks, or of the decoder's.
+
+    Raises: ValueError when there is none, or more than one to choose from, the likeliest first.
+    """
+    kind, unequal = type(unwrap(model)).__name__, unequal_lists(model)
     if not found:
-        raise ValueError(f"{kind} has no nn.ModuleList of equal blocks, only {_what_else(unwrap(model))}")
-    if len(found) > 1:
-        raise ValueError(f"{kind} has {len(found)} lists of blocks, {lists}; say which: blocks={next(iter(lists))!r}")
-    return next(iter(found.values()))
-
-
-def _lists(module: nn.Module, name: str) -> Iterator[tuple[str, Lists, bool]]:
-    """Outermost lists of equal blocks, with their names, and whether each may be one stage of several."""
-    if isinstance(module, nn.ModuleList | nn.Sequential) and len(module):
-        stages = [stage for item in module if (stage := _stage(item)) is not None]
-        if len(stages) == len(module) and _one_class(module):
-            for i, (path, found) in enumerate(stages):
-                yield f"{name}.{i}{path}".lstrip("."), found, True
-            return
-        if _equal(module):
-            yield name, module, isinstance(module, nn.Sequential)
-            return
-        if isinstance(module, nn.ModuleList):  # what is in there are parts of its items
-            return
-    for key, child in module.named_children():
-        yield from _lists(child, f"{name}.{key}".lstrip("."))
-
-
-def _stage(module: nn.Module) -> tuple[str, Lists] | None:
-    """The list of blocks that a stage of a CNN is, or holds and nothing else; with its name in there."""
-    if isinstance(module, nn.ModuleList | nn.Sequential):
-        return ("", module) if _equal(module) and _has_parts(module[0]) else None
-    trained = [(n, m) for n, m in module.named_children() if any(True for _ in m.parameters())]
-    if len(trained) == 1 and (inner := _stage(trained[0][1])) is not None:
-        return f".{trained[0][0]}{inner[0]}", inner[1]
-    return None
-
-
-def _equal(blocks: Lists) -> bool:
-    return _one_class(blocks) and (not isinstance(blocks, nn.Sequential) or _has_parts(blocks[0]))
-
-
-def _one_class(blocks: Lists) -> bool:
-    return len({type(unwrapped_block(block)) for block in blocks}) == 1
-
-
-def _has_parts(module: nn.Module) -> bool:
-    return any(True for _ in unwrapped_block(module).children())
-
-
-def _what_else(model: nn.Module) -> str:
-    """What a model without a list of equal blocks has, and how to use it."""
-    mixed: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in mixed):
-            mixed[name] = len(module)
-    names = [name for name, _ in model.named_children()]
-    there = f"{names} and lists of unequal modules, {mixed}" if mixed else f"{names}"
-    return (
-        f"{there}; name the modules instead, for example layers=[{names[0] if names else 'name'!r}], or "
-        f"the list itself by blocks={next(iter(mixed), 'name')!r}"
+        raise ValueError(f"{kind} has no nn.ModuleList of equal blocks: {_what_else(unwrap(model), unequal)}")
+    decoder = decoder_lists(model, found)
+    if len(decoder) == 1:
+        return decoder[0]
+    larger = {name: x for name, x in unequal.items() if size(x) > max(map(size, found.values()))}
+    if len(found) == 1 and not larger:
+        return next(iter(found))
+    lists = {**found, **larger}
+    first = sorted(lists, key=lambda name: (name not in decoder, -size(lists[name])))
+    raise ValueError(
+        f"{kind} has {len(lists)} lists of blocks, { ({name: len(lists[name]) for name in first}) }; say which: "
+        f"blocks={first[0]!r}"
     )
+
+
+def decoder_lists(model: nn.Module, found: Mapping[str, nn.ModuleList]) -> list[str]:
+    """The lists inside the module that a Hugging Face model calls its decoder, where logits are made of its output."""
+    model = unwrap(model)
+    ask: Any = getattr(model, "get_decoder", None)
+    head: Any = getattr(model, "get_output_embeddings", None)
+    from_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False) or (callable(head) and head())
+    if not callable(ask) or not from_decoder or not isinstance(decoder := ask(), nn.Module):
+        return []
+    inside = set(decoder.modules())
+    return [name for name, blocks in found.items() if inside.issuperset(blocks)]
+
+
+def _what_else(model: nn.Module, unequal: Mapping[str, nn.ModuleList]) -> str:
+    """What a model without a list of equal blocks has, and how to use it."""
+    if is_graph(model):
+        names = called(model, model)
+        return (
+            f"it was traced by torch.fx, which keeps no lists. Name modules that its graph calls: layers={names[-2:]}, "
+            f"of {names}"
+        )
+    names = [name for name, _ in model.named_children()]
+    mixed = {name: len(found) for name, found in sorted(unequal.items(), key=lambda named: -size(named[1]))}
+    if mixed:
+        there, how = (
+            f"{names} and lists of unequal modules, {mixed}",
+            f"a list as it is by blocks={next(iter(mixed))!r}",
+        )
+    elif layers := sequences(model):
+        there, how = f"{names} and layers in a row, {layers}", f"a row of layers by blocks={next(iter(layers))!r}"
+    else:
+        there, how = f"{names}", ""
+    by_name = f"name the modules instead, for example layers=[{names[0] if names else 'name'!r}], pairing='same'"
+    return f"there is {there}; take {how}, or {by_name}" if how else f"there is {there}; {by_name}"
 
 
 def block_indices(model: nn.Module, names: Sequence[str], blocks: str | None = None) -> list[int]:
@@ -136,7 +114,7 @@ def kept_blocks(model: nn.Module, blocks: str | None = None) -> list[int] | None
     kept = getattr(getattr(unwrap(model), "config", None), "kept_blocks", None)
     if kept is None:
         return None
-    return list(kept[blocks]) if blocks is not None else list(next(iter(kept.values())))
+    return list(kept[chosen_list(model, block_lists(model)) if blocks is None else blocks])
 
 
 def width(model: nn.Module) -> int | None:

@@ -13,7 +13,7 @@ from kdloss._layout import standard, width_last
 from kdloss.distances._rows import needs_no_width
 from kdloss.layers.layer_map import Layer, LayerMap
 from kdloss.projections import convolves
-from kdloss.reduction import fill, per_example, precise, takes
+from kdloss.reduction import fill, per_example, precise, takes, told
 from kdloss.terms._axes import Axes, Batch
 from kdloss.terms._positions import Positions
 from kdloss.terms.reads import Pairs, Reads
@@ -158,14 +158,12 @@ def _project(projection: nn.Module, features: Tensor) -> Tensor:
 def _distances(distance: Distance, student: Tensor, teacher: Tensor, keep: Tensor | None) -> Tensor:
     """One value per position; a map's pixels are one list of them to the distance, on a grid that it may ask for."""
     shape = student.shape[:-1]
-    told: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if student.ndim > 3:
         student, teacher = student.flatten(1, -2), teacher.flatten(1, -2)
         keep = None if keep is None else keep.flatten(1)
-        told = {"grid": tuple(shape[1:])} if takes(distance, "grid") else {}
-    if takes(distance, "mask"):
-        told["mask"] = keep
-    return distance(student, teacher, **told).view(shape)
+        more = {"grid": tuple(shape[1:])} if takes(distance, "grid") else {}
+    return told(distance, student, teacher, keep, **more).view(shape)
 
 
 def _same_width(name: str, distance: Distance, student: Tensor, teacher: Tensor) -> None:

@@ -89,7 +89,13 @@ class CrossEntropy(Term):
         return task.values(step.logits)
 
     def _soft(self, step: Step) -> Tensor:
-        labels: Tensor = step.labels
+        labels = step.labels
+        if not isinstance(labels, Tensor):
+            raise TypeError(
+                f"the term {self.name!r} reads labels that are a tensor of classes or their probabilities, and these "
+                f"labels are {_kind(labels)}: if they are what the student's own loss takes, like a detector's, write "
+                "kdloss.Task() in the term's place, beside a recipe with alpha=0"
+            )
         if not labels.is_floating_point():
             raise ValueError(
                 f"the term {self.name!r} counts unlabelled positions, too, where there is no class to learn; write "
@@ -101,3 +107,9 @@ class CrossEntropy(Term):
         smoothing = f"label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
         weights = "class_weights=[...]" if self.class_weights is not None else ""
         return f"CrossEntropy({', '.join(filter(None, (smoothing, weights)))})"
+
+
+def _kind(labels: Any) -> str:
+    """What labels are, in words."""
+    kind = f"a {type(labels).__name__}"
+    return f"{kind} of {type(labels[0]).__name__}s" if isinstance(labels, list | tuple) and labels else kind

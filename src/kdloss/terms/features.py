@@ -177,7 +177,8 @@ class Features(Term):
     def candidates(self) -> Reads:
         """What has to be seen of both models before projections can be built."""
         chosen = self.layer_map
-        return replace(self.reads(), pairs=chosen.candidates() if chosen.by_resolution else chosen.pairs())
+        pairs = chosen.candidates() if chosen.by_resolution else chosen.pairs()
+        return replace(self.reads(), pairs=pairs, shapes=True)
 
     def measure(self, student: Captured, teacher: Captured) -> None:
         """Build the projections for what `candidates` were seen to give."""

@@ -25,6 +25,7 @@ class Reads:
     - `teacher_output`: the teacher runs to its end; False where its features are enough.
     - `pairs`: the layers (student, teacher, weight) whose features are read, None where they follow from the
       outputs; `blocks`, `take` and `teacher_take` find them, as in `kdloss.capture`.
+    - `shapes`: the features' shapes are enough: they have no data.
     - `to_teacher`: what makes the teacher's token ids of the student's, where they differ.
     """
 
@@ -38,4 +39,5 @@ class Reads:
     blocks: str | None = None
     take: Takes = None
     teacher_take: Takes = None
+    shapes: bool = False
     to_teacher: Callable[[Tensor], Tensor] | None = None

@@ -15,6 +15,7 @@ from kdloss._capture import Captured
 from kdloss._watch import Reminder
 from kdloss.reduction import Reduction
 from kdloss.terms._evaluation import Evaluation
+from kdloss.terms._loading import told_to_prepare
 from kdloss.terms._teachers import listed, refuse_unread
 from kdloss.terms._weight import Weight
 from kdloss.terms.contract import Contract, agreed
@@ -237,6 +238,11 @@ class Sum(nn.Module):
         return Sum(self) if isinstance(other, int) and other == 0 else NotImplemented  # sum(...) begins with 0
 
     __radd__ = __add__
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Load what was learned; it needs its place, by `prepare`."""
+        with told_to_prepare(self, state_dict, "distill.prepare(student, **batch)"):
+            return super().load_state_dict(state_dict, *args, **options)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
