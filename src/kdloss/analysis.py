@@ -57,7 +57,7 @@ class CKAMatrix:
 
         Raises: ImportError without matplotlib (`pip install 'kdloss[plot]'`).
         """
-        if isinstance(target, str | Path):
+        if isinstance(target, (str, Path)):
             students, teachers = self.values.shape
             size = (2.5 + 0.3 * min(teachers, 40), 2 + 0.3 * min(students, 40))
             figure = _matplotlib("figure").Figure(size, layout="constrained")
@@ -140,7 +140,7 @@ def _features(
 ) -> tuple[list[list[Tensor]], Tensor | None]:
     """The features of every block of both models, and which tokens count; None where examples do."""
     inputs = dict(batch) if isinstance(batch, Mapping) else {}
-    args = () if inputs else batch if isinstance(batch, tuple | list) else (batch,)
+    args = () if inputs else batch if isinstance(batch, (tuple, list)) else (batch,)
     labels, mask = inputs.pop("labels", None), inputs.pop("mask", None)
     inputs = with_decoder_inputs(student, inputs, labels)
     features = [list(_run(model, args, inputs, blocks).values()) for model in (student, teacher)]

@@ -69,7 +69,7 @@ class Distiller:
         criterion: nn.Module,
     ) -> None:
         self.criterion = as_criterion(criterion)
-        self._as_list = isinstance(teachers, list | tuple)
+        self._as_list = isinstance(teachers, (list, tuple))
         given: Any = teachers if self._as_list else [teachers]
         self.teachers = [t if t is None or isinstance(t, Teacher) else Teacher(t) for t in given]
         self._plans = _plans(self.criterion)

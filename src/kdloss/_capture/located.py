@@ -10,7 +10,7 @@ from kdloss.layers import find_blocks
 from kdloss.layers.layer_map import Name
 from kdloss.layers.names import resolve
 
-_LISTS = nn.ModuleList | nn.Sequential
+_LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def find(model: nn.Module, name: Name, blocks: str | None = None) -> nn.Module:

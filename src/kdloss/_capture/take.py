@@ -39,7 +39,7 @@ def described(output: Any) -> str:
         return f"{kind} of shape {tuple(output.shape)}"
     if isinstance(output, Mapping):
         return f"{kind} of {{{', '.join(f'{key!r}: {described(part)}' for key, part in output.items())}}}"
-    if isinstance(output, tuple | list):
+    if isinstance(output, (tuple, list)):
         return f"{kind} of [{', '.join(map(described, output))}]"
     return f"{kind} with {list(vars(output))}" if hasattr(output, "__dict__") else kind
 

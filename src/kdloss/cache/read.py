@@ -87,7 +87,7 @@ class Cache:
     ) -> TopKLogits:
         """The same padded at the right to `length`, or laid where an `attention_mask` isn't 0."""
         ids = ids.tolist() if isinstance(ids, Tensor) and ids.ndim == 1 else ids
-        if isinstance(ids, str | int | Tensor) or not len(ids):
+        if isinstance(ids, (str, int, Tensor)) or not len(ids):
             raise TypeError(f"ids must be a list or a 1-D tensor, as cache[[id]], got {ids!r}")
         rows = [self._read(id) for id in ids]
         lengths = torch.tensor([len(log_rest) for *_, log_rest in rows])

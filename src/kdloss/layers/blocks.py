@@ -50,7 +50,7 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> nn.ModuleList:
     kind = type(unwrap(model)).__name__
     if blocks is not None and "*" not in blocks:
         module = resolve(model, blocks)
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) == 0:
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) == 0:
             raise ValueError(f"blocks={blocks!r} of {kind} is not a list of blocks: {type(module)}")
         return nn.ModuleList(module)
     found = block_lists(model)
@@ -68,7 +68,7 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> nn.ModuleList:
 
 def _lists(module: nn.Module, name: str) -> Iterator[tuple[str, Lists, bool]]:
     """Outermost lists of equal blocks, with their names, and whether each may be one stage of several."""
-    if isinstance(module, nn.ModuleList | nn.Sequential) and len(module):
+    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
         stages = [stage for item in module if (stage := _stage(item)) is not None]
         if len(stages) == len(module) and _one_class(module):
             for i, (path, found) in enumerate(stages):
@@ -85,7 +85,7 @@ def _lists(module: nn.Module, name: str) -> Iterator[tuple[str, Lists, bool]]:
 
 def _stage(module: nn.Module) -> tuple[str, Lists] | None:
     """The list of blocks that a stage of a CNN is, or holds and nothing else; with its name in there."""
-    if isinstance(module, nn.ModuleList | nn.Sequential):
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
         return ("", module) if _equal(module) and _has_parts(module[0]) else None
     trained = [(n, m) for n, m in module.named_children() if any(True for _ in m.parameters())]
     if len(trained) == 1 and (inner := _stage(trained[0][1])) is not None:

@@ -78,7 +78,7 @@ class Evaluation:
             own_mask = own_mask.get(name)
         student, reads = _view(self.student, name), self.plan.reads[name]
         step = Step(student, teacher, self.labels, where, own_mask, reads, self.criterion.step, report)
-        if isinstance(term, CrossEntropy | Logits):
+        if isinstance(term, (CrossEntropy, Logits)):
             one = Swept(term, weight, step, self._logits(term))
             if _as_given(term) and self._by_rows(term):
                 self.swept.append(one)
@@ -122,7 +122,7 @@ class Evaluation:
         """Whether it goes some rows at a time; where one of those that read the same logits can't, none does."""
         if term.take not in self.rows:
             every = (self.criterion.terms[name] for name in self.plan.reads)
-            alike = [t for t in every if isinstance(t, CrossEntropy | Logits) and t.take == term.take]
+            alike = [t for t in every if isinstance(t, (CrossEntropy, Logits)) and t.take == term.take]
             logits = self._logits(term)
             self.rows[term.take] = not any(whole_only(logits, getattr(t, "divergence", None)) for t in alike)
         return self.rows[term.take]
@@ -150,7 +150,7 @@ class Evaluation:
         indices = labels if labels is not None and not labels.is_floating_point() else None
         for name in self.plan.reads:
             term = self.criterion.terms[name]
-            if isinstance(term, CrossEntropy | Logits):
+            if isinstance(term, (CrossEntropy, Logits)):
                 logits = self._logits(term)
                 if indices is not None:
                     _checks.labels(indices, logits)

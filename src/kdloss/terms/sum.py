@@ -207,7 +207,7 @@ class Sum(nn.Module):
     __rmul__ = __mul__
 
     def __add__(self, other: Any) -> "Sum":
-        if isinstance(other, Term | Sum):
+        if isinstance(other, (Term, Sum)):
             return Sum(self, other)
         return Sum(self) if isinstance(other, int) and other == 0 else NotImplemented  # sum(...) begins with 0
 
