@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from kdloss import _watch
@@ -39,8 +39,9 @@ class Distiller:
 
     Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models
     take. `labels` go to the criterion (an encoder-decoder's decoder inputs are made from them), so
-    does `num_items_in_batch`, and an `attention_mask` (or `mask`, True = keep) takes positions out
-    of every term. `teacher` is what a stored teacher said of this batch, a list where there are several.
+    do `num_items_in_batch` and `index` (which example of the data set each one is), and an `attention_mask`
+    (or `mask`, True = keep) takes positions out of every term. `teacher` is what a stored teacher said of this batch,
+    a list where there are several.
     Where a term's `vocabulary` is a `TokenMap`, its teacher reads its own ids of the
     student's tokens. Returns a `Distilled` with `loss`, `logits`, `components` and `output`.
 
@@ -112,6 +113,7 @@ class Distiller:
         labels: Any = None,
         mask: Bool[Tensor, "..."] | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        index: Int[Tensor, " batch"] | None = None,
         teacher: Any = None,
         teach: bool = True,
         **inputs: Any,
@@ -130,6 +132,7 @@ class Distiller:
         outputs = self._outputs(student, plan, args, inputs, stored, home)
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
         settings |= all_masks(student, seen, plan, inputs, labels, mask)
+        settings |= {} if index is None else {"index": index}
         if self._plans:
             loss = self.criterion(seen, outputs, labels, plan=plan, **settings)
         else:

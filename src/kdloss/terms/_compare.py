@@ -89,6 +89,7 @@ def compare(
     teacher: Tensor,
     where: Positions,
     feature_mask: Tensor | None,
+    index: Tensor | None = None,
 ) -> Compared:
     """The distances of a pair's features.
 
@@ -115,7 +116,8 @@ def compare(
         student, teacher = fill(student, keep), fill(teacher, keep)
     student, teacher = (_project(p, x) for p, x in zip(projections, (student, teacher), strict=True))
     _same_width(name, distance, student, teacher)
-    return Compared(student, teacher, _distances(distance, student, teacher, keep), keep, apart)
+    told = {"mask": keep} | _which(student, where, index, apart)
+    return Compared(student, teacher, _distances(distance, student, teacher, told), keep, apart)
 
 
 def _project(projection: nn.Module, features: Tensor) -> Tensor:
@@ -133,13 +135,29 @@ def _project(projection: nn.Module, features: Tensor) -> Tensor:
     return _width_last(projection(rearrange(features, "b h w c -> b c h w")))
 
 
-def _distances(distance: Distance, student: Tensor, teacher: Tensor, keep: Tensor | None) -> Tensor:
+def _which(features: Tensor, where: Positions, index: Tensor | None, apart: bool) -> dict[str, Tensor]:
+    """Class and example of all that features are of, where they are known."""
+    shape = features.shape[:-1]
+    if index is not None and (index.is_floating_point() or index.shape != shape[:1]):
+        raise ValueError(
+            f"index is an integer for each of the {shape[0]} examples, got {index.dtype} of shape {tuple(index.shape)}"
+        )
+    classes = where.labels if where.labels is None or not apart or where.labels.ndim == 1 else None
+    known = {"labels": classes, "index": index}
+    return {
+        name: x.reshape(*x.shape, *[1] * (len(shape) - x.ndim)).expand(shape)
+        for name, x in known.items()
+        if x is not None
+    }
+
+
+def _distances(distance: Distance, student: Tensor, teacher: Tensor, told: Mapping[str, Tensor | None]) -> Tensor:
     """One value per position; a map's rows of pixels are one list of them to the distance."""
     shape = student.shape[:-1]
+    told = {name: x for name, x in told.items() if takes(distance, name)}
     if student.ndim == 4:
         student, teacher = student.flatten(1, 2), teacher.flatten(1, 2)
-        keep = None if keep is None else keep.flatten(1)
-    told = {"mask": keep} if takes(distance, "mask") else {}
+        told = {name: None if x is None else x.flatten(1, 2) for name, x in told.items()}
     return distance(student, teacher, **told).view(shape)
 
 

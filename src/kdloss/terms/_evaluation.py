@@ -36,9 +36,11 @@ class Evaluation:
         mask: Tensor | None,
         feature_mask: Any,
         items: int | Tensor | None,
+        index: Tensor | None,
     ) -> None:
         self.criterion, self.plan, self.contract = criterion, plan, criterion.contract
         self.student, self.labels, self.feature_mask, self.items = student, labels, feature_mask, items
+        self.index = index
         self.losses: list[Tensor] = []
         self.means: dict[str, Tensor] = {}
         self.swept: list[Swept] = []
@@ -77,7 +79,7 @@ class Evaluation:
         if isinstance(own_mask, Mapping):
             own_mask = own_mask.get(name)
         student, reads = _view(self.student, name), self.plan.reads[name]
-        step = Step(student, teacher, self.labels, where, own_mask, reads, self.criterion.step, report)
+        step = Step(student, teacher, self.labels, where, own_mask, reads, self.criterion.step, report, self.index)
         if isinstance(term, (CrossEntropy, Logits)):
             one = Swept(term, weight, step, self._logits(term))
             if _as_given(term) and self._by_rows(term):

@@ -19,7 +19,7 @@ class Step:
 
     - `student`: the student's output, or what was captured of it; `teacher` the same of the term's teacher, a
       list where it reads several, None where it reads none.
-    - `labels` as they were given, and `feature_mask`.
+    - `labels` as they were given, `feature_mask`, and `index`: which example of the data set each of the batch is.
     - `where`: the positions that count. `where.take(x)` is a tensor `[*positions, ...]` there, zeroed where nothing
       counts; `where.keep` says where (None: everywhere).
     - `reads`: what the term said it reads; `number`: how many steps were taken before this one.
@@ -35,6 +35,7 @@ class Step:
     reads: Reads
     number: int
     report: Callable[[str, Tensor], None]
+    index: Tensor | None = None
     logits: Any = None
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kdloss import _checks
@@ -44,7 +44,8 @@ class Sum(nn.Module):
 
     Called with the student's and the teacher's output (a list of several teachers'), labels and a mask beside them
     (True = keep); see `kdloss.reduce` for `num_items_in_batch`, which divides every term. `feature_mask` counts
-    features that stand elsewhere than labels, by a term's name where terms differ. Returns a scalar in
+    features that stand elsewhere than labels, by a term's name where terms differ. `index` says which example of the
+    data set each of the batch is, to distances that take it (`kdloss.distances.CRD`). Returns a scalar in
     float32 or better (one value per position for "none"). `components` then holds each term's mean at the positions
     of the call, detached and without its weight, by the term's name.
 
@@ -168,6 +169,7 @@ class Sum(nn.Module):
         mask: Bool[Tensor, "..."] | None = None,
         feature_mask: Bool[Tensor, "..."] | Mapping[str, Tensor | None] | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        index: Int[Tensor, " batch"] | None = None,
         plan: Plan | None = None,
     ) -> Float[Tensor, "..."]:
         """The weighted sum; see the class. `plan` is that of this step, where somebody ran the models by it."""
@@ -175,7 +177,7 @@ class Sum(nn.Module):
         plan = self.plan(count) if plan is None else plan
         if self.scheduled and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._reminder.forward(_log)
-        evaluation = Evaluation(self, plan, student, labels, mask, feature_mask, num_items_in_batch)
+        evaluation = Evaluation(self, plan, student, labels, mask, feature_mask, num_items_in_batch, index)
         for name in plan.complete_with(-1):
             evaluation.reach(name, [] if self.terms[name].several else None)
         for k in range(plan.last_teacher + 1):
