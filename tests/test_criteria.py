@@ -11,6 +11,7 @@ import pytest
 import torch
 from losses import sample
 from torch import nn
+from versions import since_torch
 
 import kdloss
 from kdloss import Captured
@@ -753,6 +754,7 @@ def test_a_divergence_without_a_name_compiles_within_a_criterion_too(divergence)
     torch.testing.assert_close(*(torch.autograd.grad(value, student) for value in values))
 
 
+@since_torch(2, 10)
 def test_a_criterion_made_inside_a_compiled_function_breaks_the_graph_or_is_refused_by_name():
     student, teacher, labels = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([0, 6, 2])
 
