@@ -18,7 +18,7 @@ OPTIONS = {
     "CRD": {"negatives": 64},
     "MGD": {"size": (1, -1)},
 }
-HELPERS = {"tokens", "between_tokens", "between_examples"}
+HELPERS = {"tokens", "between_tokens", "between_examples", "examples"}
 QKV = {
     "attention_mse": ("query", "key"),
     "minilm": ("query", "key", "value"),
