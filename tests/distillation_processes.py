@@ -17,8 +17,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from families import VOCAB, build
 from leaving import leave
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -71,7 +69,7 @@ def sgd(model):
 
 
 def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def weights(model):
@@ -112,6 +110,8 @@ def rank():
 
 def sharded(model, whole_only=False):
     """FSDP2 of the student's blocks and of the whole module, or of the whole alone."""
+    from torch.distributed.fsdp import fully_shard  # since torch 2.6
+
     for block in () if whole_only else kdloss.layers.find_blocks(model.student):
         fully_shard(block)
     return fully_shard(model)

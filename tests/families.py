@@ -7,6 +7,7 @@ import transformers as hf
 from torch import nn
 
 VOCAB = 61
+VIT_BLOCKS = "vit.layers" if int(hf.__version__.split(".")[0]) >= 5 else "vit.encoder.layer"
 
 
 def _decoder(config, **extra):
@@ -95,7 +96,7 @@ FAMILIES = {
     "roberta": (_roberta, hf.AutoModelForMaskedLM, "roberta.encoder.layer"),
     "distilbert": (_distilbert, hf.AutoModelForMaskedLM, "distilbert.transformer.layer"),
     "t5": (_t5, hf.AutoModelForSeq2SeqLM, "decoder.block"),
-    "vit": (_vit, hf.AutoModelForImageClassification, "vit.layers"),
+    "vit": (_vit, hf.AutoModelForImageClassification, VIT_BLOCKS),
 }
 CAUSAL = ["gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "opt", "gpt_neox"]
 
@@ -133,6 +134,12 @@ def batch(family: str) -> dict[str, torch.Tensor]:
 def blocks_argument(family: str) -> str | None:
     """T5 has two lists of blocks."""
     return "decoder.block" if family == "t5" else None
+
+
+def checkpointing(model: nn.Module, settings: dict) -> None:
+    """Activation checkpointing by the name that the installed transformers has for it."""
+    old = getattr(model, "gradient_checkpointing_enable", None)
+    getattr(model, "activation_checkpointing_enable", old)(settings)
 
 
 class ResidualBlock(nn.Module):

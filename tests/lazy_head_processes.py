@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from families import batch, build
 from leaving import leave
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import kdloss
@@ -27,6 +25,8 @@ CASES = {
 
 def train(family, settings, wrap=True):
     """Gradients of a few steps of this process's share, and the kind of logits the loss took."""
+    from torch.distributed.fsdp import fully_shard  # since torch 2.6
+
     student, teacher = build(family), build(family, seed=1).eval()
     model = student
     if wrap:
@@ -52,7 +52,7 @@ def train(family, settings, wrap=True):
 
 
 def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
 if __name__ == "__main__":

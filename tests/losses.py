@@ -147,7 +147,7 @@ def _table() -> list[Loss]:
                         size,
                     )
                 )
-    for name in sorted({*distances.__all__} - {"between_examples", "between_tokens", "tokens"}):
+    for name in sorted({*distances.__all__} - {"between_examples", "between_tokens", "examples", "tokens"}):
         for options in OPTIONS.get(name, [{}]):
             function, oracle = getattr(distances, name), getattr(oracles, name.lower())
             if isinstance(function, type):

@@ -70,6 +70,7 @@ def ids():
     return {"input_ids": batch("gpt2")["input_ids"]}
 
 
+@pytest.mark.filterwarnings("ignore:Model with .tie_word_embeddings=True")  # of peft with transformers 4
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("criterion", [kdloss.VanillaKD(alpha=0.0), kdloss.FeatureKD("all", alpha=0.0)], ids=repr)
 def test_the_base_under_adapters_teaches_what_a_base_loaded_apart_teaches(config, criterion):

@@ -21,12 +21,13 @@ from pathlib import Path
 import capture_processes
 import pytest
 import torch
-from families import ResNet, batch, build
+from families import ResNet, batch, build, checkpointing
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import AlbertConfig, AlbertModel
+from versions import since_torch, since_transformers_5
 
 import kdloss
 from kdloss._capture import Located, Request, located, record
@@ -572,13 +573,13 @@ def test_reentrant_checkpointing_of_what_is_not_trained_is_right():
     torch.testing.assert_close(x.grad, grad)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=since_transformers_5)])
 def test_transformers_checkpointing_is_right_for_blocks_and_refused_for_parts_it_hides(reentrant):
     """It checkpoints a block's forward, so hooks on the block see the real output, on its parts not."""
     plain, inputs = build("gpt2", depth=3).train(), batch("gpt2")
     tokens = inputs["input_ids"]
     model = copy.deepcopy(plain)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointing(model, {"use_reentrant": reentrant})
     model.enable_input_require_grads()
     with kdloss.capture(model, [1]) as seen:
         model(tokens)
@@ -673,6 +674,7 @@ def compile_around(model, backend):
 WAYS = {"blocks": compile_blocks, "model.compile()": compile_inside, "torch.compile(model)": compile_around}
 
 
+@since_torch(2, 6)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("order", ["never run", "run before", "captured before"])
 def test_compiled_models_give_what_eager_ones_do_in_every_order(way, order, graphs, caplog):
@@ -764,7 +766,7 @@ def test_a_graph_that_knows_an_earlier_captures_hook_writes_nothing_into_it(grap
 
 
 def test_torch_without_stances_is_told_to_compile_blocks(graphs, monkeypatch):
-    monkeypatch.delattr(torch.compiler, "set_stance")
+    monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
     model = torch.compile(Net(block=Block), backend="eager")
     with (
         pytest.raises(RuntimeError, match=r"before torch 2\.6; compile its blocks"),
@@ -774,6 +776,7 @@ def test_torch_without_stances_is_told_to_compile_blocks(graphs, monkeypatch):
     assert hooks(model) == 0
 
 
+@since_torch(2, 6)
 def test_captures_of_compiled_models_in_threads_leave_the_compiler_on(graphs):
     (backend, ran), model, x = graphs, Net(block=Block), torch.randn(2, 4)
     compiled = torch.compile(model, backend=backend)
@@ -932,6 +935,7 @@ class Doubled(nn.Module):
         return self.module._orig_mod(x)
 
 
+@since_torch(2, 6)
 def test_a_model_wrapped_between_two_steps_is_looked_through_anew_and_once(looked):
     model, found = Net(), Located()
     for outer in (model, Doubled(model), model, nn.ModuleDict({"module": model})["module"]):
@@ -963,6 +967,7 @@ REPLACED = {
 }
 
 
+@since_torch(2, 6)
 @pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_block_replaced_between_steps_is_captured_rightly_and_so_is_what_stood_there_before(replace, which):
@@ -1055,6 +1060,7 @@ TWICE = {
 }
 
 
+@since_torch(2, 6)
 @pytest.mark.parametrize("arrange", TWICE.values(), ids=TWICE)
 @pytest.mark.parametrize("name", [2, "blocks.2"])
 def test_a_module_at_two_places_is_the_one_asked_for_when_this_one_is_replaced(name, arrange):
@@ -1346,6 +1352,7 @@ def replica(module):
 # Several processes
 
 
+@since_torch(2, 6)
 @pytest.mark.parametrize("count", [1, 2])
 def test_under_ddp_and_fsdp_gradients_are_those_of_one_process_and_stopped_teachers_are_whole(count, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]

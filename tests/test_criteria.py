@@ -11,6 +11,7 @@ import pytest
 import torch
 from losses import sample
 from torch import nn
+from versions import since_torch
 
 import kdloss
 from kdloss import Captured
@@ -777,6 +778,7 @@ def test_a_criterion_made_inside_a_compiled_function_is_the_one_made_outside(mad
 
 
 @pytest.mark.skipif(torch.__version__ >= (2, 13), reason="torch.compile traces modules being made")
+@since_torch(2, 10)
 def test_a_criterion_made_inside_a_compiled_function_breaks_the_graph_or_is_refused_by_name():
     student, teacher, labels = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([0, 6, 2])
 

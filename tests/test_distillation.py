@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
-from families import build
+from families import build, checkpointing
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, ViTForImageClassification
+from versions import since_torch, since_transformers_5
 
 import kdloss
 
@@ -98,6 +99,7 @@ def test_readmes_loop_trains_student_and_projections_and_leaves_the_teacher():
     equal(teacher.state_dict(), said)
 
 
+@since_torch(2, 6)
 def test_two_processes_come_to_what_one_does(tmp_path):
     """One test, for processes are slow to start: DDP, FSDP2, Accelerate and Lightning; see distillation_processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -162,6 +164,7 @@ def a_checkpoint_holds_what_learns(keys, criterion, tied=True):
     assert all(name.startswith(("student.", "criterion.")) for name in expected)
 
 
+@since_torch(2, 6)
 @pytest.mark.parametrize("whole_only", [False, True])
 def test_fsdp_in_one_process_changes_nothing(whole_only):
     one = runs.plain(runs.turned_on)
@@ -263,6 +266,7 @@ def counting(counter):
     return backend
 
 
+@since_torch(2, 6)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compiled_around_it_runs_as_it_is_and_blocks_inside_stay_compiled(module, inputs, in_place):
@@ -284,12 +288,12 @@ def test_compiled_around_it_runs_as_it_is_and_blocks_inside_stay_compiled(module
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=since_transformers_5)])
 @pytest.mark.parametrize("criterion", [kdloss.VanillaKD, runs.recipe])
 def test_checkpointing_inside_the_student_gives_the_plain_gradient(inputs, criterion, reentrant):
     module = runs.made(criterion)
     loss, expected = slopes(module, inputs)
-    module.student.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointing(module.student, {"use_reentrant": reentrant})
     attention = Passes(module.student.transformer.h[0].attn)
     found, gradients = slopes(module.train(), inputs)
     assert attention.count == 2  # once for backward
@@ -297,6 +301,7 @@ def test_checkpointing_inside_the_student_gives_the_plain_gradient(inputs, crite
     torch.testing.assert_close(gradients, expected, **CLOSE)
 
 
+@since_torch(2, 6)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("criterion", [kdloss.VanillaKD, runs.recipe])
 def test_checkpointing_around_the_whole_step_gives_the_plain_gradient(inputs, criterion, reentrant):

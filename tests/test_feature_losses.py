@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from families import batch, build
+from versions import since_transformers_5
 
 import kdloss
 from kdloss import distances
@@ -17,7 +18,7 @@ OPTIONS = {
     "CRD": {"negatives": 64},
     "MGD": {"size": (1, -1)},
 }
-HELPERS = {"tokens", "between_tokens", "between_examples"}
+HELPERS = {"tokens", "between_tokens", "between_examples", "examples"}
 QKV = {
     "attention_mse": ("query", "key"),
     "minilm": ("query", "key", "value"),
@@ -161,6 +162,7 @@ def test_maps_of_several_modules_stand_side_by_side_along_their_channels():
     torch.testing.assert_close(loss, (flows[0] - flows[1]).square().sum((1, 2)).mean())
 
 
+@since_transformers_5  # which return attention maps when they are not asked to
 def test_what_counts_of_an_output_can_be_named():
     """The attention maps that an eager model returns, heads as channels: TinyBERT's form."""
     teacher, student = (build("bert", depth=3, seed=seed) for seed in (0, 1))

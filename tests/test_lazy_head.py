@@ -16,10 +16,11 @@ import lazy_head_processes as processes
 import pytest
 import torch
 import transformers as hf
-from families import CAUSAL, FAMILIES, VOCAB, _decoder, batch, build
+from families import CAUSAL, FAMILIES, VOCAB, _decoder, batch, build, checkpointing
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from versions import since_torch
 
 import kdloss
 from kdloss.lazy_head import shaping, signal_like
@@ -30,7 +31,6 @@ MORE = {
     "gemma3 softcapped": _decoder(hf.Gemma3TextConfig, final_logit_softcapping=5.0),
     "cohere": _decoder(hf.CohereConfig, logit_scale=0.0625),
     "granite": _decoder(hf.GraniteConfig, logits_scaling=6.0),  # divides
-    "hyperclovax": _decoder(hf.HyperCLOVAXConfig, logits_scaling=6.0),  # multiplies
     "phi": _decoder(hf.PhiConfig),  # a head with a bias
 }
 SHAPING = {
@@ -38,8 +38,10 @@ SHAPING = {
     "gemma3 softcapped": {"softcap": 5.0, "scale": 1.0},
     "cohere": {"softcap": None, "scale": 0.0625},
     "granite": {"softcap": None, "scale": 1 / 6},
-    "hyperclovax": {"softcap": None, "scale": 6.0},
 }
+if hasattr(hf, "HyperCLOVAXConfig"):  # since transformers 5
+    MORE["hyperclovax"] = _decoder(hf.HyperCLOVAXConfig, logits_scaling=6.0)  # multiplies
+    SHAPING["hyperclovax"] = {"softcap": None, "scale": 6.0}
 
 
 def model(family, seed=0, depth=2, dtype=torch.float64):
@@ -469,7 +471,7 @@ def test_gradient_checkpointing_changes_nothing():
     student, teacher = model("llama"), model("llama", seed=1)
     criterion = kdloss.VanillaKD(causal=True)
     _, slopes = by_hand(criterion, student, teacher)
-    student.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointing(student, {"use_reentrant": False})
     student.train()
     out = kdloss.Distiller(teacher, criterion)(student, **batch("llama"))
     assert is_lazy(out)
@@ -580,6 +582,7 @@ def test_a_model_without_output_embeddings_makes_its_logits(caplog):
     assert "Net gives whole logits: it has no output embeddings" in caplog.text
 
 
+@since_torch(2, 6)
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     script = Path(processes.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

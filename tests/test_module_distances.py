@@ -342,7 +342,7 @@ def test_crd_writes_no_place_twice_where_more_rows_come_than_it_has_places(monke
     monkeypatch.setattr(torch.Tensor, "index_copy", spy)
     module = kdloss.distances.CRD(4, 4, width=3, negatives=5)
     module(torch.randn(12, 4), torch.randn(12, 4), mask=torch.arange(12) != 9)
-    assert written == [[1, 2, 3, 4, 0]] * 2  # the last five of eleven rows: places 6 to 10, modulo 5
+    assert written == [[1, 2, 3, 4, 0]] * 4  # the last five of eleven rows: places 6 to 10, modulo 5
 
 
 def test_crd_reads_its_memory_and_leaves_it_alone_in_eval_mode():
@@ -396,3 +396,47 @@ def test_crd_refuses_settings_that_are_no_numbers_of_places():
     for wrong in ({"negatives": 0}, {"width": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             kdloss.distances.CRD(4, 4, **wrong)
+
+
+@pytest.mark.parametrize("by", ["index", "labels"])
+def test_crd_a_row_seen_again_is_no_negative_of_itself_nor_is_its_class(by):
+    """Value and gradient of float64 numbers written out, over three steps in which rows and classes return."""
+    module = kdloss.distances.CRD(3, 4, width=2, negatives=6, temperature=0.5).double()
+    seen = [(s.clone(), t.clone(), -1) for s, t in zip(module.students, module.teachers, strict=True)]
+    bar, place, left_out = 6 * math.exp(1 / (2 * 2 * 0.25)), 0, 0
+    for whose in ([4, 7], [7, 5], [4, 7]):
+        student = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+        teacher = torch.randn(2, 4, dtype=torch.float64)
+        value = module(student, teacher, **{by: torch.tensor(whose)})
+        s = nn.functional.normalize(module.student(student), dim=-1)
+        t = nn.functional.normalize(module.teacher(teacher), dim=-1)
+
+        def h(a, b):
+            return (a @ b / 0.5).exp() / ((a @ b / 0.5).exp() + bar)
+
+        expected = []
+        for row, number in enumerate(whose):
+            others = [(a, b) for a, b, other in seen if other != number]
+            left_out += 6 - len(others)
+            far = sum((1 - h(s[row], b)).log() + (1 - h(t[row], a)).log() for a, b in others)
+            expected.append(-2 * h(s[row], t[row]).log() - far)
+        torch.testing.assert_close(value, torch.stack(expected))
+        slopes = (torch.autograd.grad(x.sum(), student)[0] for x in (value, torch.stack(expected)))
+        torch.testing.assert_close(*slopes)
+        for a, b, number in zip(s.detach(), t.detach(), whose, strict=True):
+            seen[place % 6], place = (a, b, number), place + 1
+    assert left_out == 4
+
+
+def test_crd_a_row_of_no_known_class_is_held_against_all():
+    module = kdloss.distances.CRD(3, 3, width=2, negatives=6).eval()
+    student, teacher = torch.randn(2, 2, 3)
+    plain = module(student, teacher)
+    torch.testing.assert_close(module(student, teacher, labels=torch.tensor([-100, -1])), plain)
+
+
+def test_crd_refuses_indices_that_are_none_of_each_row():
+    module = kdloss.distances.CRD(3, 3, negatives=6)
+    for wrong in (torch.zeros(2), torch.tensor([1]), torch.tensor([[1, 2]])):
+        with pytest.raises(ValueError, match=r"CRD's index is an integer for each of the rows \(2,\)"):
+            module(torch.randn(2, 3), torch.randn(2, 3), index=wrong)

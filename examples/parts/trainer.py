@@ -33,6 +33,9 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the distiller takes num_items_in_batch for it
         self.distill, self.criterion = distill.prepare(self.model), distill.criterion
         self.args.remove_unused_columns &= distill.columns is not None
+        if not hasattr(Trainer, "_clip_grad_norm"):  # transformers 4 asks the accelerator
+            clip = self.accelerator.clip_grad_norm_
+            self.accelerator.clip_grad_norm_ = lambda own, *limit: clip([*own, *self.criterion.parameters()], *limit)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The distiller's loss in training; in evaluation the student's own, hidden states left out."""
@@ -76,9 +79,9 @@ class DistillationTrainer(Trainer):
                 p.grad = None if p.grad is None else self.accelerator.reduce(p.grad, "mean")
         return loss
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, *given):
         """The Trainer's optimizer, with the projections; they start alike on all processes."""
-        optimizer = super().create_optimizer(model)
+        optimizer = super().create_optimizer(*given)  # transformers 5 gives the model
         self.criterion.to(self.args.device)
         for p in self.criterion.parameters():
             p.data = broadcast(p.data)

@@ -12,7 +12,7 @@ from torch import Size, Tensor
 
 def temperature(value: float) -> float:
     """A softmax temperature: a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"temperature must be a number, got {type(value).__name__}: {value!r}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"temperature must be finite and above 0, got {value!r}")
@@ -21,7 +21,7 @@ def temperature(value: float) -> float:
 
 def fraction(name: str, value: float) -> float:
     """A weight between 0 and 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number between 0 and 1, got {value!r}")
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")

@@ -40,4 +40,4 @@ def _operations(model: nn.Module) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _constant(x: Any) -> Any:
-    return x if isinstance(x, int | float) else None
+    return x if isinstance(x, (int, float)) else None

@@ -66,7 +66,7 @@ class CKAMatrix:
 
         Raises: ImportError without matplotlib (`pip install 'kdloss[plot]'`).
         """
-        if isinstance(target, str | Path):
+        if isinstance(target, (str, Path)):
             students, teachers = self.values.shape
             size = (2.5 + 0.3 * min(teachers, 40), 2 + 0.3 * min(students, 40))
             figure = _matplotlib("figure").Figure(size, layout="constrained")
@@ -159,7 +159,7 @@ def cka_matrix(
 def _parts(batch: Any) -> tuple[Any, dict[str, Any], Any, Any]:
     """A batch's positional inputs, those by keyword, labels and mask."""
     inputs = dict(batch) if isinstance(batch, Mapping) else {}
-    args = () if inputs else batch if isinstance(batch, tuple | list) else (batch,)
+    args = () if inputs else batch if isinstance(batch, (tuple, list)) else (batch,)
     return args, inputs, inputs.pop("labels", None), inputs.pop("mask", None)
 
 

@@ -201,6 +201,6 @@ def _runs(model: nn.Module, path: str) -> nn.Module:
         if hasattr(chain[i], _SWITCH):
             inside = parts[i] if i < len(parts) else ""
             return chain[-1] if inside in ("base_layer", "original_module") else chain[i]
-    while len(chain) > 1 and isinstance(chain[-1], nn.ParameterDict | nn.ParameterList):
+    while len(chain) > 1 and isinstance(chain[-1], (nn.ParameterDict, nn.ParameterList)):
         chain.pop()
     return chain[-1]

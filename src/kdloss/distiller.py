@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from kdloss import _watch
@@ -48,13 +48,13 @@ class Distiller:
     Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models take: each is given
     those that its forward names (all, if it takes any), and one that nobody reads is refused. `labels` go to the
     criterion (an encoder-decoder's decoder inputs are made from them), or `shift_labels`, which stand beside their
-    logits already; so does `num_items_in_batch`. `mask` (True = keep) takes positions of labels and logits out of every
-    term, `feature_mask` those of features, all or by their term's name (None: all count). The batch's own
-    `attention_mask` and `decoder_attention_mask` do so where they stand: brought to a speech model's frames by its own
-    lengths, kept to the tower that reads the text, and under `causal` with the logits of padding on the left. `teacher`
-    is what a stored teacher said of this batch, a list where there are several. Where a term's `vocabulary` is a
-    `TokenMap`, its teacher reads its own ids of the student's tokens. Returns a `Distilled` with `loss`, `logits`,
-    `components` and `output`, without the virtual tokens of prompt tuning.
+    logits already; so do `num_items_in_batch` and `index`, which example of the data set each one is. `mask` (True =
+    keep) takes positions of labels and logits out of every term, `feature_mask` those of features, all or by their
+    term's name (None: all count). The batch's own `attention_mask` and `decoder_attention_mask` do so where they stand:
+    brought to a speech model's frames by its own lengths, kept to the tower that reads the text, and under `causal`
+    with the logits of padding on the left. `teacher` is what a stored teacher said of this batch, a list where there
+    are several. Where a term's `vocabulary` is a `TokenMap`, its teacher reads its own ids of the student's tokens.
+    Returns a `Distilled` with `loss`, `logits`, `components` and `output`, without the virtual tokens of prompt tuning.
 
     Where the criterion doesn't say whether logits at t learn label t+1 (`causal`), the first batch shows it: one pass
     of the student with labels, in eval mode and without gradient, against its own loss. What the student adds to
@@ -87,7 +87,7 @@ class Distiller:
         criterion: nn.Module,
     ) -> None:
         self.criterion = as_criterion(criterion)
-        self._as_list = isinstance(teachers, list | tuple)
+        self._as_list = isinstance(teachers, (list, tuple))
         given: Any = teachers if self._as_list else [teachers]
         self.teachers = [t if t is None or isinstance(t, Teacher) else Teacher(t) for t in given]
         self._plans = _plans(self.criterion)
@@ -133,6 +133,7 @@ class Distiller:
         mask: Bool[Tensor, "..."] | None = None,
         feature_mask: Bool[Tensor, "..."] | Mapping[str, Tensor | None] | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        index: Int[Tensor, " batch"] | None = None,
         teacher: Any = None,
         teach: bool = True,
         shift_labels: Tensor | None = None,
@@ -155,6 +156,7 @@ class Distiller:
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
         causal = self._plans and shift_labels is None and self._causal(student, own, seen, labels)
         settings |= self._masks(student, seen, plan, args, inputs, labels, mask, feature_mask, causal)
+        settings |= {} if index is None else {"index": index}
         if self._plans:
             settings |= {"causal": causal, "task_terms": own.added(seen.output)}
             loss = self.criterion(seen, outputs, labels, plan=plan, **settings)

@@ -12,7 +12,7 @@ from kdloss.layers.drop import layer_drop
 from kdloss.layers.layer_map import Name
 from kdloss.layers.names import part, resolve
 
-_LISTS = nn.ModuleList | nn.Sequential
+_LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def find(model: nn.Module, name: Name, blocks: str | None = None) -> nn.Module:

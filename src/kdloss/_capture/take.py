@@ -60,7 +60,7 @@ def described(output: Any) -> str:
         return f"{kind} of shape {tuple(output.shape)}"
     if isinstance(output, Mapping):
         return f"{kind} of {{{', '.join(f'{key!r}: {described(part)}' for key, part in output.items())}}}"
-    if isinstance(output, tuple | list):
+    if isinstance(output, (tuple, list)):
         return f"{kind} of [{', '.join(map(described, output))}]"
     return f"{kind} with {list(vars(output))}" if hasattr(output, "__dict__") else kind
 
@@ -77,7 +77,7 @@ def levels(output: Any) -> list[Key]:
     if isinstance(output, Mapping):
         items = [] if is_dataclass(output) else list(output.items())
     else:
-        items = list(enumerate(output)) if isinstance(output, list | tuple) else []
+        items = list(enumerate(output)) if isinstance(output, (list, tuple)) else []
     features = [(k, x) for k, x in items if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 2]
     if isinstance(output, tuple):
         features = [(k, x) for k, x in features if x.ndim > 3 and x.ndim == features[0][1].ndim]

@@ -114,7 +114,7 @@ def _own(module: Any) -> Evidence | None:
         width, axis = module.num_features, FIRST
     elif isinstance(module, nn.GroupNorm):
         width, axis = module.num_channels, FIRST
-    elif isinstance(module, nn.LayerNorm | _RMS):
+    elif isinstance(module, (nn.LayerNorm, _RMS)):
         if len(module.normalized_shape) != 1:
             return None
         theirs = type(module).forward in (nn.LayerNorm.forward, _RMS.forward)  # timm's LayerNorm2d has its own
@@ -124,9 +124,9 @@ def _own(module: Any) -> Evidence | None:
     elif isinstance(module, nn.RNNBase):
         width = (module.proj_size or module.hidden_size) * (1 + module.bidirectional)
         batch = 0 if module.batch_first else 1
-    elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+    elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         return _own(module.self_attn)
-    elif isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+    elif isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
         return _own(module.layers[0])
     elif isinstance(module, nn.Embedding):
         width = module.embedding_dim

@@ -53,7 +53,7 @@ def checked_ids(dataset: Any, id_column: str, of_tokens: bool = True) -> list[Id
         raise ValueError("the dataset is empty; there is nothing to write")
     if wrong := [x for x in ids if isinstance(x, bool) or type(x) is not type(ids[0])]:
         raise TypeError(f"ids must be all strings or all integers, got {ids[0]!r} and {wrong[0]!r}")
-    if not isinstance(ids[0], str | int):
+    if not isinstance(ids[0], (str, int)):
         raise TypeError(f"ids must be strings or integers, got {ids[0]!r}")
     (most, times), *_ = Counter(ids).most_common(1)
     if times > 1:

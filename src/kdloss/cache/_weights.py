@@ -26,7 +26,7 @@ def fingerprint(teacher: nn.Module) -> str:
             for x in tree_leaves(value) if name not in known else ():
                 if isinstance(x, Tensor):
                     found.update(_digest(name, _there(teacher, name, x)))
-                elif isinstance(x, str | int | float | torch.dtype):
+                elif isinstance(x, (str, int, float, torch.dtype)):
                     found.update(f"{name} {x}".encode())
     return found.hexdigest()
 

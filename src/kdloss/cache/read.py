@@ -88,7 +88,7 @@ class Cache:
     ) -> TopKLogits:
         """The same padded at the right to `length`, or laid where an `attention_mask` isn't 0."""
         ids = ids.tolist() if isinstance(ids, Tensor) and ids.ndim == 1 else ids
-        if isinstance(ids, str | int | Tensor) or not len(ids):
+        if isinstance(ids, (str, int, Tensor)) or not len(ids):
             raise TypeError(f"ids must be a list or a 1-D tensor, as cache[[id]], got {ids!r}")
         whole = self.manifest.get("positions") == "examples"
         if whole and (length is not None or attention_mask is not None):

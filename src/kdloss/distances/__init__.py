@@ -8,6 +8,7 @@ the features it will be called with: the models' own if the class is marked `any
 teacher's, where the student's features come projected. Options are keywords (`functools.partial`).
 """
 
+from kdloss.distances import examples
 from kdloss.distances.activation_boundary import activation_boundary
 from kdloss.distances.attention_mse import attention_mse
 from kdloss.distances.attention_transfer import attention_transfer
@@ -48,6 +49,7 @@ __all__ = [
     "correlation_congruence",
     "cosine",
     "cwd",
+    "examples",
     "fsp",
     "layer_norm_mse",
     "minilm",

@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kdloss import _checks
@@ -27,18 +27,22 @@ class CRD(nn.Module):
     The last N = `negatives` embeddings of both sides are remembered, in buffers: `state_dict()` holds
     them, `to()` moves them, they never grow. Rows that count enter after each call in training mode,
     without gradient; `eval()` reads only. At first the memory holds random directions, as the authors'
-    does. Theirs has a place for each example of the data set, a moving average, and wants indices; here a
-    positive is the row's own pair in the batch, through which both heads learn. It takes N numbers per row
-    and side.
+    does. Theirs has a place for each example of the data set, a moving average; here a positive is the row's own
+    pair in the batch, through which both heads learn. It takes N numbers per row and side.
+
+    What is remembered of the row itself is no negative of it: `index`, an integer for each row, says which row it
+    is, in the data set say. `labels` leaves out all that is remembered of the row's class, as the authors do where
+    there are classes. Without both, a row seen again while it is remembered is held against itself.
 
     `CRD(student_width, teacher_width)`: widths may differ, no projection is needed. Shapes: student
     `[..., N, D]` and teacher `[..., N, D']`; `[N, D]` are examples (the paper's, pooled
-    features), of `[B, N, D]` every position is a row of its own. Mask `[..., N]` (True = counts). Returns
-    `[..., N]`, in float32 or better. The teacher is detached; the heads hold parameters: give them to the
-    optimizer. It is not 0 at the teacher.
+    features), of `[B, N, D]` every position is a row of its own. Mask `[..., N]` (True = counts), index and
+    labels `[..., N]` (integers from 0). Returns `[..., N]`, in float32 or better. The teacher is detached; the heads
+    hold parameters: give them to the optimizer. It is not 0 at the teacher. In a criterion `labels` are the step's,
+    where it has class indices for these rows, and `index` is what the call was given as `index=`.
 
-    Raises: ValueError for positions or devices that differ, or maps that are not rows; TypeError for
-    integer features.
+    Raises: ValueError for positions or devices that differ, maps that are not rows, and indices or labels that are
+    none of each row; TypeError for integer features.
 
     >>> crd = CRD(8, 12, negatives=64)
     >>> crd(torch.randn(4, 8), torch.randn(4, 12)).shape, crd.teachers.shape
@@ -50,6 +54,8 @@ class CRD(nn.Module):
     any_width = True
     students: Tensor
     teachers: Tensor
+    indices: Tensor
+    labels: Tensor
     next: Tensor
 
     def __init__(
@@ -69,6 +75,8 @@ class CRD(nn.Module):
         self.teacher = nn.Linear(teacher_width, width)
         self.register_buffer("students", F.normalize(torch.randn(negatives, width), dim=-1))
         self.register_buffer("teachers", F.normalize(torch.randn(negatives, width), dim=-1))
+        for name in ("indices", "labels"):  # below 0 where it isn't known
+            self.register_buffer(name, torch.full((negatives,), -1))
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
 
     def forward(
@@ -77,6 +85,8 @@ class CRD(nn.Module):
         teacher: Float[Tensor, "*batch rows teacher_width"],
         *,
         mask: Bool[Tensor, "*batch rows"] | None = None,
+        index: Int[Tensor, "*batch rows"] | None = None,
+        labels: Int[Tensor, "*batch rows"] | None = None,
     ) -> Float[Tensor, "*batch rows"]:
         """The value at every row; see the class."""
         s, t, keep = rows("CRD", student, teacher, mask, least=1)
@@ -88,20 +98,23 @@ class CRD(nn.Module):
         # copies, since the memory changes before backward
         teachers, students = (x.to(s.dtype, copy=True) for x in (self.teachers, self.students))
         others = product(s, teachers), product(t, students)
-        values = own + sum(F.softplus(x / self.temperature - bar).sum(-1) for x in others)
+        named = ("index", index), ("labels", labels)
+        whose = [_known(name, numbers, student.shape[:-1], keep) for name, numbers in named]
+        same = _alike(whose[0], self.indices) | _alike(whose[1], self.labels)
+        values = own + sum(F.softplus(x / self.temperature - bar).masked_fill(same, 0).sum(-1) for x in others)
         if self.training:
-            self._remember(s, t, keep.flatten())
+            self._remember(keep.flatten(), s, t, *whose)
         return spread(values, keep, student.shape[:-1])
 
     @torch.no_grad()
-    def _remember(self, s: Tensor, t: Tensor, keep: Tensor) -> None:
+    def _remember(self, keep: Tensor, *rows: Tensor) -> None:
         """Write the rows that count over the oldest, without a shape that depends on how many do."""
         places, total = len(self.students), keep.sum()
         order = keep.cumsum(0) - 1
         latest = keep & (order >= total - places)
         # what doesn't enter is written to one place more, and dropped with it
         index = torch.where(latest, (self.next + order) % places, places)
-        for memory, new in ((self.students, s), (self.teachers, t)):
+        for memory, new in zip((self.students, self.teachers, self.indices, self.labels), rows, strict=True):
             room = torch.cat([memory, memory[:1]])
             memory.copy_(room.index_copy(0, index, new.flatten(0, 1).to(memory.dtype))[:-1])
         self.next.copy_((self.next + total) % places)
@@ -109,3 +122,20 @@ class CRD(nn.Module):
     def extra_repr(self) -> str:
         """Settings for `repr`."""
         return f"negatives={len(self.students)}, temperature={self.temperature}"
+
+
+def _known(name: str, numbers: Tensor | None, shape: torch.Size, keep: Tensor) -> Tensor:
+    """What each row is `[B, N]`, -1 where it isn't known."""
+    if numbers is None:
+        return torch.full_like(keep, -1, dtype=torch.int64)
+    if numbers.is_floating_point() or numbers.shape != shape:
+        raise ValueError(
+            f"CRD's {name} is an integer for each of the rows {tuple(shape)}, got {numbers.dtype} of shape "
+            f"{tuple(numbers.shape)}"
+        )
+    return numbers.reshape(keep.shape).to(torch.int64)
+
+
+def _alike(rows: Tensor, remembered: Tensor) -> Tensor:
+    """Which of the remembered are the same as the rows, `[B, N, M]`, as far as both are known."""
+    return (rows.unsqueeze(-1) == remembered) & (remembered >= 0)

@@ -157,7 +157,7 @@ def apart(x: Any) -> tuple[Sequence[Tensor], Callable[[Iterator[Tensor]], Any]]:
     if is_dataclass(x):
         named = {field.name: apart(getattr(x, field.name)) for field in fields(x)}
     else:
-        named = {str(i): apart(y) for i, y in enumerate(x)} if isinstance(x, list | tuple) else {}
+        named = {str(i): apart(y) for i, y in enumerate(x)} if isinstance(x, (list, tuple)) else {}
     tensors = [tensor for found, _ in named.values() for tensor in found]
     if not tensors:
         return [], lambda _: x

@@ -79,7 +79,7 @@ def identity(x: Any) -> Hashable:
     """Equal for logits of which the tensors are the same numbers in memory."""
     if isinstance(x, Tensor):
         return x.data_ptr(), x.dtype, x.shape, x.stride()
-    if isinstance(x, list | tuple):
+    if isinstance(x, (list, tuple)):
         return tuple(map(identity, x))
     return (type(x), *(identity(getattr(x, field.name)) for field in fields(x))) if is_dataclass(x) else x
 

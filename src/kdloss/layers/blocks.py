@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from kdloss.layers.graph import called, is_graph
-from kdloss.layers.lists import Lists, block_lists, sequences, size, unequal_lists
+from kdloss.layers.lists import LISTS, block_lists, sequences, size, unequal_lists
 from kdloss.layers.names import part, resolve, unwrap
 
 
@@ -27,7 +27,7 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> nn.ModuleList:
     kind = type(unwrap(model)).__name__
     if blocks is not None and "*" not in blocks:
         module = resolve(model, blocks)
-        if not isinstance(module, Lists) or len(module) == 0:
+        if not isinstance(module, LISTS) or len(module) == 0:
             raise ValueError(f"blocks={blocks!r} of {kind} is not a list of blocks: {type(module)}")
         return nn.ModuleList(module)
     found = block_lists(model)

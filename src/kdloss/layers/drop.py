@@ -25,6 +25,6 @@ def layer_drop(model: nn.Module, block: nn.Module) -> tuple[float, str] | None:
         for place, owner in ((f"model.{path}".rstrip("."), holder), (there, config)):
             for name in SETTINGS:
                 rate = getattr(owner, name, None)
-                if isinstance(rate, float | int) and rate > 0:
+                if isinstance(rate, (float, int)) and rate > 0:
                     return float(rate), f"{place}.{name} = 0.0"
     return None

@@ -147,7 +147,7 @@ def _has_names(layers: Any) -> bool:
     return (
         isinstance(layers, Sequence)
         and not isinstance(layers, str)
-        and any(isinstance(name, str | tuple) for name in layers)
+        and any(isinstance(name, (str, tuple)) for name in layers)
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from kdloss.layers.names import unwrap, unwrapped_block
 
 Lists = nn.ModuleList | nn.Sequential
+LISTS = (nn.ModuleList, nn.Sequential)
 Modules = list[nn.Module] | nn.ModuleList | nn.Sequential
 
 
@@ -77,7 +78,7 @@ def _grouped(lists: Iterable[Found]) -> dict[str, nn.ModuleList]:
 
 def _lists(module: nn.Module, name: str) -> Iterator[Found]:
     """Outermost lists, equal or not."""
-    if isinstance(module, Lists) and len(module):
+    if isinstance(module, LISTS) and len(module):
         stages = [stage for item in module if (stage := _stage(item)) is not None]
         if len(stages) == len(module) and _one_class(module):
             for i, (path, found) in enumerate(stages):
@@ -103,7 +104,7 @@ def _beside(module: nn.Module, name: str) -> Iterator[Found]:
     """Blocks that are no list, but attributes whose names differ by their numbers."""
     groups: dict[str, list[nn.Module]] = {}
     for key, child in module.named_children():
-        if not isinstance(module, Lists) and re.search(r"\d", key) and _is_block(child):
+        if not isinstance(module, LISTS) and re.search(r"\d", key) and _is_block(child):
             groups.setdefault(re.sub(r"\d+[a-z]?(?![a-z])", "*", key), []).append(child)
     for pattern, blocks in groups.items():
         if len(blocks) > 2:
@@ -117,7 +118,7 @@ def _holds_stage(block: nn.Module) -> bool:
 
 def _stage(module: nn.Module) -> tuple[str, Lists] | None:
     """The list of blocks that a stage of a CNN is, or holds and nothing else; with its name in there."""
-    if isinstance(module, Lists):
+    if isinstance(module, LISTS):
         return ("", module) if _equal(module) and _has_parts(module[0]) else None
     trained = [(n, m) for n, m in module.named_children() if any(True for _ in m.parameters())]
     if len(trained) == 1 and (inner := _stage(trained[0][1])) is not None and any(map(_composed, inner[1])):
@@ -134,7 +135,7 @@ def _main_class(blocks: Modules) -> list[nn.Module]:
 
 def _is_block(module: nn.Module) -> bool:
     """Whether a module by itself, no list, computes more than one layer."""
-    return not isinstance(unwrapped_block(module), Lists) and _composed(module)
+    return not isinstance(unwrapped_block(module), LISTS) and _composed(module)
 
 
 def _composed(module: nn.Module) -> bool:

@@ -118,7 +118,7 @@ def known(pairing: str) -> None:
 
 def weighted(given: Sequence[Any]) -> list[tuple[Any, Any, float]]:
     """Pairs as they were given, each with its weight; 1/N where they come without."""
-    lengths = {len(p) if isinstance(p, tuple | list) else 0 for p in given}
+    lengths = {len(p) if isinstance(p, (tuple, list)) else 0 for p in given}
     if lengths == {2}:
         return [(s, t, 1 / len(given)) for s, t in given]
     if lengths != {3}:
@@ -127,7 +127,7 @@ def weighted(given: Sequence[Any]) -> list[tuple[Any, Any, float]]:
             f"weight, like [(0, 1, 0.3), (3, 7, 0.7)], got {given}"
         )
     weights = [w for _, _, w in given]
-    if not all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights):
+    if not all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in weights):
         raise TypeError(f"weights of pairs must be numbers, got {weights}")
     if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
         raise ValueError(f"weights of pairs must be finite, at least 0 and not all 0, got {weights}")

@@ -79,7 +79,7 @@ def look_at_range(indices: Tensor, classes: int | None, keep: Tensor) -> None:
 
 def from_rows(rows: Sequence[Any], of_tokens: bool) -> tuple[Tensor, Tensor]:
     """Indices and log-probabilities of a text or a batch of texts, as a server gives them."""
-    if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence) or not len(rows):
+    if isinstance(rows, (str, Mapping)) or not isinstance(rows, Sequence) or not len(rows):
         raise TypeError(f"rows are a list with one row for each token, or a list of such lists, got {rows!r:.80}")
     batch = not any(_is_row(row) for row in rows)
     texts = [[_pairs(row) for row in text] for text in (rows if batch else [rows])]

@@ -13,6 +13,7 @@ from kdloss.targets.sharded import ShardedLogits
 from kdloss.targets.top_k import TopKLogits
 
 AnyLogits = Tensor | LazyLogits | TopKLogits | Mixture | ShardedLogits
+KINDS = (Tensor, LazyLogits, TopKLogits, Mixture, ShardedLogits)  # older torch compiles no isinstance of a union
 
 
 def at(x: AnyLogits, pick: Callable[[Tensor], Tensor]) -> AnyLogits:
@@ -72,9 +73,9 @@ def against(student: AnyLogits, teacher: AnyLogits, temperature: float) -> tuple
 def check(student: AnyLogits, teacher: AnyLogits) -> None:
     """Student and teacher stand at the same positions, over one vocabulary, on one device."""
     for whose, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, LazyLogits | TopKLogits | Mixture | ShardedLogits):
+        if not isinstance(x, (LazyLogits, TopKLogits, Mixture, ShardedLogits)):
             _checks.floating(f"{whose} logits", x)
-    if not isinstance(student, Tensor | LazyLogits | ShardedLogits):
+    if not isinstance(student, (Tensor, LazyLogits, ShardedLogits)):
         raise TypeError(f"the student's logits are a tensor or LazyLogits, got {type(student).__name__}")
     shares = [x.sizes if isinstance(x, ShardedLogits) else None for x in (student, teacher)]
     if shares[0] != shares[1]:

@@ -98,6 +98,7 @@ def compare(
     teacher: Tensor,
     where: Positions,
     own: Callable[[Size], tuple[Tensor | None, bool]],
+    index: Tensor | None = None,
 ) -> Compared:
     """The distances of a pair's features.
 
@@ -124,7 +125,8 @@ def compare(
         student, teacher = fill(student, keep), fill(teacher, keep)
     student, teacher = (_project(p, x) for p, x in zip(projections, (student, teacher), strict=True))
     _same_width(name, distance, student, teacher)
-    return Compared(student, teacher, _distances(distance, student, teacher, keep), keep, apart)
+    known = _which(student, where, index, apart)
+    return Compared(student, teacher, _distances(distance, student, teacher, keep, known), keep, apart)
 
 
 def _turned(student: Tensor, teacher: Tensor) -> str:
@@ -155,14 +157,32 @@ def _project(projection: nn.Module, features: Tensor) -> Tensor:
     return projected
 
 
-def _distances(distance: Distance, student: Tensor, teacher: Tensor, keep: Tensor | None) -> Tensor:
+def _which(features: Tensor, where: Positions, index: Tensor | None, apart: bool) -> dict[str, Tensor]:
+    """Class and example of all that features are of, where they are known."""
+    shape = features.shape[:-1]
+    if index is not None and (index.is_floating_point() or index.shape != shape[:1]):
+        raise ValueError(
+            f"index is an integer for each of the {shape[0]} examples, got {index.dtype} of shape {tuple(index.shape)}"
+        )
+    classes = where.labels if where.labels is None or not apart or where.labels.ndim == 1 else None
+    known = {"labels": classes, "index": index}
+    return {
+        name: x.reshape(*x.shape, *[1] * (len(shape) - x.ndim)).expand(shape)
+        for name, x in known.items()
+        if x is not None
+    }
+
+
+def _distances(
+    distance: Distance, student: Tensor, teacher: Tensor, keep: Tensor | None, known: Mapping[str, Any]
+) -> Tensor:
     """One value per position; a map's pixels are one list of them to the distance, on a grid that it may ask for."""
     shape = student.shape[:-1]
-    more: dict[str, Any] = {}
     if student.ndim > 3:
         student, teacher = student.flatten(1, -2), teacher.flatten(1, -2)
         keep = None if keep is None else keep.flatten(1)
-        more = {"grid": tuple(shape[1:])} if takes(distance, "grid") else {}
+        known = {name: x.flatten(1) for name, x in known.items()} | {"grid": tuple(shape[1:])}
+    more = {name: x for name, x in known.items() if takes(distance, name)}
     return told(distance, student, teacher, keep, **more).view(shape)
 
 

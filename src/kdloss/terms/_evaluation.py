@@ -43,9 +43,11 @@ class Evaluation:
         attention_mask: Tensor | None,
         feature_mask: Any,
         items: int | Tensor | None,
+        index: Tensor | None,
     ) -> None:
         self.criterion, self.plan, self.contract = criterion, plan, contract
         self.student, self.labels, self.items = student, labels, items
+        self.index = index
         self.losses: list[Tensor] = []
         self.means: dict[str, Tensor] = {}
         self.swept: list[Swept] = []
@@ -103,9 +105,9 @@ class Evaluation:
             means[name] = mean(values, where)
 
         student, reads = _view(self.student, name), self.plan.reads[name]
-        known: dict[str, Any] = {"layout": self.layout, "batch": self.batch}
+        known: dict[str, Any] = {"layout": self.layout, "batch": self.batch, "index": self.index}
         step = Step(student, teacher, self.labels, where, self.own[name], reads, self.criterion.step, report, **known)
-        if isinstance(term, CrossEntropy | Logits):
+        if isinstance(term, (CrossEntropy, Logits)):
             one = Swept(term, weight, step, self._logits(term))
             if _as_given(term) and self._by_rows(term):
                 self.swept.append(one)
@@ -178,7 +180,7 @@ class Evaluation:
         """Whether it goes some rows at a time; where one of those that read the same logits can't, none does."""
         if term.take not in self.rows:
             every = (self.criterion.terms[name] for name in self.plan.reads)
-            alike = [t for t in every if isinstance(t, CrossEntropy | Logits) and t.take == term.take]
+            alike = [t for t in every if isinstance(t, (CrossEntropy, Logits)) and t.take == term.take]
             logits = self._logits(term)
             self.rows[term.take] = not any(whole_only(logits, getattr(t, "divergence", None)) for t in alike)
         return self.rows[term.take]
@@ -220,7 +222,7 @@ class Evaluation:
 
     def _shape(self, mask: Tensor | None) -> tuple[Size | None, Tensor | None]:
         """The positions' shape, that of logits that are read, else of labels or mask; and labels that stand there."""
-        logits = next((self._logits(term) for term in self._terms() if isinstance(term, CrossEntropy | Logits)), None)
+        logits = next((self._logits(term) for term in self._terms() if isinstance(term, (CrossEntropy, Logits))), None)
         classes = class_indices(self.labels)
         if logits is not None:
             shape = Size(logits.shape[:-1])
@@ -241,7 +243,7 @@ class Evaluation:
             self.plan.reads[t.name].labels or (isinstance(t, Logits) and takes(t.divergence, "labels"))
             for t in self._terms()
         )
-        return not as_classes and any(not isinstance(t, CrossEntropy | Logits | Features) for t in self._terms())
+        return not as_classes and any(not isinstance(t, (CrossEntropy, Logits, Features)) for t in self._terms())
 
     def _told_by_features(self, unknown: bool) -> list[tuple[str, Positions]]:
         """Terms whose features stand elsewhere, or all on features where nothing else tells, and their positions."""

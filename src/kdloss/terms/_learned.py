@@ -34,7 +34,7 @@ def learned_values(
 
 
 def _check(chosen: list[Any], compared: Mapping[tuple[Layer, Layer], Compared]) -> None:
-    if not chosen or not all(isinstance(p, tuple | list) and len(p) == 3 for p in chosen):
+    if not chosen or not all(isinstance(p, (tuple, list)) and len(p) == 3 for p in chosen):
         raise TypeError(f"a learned pairing must return (student, teacher, weight) triples, got {chosen}")
     pairs = [(s, t) for s, t, _ in chosen]
     if unknown := [pair for pair in pairs if pair not in compared]:

@@ -38,7 +38,7 @@ def _parts(output: Any) -> list[Key]:
     """Where an output has tensors that may be logits."""
     if isinstance(output, Mapping):
         items: Any = output.items()
-    elif isinstance(output, tuple | list):
+    elif isinstance(output, (tuple, list)):
         items = enumerate(output)
     else:
         items = vars(output).items() if hasattr(output, "__dict__") else ()

@@ -10,7 +10,7 @@ from torch import Size, Tensor
 from kdloss import _checks
 from kdloss._capture import Captured, Take
 from kdloss._capture.take import described, follow
-from kdloss.targets.kinds import AnyLogits, at
+from kdloss.targets.kinds import KINDS, AnyLogits, at
 from kdloss.targets.sharded import localised
 from kdloss.terms._no_logits import no_logits
 from kdloss.terms._positions import Positions
@@ -31,7 +31,7 @@ def logits_of(output: Any, whose: str, take: Take = None) -> Any:
     output = returned(output)
     if take is not None:
         found = localised(part_of(output, take))
-        if isinstance(found, AnyLogits):
+        if isinstance(found, KINDS):
             return found
         raise TypeError(f"take={take!r} finds no logits in the {whose}'s output, {described(output)}")
     logits = find_logits(output)
@@ -43,11 +43,11 @@ def logits_of(output: Any, whose: str, take: Take = None) -> Any:
 def find_logits(output: Any) -> AnyLogits | None:
     """The logits, where there are any."""
     output = localised(output)
-    if isinstance(output, AnyLogits):
+    if isinstance(output, KINDS):
         return output
     output = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     output = localised(output)
-    return output if isinstance(output, AnyLogits) else None
+    return output if isinstance(output, KINDS) else None
 
 
 def class_indices(labels: Any) -> Tensor | None:
@@ -67,7 +67,7 @@ def logits_read(output: Any, takes: Iterable[Take]) -> AnyLogits | None:
     found = find_logits(output)
     if found is None:
         parts = (localised(part_of(output, take)) for take in takes if take is not None)
-        found = next((part for part in parts if isinstance(part, AnyLogits)), None)
+        found = next((part for part in parts if isinstance(part, KINDS)), None)
     return found
 
 

@@ -41,8 +41,9 @@ class Weight(nn.Module):
             weight = weight * value
         if not isinstance(weight, Tensor) and weight == 0:
             return 0.0
-        for tensor in (*self.tensors, *self.learned):
-            weight = weight * tensor.reshape(())
+        for tensors in (self.tensors, self.learned):  # apart, as torch 2.9 can't compile `*self.learned`
+            for tensor in tensors:
+                weight = weight * tensor.reshape(())
         return weight  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:

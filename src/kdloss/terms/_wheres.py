@@ -33,7 +33,7 @@ class Wheres:
 
     def of_term(self, term: Any) -> Positions:
         """A term's own."""
-        return (self.given if isinstance(term, CrossEntropy | Task) else self.real)[term.positions]
+        return (self.given if isinstance(term, (CrossEntropy, Task)) else self.real)[term.positions]
 
     def widest(self, terms: Iterable[Any]) -> Positions:
         """Those which contain all that count for one of the terms."""

@@ -112,4 +112,4 @@ class CrossEntropy(Term):
 def _kind(labels: Any) -> str:
     """What labels are, in words."""
     kind = f"a {type(labels).__name__}"
-    return f"{kind} of {type(labels[0]).__name__}s" if isinstance(labels, list | tuple) and labels else kind
+    return f"{kind} of {type(labels[0]).__name__}s" if isinstance(labels, (list, tuple)) and labels else kind

@@ -46,8 +46,10 @@ class Features(Term):
     - `pairing` finds their teacher blocks: any pairing of `kdloss.layers.pair`, or pairs of module names.
       Modules that are no blocks pair by `pairing="same"` (names) or explicit pairs. A callable with a
       parameter called `distances`, like `kdloss.layers.pair_by_emd`, is asked at every step: see below.
-    - `distance` is any function like `kdloss.distances.mse`. A class of modules, like `kdloss.distances.VID` or a
-      `functools.partial` of it, is built once per student layer with the widths that arrive there.
+    - `distance` is any function like `kdloss.distances.mse`; one that takes `mask` is told which positions count, one
+      that takes `labels` their classes, one that takes `index` their examples. A class of modules, like
+      `kdloss.distances.VID` or a `functools.partial` of it, is built once per student layer with the widths that
+      arrive there.
     - `projection` (`kdloss.projections.linear`, `mlp`, `conv1x1`, any function of two widths) makes the
       projections, for equal widths too; without it there is a linear one where the distance wants equal
       widths and they differ. They are parameters. `project="teacher"` projects the teacher's features to the
@@ -207,7 +209,8 @@ class Features(Term):
         for (s, t), both in features.items():
             projections, distance = self._trained.of(s)
             name = f"{self.name}/{label(s, t)}"
-            compared[s, t] = compare(name, distance, projections, *both, step.where, partial(step.feature_mask, s))
+            own = partial(step.feature_mask, s)
+            compared[s, t] = compare(name, distance, projections, *both, step.where, own, step.index)
         if learned(self.layer_map.pairing):
             shares = learned_values(self.layer_map.pairing, compared, step.where)
             for name, share in shares.items():

@@ -23,6 +23,7 @@ class Step:
       list where it reads several, None where it reads none.
     - `labels` as they were given. `feature_mask(layer, positions)` is the mask of a layer's features at these
       positions (None: all count), and whether they stand elsewhere than labels though they are as many.
+    - `index` says which example of the data set each of the batch is.
     - `where`: the positions that count. `where.take(x)` is a tensor `[*positions, ...]` there, zeroed where nothing
       counts; `where.keep` says where (None: everywhere).
     - `reads`: what the term said it reads; `number`: how many steps were taken before this one.
@@ -40,6 +41,7 @@ class Step:
     reads: Reads
     number: int
     report: Callable[[str, Tensor], None]
+    index: Tensor | None = None
     logits: Any = None
     layout: Layout | None = None
     batch: int | None = None

@@ -7,7 +7,7 @@ from types import EllipsisType
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kdloss import _checks
@@ -53,7 +53,8 @@ class Sum(nn.Module):
     (True = keep); see `kdloss.reduce` for `num_items_in_batch`, which divides every term. `attention_mask` (boolean,
     True = a token) takes positions out as `mask` does, and under `causal` those whose logits are padding's out of every
     term but `CrossEntropy` and `Task`, whose label is real. `feature_mask` counts features that stand elsewhere than
-    labels, by a term's name where terms differ. Returns a scalar in float32 or better (one value per position for
+    labels, by a term's name where terms differ. `index` says which example of the data set each of the batch is, to
+    distances that take it (`kdloss.distances.CRD`). Returns a scalar in float32 or better (one value per position for
     "none"). `components` then holds each term's mean at the positions of the call, detached and without its weight, by
     the term's name.
 
@@ -185,6 +186,7 @@ class Sum(nn.Module):
         attention_mask: Bool[Tensor, "..."] | None = None,
         feature_mask: Bool[Tensor, "..."] | Mapping[str, Any] | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        index: Int[Tensor, " batch"] | None = None,
         plan: Plan | None = None,
         causal: bool | None = None,
         task_terms: Mapping[str, Tensor] | None = None,
@@ -200,7 +202,7 @@ class Sum(nn.Module):
             self._reminder.forward(_log)
         contract = self.contract if causal is None else replace(self.contract, causal=causal)
         evaluation = Evaluation(
-            self, plan, contract, student, labels, mask, attention_mask, feature_mask, num_items_in_batch
+            self, plan, contract, student, labels, mask, attention_mask, feature_mask, num_items_in_batch, index
         )
         for name in plan.complete_with(-1):
             evaluation.reach(name, [] if self.terms[name].several else None)
@@ -233,7 +235,7 @@ class Sum(nn.Module):
     __rmul__ = __mul__
 
     def __add__(self, other: Any) -> "Sum":
-        if isinstance(other, Term | Sum):
+        if isinstance(other, (Term, Sum)):
             return Sum(self, other)
         return Sum(self) if isinstance(other, int) and other == 0 else NotImplemented  # sum(...) begins with 0
 

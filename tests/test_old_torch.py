@@ -1,0 +1,49 @@
+"""What older torch can't do, and newer torch hides."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdloss
+
+FILES = sorted(Path(kdloss.__file__).parent.rglob("*.py"))
+
+
+def test_no_isinstance_asks_for_a_union_which_torch_before_2_10_does_not_compile():
+    """A union's name, like `AnyLogits`, is one too: what is asked for is spelled as types or a tuple of them."""
+    trees = [(path, ast.parse(path.read_text())) for path in FILES]
+    unions = {
+        getattr(target, "id", "")
+        for _, tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and _union(node.value)
+        for target in node.targets
+    }
+    asked = [
+        (path.name, node.lineno)
+        for path, tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"
+        if _union(node.args[1]) or getattr(node.args[1], "id", "") in unions
+    ]
+    assert {"AnyLogits", "Layers"} <= unions
+    assert asked == []
+
+
+def _union(node):
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own, about what it traces
+def test_a_criterion_compiles_where_graph_breaks_are_allowed():
+    criterion = kdloss.VanillaKD(2.0, 0.3)
+    student, teacher, labels = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([0, 5, -100, 2])
+
+    def gradient(loss):
+        x = student.clone().requires_grad_()
+        value = loss(x, teacher, labels)
+        return value.detach(), *torch.autograd.grad(value, x)
+
+    torch.testing.assert_close(gradient(torch.compile(criterion, backend="aot_eager")), gradient(criterion))
