@@ -15,11 +15,12 @@ def test_no_isinstance_asks_for_a_union_which_torch_before_2_10_does_not_compile
     """A union's name, like `AnyLogits`, is one too: what is asked for is spelled as types or a tuple of them."""
     trees = [(path, ast.parse(path.read_text())) for path in FILES]
     unions = {
-        getattr(target, "id", "")
+        target.id
         for _, tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and _union(node.value)
         for target in node.targets
+        if isinstance(target, ast.Name)
     }
     asked = [
         (path.name, node.lineno)
