@@ -332,7 +332,7 @@ def test_micro_batches_of_unequal_size_add_up_to_one_batch(loss):
     labels = labels_for(student.shape)
     parts = [
         kdloss.masked(
-            partial(loss.call, labels=labels[cut]) if loss.labelled else loss.call,
+            partial(loss.function, **loss.settings, **({"labels": labels[cut]} if loss.labelled else {})),
             student[cut],
             teacher[cut],
             mask[cut],

@@ -345,13 +345,35 @@ def test_the_error_is_about_the_side_that_is_another():
     student, teacher = Around(nn.Conv2d(3, 8, 1)), Around(nn.Sequential(Turned(nn.Conv2d(3, 8, 1), turn=LAST)))
     x = torch.randn(2, 3, 4, 6)
     criterion = FeatureKD(["part"], pairing="same", alpha=0.0)
-    with pytest.raises(ValueError, match=r"teacher layer 'part' gives.*write teacher_layout='b h w c'"):
+    with pytest.raises(
+        ValueError, match=r"teacher layer 'part' gives.*write teacher_layout=.* or teacher_layout='b h w c'"
+    ):
         Distiller(teacher, criterion).prepare(student, x)
     criterion = FeatureKD(["part"], pairing="same", alpha=0.0, teacher_layout="b h w c")
     loss = Distiller(teacher, criterion).prepare(student, x)(student, x).loss
     torch.testing.assert_close(loss, F.mse_loss(student.part(x), teacher.part(x).permute(SECOND)))
     with pytest.raises(ValueError, match=r"layout='b h w c' reads student layer 'part'.*as 6 wide.*8 channels"):
         Distiller(teacher, FeatureKD(["part"], pairing="same", layout="b h w c")).prepare(student, x)
+
+
+def test_a_width_inside_a_block_that_is_as_long_as_a_map_is_no_advice():
+    """DenseNet's blocks append 32 channels to what came in, and 32 pixels make a row."""
+
+    class Appends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 1)
+
+        def forward(self, x):
+            return torch.cat([x, self.conv(x)], 1)
+
+    student, teacher, x = Around(Appends()), Around(Appends()), torch.randn(2, 3, 4, 6)
+    criterion = FeatureKD(["part"], pairing="same", alpha=0.0)
+    with pytest.raises(ValueError, match=r"nothing tells which axis.*layout='b c h w' or layout='b h w c'"):
+        Distiller(teacher, criterion).prepare(student, x)
+    criterion = FeatureKD(["part"], pairing="same", alpha=0.0, layout="b c h w")
+    loss = Distiller(teacher, criterion).prepare(student, x)(student, x).loss
+    torch.testing.assert_close(loss, F.mse_loss(student.part(x), teacher.part(x)))
 
 
 def test_a_layer_is_decided_where_it_is_seen_first_and_held_to_it():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Towers:
 
     def __init__(self) -> None:
         self._follow: WeakKeyDictionary[nn.Module, dict[Any, bool | None]] = WeakKeyDictionary()
+        self._encoders: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Towers, ()
@@ -48,14 +49,16 @@ class Towers:
         text = _text_beside_others(batch)
         if text is not None and any(key not in known for key in asked):
             known |= _measured(student, text, again)
-        encoder = encoder_side(student) if asked else set()
+        if student not in self._encoders:
+            self._encoders[student] = WeakSet(encoder_side(student))
+        encoder = self._encoders[student]
 
         def side(term: str, layer: Layer) -> Side:
             keys = [(term, name) for name in parts([layer]) if (term, name) in asked]
             if text is not None and not all(known[key] for key in keys):
                 return "unknown" if any(known[key] is None for key in keys) else "elsewhere"
             modules = [located.find(student, asked[key].name, asked[key].blocks) for key in keys]
-            return "inputs" if modules and encoder.issuperset(modules) else "outputs"
+            return "inputs" if modules and all(m in encoder for m in modules) else "outputs"
 
         return Place(side, text is not None)
 
@@ -118,7 +121,9 @@ def encoder_side(model: nn.Module) -> set[nn.Module]:
     decoder, head = (_asked(model, name) for name in ("get_decoder", "get_output_embeddings"))
     if decoder is None or decoder is model:
         return set()
-    outside = {head, *decoder.modules(), *(m for m in model.modules() if decoder in set(m.modules()))}
+    path = next((name for name, module in model.named_modules() if module is decoder), "").split(".")
+    around = {model.get_submodule(".".join(path[:i])) for i in range(len(path))}
+    outside = {head, *decoder.modules(), *around}
     return set(model.modules()) - outside
 
 

@@ -30,6 +30,7 @@ from kdloss.terms.contract import Contract
 from kdloss.terms.sum import as_criterion
 
 _log = logging.getLogger("kdloss")
+_OF_THE_LOSS = {"mask", "feature_mask", "num_items_in_batch", "index", "teacher", "teach", "shift_labels"}
 _NOTHING = Plan({}, {}, {})
 
 
@@ -354,6 +355,7 @@ class Distiller:
 
     def _measure(self, student: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:
         labels = batch.pop("labels", None)
+        batch = {name: x for name, x in batch.items() if name not in _OF_THE_LOSS}
         self._own_loss(student, args, batch, labels)
         plan = self.criterion.candidates(len(self.teachers))
         with evaluating(student), torch.no_grad():

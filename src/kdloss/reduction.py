@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -149,9 +150,11 @@ def told(loss: Callable[..., Tensor], student: Any, teacher: Any, mask: Tensor |
 
 def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a loss wants something by this name, beside student and teacher."""
-    while (inner := getattr(function, "__wrapped__", None)) is not None:
+    while True:  # what is bound in a partial is a parameter still
+        inner = function.func if isinstance(function, partial) else getattr(function, "__wrapped__", None)
+        if inner is None:
+            return _named(function, name)
         function = inner
-    return _named(function, name)
 
 
 def _named(function: Callable[..., Any], name: str) -> bool:

@@ -122,7 +122,8 @@ def _fits(shape: tuple[int, ...], tells: Tells | None) -> list[int]:
     width = tells.width if told.width is None else told.width
     fits = [axis for axis in (FIRST, LAST) if shape[axis] == width]
     if len(fits) == 1:
-        return fits
+        against = len(shape) > 3 and fits != [default] and not told.sure and told.axis not in (None, *fits)
+        return [FIRST, LAST] if against else fits  # as long as a width inside, but not where its layers have theirs
     kind = told.maps if maps and not told.sure else told.axis
     if kind is not None and (fits or len(shape) < 5 or width is None):
         return [kind]
