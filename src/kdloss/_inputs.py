@@ -3,6 +3,8 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,12 +24,23 @@ def taken_by(model: Callable[..., Any]) -> tuple[list[str], bool]:
     function = unwrap(model).forward if isinstance(model, nn.Module) else model
     if isinstance(schema := getattr(function, "schema", None), torch._C.FunctionSchema):  # TorchScript's
         return [a.name for a in schema.arguments if a.name != "self"], False
+    method: Any = getattr(function, "__func__", None)
+    if isinstance(method, FunctionType):  # all models of a class share it; a function of somebody's isn't held
+        names, anything = _of_method(method)
+        return names[1:], anything
+    return _parameters(function)
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[list[str], bool]:
     try:
         known = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C
         return [], True
     named = [p.name for p in known if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return named, any(p.kind is p.VAR_KEYWORD for p in known)
+
+
+_of_method = lru_cache(maxsize=256)(_parameters)
 
 
 def named(model: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
