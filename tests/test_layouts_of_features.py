@@ -376,6 +376,27 @@ def test_a_width_inside_a_block_that_is_as_long_as_a_map_is_no_advice():
     torch.testing.assert_close(loss, F.mse_loss(student.part(x), teacher.part(x)))
 
 
+def test_one_layer_among_others_is_told_by_its_name():
+    """TinyViT's first blocks have channels second, the later ones last."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 1), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.second(self.first(x).permute(LAST))
+
+    student, teacher, x = Both(), Both(), torch.randn(2, 3, 4, 6)
+    both = ["first", "second"]
+    with pytest.raises(ValueError, match=r"layer 'second'.*write layout=\{'second': 'b h w c'\}"):
+        Distiller(teacher, FeatureKD(both, pairing="same", alpha=0.0)).prepare(student, x)
+    criterion = FeatureKD(both, pairing="same", alpha=0.0, layout={"second": "b h w c"})
+    loss = Distiller(teacher, criterion).prepare(student, x)(student, x).loss
+    expected = F.mse_loss(student.first(x), teacher.first(x)) + F.mse_loss(student(x), teacher(x))
+    torch.testing.assert_close(loss, expected / 2)
+
+
 def test_a_layer_is_decided_where_it_is_seen_first_and_held_to_it():
     """Later numbers may meet by chance; they leave nothing open again, but they may contradict."""
     student = Around(Mixed(8)).double()

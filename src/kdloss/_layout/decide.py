@@ -25,8 +25,17 @@ class Tells:
     inputs: int | None = None
 
 
-def decide(shape: tuple[int, ...], said: Layout | None, tells: Tells | None, layer: str, argument: str) -> Layout:
+def decide(
+    shape: tuple[int, ...],
+    said: Layout | None,
+    tells: Tells | None,
+    layer: str,
+    argument: str,
+    alone: int | str | None = None,
+) -> Layout:
     """The layout of features of this shape; `layer` and `argument` are what an error calls them.
+
+    `alone` is the layer's name, where what an error recommends is for it and not for the others.
 
     Raises: ValueError for a layout that the shape, or the module, contradicts, and where nothing was said and nothing
     decides.
@@ -35,7 +44,7 @@ def decide(shape: tuple[int, ...], said: Layout | None, tells: Tells | None, lay
     'b c h w'
     """
     if said is None:
-        return _default(shape, tells, layer, argument)
+        return _default(shape, tells, layer, argument, alone)
     if len(said.axes) != len(shape):
         raise ValueError(
             f"{argument}={said.pattern!r} names {len(said.axes)} axes, and {layer} gives {shape}; name each of its "
@@ -86,7 +95,7 @@ def check_batch(
     )
 
 
-def _default(shape: tuple[int, ...], tells: Tells | None, layer: str, argument: str) -> Layout:
+def _default(shape: tuple[int, ...], tells: Tells | None, layer: str, argument: str, alone: int | str | None) -> Layout:
     axes = len(shape)
     if axes not in DEFAULTS:
         raise ValueError(
@@ -106,7 +115,7 @@ def _default(shape: tuple[int, ...], tells: Tells | None, layer: str, argument: 
         raise ValueError(
             f"{layer} gives {shape}, which is read as {DEFAULTS[axes].pattern!r} where nothing else is said, but its "
             f"{'last' if axis == LAST else 'second'} axis is that of its {shape[axis]} channels"
-            f"{_write(argument, OTHERS[axes, axis])}"
+            f"{_write(argument, OTHERS[axes, axis], alone)}"
         )
     return DEFAULTS[axes]
 
@@ -140,5 +149,7 @@ def width_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1) if x.ndim > 3 else x
 
 
-def _write(argument: str, pattern: str | None) -> str:
-    return f": write {argument}={pattern!r}" if pattern else ""
+def _write(argument: str, pattern: str | None, alone: int | str | None = None) -> str:
+    if not pattern:
+        return ""
+    return f": write {argument}={pattern!r}" if alone is None else f": write {argument}={{{alone!r}: {pattern!r}}}"

@@ -57,7 +57,9 @@ class Axes:
         if key in self._widths:
             layout, module = self._widths[key]
             return decide(shape, layout, replace(tells, module=module), layer, self.argument)
-        layout, width = decide(shape, None, tells, layer, self.argument), tells.module.width
+        others = any(len(shape) == axes > 2 for other, axes, _ in self._widths if other != name)
+        alone = name if others else None  # the others were decided, by the default
+        layout, width = decide(shape, None, tells, layer, self.argument, alone), tells.module.width
         held = width is not None and shape[layout.width] == width
         self._widths[key] = layout, Evidence(width, sure=True) if held else Evidence()
         return layout
