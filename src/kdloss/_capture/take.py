@@ -31,18 +31,18 @@ def taken(name: Key, output: Any, take: Take = None) -> Tensor:
         return found
     if isinstance(found, PackedSequence) or (take is None and _packed(output)):
         raise TypeError(
-            f"{name!r} returned a PackedSequence, whose rows are positions of several examples by turns; write "
+            f"{_called(name)} returned a PackedSequence, whose rows are positions of several examples by turns; write "
             "take=lambda output: torch.nn.utils.rnn.pad_packed_sequence(output[0], batch_first=True)[0], of a packed "
             "sequence by itself without the [0], and feature_mask=... for what is padding then"
         )
     if several := levels(found):
         raise TypeError(
-            f"take={take!r} finds {described(found)} in what {name!r} returned, which is several features; "
+            f"take={take!r} finds {described(found)} in what {_called(name)} returned, which is several features; "
             f"{_each(name, several)}"
         )
     asked = "holds no tensor" if take is None else f"take={take!r} finds no tensor there"
     raise TypeError(
-        f"{name!r} returned {described(output)}; {asked}. Write take=1 (an index), take='hidden' (a key), "
+        f"{_called(name)} returned {described(output)}; {asked}. Write take=1 (an index), take='hidden' (a key), "
         "take=(1, 'hidden') (one inside the other) or a function of the output"
     )
 
@@ -96,7 +96,7 @@ def _packed(output: Any) -> bool:
 def _first(name: Key, output: Any) -> Any:
     if several := levels(output):
         raise TypeError(
-            f"{name!r} returned {described(output)}: several features, of which none is the first by right; "
+            f"{_called(name)} returned {described(output)}: several features, of which none is the first by right; "
             f"{_each(name, several)}"
         )
     if _packed(output):
@@ -117,3 +117,7 @@ def follow(output: Any, path: Key | tuple[Key, ...]) -> Any:
             numbered = isinstance(output, Mapping) and not isinstance(key, str)  # torchvision's FPN has keys "0", "1"
             output = output.get(str(key)) if numbered else getattr(output, key, None) if isinstance(key, str) else None
     return output
+
+
+def _called(name: Any) -> str:
+    return f"block {name}" if isinstance(name, int) else repr(name)
