@@ -2,9 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +11,14 @@ from torch import Tensor, nn
 
 from kdloss import _watch
 from kdloss._capture import Captured
-from kdloss._classes import Named
-from kdloss._decoder_inputs import DecoderInputs
-from kdloss._inputs import of_decoder, of_student, taken_by
-from kdloss._masks import Padding, all_masks
+from kdloss._inputs import of_student, taken_by
 from kdloss._own_loss import OwnLoss, own_loss, refuse_unread
-from kdloss._passes import Passes, brought, requests
-from kdloss._towers import Towers
-from kdloss.adapter import evaluating, resharded
-from kdloss.bases import Own, owner
+from kdloss._runner import Batch, Runner
+from kdloss.adapter import evaluating
 from kdloss.distilled import Distilled
-from kdloss.teacher import Teacher, refuse_functions, tensors
+from kdloss.teacher import Teacher, refuse_functions
 from kdloss.terms import Plan
-from kdloss.terms._outputs import logits_read, part_of
+from kdloss.terms._outputs import part_of
 from kdloss.terms.contract import Contract
 from kdloss.terms.sum import as_criterion
 
@@ -109,8 +102,7 @@ class Distiller:
             )
         self._prepared_for: weakref.ref[nn.Module] | None = None
         self._own: OwnLoss | None = None
-        self._compared: set[int] = set()
-        self._pass, self._towers, self._decoder_inputs, self._classes = Passes(), Towers(), DecoderInputs(), Named()
+        self._run = Runner(self.teachers, self._plans)
         self._told = False
 
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
@@ -146,17 +138,18 @@ class Distiller:
         stored = self._stored(teacher)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn(student)
-        plan = self._plan(teach)
-        seen = self._study(student, plan, args, inputs, labels, shift_labels)
+        plan, batch = self._plan(teach), Batch(args, inputs, labels, shift_labels)
+        with_labels = plan.own_loss or own.of_labels
+        seen = self._run.study(student, plan, batch, with_labels)
         labels = labels if shift_labels is None else shift_labels
         asked = plan.needs_labels or (plan.own_loss and part_of(seen.output, "loss") is None)
         if not teach and (not plan.weights or (labels is None and asked)):
             return Distilled.of(None, seen.output, {})
-        home = next((p.device for p in student.parameters()), None)
-        outputs = self._outputs(student, plan, args, inputs, labels, stored, home)
+        outputs = self._run.outputs(student, plan, batch, stored)
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
         causal = self._plans and shift_labels is None and self._causal(student, own, seen, labels)
-        settings |= self._masks(student, seen, plan, args, inputs, labels, mask, feature_mask, causal)
+        masks = self._run.masks(student, seen, plan, batch, mask, feature_mask, causal=causal, own_loss=with_labels)
+        settings |= masks
         settings |= {} if index is None else {"index": index}
         if self._plans:
             settings |= {"causal": causal, "task_terms": own.added(seen.output)}
@@ -165,27 +158,6 @@ class Distiller:
             every = list(outputs)
             loss = self.criterion(seen, every if self._as_list else every[0], labels, **settings)
         return Distilled.of(loss, seen.output, dict(getattr(self.criterion, "components", {})))
-
-    def _masks(
-        self,
-        student: nn.Module,
-        seen: Captured,
-        plan: Plan,
-        args: tuple[Any, ...],
-        inputs: dict[str, Any],
-        labels: Any,
-        mask: Tensor | None,
-        feature_mask: Any,
-        causal: bool,
-    ) -> dict[str, Any]:
-        """What counts: the user's masks and the batch's own, each where it stands."""
-        on_features = [name for name, reads in plan.reads.items() if reads.pairs]
-        again = partial(self._study, student, plan, args, inputs, labels)
-        place = self._towers.of(student, requests(plan.reads, "student"), inputs, self._pass.located, again)
-        logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
-        shape = None if logits is None else logits.shape if plan.layout is None else plan.layout.shape(logits.shape)
-        padding = Padding.of(student, inputs)
-        return all_masks(padding, shape, on_features, labels, mask, feature_mask, place, causal=causal)
 
     def _warn(self, student: nn.Module) -> None:
         """Tell once of projections that no optimizer trains, and of some that it trains and nobody zeroes."""
@@ -201,7 +173,7 @@ class Distiller:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_prepared_for": None, "_compared": set()}
+        return vars(self) | {"_prepared_for": None}
 
     def _plan(self, teach: bool) -> Plan:
         """What this step takes."""
@@ -233,7 +205,7 @@ class Distiller:
             return
         if self._plans:
             self.criterion.locate(student, self._modules)
-        self._prepared_for, self._compared, self._own = weakref.ref(student), set(), None
+        self._prepared_for, self._own = weakref.ref(student), None
 
     def shifts(self, student: nn.Module, *args: Any, labels: Any = None, **inputs: Any) -> bool:
         """Whether logits at t are held against label t+1: as the criterion says, else as this batch shows."""
@@ -241,7 +213,7 @@ class Distiller:
         said: bool | None = self.criterion.contract.causal if self._plans else False
         return bool(self._own_loss(student, args, inputs, labels).causal) if said is None else said
 
-    def _own_loss(self, student: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], labels: Any) -> OwnLoss:
+    def _own_loss(self, student: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], labels: Any) -> OwnLoss:
         """How the student's own loss reads labels, measured on the first batch, on every rank alike."""
         if self._own is None:
             contract = self.criterion.contract if self._plans else Contract()
@@ -272,95 +244,14 @@ class Distiller:
             )
         return several
 
-    def _study(
-        self,
-        student: nn.Module,
-        plan: Plan,
-        args: tuple[Any, ...],
-        inputs: dict[str, Any],
-        labels: Any,
-        shift_labels: Tensor | None = None,
-    ) -> Captured:
-        """The student's pass."""
-        inputs = self._decoder_inputs.of(student, args, of_student(student, self.teachers, inputs), labels)
-        if plan.own_loss or (self._own is not None and self._own.of_labels):
-            given = {"labels": labels, "shift_labels": shift_labels}
-            inputs = {**inputs, **{name: x for name, x in given.items() if x is not None}}
-        why = plan.why_whole if self._plans else "its criterion may want them"
-        return self._pass(student, requests(plan.reads, "student"), args, inputs, why_whole=why)
-
-    def _outputs(
-        self,
-        student: nn.Module,
-        plan: Plan,
-        args: tuple[Any, ...],
-        inputs: dict[str, Any],
-        labels: Any,
-        stored: Sequence[Any] = (),
-        home: torch.device | None = None,
-    ) -> Iterator[Any]:
-        """Each teacher's output, made when it is asked for; None for one that nobody reads."""
-        rest = iter(stored)
-        for k, teacher in enumerate(self.teachers):
-            if teacher is None:
-                said = next(rest, None)
-                yield self._classes.stored(k, student, said) if self._plans else said
-            elif not self._plans or plan.of_teacher(k):
-                # By no name here: who asks for the output is the only one to hold it.
-                with self._seen_apart(k, student):
-                    seen = [self._teach(k, teacher, plan, args, inputs, labels)]
-                seen[0].classes = self._classes(k, student, teacher.module)
-                yield brought(seen.pop(), None if teacher.device is None else home)
-            else:
-                yield None
-
-    @contextmanager
-    def _seen_apart(self, k: int, student: nn.Module) -> Iterator[None]:
-        """Once per student: raise for a teacher that ran, inside the `with`, on weights that the student trains."""
-        teacher = self.teachers[k]
-        module = None if teacher is None else owner(teacher.module)
-        if module is None or k in self._compared:
-            yield
-            return
-        own = Own(student, module)
-        with own.watch():
-            yield
-        own.refuse(k)
-        self._compared.add(k)
-
-    def _teach(
-        self, k: int, teacher: Teacher, plan: Plan, args: tuple[Any, ...], inputs: dict[str, Any], labels: Any
-    ) -> Captured:
-        reads, module = {name: plan.reads[name] for name in plan.of_teacher(k)}, teacher.module
-        rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
-        if rename is not None and teacher.inputs is None:
-            tokens = [name for name in ("input_ids", "decoder_input_ids") if inputs.get(name) is not None]
-            inputs = {**inputs, **{name: rename(inputs[name]) for name in tokens}}
-            labels = of_decoder(module, labels, rename)
-        args, inputs = teacher.of(args, inputs)
-        stop = self._plans and plan.ends_early(k)
-        why = plan.why_teacher_whole(k) if self._plans else "its criterion may want them"
-        with torch.no_grad():
-            if not isinstance(module, nn.Module):
-                seen = Captured()
-                seen.output = module(*args, **inputs)
-            else:
-                inputs = self._decoder_inputs.of(module, args, inputs, labels)
-                with evaluating(module):
-                    asked = requests(reads, "teacher")
-                    seen = self._pass(module, asked, args, inputs, stop=stop, why_whole=why)
-                resharded(module)
-        seen.output = tensors(seen.output, (args, inputs))
-        return seen
-
-    def _measure(self, student: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:
-        labels = batch.pop("labels", None)
-        batch = {name: x for name, x in batch.items() if name not in _OF_THE_LOSS}
-        self._own_loss(student, args, batch, labels)
+    def _measure(self, student: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        labels = inputs.pop("labels", None)
+        batch = Batch(args, {name: x for name, x in inputs.items() if name not in _OF_THE_LOSS}, labels)
+        own = self._own_loss(student, args, batch.inputs, labels)
         plan = self.criterion.candidates(len(self.teachers))
         with evaluating(student), torch.no_grad():
-            seen = self._study(student, plan, args, batch, labels)
-        for k, output in enumerate(self._outputs(student, plan, args, batch, labels)):
+            seen = self._run.study(student, plan, batch, plan.own_loss or own.of_labels)
+        for k, output in enumerate(self._run.outputs(student, plan, batch)):
             for name in plan.complete_with(k):
                 self.criterion.measure(name, seen.of(name), output.of(name))
         self.criterion.to(next(student.parameters()).device)

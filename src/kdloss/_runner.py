@@ -1,0 +1,138 @@
+"""A student and its teachers, run once each as far as a plan reads them."""
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdloss._capture import Captured
+from kdloss._classes import Named
+from kdloss._decoder_inputs import DecoderInputs
+from kdloss._inputs import of_decoder, of_student
+from kdloss._masks import Padding, all_masks
+from kdloss._passes import Passes, brought, requests
+from kdloss._towers import Towers
+from kdloss.adapter import evaluating, resharded
+from kdloss.bases import Own, owner
+from kdloss.teacher import Teacher, tensors
+from kdloss.terms import Plan
+from kdloss.terms._outputs import logits_read
+
+_OTHERS = "its criterion may want them"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step is given: inputs by position and by keyword, and labels, or such as are shifted already."""
+
+    args: tuple[Any, ...]
+    inputs: Mapping[str, Any]
+    labels: Any
+    shift_labels: Tensor | None = None
+
+
+class Runner:
+    """Runs models, and remembers of each what its first pass showed."""
+
+    def __init__(self, teachers: Sequence[Teacher | None], plans: bool) -> None:
+        self.teachers, self._plans = teachers, plans
+        self._pass, self._towers, self._decoder_inputs, self._classes = Passes(), Towers(), DecoderInputs(), Named()
+        self._compared: set[int] = set()
+        self._student: weakref.ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_student": None, "_compared": set()}
+
+    def study(self, student: nn.Module, plan: Plan, batch: Batch, own_loss: bool) -> Captured:
+        """The student's pass; with labels where its own loss is read."""
+        own = of_student(student, self.teachers, batch.inputs)
+        inputs = self._decoder_inputs.of(student, batch.args, own, batch.labels)
+        if own_loss:
+            given = {"labels": batch.labels, "shift_labels": batch.shift_labels}
+            inputs |= {name: x for name, x in given.items() if x is not None}
+        why = plan.why_whole if self._plans else _OTHERS
+        return self._pass(student, requests(plan.reads, "student"), batch.args, inputs, why_whole=why)
+
+    def outputs(self, student: nn.Module, plan: Plan, batch: Batch, stored: Sequence[Any] = ()) -> Iterator[Any]:
+        """Each teacher's output, made when it is asked for; None for one that nobody reads."""
+        rest = iter(stored)
+        home = next((p.device for p in student.parameters()), None)
+        for k, teacher in enumerate(self.teachers):
+            if teacher is None:
+                said = next(rest, None)
+                yield self._classes.stored(k, student, said) if self._plans else said
+            elif not self._plans or plan.of_teacher(k):
+                # By no name here: who asks for the output is the only one to hold it.
+                with self._seen_apart(k, student):
+                    seen = [self._teach(k, teacher, plan, batch)]
+                seen[0].classes = self._classes(k, student, teacher.module)
+                yield brought(seen.pop(), None if teacher.device is None else home)
+            else:
+                yield None
+
+    def masks(
+        self,
+        student: nn.Module,
+        seen: Captured,
+        plan: Plan,
+        batch: Batch,
+        mask: Tensor | None,
+        feature_mask: Any,
+        *,
+        causal: bool,
+        own_loss: bool,
+    ) -> dict[str, Any]:
+        """What counts: the user's masks and the batch's own, each where it stands."""
+        on_features = [name for name, reads in plan.reads.items() if reads.pairs]
+        again = partial(self.study, student, plan, batch, own_loss)
+        place = self._towers.of(student, requests(plan.reads, "student"), batch.inputs, self._pass.located, again)
+        logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
+        shape = None if logits is None else logits.shape if plan.layout is None else plan.layout.shape(logits.shape)
+        padding = Padding.of(student, batch.inputs)
+        labels = batch.labels if batch.shift_labels is None else batch.shift_labels
+        return all_masks(padding, shape, on_features, labels, mask, feature_mask, place, causal=causal)
+
+    @contextmanager
+    def _seen_apart(self, k: int, student: nn.Module) -> Iterator[None]:
+        """Once per student: raise for a teacher that ran, inside the `with`, on weights that the student trains."""
+        if self._student is None or self._student() is not student:
+            self._student, self._compared = weakref.ref(student), set()
+        teacher = self.teachers[k]
+        module = None if teacher is None else owner(teacher.module)
+        if module is None or k in self._compared:
+            yield
+            return
+        own = Own(student, module)
+        with own.watch():
+            yield
+        own.refuse(k)
+        self._compared.add(k)
+
+    def _teach(self, k: int, teacher: Teacher, plan: Plan, batch: Batch) -> Captured:
+        reads, module = {name: plan.reads[name] for name in plan.of_teacher(k)}, teacher.module
+        inputs, labels = dict(batch.inputs), batch.labels
+        rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
+        if rename is not None and teacher.inputs is None:
+            tokens = [name for name in ("input_ids", "decoder_input_ids") if inputs.get(name) is not None]
+            inputs |= {name: rename(inputs[name]) for name in tokens}
+            labels = of_decoder(module, labels, rename)
+        args, inputs = teacher.of(batch.args, inputs)
+        stop = self._plans and plan.ends_early(k)
+        why = plan.why_teacher_whole(k) if self._plans else _OTHERS
+        with torch.no_grad():
+            if not isinstance(module, nn.Module):
+                seen = Captured()
+                seen.output = module(*args, **inputs)
+            else:
+                inputs = self._decoder_inputs.of(module, args, inputs, labels)
+                with evaluating(module):
+                    asked = requests(reads, "teacher")
+                    seen = self._pass(module, asked, args, inputs, stop=stop, why_whole=why)
+                resharded(module)
+        seen.output = tensors(seen.output, (args, inputs))
+        return seen
