@@ -9,6 +9,7 @@ import transformers as hf
 from families import VOCAB
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
+from versions import since_torch
 
 import kdloss
 from kdloss import CrossEntropy, Logits, Task
@@ -395,3 +396,28 @@ def test_a_decoder_reads_what_the_models_own_forward_makes_of_labels(build):
         found = gradients(out.loss, student)
         for name, slope in slopes.items():
             torch.testing.assert_close(found[name], slope, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("build", [llama, bert], ids=lambda build: build.__name__)
+def test_losses_of_half_precision_show_it_too(build, dtype):
+    student, ids = made(build).to(dtype), tokens(4, 20)
+    own = student(input_ids=ids, labels=ids).loss.item()
+    out = kdloss.Distiller(None, kdloss.VanillaKD(alpha=1.0))(student, input_ids=ids, labels=ids)
+    assert out.loss.item() == pytest.approx(own, rel=1e-2)
+
+
+@since_torch(2, 6)
+def test_what_is_measured_makes_no_graph():
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    student, ids = torch.compile(made(llama), backend=counting), tokens()
+    distill = kdloss.Distiller(made(llama, 1), kdloss.VanillaKD())
+    assert distill.shifts(student, input_ids=ids, labels=ids)
+    assert graphs == []
+    student(input_ids=ids)
+    assert graphs

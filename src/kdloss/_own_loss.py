@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from kdloss._capture import eagerly
 from kdloss._decoder_inputs import DecoderInputs
 from kdloss._virtual import virtual_tokens
 from kdloss.adapter import evaluating, resharded, takes_input, without_cache
@@ -60,7 +61,7 @@ def own_loss(
         return None
     if shown.is_meta:
         return OwnLoss()
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), eagerly():  # no graph is made for a pass of its own kind
         if not classes_given or not _counts(labels, ignore_index):
             classes = _classes(model, args, inputs, ids)
             if classes is None:
@@ -85,7 +86,7 @@ def own_loss(
     own = _read(model, output, loss.float().item(), logits, labels.to(logits.device))
     if not own.terms:
         return own
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), eagerly():
         fed = DecoderInputs().of(model, args, inputs, labels)
         output = model(*args, **without_cache(model, {**fed, **few}))
     resharded(model)
@@ -123,25 +124,31 @@ def _window(model: nn.Module, labels: Tensor) -> tuple[Tensor, dict[str, Any]]:
 
 def _read(model: nn.Module, output: Any, loss: float, logits: Tensor, labels: Tensor) -> OwnLoss:
     """The reading, and the coefficients, with which the loss is what it is."""
-    coarse, logits = logits.dtype in (torch.float16, torch.bfloat16), logits.float()
-    readings = {
-        True: cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED).item(),
-        False: cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).item(),
-    }
+    coarse = logits.dtype in (torch.float16, torch.bfloat16)  # in which some models compute their loss, others don't
+    every = [_readings(z, labels) for z in ([logits.float(), logits] if coarse else [logits])]
     named = {name: value.float().item() for name, value in _named_terms(output).items()}
     fits = [
         (_apart(loss, value + sum(factors[name] * named[name] for name in named)), causal, factors)
+        for readings in every
         for causal, value in readings.items()
         for factors in _coefficients(model, named)
     ]
     off, causal, factors = min(fits, key=lambda fit: fit[0])
     other = min(fit[0] for fit in fits if fit[1] != causal)
+    readings = every[0]
     name, shifted, beside = type(unwrap(model)).__name__, readings[True], readings[False]
     seen = f"{name}'s own loss is {loss:.6g}, cross-entropy {shifted:.6g} with shifted labels, {beside:.6g} without"
-    # Some models compute their loss in the dtype of their logits.
     if off > (1e-2 if coarse else 1e-4) or other < max(8 * off, 1e-6):
         return OwnLoss(None, {}, seen)
     return OwnLoss(causal, {key: factor for key, factor in factors.items() if factor}, seen)
+
+
+def _readings(logits: Tensor, labels: Tensor) -> dict[bool, float]:
+    """Cross-entropy with shifted labels, and without."""
+    return {
+        True: cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED).item(),
+        False: cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).item(),
+    }
 
 
 def _apart(x: float, y: float) -> float:

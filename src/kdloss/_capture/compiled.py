@@ -41,7 +41,7 @@ def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> Iterator[None
             type(getattr(around, "_orig_mod", around)).__name__,
             BLOCKS,
         )
-    with _eagerly():
+    with eagerly():
         yield
 
 
@@ -57,9 +57,15 @@ def _holds(module: nn.Module, hooked: Collection[nn.Module]) -> bool:
 
 
 @contextmanager
-def _eagerly() -> Iterator[None]:
-    """The stance is the whole process's: the first thread to come sets it, the last to go restores it."""
+def eagerly() -> Iterator[None]:
+    """Inside the `with` nothing is compiled, nor runs compiled, in torch that can turn it off.
+
+    The stance is the whole process's: the first thread to come sets it, the last to go restores it.
+    """
     global _running, _stance
+    if not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
     with _lock:
         if _running == 0:
             _stance = torch.compiler.set_stance("force_eager")
