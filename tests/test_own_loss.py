@@ -166,6 +166,18 @@ def test_it_is_measured_once_in_eval_mode_and_changes_nothing():
     assert torch.equal(first, fresh)
 
 
+@pytest.mark.parametrize("build", [llama, bert, gemma3, xlnet], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("labels", ["all", "none counts", "none"])
+def test_the_same_one_pass_shows_it_whatever_labels_a_rank_has(build, labels):
+    student, ids, ran = made(build), tokens(), []
+    given = {"all": {"labels": ids}, "none counts": {"labels": torch.full_like(ids, -100)}, "none": {}}[labels]
+    student.register_forward_hook(lambda module, args, output: ran.append(output.loss))
+    distill = kdloss.Distiller(None, kdloss.VanillaKD())
+    assert distill.shifts(student, input_ids=ids, **given) is (build in SHIFTED)
+    assert len(ran) == 1
+    assert ran[0].isfinite()
+
+
 def test_few_positions_of_a_long_text_show_it():
     student, teacher, ids, widths = made(llama), made(llama, 1), tokens(2, 90), []
     labels = ids.clone()

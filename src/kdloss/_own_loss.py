@@ -49,8 +49,9 @@ def own_loss(
 ) -> OwnLoss | None:
     """What a batch shows: one pass with labels, in eval mode and without gradient, held against both readings.
 
-    Without labels of positions the input's own ids are the labels. None where a batch shows nothing: it is empty, or
-    its labels are one for each example.
+    Where no label counts, or there are none, a pattern of the first two classes is as good: every rank makes the same
+    one pass, whatever its part of a batch. None where a batch shows nothing: it is empty, or its labels are one for
+    each example.
     """
     if not takes_input(model, "labels"):
         return OwnLoss()
@@ -62,27 +63,22 @@ def own_loss(
     if shown.is_meta:
         return OwnLoss()
     with evaluating(model), torch.no_grad(), eagerly():  # no graph is made for a pass of its own kind
-        if not classes_given or not _counts(labels, ignore_index):
-            classes = _classes(model, args, inputs, ids)
-            if classes is None:
-                return OwnLoss()
-            labels = ids.remainder(classes)
-        labels = labels.masked_fill(labels == ignore_index, IGNORED)
+        labels = shown.masked_fill(shown == ignore_index, IGNORED) if classes_given else shown
+        if not classes_given or not bool((labels[:, 1:] != IGNORED).any()):
+            labels = torch.zeros_like(shown) + torch.arange(shown.shape[1], device=shown.device) % 3 // 2
         labels, few = _window(model, labels)
         try:
             output = model(*args, **without_cache(model, {**inputs, **few, "labels": labels}))
         except (TypeError, ValueError, RuntimeError, IndexError) as error:  # labels that are not for its own loss
             return OwnLoss(seen=f"{type(unwrap(model)).__name__} makes no loss of these labels itself ({error})")
+    resharded(model)
     logits, loss = find_logits(output), _field(output, "loss")
-    if not isinstance(logits, Tensor) or not isinstance(loss, Tensor) or loss.numel() != 1:
-        return OwnLoss()
-    if logits.ndim != 3:
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or not isinstance(loss, Tensor) or loss.numel() != 1:
         return OwnLoss()
     if (ahead := logits.shape[1] - labels.shape[1]) and ahead == virtual_tokens(model):
         labels = pad(labels, (ahead, 0), value=IGNORED)  # as peft does
     if (labels.shape[0], labels.shape[1]) != (logits.shape[0], logits.shape[1]):
         return OwnLoss()
-    resharded(model)
     own = _read(model, output, loss.float().item(), logits, labels.to(logits.device))
     if not own.terms:
         return own
@@ -91,21 +87,6 @@ def own_loss(
         output = model(*args, **without_cache(model, {**fed, **few}))
     resharded(model)
     return replace(own, of_labels=own.added(output).keys() != own.terms.keys())
-
-
-def _counts(labels: Tensor, ignore_index: int) -> bool:
-    """Whether a label counts in either reading."""
-    return bool((labels[:, 1:] != ignore_index).any())
-
-
-def _classes(model: nn.Module, args: Any, inputs: Mapping[str, Any], ids: Any) -> int | None:
-    """How many classes the logits at every input id have; None where there are no such logits."""
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        return None
-    few = {"logits_to_keep": 1} if _keeps_few(model) else {}
-    logits = find_logits(model(*args, **without_cache(model, {**inputs, **few})))
-    stand_there = isinstance(logits, Tensor) and logits.ndim == 3 and (few or logits.shape[:2] == ids.shape)
-    return logits.shape[-1] if isinstance(logits, Tensor) and stand_there else None
 
 
 def _keeps_few(model: nn.Module) -> bool:
