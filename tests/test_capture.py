@@ -868,7 +868,7 @@ def test_what_goes_wrong_speaks_of_names_and_not_of_keys():
     x, twice = torch.ones(2, 4), {"a": Request(1), "b": Request(1, take=torch.clone)}
     for model, requests, error, match in [
         (Net(skip=True), twice, RuntimeError, r"^\[1\] did not run"),
-        (Net(), {"a": Request(0, take=5)}, TypeError, "^0 returned a Tensor.*take=5 finds"),
+        (Net(), {"a": Request(0, take=5)}, TypeError, "^block 0 returned a Tensor.*take=5 finds"),
         (Net(order=(0, 0)), {"a": Request(0)}, RuntimeError, "^0 ran more than once"),
         (Net(), {"a": Request(0, which=4)}, RuntimeError, r"^\[0\] ran 1 times, not as often as which=4"),
         (Net(), {"a": Request(0, which="both")}, ValueError, "^which='both' for 0 is unknown"),
