@@ -74,9 +74,6 @@ def bert(head=hf.BertForMaskedLM, **changes):
 SHIFTED, BESIDE = [llama, gemma3, mixtral], [bart, trocr, xlnet, xlm, bert]
 
 
-PLAIN = {"use_cache": False}  # a BART decoder alone can't store keys
-
-
 def made(build, seed=0):
     torch.manual_seed(seed)
     return build().eval()
@@ -98,14 +95,19 @@ def gradients(loss, model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def plainly(model, **inputs):
+    """Its output; a decoder of BART's alone can't store keys."""
+    return model(**inputs, **({"use_cache": False} if isinstance(model, hf.BartForCausalLM) else {}))
+
+
 @pytest.mark.parametrize("build", SHIFTED + BESIDE, ids=lambda build: build.__name__)
 def test_alpha_one_is_the_models_own_loss_in_value_and_gradient(build):
     student, teacher, ids = made(build), made(build, 1), tokens()
     labels = ids.clone()
     labels[0, :4] = -100
-    own = student(input_ids=ids, labels=labels, **PLAIN).loss
+    own = plainly(student, input_ids=ids, labels=labels).loss
     expected = gradients(own, student)
-    out = kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=1.0))(student, input_ids=ids, labels=labels, **PLAIN)
+    out = kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=1.0))(student, input_ids=ids, labels=labels)
     torch.testing.assert_close(out.loss, own.detach(), rtol=1e-5, atol=0, check_dtype=False)
     found = gradients(out.loss, student)
     assert found.keys() == expected.keys()
@@ -118,7 +120,7 @@ def test_the_teacher_is_compared_where_the_model_predicts_a_label(build):
     student, teacher, ids = made(build), made(build, 1), tokens()
     labels = ids.clone()
     labels[0, :4] = -100
-    s, t = (m(input_ids=ids, **PLAIN).logits for m in (student, teacher))
+    s, t = (plainly(m, input_ids=ids).logits for m in (student, teacher))
     keep = labels != -100
     if build in SHIFTED:
         s, t, keep = s[:, :-1], t[:, :-1], keep[:, 1:]
@@ -130,7 +132,7 @@ def test_the_teacher_is_compared_where_the_model_predicts_a_label(build):
 @pytest.mark.parametrize("build", [llama, bart], ids=lambda build: build.__name__)
 def test_without_labels_the_inputs_own_ids_show_it(build):
     student, teacher, ids = made(build), made(build, 1), tokens()
-    s, t = (m(input_ids=ids, **PLAIN).logits for m in (student, teacher))
+    s, t = (plainly(m, input_ids=ids).logits for m in (student, teacher))
     upto = -1 if build is llama else None
     expected = divergence(s[:, :upto], t[:, :upto], slice(None)).item()
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD(temperature=1.0, alpha=0.0))
@@ -195,7 +197,7 @@ def test_each_student_is_measured_for_itself():
     distill, ids = kdloss.Distiller(made(llama, 1), kdloss.VanillaKD(alpha=1.0)), tokens()
     for build in (llama, bart, llama):
         student = made(build)
-        own = student(input_ids=ids, labels=ids, **PLAIN).loss.item()
+        own = plainly(student, input_ids=ids, labels=ids).loss.item()
         assert distill(student, input_ids=ids, labels=ids).loss.item() == pytest.approx(own, rel=1e-5)
 
 

@@ -1,6 +1,7 @@
 """How a model's own loss reads its labels, measured: shifted or not, and what it adds to cross-entropy."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -57,12 +58,15 @@ def own_loss(
         return OwnLoss()
     ids = inputs.get("input_ids", args[0] if args else None)
     classes_given = isinstance(labels, Tensor) and not labels.is_floating_point()
+    if labels is not None and not classes_given and getattr(labels, "ndim", 0) != 3:  # of examples; soft labels have 3
+        return None
     shown = labels if classes_given else ids
     if not isinstance(shown, Tensor) or shown.is_floating_point() or shown.ndim != 2 or not shown.numel():
         return None
     if shown.is_meta:
         return OwnLoss()
-    with evaluating(model), torch.no_grad(), eagerly():  # no graph is made for a pass of its own kind
+    with evaluating(model), torch.no_grad(), eagerly(), warnings.catch_warnings():  # no graph for a pass of its kind
+        warnings.simplefilter("ignore")  # of labels that are none of this model's
         labels = shown.masked_fill(shown == ignore_index, IGNORED) if classes_given else shown
         if not classes_given or not bool((labels[:, 1:] != IGNORED).any()):
             labels = torch.zeros_like(shown) + torch.arange(shown.shape[1], device=shown.device) % 3 // 2
