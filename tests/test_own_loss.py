@@ -327,6 +327,22 @@ class Unlabelled(nn.Module):
         return SimpleNamespace(logits=self.head(self.embed(input_ids)), **more)
 
 
+def test_logits_that_a_term_takes_elsewhere_have_to_be_said_too():
+    """nanoGPT's models return (logits, loss), and their labels are shifted by whoever loads them."""
+
+    class Pair(Unlabelled):
+        def forward(self, input_ids):
+            return self.head(self.embed(input_ids)), None
+
+    student, ids = made(Pair), tokens()
+    distill = kdloss.Distiller(None, kdloss.Sum(CrossEntropy(take=0)))
+    with pytest.raises(ValueError, match="causal=True where labels are the input's own ids"):
+        distill(student, ids, labels=ids)
+    said = kdloss.Distiller(None, kdloss.Sum(CrossEntropy(take=0), causal=False))
+    expected = cross_entropy(student(ids)[0].flatten(0, 1), ids.flatten())
+    torch.testing.assert_close(said(student, ids, labels=ids).loss, expected)
+
+
 @pytest.mark.parametrize("build", [smoothed, undecided, Unlabelled], ids=lambda build: build.__name__)
 def test_where_nothing_tells_it_has_to_be_said(build):
     student, teacher, ids = made(build), made(llama, 1), tokens()

@@ -178,9 +178,9 @@ def _numbers(config: Any) -> Iterator[tuple[str, float]]:
             yield from _numbers(value)
 
 
-def refuse_unread(own: OwnLoss, model: nn.Module, output: Any, labels: Any) -> None:
+def refuse_unread(own: OwnLoss, model: nn.Module, logits: Any, labels: Any) -> None:
     """Raise where labels or a loss of a language model's form are there, and nothing tells how they are meant."""
-    logits, name = find_logits(output), type(unwrap(model)).__name__
+    name = type(unwrap(model)).__name__
     if logits is None or len(logits.shape) != 3 or not isinstance(labels, Tensor) or labels.shape != logits.shape[:2]:
         return
     raise ValueError(

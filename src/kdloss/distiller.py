@@ -18,7 +18,7 @@ from kdloss.adapter import evaluating
 from kdloss.distilled import Distilled
 from kdloss.teacher import Teacher, refuse_functions
 from kdloss.terms import Plan
-from kdloss.terms._outputs import part_of
+from kdloss.terms._outputs import logits_read, part_of
 from kdloss.terms.contract import Contract
 from kdloss.terms.sum import as_criterion
 
@@ -147,7 +147,7 @@ class Distiller:
             return Distilled.of(None, seen.output, {})
         outputs = self._run.outputs(student, plan, batch, stored)
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
-        causal = self._plans and shift_labels is None and self._causal(student, own, seen, labels)
+        causal = self._plans and shift_labels is None and self._causal(student, own, plan, seen, labels)
         masks = self._run.masks(student, seen, plan, batch, mask, feature_mask, causal=causal, own_loss=with_labels)
         settings |= masks
         settings |= {} if index is None else {"index": index}
@@ -223,13 +223,14 @@ class Distiller:
                 _log.info("causal=%s, measured: %s", self._own.causal, self._own)
         return self._own or OwnLoss()
 
-    def _causal(self, student: nn.Module, own: OwnLoss, seen: Captured, labels: Any) -> bool:
+    def _causal(self, student: nn.Module, own: OwnLoss, plan: Plan, seen: Captured, labels: Any) -> bool:
         """Whether logits at t are held against label t+1: as the criterion says, else as the student does it."""
         said: bool | None = self.criterion.contract.causal
         if said is not None:
             return said
         if own.causal is None:
-            refuse_unread(own, student, seen.output, labels)
+            logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
+            refuse_unread(own, student, logits, labels)
         return bool(own.causal)
 
     def _stored(self, given: Any) -> list[Any]:
