@@ -65,6 +65,7 @@ class Named:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, k: int, student: nn.Module, teacher: Any) -> Classes | None:
         """The classes of a student and teacher k, a model or what one that is stored said, where both name them."""
         ours, theirs = _folded(class_names(student)), _folded(class_names(teacher))

@@ -7,8 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kdloss._capture import eagerly
-from kdloss.adapter import evaluating, is_encoder_decoder, resharded, takes_input, without_cache
+from kdloss.adapter import is_encoder_decoder, measuring, takes_input, without_cache
 from kdloss.layers.names import unwrap
 from kdloss.terms._outputs import find_logits
 
@@ -49,10 +48,9 @@ def _follows(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any],
     """Whether a model's forward reads what its method makes: the same logits, once each way."""
     if not hasattr(unwrap(model), "prepare_decoder_input_ids_from_labels"):
         return False
-    with evaluating(model), torch.no_grad(), eagerly():
+    with measuring(model):
         ways = {"labels": labels}, _prepared(model, labels)
         both = [find_logits(model(*args, **without_cache(model, {**inputs, **way}))) for way in ways]
-    resharded(model)
     own, prepared = both
     if not isinstance(own, Tensor) or not isinstance(prepared, Tensor) or own.shape != prepared.shape:
         return False

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from kdloss._capture import eagerly
 from kdloss._decoder_inputs import DecoderInputs
 from kdloss._virtual import virtual_tokens
-from kdloss.adapter import evaluating, resharded, takes_input, without_cache
+from kdloss.adapter import measuring, takes_input, without_cache
 from kdloss.layers.names import unwrap
 from kdloss.terms._outputs import find_logits
 
@@ -65,7 +64,7 @@ def own_loss(
         return None
     if shown.is_meta:
         return OwnLoss()
-    with evaluating(model), torch.no_grad(), eagerly(), warnings.catch_warnings():  # no graph for a pass of its kind
+    with measuring(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of labels that are none of this model's
         labels = shown.masked_fill(shown == ignore_index, IGNORED) if classes_given else shown
         if not classes_given or not bool((labels[:, 1:] != IGNORED).any()):
@@ -75,7 +74,6 @@ def own_loss(
             output = model(*args, **without_cache(model, {**inputs, **few, "labels": labels}))
         except (TypeError, ValueError, RuntimeError, IndexError) as error:  # labels that are not for its own loss
             return OwnLoss(seen=f"{type(unwrap(model)).__name__} makes no loss of these labels itself ({error})")
-    resharded(model)
     logits, loss = find_logits(output), _field(output, "loss")
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not isinstance(loss, Tensor) or loss.numel() != 1:
         return OwnLoss()
@@ -86,10 +84,9 @@ def own_loss(
     own = _read(model, output, loss.float().item(), logits, labels.to(logits.device))
     if not own.terms:
         return own
-    with evaluating(model), torch.no_grad(), eagerly():
+    with measuring(model):
         fed = DecoderInputs().of(model, args, inputs, labels)
         output = model(*args, **without_cache(model, {**fed, **few}))
-    resharded(model)
     return replace(own, of_labels=own.added(output).keys() != own.terms.keys())
 
 

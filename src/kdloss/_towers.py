@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdloss._capture import Captured, Request
 from kdloss._capture.located import Located
-from kdloss.adapter import evaluating, is_encoder_decoder
+from kdloss.adapter import is_encoder_decoder, measuring
 from kdloss.layers.layer_map import Layer, parts
 from kdloss.layers.names import unwrap
 
@@ -74,7 +74,7 @@ def _text_beside_others(batch: Mapping[str, Any]) -> Tensor | None:
 
 def _measured(student: nn.Module, ids: Tensor, again: Again) -> dict[Any, bool | None]:
     """Which features change when the embeddings of the text do; None where no `nn.Embedding` reads it."""
-    with evaluating(student), torch.no_grad():
+    with measuring(student):
         before = _run(student, again)
         with _other_embeddings(student, ids) as changed:
             after = _run(student, again)

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
+from kdloss._capture import eagerly
 from kdloss._inputs import named, taken_by
 from kdloss.layers.names import unwrap
 
@@ -45,6 +47,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """For passes that show something of a model and leave nothing: in eval mode, without gradient or graph.
+
+    Older torch keeps what autocast cast in them, and would take it in the step, where its gradient would end.
+    """
+    try:
+        with evaluating(model), torch.no_grad(), eagerly():
+            yield
+    finally:
+        torch.clear_autocast_cache()
+        resharded(model)
 
 
 def resharded(model: nn.Module) -> None:

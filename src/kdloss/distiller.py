@@ -14,7 +14,7 @@ from kdloss._capture import Captured
 from kdloss._inputs import of_student, taken_by
 from kdloss._own_loss import OwnLoss, own_loss, refuse_unread
 from kdloss._runner import Batch, Runner
-from kdloss.adapter import evaluating
+from kdloss.adapter import measuring
 from kdloss.distilled import Distilled
 from kdloss.teacher import Teacher, refuse_functions
 from kdloss.terms import Plan
@@ -250,7 +250,7 @@ class Distiller:
         batch = Batch(args, {name: x for name, x in inputs.items() if name not in _OF_THE_LOSS}, labels)
         own = self._own_loss(student, args, batch.inputs, labels)
         plan = self.criterion.candidates(len(self.teachers))
-        with evaluating(student), torch.no_grad():
+        with measuring(student):
             seen = self._run.study(student, plan, batch, plan.own_loss or own.of_labels)
         for k, output in enumerate(self._run.outputs(student, plan, batch)):
             for name in plan.complete_with(k):
