@@ -337,7 +337,8 @@ def test_where_it_can_not_be_logits_are_made_and_the_reason_logged_once(case, ca
         assert out.logits is out.output.logits
         assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
         close(gradients(out.loss, student), slopes, 1e-10)
-    said = [r.getMessage() for r in caplog.records if r.args[0] != "CutsForCausalLM" or "cuts" in case]
+    ours = [r for r in caplog.records if r.name == "kdloss"]  # torch 2.4 says something of its graphs, too
+    said = [r.getMessage() for r in ours if r.args[0] != "CutsForCausalLM" or "cuts" in case]
     assert reason in said[0]
     assert len(said) == (2 if case == "cuts the classes" else 1), said  # two models
 
