@@ -19,7 +19,7 @@ class Weight(nn.Module):
             raise TypeError(
                 f"a weight is a number, a function of the step or a tensor, got {modules[0]}; terms are added, a + b"
             )
-        self.number = math.prod([_checks.weight("a weight", f) for f in factors if not _varies(f)])
+        self.number = math.prod([1.0, *[_checks.weight("a weight", f) for f in factors if not _varies(f)]])
         self.schedules = tuple(f for f in factors if _varies(f) and not isinstance(f, Tensor))
         self.tensors = tuple(_scalar(f) for f in factors if isinstance(f, Tensor) and not _trained(f))
         self.learned = nn.ParameterList(_scalar(f) for f in factors if _trained(f))
