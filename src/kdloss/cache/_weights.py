@@ -79,4 +79,5 @@ def _each(hook: Any) -> Iterator[Any]:
 
 
 def _accelerator() -> str:
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cuda"  # type: ignore[union-attr]
+    known = getattr(torch, "accelerator", None)  # from torch 2.6
+    return str(known.current_accelerator().type) if known is not None and known.is_available() else "cuda"
