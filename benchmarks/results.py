@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 HERE = Path(__file__).parent.parent
-sys.path.insert(0, str(HERE / "examples"))
+sys.path.insert(0, str(HERE / "applications"))
 
 SEEDS = ["0", "1", "2"]
 TWENTY = "0,1,2,3,5,6,8,9,11,12,14,15,17,18,20,21,23,25,27,29"

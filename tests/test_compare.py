@@ -1,4 +1,4 @@
-"""examples/compare.py in small: equal terms, the cells of a grid, and what a killed study keeps."""
+"""applications/compare.py in small: equal terms, the cells of a grid, and what a killed study keeps."""
 
 import json
 

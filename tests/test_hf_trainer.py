@@ -1,4 +1,4 @@
-"""examples/hf_trainer.py in small, and what examples/parts/trainer.py promises of the real Trainer."""
+"""applications/hf_trainer.py in small, and what applications/parts/trainer.py promises of the real Trainer."""
 
 import json
 import multiprocessing

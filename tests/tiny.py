@@ -34,7 +34,7 @@ def flags(file, output, teachers=None, **more):
 
 def script(code, *arguments):
     """Run Python code in a process of its own, where the examples can be imported."""
-    examples = Path(__file__).parent.parent / "examples"
+    examples = Path(__file__).parent.parent / "applications"
     environment = os.environ | {"PYTHONPATH": str(examples), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

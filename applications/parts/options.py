@@ -1,4 +1,4 @@
-"""The flags that the examples share: every setting has one."""
+"""The flags that these scripts share: every setting has one."""
 
 import argparse
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 As it stands, a small GPT-2 is asked once about all of the student's text, and is gone from then on:
 
-    python examples/offline_teacher.py --k 256
-    python examples/offline_teacher.py --teacher my/teacher --data texts.jsonl --seed 1   # asked no more
+    python applications/offline_teacher.py --k 256
+    python applications/offline_teacher.py --teacher my/teacher --data texts.jsonl --seed 1   # asked no more
 
 Beside it stand the same student without a teacher, and with the teacher in memory at every step. All
 other flags are those of distill_lm.py. Killed at any instant, the same command goes on.

@@ -3,7 +3,7 @@
 As it stands, it trains a small GPT-2 on Wikipedia summaries, and a smaller one that sees a small
 part of them again and again. By flags, teacher, student, text and everything else are yours:
 
-    python examples/distill_lm.py --teacher my/teacher --keep-blocks auto --data texts.jsonl
+    python applications/distill_lm.py --teacher my/teacher --keep-blocks auto --data texts.jsonl
 
 Killed at any instant, the same command goes on from its last checkpoint.
 """

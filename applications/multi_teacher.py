@@ -2,8 +2,8 @@
 
 As it stands, two small GPT-2s learn two halves of the text, and students learn from one or both:
 
-    python examples/multi_teacher.py --weights 0.5,0.5 0.8,0.2
-    python examples/multi_teacher.py --several my/first my/second --student my/student
+    python applications/multi_teacher.py --weights 0.5,0.5 0.8,0.2
+    python applications/multi_teacher.py --several my/first my/second --student my/student
 
 Teachers need one vocabulary. Killed at any instant, the same command goes on.
 """

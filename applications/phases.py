@@ -2,7 +2,7 @@
 
 Says what each phase gained, beside one method for all of the steps:
 
-    python examples/phases.py --train-epochs 2 --distil-epochs 4 --finetune-epochs 2 --hardest 0.25
+    python applications/phases.py --train-epochs 2 --distil-epochs 4 --finetune-epochs 2 --hardest 0.25
 
 Killed at any instant, the same command goes on with the phase it was in.
 """

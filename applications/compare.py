@@ -1,8 +1,8 @@
 """Compare ways to distil on equal terms: methods, seeds, and any setting of distill_lm.py.
 
-    python examples/compare.py --methods none vanilla feature both --seeds 0 1 2
-    python examples/compare.py --vary temperature 1 2 4 --vary alpha 0.1 0.5     # all pairs: a grid
-    python examples/compare.py --one-by-one --vary temperature 1 2 --vary layers last all
+    python applications/compare.py --methods none vanilla feature both --seeds 0 1 2
+    python applications/compare.py --vary temperature 1 2 4 --vary alpha 0.1 0.5     # all pairs: a grid
+    python applications/compare.py --one-by-one --vary temperature 1 2 --vary layers last all
 
 All start from the same student and see the same batches; none-same-time trains without a teacher for
 the CPU time of the slowest distilled student. Killed at any instant, the same command goes on with

@@ -4,9 +4,9 @@ Trains the same student twice, without and with distillation, and prints both pe
 held-out text. A batch is that of all processes and micro-batches together, so their number changes
 no result. After an interruption the same command goes on from the last complete checkpoint:
 
-    accelerate launch examples/with_accelerate.py                                  # as configured
-    accelerate launch --config_file examples/deepspeed_zero3.yaml examples/with_accelerate.py
-    python examples/with_accelerate.py                                             # one process
+    accelerate launch applications/with_accelerate.py                                  # as configured
+    accelerate launch --config_file applications/deepspeed_zero3.yaml applications/with_accelerate.py
+    python applications/with_accelerate.py                                             # one process
 """
 
 import json

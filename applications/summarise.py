@@ -2,8 +2,8 @@
 
 As it stands, it learns to write the short description that belongs to a Wikipedia article:
 
-    python examples/summarise.py
-    python examples/summarise.py --data articles.jsonl --document article --summary highlights
+    python applications/summarise.py
+    python applications/summarise.py --data articles.jsonl --document article --summary highlights
 
 A document, an arrow and its summary are one sequence for a causal language model. The student is made
 of the teacher's own blocks, and all of its losses count at the summary only: elsewhere labels are -100.

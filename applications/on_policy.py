@@ -3,8 +3,8 @@
 With probability lambda a step's continuations are sampled by the student itself, else they are the
 data's own; the teacher then judges every token of them, and only of them:
 
-    python examples/on_policy.py --lambdas 0 0.5 1 --divergence reverse_kl
-    python examples/on_policy.py --teacher my/teacher --student my/student --data texts.jsonl
+    python applications/on_policy.py --lambdas 0 0.5 1 --divergence reverse_kl
+    python applications/on_policy.py --teacher my/teacher --student my/student --data texts.jsonl
 
 The student first learns alone, for a student that can't write yet has nothing to learn from its own text
 (--start-epochs 0 for one that is given and can). From there it goes on with cross-entropy, as a baseline,

@@ -2,8 +2,8 @@
 
 Trains the same student twice, without and with distillation, and compares both on held-out text:
 
-    python examples/hf_trainer.py                               # a small teacher, trained first
-    python examples/hf_trainer.py --teacher gpt2-large --student gpt2 --data my.jsonl
+    python applications/hf_trainer.py                               # a small teacher, trained first
+    python applications/hf_trainer.py --teacher gpt2-large --student gpt2 --data my.jsonl
 
 Interrupted or killed at any moment, the same command goes on from the newest whole checkpoint.
 """

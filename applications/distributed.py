@@ -4,9 +4,9 @@ Trains the same student twice, without and with distillation, and prints both pe
 held-out text. A batch is that of all processes together, so their number changes no result. After
 an interruption the same command goes on from the last complete checkpoint:
 
-    torchrun --nproc-per-node 2 examples/distributed.py            # DDP: everything on every rank
-    torchrun --nproc-per-node 2 examples/distributed.py --fsdp     # student and teacher in shards
-    python examples/distributed.py                                 # one process
+    torchrun --nproc-per-node 2 applications/distributed.py            # DDP: everything on every rank
+    torchrun --nproc-per-node 2 applications/distributed.py --fsdp     # student and teacher in shards
+    python applications/distributed.py                                 # one process
 """
 
 import json

@@ -2,8 +2,8 @@
 
 As it stands, a teacher of 4 blocks teaches 3 x 112, which teaches 2 x 96, which teaches 1 x 64:
 
-    python examples/chain.py --stages 3x112 2x96 1x64
-    python examples/chain.py --teacher gpt2-xl --stages gpt2-large gpt2-medium gpt2 --data my.jsonl
+    python applications/chain.py --stages 3x112 2x96 1x64
+    python applications/chain.py --teacher gpt2-xl --stages gpt2-large gpt2-medium gpt2 --data my.jsonl
 
 The last student is also trained by the first teacher directly, for the steps of its own stage and
 for the CPU time of the whole chain, and alone. Killed at any instant, the same command goes on with

@@ -1,8 +1,8 @@
 """Distil a language model by answering questions.
 
-    python examples/cli.py                                            # asks for everything
-    python examples/cli.py --teacher my/teacher --data texts.jsonl    # asks for the rest
-    python examples/cli.py --yes                                      # asks nothing
+    python applications/cli.py                                            # asks for everything
+    python applications/cli.py --teacher my/teacher --data texts.jsonl    # asks for the rest
+    python applications/cli.py --yes                                      # asks nothing
 
 Every question is a flag, most of them those of distill_lm.py, whose functions do the work. An empty
 answer takes the flag's default. Killed at any instant, the same command and answers go on.

@@ -3,7 +3,7 @@
 As it stands, the teacher of distill_lm.py and its student, trained alone (a new one's blocks say
 little). With --student or --keep-blocks the student is looked at as it is:
 
-    python examples/choose_layers.py --teacher gpt2-medium --student gpt2 --data my.jsonl
+    python applications/choose_layers.py --teacher gpt2-medium --student gpt2 --data my.jsonl
 
 Prints the CKA of every pair of blocks and the pairing it suggests, and draws it as a heat map.
 """
