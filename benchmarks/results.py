@@ -41,7 +41,7 @@ STUDIES = {  # name: flags of compare.py
     "size": f"{SMALL} --methods none vanilla --student-heads 2 --vary student-width 16 32 64 128",
 }
 EXAMPLES = [  # as they stand
-    "hf_trainer", "distributed", "multi_teacher", "chain", "phases", "summarise", "offline_teacher",
+    "distributed", "multi_teacher", "chain", "phases", "summarise", "offline_teacher",
     "on_policy",
 ]  # fmt: skip
 

@@ -1,3 +1,7 @@
+import multiprocessing
+import os
+import sys
+
 import pytest
 import torch
 
@@ -34,3 +38,31 @@ def teachers(data, tmp_path_factory):
     args = distill_lm.parser().parse_args(tiny.flags(data, folder, folder))
     distill_lm.prepare(args, distill_lm.train)
     return folder
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts a real process that has the Trainer's runs imported: `start(target, *args)`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_runs"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+
+        def started(target, *args):
+            process = context.Process(target=target, args=args)
+            process.start()
+            return process
+
+        yield started
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    """Runs such a process to its end; its exit code."""
+
+    def ran(target, *args):
+        process = start(target, *args)
+        process.join()
+        return process.exitcode
+
+    return ran

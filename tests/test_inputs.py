@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from families import batch, build
-from parts.trainer import DistillationTrainer
 from torch import nn
 
 import kdloss
+from kdloss.hf import DistillationTrainer
 
 VOCAB = 30
 
@@ -207,8 +207,8 @@ def test_the_trainer_keeps_the_teachers_columns_and_evaluates_without_them(own, 
         str(tmp_path), max_steps=1, per_device_train_batch_size=4, learning_rate=0.0, report_to=[], use_cpu=True,
         disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
-    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))
-    trainer = DistillationTrainer(student, arguments, train_dataset=data, eval_dataset=data, distill=distill)
+    taught = {"teacher": teacher, "criterion": kdloss.VanillaKD(**CRITERION)}
+    trainer = DistillationTrainer(student, arguments, train_dataset=data, eval_dataset=data, **taught)
     right = kl(student(ids, y), net(ids, segments)).item()
     assert trainer.train().training_loss == pytest.approx(right, rel=1e-4)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(student(ids, y)["loss"].item(), rel=1e-5)

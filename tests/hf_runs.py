@@ -1,4 +1,4 @@
-"""What the child processes of test_hf_trainer.py run; apart, so that they can import it."""
+"""Small runs of the Trainer, also in child processes, which import them from here."""
 
 import os
 import resource
@@ -7,18 +7,17 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
-import hf_trainer
 import torch
 from families import batch, build
 from leaving import leave
-from parts.files import replacing
-from parts.trainer import DistillationTrainer
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import kdloss
+from kdloss.hf import DistillationTrainer
 
 
 def rows():
@@ -32,27 +31,35 @@ def rows():
     return found
 
 
-def make(folder, student, distill, data=None, **settings):
-    """A trainer that takes plain gradient steps and saves nothing, unless told otherwise."""
-    plain = {
-        "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
-        "max_steps": 2, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "dataloader_pin_memory": False, "use_cpu": True,
-    }  # fmt: skip
-    arguments = TrainingArguments(str(folder), **(plain | settings))
+PLAIN = {
+    "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+    "max_steps": 2, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+    "dataloader_pin_memory": False, "use_cpu": True,
+}  # fmt: skip
+
+
+def make(folder, student, teacher, criterion, data=None, *, of=DistillationTrainer, distilling=None, **settings):
+    """A trainer that takes plain gradient steps and saves nothing, unless told otherwise.
+
+    It divides by the labels that the student predicts, unless `distilling` says otherwise.
+    """
+    arguments = TrainingArguments(str(folder), **(PLAIN | settings))
     data = data or rows()
-    return DistillationTrainer(student, arguments, distill=distill, train_dataset=data, eval_dataset=data)
+    taught = {"teacher": teacher, "criterion": criterion, "count": "student"} | (distilling or {})
+    return of(student, arguments, train_dataset=data, eval_dataset=data, **taught)
 
 
-def pair(family="gpt2", seed=0, criterion=None, dropout=0.0):
-    """A student, and a distiller of a wider and deeper teacher with projections of this seed."""
+def pair(family="gpt2", criterion=None, dropout=0.0):
+    """A student, a wider and deeper teacher, and a criterion that learns projections."""
     teacher, student = build(family, width=24, depth=4), build(family, depth=2, seed=1)
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
-    criterion = criterion or kdloss.FeatureKD(logit_weight=1.0)
-    torch.manual_seed(seed)
-    return student, kdloss.Distiller(teacher, criterion).prepare(student)
+    return student, teacher, criterion or kdloss.FeatureKD(logit_weight=1.0)
+
+
+def trained(student, criterion):
+    return [p.detach().clone() for p in [*student.parameters(), *criterion.parameters()]]
 
 
 def two_steps_of(rank, port, folder):
@@ -60,20 +67,52 @@ def two_steps_of(rank, port, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    student, distill = pair(seed=rank)  # unequal projections; rank 0's count
-    for model in (student, distill.criterion, *(t.module for t in distill.teachers)):
-        model.double()
+    student, teacher, criterion = pair()
+    student.double(), teacher.double()
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
-    settings["per_device_eval_batch_size"] = 1
+    settings |= {"per_device_eval_batch_size": 1, "logging_steps": 1}
     saving = {"save_strategy": "steps", "save_steps": 2}
-    trainer = make(folder, student, distill, ddp_backend="gloo", **settings, **saving)
+    trainer = make(folder, student, teacher, criterion, ddp_backend="gloo", **settings, **saving)
+    criterion.double()
+    for p in criterion.parameters():
+        p.data.fill_(0.1 + rank)  # rank 0's count
     if rank == 1:
         save = Trainer._save_rng_state
         Trainer._save_rng_state = lambda *args: time.sleep(0.5) or save(*args)
     trainer.train()
-    weights = [p.detach() for p in [*student.parameters(), *distill.criterion.parameters()]]
-    torch.save((weights, trainer.evaluate()["eval_loss"]), f"{folder}/{rank}.pt")
+    weights = [p.detach() for p in [*student.parameters(), *criterion.parameters()]]
+    torch.save((weights, trainer.evaluate(), trainer.state.log_history), f"{folder}/{rank}.pt")
     leave()
+
+
+def as_the_trainer(rank, port, folder):
+    """One of two processes that train without a teacher, then with hardly any of one; the changes go into a file."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    found = {}
+    for family in ("gpt2", "strict"):
+        for kind in ("stock", "near"):
+            student, teacher, _ = pair("gpt2")
+            if family == "strict":
+                student.__class__ = Strict
+            before = [p.detach().clone() for p in student.parameters()]
+            settings = PLAIN | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+            arguments = TrainingArguments(f"{folder}/{rank}", ddp_backend="gloo", **settings)
+            near = {"teacher": teacher, "criterion": kdloss.VanillaKD(alpha=1 - 1e-9)}
+            trainer = Trainer if kind == "stock" else partial(DistillationTrainer, **near)
+            done = trainer(student, arguments, train_dataset=rows()).train()
+            change = torch.cat([(p.detach() - b).flatten() for p, b in zip(student.parameters(), before, strict=True)])
+            found[family, kind] = (change, done.training_loss)
+    torch.save(found, f"{folder}/{rank}.pt")
+    leave()
+
+
+class Strict(GPT2LMHeadModel):
+    """A student whose forward takes no further arguments, such as num_items_in_batch."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return super().forward(input_ids, attention_mask=attention_mask, labels=labels)
 
 
 class StartNoted(TrainerCallback):
@@ -82,14 +121,6 @@ class StartNoted(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         with open(f"{args.output_dir}/starts", "a") as file:
             file.write(f"{state.global_step}\n")
-
-
-class Noted(DistillationTrainer):
-    """Notes which step it begins at."""
-
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
-        self.add_callback(StartNoted())
 
 
 class DiskFull(TrainerCallback):
@@ -149,11 +180,11 @@ def seven_steps(folder, where=None, at=None, full=None):
     torch.set_num_threads(1)
     os.makedirs(folder, exist_ok=True)
     sys.stderr = open(f"{folder}/stderr", "w")  # noqa: SIM115
-    student, distill = pair(dropout=0.1)
+    student, teacher, criterion = pair(dropout=0.1)
     data = [row for _ in range(3) for row in rows()]  # 4 steps an epoch
     saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "eval_strategy": "steps"}
     trainer = make(
-        folder, student, distill, data, max_steps=7, per_device_train_batch_size=3, optim="adamw_torch",
+        folder, student, teacher, criterion, data, max_steps=7, per_device_train_batch_size=3, optim="adamw_torch",
         learning_rate=1e-2, eval_steps=2, **saving,
     )  # fmt: skip
     trainer.add_callback(StartNoted())
@@ -190,22 +221,10 @@ def seven_steps(folder, where=None, at=None, full=None):
         trainer.train(resume_from_checkpoint=True)
 
         def finish():
-            with replacing(Path(folder, "final")) as partial:
-                trainer.save_model(partial)
+            trainer.save_model(f"{folder}/final")
 
         watched(finish, lambda: where == "end")()
     except OSError:
         traceback.print_exc()
         sys.exit(1)
     Path(folder, "calls").write_text(str(mortal.calls))
-
-
-def script(argv, full=None):
-    """The example as a command; its last words go to stderr in the output folder's parent."""
-    torch.set_num_threads(1)
-    output = Path(argv[argv.index("--output") + 1])
-    sys.stderr = open(output.with_suffix(".stderr"), "w")  # noqa: SIM115
-    if full is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (full, resource.RLIM_INFINITY))
-    hf_trainer.DistillationTrainer = Noted
-    hf_trainer.main(argv)

@@ -1,0 +1,6 @@
+"""Distillation in Hugging Face's `Trainer`, or in anyone's that inherits from it; it needs `kdloss[hf]`."""
+
+from kdloss.hf.checkpoints import newest_whole
+from kdloss.hf.trainer import DistillationTrainer, Distilling
+
+__all__ = ["DistillationTrainer", "Distilling", "newest_whole"]

@@ -1,0 +1,81 @@
+"""What the criterion learns, trained like the student's own weights by a Trainer that knows of the student only."""
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object
+
+
+class Learning(Trainer):
+    """Optimises, clips, averages over processes and zeroes what the criterion learns."""
+
+    criterion: Any
+    optimizer: Any
+    accelerator: Any
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.add_callback(_AfterStep(self.criterion))
+
+    @property
+    def _learned(self) -> list[nn.Parameter]:
+        """What the criterion learns."""
+        return [p for p in self.criterion.parameters() if p.requires_grad]
+
+    def create_optimizer(self, *given: Any) -> Any:
+        """The Trainer's optimizer, with what the criterion learns, which begins alike on all processes."""
+        said = self.optimizer is not None
+        optimizer = super().create_optimizer(*given)
+        self.criterion.to(self.args.device)
+        for p in self._learned:
+            p.data = broadcast(p.data)
+        known = {p for group in optimizer.param_groups for p in group["params"]}
+        new = [p for p in self._learned if p not in known]
+        if new and said:
+            raise ValueError(
+                "the optimizer that was given lacks what the criterion learns; make the trainer without it and write "
+                "trainer.optimizer = Optimizer([*model.parameters(), *trainer.criterion.parameters()])"
+            )
+        for decay, group in (
+            (self.args.weight_decay, [p for p in new if p.ndim > 1]),
+            (0.0, [p for p in new if p.ndim < 2]),
+        ):
+            if group:
+                optimizer.add_param_group({"params": group, "weight_decay": decay})
+        return optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's accelerator, which clips what the criterion learns with the student."""
+        super().create_accelerator_and_postprocess()
+        clip: Any = self.accelerator.clip_grad_norm_
+        accelerator: Any = self.accelerator
+        accelerator.clip_grad_norm_ = lambda own, *limit: clip([*own, *self._learned], *limit)
+
+    def training_step(self, *args: Any, **settings: Any) -> Tensor:
+        """The Trainer's step; what the criterion learns is averaged here, since DDP knows of the student only."""
+        loss: Tensor = super().training_step(*args, **settings)
+        if self.accelerator.sync_gradients:
+            for p in self._learned:
+                p.grad = None if p.grad is None else self.accelerator.reduce(p.grad, "mean")
+        return loss
+
+
+class _AfterStep(TrainerCallback):
+    """What a Trainer does to its model only."""
+
+    def __init__(self, criterion: Any) -> None:
+        self.criterion = criterion
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.criterion.zero_grad()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.criterion.zero_grad()
+        if hasattr(self.criterion, "advance"):
+            self.criterion.advance()

@@ -1,0 +1,562 @@
+"""`kdloss.hf` in small: what a distilling Trainer computes, logs, keeps and refuses, held against the stock one."""
+
+import socket
+
+import datasets
+import pytest
+import torch
+import transformers as hf
+from families import build
+from hf_runs import PLAIN, Strict, as_the_trainer, make, pair, rows, trained, two_steps_of
+from safetensors.torch import load_file
+from torch.nn.utils import clip_grad_norm_
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import kdloss
+from kdloss.hf import DistillationTrainer, Distilling
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*loss_type=None.*"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
+NEAR = 1 - 1e-9  # alpha: the teacher hardly counts, and everything runs
+
+
+# --- students of several kinds, with data of their own -------------------------------------------
+
+
+def tokens():
+    return [torch.randint(3, 60, (8,)) for _ in range(8)]
+
+
+def texts():
+    """Of unequal lengths, so that means of means would show."""
+    return [
+        {"input_ids": x, "labels": torch.where(torch.arange(8) < 8 - i % 5, x, -100)} for i, x in enumerate(tokens())
+    ]
+
+
+def classes():
+    return [{"input_ids": x, "labels": torch.tensor(i % 3)} for i, x in enumerate(tokens())]
+
+
+def images():
+    return [{"pixel_values": torch.randn(1, 8, 8), "labels": torch.tensor(i % 3)} for i in range(8)]
+
+
+def model(kind, depth, width, dropout=0.1):
+    if kind == "bert":
+        shape = {"vocab_size": 61, "hidden_size": width, "intermediate_size": width, "num_hidden_layers": depth}
+        drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        return hf.BertForSequenceClassification(hf.BertConfig(**shape, **drop, num_attention_heads=2, num_labels=3))
+    if kind == "t5":
+        shape = {"vocab_size": 61, "d_model": width, "d_kv": width // 2, "d_ff": width, "num_layers": depth}
+        config = hf.T5Config(**shape, num_heads=2, dropout_rate=dropout, decoder_start_token_id=0)
+        return hf.T5ForConditionalGeneration(config)
+    if kind == "vit":
+        shape = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": depth}
+        drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        size = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3, "num_attention_heads": 2}
+        return hf.ViTForImageClassification(hf.ViTConfig(**shape, **drop, **size))
+    if kind == "llama":
+        return build("llama", width=width, depth=depth)
+    drop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    shape = {"vocab_size": 61, "n_embd": width, "n_layer": depth, "n_head": 2, "n_positions": 16}
+    found = hf.GPT2LMHeadModel(hf.GPT2Config(**shape, **drop, bos_token_id=0, eos_token_id=1))
+    if kind == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+        return get_peft_model(found, lora)
+    if kind == "strict":
+        found.__class__ = Strict
+    return found
+
+
+DATA = {"bert": classes, "vit": images}
+KINDS = ["gpt2", "llama", "strict", "bert", "t5", "vit", "lora"]
+
+
+class Lines(TrainerCallback):
+    """What a logging integration is told."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_log(self, args, state, control, logs, **_):
+        self.found.append(dict(logs))
+
+
+def ran(kind, folder, criterion=None, dropout=0.0, of=DistillationTrainer, distilling=None, **settings):
+    """The trained weights, the lines of the log, the trainer and the change, of a student of this kind."""
+    torch.manual_seed(0)
+    student, data = model(kind, 2, 16, dropout), DATA.get(kind, texts)()
+    told = PLAIN | {"max_steps": 3, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
+    told |= {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    arguments = TrainingArguments(str(folder), **(told | settings))
+    lines, taught = Lines(), {}
+    if criterion is not None:
+        torch.manual_seed(7)
+        taught = {"teacher": model("gpt2" if kind == "lora" else kind, 4, 24), "criterion": criterion}
+    trainer = (of if taught else Trainer)(
+        student, arguments, train_dataset=data, eval_dataset=data, callbacks=[lines], **taught, **(distilling or {})
+    )
+    before = [p.detach().clone() for p in student.parameters()]
+    trainer.train()
+    after = [p.detach().clone() for p in student.parameters()]
+    return after, lines.found, trainer, torch.cat([x.flatten() for x in changes(before, after)])
+
+
+def losses(lines):
+    return [line[name] for line in lines for name in ("loss", "eval_loss") if name in line]
+
+
+# --- the loss ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "criterion"),
+    [
+        *((kind, lambda: kdloss.FeatureKD(alpha=1.0)) for kind in ("gpt2", "bert", "t5", "lora")),
+        ("gpt2", lambda: kdloss.VanillaKD(alpha=1.0)),
+        ("bert", lambda: 1.0 * kdloss.CrossEntropy() + 0.0 * kdloss.Logits()),
+        ("t5", lambda: kdloss.Sum(kdloss.Task())),
+    ],
+)
+def test_cross_entropy_alone_is_the_stock_trainer_bit_for_bit(kind, criterion, tmp_path):
+    """Dropout, the order of the data, clipping, accumulation: everything."""
+    told = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
+    weights, lines, *_ = ran(kind, tmp_path, dropout=0.1, **told)
+    ours, our_lines, trainer, _ = ran(kind, tmp_path, criterion(), dropout=0.1, **told)
+    assert all(map(torch.equal, ours, weights))
+    assert losses(our_lines) == losses(lines)
+    assert [line.keys() for line in our_lines] == [line.keys() for line in lines]
+    assert any(p.requires_grad for p in trainer.criterion.parameters()) == isinstance(
+        trainer.criterion, kdloss.FeatureKD
+    )
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        kdloss.VanillaKD(alpha=NEAR),
+        kdloss.VanillaKD(alpha=kdloss.schedules.constant(1.0)),
+        2.0 * kdloss.CrossEntropy(),
+        kdloss.Sum(kdloss.CrossEntropy(label_smoothing=0.1)),
+        kdloss.Sum(kdloss.CrossEntropy(class_weights=torch.ones(3))),
+        kdloss.Sum(kdloss.CrossEntropy(take=0)),
+        kdloss.Sum(kdloss.CrossEntropy(), ignore_index=0),
+        kdloss.Sum(kdloss.CrossEntropy(), causal=False),
+        kdloss.CrossEntropy() + kdloss.Task(),
+        kdloss.Sum(kdloss.Task(lambda output, labels: output.loss)),
+        torch.nn.Identity(),
+    ],
+)
+def test_a_criterion_that_may_be_something_else_is_not_left_to_the_trainer(criterion):
+    from kdloss.hf.plain import always_cross_entropy
+
+    assert always_cross_entropy(kdloss.VanillaKD(alpha=1.0))
+    assert not always_cross_entropy(criterion)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_the_teacher_hardly_counts_it_is_the_stock_trainer_to_a_millionth(kind, micro_batches, tmp_path):
+    """The Trainer's own count of labels, or none, where a model ignores it: BERT's and T5's losses do."""
+    told = {"gradient_accumulation_steps": micro_batches, "max_steps": 2}
+    *_, lines, _, change = ran(kind, tmp_path, **told)
+    *_, our_lines, _, our_change = ran(kind, tmp_path, kdloss.VanillaKD(alpha=NEAR), **told)
+    assert losses(our_lines) == pytest.approx(losses(lines), rel=1e-6)
+    assert change.norm() > 0
+    assert (our_change - change).norm() < 1e-5 * change.norm()  # in float32, of a change
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "strict", "bert", "t5"])
+def test_counting_the_students_labels_micro_batches_add_up_to_one_batch(kind, tmp_path):
+    def go(size, batches):
+        told = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches, "max_steps": 1}
+        return ran(kind, tmp_path, kdloss.VanillaKD(), distilling={"count": "student"}, **told)
+
+    whole, (line, *_), trainer, _ = go(8, 1)
+    parts, (part, *_), *_ = go(2, 4)
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    for name in ("loss", "ce", "kd"):
+        assert part[name] == pytest.approx(line[name], rel=1e-5, abs=1e-7)
+    assert line["loss"] == pytest.approx(0.5 * line["ce"] + 0.5 * line["kd"], rel=1e-5)
+    assert trainer.criterion.components.keys() == {"ce", "kd"}
+
+
+# --- two plain steps, by hand --------------------------------------------------------------------
+
+
+def exact(kind):
+    """A student, its teacher and a criterion in float64, so that rounding hides nothing."""
+    student, teacher, criterion = pair("llama" if kind == "llama" else "gpt2")
+    if kind == "strict":
+        student.__class__ = Strict
+    return student.double(), teacher.double(), criterion
+
+
+def two_plain_steps(student, teacher, criterion, clip):
+    """What two steps on one big batch come to without any Trainer: the change of each weight."""
+    distill = kdloss.Distiller(teacher, criterion).prepare(student)
+    criterion.double()
+    with torch.no_grad():
+        for p in criterion.parameters():
+            p.fill_(0.1)
+    parameters = [*student.parameters(), *criterion.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    big = {name: torch.stack([row[name] for row in rows()]) for name in rows()[0]}
+    before = trained(student, criterion)
+    for _ in range(2):
+        distill(student, **big).loss.backward()
+        if clip:
+            clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return changes(before, trained(student, criterion))
+
+
+def changes(before, after):
+    return [a - b for a, b in zip(after, before, strict=True)]
+
+
+def assert_near(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+        assert other.norm() > 0
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize(("kind", "clip"), [("gpt2", 0.0), ("gpt2", 0.5), ("llama", 0.0), ("strict", 0.0)])
+def test_projections_are_optimised_zeroed_and_clipped_with_the_student(kind, clip, micro_batches, tmp_path):
+    expected = two_plain_steps(*exact(kind), clip)
+    student, teacher, criterion = exact(kind)
+    trainer = make(
+        tmp_path, student, teacher, criterion, max_grad_norm=clip,
+        per_device_train_batch_size=4 // micro_batches, gradient_accumulation_steps=micro_batches,
+    )  # fmt: skip
+    criterion.double()
+    with torch.no_grad():
+        for p in criterion.parameters():
+            p.fill_(0.1)
+    before = trained(student, criterion)
+    trainer.train()
+    assert_near(changes(before, trained(student, criterion)), expected)
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def both(start, target, folder):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = [start(target, rank, port, str(folder)) for rank in (0, 1)]
+    for process in processes:
+        process.join()
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_two_processes_with_accumulation_take_the_steps_of_one_big_batch(start, tmp_path):
+    (first, evaluated, lines), (second, *_) = both(start, two_steps_of, tmp_path)
+    assert all(map(torch.equal, first, second))
+    student, teacher, criterion = exact("gpt2")
+    expected = two_plain_steps(student, teacher, criterion, clip=0.5)
+    fresh = [*exact("gpt2")[0].parameters(), *(torch.full_like(p, 0.1) for p in criterion.parameters())]
+    assert_near(changes([p.detach() for p in fresh], first), expected)
+    student.eval()
+    alone = [student(**{name: x[None] for name, x in row.items()}).loss.item() for row in rows()]
+    assert evaluated["eval_loss"] == pytest.approx(sum(alone) / 4, rel=1e-5)
+    assert evaluated["eval_ce"] == pytest.approx(sum(alone) / 4, rel=1e-5)
+    assert {"ce", "kd", "feature"} <= lines[0].keys()
+    checkpoint = tmp_path / "checkpoint-2"
+    projections = load_file(checkpoint / "criterion.safetensors")
+    names = [name for name, _ in criterion.named_parameters()]
+    assert all(torch.equal(projections[n], p) for n, p in zip(names, first[-len(names) :], strict=True))
+    written = {file.name: file.stat().st_mtime_ns for file in checkpoint.iterdir()}
+    assert written.pop("trainer_state.json") > max(written.values())  # the slower process's too
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(written)
+
+
+def test_in_two_processes_the_loss_is_the_stock_trainers(start, tmp_path):
+    for found in both(start, as_the_trainer, tmp_path):
+        for family in ("gpt2", "strict"):
+            (stock, loss), (near, our_loss) = (found[family, kind] for kind in ("stock", "near"))
+            assert stock.norm() > 0
+            assert (near - stock).norm() < 1e-5 * stock.norm()
+            assert our_loss == pytest.approx(loss, rel=1e-6)
+
+
+# --- other batches -------------------------------------------------------------------------------
+
+
+def test_without_labels_micro_batches_are_averaged(tmp_path):
+    data = [{"input_ids": row["input_ids"]} for row in rows()]  # all as long: means of means are right
+
+    def step(size, micro_batches):
+        student, teacher, criterion = pair(criterion=kdloss.FeatureKD(alpha=0.0))
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro_batches}
+        make(tmp_path, student, teacher, criterion, data, ddp_find_unused_parameters=False, **settings).train()
+        return trained(student, criterion)
+
+    for one, many in zip(step(4, 1), step(1, 4), strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_that_are_all_ignored_change_nothing(tmp_path):
+    data = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows()]
+    student, teacher, criterion = pair()
+    trainer = make(tmp_path, student, teacher, criterion, data, logging_nan_inf_filter=False)
+    before = trained(student, criterion)
+    assert trainer.train().training_loss == 0
+    assert all(map(torch.equal, trained(student, criterion), before))
+
+
+def test_bf16_is_near_fp32_and_covers_the_teacher_but_no_weight(tmp_path):
+    def step(**settings):
+        student, teacher, criterion = pair()
+        seen = []
+        teacher.transformer.h[0].mlp.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+        trainer = make(tmp_path, student, teacher, criterion, max_steps=1, **settings)
+        before = trained(student, criterion)
+        trainer.train()
+        after = trained(student, criterion)
+        assert all(p.dtype == torch.float32 for p in after)
+        return torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)]), set(seen)
+
+    (exact, in_full), (near, in_half) = step(), step(bf16=True)
+    assert (in_full, in_half) == ({torch.float32}, {torch.bfloat16})
+    assert near.isfinite().all()
+    error = (near - exact).norm() / exact.norm()
+    assert 0 < error < 0.03
+
+
+class Second(torch.nn.Module):
+    """A teacher that reads a column which the student doesn't."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build("gpt2", width=24, depth=1)
+
+    def forward(self, teacher_ids, attention_mask):
+        return self.inner(input_ids=teacher_ids, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("packaged", [False, True])
+def test_columns_that_teachers_read_are_kept_and_those_that_nobody_reads_are_dropped(packaged, tmp_path):
+    student, _, _ = pair()
+    data = [row | {"teacher_ids": row["input_ids"], "comment": torch.zeros(3)} for row in rows()]
+    if packaged:
+        data = datasets.Dataset.from_list([{n: x.tolist() for n, x in row.items()} for row in data])
+    teacher, seen = Second(), []
+    teacher.register_forward_pre_hook(lambda _, args, batch: seen.append(set(batch)), with_kwargs=True)
+    trainer = make(tmp_path, student, teacher, kdloss.VanillaKD(), data)
+    trainer.train()
+    assert {"eval_kd"} <= trainer.evaluate().keys()
+    assert trainer.predict(data).predictions.shape == (4, 8, 61)
+    assert all(batch == {"teacher_ids", "attention_mask"} for batch in seen)
+    assert trainer.args.remove_unused_columns
+
+
+def test_a_teacher_given_a_function_of_the_batch_may_read_any_column(tmp_path):
+    data = [row | {"words": row["input_ids"]} for row in rows()]
+    teacher = kdloss.Teacher(build("gpt2", width=24, depth=1), inputs=lambda batch: {"input_ids": batch["words"]})
+    arguments = TrainingArguments(str(tmp_path), **PLAIN)
+    student = pair()[0]
+    trainer = DistillationTrainer(student, arguments, teacher=teacher, criterion=kdloss.VanillaKD(), train_dataset=data)
+    trainer.train()
+    assert arguments.remove_unused_columns  # the user's own are left as they are
+
+
+# --- evaluation and logs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "strict", "llama", "bert", "t5"])
+def test_evaluation_reports_the_students_own_loss_and_the_terms_beside_it(kind, tmp_path):
+    _, lines, trainer, _ = ran(kind, tmp_path, kdloss.VanillaKD(temperature=2.0), max_steps=1)
+    line = next(line for line in lines if "eval_loss" in line)
+    student, (teacher,) = trainer.model.eval(), (t.module.eval() for t in trainer.distill.teachers)
+    ce, kd = [], []
+    for half in (trainer.eval_dataset[:4], trainer.eval_dataset[4:]):
+        batch = {name: torch.stack([row[name] for row in half]) for name in half[0]}
+        with torch.no_grad():
+            out, said = student(**batch), teacher(**batch).logits
+        ce.append(out.loss.item())
+        labels, logits = batch["labels"], out.logits
+        if kind in ("gpt2", "strict", "llama"):
+            labels, logits, said = labels[:, 1:], logits[:, :-1], said[:, :-1]
+        logs, probabilities = (logits / 2).log_softmax(-1), (said / 2).softmax(-1)
+        kl = (probabilities * (probabilities.log() - logs)).sum(-1)[labels != -100]
+        kd.append(4 * kl.mean().item())
+    if kind in ("strict", "bert", "t5"):  # else the Trainer's count may be in it
+        assert line["eval_loss"] == pytest.approx(sum(ce) / 2, rel=1e-5)
+    assert line["eval_ce"] == pytest.approx(sum(ce) / 2, rel=1e-5)
+    assert line["eval_kd"] == pytest.approx(sum(kd) / 2, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "strict"])
+def test_metrics_get_the_logits_of_the_stock_trainer(kind, tmp_path):
+    def predicted(criterion):
+        gathered = []
+        trainer = ran(kind, tmp_path, criterion, max_steps=1, learning_rate=0.0, eval_strategy="no")[2]
+        trainer.compute_metrics = lambda found: gathered.append(found.predictions) or {"seen": 1.0}
+        assert trainer.evaluate()["eval_seen"] == 1.0
+        return gathered[0]
+
+    assert (predicted(kdloss.FeatureKD(logit_weight=1.0)) == predicted(None)).all()
+
+
+def test_evaluation_without_teachers_runs_none(tmp_path):
+    student, teacher, criterion = pair()
+    trainer = make(tmp_path, student, teacher, criterion, distilling={"teacher_in_eval": False})
+    teacher.register_forward_hook(lambda *_: pytest.fail("the teacher ran"))
+    assert not {"eval_ce", "eval_kd"} & trainer.evaluate().keys()
+
+
+def test_a_trainer_that_generates_distils_and_evaluates(tmp_path):
+    class Generating(Distilling, hf.Seq2SeqTrainer):
+        pass
+
+    torch.manual_seed(0)
+    student, teacher, data = model("t5", 1, 16), model("t5", 2, 24), texts()
+    arguments = hf.Seq2SeqTrainingArguments(str(tmp_path), **PLAIN, predict_with_generate=True, generation_max_length=4)
+    seen = []
+    trainer = Generating(
+        student, arguments, teacher=teacher, criterion=kdloss.FeatureKD(), train_dataset=data, eval_dataset=data,
+        compute_metrics=lambda found: seen.append(found.predictions) or {},
+    )  # fmt: skip
+    trainer.train()
+    assert {"eval_loss", "eval_feature"} <= trainer.evaluate().keys()
+    assert [found.dtype.kind for found in seen] == ["i"]  # tokens that were generated
+
+
+def test_scheduled_terms_move_on_with_each_step_and_not_with_each_micro_batch(tmp_path):
+    seen = []
+    weight = lambda step: seen.append(step) or 1.0  # noqa: E731
+    criterion = kdloss.CrossEntropy() + weight * kdloss.Logits()
+    student, teacher, _ = pair()
+    make(tmp_path, student, teacher, criterion, per_device_train_batch_size=2, gradient_accumulation_steps=2).train()
+    assert sorted(set(seen)) == [0, 1]
+    assert criterion.step == 2
+
+
+def test_a_student_made_anew_begins_with_projections_made_anew(tmp_path):
+    teacher = build("gpt2", width=24, depth=4)
+    arguments = TrainingArguments(str(tmp_path), **PLAIN | {"optim": "adamw_torch", "learning_rate": 0.1})
+    criterion = kdloss.FeatureKD()
+    trainer = DistillationTrainer(
+        args=arguments,
+        model_init=lambda: build("gpt2", depth=2, seed=1),
+        teacher=teacher,
+        criterion=criterion,
+        train_dataset=rows(),
+    )
+    first = [p.detach().clone() for p in criterion.parameters()]
+    trainer.train()
+    ends = [trained(trainer.model, criterion)]
+    assert not any(map(torch.equal, first, criterion.parameters()))
+    trainer.train()
+    ends.append(trained(trainer.model, criterion))
+    assert all(map(torch.equal, *ends))
+
+
+# --- TRL -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:This sequence already has", "ignore:`gradient_checkpointing` is deprecated")
+def test_trls_trainer_keeps_its_own_log_and_its_loss_where_the_teacher_hardly_counts(tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    class SFTDistiller(Distilling, SFTTrainer):
+        pass
+
+    tokenizer = hf.ByT5Tokenizer()
+    sums = [{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}."} for i in range(8)]
+    data = datasets.Dataset.from_list(sums)
+
+    def go(criterion):
+        shape = {"vocab_size": len(tokenizer), "num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
+        torch.manual_seed(0)
+        teacher, student = (
+            hf.LlamaForCausalLM(
+                hf.LlamaConfig(hidden_size=w, intermediate_size=w, num_hidden_layers=d, pad_token_id=0, **shape)
+            )
+            for w, d in ((24, 4), (16, 2))
+        )
+        told = PLAIN | {"bf16": False, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+        arguments = SFTConfig(str(tmp_path), **told, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+        taught = {"teacher": teacher, "criterion": criterion} if criterion else {}
+        trainer = (SFTDistiller if criterion else SFTTrainer)(
+            student, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer, **taught
+        )
+        trainer.train()
+        return trainer.state.log_history
+
+    stock, plain, near, feature = map(
+        go, (None, kdloss.VanillaKD(alpha=1.0), kdloss.VanillaKD(alpha=NEAR), kdloss.FeatureKD())
+    )
+    assert losses(plain) == losses(stock)
+    assert losses(near) == pytest.approx(losses(stock), rel=1e-6)
+    for line in near, feature:
+        assert {"loss", "ce", "entropy", "mean_token_accuracy", "num_tokens"} <= line[0].keys()
+        assert {"eval_loss", "eval_ce", "eval_entropy", "eval_mean_token_accuracy"} <= line[1].keys()
+    assert near[0]["entropy"] == pytest.approx(stock[0]["entropy"], rel=1e-6)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), **PLAIN)
+    arguments._n_gpu = 2
+    student, teacher, criterion = pair()
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        DistillationTrainer(student, arguments, teacher=teacher, criterion=criterion)
+
+
+def test_another_loss_beside_the_criterions_is_refused_and_named_in_its_words(tmp_path):
+    with pytest.raises(ValueError, match=r"leave out label_smoothing_factor.*CrossEntropy\(label_smoothing="):
+        make(tmp_path, *pair(), label_smoothing_factor=0.1)
+    alone = make(tmp_path, *pair(criterion=kdloss.VanillaKD(alpha=1.0)), label_smoothing_factor=0.1)
+    assert alone.train().global_step == 2  # the Trainer's own affair
+
+
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_what_the_criterion_learns_is_not_left_out_of_shards_in_silence(sharding, tmp_path, monkeypatch):
+    processed = Trainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(
+        Trainer, "create_accelerator_and_postprocess", lambda self: processed(self) or setattr(self, sharding, True)
+    )
+    with pytest.raises(ValueError, match=r"learns projections, which the Trainer doesn't shard.*Accelerate"):
+        make(tmp_path, *pair())
+
+
+def test_an_optimizer_without_what_the_criterion_learns_is_refused(tmp_path):
+    student, teacher, criterion = pair()
+    trainer = make(tmp_path, student, teacher, criterion)
+    trainer.optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"lacks what the criterion learns.*trainer.criterion.parameters"):
+        trainer.train()
+    trainer.optimizer = torch.optim.SGD([*student.parameters(), *criterion.parameters()], lr=0.1)
+    before = trained(student, criterion)
+    trainer.train()
+    assert not any(map(torch.equal, before, trained(student, criterion)))
+
+
+def test_a_count_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="count"):
+        make(tmp_path, *pair(), distilling={"count": "labels"})
+
+
+def test_a_trainer_with_a_loss_of_its_own_is_told_that_the_criterion_takes_its_place(tmp_path, caplog):
+    class Penalised(Trainer):
+        def compute_loss(self, *args, **settings):
+            return super().compute_loss(*args, **settings) + 1.0
+
+    class Both(Distilling, Penalised):
+        pass
+
+    make(tmp_path, *pair(), of=Both)
+    assert "takes the place of the loss of Penalised" in caplog.text
