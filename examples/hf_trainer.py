@@ -1,0 +1,103 @@
+"""Distil a language model with Hugging Face's Trainer.
+
+The teacher has read nine tenths of Python's documentation, the student is given a tenth of that, again and again.
+Beside it stands the same student under the stock Trainer, at equal steps. Loss terms are in the Trainer's log, and so
+in TensorBoard or wherever `report_to` says; killed at any moment, the same command goes on.
+
+    python examples/hf_trainer.py
+    python examples/hf_trainer.py --data my.txt --teacher gpt2     # or a model's folder
+"""
+
+import math
+import random
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+import tyro
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import kdloss
+from kdloss.hf import DistillationTrainer, newest_whole
+
+
+def trainer_of(student, arguments, train, heldout, teacher=None, alpha=0.1, temperature=1.0):
+    """The stock Trainer, or one that distils."""
+    data = {"train_dataset": train, "eval_dataset": heldout}
+    if teacher is None:
+        return Trainer(student, arguments, **data)
+    # distillation: another class, a teacher, and what is to be learned from it
+    criterion = kdloss.VanillaKD(temperature=temperature, alpha=alpha)
+    return DistillationTrainer(student, arguments, teacher=teacher, criterion=criterion, **data)
+
+
+def llama(vocab_size, depth, width, seed):
+    """A new Llama, with the seed's weights."""
+    set_seed(seed)
+    shape = {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": 3 * width}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_attention_heads=width // 32, **shape))
+
+
+def blocks_of(tokens):
+    """Blocks of 64 tokens as a data set."""
+    return Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+
+
+def main(
+    data: Path | None = None, teacher: str | None = None, steps: int = 300, batch_size: int = 8, lr: float = 3e-3,
+    alpha: float = 0.1, temperature: float = 1.0, seed: int = 0
+) -> dict[str, float]:  # fmt: skip
+    """Train a student under the stock Trainer and under one that distils.
+
+    Args:
+        data: a text file; Python's documentation if there is none
+        teacher: a causal language model, by folder or name; a small one is trained if there is none
+        steps: steps of each student; the teacher takes twice as many
+        batch_size: blocks of 64 tokens in a step, on each device
+        lr: learning rate at its highest
+        alpha: weight of the labels; the teacher's is 1 - alpha
+        temperature: softens what both models predict
+        seed: draws weights and batches
+    """
+    text = data.read_text() if data else "\n\n".join(topics.values())
+    paragraphs = list(dict.fromkeys(text.split("\n\n")))  # each once: what is held out is new to every model
+    random.Random(0).shuffle(paragraphs)
+    if teacher:
+        tokenizer, expert = AutoTokenizer.from_pretrained(teacher), AutoModelForCausalLM.from_pretrained(teacher)
+    else:
+        tokenizer = GPT2Tokenizer().train_new_from_iterator(paragraphs, 1024, show_progress=False)
+        expert = llama(len(tokenizer), 4, 128, seed)
+    tokens = tokenizer("\n\n".join(paragraphs), return_tensors="pt").input_ids[0]
+    heldout, few, *more = tokens.unfold(0, 64, 64).chunk(10)
+
+    def train(name, model, blocks, steps, *taught):
+        arguments = TrainingArguments(
+            f"runs/hf_trainer/{name}", max_steps=steps, learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0.1,
+            per_device_train_batch_size=batch_size, per_device_eval_batch_size=64, seed=seed,
+            logging_steps=max(1, steps // 3), eval_strategy="steps", save_steps=max(1, steps // 3), save_total_limit=1,
+            report_to="none", dataloader_pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        trainer = trainer_of(model, arguments, blocks_of(blocks), blocks_of(heldout), *taught)
+        trainer.train(resume_from_checkpoint=newest_whole(arguments.output_dir))
+        return math.exp(trainer.evaluate()["eval_loss"])
+
+    found = {} if teacher else {"teacher": train("teacher", expert, torch.cat([few, *more]), 2 * steps)}
+    for name, taught in {"alone": [], "distilled": [expert, alpha, temperature]}.items():
+        found[name] = train(name, llama(expert.config.vocab_size, 2, 64, seed), few, steps, *taught)
+    print("| model | held-out perplexity |\n|---|---|")
+    print(*(f"| {name} | {value:.1f} |" for name, value in found.items()), sep="\n")
+    return found
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
