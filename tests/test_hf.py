@@ -1,5 +1,6 @@
 """`kdloss.hf` in small: what a distilling Trainer computes, logs, keeps and refuses, held against the stock one."""
 
+import copy
 import socket
 
 import datasets
@@ -368,6 +369,29 @@ def test_a_teacher_given_a_function_of_the_batch_may_read_any_column(tmp_path):
     trainer = DistillationTrainer(student, arguments, teacher=teacher, criterion=kdloss.VanillaKD(), train_dataset=data)
     trainer.train()
     assert arguments.remove_unused_columns  # the user's own are left as they are
+
+
+def test_a_stored_teachers_rows_come_with_the_batch(tmp_path):
+    student, teacher, _ = pair()
+    with torch.no_grad():
+        said = [teacher.eval()(input_ids=row["input_ids"][None]).logits[0] for row in rows()]
+    data = [row | {"number": i} for i, row in enumerate(rows())]
+
+    def collate(some):
+        batch = {name: torch.stack([row[name] for row in some]) for name in ("input_ids", "labels")}
+        logits = torch.stack([said[row["number"]] for row in some])
+        return batch | {"teacher": kdloss.TopKLogits.of(logits, k=logits.shape[-1])}
+
+    def go(teacher, data, collator):
+        own = copy.deepcopy(student)
+        trainer = DistillationTrainer(
+            own, TrainingArguments(str(tmp_path), **PLAIN), teacher=teacher, criterion=kdloss.VanillaKD(),
+            train_dataset=data, eval_dataset=data, data_collator=collator,
+        )  # fmt: skip
+        return trainer.train().training_loss, trainer.evaluate()["eval_kd"]
+
+    live = [{name: row[name] for name in ("input_ids", "labels")} for row in rows()]
+    assert go(None, data, collate) == pytest.approx(go(teacher, live, None), rel=1e-5)
 
 
 # --- evaluation and logs -------------------------------------------------------------------------

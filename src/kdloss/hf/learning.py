@@ -18,6 +18,7 @@ class Learning(Trainer):
     criterion: Any
     optimizer: Any
     accelerator: Any
+    _left_to_trainer: bool
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -25,8 +26,8 @@ class Learning(Trainer):
 
     @property
     def _learned(self) -> list[nn.Parameter]:
-        """What the criterion learns."""
-        return [p for p in self.criterion.parameters() if p.requires_grad]
+        """What the criterion learns; nothing, where the Trainer doesn't ask it."""
+        return [] if self._left_to_trainer else [p for p in self.criterion.parameters() if p.requires_grad]
 
     def create_optimizer(self, *given: Any) -> Any:
         """The Trainer's optimizer, with what the criterion learns, which begins alike on all processes."""

@@ -29,8 +29,8 @@ class Distilling(WholeCheckpoints, Learning):
     The training loss is the criterion's, of one pass of the student and at most one of each teacher. All else is the
     Trainer's: the model it trains and saves is the student.
 
-    - `teacher`: a model, a `kdloss.Teacher`, None for a stored one, or a list of these. It follows the student from
-      device to device.
+    - `teacher`: a model, a `kdloss.Teacher`, None for a stored one, whose rows the collator gives as `"teacher"`, or a
+      list of these. A model follows the student from device to device.
     - `criterion`: a `kdloss.Sum` or a recipe. What it learns is optimised, clipped, averaged over processes, saved
       beside the student as `criterion.safetensors` and resumed; `advance()` is called after each step.
     - `teacher_in_eval`: whether the terms are evaluated, too.
@@ -78,15 +78,15 @@ class Distilling(WholeCheckpoints, Learning):
         self.distill = Distiller(teacher, criterion)
         self.criterion: Any = self.distill.criterion
         self.teacher_in_eval, self.count = teacher_in_eval, count
-        super().__init__(*args, **settings)
         self._left_to_trainer = always_cross_entropy(self.criterion)
+        super().__init__(*args, **settings)
         self._counts: bool | None = None
         self._terms, self._eval_terms = Means(), Means()
         self._begin(self.model)
         self._refuse()
         if count == "student" and not self._left_to_trainer:
             self.model_accepts_loss_kwargs = True  # the criterion does
-        if self.distill.columns is None:  # a teacher may read any
+        if self.distill.columns is None or None in self.distill.teachers:  # a teacher, or who reads a stored one's rows
             self.args = copy.copy(self.args)
             self.args.remove_unused_columns = False
 
