@@ -12,7 +12,7 @@ TYPED := tests/test_laws.py tests/test_criteria.py tests/test_models.py tests/te
 CORE := laws extremes criteria sums own_terms schedules divergences distances module_distances attention_distances \
 	feature_losses cross_entropy engine targets layers projection capture distiller lazy_head distillation models \
 	recipes bases old_torch which_row own_loss layouts_of_logits layouts_of_features levels class_names virtual_tokens \
-	speech_masks detectors
+	speech_masks detectors hf
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightning
 

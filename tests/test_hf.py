@@ -182,9 +182,10 @@ def test_counting_the_students_labels_micro_batches_add_up_to_one_batch(kind, tm
     parts, (part, *_), *_ = go(2, 4)
     for one, other in zip(parts, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
-    for name in ("loss", "ce", "kd"):
+    for name in ("ce", "kd"):
         assert part[name] == pytest.approx(line[name], rel=1e-5, abs=1e-7)
-    assert line["loss"] == pytest.approx(0.5 * line["ce"] + 0.5 * line["kd"], rel=1e-5)
+    for one in line, part:  # transformers 4 rounds it
+        assert one["loss"] == pytest.approx(0.5 * one["ce"] + 0.5 * one["kd"], abs=6e-5)
     assert trainer.criterion.components.keys() == {"ce", "kd"}
 
 
@@ -315,7 +316,9 @@ def test_labels_that_are_all_ignored_change_nothing(tmp_path):
     assert all(map(torch.equal, trained(student, criterion), before))
 
 
-def test_bf16_is_near_fp32_and_covers_the_teacher_but_no_weight(tmp_path):
+def test_bf16_is_near_fp32_and_covers_the_teacher_but_no_weight(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # transformers 4 leaves another there
+
     def step(**settings):
         student, teacher, criterion = pair()
         seen = []
@@ -491,9 +494,9 @@ def test_a_student_made_anew_begins_with_projections_made_anew(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This sequence already has", "ignore:`gradient_checkpointing` is deprecated")
 def test_trls_trainer_keeps_its_own_log_and_its_loss_where_the_teacher_hardly_counts(tmp_path):
-    from trl import SFTConfig, SFTTrainer
+    trl = pytest.importorskip("trl")  # not among the oldest versions
 
-    class SFTDistiller(Distilling, SFTTrainer):
+    class SFTDistiller(Distilling, trl.SFTTrainer):
         pass
 
     tokenizer = hf.ByT5Tokenizer()
@@ -510,9 +513,9 @@ def test_trls_trainer_keeps_its_own_log_and_its_loss_where_the_teacher_hardly_co
             for w, d in ((24, 4), (16, 2))
         )
         told = PLAIN | {"bf16": False, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-        arguments = SFTConfig(str(tmp_path), **told, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+        arguments = trl.SFTConfig(str(tmp_path), **told, gradient_accumulation_steps=2, per_device_train_batch_size=2)
         taught = {"teacher": teacher, "criterion": criterion} if criterion else {}
-        trainer = (SFTDistiller if criterion else SFTTrainer)(
+        trainer = (SFTDistiller if criterion else trl.SFTTrainer)(
             student, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer, **taught
         )
         trainer.train()
