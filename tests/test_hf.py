@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import kdloss
 from kdloss.hf import DistillationTrainer, Distilling
+from kdloss.hf.criteria import always_cross_entropy, reads_index
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*loss_type=None.*"),
@@ -154,8 +155,6 @@ def test_cross_entropy_alone_is_the_stock_trainer_bit_for_bit(kind, criterion, t
     ],
 )
 def test_a_criterion_that_may_be_something_else_is_not_left_to_the_trainer(criterion):
-    from kdloss.hf.plain import always_cross_entropy
-
     assert always_cross_entropy(kdloss.VanillaKD(alpha=1.0))
     assert not always_cross_entropy(criterion)
 
@@ -362,6 +361,28 @@ def test_columns_that_teachers_read_are_kept_and_those_that_nobody_reads_are_dro
     assert trainer.predict(data).predictions.shape == (4, 8, 61)
     assert all(batch == {"teacher_ids", "attention_mask"} for batch in seen)
     assert trainer.args.remove_unused_columns
+
+
+def test_the_numbers_of_the_examples_are_kept_where_a_distance_asks_for_them(tmp_path):
+    """CRD's memory is of the data set's examples; elsewhere a column of that name is nobody's."""
+
+    def numbered(student, teacher, index):
+        return (student - teacher).square().sum(-1) * index
+
+    assert not reads_index(kdloss.FeatureKD())
+    assert reads_index(kdloss.Sum(kdloss.Features("last", distance=numbered)))
+    student, teacher, _ = pair()
+    criterion = kdloss.CrossEntropy() + 0.1 * kdloss.Features("last", distance=kdloss.distances.CRD)
+    data = [row | {"index": torch.tensor(i)} for i, row in enumerate(rows())]
+    trainer = make(tmp_path, student, teacher, criterion, data)
+    assert reads_index(criterion)
+    seen = []
+    criterion.register_forward_pre_hook(lambda _, args, given: seen.append(given["index"]), with_kwargs=True)
+    trainer.train()
+    assert all(index.numel() == 4 for index in seen)
+    held = {name: x.clone() for name, x in criterion.state_dict().items()}
+    trainer.evaluate()  # remembers nothing
+    assert all(torch.equal(x, held[name]) for name, x in criterion.state_dict().items())
 
 
 def test_a_teacher_given_a_function_of_the_batch_may_read_any_column(tmp_path):

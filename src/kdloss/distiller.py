@@ -211,6 +211,7 @@ class Distiller:
         """Whether logits at t are held against label t+1: as the criterion says, else as this batch shows."""
         self._settle(student)
         said: bool | None = self.criterion.contract.causal if self._plans else False
+        inputs = {name: x for name, x in inputs.items() if name not in _OF_THE_LOSS}
         return bool(self._own_loss(student, args, inputs, labels).causal) if said is None else said
 
     def _own_loss(self, student: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], labels: Any) -> OwnLoss:

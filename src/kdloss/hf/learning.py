@@ -33,7 +33,6 @@ class Learning(Trainer):
         """The Trainer's optimizer, with what the criterion learns, which begins alike on all processes."""
         said = self.optimizer is not None
         optimizer = super().create_optimizer(*given)
-        self.criterion.to(self.args.device)
         for p in self._learned:
             p.data = broadcast(p.data)
         known = {p for group in optimizer.param_groups for p in group["params"]}

@@ -12,12 +12,12 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from kdloss import _checks
 from kdloss._inputs import named
-from kdloss.adapter import measuring
+from kdloss.adapter import evaluating, measuring
 from kdloss.distiller import Distiller
 from kdloss.hf.checkpoints import WholeCheckpoints
+from kdloss.hf.criteria import always_cross_entropy, reads_index
 from kdloss.hf.learning import Learning
 from kdloss.hf.means import Means
-from kdloss.hf.plain import always_cross_entropy
 from kdloss.teacher import Teacher
 
 _log = logging.getLogger("kdloss")
@@ -93,6 +93,7 @@ class Distilling(WholeCheckpoints, Learning):
     def _begin(self, student: Any) -> None:
         with torch.random.fork_rng(devices=[]):  # so that order and dropout are those of a run without a teacher
             self.distill.prepare(student)
+        self.criterion.to(self.args.device)
         self._at_start = copy.deepcopy(self.criterion.state_dict())
         for teacher in self.distill.teachers:
             if teacher is not None:
@@ -107,13 +108,13 @@ class Distilling(WholeCheckpoints, Learning):
         return student
 
     def _refuse(self) -> None:
+        if self._left_to_trainer:
+            return
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.args.n_gpu} GPUs and would run copies of the student, which no hook reaches; "
                 f"start it by torchrun --nproc-per-node {self.args.n_gpu} SCRIPT, or with CUDA_VISIBLE_DEVICES=0"
             )
-        if self._left_to_trainer:
-            return
         if self.label_smoother is not None or self.compute_loss_func is not None:
             raise ValueError(
                 "the criterion computes the loss; leave out label_smoothing_factor and compute_loss_func, and write "
@@ -167,8 +168,10 @@ class Distilling(WholeCheckpoints, Learning):
 
     def _labels_in(self, batch: Any) -> Any:
         """How many labels of a batch the student predicts."""
-        first = int(self.distill.shifts(self.model, **batch))
-        return (batch["labels"][..., first:] != -100).sum()
+        shifted = batch.get("shift_labels")
+        if shifted is None:
+            shifted = batch["labels"][..., int(self.distill.shifts(self.model, **batch)) :]
+        return (shifted != -100).sum()
 
     def _divides(self, model: Any, inputs: Any, items: Any) -> bool:
         """Whether the student's own loss is divided by the Trainer's count: measured once, for all processes alike."""
@@ -176,8 +179,10 @@ class Distilling(WholeCheckpoints, Learning):
             return True
         if self._counts is None and self.model_accepts_loss_kwargs:
             with measuring(model):
-                one, other = (model(**inputs, num_items_in_batch=count)["loss"] for count in (items, 8 * items))
-            seen = torch.stack([one != other, one == other]) & (one != 0) & one.isfinite()
+                outputs = [model(**inputs, num_items_in_batch=count) for count in (items, 8 * items)]
+            one, other = (out["loss"] if isinstance(out, dict) else out[0] for out in outputs)
+            eighth = (other - one / 8).abs() < (other - one).abs()
+            seen = torch.stack([eighth, ~eighth]) & (one != 0) & one.isfinite()
             yes, no = self.accelerator.reduce(seen.float(), "sum").tolist()
             self._counts = yes > no if yes or no else None
         return self._counts is not False
@@ -201,19 +206,22 @@ class Distilling(WholeCheckpoints, Learning):
         """The columns that the Trainer keeps, and those that the teachers name or the criterion is given."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns = [*(self._signature_columns or []), *(self.distill.columns or []), "index"]
+            index = ["index"] if reads_index(self.criterion) else []
+            self._signature_columns = [*(self._signature_columns or []), *(self.distill.columns or []), *index]
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The Trainer's, of the student's own inputs; the terms are noted beside it."""
         if self.teacher_in_eval and not self._left_to_trainer and self._evaluates(inputs):
             batch: Any = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self.accelerator.autocast(), evaluating(self.criterion):
                 terms = self.distill(model, **batch).components
             self._eval_terms.add(terms, find_batch_size(batch) or 1)  # type: ignore[no-untyped-call]
         return super().prediction_step(model, named(self.model, inputs), prediction_loss_only, ignore_keys)
 
     def _evaluates(self, inputs: Any) -> bool:
-        """Whether the terms have what they read: labels, unless they need none."""
+        """Whether the terms have what they read: a stored teacher's rows, and labels, unless they need none."""
+        if None in self.distill.teachers and "teacher" not in inputs:
+            return False
         plan = getattr(self.criterion, "plan", None)
         needless = plan is not None and not plan(len(self.distill.teachers)).needs_labels
         return needless or all(inputs.get(name) is not None for name in self.label_names)

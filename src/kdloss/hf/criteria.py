@@ -1,9 +1,10 @@
-"""Criteria that are plain training, whatever the step."""
+"""What a Trainer has to know of a criterion."""
 
 from typing import Any
 
 from torch import nn
 
+from kdloss.reduction import takes
 from kdloss.terms import CrossEntropy, Sum, Task
 from kdloss.terms.contract import Contract
 
@@ -20,6 +21,13 @@ def always_cross_entropy(criterion: nn.Module) -> bool:
     factors = {name: weight.factors for name, weight in criterion.weights.items()}
     counting = [name for name, own in factors.items() if own != (0.0,)]
     return len(counting) == 1 and factors[counting[0]] == (1.0,) and _is_own(criterion.terms[counting[0]])
+
+
+def reads_index(criterion: nn.Module) -> bool:
+    """Whether a distance is told which example of the data set each one is."""
+    terms = criterion.terms.values() if isinstance(criterion, Sum) else []
+    parts = [part for term in terms for part in (getattr(term, "distance", None), *term.modules())]
+    return any(callable(part) and takes(part, "index") for part in parts)
 
 
 def _is_own(term: Any) -> bool:
