@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdloss._capture import Captured, Located, Request, record
 from kdloss._decoder_inputs import DecoderInputs
+from kdloss._extras import extra
 from kdloss._inputs import named, of_student, of_teacher
 from kdloss._layout import Patterns
 from kdloss._masks import Padding, mask_of_features
@@ -226,7 +227,5 @@ def _u_centred(features: Tensor, number: int) -> Tensor:
 
 
 def _matplotlib(part: str) -> Any:
-    try:
+    with extra("plot", "a heat map"):
         return import_module(f"matplotlib.{part}")
-    except ImportError as error:
-        raise ImportError("a heat map needs matplotlib; write: pip install 'kdloss[plot]'") from error
