@@ -16,7 +16,7 @@ CORE := laws extremes criteria sums own_terms schedules divergences distances mo
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightning
 
-.PHONY: test test-oldest check static typed demo demo-pretrained results bench docs clean
+.PHONY: test test-oldest check static typed package demo demo-pretrained results bench docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -37,6 +37,16 @@ static: .venv/ready
 
 typed: .venv/ready
 	$(BIN)/pytest --quiet --numprocesses 2 $(TYPED)
+
+package: .venv/ready  ## sdist and wheel, into dist/, installed where there is nothing else; the README's code runs from it
+	rm -rf dist .venv-package
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	cd dist && ../.venv-package/bin/python ../tests/installed.py
+	.venv-package/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls dist/*.whl)[hf]"
+	cd dist && ../.venv-package/bin/python ../tests/installed.py
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
@@ -77,4 +87,4 @@ docs: .venv/ready  ## the pages, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## back to a fresh clone
-	rm -rf .venv .venv-oldest runs site .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-oldest .venv-package dist runs site .mypy_cache .ruff_cache .benchmarks
