@@ -14,6 +14,8 @@ CORE := laws extremes criteria sums own_terms schedules divergences distances mo
 	recipes bases old_torch which_row own_loss layouts_of_logits layouts_of_features levels class_names virtual_tokens \
 	speech_masks detectors
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
+MATHJAX := 3.2.2
+SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightning
 
 .PHONY: test test-oldest check static typed package demo demo-pretrained results bench docs clean
@@ -83,8 +85,18 @@ bench: .venv/ready  ## our losses beside the plain PyTorch recipe
 	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ratios.py
 
-docs: .venv/ready  ## the pages, into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+.venv/mathjax/tex-chtml.js: .venv/ready  # it draws the formulas, and would else come from somewhere on the web
+	@command -v npm >/dev/null || { echo "make docs takes MathJax from its npm package; install npm" >&2; exit 1; }
+	mkdir -p .venv/mathjax
+	cd .venv/mathjax && npm pack --silent mathjax@$(MATHJAX)
+	cd .venv/mathjax && tar -xzf mathjax-$(MATHJAX).tgz --strip-components=2 $(SHOWN:%=package/es5/%)
+	rm .venv/mathjax/mathjax-$(MATHJAX).tgz
+	touch $@
+
+docs: .venv/mathjax/tex-chtml.js  ## the pages, into site/; a warning is an error, and nothing is loaded from elsewhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	cp -r .venv/mathjax site/mathjax
+	! grep -rE --include=*.html '<(script|link|img|iframe)[^>]* (src|href)=.?https?:' site
 
 clean:  ## back to a fresh clone
 	rm -rf .venv .venv-oldest .venv-package dist runs site .mypy_cache .ruff_cache .benchmarks
