@@ -39,9 +39,9 @@ class CKAMatrix:
     def pairing(self, layers: Layers = "auto") -> list[tuple[int, int, float]]:
         """The teacher block that each selected student block resembles most, in ascending order.
 
-        Of all assignments whose teacher blocks never descend, the one with the largest sum of values;
-        several student blocks may share a teacher block. Each of N pairs weighs 1/N: give the list to
-        `FeatureKD(pairing=...)`.
+        `layers` selects student blocks, as in `kdloss.layers.select`. Of all assignments whose teacher
+        blocks never descend, the one with the largest sum of values; several student blocks may share a teacher
+        block. Each of N pairs weighs 1/N: give the list to `FeatureKD(pairing=...)`.
 
         >>> CKAMatrix(torch.tensor([[0.9, 0.8, 0.1], [0.3, 0.2, 0.7]])).pairing("all")
         [(0, 0, 0.5), (1, 2, 0.5)]
@@ -60,7 +60,7 @@ class CKAMatrix:
         return pairs[::-1]
 
     def heatmap(self, target: Any) -> None:
-        """Draw the matrix on matplotlib axes, or into a file given by its path.
+        """Draw the matrix on a `target`: matplotlib axes, or the path of a file to write.
 
         The teacher's blocks are on x, the student's on y, block 0 at the bottom left; a dot marks each
         student block's partner in `pairing("all")`.
