@@ -1,6 +1,7 @@
 # The whole interface. Every target sets up what it needs; a second run finds it there.
 PYTHON ?= python3
 BIN := .venv/bin
+EMPTY := .venv-package/bin
 export HF_HUB_OFFLINE ?= 1
 export PYTHONPATH :=
 
@@ -18,7 +19,7 @@ MATHJAX := 3.2.2
 SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightning
 
-.PHONY: test test-oldest check static typed package demo demo-pretrained results bench docs clean
+.PHONY: test test-oldest check static typed package pythons demo demo-pretrained results bench docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -35,20 +36,30 @@ static: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.13
 	$(BIN)/lint-imports
 
 typed: .venv/ready
 	$(BIN)/pytest --quiet --numprocesses 2 $(TYPED)
 
 package: .venv/ready  ## sdist and wheel, into dist/, installed where there is nothing else; the README's code runs from it
-	rm -rf dist .venv-package
+	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
-	$(PYTHON) -m venv .venv-package
-	.venv-package/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
-	cd dist && ../.venv-package/bin/python ../tests/installed.py
-	.venv-package/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls dist/*.whl)[hf]"
-	cd dist && ../.venv-package/bin/python ../tests/installed.py
+	$(PYTHON) -m venv --clear .venv-package
+	$(EMPTY)/pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	cd dist && ../$(EMPTY)/python ../tests/installed.py
+	$(EMPTY)/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls dist/*.whl)[hf]"
+	cd dist && ../$(EMPTY)/python ../tests/installed.py
+
+pythons: package  ## the same wheel, without extras, on every other Python from 3.10 to 3.13 that is here
+	export PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :); \
+	for python in python3.10 python3.11 python3.12 python3.13; do \
+		$$python -c '' 2>/dev/null || { echo "$$python is not here"; continue; }; \
+		$$python -m venv --clear .venv-package && \
+		$(EMPTY)/pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)" dist/*.whl && \
+		(cd dist && ../$(EMPTY)/python ../tests/installed.py) || exit 1; \
+	done
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest

@@ -78,7 +78,8 @@ def main() -> None:
     for module in ("kdloss.cache",) if HF else ():
         import_module(module)
     assert len(chosen) >= 4
-    print(f"{len(chosen)} blocks of the README ran from the wheel, {'with' if HF else 'without'} transformers")
+    python = ".".join(map(str, sys.version_info[:2]))
+    print(f"{len(chosen)} blocks of the README ran on Python {python}, {'with' if HF else 'without'} transformers")
 
 
 if __name__ == "__main__":
