@@ -1,6 +1,7 @@
 # The whole interface. Every target sets up what it needs; a second run finds it there.
 PYTHON ?= python3
 BIN := .venv/bin
+EMPTY := .venv-package/bin
 export HF_HUB_OFFLINE ?= 1
 export PYTHONPATH :=
 
@@ -14,9 +15,11 @@ CORE := laws extremes criteria sums own_terms schedules divergences distances mo
 	recipes bases old_torch which_row own_loss layouts_of_logits layouts_of_features levels class_names virtual_tokens \
 	speech_masks detectors hf
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
+MATHJAX := 3.2.2
+SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightning
 
-.PHONY: test test-oldest check static typed demo demo-pretrained results bench docs clean
+.PHONY: test test-oldest check static typed package pythons demo demo-pretrained results bench docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -33,10 +36,30 @@ static: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.13
 	$(BIN)/lint-imports
 
 typed: .venv/ready
 	$(BIN)/pytest --quiet --numprocesses 2 $(TYPED)
+
+package: .venv/ready  ## sdist and wheel, into dist/, installed where there is nothing else; the README's code runs from it
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv --clear .venv-package
+	$(EMPTY)/pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	cd dist && ../$(EMPTY)/python ../tests/installed.py
+	$(EMPTY)/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls dist/*.whl)[hf]"
+	cd dist && ../$(EMPTY)/python ../tests/installed.py
+
+pythons: package  ## the same wheel, without extras, on every other Python from 3.10 to 3.13 that is here
+	export PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :); \
+	for python in python3.10 python3.11 python3.12 python3.13; do \
+		$$python -c '' 2>/dev/null || { echo "$$python is not here"; continue; }; \
+		$$python -m venv --clear .venv-package && \
+		$(EMPTY)/pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)" dist/*.whl && \
+		(cd dist && ../$(EMPTY)/python ../tests/installed.py) || exit 1; \
+	done
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
@@ -73,8 +96,18 @@ bench: .venv/ready  ## our losses beside the plain PyTorch recipe
 	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ratios.py
 
-docs: .venv/ready  ## the pages, into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+.venv/mathjax/tex-chtml.js: .venv/ready  # it draws the formulas, and would else come from somewhere on the web
+	@command -v npm >/dev/null || { echo "make docs takes MathJax from its npm package; install npm" >&2; exit 1; }
+	mkdir -p .venv/mathjax
+	cd .venv/mathjax && npm pack --silent mathjax@$(MATHJAX)
+	cd .venv/mathjax && tar -xzf mathjax-$(MATHJAX).tgz --strip-components=2 $(SHOWN:%=package/es5/%)
+	rm .venv/mathjax/mathjax-$(MATHJAX).tgz
+	touch $@
+
+docs: .venv/mathjax/tex-chtml.js  ## the pages, into site/; a warning is an error, and nothing is loaded from elsewhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	cp -r .venv/mathjax site/mathjax
+	! grep -rE --include=*.html '<(script|link|img|iframe)[^>]* (src|href)=.?https?:' site
 
 clean:  ## back to a fresh clone
-	rm -rf .venv .venv-oldest runs site .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-oldest .venv-package dist runs site .mypy_cache .ruff_cache .benchmarks

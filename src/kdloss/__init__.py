@@ -14,6 +14,8 @@ from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLog
 from kdloss.teacher import Teacher
 from kdloss.terms import CrossEntropy, Features, Logits, Sum, Task
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Captured",
     "CrossEntropy",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdloss._capture import Captured, Located, Request, record
 from kdloss._decoder_inputs import DecoderInputs
+from kdloss._extras import extra
 from kdloss._inputs import named, of_student, of_teacher
 from kdloss._layout import Patterns
 from kdloss._masks import Padding, mask_of_features
@@ -38,9 +39,9 @@ class CKAMatrix:
     def pairing(self, layers: Layers = "auto") -> list[tuple[int, int, float]]:
         """The teacher block that each selected student block resembles most, in ascending order.
 
-        Of all assignments whose teacher blocks never descend, the one with the largest sum of values;
-        several student blocks may share a teacher block. Each of N pairs weighs 1/N: give the list to
-        `FeatureKD(pairing=...)`.
+        `layers` selects student blocks, as in `kdloss.layers.select`. Of all assignments whose teacher
+        blocks never descend, the one with the largest sum of values; several student blocks may share a teacher
+        block. Each of N pairs weighs 1/N: give the list to `FeatureKD(pairing=...)`.
 
         >>> CKAMatrix(torch.tensor([[0.9, 0.8, 0.1], [0.3, 0.2, 0.7]])).pairing("all")
         [(0, 0, 0.5), (1, 2, 0.5)]
@@ -59,7 +60,7 @@ class CKAMatrix:
         return pairs[::-1]
 
     def heatmap(self, target: Any) -> None:
-        """Draw the matrix on matplotlib axes, or into a file given by its path.
+        """Draw the matrix on a `target`: matplotlib axes, or the path of a file to write.
 
         The teacher's blocks are on x, the student's on y, block 0 at the bottom left; a dot marks each
         student block's partner in `pairing("all")`.
@@ -226,7 +227,5 @@ def _u_centred(features: Tensor, number: int) -> Tensor:
 
 
 def _matplotlib(part: str) -> Any:
-    try:
+    with extra("plot", "a heat map"):
         return import_module(f"matplotlib.{part}")
-    except ImportError as error:
-        raise ImportError("a heat map needs matplotlib; write: pip install 'kdloss[plot]'") from error

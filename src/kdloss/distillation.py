@@ -65,7 +65,10 @@ class Distillation(nn.Module):
         return self._distiller.teachers
 
     def prepare(self, *args: Any, **batch: Any) -> "Distillation":
-        """Build the projections, of widths measured on a batch, given as the forward is; before the optimizer."""
+        """Build the projections, of widths measured on a batch, before the optimizer.
+
+        `args` and `batch` are a batch as the forward takes it: `prepare(**batch)`, `prepare(x)`.
+        """
         self._distiller.prepare(self.student, *args, **batch)
         return self
 
@@ -78,7 +81,7 @@ class Distillation(nn.Module):
     # `labels` by name: Hugging Face's Trainer looks for it in the signature.
     @_uncompiled
     def forward(self, *args: Any, labels: Any = None, teacher: Any = None, **batch: Any) -> Distilled:
-        """One step; see the class."""
+        """One step; `args` and `batch` go to the models, and see the class."""
         if self._distiller.criterion is not self.criterion:
             raise RuntimeError(
                 "the criterion was replaced after the module was made; write Distillation(model.student, teacher, "
@@ -101,7 +104,10 @@ class Distillation(nn.Module):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        """Load student and criterion; what the criterion has learned needs its place, by `prepare`."""
+        """Load student and criterion, by `nn.Module`'s method and with its `args` and `options`.
+
+        What the criterion has learned, in the `state_dict`, needs its place: call `prepare` before.
+        """
         with told_to_prepare(self.criterion, state_dict, "model.prepare(**batch)", "criterion."):
             return super().load_state_dict(state_dict, *args, **options)
 

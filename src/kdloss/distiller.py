@@ -108,8 +108,9 @@ class Distiller:
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
         """Pair the blocks and build the projections; do it before the optimizer.
 
-        With a batch, the widths of the features, and the sizes of maps for pairing="resolution", are
-        measured on it; without one widths are read from Hugging Face configurations.
+        `args` and `batch` are a batch as the call takes it: with one, the widths of the features, and the sizes of
+        maps for pairing="resolution", are measured on it with the student; without one widths are read from Hugging
+        Face configurations.
         """
         self._settle(student)
         if self._plans:
@@ -208,7 +209,10 @@ class Distiller:
         self._prepared_for, self._own = weakref.ref(student), None
 
     def shifts(self, student: nn.Module, *args: Any, labels: Any = None, **inputs: Any) -> bool:
-        """Whether logits at t are held against label t+1: as the criterion says, else as this batch shows."""
+        """Whether the student's logits at t are held against label t+1.
+
+        As the criterion says, else as this batch shows: `args`, `inputs` and `labels`, as the call takes them.
+        """
         self._settle(student)
         said: bool | None = self.criterion.contract.causal if self._plans else False
         inputs = {name: x for name, x in inputs.items() if name not in _OF_THE_LOSS}

@@ -7,10 +7,10 @@ __all__ = ["conv1x1", "linear", "mlp"]
 
 
 def linear(student_width: int, teacher_width: int, *, orthogonal: bool = False, frozen: bool = False) -> nn.Module:
-    """A linear map for `FeatureKD(projection=...)`; on maps it is the 1x1 convolution.
+    """A linear map from `student_width` to `teacher_width`, for `FeatureKD(projection=...)`.
 
-    `orthogonal` starts it with orthonormal rows or columns and no shift, so that distances survive as far
-    as the widths allow; `frozen` leaves it as it starts.
+    On maps it is the 1x1 convolution. `orthogonal` starts it with orthonormal rows or columns and no shift, so that
+    distances survive as far as the widths allow; `frozen` leaves it as it starts.
 
     >>> linear(64, 96)
     Linear(in_features=64, out_features=96, bias=True)
@@ -21,7 +21,9 @@ def linear(student_width: int, teacher_width: int, *, orthogonal: bool = False, 
 
 
 def conv1x1(student_width: int, teacher_width: int, *, orthogonal: bool = False, frozen: bool = False) -> nn.Module:
-    """A 1x1 convolution for maps `[B, C, H, W]`; the options are those of `linear`.
+    """A 1x1 convolution from `student_width` to `teacher_width` channels, for maps `[B, C, H, W]`.
+
+    `orthogonal` and `frozen` are those of `linear`.
 
     Any module with an `nn.Conv2d` in it is given maps channels first, one with an `nn.Conv1d` or `nn.Conv3d` features
     of one or three axes of positions, and every other its positions, width last.
@@ -35,7 +37,9 @@ def conv1x1(student_width: int, teacher_width: int, *, orthogonal: bool = False,
 
 
 def mlp(student_width: int, teacher_width: int, *, hidden: int | None = None) -> nn.Module:
-    """Two linear maps with a GELU between them, `hidden` wide (the teacher's width by default).
+    """Two linear maps with a GELU between them, from `student_width` to `teacher_width`.
+
+    `hidden` is the width between them, the teacher's by default.
 
     >>> mlp(64, 96, hidden=128)
     Sequential(

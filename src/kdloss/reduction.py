@@ -107,8 +107,8 @@ def masked(
     there (NaN and inf too) touches neither value nor gradient, and its gradient is exactly 0. A loss
     with a parameter called `mask` compares positions with each other, and is told which count.
 
-    Shapes: student and teacher `[..., D]` (or any kind of logits) with mask `[...]`; see `reduce`
-    for the rest.
+    Shapes: student and teacher `[..., D]` (or any kind of logits) with mask `[...]`. `reduction` and
+    `num_items_in_batch` are those of `reduce`.
 
     >>> import kdloss
     >>> student, teacher = torch.zeros(2, 5), torch.zeros(2, 5)

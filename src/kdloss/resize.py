@@ -58,7 +58,9 @@ def interpolate(
     prefix: tuple[int, int] = (0, 0),
     size: Sizes = None,
 ) -> Sides:
-    """Interpolate the student's features to the teacher's positions, linearly in each direction; else as `pool`.
+    """Interpolate the student's features to the teacher's positions, linearly in each direction.
+
+    `prefix` and `size` are those of `pool`, and so is all else.
 
     Raises: what `pool` raises.
 

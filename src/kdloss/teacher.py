@@ -53,7 +53,10 @@ class Teacher:
             self._go(torch.device(self.device))
 
     def of(self, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The teacher's own inputs of this batch, positional and by keyword, where it reads them."""
+        """The teacher's own inputs of this batch, positional and by keyword, where it reads them.
+
+        `args` and `inputs` are the student's.
+        """
         own_args, own = args, dict(inputs)
         if self.inputs is None:
             own = of_teacher(self.module, inputs)

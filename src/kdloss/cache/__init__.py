@@ -1,7 +1,10 @@
 """A teacher's most probable classes on disk: run it once, train from it without the teacher."""
 
-from kdloss.cache.read import Cache, open
-from kdloss.cache.tokenizer import tokenizer_hash
-from kdloss.cache.write import write
+from kdloss._extras import extra
+
+with extra("hf", "kdloss.cache"):
+    from kdloss.cache.read import Cache, open
+    from kdloss.cache.tokenizer import tokenizer_hash
+    from kdloss.cache.write import write
 
 __all__ = ["Cache", "open", "tokenizer_hash", "write"]

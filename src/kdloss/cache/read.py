@@ -51,7 +51,8 @@ class Cache:
     `cache[ids]` are `TopKLogits` `[B, T, k]`, T being the longest example's length, with empty slots
     behind the shorter ones, to stand in a criterion where the teacher's logits would: position t holds
     what the teacher said at t, which a causal criterion shifts with the student's. Of a classifier they are
-    `[B, k]`. Only what a batch needs is read; a shard's checksum is tested when it is first needed.
+    `[B, k]`. Only what a batch needs is read; a shard's checksum is tested when it is first needed. `folder` and
+    `manifest` are what `open` found on disk, `tail` and `device` what it was told.
 
     Raises: ValueError for an id that is not there, a length that doesn't fit, a shard that was cut or
     altered, naming it; TypeError for ids that are no list or 1-D tensor.
@@ -76,7 +77,7 @@ class Cache:
         return id in self._where
 
     def __getitem__(self, ids: Sequence[Id] | Int[Tensor, " batch"]) -> TopKLogits:
-        """The classes of these examples, padded at the right to the longest one."""
+        """The classes of the examples with these `ids`, padded at the right to the longest one."""
         return self.batch(ids)
 
     def batch(
@@ -86,7 +87,7 @@ class Cache:
         *,
         attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"] | None = None,
     ) -> TopKLogits:
-        """The same padded at the right to `length`, or laid where an `attention_mask` isn't 0."""
+        """As `cache[ids]`, but padded at the right to `length`, or laid where an `attention_mask` isn't 0."""
         ids = ids.tolist() if isinstance(ids, Tensor) and ids.ndim == 1 else ids
         if isinstance(ids, (str, int, Tensor)) or not len(ids):
             raise TypeError(f"ids must be a list or a 1-D tensor, as cache[[id]], got {ids!r}")

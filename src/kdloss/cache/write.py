@@ -36,7 +36,7 @@ def write(
     narrowest integers that hold the vocabulary, and the log-probability of all the other classes
     together; T is the temperature you will train with. `kdloss.cache.open` reads them by id.
 
-    `dataset` is a `datasets.Dataset` with a column of ids (strings or integers, none twice),
+    `dataset` is a `datasets.Dataset` with a column of ids, `id_column` (strings or integers, none twice),
     `input_ids` (lists), and maybe `attention_mask`; what that masks is padding, at an example's
     beginning or end, and neither read by the teacher nor stored. Every other column that the teacher's
     forward names is given to it, too: those with whole numbers for each token (`token_type_ids`) cut like
@@ -44,7 +44,8 @@ def write(
     an `attention_mask` that numbers them say that a row is packed, the teacher reads each document by itself.
     Of a classifier, whose logits are `[B, C]`, one row is kept for each example. A teacher of images
     needs no `input_ids`, and tokenizer=None. The teacher runs on the device it is
-    on, offloaded or quantised as it may be, in eval mode; its modes are restored.
+    on, offloaded or quantised as it may be, in eval mode; its modes are restored. The manifest
+    calls it `teacher_name`, by default its `name_or_path` or its class.
 
     A file is there only when it is whole. Killed at any instant, the same call goes on: shards that
     are finished, by their checksum, are skipped. Batches never cross shards and follow from the

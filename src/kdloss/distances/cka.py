@@ -29,7 +29,7 @@ def cka(
     does not grow with the width when N is small: the form for minibatches. It needs 4 rows.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares
-    examples, `[B, N, D]` the positions of each example. Mask `[..., N]` (True = counts). Returns
+    examples, `[B, N, D]` the positions of each example. `mask` is `[..., N]` (True = counts). Returns
     `[..., N]`, in float32 or better. The teacher is detached. Rows are compared with each other:
     micro-batches of rows don't add up to one batch.
 

@@ -26,7 +26,7 @@ def correlation_congruence(
     is the paper's $\frac{1}{N^2}\|C^s - C^t\|_F^2$.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares examples
-    (the paper's), `[B, N, D]` the positions of each example. Mask `[..., N]` (True = counts). Returns
+    (the paper's), `[B, N, D]` the positions of each example. `mask` is `[..., N]` (True = counts). Returns
     `[..., N]`, in float32 or better. The teacher is detached. Rows are compared with each other:
     micro-batches of rows don't add up to one batch.
 

@@ -19,10 +19,10 @@ class CRD(nn.Module):
     the student among remembered teachers $t_j$, once the teacher among remembered students, with
 
     $h(s, t) = \frac{e^{g_s(s) \cdot g_t(t) / \tau}}{e^{g_s(s) \cdot g_t(t) / \tau} + N z}$: two linear
-    heads g to unit vectors of length `width`. It is the authors' code, whose constant Z, estimated on the
-    first batch against a random memory, makes of the paper's N/M (M examples in the data set) this N z,
-    with z the mean of $e^{\cdot/\tau}$ over random directions. Here z is $e^{1/(2 D \tau^2)}$, that mean's
-    value for a large D = `width`.
+    heads g to unit vectors of length `width`, and $\tau$ = `temperature`. It is the authors' code, whose
+    constant Z, estimated on the first batch against a random memory, makes of the paper's N/M (M examples in the
+    data set) this N z, with z the mean of $e^{\cdot/\tau}$ over random directions. Here z is $e^{1/(2 D \tau^2)}$,
+    that mean's value for a large D = `width`.
 
     The last N = `negatives` embeddings of both sides are remembered, in buffers: `state_dict()` holds
     them, `to()` moves them, they never grow. Rows that count enter after each call in training mode,
@@ -36,7 +36,7 @@ class CRD(nn.Module):
 
     `CRD(student_width, teacher_width)`: widths may differ, no projection is needed. Shapes: student
     `[..., N, D]` and teacher `[..., N, D']`; `[N, D]` are examples (the paper's, pooled
-    features), of `[B, N, D]` every position is a row of its own. Mask `[..., N]` (True = counts), index and
+    features), of `[B, N, D]` every position is a row of its own. `mask` is `[..., N]` (True = counts), index and
     labels `[..., N]` (integers from 0). Returns `[..., N]`, in float32 or better. The teacher is detached; the heads
     hold parameters: give them to the optimizer. It is not 0 at the teacher. In a criterion `labels` are the step's,
     where it has class indices for these rows, and `index` is what the call was given as `index=`.

@@ -21,7 +21,7 @@ def cwd(
     paper's loss for one example, at the temperature of its segmentation models.
 
     Shapes: student and teacher `[..., N, D]`: the positions of each example, for a map
-    `kdloss.distances.tokens(map)`. Mask `[..., N]` (True = counts). Returns `[..., N]`, in float32 or better. The
+    `kdloss.distances.tokens(map)`. `mask` is `[..., N]` (True = counts). Returns `[..., N]`, in float32 or better. The
     teacher is detached. Rows are compared with each other.
 
     Raises: ValueError for one row alone, a temperature that is not finite and positive, shapes or devices

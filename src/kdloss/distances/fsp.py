@@ -20,7 +20,7 @@ def fsp(
 
     Shapes: student and teacher `[..., N, D]`, where the first `split` features are the early layer's and
     the others the late one's, half of them each by default: `torch.cat([early, late], -1)` of two layers
-    at the same positions (a map: `kdloss.distances.tokens(torch.cat([early, late], 1))`). Mask `[..., N]` (True =
+    at the same positions (a map: `kdloss.distances.tokens(torch.cat([early, late], 1))`). `mask` is `[..., N]` (True =
     counts). Returns `[..., N]`, in float32 or better. The teacher is detached. Positions are added up
     before the difference: micro-batches of rows don't add up to one batch.
 

@@ -16,7 +16,7 @@ def layer_norm_mse(
     r"""Mean squared error at every position after layer normalisation of both sides.
 
     $\frac{1}{D}\sum_d (\mathrm{LN}(s)_d - \mathrm{LN}(t)_d)^2$ with
-    $\mathrm{LN}(x) = (x - \bar x) / \sqrt{\mathrm{var}(x) + \epsilon}$, without learned scale.
+    $\mathrm{LN}(x) = (x - \bar x) / \sqrt{\mathrm{var}(x) + \epsilon}$, without learned scale; $\epsilon$ is `eps`.
     Blind to a shift or a positive scale of either side; about 2 for unrelated features, 4 at most.
 
     Shapes: student and teacher `[..., D]`. Returns `[...]`, in float32 or better. The teacher is

@@ -24,8 +24,8 @@ class MGD(nn.Module):
 
     Positions come as rows (`kdloss.distances.tokens` of a map) and are put on the grid `size` = (H, W) again;
     one of the two may be -1. Text stands in one line: `size=(1, -1)`. The grid of maps is told by
-    `kdloss.Features` (`grid`), that of tokens has to be said. Positions that the mask takes out are zeros to
-    both convolutions, like what lies outside the grid.
+    `kdloss.Features` (`grid`, beside student and teacher), that of tokens has to be said. Positions that the `mask`
+    takes out are zeros to both convolutions, like what lies outside the grid.
 
     `MGD(student_width, teacher_width)`: the widths of the features it is called with, which are equal
     (after `FeatureKD`'s projection). Shapes: student and teacher `[..., N, D]`, mask `[..., N]` (True =

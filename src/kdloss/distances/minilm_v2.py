@@ -21,8 +21,8 @@ def minilm_v2(
     r"""KL of the relations among queries, among keys and among values, for every position.
 
     $\sum_{X \in \{Q, K, V\}} \frac{1}{r} \sum_a \mathrm{KL}(R^t_{Xai} \,\|\, R^s_{Xai})$ with $R_{Xa} =
-    \mathrm{softmax}(X_a X_a^\top / \sqrt{d_r})$: all heads' vectors side by side, cut anew into r relation
-    heads of width $d_r$. Its mean over the positions i is the paper's loss, whose weights of the three
+    \mathrm{softmax}(X_a X_a^\top / \sqrt{d_r})$: all heads' vectors side by side, cut anew into r =
+    `relation_heads` of width $d_r$. Its mean over the positions i is the paper's loss, whose weights of the three
     relations are 1. The number of heads may differ between student and teacher, so may widths. The paper
     takes 48 relation heads (64 for large teachers), the student's last block and an upper-middle one of a
     large teacher.

@@ -15,7 +15,7 @@ def normalized_mse(
     r"""Mean squared error at every position, over the teacher's mean square there.
 
     $\frac{\sum_d (s_d - t_d)^2}{\sum_d t_d^2 + D\,\epsilon}$: 0 at the teacher, 1 for a student
-    that gives zeros, whatever the size of the teacher's features.
+    that gives zeros, whatever the size of the teacher's features. $\epsilon$ is `eps`.
 
     Shapes: student and teacher `[..., D]`. Returns `[...]`, in float32 or better. The teacher is
     detached.

@@ -25,8 +25,8 @@ def nst(
     stays 0.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): the N positions of each
-    example, for a map `kdloss.distances.tokens(map)`. Mask `[..., N]` (True = counts). Returns `[..., N]`, in float32
-    or better. The teacher is detached. Rows are compared with each other.
+    example, for a map `kdloss.distances.tokens(map)`. `mask` is `[..., N]` (True = counts). Returns `[..., N]`, in
+    float32 or better. The teacher is detached. Rows are compared with each other.
 
     Raises: ValueError for one row alone, positions or devices that differ, or maps that are not rows;
     TypeError for integer features.

@@ -23,10 +23,10 @@ def pkt(
     $\frac12 (\cos(t_i, t_j) + 1) + \epsilon$, and q the student's. As in the authors' code, a row is a
     neighbour of itself, and the mean goes over all N² pairs (the paper leaves the row out and sums). Their
     code adds epsilon within the logarithm only; here it belongs to the distributions, which keeps the
-    value from being negative. A zero vector is at cosine 0 from all.
+    value from being negative; it is `eps`. A zero vector is at cosine 0 from all.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares examples
-    (the paper's), `[B, N, D]` the positions of each example. Mask `[..., N]` (True = counts). Returns
+    (the paper's), `[B, N, D]` the positions of each example. `mask` is `[..., N]` (True = counts). Returns
     `[..., N]`, in float32 or better. The teacher is detached. Rows are compared with each other:
     micro-batches of rows don't add up to one batch.
 

@@ -27,7 +27,7 @@ def rkd_angle(
     time with N³ D.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares examples
-    (the paper's), `[B, N, D]` the positions of each example. Mask `[..., N]` (True = counts). Returns
+    (the paper's), `[B, N, D]` the positions of each example. `mask` is `[..., N]` (True = counts). Returns
     `[..., N]`, in float32 or better. The teacher is detached. Rows are compared with each other:
     micro-batches of rows don't add up to one batch.
 

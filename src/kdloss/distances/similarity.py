@@ -21,7 +21,7 @@ def similarity(
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares examples
     (the paper's, with each example's map flattened: `kdloss.distances.between_examples`), `[B, N, D]` the positions
-    of each example. Mask `[..., N]` (True = counts). Returns `[..., N]`, in float32 or better. The teacher
+    of each example. `mask` is `[..., N]` (True = counts). Returns `[..., N]`, in float32 or better. The teacher
     is detached. Rows are compared with each other: micro-batches of rows don't add up to one batch.
 
     Raises: ValueError for one row alone, positions or devices that differ, or maps that are not rows;

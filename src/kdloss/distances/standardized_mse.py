@@ -22,7 +22,7 @@ def standardized_mse(
     teacher's means. A feature that is the same everywhere counts as one of standard deviation
     $\sqrt\epsilon$.
 
-    Shapes: student and teacher `[..., N, D]`, with or without a batch before them. Mask `[..., N]` (True =
+    Shapes: student and teacher `[..., N, D]`, with or without a batch before them. `mask` is `[..., N]` (True =
     counts). Returns `[..., N]`, in float32 or better. The teacher is detached. The variance is that of the
     batch: micro-batches don't quite add up to one batch.
 

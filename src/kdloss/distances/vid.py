@@ -19,7 +19,8 @@ class VID(nn.Module):
     $\tfrac12 \log 2\pi$ and averages over channels where the paper sums. A lower bound of the information
     that student and teacher share, its sign changed: it may be negative, and is not 0 at the teacher.
     Channels that the student can't predict end up with a large variance and a small gradient. The mean's
-    predictor is `FeatureKD`'s projection; `variance` is the initial $\sigma^2$, the authors' 5.
+    predictor is `FeatureKD`'s projection; `variance` is the initial $\sigma^2$, the authors' 5, and `eps` is
+    $\epsilon$, below which it never falls.
 
     `VID(student_width, teacher_width)`: the widths of the features it is called with, which are equal
     (after the projection). Shapes: student and teacher `[..., D]`. Returns `[...]`, in float32 or better.

@@ -32,7 +32,7 @@ def word_relation(
     2 L − 1, or to `rkd_distance` and `rkd_angle`.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ), a sentence in each
-    example. Mask `[..., N]` (True = counts); a window goes over the words that count. Returns `[..., N]`,
+    example. `mask` is `[..., N]` (True = counts); a window goes over the words that count. Returns `[..., N]`,
     in float32 or better. The teacher is detached.
 
     Raises: ValueError for one row alone, a window that is not odd and positive, positions or devices that

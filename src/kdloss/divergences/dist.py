@@ -27,7 +27,8 @@ def dist(
     p_{\cdot v})))$ with $\rho$ Pearson's correlation, over classes (inter-class) and over the
     positions that
     count (intra-class, the same number for every position); $p = \mathrm{softmax}(t/T)$ the teacher,
-    $q = \mathrm{softmax}(s/T)$ the student. T² as in the authors' code. Computed as half
+    $q = \mathrm{softmax}(s/T)$ the student. T² as in the authors' code; `t_squared=False` leaves it
+    out. Computed as half
     the squared distance of unit vectors: 0 at the teacher, and 1/2 where one of the two is constant (its
     norm is below 1e-8), which correlates with nothing.
 

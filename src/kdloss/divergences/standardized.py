@@ -49,7 +49,7 @@ class standardized:
         return self.divergence  # whose signature it has
 
     def __call__(self, student: AnyLogits, teacher: AnyLogits, *args: Any, **options: Any) -> Tensor:
-        """The divergence between standardised student and teacher."""
+        """The divergence between standardised student and teacher; `args` and `options` are its own."""
         student, teacher = localised(student), localised(teacher)
         if isinstance(student, Tensor) and isinstance(teacher, Tensor):
             teacher = teacher.detach()

@@ -1,6 +1,9 @@
 """Distillation in Hugging Face's `Trainer`, or in anyone's that inherits from it; it needs `kdloss[hf]`."""
 
-from kdloss.hf.checkpoints import newest_whole
-from kdloss.hf.trainer import DistillationTrainer, Distilling
+from kdloss._extras import extra
+
+with extra("hf", "kdloss.hf"):
+    from kdloss.hf.checkpoints import newest_whole
+    from kdloss.hf.trainer import DistillationTrainer, Distilling
 
 __all__ = ["DistillationTrainer", "Distilling", "newest_whole"]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdloss._extras import extra
+
 Distances = Mapping[tuple[int, int], Tensor]
 
 
@@ -58,7 +60,5 @@ def pair_by_emd(
 
 
 def _scipy() -> Any:
-    try:
+    with extra("emd", "pair_by_emd"):
         return import_module("scipy.optimize")
-    except ImportError as error:
-        raise ImportError("pair_by_emd needs SciPy; write: pip install 'kdloss[emd]'") from error

@@ -8,9 +8,9 @@ Size = tuple[int, ...]
 def pair_by_resolution(student_sizes: Sequence[Size], teacher_sizes: Sequence[Size]) -> list[tuple[int, int, float]]:
     """Pairs of the last blocks of student and teacher at each resolution that both have.
 
-    Sizes are the (height, width) of every block's map, of volumes three numbers. Each of N pairs weighs
-    1/N, in the order of the student's blocks. Used by `FeatureKD(pairing="resolution")`, whose sizes are measured by
-    `Distiller.prepare(student, **batch)`.
+    `student_sizes` and `teacher_sizes` are the (height, width) of every block's map, of volumes three numbers. Each
+    of N pairs weighs 1/N, in the order of the student's blocks. Used by `FeatureKD(pairing="resolution")`, whose sizes
+    are measured by `Distiller.prepare(student, **batch)`.
 
     Raises: ValueError when no resolution is common to both, with all there are.
 

@@ -44,7 +44,8 @@ class ShardedLogits:
     `Shard(0)` (the weight and bias of `LazyLogits`) need not be wrapped.
 
     Shapes: local `[..., V / processes]`, in the order of the ranks, not necessarily equal; stands for
-    `[..., V]`. `group` is a process group, None for all processes.
+    `[..., V]`. `group` is a process group, None for all processes. `sizes` says how many classes each process holds,
+    where that is known; else the processes tell each other once.
 
     Raises: ValueError for tensors that are sharded otherwise.
 

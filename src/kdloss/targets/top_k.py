@@ -89,7 +89,7 @@ class TopKLogits:
         tail: Tail = "bucket",
         temperature: float = 1.0,
     ) -> "TopKLogits":
-        """The k most probable classes of these logits at this temperature."""
+        """The k most probable classes of these logits at this temperature; `tail` is the class's."""
         vocab = logits.shape[-1]
         if not 1 <= k <= vocab:
             raise ValueError(f"k={k} of {vocab} classes; k lies between 1 and their number")
@@ -121,6 +121,8 @@ class TopKLogits:
         - `of`: "tokens" where row t says what token t was expected to be, as both servers have it. It comes to stand
           at t - 1, whose logits predict that token, and the last position is empty: right for a criterion with
           `causal=True`. "logits" leaves row t at t.
+        - `tail` and `vocabulary` are the class's; `temperature` is that of the server's log-probabilities.
+        - `device`: where the rows are put.
 
         Shapes: `[T, k]` for a text of T rows, `[B, T, k]` for a batch.
 

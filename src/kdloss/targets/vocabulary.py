@@ -14,7 +14,7 @@ from kdloss.targets.kinds import AnyLogits, chosen_classes, classes
 def truncate(student: AnyLogits, teacher: AnyLogits) -> tuple[AnyLogits, AnyLogits]:
     """Both over their common prefix, renormalised: for vocabularies of which one begins with the other.
 
-    As with models that pad the same vocabulary to different sizes.
+    Student and teacher logits of any kind, as of models that pad the same vocabulary to different sizes.
 
     >>> student, teacher = truncate(torch.zeros(2, 50), torch.zeros(2, 64))
     >>> student.shape, teacher.shape
@@ -59,7 +59,10 @@ class TokenMap:
 
     @classmethod
     def of(cls, student_tokenizer: Any, teacher_tokenizer: Any) -> "TokenMap":
-        """Pair equal token strings of two tokenizers (or `{token: id}`), and the tokens that end a text."""
+        """Pair equal token strings of `student_tokenizer` and `teacher_tokenizer`, and the tokens that end a text.
+
+        Each is a tokenizer, or a dict `{token: id}`.
+        """
         s, t = _vocabulary(student_tokenizer), _vocabulary(teacher_tokenizer)
         pairs = {s[token]: t[token] for token in s.keys() & t.keys()}
         end, teacher_end = (getattr(x, "eos_token_id", None) for x in (student_tokenizer, teacher_tokenizer))
@@ -75,7 +78,7 @@ class TokenMap:
         return chosen_classes(student, s), chosen_classes(teacher, t)
 
     def to_teacher(self, input_ids: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-        """The teacher's ids of the student's tokens, for the teacher's forward pass."""
+        """The teacher's ids for `input_ids`, the student's: what the teacher's forward pass is given."""
         known = self.student_ids.to(input_ids.device)
         table = known.new_full((int(torch.cat([known, input_ids.flatten()]).max()) + 2,), -1)
         table[known] = self.teacher_ids.to(input_ids.device)

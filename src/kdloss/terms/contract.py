@@ -14,7 +14,11 @@ from kdloss.terms._positions import Positions
 
 @dataclass(frozen=True)
 class Contract:
-    """What a sum says once for all of its terms; see `kdloss.Sum`."""
+    """What a sum says once for all of its terms.
+
+    `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`, `layout` and `teacher_layout` are the
+    arguments of `kdloss.Sum`.
+    """
 
     causal: bool | None = None
     ignore_index: int = -100
@@ -36,7 +40,11 @@ class Contract:
         return {name: value for name, value in vars(self).items() if value != getattr(Contract, name)}
 
     def total(self, name: str, values: Tensor, where: Positions, items: int | Tensor | None) -> Tensor:
-        """A term's share of the loss: one number, or for reduction "none" one per position."""
+        """A term's share of the loss: one number, or for reduction "none" one per position.
+
+        `values` are what the term called `name` gave, `where` the positions that count, and `items` is
+        `num_items_in_batch`.
+        """
         if values.shape == where.shifted:
             return reduce(values, where.keep, reduction=self.reduction, num_items_in_batch=items)
         if values.ndim:

@@ -11,10 +11,12 @@ from kdloss.terms.reads import Reads
 
 @dataclass(frozen=True)
 class Plan:
-    """The terms of one step, in their order: what each is multiplied by, what it reads, and of which teachers.
+    """The terms of one step, in their order, by name. Whoever runs the models asks it what they have to give.
 
-    Terms of weight 0 are not in it; `layout` is that of the student's logits, where it was said. Whoever runs the
-    models asks it what they have to give.
+    - `weights`: what each is multiplied by; terms of weight 0 are not in it.
+    - `reads`: what each reads of the models.
+    - `teachers`: the teachers that each reads, as indices.
+    - `layout`: that of the student's logits, where it was said.
     """
 
     weights: Mapping[str, float | Tensor]
@@ -28,15 +30,15 @@ class Plan:
         return max([-1, *(k for several in self.teachers.values() for k in several)])
 
     def of_teacher(self, k: int) -> list[str]:
-        """The terms that read this teacher."""
+        """The terms that read teacher `k`."""
         return [name for name, several in self.teachers.items() if k in several]
 
     def complete_with(self, k: int) -> list[str]:
-        """The terms that have all their teachers when this one has run; -1 for those that read none."""
+        """The terms that have all their teachers when teacher `k` has run; -1 for those that read none."""
         return [name for name, several in self.teachers.items() if max([-1, *several]) == k]
 
     def ends_early(self, k: int) -> bool:
-        """Whether features are all that is read of this teacher."""
+        """Whether features are all that is read of teacher `k`."""
         return not any(self.reads[name].teacher_output for name in self.of_teacher(k))
 
     @property
@@ -45,7 +47,7 @@ class Plan:
         return next((r.why for r in self.reads.values() if r.logits == "whole"), None)
 
     def why_teacher_whole(self, k: int) -> str | None:
-        """Why a teacher's logits must be there as a tensor, if they must."""
+        """Why the logits of teacher `k` must be there as a tensor, if they must."""
         reads = (self.reads[name] for name in self.of_teacher(k))
         return next((r.why for r in reads if r.teacher_output and r.logits != "any"), None)
 

@@ -52,7 +52,7 @@ class Step:
         return returned(self.student)
 
     def student_logits(self, take: Take = None) -> AnyLogits:
-        """The student's logits, classes last where the sum says their layout."""
+        """The student's logits, classes last where the sum says their layout; `take` finds others in its output."""
         found: AnyLogits = logits_of(self.student, "student", take)
         if self.layout is not None:
             found = classes_last(found, self.layout, (), "student", "layout")

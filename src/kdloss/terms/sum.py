@@ -159,8 +159,9 @@ class Sum(nn.Module):
     def prepare(self, student: nn.Module, teachers: nn.Module | Sequence[nn.Module | None]) -> "Sum":
         """Find both models' blocks and build the projections; do it before the optimizer.
 
-        Widths are read from Hugging Face configurations; `Distiller.prepare(student, **batch)` and
-        `Distillation.prepare(**batch)` measure those of other models.
+        `teachers` is a model or a list of some, None for a stored one. Widths are read from Hugging Face
+        configurations; `Distiller.prepare(student, **batch)` and `Distillation.prepare(**batch)` measure those of
+        other models.
         """
         modules = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
         for term in self.terms.values():
@@ -242,7 +243,10 @@ class Sum(nn.Module):
     __radd__ = __add__
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        """Load what was learned; it needs its place, by `prepare`."""
+        """Load what was learned, by `nn.Module`'s method and with its `args` and `options`.
+
+        What is in the `state_dict` needs its place: call `prepare` before.
+        """
         with told_to_prepare(self, state_dict, "distill.prepare(student, **batch)"):
             return super().load_state_dict(state_dict, *args, **options)
 

@@ -63,7 +63,7 @@ class Term(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} is a term without a loss: define loss(self, step)")
 
     def forward(self, *args: Any, **settings: Any) -> Tensor:
-        """The loss as that of a sum of this term alone."""
+        """The loss as that of a sum of this term alone, with its `args` and `settings`: see `kdloss.Sum`."""
         loss: Tensor = (1.0 * self)(*args, **settings)
         return loss
 
@@ -72,10 +72,10 @@ class Term(nn.Module):
         return teacher
 
     def locate(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
-        """Find what it reads in the models, once; a stored teacher is None."""
+        """Find what it reads in `student` and `teachers`, once; a stored teacher is None."""
 
     def prepare(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
-        """Build what is trained, as far as the models' configurations tell; before the optimizer."""
+        """Build what is trained, as far as `student` and `teachers` have configurations; before the optimizer."""
         self.locate(student, teachers)
 
     def candidates(self) -> Reads | None:
@@ -83,7 +83,7 @@ class Term(nn.Module):
         return None
 
     def measure(self, student: Captured, teacher: Captured) -> None:
-        """Build what is trained, for what the candidates were seen to give."""
+        """Build what is trained, for the candidates that were captured of `student` and `teacher`."""
 
     @property
     def scheduled(self) -> bool:
@@ -91,7 +91,7 @@ class Term(nn.Module):
         return False
 
     def teachers(self, count: int) -> tuple[int, ...]:
-        """The teachers that it reads, of so many."""
+        """The teachers that it reads, of `count` that there are."""
         if self.teacher == "all":
             return tuple(range(count))
         for k in self.teacher:

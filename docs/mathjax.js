@@ -1,0 +1,1 @@
+window.MathJax = { options: { enableMenu: false } }; // its menu would load what is not here

@@ -1,0 +1,49 @@
+"""Blocks of Python in pages of text, and what the text says their reader has."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+import kdloss
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(*pages: Path) -> list[tuple[str, int, str]]:
+    """Page, number and code."""
+    return [
+        (page.name, number, code)
+        for page in pages
+        for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    ]
+
+
+def run(name: str, code: str, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], **more: object) -> None:
+    """Two models, their batches, an optimizer's class, ...: a block that trains has changed the student."""
+    before = [p.detach().clone() for p in student.parameters()]
+    plain = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        teacher_logits = teacher(**plain).logits
+    names = {
+        "teacher": teacher,
+        "student": student,
+        "batch": batch,
+        "loader": [batch] * 2,
+        "labels": batch["labels"],
+        "teacher_logits": teacher_logits,
+        "student_logits": student(**plain).logits,
+        "nn": nn,
+        "AdamW": AdamW,
+        "dist": SimpleNamespace(all_reduce=lambda x: None, get_world_size=lambda: 1),
+        "module": kdloss.Distillation(student, teacher, kdloss.VanillaKD()),
+        **more,
+    }
+    exec(compile(code, name, "exec"), names)
+    if "optimizer.step()" in code or "trainer.train(" in code:
+        assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    elif "loss" in names:
+        assert names["loss"].isfinite()

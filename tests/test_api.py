@@ -1,0 +1,79 @@
+"""The API page shows every name once, and every docstring on it names each parameter."""
+
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+NEED_AN_EXTRA = ["kdloss.cache"]
+PAGE = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+ENTRIES = {
+    name: (yaml.safe_load(options) or {}).get("options", {}).get("members", True)
+    for name, options in re.findall(r"^::: (\S+)\n((?: +.*\n)*)", PAGE, re.MULTILINE)
+}
+SPECIAL = {"__call__", "__contains__", "__getitem__"}  # as mkdocs.yml's filters
+
+
+def found(name):
+    """What a name on the page means."""
+    room = next((module for module in NEED_AN_EXTRA if name.startswith(f"{module}.")), "kdloss")
+    thing = import_module(room)
+    for part in name.removeprefix(f"{room}.").split("."):
+        thing = getattr(thing, part)
+    return thing
+
+
+def documented():
+    """All functions, classes and methods that the page shows: name, signature, docstring."""
+    for name, members in ENTRIES.items():
+        thing = found(name)
+        if not callable(thing):
+            continue
+        yield name, thing, thing.__doc__
+        if not inspect.isclass(thing) or members is False:
+            continue
+        for member, method in vars(thing).items():
+            function = getattr(method, "__func__", method)
+            shown = member in members if members is not True else member in SPECIAL or not member.startswith("_")
+            if shown and inspect.isfunction(function) and function.__doc__ and member != "extra_repr":
+                class_too = thing.__doc__ if "see the class" in function.__doc__ else ""
+                yield f"{name}.{member}", function, function.__doc__ + class_too
+
+
+def words(docstring):
+    """Those of a docstring's text and formulas, not of its examples; a sentence may begin with one."""
+    text = re.sub(r"^ *>>> .*\n(?:^ *\S.*\n)*", "", docstring, flags=re.MULTILINE)
+    return {form for word in re.findall(r"\w+", text) for form in (word, word[0].lower() + word[1:])}
+
+
+CALLABLES = list(documented())
+
+
+@pytest.mark.parametrize(("called", "docstring"), [x[1:] for x in CALLABLES], ids=[x[0] for x in CALLABLES])
+def test_a_docstring_names_every_parameter(called, docstring):
+    if inspect.isclass(called) and issubclass(called, dict):
+        pytest.skip("nobody makes one but the library")
+    parameters = [
+        p
+        for p in inspect.signature(called, follow_wrapped=not inspect.isclass(called)).parameters
+        if p not in {"self", "cls"}
+    ]
+    assert [p for p in parameters if p not in words(docstring)] == []
+
+
+def test_no_name_stands_twice_on_the_page():
+    names = re.findall(r"^::: (\S+)$", PAGE, re.MULTILINE)
+    assert len(names) == len(set(names)) == len({id(found(name)) for name in names})
+
+
+def test_what_an_entry_shows_is_there():
+    chosen = [(name, member) for name, members in ENTRIES.items() if isinstance(members, list) for member in members]
+    assert [(name, member) for name, member in chosen if member not in vars(found(name))] == []
+
+
+@pytest.mark.parametrize("module", NEED_AN_EXTRA)
+def test_a_module_that_needs_an_extra_has_all_its_names_on_the_page(module):
+    assert [name for name in import_module(module).__all__ if f"{module}.{name}" not in ENTRIES] == []
