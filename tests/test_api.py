@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-NEED_AN_EXTRA = ["kdloss.cache"]
+NEED_AN_EXTRA = ["kdloss.cache", "kdloss.hf"]
 PAGE = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
 ENTRIES = {
     name: (yaml.safe_load(options) or {}).get("options", {}).get("members", True)

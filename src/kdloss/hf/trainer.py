@@ -38,7 +38,7 @@ class Distilling(WholeCheckpoints, Learning):
       so that the task's term is its loss: its count, for a student that takes one, which in transformers 4 holds labels
       that a causal model never predicts; the mean of each batch, for one that ignores it. "student" divides by the
       labels that the student predicts, so that batches and processes add up to one big batch whatever it does.
-    - All other arguments are the Trainer's.
+    - `args`, `settings`: the Trainer's own arguments.
 
     A criterion that is cross-entropy and nothing else, like `VanillaKD(alpha=1.0)`, is left to the Trainer. The terms
     are in its log, each batch's mean: `ce` and `kd` in training, `eval_ce` and `eval_kd` in evaluation beside
@@ -242,7 +242,10 @@ class Distilling(WholeCheckpoints, Learning):
 
 
 class DistillationTrainer(Distilling, Trainer):
-    """Hugging Face's `Trainer`, distilling; see `kdloss.hf.Distilling`.
+    """Hugging Face's `Trainer`, distilling.
+
+    `teacher`, `criterion`, `teacher_in_eval` and `count` are those of `kdloss.hf.Distilling`, which says what is done;
+    `args` and `settings` are the Trainer's own arguments.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
     >>> import kdloss
