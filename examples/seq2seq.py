@@ -27,9 +27,9 @@ def train(name, student, pairs, steps, lr, teacher=None, sources=(), alpha=0.1, 
     optimizer = torch.optim.AdamW(model.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for _ in (bar := trange(steps, desc=name)):
-        sources, targets = zip(*random.sample(pairs, batch_size), strict=True)
+        texts, targets = zip(*random.sample(pairs, batch_size), strict=True)
         labels = encoded(targets)["input_ids"]
-        loss = model.train()(**encoded(sources), labels=labels.masked_fill(labels == 0, -100)).loss
+        loss = model.train()(**encoded(texts), labels=labels.masked_fill(labels == 0, -100)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
