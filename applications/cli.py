@@ -101,7 +101,10 @@ STYLE = questionary.Style([("selected", "noreverse"), ("highlighted", "bold")]) 
 
 def matters(name: str, args: argparse.Namespace) -> bool:
     """Whether the other answers leave a question open."""
-    dataset = args.data is not None and Path(args.data).suffix not in text.LOADERS
+    try:
+        dataset = args.data is not None and text.kind_of(args.data) is None
+    except ValueError:  # no text at all, which is said when the questions about it are answered
+        dataset = False
     open_by_name = {
         "data_config": dataset,
         "split": dataset,

@@ -237,6 +237,7 @@ def test_a_dataset_by_name_has_a_configuration_and_a_split(asked, tmp_path):
     seen, answers = asked
     (tmp_path / "set").mkdir()
     tiny.data(tmp_path / "set").rename(tmp_path / "set" / "test.jsonl")
+    (tmp_path / "set" / "README.md").write_text("---\nlanguage: en\n---\n")
     answers |= {"method": "none", "data": str(tmp_path / "set"), "split": "test"}
     settings, _ = cli.Interview(cli.parser(), said(None, tmp_path, "--data")).hold()
     assert seen[:5] == ["method", "data", "data config", "split", "teacher"]
@@ -246,8 +247,9 @@ def test_a_dataset_by_name_has_a_configuration_and_a_split(asked, tmp_path):
 def test_a_flag_that_is_refused_is_asked(asked, tmp_path, capsys):
     seen, answers = asked
     answers |= {"method": "none", "data": str(tiny.data(tmp_path))}
-    settings, _ = cli.Interview(cli.parser(), said("missing.jsonl", tmp_path)).hold()
-    assert seen[:3] == ["method", "data", "teacher"]
+    (tmp_path / "texts.md").write_text("# Texts")
+    settings, _ = cli.Interview(cli.parser(), said(tmp_path / "texts.md", tmp_path)).hold()
+    assert seen[:3] == ["method", "data", "teacher"]  # nor does anything ask for a .md file's split
     assert settings.data == answers["data"]
 
 
@@ -265,6 +267,7 @@ def test_nothing_is_asked_when_flags_say_everything(asked, session, tmp_path):
     ("flags", "reason"),
     [
         ("--data missing.jsonl", "there is no file 'missing.jsonl'"),
+        ("--data /", "'/' is a folder and no dataset"),
         ("--heldout-samples 400", "all 400 texts are held out"),
         ("--teacher missing.gguf", "there is no file 'missing.gguf'"),
         ("--student-width 15", "does not divide into 2 heads"),

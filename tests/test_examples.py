@@ -179,7 +179,7 @@ def test_without_a_known_column_the_longest_text_is_taken(data):
     ("name", "content", "options", "said"),
     [
         ("missing.jsonl", None, {}, "there is no file"),
-        ("a.xml", "<a/>", {}, r"ends in '.xml'; known are \['.jsonl'"),
+        ("a.md", "# A", {}, r"'a.md' ends in '.md', and what is read are .jsonl, .*: copy running text to a.txt"),
         ("a.jsonl", '{"size": 1, "weight": 2.5}', {}, "no column holds text; there are.*size.*weight"),
         ("a.jsonl", '{"text": "A"}', {"column": "body"}, r"no column 'body', only \['text'\]"),
         ("a.jsonl", '{"text": " "}\n{"text": ""}', {}, "all 2 entries are empty"),
@@ -199,6 +199,18 @@ def test_bad_text_is_refused(tmp_path, monkeypatch, name, content, options, said
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=said):
         text.read_texts(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [("a.csv", "one of its files, say texts/a.csv"), ("a.md", "a .jsonl, .json, ")]
+)
+def test_a_folder_that_is_no_dataset_is_refused_with_what_to_give(tmp_path, monkeypatch, file, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / file).write_text("text\n---\n")
+    (tmp_path / "texts" / "README.md").write_text("no card")
+    with pytest.raises(ValueError, match=f"'texts' is a folder and no dataset: give {said}"):
+        text.read_texts("texts")
 
 
 def test_a_dataset_is_read_by_name_with_its_config_and_split(tmp_path):
