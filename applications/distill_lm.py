@@ -34,7 +34,7 @@ all cores together, evaluation left out. Train MB: tensors alive at the peak of 
 
 ELSEWHERE = {"output", "teachers", "save_every", "device"}  # settings that change no result
 FEATURES = {"layers", "pairing", "distance"}
-OUTPUTS = {"temperature", "logit_weight"}
+OUTPUTS = {"temperature", "divergence", "logit_weight"}
 UNUSED = {
     "none": FEATURES | OUTPUTS | {"alpha"},
     "vanilla": FEATURES | {"logit_weight"},
@@ -43,20 +43,24 @@ UNUSED = {
 }
 
 
-def criterion_for(args: argparse.Namespace) -> kdloss.VanillaKD | kdloss.FeatureKD:
+def criterion_for(args: argparse.Namespace, causal: bool | None = None) -> kdloss.VanillaKD | kdloss.FeatureKD:
     """The loss of a method; with alpha=1 no teacher is run at all."""
     if args.method == "none":
-        return kdloss.VanillaKD(alpha=1.0)
+        return kdloss.VanillaKD(alpha=1.0, causal=causal)
+    divergence = getattr(kdloss.divergences, args.divergence)
     if args.method == "vanilla":
-        return kdloss.VanillaKD(args.temperature, 0.1 if args.alpha is None else args.alpha)
+        alpha = 0.1 if args.alpha is None else args.alpha
+        return kdloss.VanillaKD(args.temperature, alpha, divergence=divergence, causal=causal)
     explicit = isinstance(args.pairing, list)  # pairs of layers leave no layers to choose
     return kdloss.FeatureKD(
         args.layers or ("auto" if explicit else "last"),
         pairing=args.pairing,
-        distance=getattr(kdloss.distances, args.distance),
+        distance=options.distance(args.distance),
         alpha=0.3 if args.alpha is None else args.alpha,
         temperature=args.temperature,
+        divergence=divergence,
         logit_weight=args.logit_weight if args.method == "both" else 0.0,
+        causal=causal,
     )
 
 

@@ -11,7 +11,6 @@ Teachers need one vocabulary. Killed at any instant, the same command goes on.
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import distill_lm
@@ -74,12 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     runs |= {f"teacher {k}": [report.beside(x, best)] for k, x in enumerate(known[1:], start=2)}
 
     alpha = 0.1 if args.alpha is None else args.alpha
-    vanilla = partial(kdloss.VanillaKD, args.temperature, alpha)
+    loss = {"temperature": args.temperature, "alpha": alpha, "divergence": getattr(kdloss.divergences, args.divergence)}
     distillers = {"none": kdloss.Distiller(teachers[0], kdloss.VanillaKD(alpha=1.0))}
-    distillers |= {f"of-teacher-{k}": kdloss.Distiller(t, vanilla()) for k, t in enumerate(teachers, start=1)}
+    distillers |= {
+        f"of-teacher-{k}": kdloss.Distiller(t, kdloss.VanillaKD(**loss)) for k, t in enumerate(teachers, start=1)
+    }
     for weights in args.weights:
         for average in args.average:
-            several = kdloss.MultiTeacherKD(weights, args.temperature, alpha, average=average)
+            several = kdloss.MultiTeacherKD(weights, average=average, **loss)
             name = f"{average}-{'-'.join(map(str, weights))}"
             distillers[name] = kdloss.Distiller(teachers, several)
 

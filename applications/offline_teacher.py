@@ -70,7 +70,7 @@ def batches(setup: Setup, args: argparse.Namespace, steps: int) -> Iterator[dict
 def fit(cache: kdloss.cache.Cache, args: argparse.Namespace, setup: Setup, folder: Path) -> dict[str, Any]:
     """Train a student from the cache; the teacher is dropped before the first step."""
     student = student_of(args, setup.teacher, setup.tokenizer)
-    distill = FromCache(cache, kdloss.VanillaKD(*of_loss(args), causal=True))
+    distill = FromCache(cache, distill_lm.criterion_for(args, causal=True))
     first = next(batches(setup, args, 1))
     losses = compared(distill, student, setup.teacher, first)
     setup.teacher = None
@@ -94,17 +94,12 @@ def fit(cache: kdloss.cache.Cache, args: argparse.Namespace, setup: Setup, folde
     return {**distill_lm.outcome(student, args, setup, curve, steps, peak), **losses}
 
 
-def of_loss(args: argparse.Namespace) -> tuple[float, float]:
-    """Temperature and alpha."""
-    return args.temperature, 0.1 if args.alpha is None else args.alpha
-
-
 @torch.no_grad()
 def compared(
     distill: FromCache, student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Any]
 ) -> dict[str, float]:
     """The divergence of one batch, from the cache and from the teacher itself."""
-    live = kdloss.Distiller(teacher, kdloss.VanillaKD(distill.criterion.temperature, distill.criterion.alpha))
+    live = kdloss.Distiller(teacher, distill.criterion)
     tokens = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
     return {
         "kd_from_cache": distill(student, **batch).components["kd"].item(),

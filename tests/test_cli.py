@@ -104,7 +104,7 @@ def session(tmp_path_factory):
     terminal.answer("alpha: ", "\r")
     terminal.answer("layers: ", "all\r")
     terminal.answer("pairing: ", "\r")
-    terminal.answer("distance: ", f"{UP}\r")
+    terminal.answer("distance: ", f"{UP}{UP}\r")
     terminal.answer("epochs: ", "4\r")
     terminal.answer("batch size: ", "\r")
     terminal.answer("lr: ", "5e-3\r")
@@ -121,7 +121,7 @@ def test_the_answers_are_the_settings_that_were_used(session):
     answered = {
         "method": "both", "data": str(folder / "numbers.jsonl"), "teacher": None, "samples": 399,
         "heldout_samples": 40, "max_length": 16, "student": None, "keep_blocks": None, "temperature": 2.0,
-        "alpha": 0.4, "layers": "all", "pairing": "uniform", "distance": "normalized_mse", "epochs": 4,
+        "alpha": 0.4, "layers": "all", "pairing": "uniform", "distance": "cwd", "epochs": 4,
         "batch_size": 8, "lr": 5e-3, "baseline": True,
     }  # fmt: skip
     assert {name: used[name] for name in answered} == answered
@@ -275,6 +275,7 @@ def test_nothing_is_asked_when_flags_say_everything(asked, session, tmp_path):
         ("--alpha 1.5", "alpha must lie between 0 and 1, got 1.5"),
         ("--method feature --layers 5", "block 5 does not exist: 2 blocks"),
         ("--method feature --student-layers 4 --pairing same --layers all", "but the teacher has 3 blocks"),
+        ("--method both --distance fsp", "fsp compares two layers side by side"),
         ("--lr -1", "Invalid learning rate"),
     ],
 )

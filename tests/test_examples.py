@@ -8,7 +8,7 @@ import distill_lm
 import pytest
 import tiny
 import torch
-from parts import cells, evaluation, files, memory, models, report, text
+from parts import cells, evaluation, files, memory, models, options, report, text
 from parts.checkpoint import Checkpoint
 from tiny import SENTENCES
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -312,6 +312,29 @@ def test_layers_and_pairs_from_flags(flags, expected):
     args = distill_lm.parser().parse_args([*flags, "--method", "feature"])
     chosen = distill_lm.criterion_for(args).terms["feature"].layer_map
     assert (chosen.layers, chosen.pairing) == expected
+
+
+@pytest.mark.parametrize("name", options.DISTANCES)
+def test_every_distance_trains_a_student_or_is_refused_for_want_of_its_tensors(name):
+    args = distill_lm.parser().parse_args(["--method", "feature", "--distance", name])
+    if name in options.SIDE_BY_SIDE:
+        with pytest.raises(ValueError, match=f"{name} compares .* side by side, and --layers gives single hidden"):
+            distill_lm.criterion_for(args)
+        return
+    teacher, student = new_model(3, 24), new_model()
+    distill = kdloss.Distiller(teacher, distill_lm.criterion_for(args)).prepare(student)
+    tokens = torch.randint(0, 11, (4, 8))
+    out = distill(student, input_ids=tokens, labels=tokens)
+    out.loss.backward()
+    assert out.components["feature"] > 0
+    assert student.transformer.h[0].mlp.c_fc.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", options.DIVERGENCES)
+def test_every_divergence_can_be_chosen(name):
+    for method in ("vanilla", "both"):
+        args = distill_lm.parser().parse_args(["--method", method, "--divergence", name])
+        assert distill_lm.criterion_for(args).terms["kd"].divergence is getattr(kdloss.divergences, name)
 
 
 def test_work_is_done_once_unless_its_settings_change_or_its_product_is_gone(tmp_path):

@@ -1,10 +1,34 @@
 """The flags that these scripts share: every setting has one."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import kdloss
+
+HELPERS = {"between_examples", "between_tokens", "examples", "standardized", "tokens"}  # they make or help losses
+DIVERGENCES = [name for name in kdloss.divergences.__all__ if name not in HELPERS]
+DISTANCES = [name for name in kdloss.distances.__all__ if name not in HELPERS]
+DISTANCES += [f"examples.{name}" for name in DISTANCES if hasattr(kdloss.distances.examples, name)]
+SIDE_BY_SIDE = {"attention_mse": "queries and keys", "fsp": "two layers", "minilm": "queries, keys and values"}
+SIDE_BY_SIDE["minilm_v2"] = SIDE_BY_SIDE["minilm"]
+OF_TEXT = {"MGD": {"size": (1, -1)}}  # options that only the kind of data tells
+
+
+def distance(name: str) -> Callable[..., Any]:
+    """The distance of features with this name."""
+    if name in SIDE_BY_SIDE:
+        raise ValueError(
+            f"{name} compares {SIDE_BY_SIDE[name]} side by side, and --layers gives single hidden states: write "
+            f"kdloss.Features(..., distance=kdloss.distances.{name}) in a loop of your own, as its docstring shows"
+        )
+    within = kdloss.distances.examples if name.startswith("examples.") else kdloss.distances
+    found = getattr(within, name.removeprefix("examples."))
+    return partial(found, **OF_TEXT[name]) if name in OF_TEXT else found
 
 
 def blocks_or_names(value: str) -> str | list[int] | list[str]:
@@ -114,6 +138,7 @@ def distillation_flags(made: argparse.ArgumentParser) -> None:
     methods = ["vanilla", "feature", "both", "none"]
     add("--method", choices=methods, default="vanilla", help="what to learn from (%(default)s)")
     add("--temperature", type=float, default=1.0, help="of both models' predictions (%(default)s)")
+    add("--divergence", choices=DIVERGENCES, default="forward_kl", help="between predictions (%(default)s)")
     add("--alpha", type=float, help="share of cross-entropy (vanilla: 0.1, feature and both: 0.3)")
     add("--logit-weight", type=float, default=1.0, help="of the output term in both (%(default)s)")
     add(
@@ -129,7 +154,7 @@ def distillation_flags(made: argparse.ArgumentParser) -> None:
     )
     add(
         "--distance",
-        choices=["mse", "normalized_mse", "layer_norm_mse", "cosine"],
+        choices=DISTANCES,
         default="layer_norm_mse",
         help="between features (%(default)s)",
     )
