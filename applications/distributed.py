@@ -13,16 +13,17 @@ import json
 import math
 import os
 import shutil
-from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import Annotated
 
 import distill_lm
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from parts import scale
+from parts import options, scale
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -38,8 +39,19 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from typing_extensions import Doc
 
 import kdloss
+
+
+@dataclass(kw_only=True)
+class Settings(scale.Settings):
+    """Those of both scripts, and how to spread."""
+
+    fsdp: Annotated[bool, Doc("shard student and teacher, not DDP")] = False
+
+
+DEFAULTS = Settings(output=Path("runs/distributed"))
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
@@ -86,7 +98,7 @@ def save(state: State, folder: Path, step: int) -> None:
             shutil.rmtree(old)
 
 
-def batches(blocks: Tensor, args: Namespace, skip: int) -> Iterator[dict[str, Tensor]]:
+def batches(blocks: Tensor, args: Settings, skip: int) -> Iterator[dict[str, Tensor]]:
     """The share that this rank has of every batch, without end, after those of the steps that are done."""
     sampler: DistributedSampler = DistributedSampler(blocks, seed=args.seed, drop_last=True)
     loader = DataLoader(blocks, args.batch_size // dist.get_world_size(), sampler=sampler, drop_last=True)
@@ -98,7 +110,7 @@ def batches(blocks: Tensor, args: Namespace, skip: int) -> Iterator[dict[str, Te
 
 
 @torch.no_grad()
-def perplexity(module: nn.Module, heldout: Tensor, args: Namespace) -> float:
+def perplexity(module: nn.Module, heldout: Tensor, args: Settings) -> float:
     """The student's on held-out blocks, every rank computing its share."""
     rank, world = dist.get_rank(), dist.get_world_size()
     module.eval()
@@ -116,7 +128,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     blocks: Tensor,
     heldout: Tensor,
-    args: Namespace,
+    args: Settings,
 ) -> scale.Curve:
     """Train one student, or go on with it, and save it whole; its held-out perplexity over steps."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -160,9 +172,7 @@ def train(
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Join the other processes, prepare text and teacher, train two students, report."""
-    parser = scale.parser(__doc__ or "", "runs/distributed")
-    parser.add_argument("--fsdp", action="store_true", help="shard student and teacher (default: DDP)")
-    args = parser.parse_args(arguments)
+    args = options.read(DEFAULTS, arguments, __doc__)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:

@@ -12,10 +12,11 @@ no result. After an interruption the same command goes on from the last complete
 import json
 import math
 import shutil
-from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import Annotated
 
 import distill_lm
 import torch
@@ -27,8 +28,19 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from typing_extensions import Doc
 
 import kdloss
+
+
+@dataclass(kw_only=True)
+class Settings(scale.Settings):
+    """Those of both scripts, and how to accumulate."""
+
+    accumulate: Annotated[int, options.COUNT, Doc("micro-batches of a step")] = 1
+
+
+DEFAULTS = Settings(output=Path("runs/with_accelerate"))
 
 
 def complete(folder: Path) -> list[Path]:
@@ -67,7 +79,7 @@ def batches(
 
 
 @torch.no_grad()
-def perplexity(accelerator: Accelerator, module: nn.Module, heldout: Tensor, args: Namespace) -> float:
+def perplexity(accelerator: Accelerator, module: nn.Module, heldout: Tensor, args: Settings) -> float:
     """The student's on held-out blocks, every process computing its share."""
     rank, world = accelerator.process_index, accelerator.num_processes
     module.eval()
@@ -84,7 +96,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     blocks: Tensor,
     heldout: Tensor,
-    args: Namespace,
+    args: Settings,
     accelerator: Accelerator,
 ) -> scale.Curve:
     """Train one student, or go on with it, and save it whole; its held-out perplexity over steps."""
@@ -134,10 +146,7 @@ def train(
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Prepare text and teacher, train two students, report."""
-    parser = scale.parser(__doc__ or "", "runs/with_accelerate")
-    add = parser.add_argument
-    add("--accumulate", type=options.positive, default=1, help="micro-batches of a step (%(default)s)")
-    args = parser.parse_args(arguments)
+    args = options.read(DEFAULTS, arguments, __doc__)
     cpu = not torch.accelerator.is_available()  # unsaid, two processes without a GPU train each alone
     processes = PartialState(cpu=cpu)
     # Before there is an Accelerator: under ZeRO-3 it makes transformers load every model in shards,

@@ -77,8 +77,7 @@ def teacher(study: str) -> None:
     import compare
     import distill_lm
 
-    _, rest = compare.parser().parse_known_args(flags(study))
-    args = compare.settings(rest)
+    args = compare.options.read(compare.DEFAULTS, flags(study), None)
     distill_lm.teacher_measured(args, distill_lm.prepare(args, distill_lm.train))
 
 

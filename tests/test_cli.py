@@ -86,7 +86,7 @@ def session(tmp_path_factory):
     terminal.answer("data: ", f"{ERASE}{file}\r")
     terminal.answer("teacher: ", "\r")
     terminal.answer("samples: ", "many\r")
-    terminal.shows("--samples: invalid positive value: 'many'")
+    terminal.shows("Error parsing --samples: invalid literal for int() with base 10: 'many'")
     terminal.answer("samples: ", f"{ERASE}399\r")
     terminal.answer("heldout samples: ", "399\r")
     terminal.answer("max length: ", "16\r")
@@ -225,7 +225,7 @@ def test_only_what_matters_and_no_flag_said_is_asked(asked, tmp_path, method, of
     seen, answers = asked
     answers |= {"method": method, "baseline": False, "student": "0,-1"}
     flags = said(tiny.data(tmp_path), tmp_path, "--lr")
-    settings, models = cli.Interview(cli.parser(), flags).hold()
+    settings, models = cli.Interview(flags).hold()
     baseline = [] if method == "none" else ["baseline"]
     assert seen == ["method", "teacher", "student", *of_method, "batch size", "lr", *baseline]
     assert (settings.method, settings.keep_blocks, settings.lr) == (method, [0, -1], 1e-3)
@@ -239,7 +239,7 @@ def test_a_dataset_by_name_has_a_configuration_and_a_split(asked, tmp_path):
     tiny.data(tmp_path / "set").rename(tmp_path / "set" / "test.jsonl")
     (tmp_path / "set" / "README.md").write_text("---\nlanguage: en\n---\n")
     answers |= {"method": "none", "data": str(tmp_path / "set"), "split": "test"}
-    settings, _ = cli.Interview(cli.parser(), said(None, tmp_path, "--data")).hold()
+    settings, _ = cli.Interview(said(None, tmp_path, "--data")).hold()
     assert seen[:5] == ["method", "data", "data config", "split", "teacher"]
     assert (settings.data, settings.split) == (str(tmp_path / "set"), "test")
 
@@ -248,7 +248,7 @@ def test_a_flag_that_is_refused_is_asked(asked, tmp_path, capsys):
     seen, answers = asked
     answers |= {"method": "none", "data": str(tiny.data(tmp_path))}
     (tmp_path / "texts.md").write_text("# Texts")
-    settings, _ = cli.Interview(cli.parser(), said(tmp_path / "texts.md", tmp_path)).hold()
+    settings, _ = cli.Interview(said(tmp_path / "texts.md", tmp_path)).hold()
     assert seen[:3] == ["method", "data", "teacher"]  # nor does anything ask for a .md file's split
     assert settings.data == answers["data"]
 

@@ -196,7 +196,7 @@ def test_a_batch_that_does_not_divide_is_refused(given, tmp_path):
 
 
 def test_models_that_do_not_fit_are_refused_with_what_to_give_instead():
-    args, teacher = scale.parser("", "").parse_args(["--max-length", "16"]), build("gpt2", depth=4)
+    args, teacher = scale.Settings(max_length=16, output=Path()), build("gpt2", depth=4)
     scale.check(build("gpt2", depth=5), teacher, args)  # deeper than its teacher is no fault
     other = build("gpt2", depth=2)
     other.resize_token_embeddings(70)

@@ -1,16 +1,17 @@
 """What distributed.py and with_accelerate.py share: flags, data, results."""
 
-import argparse
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Doc
 
 import kdloss
 from parts import cells, files, models, options, report, setup, text
@@ -18,28 +19,27 @@ from parts import cells, files, models, options, report, setup, text
 Curve = list[tuple[int, float]]
 
 
-def parser(description: str, output: str) -> argparse.ArgumentParser:
+@dataclass(kw_only=True)
+class Settings:
     """The flags of both scripts."""
-    made = options.parser(description)
-    add = made.add_argument
-    add("--teacher", help="folder or hub name (default: train a small one first)")
-    add("--student", help="folder or hub name (default: a new GPT-2 of 2 blocks)")
-    add("--data", help=".jsonl, .json, .csv, .txt or a dataset's name (default: packaged text)")
-    add("--samples", type=options.positive, default=2000, help="use so many texts (%(default)s)")
-    add("--max-length", type=options.positive, default=64, help="tokens in a block (%(default)s)")
-    add("--steps", type=options.positive, default=200, help="optimizer steps of a student (%(default)s)")
-    add("--every", type=options.positive, default=50, help="evaluate and save after so many (%(default)s)")
-    add("--batch-size", type=options.positive, default=8, help="blocks in a step, all ranks (%(default)s)")
-    add("--lr", type=float, default=2e-3, help="learning rate (%(default)s)")
-    add("--temperature", type=float, default=1.0, help="of both models' predictions (%(default)s)")
-    add("--alpha", type=float, default=0.3, help="share of cross-entropy (%(default)s)")
-    add("--layers", type=options.blocks_or_names, default="last", help="student layers (%(default)s)")
-    add("--seed", type=int, default=0, help="of the student and the order of batches (%(default)s)")
-    add("--output", type=Path, default=Path(output), help="folder, seen by all machines (%(default)s)")
-    return made
+
+    teacher: Annotated[str | None, Doc("folder or hub name; else a small one is trained first")] = None
+    student: Annotated[str | None, Doc("folder or hub name; else a new GPT-2 of 2 blocks")] = None
+    data: Annotated[str | None, Doc(".jsonl, .json, .csv, .txt or a dataset's name; else packaged text")] = None
+    samples: Annotated[int, options.COUNT, Doc("use so many texts")] = 2000
+    max_length: Annotated[int, options.COUNT, Doc("tokens in a block")] = 64
+    steps: Annotated[int, options.COUNT, Doc("optimizer steps of a student")] = 200
+    every: Annotated[int, options.COUNT, Doc("evaluate and save after so many")] = 50
+    batch_size: Annotated[int, options.COUNT, Doc("blocks in a step, all ranks")] = 8
+    lr: Annotated[float, Doc("learning rate")] = 2e-3
+    temperature: Annotated[float, Doc("of both models' predictions")] = 1.0
+    alpha: Annotated[float, Doc("share of cross-entropy")] = 0.3
+    layers: Annotated[str | list[int] | list[str], options.BLOCKS, Doc("student layers")] = "last"
+    seed: Annotated[int, Doc("of the student and the order of batches")] = 0
+    output: Annotated[Path, Doc("folder, seen by all machines")]
 
 
-def criteria(args: argparse.Namespace) -> dict[str, kdloss.VanillaKD | kdloss.FeatureKD]:
+def criteria(args: Settings) -> dict[str, kdloss.VanillaKD | kdloss.FeatureKD]:
     """Training alone, in which the teacher does not even run, and distillation."""
     distilled = kdloss.FeatureKD(
         args.layers,
@@ -52,7 +52,7 @@ def criteria(args: argparse.Namespace) -> dict[str, kdloss.VanillaKD | kdloss.Fe
 
 
 def prepare(
-    args: argparse.Namespace, parts: int, first: bool, wait: Callable[[], None], train: setup.Train
+    args: Settings, parts: int, first: bool, wait: Callable[[], None], train: setup.Train
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor, Tensor]:
     """Teacher, tokenizer, and blocks of tokens to train and to evaluate on: the same in every process.
 
@@ -84,30 +84,18 @@ def prepare(
     return teacher.requires_grad_(False), tokenizer, blocks, heldout[:whole]
 
 
-def teacher_of(
-    args: argparse.Namespace, texts: list[str], train: setup.Train
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@dataclass(kw_only=True)
+class Small(options.Training, options.Teacher, options.Text):
+    """What a teacher that is trained first has."""
+
+
+def teacher_of(args: Settings, texts: list[str], train: setup.Train) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The teacher asked for; for want of one a small one of these texts."""
-    small = {"layers": 4, "width": 128, "heads": 4, "lr": 2e-3, "epochs": 1, "samples": None}
-    return setup.teacher_of(
-        argparse.Namespace(
-            teacher=args.teacher,
-            teachers=args.output / "teachers",
-            vocabulary=2048,
-            max_length=args.max_length,
-            batch_size=8,
-            save_every=60.0,
-            device="cpu",
-            **{f"teacher_{name}": value for name, value in small.items()},
-        ),
-        texts,
-        train,
-    )
+    given = {"teacher": args.teacher, "teachers": args.output / "teachers", "max_length": args.max_length}
+    return setup.teacher_of(Small(**given, teacher_lr=2e-3, device="cpu"), texts, train)
 
 
-def student_of(
-    args: argparse.Namespace, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+def student_of(args: Settings, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A student before training; the seed makes it, and projections after it, the same in every process."""
     torch.manual_seed(args.seed)
     if args.student is None:
@@ -117,7 +105,7 @@ def student_of(
     return student
 
 
-def check(student: PreTrainedModel, teacher: PreTrainedModel, args: argparse.Namespace) -> None:
+def check(student: PreTrainedModel, teacher: PreTrainedModel, args: Settings) -> None:
     """Say what does not fit before hours are spent on it."""
     models.check_length(student, args.max_length, "student")
     models.check_length(teacher, args.max_length, "teacher")
@@ -128,7 +116,7 @@ def check(student: PreTrainedModel, teacher: PreTrainedModel, args: argparse.Nam
         )
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+def settings_of(args: Settings) -> dict[str, Any]:
     """What makes two runs the same."""
     return {name: str(value) for name, value in vars(args).items() if name != "output"}
 
@@ -160,7 +148,7 @@ def save(
         tokenizer.save_pretrained(partial)
 
 
-def write(curves: Mapping[str, Curve], args: argparse.Namespace) -> dict[str, float]:
+def write(curves: Mapping[str, Curve], args: Settings) -> dict[str, float]:
     """Held-out perplexities: the last ones returned, all of them as JSON, and a table and a picture."""
     results = {name: curve[-1][1] for name, curve in curves.items()}
     content = {"perplexity": results, "curves": curves, "settings": settings_of(args)}

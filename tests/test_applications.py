@@ -31,6 +31,10 @@ def new_model(layers=2, width=16):
     return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, **shape, **plain))
 
 
+def settings(flags):
+    return options.read(distill_lm.DEFAULTS, flags, None)
+
+
 def never(*args, **settings):
     raise AssertionError("this was done before")
 
@@ -309,14 +313,14 @@ def test_a_saved_folder_is_replaced_as_a_whole(tmp_path):
     ],
 )
 def test_layers_and_pairs_from_flags(flags, expected):
-    args = distill_lm.parser().parse_args([*flags, "--method", "feature"])
+    args = settings([*flags, "--method", "feature"])
     chosen = distill_lm.criterion_for(args).terms["feature"].layer_map
     assert (chosen.layers, chosen.pairing) == expected
 
 
 @pytest.mark.parametrize("name", options.DISTANCES)
 def test_every_distance_trains_a_student_or_is_refused_for_want_of_its_tensors(name):
-    args = distill_lm.parser().parse_args(["--method", "feature", "--distance", name])
+    args = settings(["--method", "feature", "--distance", name])
     if name in options.SIDE_BY_SIDE:
         with pytest.raises(ValueError, match=f"{name} compares .* side by side, and --layers gives single hidden"):
             distill_lm.criterion_for(args)
@@ -333,7 +337,7 @@ def test_every_distance_trains_a_student_or_is_refused_for_want_of_its_tensors(n
 @pytest.mark.parametrize("name", options.DIVERGENCES)
 def test_every_divergence_can_be_chosen(name):
     for method in ("vanilla", "both"):
-        args = distill_lm.parser().parse_args(["--method", method, "--divergence", name])
+        args = settings(["--method", method, "--divergence", name])
         assert distill_lm.criterion_for(args).terms["kd"].divergence is getattr(kdloss.divergences, name)
 
 
@@ -400,7 +404,8 @@ def test_rouge_by_hand():
 
 def test_a_table_shows_means_deviations_and_only_columns_that_are_known():
     runs = {"teacher": [{"perplexity": 9.0}], "none": [{"perplexity": 10.0}, {"perplexity": 14.0}]}
-    header, _, teacher, none = report.table(runs).splitlines()
+    header, line, teacher, none = report.table(runs).splitlines()
+    assert set(line) == {"|", "-"}  # Markdown
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["", "held-out perplexity"]
     assert "9.0 " in teacher
     assert "12.0 ± 2.8" in none  # sqrt(((10-12)² + (14-12)²) / (2-1))
