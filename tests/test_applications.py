@@ -8,7 +8,7 @@ import distill_lm
 import pytest
 import tiny
 import torch
-from parts import cells, evaluation, files, memory, models, options, report, text
+from parts import cells, evaluation, files, memory, models, options, report, setup, text
 from parts.checkpoint import Checkpoint
 from tiny import SENTENCES
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -104,6 +104,12 @@ def test_a_student_deeper_than_its_teacher_is_distilled(demo, tmp_path):
     more = "--student-layers 5 --layers all --method both --steps 2"
     runs = distill_lm.main([*demo[0], *more.split(), "--output", str(tmp_path)])
     assert runs["both"][0]["perplexity"] < runs["both"][0]["curve"][0]["perplexity"]
+
+
+def test_a_new_student_has_all_of_its_teachers_vocabulary_which_may_be_padded():
+    tokenizer, teacher = text.train_tokenizer(SENTENCES, 300), new_model()
+    teacher.resize_token_embeddings(320)
+    assert setup.student_of(distill_lm.DEFAULTS, teacher, tokenizer).config.vocab_size == 320
 
 
 def test_seeds_draw_other_blocks_of_text_and_the_same_seed_the_same():

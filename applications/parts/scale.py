@@ -1,124 +1,47 @@
-"""What distributed.py and with_accelerate.py share: flags, data, results."""
+"""What several processes need that train one student: data cut alike for all of them, and files from one."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from typing_extensions import Doc
 
-import kdloss
-from parts import cells, files, models, options, report, setup, text
+from parts import files, report, setup, text
 
 Curve = list[tuple[int, float]]
 
 
-@dataclass(kw_only=True)
-class Settings:
-    """The flags of both scripts."""
-
-    teacher: Annotated[str | None, Doc("folder or hub name; else a small one is trained first")] = None
-    student: Annotated[str | None, Doc("folder or hub name; else a new GPT-2 of 2 blocks")] = None
-    data: Annotated[str | None, Doc(".jsonl, .json, .csv, .txt or a dataset's name; else packaged text")] = None
-    samples: Annotated[int, options.COUNT, Doc("use so many texts")] = 2000
-    max_length: Annotated[int, options.COUNT, Doc("tokens in a block")] = 64
-    steps: Annotated[int, options.COUNT, Doc("optimizer steps of a student")] = 200
-    every: Annotated[int, options.COUNT, Doc("evaluate and save after so many")] = 50
-    batch_size: Annotated[int, options.COUNT, Doc("blocks in a step, all ranks")] = 8
-    lr: Annotated[float, Doc("learning rate")] = 2e-3
-    temperature: Annotated[float, Doc("of both models' predictions")] = 1.0
-    alpha: Annotated[float, Doc("share of cross-entropy")] = 0.3
-    layers: Annotated[str | list[int] | list[str], options.BLOCKS, Doc("student layers")] = "last"
-    seed: Annotated[int, Doc("of the student and the order of batches")] = 0
-    output: Annotated[Path, Doc("folder, seen by all machines")]
-
-
-def criteria(args: Settings) -> dict[str, kdloss.VanillaKD | kdloss.FeatureKD]:
-    """Training alone, in which the teacher does not even run, and distillation."""
-    distilled = kdloss.FeatureKD(
-        args.layers,
-        distance=kdloss.distances.layer_norm_mse,
-        alpha=args.alpha,
-        temperature=args.temperature,
-        logit_weight=1.0,
-    )
-    return {"alone": kdloss.VanillaKD(alpha=1.0), "distilled": distilled}
-
-
-def prepare(
-    args: Settings, parts: int, first: bool, wait: Callable[[], None], train: setup.Train
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor, Tensor]:
+def prepare(args: Any, parts: int, first: bool, wait: Callable[[], None], train: setup.Train) -> setup.Setup:
     """Teacher, tokenizer, and blocks of tokens to train and to evaluate on: the same in every process.
 
     A batch is cut into so many parts. Only the first process writes, the others `wait` for it.
     """
-    if args.batch_size % parts:
+    size = args.batch_size
+    if size % parts:
         raise ValueError(
-            f"a batch of {args.batch_size} does not divide into {parts} equal parts (processes times "
-            f"micro-batches): --batch-size {parts * -(-args.batch_size // parts)}"
+            f"a batch of {size} does not divide into {parts} equal parts (processes times micro-batches): "
+            f"--batch-size {parts * -(-size // parts)}"
         )
-    prepared = cells.begun(args.output, settings_of(args))
-    texts = text.read_texts(args.data, limit=args.samples)
-    unseen, seen = texts[: -(-len(texts) // 10)], texts[-(-len(texts) // 10) :]
     if not first:
         wait()
-    teacher, tokenizer = teacher_of(args, seen, train)
+    made = setup.prepare(args, train)
     if first:
         wait()
-    check(student_of(args, teacher, tokenizer), teacher, args)
-    blocks, heldout = (text.pack(text.tokenize(tokenizer, t), args.max_length) for t in (seen, unseen))
-    if min(len(blocks), len(heldout)) < args.batch_size:
+    setup.student_of(args, made.teacher, made.tokenizer)  # what does not fit is said before hours are spent on it
+    blocks = text.draw(made.blocks, args.student_blocks, args.seed)
+    heldout = made.heldout[: len(made.heldout) // size * size]  # every process gets equally many
+    if len(blocks) < size or not len(heldout):
         raise ValueError(
-            f"{len(blocks)} blocks of text to train and {len(heldout)} to evaluate on do not fill a batch "
-            f"of {args.batch_size}: more text (--samples), or a smaller --batch-size or --max-length"
+            f"{len(blocks)} blocks of text to train and {len(made.heldout)} to evaluate on do not fill a batch of "
+            f"{size}: more text (--samples, --heldout-samples), or a smaller --batch-size or --max-length"
         )
-    if first and not prepared:
-        files.save_json(settings_of(args), args.output / "settings.json")
-    whole = len(heldout) // args.batch_size * args.batch_size  # every rank gets equally many
-    return teacher.requires_grad_(False), tokenizer, blocks, heldout[:whole]
-
-
-@dataclass(kw_only=True)
-class Small(options.Training, options.Teacher, options.Text):
-    """What a teacher that is trained first has."""
-
-
-def teacher_of(args: Settings, texts: list[str], train: setup.Train) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The teacher asked for; for want of one a small one of these texts."""
-    given = {"teacher": args.teacher, "teachers": args.output / "teachers", "max_length": args.max_length}
-    return setup.teacher_of(Small(**given, teacher_lr=2e-3, device="cpu"), texts, train)
-
-
-def student_of(args: Settings, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A student before training; the seed makes it, and projections after it, the same in every process."""
-    torch.manual_seed(args.seed)
-    if args.student is None:
-        return models.gpt2(2, 64, 4, dropout=0.0, tokenizer=tokenizer, length=args.max_length)
-    student, its_own = models.load(args.student)
-    models.check_vocabulary(student, teacher, its_own, tokenizer)
-    return student
-
-
-def check(student: PreTrainedModel, teacher: PreTrainedModel, args: Settings) -> None:
-    """Say what does not fit before hours are spent on it."""
-    models.check_length(student, args.max_length, "student")
-    models.check_length(teacher, args.max_length, "teacher")
-    if student.config.vocab_size != teacher.config.vocab_size:  # a teacher may have more than its tokenizer
-        raise ValueError(
-            f"the student has a vocabulary of {student.config.vocab_size} tokens, the teacher one of "
-            f"{teacher.config.vocab_size}: give a --student of the teacher's family"
-        )
-
-
-def settings_of(args: Settings) -> dict[str, Any]:
-    """What makes two runs the same."""
-    return {name: str(value) for name, value in vars(args).items() if name != "output"}
+    made.teacher.requires_grad_(False)
+    return replace(made, blocks=blocks, heldout=heldout)
 
 
 @contextmanager
@@ -148,10 +71,10 @@ def save(
         tokenizer.save_pretrained(partial)
 
 
-def write(curves: Mapping[str, Curve], args: Settings) -> dict[str, float]:
+def write(curves: Mapping[str, Curve], settings: Mapping[str, Any], folder: Path) -> dict[str, float]:
     """Held-out perplexities: the last ones returned, all of them as JSON, and a table and a picture."""
     results = {name: curve[-1][1] for name, curve in curves.items()}
-    content = {"perplexity": results, "curves": curves, "settings": settings_of(args)}
-    files.save_json(content, args.output / "results.json")
-    print(report.curves(results, curves, args.output))
+    content = {"perplexity": results, "curves": curves, "settings": settings}
+    files.save_json(content, folder / "results.json")
+    print(report.curves(results, curves, folder))
     return results

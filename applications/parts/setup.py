@@ -100,6 +100,7 @@ def student_of(args: Any, teacher: PreTrainedModel, teacher_tokenizer: PreTraine
     else:
         shape = (args.student_layers, args.student_width, args.student_heads)
         student = models.gpt2(*shape, dropout=args.dropout, tokenizer=teacher_tokenizer, length=args.max_length)
+        student.resize_token_embeddings(teacher.config.vocab_size)  # some have more than their tokenizer
     models.check_length(student, args.max_length, "student")
     student.get_input_embeddings().requires_grad_(not args.freeze_embeddings)
     return student.to(args.device)
