@@ -112,7 +112,7 @@ def save(accelerator: Accelerator, shards: Shards | None, curve: scale.Curve, fo
         if shards is not None:
             dcp.save({"state": shards}, checkpoint_id=partial)
         else:
-            accelerator.save_state(str(partial))
+            accelerator.save_state(str(partial), safe_serialization=False)  # it warns of tied weights otherwise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / "curve.json").write_text(json.dumps(curve), encoding="utf-8")
