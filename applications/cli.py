@@ -138,21 +138,33 @@ def words(name: str) -> str:
     return textwrap.fill(whole, shutil.get_terminal_size().columns - 24, subsequent_indent="  ")
 
 
+def question(flag: str) -> str:
+    """The setting that a flag says."""
+    name = flag.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+    return "student" if name == "keep_blocks" else name  # two flags, one question
+
+
 class Interview:
     """The flags that were given, and answers that become flags: both are read and checked alike."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments, self.answers = list(arguments), {}
         asks_nothing = self.settings().yes
-        said = [part.partition("=")[0] for part in self.arguments if part.startswith("--")]
-        self.given = {part.removeprefix("--").removeprefix("no-").replace("-", "_") for part in said}
-        self.given |= {"student"} if "keep_blocks" in self.given else set()  # two flags, one question
+        self.given = {question(part) for part in self.arguments if part.startswith("--")}
         self.asks = sys.stdin.isatty() and not asks_nothing
 
     def command(self, whole: bool) -> str:
         """What makes the same run again, without any questions if they were all answered."""
         yes = ["--yes"] if whole and "--yes" not in self.arguments else []
         return shlex.join(["python", sys.argv[0], *yes, *self.flags()])
+
+    def forget(self, name: str) -> None:
+        """Drop the answer to a question, be it a flag with its value."""
+        kept, dropped = [], False
+        for part in self.arguments:
+            dropped = question(part) == name if part.startswith("--") else dropped
+            kept += [] if dropped else [part]
+        self.arguments, self.given = kept, self.given - {name}
 
     def flags(self) -> list[str]:
         """As if everything had been said on the command line."""
@@ -185,16 +197,17 @@ class Interview:
 
     def ask(self, name: str) -> None:
         """Ask one question until its flag takes the answer."""
+        self.forget(name)
         kind, default, before = get_args(TYPES[name])[0], getattr(DEFAULTS, name), self.answers.pop(name, "")
         while True:
             if get_origin(kind) is Literal:
-                question = questionary.select(words(name), list(get_args(kind)), before or default, style=STYLE)
+                asked = questionary.select(words(name), list(get_args(kind)), before or default, style=STYLE)
             elif kind is bool:
-                question = questionary.confirm(words(name), default)
+                asked = questionary.confirm(words(name), default)
             else:
                 paths = PathCompleter() if name in PATHS else None
-                question = questionary.text(words(name), before, completer=paths, complete_while_typing=False)
-            before = self.answers[name] = question.unsafe_ask()
+                asked = questionary.text(words(name), before, completer=paths, complete_while_typing=False)
+            before = self.answers[name] = asked.unsafe_ask()
             try:
                 self.settings()
                 return

@@ -201,6 +201,7 @@ def asked(monkeypatch):
 
     for kind in ("text", "select", "confirm"):
         monkeypatch.setattr(cli.questionary, kind, prompt)
+    monkeypatch.setattr(cli.questionary, "print", lambda words, **_: print(words))
     monkeypatch.setattr(cli.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     return seen, answers
 
@@ -244,13 +245,22 @@ def test_a_dataset_by_name_has_a_configuration_and_a_split(asked, tmp_path):
     assert (settings.data, settings.split) == (str(tmp_path / "set"), "test")
 
 
-def test_a_flag_that_is_refused_is_asked(asked, tmp_path, capsys):
+def test_a_flag_that_is_refused_is_asked(asked, tmp_path):
     seen, answers = asked
     answers |= {"method": "none", "data": str(tiny.data(tmp_path))}
     (tmp_path / "texts.md").write_text("# Texts")
     settings, _ = cli.Interview(said(tmp_path / "texts.md", tmp_path)).hold()
     assert seen[:3] == ["method", "data", "teacher"]  # nor does anything ask for a .md file's split
     assert settings.data == answers["data"]
+
+
+def test_an_answer_takes_the_place_of_a_flag_that_was_refused(asked, tmp_path):
+    seen, answers = asked
+    answers |= {"method": "none", "student": "0,-1", "lr": ""}
+    flags = [*said(tiny.data(tmp_path), tmp_path, "--lr"), "--student", str(tmp_path / "missing"), "--lr=-1"]
+    settings, _ = cli.Interview(flags).hold()
+    assert seen == ["method", "teacher", "student", "batch size", "lr"]
+    assert (settings.student, settings.keep_blocks, settings.lr) == (None, [0, -1], 1e-3)
 
 
 def test_nothing_is_asked_when_flags_say_everything(asked, session, tmp_path):
