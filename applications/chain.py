@@ -10,44 +10,39 @@ for the CPU time of the whole chain, and alone. Killed at any instant, the same 
 the stage it was in.
 """
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import distill_lm
-from parts import cells, models, report, setup
+from parts import cells, models, options, report, setup
+from typing_extensions import Doc
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of distill_lm.py, and the stages."""
-    made = distill_lm.parser(__doc__)
-    made.set_defaults(output=Path("runs/chain"), samples=6000)
-    made.add_argument_group("chain").add_argument(
-        "--stages",
-        nargs="+",
-        default=["3x112", "2x96", "1x64"],
-        help="students from first to last: blocks x width of new ones, folders or hub names (%(default)s)",
-    )
-    return made
+@dataclass(kw_only=True)
+class Settings(distill_lm.Settings):
+    """Those of distill_lm.py, and the stages."""
+
+    stages: Annotated[list[str], Doc("students from first to last: blocks x width of new ones, folders or hub names")]
 
 
-def stage(args: argparse.Namespace, student: str, **more: Any) -> argparse.Namespace:
+DEFAULTS = Settings(output=Path("runs/chain"), samples=6000, stages=["3x112", "2x96", "1x64"])
+
+
+def stage(args: Settings, student: str) -> distill_lm.Settings:
     """The settings of one stage."""
     layers, cross, width = student.partition("x")
-    if cross and layers.isdecimal() and width.isdecimal():
-        heads = max(n for n in range(1, 5) if int(width) % n == 0)
-        more |= {"student_layers": int(layers), "student_width": int(width), "student_heads": heads}
-    else:
-        more |= {"student": student}
-    settings = {name: value for name, value in vars(args).items() if name != "stages"}
-    return argparse.Namespace(**(settings | more))
+    if not (cross and layers.isdecimal() and width.isdecimal()):
+        return options.some(distill_lm.Settings, args, student=student)
+    heads = max(n for n in range(1, 5) if int(width) % n == 0)
+    new = {"student_layers": int(layers), "student_width": int(width), "student_heads": heads}
+    return options.some(distill_lm.Settings, args, **new)
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Train one student after the other, then the last one without those between."""
-    args = parser().parse_args(arguments)
+    args = options.read(DEFAULTS, arguments, __doc__)
     first = setup.prepare(args, distill_lm.train)
     students = args.output / "students"
     best = distill_lm.teacher_measured(args, first)
@@ -63,13 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
 
     last = stage(args, args.stages[-1])
     direct = distill_lm.measured(last, first, name="direct", students=students)
-    longer = argparse.Namespace(**vars(last))
-    longer.steps = round(direct["steps"] * seconds / direct["seconds"])
-    last.method = "none"
+    longer = replace(last, steps=round(direct["steps"] * seconds / direct["seconds"]))
     others = {
         "direct": direct,
         "direct, the chain's time": distill_lm.measured(longer, first, name="direct-longer", students=students),
-        "none": distill_lm.measured(last, first, students=students),
+        "none": distill_lm.measured(replace(last, method="none"), first, students=students),
     }
     runs |= {row: [report.beside(found, best, others["none"])] for row, found in others.items()}
     print(report.write(runs, vars(args), args.output, distill_lm.NOTES))

@@ -8,34 +8,38 @@ little). With --student or --keep-blocks the student is looked at as it is:
 Prints the CKA of every pair of blocks and the pairing it suggests, and draws it as a heat map.
 """
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import distill_lm
 from matplotlib.figure import Figure
-from parts import files, models, setup
+from parts import files, models, options, setup
 from tqdm import tqdm
+from typing_extensions import Doc
 
 import kdloss
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of distill_lm.py, and how much is looked at."""
-    made = distill_lm.parser(__doc__)
-    made.set_defaults(output=Path("runs/choose_layers"), samples=6000, method="none")
-    made.add_argument("--batches", type=int, default=16, help="batches of text looked at (%(default)s)")
-    return made
+@dataclass(kw_only=True)
+class Settings(distill_lm.Settings):
+    """Those of distill_lm.py, and how much is looked at."""
+
+    batches: Annotated[int, options.COUNT, Doc("batches of text looked at")] = 16
+
+
+DEFAULTS = Settings(output=Path("runs/choose_layers"), samples=6000, method="none")
 
 
 def main(arguments: Sequence[str] | None = None) -> kdloss.analysis.CKAMatrix:
     """Measure, print, draw."""
-    args = parser().parse_args(arguments)
+    args = options.read(DEFAULTS, arguments, __doc__)
     made = setup.prepare(args, distill_lm.train)
     if args.student or args.keep_blocks:
         student = setup.student_of(args, made.teacher, made.tokenizer)
     else:
-        settings = argparse.Namespace(**{k: x for k, x in vars(args).items() if k != "batches"})
+        settings = options.some(distill_lm.Settings, args)
         found = distill_lm.measured(settings, made, students=args.output / "students")
         student = models.load(found["student"])[0].to(args.device)
 

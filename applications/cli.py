@@ -8,7 +8,6 @@ Every question is a flag, most of them those of distill_lm.py, whose functions d
 answer takes the flag's default. Killed at any instant, the same command and answers go on.
 """
 
-import argparse
 import io
 import shlex
 import shutil
@@ -17,9 +16,10 @@ import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import distill_lm
 import questionary
@@ -28,58 +28,59 @@ from parts.setup import Setup, prepare, student_of
 from prompt_toolkit.completion import PathCompleter
 from torch.optim import AdamW
 from transformers import PreTrainedModel
+from typing_extensions import Doc
 
 import kdloss
 from kdloss.layers.select import STRATEGIES
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of distill_lm.py, and two more."""
-    made = distill_lm.parser(__doc__)
-    made.set_defaults(output=Path("runs/cli"), samples=6000)
-    made._option_string_actions["--samples"].help = "use so many texts (%(default)s)"
-    add = made.add_argument_group("questions").add_argument
-    add("--yes", action="store_true", help="ask nothing: what no flag says has its default")
-    alone = "also train the student without a teacher"
-    add("--baseline", action=argparse.BooleanOptionalAction, default=True, help=alone)
-    return made
+@dataclass(kw_only=True)
+class Settings(distill_lm.Settings):
+    """Those of distill_lm.py, and two more."""
+
+    yes: Annotated[bool, Doc("ask nothing: what no flag says has its default")] = False
+    baseline: Annotated[bool, Doc("also train the student without a teacher")] = True
 
 
-def readable(args: argparse.Namespace, seen: SimpleNamespace) -> None:
+DEFAULTS = Settings(output=Path("runs/cli"), samples=6000)
+TYPES = get_type_hints(Settings, include_extras=True)
+
+
+def readable(args: Settings, seen: SimpleNamespace) -> None:
     """Raises unless the text can be read."""
     source = {"config": args.data_config, "split": args.split, "column": args.text_column}
     text.read_texts(args.data, **source, limit=args.samples)
 
 
-def loadable(args: argparse.Namespace, seen: SimpleNamespace) -> None:
+def loadable(args: Settings, seen: SimpleNamespace) -> None:
     """Raises unless the teacher can be loaded, if there is one to load."""
     if args.teacher is not None:
         models.load(args.teacher)
 
 
-def teachable(args: argparse.Namespace, seen: SimpleNamespace) -> None:
+def teachable(args: Settings, seen: SimpleNamespace) -> None:
     """Raises unless the teacher reads the text; one that is to be trained stands there untrained."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        rehearsal = argparse.Namespace(**vars(args) | {"teachers": Path(folder)})
+        rehearsal = replace(args, teachers=Path(folder))
         seen.setup = prepare(rehearsal, train=lambda *_, **__: None)
 
 
-def makeable(args: argparse.Namespace, seen: SimpleNamespace) -> None:
+def makeable(args: Settings, seen: SimpleNamespace) -> None:
     """Raises unless the student can be made and has the teacher's vocabulary."""
     seen.student = student_of(args, seen.setup.teacher, seen.setup.tokenizer)
 
 
-def mixable(args: argparse.Namespace, seen: SimpleNamespace) -> None:
+def mixable(args: Settings, seen: SimpleNamespace) -> None:
     """Raises unless the loss takes temperature and alpha."""
-    distill_lm.criterion_for(argparse.Namespace(**vars(args) | {"method": "vanilla"}))
+    distill_lm.criterion_for(replace(args, method="vanilla"))
 
 
-def distillable(args: argparse.Namespace, seen: SimpleNamespace) -> None:
+def distillable(args: Settings, seen: SimpleNamespace) -> None:
     """Raises unless the loss finds its layers in both models."""
     kdloss.Distiller(seen.setup.teacher, distill_lm.criterion_for(args)).prepare(seen.student)
 
 
-def trainable(args: argparse.Namespace, seen: SimpleNamespace) -> None:
+def trainable(args: Settings, seen: SimpleNamespace) -> None:
     """Raises unless the optimizer takes its settings."""
     AdamW(seen.student.parameters(), lr=args.lr)
 
@@ -96,12 +97,16 @@ GROUPS = [  # what belongs together, and has to pass together before the next qu
     (["lr"], trainable),
     (["baseline"], None),
 ]
+PATHS = {"data", "teacher", "student"}
 STYLE = questionary.Style([("selected", "noreverse"), ("highlighted", "bold")])  # the arrow marks one line
 
 
-def matters(name: str, args: argparse.Namespace) -> bool:
+def matters(name: str, args: Settings) -> bool:
     """Whether the other answers leave a question open."""
-    dataset = args.data is not None and Path(args.data).suffix not in text.LOADERS
+    try:
+        dataset = args.data is not None and text.kind_of(args.data) is None
+    except ValueError:  # no text at all, which is said when the questions about it are answered
+        dataset = False
     open_by_name = {
         "data_config": dataset,
         "split": dataset,
@@ -111,47 +116,65 @@ def matters(name: str, args: argparse.Namespace) -> bool:
     return open_by_name.get(name, name not in distill_lm.UNUSED[args.method])
 
 
-def flag(action: argparse.Action, answer: str | bool) -> list[str]:
+def flag(name: str, answer: str | bool) -> list[str]:
     """An answer as it stands on the command line."""
     if answer == "":
         return []
+    dashed = name.replace("_", "-")
     if isinstance(answer, bool):
-        return [action.option_strings[0 if answer else 1]]
-    blocks = options.blocks_or_names(answer)
-    if action.dest == "student" and (answer in STRATEGIES or isinstance(blocks[0], int)):
+        return [f"--{dashed}" if answer else f"--no-{dashed}"]
+    if name == "student" and (answer in STRATEGIES or isinstance(options.blocks_or_names(answer)[0], int)):
         return [f"--keep-blocks={answer}"]
-    return [f"{action.option_strings[0]}={answer}"]
+    return [f"--{dashed}={answer}"]
+
+
+def words(name: str) -> str:
+    """A question: what its flag says of itself, and the default."""
+    said = {n: next(x.documentation for x in get_args(TYPES[n]) if isinstance(x, Doc)) for n in (name, "keep_blocks")}
+    also = f"; or {said['keep_blocks']}" if name == "student" else ""
+    default = getattr(DEFAULTS, name)
+    shown = "" if default is None or isinstance(default, bool) else f" ({default})"
+    whole = f"{name.replace('_', ' ')}: {said[name]}{shown}{also}"
+    return textwrap.fill(whole, shutil.get_terminal_size().columns - 24, subsequent_indent="  ")
+
+
+def question(flag: str) -> str:
+    """The setting that a flag says."""
+    name = flag.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+    return "student" if name == "keep_blocks" else name  # two flags, one question
 
 
 class Interview:
     """The flags that were given, and answers that become flags: both are read and checked alike."""
 
-    def __init__(self, made: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-        self.parser, self.arguments = made, list(arguments)
-        self.actions = {action.dest: action for action in made._actions}  # there is no public way
-        nothing = argparse.Namespace(**dict.fromkeys(vars(made.parse_args([]))))
-        given = made.parse_args(self.arguments, nothing)
-        self.given = {name for name, value in vars(given).items() if value is not None}
-        self.given |= {"student"} if given.keep_blocks is not None else set()  # two flags, one question
-        self.asks = sys.stdin.isatty() and not given.yes
-        self.answers: dict[str, Any] = {}
-        made.exit_on_error = False  # from now on the reason is shown and the question asked again
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments, self.answers = list(arguments), {}
+        asks_nothing = self.settings().yes
+        self.given = {question(part) for part in self.arguments if part.startswith("--")}
+        self.asks = sys.stdin.isatty() and not asks_nothing
 
     def command(self, whole: bool) -> str:
         """What makes the same run again, without any questions if they were all answered."""
         yes = ["--yes"] if whole and "--yes" not in self.arguments else []
         return shlex.join(["python", sys.argv[0], *yes, *self.flags()])
 
+    def forget(self, name: str) -> None:
+        """Drop the answer to a question, be it a flag with its value."""
+        kept, dropped = [], False
+        for part in self.arguments:
+            dropped = question(part) == name if part.startswith("--") else dropped
+            kept += [] if dropped else [part]
+        self.arguments, self.given = kept, self.given - {name}
+
     def flags(self) -> list[str]:
         """As if everything had been said on the command line."""
-        answered = [flag(self.actions[name], answer) for name, answer in self.answers.items()]
-        return [*self.arguments, *(part for parts in answered for part in parts)]
+        return [*self.arguments, *(part for name, answer in self.answers.items() for part in flag(name, answer))]
 
-    def settings(self) -> argparse.Namespace:
+    def settings(self) -> Settings:
         """What was said so far, defaults for the rest."""
-        return self.parser.parse_args(self.flags())
+        return options.read(DEFAULTS, self.flags(), __doc__)
 
-    def hold(self) -> tuple[argparse.Namespace, SimpleNamespace]:
+    def hold(self) -> tuple[Settings, SimpleNamespace]:
         """Ask for what no flag said, until it passes; returns it with the models that passed."""
         seen = SimpleNamespace()
         for names, check in GROUPS:
@@ -169,44 +192,27 @@ class Interview:
                     if not self.asks:
                         raise
                     refused = True
-                    refuse(reason)
+                    questionary.print(str(reason), style="fg:ansired")
         return self.settings(), seen
 
     def ask(self, name: str) -> None:
-        """Ask one question until the parser takes the answer."""
-        action, before = self.actions[name], self.answers.pop(name, "")
-        words = f"{name.replace('_', ' ')}: {action.help % vars(action)}"
-        if name == "student":
-            words += f"; or {self.actions['keep_blocks'].help}"
-        words = textwrap.fill(words, shutil.get_terminal_size().columns - 24, subsequent_indent="  ")
+        """Ask one question until its flag takes the answer."""
+        self.forget(name)
+        kind, default, before = get_args(TYPES[name])[0], getattr(DEFAULTS, name), self.answers.pop(name, "")
         while True:
-            if action.choices:
-                question = questionary.select(words, list(action.choices), before or action.default, style=STYLE)
-            elif isinstance(action.default, bool):
-                question = questionary.confirm(words, action.default)
+            if get_origin(kind) is Literal:
+                asked = questionary.select(words(name), list(get_args(kind)), before or default, style=STYLE)
+            elif kind is bool:
+                asked = questionary.confirm(words(name), default)
             else:
-                paths = PathCompleter() if action.type is None else None
-                question = questionary.text(words, before, completer=paths, complete_while_typing=False)
-            before = self.answers[name] = question.unsafe_ask()
+                paths = PathCompleter() if name in PATHS else None
+                asked = questionary.text(words(name), before, completer=paths, complete_while_typing=False)
+            before = self.answers[name] = asked.unsafe_ask()
             try:
                 self.settings()
                 return
-            except argparse.ArgumentError as reason:
-                refuse(reason)
+            except SystemExit:  # tyro has said why
                 del self.answers[name]
-
-
-def refuse(reason: Exception) -> None:
-    """Say why an answer won't do."""
-    questionary.print(str(reason), style="fg:ansired")
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a table for the screen."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    first, *others = widths
-    lines = [[row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in rows]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def sizes(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
@@ -217,7 +223,7 @@ def sizes(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
         shape = (config.num_hidden_layers, config.hidden_size)
         smaller = f"{teacher.num_parameters() / model.num_parameters():.2f}x"
         rows.append([name, f"{model.num_parameters():,}", *map(str, shape), smaller])
-    return aligned(rows)
+    return report.aligned(rows)
 
 
 def results(runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -226,10 +232,10 @@ def results(runs: Mapping[str, Mapping[str, Any]]) -> str:
     for heading, (key, form) in report.COLUMNS.items():
         if any(key in run for run in runs.values()):
             rows.append([heading, *(form.format(run[key]) if key in run else "" for run in runs.values())])
-    return aligned(rows)
+    return report.aligned(rows)
 
 
-def run(args: argparse.Namespace, setup: Setup, baseline: bool) -> dict[str, Any]:
+def run(args: distill_lm.Settings, setup: Setup, baseline: bool) -> dict[str, Any]:
     """Measure before, train, measure after, and write everything down."""
     teacher = distill_lm.teacher_measured(args, setup)
 
@@ -243,7 +249,7 @@ def run(args: argparse.Namespace, setup: Setup, baseline: bool) -> dict[str, Any
     print(f"\n{results(rows)}\n")
     alone, students = None, args.output / "students"
     if baseline and args.method != "none":
-        alone = distill_lm.measured(argparse.Namespace(**vars(args) | {"method": "none"}), setup, students=students)
+        alone = distill_lm.measured(replace(args, method="none"), setup, students=students)
         rows["none"] = report.beside(alone, teacher)
     found = distill_lm.measured(args, setup, students=students)
     rows[args.method] = report.beside(found, teacher, alone) | {"before": before}
@@ -257,7 +263,7 @@ def run(args: argparse.Namespace, setup: Setup, baseline: bool) -> dict[str, Any
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Ask, show what is going to be trained, train it, and say what came of it."""
-    interview = Interview(parser(), sys.argv[1:] if arguments is None else arguments)
+    interview = Interview(sys.argv[1:] if arguments is None else arguments)
     answered = False
     try:
         args, seen = interview.hold()
@@ -267,10 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         answered = True
         print("The same run without questions; it goes on if it is stopped:")
         print(f"\n  {interview.command(answered)}\n")
-        vars(args).pop("yes")
         setup = seen.setup if args.teacher is not None else prepare(args, distill_lm.train)
         del seen  # models that were loaded to look at them
-        return run(args, setup, vars(args).pop("baseline"))
+        return run(options.some(distill_lm.Settings, args), setup, args.baseline)
     except (KeyboardInterrupt, EOFError):
         print(f"\nStopped. This goes on:\n\n  {interview.command(answered)}", file=sys.stderr)
         sys.exit(130)

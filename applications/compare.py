@@ -9,39 +9,40 @@ the CPU time of the slowest distilled student. Killed at any instant, the same c
 the cells that are missing. All other flags are those of distill_lm.py, which trains the best one.
 """
 
-import argparse
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import distill_lm
 from parts import cells, options, report
+from typing_extensions import Doc
+from tyro.conf import UseAppendAction
 
 NONE, SAME_TIME = "none", "none-same-time"
 DISTILLED = ["vanilla", "feature", "both"]
 METHODS = [NONE, *DISTILLED, SAME_TIME]
 
 
-def parser() -> argparse.ArgumentParser:
-    """What to compare."""
-    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add = made.add_argument_group("comparison").add_argument
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="(all)")
-    add("--seeds", type=int, nargs="+", default=[0], help="repeat for these (%(default)s)")
-    add(
-        "--vary",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("FLAG", "VALUE"),
-        help="a flag of distill_lm.py and the values it takes; may be repeated",
-    )
-    add("--one-by-one", action="store_true", help="vary one flag at a time, not all together")
-    return made
+@dataclass(kw_only=True)
+class Settings(distill_lm.Settings):
+    """Those of distill_lm.py, and what to compare."""
+
+    methods: Annotated[list[Literal[tuple(METHODS)]], Doc("which rows")]
+    seeds: Annotated[list[int], Doc("repeat for these")]
+    vary: Annotated[
+        UseAppendAction[list[list[str]]], Doc("a flag of distill_lm.py and the values it takes: temperature 1 2 4")
+    ]
+    one_by_one: Annotated[bool, Doc("vary one flag at a time, not all together")] = False
 
 
-def changes(args: argparse.Namespace) -> Iterator[dict[str, str]]:
+DEFAULTS = Settings(output=Path("runs/compare"), methods=METHODS, seeds=[0], vary=[])
+PREPARED_BY = {field.name for kind in (options.Text, options.Teacher) for field in fields(kind)}
+PREPARED_BY |= {"batch_size", "continuations"}  # where these stay the same, text and teacher are read once
+
+
+def changes(args: Settings) -> Iterator[dict[str, str]]:
     """What each cell changes of the given settings: nothing, or one value of every varied flag."""
     axes = [[{flag: value} for value in values] for flag, *values in args.vary]
     if args.one_by_one:
@@ -49,23 +50,6 @@ def changes(args: argparse.Namespace) -> Iterator[dict[str, str]]:
         yield from itertools.chain(*axes)
     else:
         yield from ({k: v for one in point for k, v in one.items()} for point in itertools.product(*axes))
-
-
-def settings(flags: Sequence[str]) -> argparse.Namespace:
-    """The settings of one cell, as distill_lm.py reads them."""
-    made = distill_lm.parser(parents=[parser()], description=__doc__)
-    args = made.parse_args(["--output", "runs/compare", *flags])
-    for ours in ("methods", "seeds", "vary", "one_by_one"):
-        delattr(args, ours)
-    return args
-
-
-def prepared_by() -> set[str]:
-    """The settings of text and teacher: where they stay the same, both are read once."""
-    made = argparse.ArgumentParser()
-    options.text_flags(made)
-    options.teacher_flags(made)
-    return {*vars(made.parse_args([])), "batch_size", "continuations"}
 
 
 def label(method: str, change: dict[str, str]) -> str:
@@ -83,18 +67,18 @@ class Cell:
     change: dict[str, str]
     method: str
     seed: int
-    args: argparse.Namespace
+    args: distill_lm.Settings
 
 
-def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
+def plan(args: Settings) -> list[Cell]:
     """All cells, each one's settings checked before the first is run."""
     planned = {}
     for change, seed, method in itertools.product([*changes(args)], args.seeds, METHODS):
         row = label(method, change)
         if method not in args.methods or (row, seed) in planned:  # it varies what this method doesn't use
             continue
-        chosen = settings([*flags, *(f"--{flag}={value}" for flag, value in change.items())])
-        chosen.seed, chosen.method = seed, method.removesuffix("-same-time")
+        base = options.some(distill_lm.Settings, args, seed=seed, method=method.removesuffix("-same-time"))
+        chosen = options.read(base, [f"--{flag}={value}" for flag, value in change.items()], __doc__)
         distill_lm.criterion_for(chosen)
         planned[row, seed] = Cell(row, change, method, seed, chosen)
     return list(planned.values())
@@ -102,17 +86,16 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Run all cells that are missing, and write what came of all of them."""
-    args, flags = parser().parse_known_args(arguments)
-    base = settings(flags)
+    args = options.read(DEFAULTS, arguments, __doc__)
     distilled = [method for method in args.methods if method in DISTILLED]
     if SAME_TIME in args.methods and not (NONE in args.methods and distilled):
         raise ValueError(f"{SAME_TIME!r} needs {NONE!r} and a method that distils for its time: --methods")
-    todo, setups = plan(args, flags), {}
+    todo, setups = plan(args), {}
     runs: dict[str, list[dict[str, Any]]] = {"teacher": [], **{cell.row: [] for cell in todo}}
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for nth, cell in enumerate(todo, start=1):
         print(f"{nth} of {len(todo)}: {cell.row}, seed {cell.seed}")
-        asked = cells.key({name: x for name, x in vars(cell.args).items() if name in prepared_by()})
+        asked = cells.key({name: x for name, x in vars(cell.args).items() if name in PREPARED_BY})
         setup = setups.get(asked) or distill_lm.prepare(cell.args, distill_lm.train)
         setups = {asked: setup}  # one teacher in memory at a time
         teacher = distill_lm.teacher_measured(cell.args, setup)
@@ -123,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
             cell.args.steps = round(alone["steps"] * slowest / alone["seconds"])
         found[cell.row, cell.seed] = distill_lm.measured(cell.args, setup)
         runs[cell.row].append(report.beside(found[cell.row, cell.seed], teacher, alone))
-    print(report.write(runs, vars(base) | vars(args), base.output, distill_lm.NOTES))
+    print(report.write(runs, vars(args), args.output, distill_lm.NOTES))
     return runs
 
 

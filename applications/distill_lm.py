@@ -8,8 +8,8 @@ part of them again and again. By flags, teacher, student, text and everything el
 Killed at any instant, the same command goes on from its last checkpoint.
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ all cores together, evaluation left out. Train MB: tensors alive at the peak of 
 
 ELSEWHERE = {"output", "teachers", "save_every", "device"}  # settings that change no result
 FEATURES = {"layers", "pairing", "distance"}
-OUTPUTS = {"temperature", "logit_weight"}
+OUTPUTS = {"temperature", "divergence", "logit_weight"}
 UNUSED = {
     "none": FEATURES | OUTPUTS | {"alpha"},
     "vanilla": FEATURES | {"logit_weight"},
@@ -43,20 +43,34 @@ UNUSED = {
 }
 
 
-def criterion_for(args: argparse.Namespace) -> kdloss.VanillaKD | kdloss.FeatureKD:
+@dataclass(kw_only=True)
+class Settings(
+    options.Evaluation, options.Distillation, options.Training, options.Student, options.Teacher, options.Text
+):
+    """Every setting, which is a flag."""
+
+
+DEFAULTS = Settings(output=Path("runs/distill_lm"))
+
+
+def criterion_for(args: Settings, causal: bool | None = None) -> kdloss.VanillaKD | kdloss.FeatureKD:
     """The loss of a method; with alpha=1 no teacher is run at all."""
     if args.method == "none":
-        return kdloss.VanillaKD(alpha=1.0)
+        return kdloss.VanillaKD(alpha=1.0, causal=causal)
+    divergence = getattr(kdloss.divergences, args.divergence)
     if args.method == "vanilla":
-        return kdloss.VanillaKD(args.temperature, 0.1 if args.alpha is None else args.alpha)
+        alpha = 0.1 if args.alpha is None else args.alpha
+        return kdloss.VanillaKD(args.temperature, alpha, divergence=divergence, causal=causal)
     explicit = isinstance(args.pairing, list)  # pairs of layers leave no layers to choose
     return kdloss.FeatureKD(
         args.layers or ("auto" if explicit else "last"),
         pairing=args.pairing,
-        distance=getattr(kdloss.distances, args.distance),
+        distance=options.distance(args.distance),
         alpha=0.3 if args.alpha is None else args.alpha,
         temperature=args.temperature,
+        divergence=divergence,
         logit_weight=args.logit_weight if args.method == "both" else 0.0,
+        causal=causal,
     )
 
 
@@ -120,7 +134,7 @@ def train(
 def fit(
     distill: kdloss.Distiller,
     student: PreTrainedModel,
-    args: argparse.Namespace,
+    args: Settings,
     setup: Setup,
     checkpoints: Path,
     students: Path | None = None,
@@ -155,7 +169,7 @@ def fit(
 
 def outcome(
     student: PreTrainedModel,
-    args: argparse.Namespace,
+    args: Settings,
     setup: Setup,
     curve: list[dict[str, float]],
     steps: int,
@@ -176,14 +190,14 @@ def outcome(
     }
 
 
-def settings_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+def settings_of(args: Settings, setup: Setup) -> dict[str, Any]:
     """What a student's results depend on: settings that its method doesn't use are left out."""
     unused = {*ELSEWHERE, *UNUSED[args.method]}
     return {name: value for name, value in vars(args).items() if name not in unused} | {"text": setup.key}
 
 
 def measured(
-    args: argparse.Namespace,
+    args: Settings,
     setup: Setup,
     distill: kdloss.Distiller | None = None,
     name: str | None = None,
@@ -206,7 +220,7 @@ def measured(
     return cells.cell(args.output / "cells", name, settings, work, kept)
 
 
-def teacher_measured(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+def teacher_measured(args: Settings, setup: Setup) -> dict[str, Any]:
     """What the teacher itself is worth on the same held-out text."""
 
     def work(_: Path) -> dict[str, Any]:
@@ -217,26 +231,13 @@ def teacher_measured(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     return cells.cell(args.output / "cells", "teacher", settings, work)
 
 
-def parser(description: str | None = __doc__, **settings: Any) -> argparse.ArgumentParser:
-    """Every setting is a flag."""
-    made = options.parser(description, **settings)
-    options.text_flags(made)
-    options.teacher_flags(made)
-    options.student_flags(made)
-    options.training_flags(made)
-    options.distillation_flags(made)
-    options.evaluation_flags(made, "runs/distill_lm")
-    return made
-
-
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Train the student alone and with the teacher, and write what came of both."""
-    args = parser().parse_args(arguments)
+    args = options.read(DEFAULTS, arguments, __doc__)
     criterion_for(args)  # settings that can't be are refused before a teacher is trained
     setup = prepare(args, train)
     teacher = teacher_measured(args, setup)
-    without = argparse.Namespace(**(vars(args) | {"method": "none"}))
-    alone = measured(without, setup, students=args.output / "students")
+    alone = measured(replace(args, method="none"), setup, students=args.output / "students")
     runs = {"teacher": [report.beside(teacher, teacher)], "none": [report.beside(alone, teacher)]}
     if args.method != "none":
         found = measured(args, setup, students=args.output / "students")

@@ -1,28 +1,32 @@
-"""Distil a causal language model on several GPUs or machines: torchrun with DDP, or FSDP2 by --fsdp.
+"""Distil a causal language model on several GPUs or machines: Accelerate, with FSDP2 by --fsdp.
 
 Trains the same student twice, without and with distillation, and prints both perplexities on
-held-out text. A batch is that of all processes together, so their number changes no result. After
-an interruption the same command goes on from the last complete checkpoint:
+held-out text. A batch is that of all processes and micro-batches together, so their number changes
+no result. After an interruption the same command goes on from the last complete checkpoint:
 
     torchrun --nproc-per-node 2 applications/distributed.py            # DDP: everything on every rank
     torchrun --nproc-per-node 2 applications/distributed.py --fsdp     # student and teacher in shards
+    accelerate launch applications/distributed.py                      # as `accelerate config` says
+    accelerate launch --config_file applications/deepspeed_zero3.yaml applications/distributed.py
     python applications/distributed.py                                 # one process
 """
 
 import json
 import math
-import os
 import shutil
-from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
+from typing import Annotated, Any
 
 import distill_lm
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from parts import scale
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+from parts import cells, files, options, scale, setup
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,14 +36,38 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
+from typing_extensions import Doc
 
 import kdloss
+
+
+@dataclass(kw_only=True)
+class Settings(options.Distillation, options.Student, options.Teacher, options.Text):
+    """Those of distill_lm.py that fit, and how to spread."""
+
+    steps: Annotated[int, options.COUNT, Doc("optimizer steps of a student")] = 200
+    every: Annotated[int, options.COUNT, Doc("evaluate and save after so many")] = 50
+    batch_size: Annotated[int, options.COUNT, Doc("blocks in a step, all processes and micro-batches")] = 8
+    lr: Annotated[float, Doc("learning rate")] = 2e-3
+    seed: Annotated[int, Doc("of the student and the order of batches")] = 0
+    output: Annotated[Path, Doc("folder of results; like --teachers, all machines see it")] = Path("runs/distributed")
+    fsdp: Annotated[bool, Doc("shard student and teacher, not DDP or what Accelerate is configured for")] = False
+    accumulate: Annotated[int, options.COUNT, Doc("micro-batches of a step")] = 1
+
+
+DEFAULTS = Settings(
+    method="both", samples=2000, student_samples=1800, teacher_lr=2e-3, student_width=64, student_heads=4
+)
+
+
+def plain(args: Settings) -> distill_lm.Settings:
+    """The same for one process, on which text and models are made."""
+    return options.some(distill_lm.Settings, args, device="cpu")
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
@@ -49,142 +77,168 @@ def shard(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
     return fully_shard(model)
 
 
-class State(Stateful):
-    """All that a checkpoint holds; `dcp` asks for it and gives it back, whatever the sharding."""
+@dataclass
+class Shards(Stateful):
+    """What a checkpoint holds of a run in shards; `dcp` asks for it and gives it back."""
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
-        self.module, self.optimizer, self.schedule = module, optimizer, schedule
-        self.curve: scale.Curve = []
+    module: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler
 
-    def state_dict(self) -> dict[str, object]:
-        """Shards of tensors, and a few numbers."""
+    def state_dict(self) -> dict[str, Any]:
+        """Shards of tensors, and the schedule's few numbers."""
         model, optimizer = get_state_dict(self.module, self.optimizer)
-        numbers = {"schedule": self.schedule.state_dict(), "curve": json.dumps(self.curve)}
-        return {"model": model, "optimizer": optimizer, **numbers}
+        return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Everything as it was."""
         model, optimizer = state["model"], state["optimizer"]
         set_state_dict(self.module, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
         self.schedule.load_state_dict(state["schedule"])
-        self.curve = json.loads(state["curve"])
 
 
 def complete(folder: Path) -> list[Path]:
-    """Checkpoints from old to new. `.metadata` is written last: without it one is not whole."""
-    return sorted(found.parent for found in folder.glob("step-*/.metadata"))
+    """Checkpoints from old to new; one gets its name only when it is whole."""
+    return sorted(folder.glob("step-????????"))
 
 
-def save(state: State, folder: Path, step: int) -> None:
-    """Write a checkpoint, then remove all but the newest two."""
-    checkpoint = folder / f"step-{step:08d}"
-    with scale.writing(checkpoint):
-        dcp.save({"state": state}, checkpoint_id=checkpoint)
-    if dist.get_rank() == 0:
-        for old in {*folder.glob("step-*")} - {*complete(folder)[-2:]}:
-            (old / ".metadata").unlink(missing_ok=True)  # first, so that half of one is never taken for one
-            shutil.rmtree(old)
+def save(accelerator: Accelerator, shards: Shards | None, curve: scale.Curve, folder: Path) -> None:
+    """Write a checkpoint under another name first, then remove all but the newest two."""
+    partial = folder.with_name("partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    with scale.writing(partial):
+        if shards is not None:
+            dcp.save({"state": shards}, checkpoint_id=partial)
+        else:
+            accelerator.save_state(str(partial), safe_serialization=False)  # it warns of tied weights otherwise
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (partial / "curve.json").write_text(json.dumps(curve), encoding="utf-8")
+        partial.rename(folder)
+        for old in complete(folder.parent)[:-2]:
+            shutil.rmtree(old.rename(partial))  # half of one is never taken for one
+    accelerator.wait_for_everyone()
 
 
-def batches(blocks: Tensor, args: Namespace, skip: int) -> Iterator[dict[str, Tensor]]:
-    """The share that this rank has of every batch, without end, after those of the steps that are done."""
-    sampler: DistributedSampler = DistributedSampler(blocks, seed=args.seed, drop_last=True)
-    loader = DataLoader(blocks, args.batch_size // dist.get_world_size(), sampler=sampler, drop_last=True)
-    for epoch in count(skip // len(loader)):
-        sampler.set_epoch(epoch)
-        for tokens in islice(loader, skip % len(loader), None):
-            yield {"input_ids": tokens, "labels": tokens}
+def batches(
+    loader: DataLoader, accelerator: Accelerator, accumulate: int, skip: int
+) -> Iterator[list[dict[str, Tensor]]]:
+    """Micro-batches of every step after the first `skip`, without end; this process has a share of each."""
+    steps = len(loader) // accumulate  # of an epoch: what is left of it makes no whole step
+    for epoch in count(skip // steps):
+        loader.set_epoch(epoch)
+        micro_batches = iter(accelerator.skip_first_batches(loader, skip % steps * accumulate))
+        for _ in range(skip % steps, steps):
+            yield [{"input_ids": x, "labels": x} for x in islice(micro_batches, accumulate)]
         skip = 0
 
 
 @torch.no_grad()
-def perplexity(module: nn.Module, heldout: Tensor, args: Namespace) -> float:
-    """The student's on held-out blocks, every rank computing its share."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def perplexity(accelerator: Accelerator, module: nn.Module, heldout: Tensor, args: Settings) -> float:
+    """The student's on held-out blocks, every process computing its share."""
+    rank, world = accelerator.process_index, accelerator.num_processes
     module.eval()
     shares = heldout[rank::world].split(args.batch_size // world)
     loss = torch.stack([module(input_ids=share, labels=share).loss for share in shares]).mean()
     module.train()
-    dist.all_reduce(loss)
-    return math.exp(loss.item() / world)
+    return math.exp(accelerator.reduce(loss, "mean").item())
 
 
-def train(
-    name: str,
-    criterion: nn.Module,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    blocks: Tensor,
-    heldout: Tensor,
-    args: Namespace,
-) -> scale.Curve:
+def train(name: str, args: Settings, made: setup.Setup, accelerator: Accelerator) -> scale.Curve:
     """Train one student, or go on with it, and save it whole; its held-out perplexity over steps."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    student = scale.student_of(args, teacher, tokenizer)
-    module: nn.Module = kdloss.Distillation(student, teacher, criterion).to(blocks.device)
-    blocks_of = kdloss.layers.find_blocks(student)
-    module = shard(module, blocks_of) if args.fsdp else DistributedDataParallel(module)
+    student = setup.student_of(plain(args), made.teacher, made.tokenizer)  # projections after it are the same, too
+    module: nn.Module = kdloss.Distillation(student, made.teacher, distill_lm.criterion_for(plain(args)))
+    if args.fsdp:
+        module = shard(module.to(accelerator.device), kdloss.layers.find_blocks(student))
     optimizer = AdamW(module.parameters(), args.lr)  # after sharding; projections are among them
     schedule = get_linear_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
-    state, checkpoints = State(module, optimizer, schedule), args.output / "checkpoints" / name
+    loader = DataLoader(made.blocks, args.batch_size // args.accumulate, shuffle=True, drop_last=True)
+    shards = Shards(module, optimizer, schedule) if args.fsdp else None
+    if shards is not None:
+        loader = accelerator.prepare(loader)
+    else:
+        module, optimizer, loader, schedule = accelerator.prepare(module, optimizer, loader, schedule)
+    checkpoints, curve, done = args.output / "checkpoints" / name, [], 0
     if found := complete(checkpoints):
-        dcp.load({"state": state}, checkpoint_id=found[-1])
-    done = schedule.last_epoch
-    stream = batches(blocks, args, skip=done)
-    bar = tqdm(total=args.steps, initial=done, desc=name, unit="step", disable=rank > 0)
+        if shards is not None:
+            dcp.load({"state": shards}, checkpoint_id=found[-1])
+        else:
+            accelerator.load_state(str(found[-1]))
+        curve = json.loads((found[-1] / "curve.json").read_text(encoding="utf-8"))
+        done = curve[-1][0]
+    stream = batches(loader, accelerator, args.accumulate, skip=done)
+    show = accelerator.is_local_main_process
+    bar = tqdm(total=args.steps, initial=done, desc=name, unit="step", disable=not show)
     module.train()
     for step in range(done + 1, args.steps + 1):
-        batch = next(stream)
-        torch.manual_seed(hash((args.seed, step, rank)))  # dropout repeats itself after an interruption
-        # DDP and FSDP average gradients over ranks, which may count different numbers of labels:
-        # divided by all ranks' labels over the number of ranks, they are those of one process.
-        items = (batch["labels"][:, 1:] != -100).sum()
-        dist.all_reduce(items)
-        module(**batch, num_items_in_batch=items / world).loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        micro_batches = next(stream)
+        # Dropout repeats itself after an interruption.
+        torch.manual_seed(hash((args.seed, step, accelerator.process_index)))
+        # Gradients are averaged over processes and micro-batches, which may count different numbers
+        # of labels: divided by the labels of all over their number, they are those of one batch.
+        items = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in micro_batches]).sum()
+        items = accelerator.reduce(items, "sum") / (accelerator.num_processes * args.accumulate)
+        for batch in micro_batches:
+            with accelerator.accumulate(module):
+                accelerator.backward(module(**batch, num_items_in_batch=items).loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(module.parameters(), 1.0)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
         bar.update()
         if step % args.every == 0 or step == args.steps:
-            state.curve.append((step, perplexity(module, heldout, args)))
-            bar.set_postfix(held_out=f"{state.curve[-1][1]:.1f}")
-            save(state, checkpoints, step)
+            curve.append((step, perplexity(accelerator, module, made.heldout, args)))
+            bar.set_postfix(held_out=f"{curve[-1][1]:.1f}")
+            save(accelerator, shards, curve, checkpoints / f"step-{step:08d}")
     bar.close()
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(module, options=options)  # every rank takes part, the first gets all
-    if rank == 0:
-        scale.save(student, weights, tokenizer, args.output / name)
-    return state.curve
+    if shards is not None:
+        weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    else:
+        weights = accelerator.get_state_dict(module)  # every process takes part, the first gets all
+    if accelerator.is_main_process:
+        scale.save(student, weights, made.tokenizer, args.output / name)
+    accelerator.free_memory()
+    return curve
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Join the other processes, prepare text and teacher, train two students, report."""
-    parser = scale.parser(__doc__ or "", "runs/distributed")
-    parser.add_argument("--fsdp", action="store_true", help="shard student and teacher (default: DDP)")
-    args = parser.parse_args(arguments)
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **alone)
+    """Prepare text and teacher, train two students, report."""
+    args = options.read(DEFAULTS, arguments, __doc__)
+    cpu = not torch.accelerator.is_available()  # unsaid, two processes without a GPU train each alone
+    processes = PartialState(cpu=cpu)
+    if args.fsdp and not dist.is_initialized():  # one process alone, for which Accelerate makes no group
+        dist.init_process_group("gloo" if cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        first = dist.get_rank() == 0
-        found = scale.prepare(args, dist.get_world_size(), first, dist.barrier, distill_lm.train)
-        teacher, tokenizer, blocks, heldout = found
+        # Before there is an Accelerator: under ZeRO-3 it makes transformers load every model in shards,
+        # which the engine gathers for the student, and nothing would for the teacher.
+        parts, first = processes.num_processes * args.accumulate, processes.is_main_process
+        settings = {name: str(x) for name, x in vars(args).items() if name not in ("output", "teachers")}
+        begun = cells.begun(args.output, settings)
+        made = scale.prepare(plain(args), parts, first, processes.wait_for_everyone, distill_lm.train)
+        if first and not begun:
+            files.save_json(settings, args.output / "settings.json")
+        accelerator = Accelerator(
+            cpu=cpu,
+            # A step always has all its micro-batches; the end of an epoch must not cut it short.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(args.accumulate, sync_with_dataloader=False),
+            dataloader_config=DataLoaderConfiguration(
+                split_batches=True, use_seedable_sampler=True, data_seed=args.seed
+            ),
+        )
         if args.fsdp:  # moves a block to the GPU when it is sharded: the whole never has to fit there
-            shard(teacher, kdloss.layers.find_blocks(teacher))
+            shard(made.teacher, kdloss.layers.find_blocks(made.teacher))
         else:
-            teacher.to(device)
-        data = (blocks.to(device), heldout.to(device))
-        curves = {
-            name: train(name, criterion, teacher, tokenizer, *data, args)
-            for name, criterion in scale.criteria(args).items()
-        }
-        return scale.write(curves, args) if first else {}
+            made.teacher.to(accelerator.device)
+        made.heldout = made.heldout.to(accelerator.device)
+        methods = {"alone": "none", "distilled": args.method}
+        curves = {name: train(name, replace(args, method=x), made, accelerator) for name, x in methods.items()}
+        return scale.write(curves, settings, args.output) if first else {}
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ As it stands, two small GPT-2s learn two halves of the text, and students learn 
 Teachers need one vocabulary. Killed at any instant, the same command goes on.
 """
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import distill_lm
-from parts import models, report, setup
+from parts import models, options, report, setup
 from transformers import PreTrainedModel
+from typing_extensions import Doc
 
 import kdloss
 
@@ -26,23 +26,28 @@ def numbers(value: str) -> list[float]:
     return [float(part) for part in value.split(",")]
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of distill_lm.py, and which teachers."""
-    made = distill_lm.parser(__doc__)
-    made.set_defaults(output=Path("runs/multi_teacher"), samples=6000)
-    add = made.add_argument_group("several teachers").add_argument
-    add(
-        "--several",
-        nargs="+",
-        help="folders or hub names (default: two trained on half of the text)",
-    )
-    add("--weights", type=numbers, nargs="+", default=[[0.5, 0.5], [0.8, 0.2]], help="(0.5,0.5 0.8,0.2)")
-    averages = ["probabilities", "logits"]
-    add("--average", nargs="+", choices=averages, default=averages, help="what is averaged (both)")
-    return made
+WEIGHTS = options.by(numbers, "W,W", options.joined)
 
 
-def teachers_of(args: argparse.Namespace) -> tuple[setup.Setup, list[PreTrainedModel]]:
+@dataclass(kw_only=True)
+class Settings(distill_lm.Settings):
+    """Those of distill_lm.py, and which teachers."""
+
+    several: Annotated[list[str], Doc("folders or hub names; else two trained on half of the text")]
+    weights: Annotated[list[Annotated[list[float], WEIGHTS]], Doc("one for each teacher, as often as you like")]
+    average: Annotated[list[Literal["probabilities", "logits"]], Doc("what is averaged")]
+
+
+DEFAULTS = Settings(
+    output=Path("runs/multi_teacher"),
+    samples=6000,
+    several=[],
+    weights=[[0.5, 0.5], [0.8, 0.2]],
+    average=["probabilities", "logits"],
+)
+
+
+def teachers_of(args: Settings) -> tuple[setup.Setup, list[PreTrainedModel]]:
     """The teachers asked for; else one trained on each half of the text, with one tokenizer."""
     if args.several:
         args.teacher, *others = args.several
@@ -62,7 +67,7 @@ def teachers_of(args: argparse.Namespace) -> tuple[setup.Setup, list[PreTrainedM
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Train one student by every teacher alone and by their averages, and write what came of it."""
-    args = parser().parse_args(arguments)
+    args = options.read(DEFAULTS, arguments, __doc__)
     count = len(args.several or ("first half", "second half"))
     if any(len(weights) != count for weights in args.weights):
         raise ValueError(f"--weights need one number for each of {count} teachers, not {args.weights}")
@@ -74,18 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     runs |= {f"teacher {k}": [report.beside(x, best)] for k, x in enumerate(known[1:], start=2)}
 
     alpha = 0.1 if args.alpha is None else args.alpha
-    vanilla = partial(kdloss.VanillaKD, args.temperature, alpha)
+    loss = {"temperature": args.temperature, "alpha": alpha, "divergence": getattr(kdloss.divergences, args.divergence)}
     distillers = {"none": kdloss.Distiller(teachers[0], kdloss.VanillaKD(alpha=1.0))}
-    distillers |= {f"of-teacher-{k}": kdloss.Distiller(t, vanilla()) for k, t in enumerate(teachers, start=1)}
+    distillers |= {
+        f"of-teacher-{k}": kdloss.Distiller(t, kdloss.VanillaKD(**loss)) for k, t in enumerate(teachers, start=1)
+    }
     for weights in args.weights:
         for average in args.average:
-            several = kdloss.MultiTeacherKD(weights, args.temperature, alpha, average=average)
+            several = kdloss.MultiTeacherKD(weights, average=average, **loss)
             name = f"{average}-{'-'.join(map(str, weights))}"
             distillers[name] = kdloss.Distiller(teachers, several)
 
     keys, kept = [one.key for one in each], args.output / "students"
-    rows = {"several", "weights", "average"}  # what is asked for besides changes no row
-    settings = argparse.Namespace(**{name: x for name, x in vars(args).items() if name not in rows})
+    settings = options.some(distill_lm.Settings, args)  # what is asked for besides changes no row
     for name, distill in distillers.items():
         found = distill_lm.measured(settings, first, distill, name, students=kept, teachers=keys, row=name)
         alone = runs["none"][0] if "none" in runs else None

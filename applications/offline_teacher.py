@@ -9,11 +9,11 @@ Beside it stand the same student without a teacher, and with the teacher in memo
 other flags are those of distill_lm.py. Killed at any instant, the same command goes on.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import distill_lm
@@ -23,18 +23,20 @@ from parts.setup import Setup, prepare, student_of
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
+from typing_extensions import Doc
 
 import kdloss
 import kdloss.cache
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of distill_lm.py, and how much of the teacher is kept."""
-    made = distill_lm.parser(__doc__)
-    made.set_defaults(output=Path("runs/offline_teacher"), samples=6000)
-    add = made.add_argument_group("cache").add_argument
-    add("--k", type=options.positive, default=256, help="classes kept at every position (%(default)s)")
-    return made
+@dataclass(kw_only=True)
+class Settings(distill_lm.Settings):
+    """Those of distill_lm.py, and how much of the teacher is kept."""
+
+    k: Annotated[int, options.COUNT, Doc("classes kept at every position")] = 256
+
+
+DEFAULTS = Settings(output=Path("runs/offline_teacher"), samples=6000)
 
 
 class FromCache:
@@ -49,7 +51,7 @@ class FromCache:
         return self.distill(student, input_ids=input_ids, labels=labels, teacher=self.cache[ids])
 
 
-def write(args: argparse.Namespace, setup: Setup) -> Path:
+def write(args: Settings, setup: Setup) -> Path:
     """Ask the teacher about every block of the student's text, whose number is its id."""
     data = {"id": range(len(setup.blocks)), "input_ids": setup.blocks.tolist()}
     settings = {"k": args.k, "temperature": args.temperature}
@@ -59,7 +61,7 @@ def write(args: argparse.Namespace, setup: Setup) -> Path:
     return folder
 
 
-def batches(setup: Setup, args: argparse.Namespace, steps: int) -> Iterator[dict[str, Any]]:
+def batches(setup: Setup, args: Settings, steps: int) -> Iterator[dict[str, Any]]:
     """The batches of distill_lm.py, with the ids of their blocks."""
     drawn = text.draw(torch.arange(len(setup.blocks)), args.student_blocks, args.seed)
     for batch in text.batches(drawn, args.batch_size, steps, args.seed):
@@ -67,10 +69,10 @@ def batches(setup: Setup, args: argparse.Namespace, steps: int) -> Iterator[dict
         yield {"ids": ids.tolist(), "input_ids": setup.blocks[ids], "labels": setup.blocks[ids]}
 
 
-def fit(cache: kdloss.cache.Cache, args: argparse.Namespace, setup: Setup, folder: Path) -> dict[str, Any]:
+def fit(cache: kdloss.cache.Cache, args: Settings, setup: Setup, folder: Path) -> dict[str, Any]:
     """Train a student from the cache; the teacher is dropped before the first step."""
     student = student_of(args, setup.teacher, setup.tokenizer)
-    distill = FromCache(cache, kdloss.VanillaKD(*of_loss(args), causal=True))
+    distill = FromCache(cache, distill_lm.criterion_for(args, causal=True))
     first = next(batches(setup, args, 1))
     losses = compared(distill, student, setup.teacher, first)
     setup.teacher = None
@@ -94,17 +96,12 @@ def fit(cache: kdloss.cache.Cache, args: argparse.Namespace, setup: Setup, folde
     return {**distill_lm.outcome(student, args, setup, curve, steps, peak), **losses}
 
 
-def of_loss(args: argparse.Namespace) -> tuple[float, float]:
-    """Temperature and alpha."""
-    return args.temperature, 0.1 if args.alpha is None else args.alpha
-
-
 @torch.no_grad()
 def compared(
     distill: FromCache, student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Any]
 ) -> dict[str, float]:
     """The divergence of one batch, from the cache and from the teacher itself."""
-    live = kdloss.Distiller(teacher, kdloss.VanillaKD(distill.criterion.temperature, distill.criterion.alpha))
+    live = kdloss.Distiller(teacher, distill.criterion)
     tokens = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
     return {
         "kd_from_cache": distill(student, **batch).components["kd"].item(),
@@ -114,14 +111,13 @@ def compared(
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Train alone, with the teacher, and from the cache, and write what came of it."""
-    args = parser().parse_args(arguments)
+    args = options.read(DEFAULTS, arguments, __doc__)
     if args.method != "vanilla":
         raise ValueError(f"a cache holds predictions, no features: --method {args.method} needs the teacher")
     setup = prepare(args, distill_lm.train)
     best = distill_lm.teacher_measured(args, setup)
-    shared = argparse.Namespace(**{name: x for name, x in vars(args).items() if name != "k"})
-    without = argparse.Namespace(**(vars(shared) | {"method": "none"}))
-    alone = distill_lm.measured(without, setup, students=args.output / "students")
+    shared = options.some(distill_lm.Settings, args)
+    alone = distill_lm.measured(replace(shared, method="none"), setup, students=args.output / "students")
     live = distill_lm.measured(shared, setup, students=args.output / "students")
     folder = write(args, setup)
     cache = kdloss.cache.open(folder, tokenizer=setup.tokenizer, device=args.device)

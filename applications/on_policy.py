@@ -13,10 +13,11 @@ and by distillation for every lambda. Killed at any instant, the same command go
 Agarwal et al. 2024, "On-Policy Distillation of Language Models", arXiv:2306.13649.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import distill_lm
 import torch
@@ -24,6 +25,7 @@ from parts import models, options, report
 from parts.setup import Setup, prepare
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import Doc
 
 import kdloss
 
@@ -33,26 +35,21 @@ Samples: the teacher's perplexity on what a student writes after the prompts, at
 the first begin as the first; losses count at the second half of every block."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of distill_lm.py that fit, and those of GKD."""
-    made = options.parser(__doc__)
-    options.text_flags(made)
-    options.teacher_flags(made)
-    options.student_flags(made)
-    options.training_flags(made)
-    options.evaluation_flags(made, "runs/on_policy")
-    made.set_defaults(samples=6000, epochs=4)
-    add = made.add_argument_group("on-policy distillation").add_argument
-    add("--start-epochs", type=int, default=3, help="passes of the student alone at first (%(default)s)")
-    add("--lambdas", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="share of sampled steps (0 0.5 1)")
-    kinds = ["jsd", "reverse_kl", "forward_kl"]
-    add("--divergence", choices=kinds, default="jsd", help="from the teacher (%(default)s)")
-    add("--beta", type=float, default=0.5, help="of jsd: 0 is forward, 1 reverse KL (%(default)s)")
-    add("--temperature", type=float, default=1.0, help="of both models' predictions (%(default)s)")
-    return made
+@dataclass(kw_only=True)
+class Settings(options.Evaluation, options.Training, options.Student, options.Teacher, options.Text):
+    """Those of distill_lm.py that fit, and those of GKD."""
+
+    start_epochs: Annotated[int, Doc("passes of the student alone at first")] = 3
+    lambdas: Annotated[list[float], Doc("shares of sampled steps")]
+    divergence: Annotated[Literal[tuple(options.DIVERGENCES)], Doc("from the teacher")] = "jsd"
+    beta: Annotated[float, Doc("of jsd: 0 is forward, 1 reverse KL")] = 0.5
+    temperature: Annotated[float, Doc("of both models' predictions")] = 1.0
 
 
-def divergence(args: argparse.Namespace) -> Callable[..., Tensor]:
+DEFAULTS = Settings(output=Path("runs/on_policy"), samples=6000, epochs=4, lambdas=[0.0, 0.5, 1.0])
+
+
+def divergence(args: Settings) -> Callable[..., Tensor]:
     """The one asked for, with its settings."""
     chosen = getattr(kdloss.divergences, args.divergence)
     return partial(chosen, beta=args.beta) if args.divergence == "jsd" else chosen
@@ -105,27 +102,23 @@ def judged(student: PreTrainedModel, setup: Setup) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Train the start, then from there the baseline and one student for every lambda."""
-    args = parser().parse_args(arguments)
+    args = options.read(DEFAULTS, arguments, __doc__)
     teacher_loss = kdloss.VanillaKD(args.temperature, alpha=0.0, divergence=divergence(args))
     if wrong := [x for x in args.lambdas if not 0 <= x <= 1]:
         raise ValueError(f"--lambdas are shares between 0 and 1, got {wrong}")
     setup = prepare(args, distill_lm.train)
     best = distill_lm.teacher_measured(args, setup)
     kept = args.output / "students"
-    gkd = {"start_epochs", "lambdas", "divergence", "beta", "temperature"}
-    plain = {name: x for name, x in vars(args).items() if name not in gkd}
-    plain = argparse.Namespace(**plain, method="none")
+    plain = options.some(distill_lm.Settings, args, method="none")
     runs: dict[str, list[dict[str, Any]]] = {"teacher": [report.beside(best, best)]}
     if args.start_epochs:
-        first = argparse.Namespace(**(vars(plain) | {"epochs": args.start_epochs, "steps": None}))
+        first = replace(plain, epochs=args.start_epochs, steps=None)
         runs["start"] = [distill_lm.measured(first, setup, name="start", students=kept)]
-        made_by = ("student", "keep_blocks")
-        plain = argparse.Namespace(**(vars(plain) | dict.fromkeys(made_by)))
-        plain.student = runs["start"][0]["student"]
+        plain = replace(plain, keep_blocks=None, student=runs["start"][0]["student"])
     alone = kdloss.Distiller(setup.teacher, kdloss.VanillaKD(alpha=1.0))
     rows = {"cross-entropy goes on": (OnPolicy(alone, 0.0), {})}
-    used = gkd - {"start_epochs", "lambdas"} - (set() if args.divergence == "jsd" else {"beta"})
-    settings = {name: vars(args)[name] for name in used}
+    settings = {"divergence": args.divergence, "temperature": args.temperature}
+    settings |= {"beta": args.beta} if args.divergence == "jsd" else {}
     distill = kdloss.Distiller(setup.teacher, teacher_loss)
     rows |= {f"lambda {x:g}": (OnPolicy(distill, x), settings | {"lambda": x}) for x in args.lambdas}
     for row, (loop, more) in rows.items():

@@ -7,32 +7,33 @@ Says what each phase gained, beside one method for all of the steps:
 Killed at any instant, the same command goes on with the phase it was in.
 """
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import distill_lm
 import torch
 from parts import cells, models, options, report, setup
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import Doc
 
 import kdloss
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of distill_lm.py, and those of the phases."""
-    made = distill_lm.parser(__doc__)
-    made.set_defaults(output=Path("runs/phases"), samples=6000)
-    add = made.add_argument_group("phases").add_argument
-    add("--train-epochs", type=options.positive, default=2, help="passes without a teacher (%(default)s)")
-    add("--distil-epochs", type=options.positive, default=4, help="passes with it (%(default)s)")
-    add("--finetune-epochs", type=options.positive, default=2, help="passes over the hardest (%(default)s)")
-    add("--finetune-lr", type=float, default=2e-4, help="learning rate of the last phase (%(default)s)")
-    add("--hardest", type=float, default=0.25, help="share of the text in the last phase (%(default)s)")
-    return made
+@dataclass(kw_only=True)
+class Settings(distill_lm.Settings):
+    """Those of distill_lm.py, and those of the phases."""
+
+    train_epochs: Annotated[int, options.COUNT, Doc("passes without a teacher")] = 2
+    distil_epochs: Annotated[int, options.COUNT, Doc("passes with it")] = 4
+    finetune_epochs: Annotated[int, options.COUNT, Doc("passes over the hardest")] = 2
+    finetune_lr: Annotated[float, Doc("learning rate of the last phase")] = 2e-4
+    hardest: Annotated[float, Doc("share of the text in the last phase")] = 0.25
+
+
+DEFAULTS = Settings(output=Path("runs/phases"), samples=6000)
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def hardest(model: PreTrainedModel, blocks: Tensor, share: float) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Run the phases, then each method for as many steps as all of them took."""
-    args = parser().parse_args(arguments)
+    args = options.read(DEFAULTS, arguments, __doc__)
     if not 0 < args.hardest <= 1:
         raise ValueError(f"--hardest is a share above 0 and at most 1, got {args.hardest}")
     first = setup.prepare(args, distill_lm.train)
@@ -55,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     runs = {"teacher": [report.beside(best, best)]}
 
     def phase(name: str, data: setup.Setup, **settings: Any) -> dict[str, Any]:
-        chosen = argparse.Namespace(**(vars(args) | settings))
-        for ours in ("train_epochs", "distil_epochs", "finetune_epochs", "finetune_lr", "hardest"):
-            delattr(chosen, ours)
+        chosen = options.some(distill_lm.Settings, args, **settings)
         found = distill_lm.measured(chosen, data, name=name, students=args.output / "students")
         before = list(runs.values())[-1][0] if "student" in settings else None
         gain = {} if before is None else {"gained": before["perplexity"] - found["perplexity"]}

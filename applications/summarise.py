@@ -10,12 +10,12 @@ of the teacher's own blocks, and all of its losses count at the summary only: el
 Killed at any instant, the same command goes on.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import distill_lm
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Doc
 
 import kdloss
 
@@ -34,22 +35,23 @@ real ones. Retention: the teacher's perplexity over the student's. CPU seconds l
 Pair = tuple[list[int], list[int]]  # tokens of a document, and of the arrow and its summary
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of distill_lm.py that fit, with defaults for this task."""
-    made = distill_lm.parser(__doc__)
-    made.set_defaults(
-        output=Path("runs/summarise"), method="both", alpha=0.2, layers="late", samples=5000, epochs=3,
-        max_length=128, teacher_layers=6, teacher_epochs=3, keep_blocks=[0, 2, 3, 5],
-        student_samples=1000, batch_size=16,
-    )  # fmt: skip
-    add = made.add_argument_group("task").add_argument
-    add("--document", default="extract", help="column of the long text (%(default)s)")
-    add("--summary", default="description", help="column of the short text (%(default)s)")
-    add("--summary-length", type=options.positive, default=24, help="tokens written (%(default)s)")
-    return made
+@dataclass(kw_only=True)
+class Settings(distill_lm.Settings):
+    """Those of distill_lm.py, and those of the task."""
+
+    document: Annotated[str, Doc("column of the long text")] = "extract"
+    summary: Annotated[str, Doc("column of the short text")] = "description"
+    summary_length: Annotated[int, options.COUNT, Doc("tokens written")] = 24
 
 
-def read_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+DEFAULTS = Settings(
+    output=Path("runs/summarise"), method="both", alpha=0.2, layers="late", samples=5000, epochs=3,
+    max_length=128, teacher_layers=6, teacher_epochs=3, keep_blocks=[0, 2, 3, 5],
+    student_samples=1000, batch_size=16,
+)  # fmt: skip
+
+
+def read_pairs(args: Settings) -> list[tuple[str, str]]:
     """Documents with their summaries, none empty."""
     if args.data is None:
         entries = text.packaged_summaries()
@@ -93,7 +95,7 @@ def batch_of(pairs: Sequence[Pair], pad: int) -> dict[str, Tensor]:
     return {name: torch.tensor(rows) for name, rows in batch.items()}
 
 
-def batches(pairs: Sequence[Pair], pad: int, steps: int, args: argparse.Namespace) -> Iterator[dict[str, Tensor]]:
+def batches(pairs: Sequence[Pair], pad: int, steps: int, args: Settings) -> Iterator[dict[str, Tensor]]:
     """So many batches in the order of the seed, every pair once before any comes again."""
     for chosen in text.batches(torch.arange(len(pairs)), args.batch_size, steps, args.seed):
         batch = batch_of([pairs[i] for i in chosen["input_ids"]], pad)
@@ -152,7 +154,7 @@ def evaluate(
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Get a teacher that summarises, distil a student, and hold both against one trained alone."""
-    args = parser().parse_args(arguments)
+    args = options.read(DEFAULTS, arguments, __doc__)
     texts = read_pairs(args)
     seen, heldout = texts[: -args.heldout_samples], texts[-args.heldout_samples :]
     joined = [f"{document}{ARROW} {summary}" for document, summary in seen]
@@ -167,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
 
     def student(method: str, folder: Path) -> dict[str, Any]:
         model = setup.student_of(args, teacher, tokenizer)
-        criterion = distill_lm.criterion_for(argparse.Namespace(**(vars(args) | {"method": method})))
+        criterion = distill_lm.criterion_for(replace(args, method=method))
         distill = kdloss.Distiller(teacher, criterion).prepare(model)
         curve = distill_lm.train(
             distill,

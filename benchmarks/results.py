@@ -3,7 +3,6 @@
 Two or three hours on two cores; run again after an interruption it goes on. `--only` runs some of them.
 """
 
-import argparse
 import importlib
 import importlib.util
 import os
@@ -12,6 +11,9 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
+
+import tyro
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE / "applications"))
@@ -44,6 +46,7 @@ EXAMPLES = [  # as they stand
     "distributed", "multi_teacher", "chain", "phases", "summarise", "offline_teacher",
     "on_policy",
 ]  # fmt: skip
+ALL = (*STUDIES, *EXAMPLES)
 
 
 def flags(study: str) -> list[str]:
@@ -77,35 +80,35 @@ def teacher(study: str) -> None:
     import compare
     import distill_lm
 
-    _, rest = compare.parser().parse_known_args(flags(study))
-    args = compare.settings(rest)
+    args = compare.options.read(compare.DEFAULTS, flags(study), None)
     distill_lm.teacher_measured(args, distill_lm.prepare(args, distill_lm.train))
 
 
-def main() -> None:
-    """All studies, two at a time, then their tables and pictures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=[*STUDIES, *EXAMPLES], default=[*STUDIES, *EXAMPLES])
-    parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
+def main(only: tuple[Literal[ALL], ...] = ALL, workers: int = 2) -> None:
+    """All studies, two at a time, then their tables and pictures.
+
+    Args:
+        only: Which of them.
+        workers: How many at a time.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"  # waiting threads would count as CPU time
     spawn = get_context("spawn")
-    studies = [name for name in args.only if name in STUDIES]
+    studies = [name for name in only if name in STUDIES]
     tasks = [(study, [seed]) for seed in SEEDS for study in studies]
-    tasks += [(name, []) for name in args.only if name in EXAMPLES]
+    tasks += [(name, []) for name in only if name in EXAMPLES]
     for study in studies:
         with ProcessPoolExecutor(1, spawn) as pool:
             pool.submit(teacher, study).result()
-    with ProcessPoolExecutor(args.workers, spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1) as pool:
         for task in [pool.submit(work, *task) for task in tasks]:
             task.result()
     folder = HERE / "docs" / "results"
     folder.mkdir(exist_ok=True)
-    for study in args.only:
+    for study in only:
         work(study, SEEDS)  # everything is there: this writes table and picture over all seeds
         for kind in ("md", "png"):
             shutil.copy(f"runs/results/{study}/results.{kind}", folder / f"{study}.{kind}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

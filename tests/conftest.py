@@ -33,9 +33,10 @@ def teachers(data, tmp_path_factory):
     """The folder where teachers are kept, one of them trained."""
     import distill_lm
     import tiny
+    from parts import options
 
     folder = tmp_path_factory.mktemp("teachers")
-    args = distill_lm.parser().parse_args(tiny.flags(data, folder, folder))
+    args = options.read(distill_lm.DEFAULTS, tiny.flags(data, folder, folder), None)
     distill_lm.prepare(args, distill_lm.train)
     return folder
 

@@ -86,7 +86,7 @@ def session(tmp_path_factory):
     terminal.answer("data: ", f"{ERASE}{file}\r")
     terminal.answer("teacher: ", "\r")
     terminal.answer("samples: ", "many\r")
-    terminal.shows("--samples: invalid positive value: 'many'")
+    terminal.shows("Error parsing --samples: invalid literal for int() with base 10: 'many'")
     terminal.answer("samples: ", f"{ERASE}399\r")
     terminal.answer("heldout samples: ", "399\r")
     terminal.answer("max length: ", "16\r")
@@ -104,7 +104,7 @@ def session(tmp_path_factory):
     terminal.answer("alpha: ", "\r")
     terminal.answer("layers: ", "all\r")
     terminal.answer("pairing: ", "\r")
-    terminal.answer("distance: ", f"{UP}\r")
+    terminal.answer("distance: ", f"{UP}{UP}\r")
     terminal.answer("epochs: ", "4\r")
     terminal.answer("batch size: ", "\r")
     terminal.answer("lr: ", "5e-3\r")
@@ -121,7 +121,7 @@ def test_the_answers_are_the_settings_that_were_used(session):
     answered = {
         "method": "both", "data": str(folder / "numbers.jsonl"), "teacher": None, "samples": 399,
         "heldout_samples": 40, "max_length": 16, "student": None, "keep_blocks": None, "temperature": 2.0,
-        "alpha": 0.4, "layers": "all", "pairing": "uniform", "distance": "normalized_mse", "epochs": 4,
+        "alpha": 0.4, "layers": "all", "pairing": "uniform", "distance": "cwd", "epochs": 4,
         "batch_size": 8, "lr": 5e-3, "baseline": True,
     }  # fmt: skip
     assert {name: used[name] for name in answered} == answered
@@ -201,6 +201,7 @@ def asked(monkeypatch):
 
     for kind in ("text", "select", "confirm"):
         monkeypatch.setattr(cli.questionary, kind, prompt)
+    monkeypatch.setattr(cli.questionary, "print", lambda words, **_: print(words))
     monkeypatch.setattr(cli.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     return seen, answers
 
@@ -225,7 +226,7 @@ def test_only_what_matters_and_no_flag_said_is_asked(asked, tmp_path, method, of
     seen, answers = asked
     answers |= {"method": method, "baseline": False, "student": "0,-1"}
     flags = said(tiny.data(tmp_path), tmp_path, "--lr")
-    settings, models = cli.Interview(cli.parser(), flags).hold()
+    settings, models = cli.Interview(flags).hold()
     baseline = [] if method == "none" else ["baseline"]
     assert seen == ["method", "teacher", "student", *of_method, "batch size", "lr", *baseline]
     assert (settings.method, settings.keep_blocks, settings.lr) == (method, [0, -1], 1e-3)
@@ -237,18 +238,29 @@ def test_a_dataset_by_name_has_a_configuration_and_a_split(asked, tmp_path):
     seen, answers = asked
     (tmp_path / "set").mkdir()
     tiny.data(tmp_path / "set").rename(tmp_path / "set" / "test.jsonl")
+    (tmp_path / "set" / "README.md").write_text("---\nlanguage: en\n---\n")
     answers |= {"method": "none", "data": str(tmp_path / "set"), "split": "test"}
-    settings, _ = cli.Interview(cli.parser(), said(None, tmp_path, "--data")).hold()
+    settings, _ = cli.Interview(said(None, tmp_path, "--data")).hold()
     assert seen[:5] == ["method", "data", "data config", "split", "teacher"]
     assert (settings.data, settings.split) == (str(tmp_path / "set"), "test")
 
 
-def test_a_flag_that_is_refused_is_asked(asked, tmp_path, capsys):
+def test_a_flag_that_is_refused_is_asked(asked, tmp_path):
     seen, answers = asked
     answers |= {"method": "none", "data": str(tiny.data(tmp_path))}
-    settings, _ = cli.Interview(cli.parser(), said("missing.jsonl", tmp_path)).hold()
-    assert seen[:3] == ["method", "data", "teacher"]
+    (tmp_path / "texts.md").write_text("# Texts")
+    settings, _ = cli.Interview(said(tmp_path / "texts.md", tmp_path)).hold()
+    assert seen[:3] == ["method", "data", "teacher"]  # nor does anything ask for a .md file's split
     assert settings.data == answers["data"]
+
+
+def test_an_answer_takes_the_place_of_a_flag_that_was_refused(asked, tmp_path):
+    seen, answers = asked
+    answers |= {"method": "none", "student": "0,-1", "lr": ""}
+    flags = [*said(tiny.data(tmp_path), tmp_path, "--lr"), "--student", str(tmp_path / "missing"), "--lr=-1"]
+    settings, _ = cli.Interview(flags).hold()
+    assert seen == ["method", "teacher", "student", "batch size", "lr"]
+    assert (settings.student, settings.keep_blocks, settings.lr) == (None, [0, -1], 1e-3)
 
 
 def test_nothing_is_asked_when_flags_say_everything(asked, session, tmp_path):
@@ -265,6 +277,7 @@ def test_nothing_is_asked_when_flags_say_everything(asked, session, tmp_path):
     ("flags", "reason"),
     [
         ("--data missing.jsonl", "there is no file 'missing.jsonl'"),
+        ("--data /", "'/' is a folder and no dataset"),
         ("--heldout-samples 400", "all 400 texts are held out"),
         ("--teacher missing.gguf", "there is no file 'missing.gguf'"),
         ("--student-width 15", "does not divide into 2 heads"),
@@ -272,6 +285,7 @@ def test_nothing_is_asked_when_flags_say_everything(asked, session, tmp_path):
         ("--alpha 1.5", "alpha must lie between 0 and 1, got 1.5"),
         ("--method feature --layers 5", "block 5 does not exist: 2 blocks"),
         ("--method feature --student-layers 4 --pairing same --layers all", "but the teacher has 3 blocks"),
+        ("--method both --distance fsp", "fsp compares two layers side by side"),
         ("--lr -1", "Invalid learning rate"),
     ],
 )

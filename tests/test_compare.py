@@ -5,6 +5,7 @@ import json
 import compare
 import distill_lm
 import pytest
+import results
 import tiny
 import torch
 
@@ -88,9 +89,8 @@ def test_a_grid_has_every_pair_of_values_and_trains_nothing_twice(data, study, t
 
 
 def test_one_by_one_changes_one_flag_at_a_time():
-    args = compare.parser().parse_args(
-        ["--one-by-one", "--vary", "alpha", "0", "1", "--vary", "layers", "last", "0,-1"]
-    )
+    flags = "--one-by-one --vary alpha 0 1 --vary layers last 0,-1"
+    args = compare.options.read(compare.DEFAULTS, flags.split(), None)
     alone = [{"alpha": "0"}, {"alpha": "1"}, {"layers": "last"}, {"layers": "0,-1"}]
     assert list(compare.changes(args)) == [{}, *alone]
 
@@ -105,3 +105,10 @@ def test_a_value_that_cannot_be_is_refused_before_the_first_cell(study, monkeypa
     monkeypatch.setattr(distill_lm, "prepare", None)
     with pytest.raises(ValueError, match=said):
         compare.main([*study[0], "--vary", *vary.split()])
+
+
+@pytest.mark.parametrize("study", results.STUDIES)
+def test_what_make_results_runs_can_be_planned(study):
+    args = compare.options.read(compare.DEFAULTS, results.STUDIES[study].split(), None)
+    rows = {cell.row for cell in compare.plan(args)}
+    assert len(rows) == len(compare.plan(args)) >= len(args.methods)

@@ -1,6 +1,7 @@
 """A teacher that is asked once, and a student that writes its own text, in small."""
 
 import weakref
+from dataclasses import replace
 
 import distill_lm
 import numpy as np
@@ -121,9 +122,9 @@ def test_a_share_beyond_one_is_refused(data, teachers, tmp_path):
 
 
 def test_jsd_takes_its_beta():
-    args = on_policy.parser().parse_args(["--beta", "0.3"])
+    args = replace(on_policy.DEFAULTS, beta=0.3)
     assert on_policy.divergence(args).keywords == {"beta": 0.3}
-    args = on_policy.parser().parse_args(["--divergence", "forward_kl"])
+    args = replace(on_policy.DEFAULTS, divergence="forward_kl")
     assert on_policy.divergence(args) is kdloss.divergences.forward_kl
 
 

@@ -160,8 +160,7 @@ def test_perplexity_of_summaries_counts_their_tokens_alone():
 
 
 def test_a_criterion_of_the_task_uses_late_layers_and_alpha_of_a_fifth():
-    args = summarise.parser().parse_args([])
-    criterion = distill_lm.criterion_for(args)
+    criterion = distill_lm.criterion_for(summarise.DEFAULTS)
     assert isinstance(criterion, kdloss.FeatureKD)
     assert (criterion.alpha, criterion.terms["feature"].layer_map.layers) == (0.2, "late")
 

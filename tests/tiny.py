@@ -1,10 +1,14 @@
 """Settings with which the examples run in a second: a little text, a tiny teacher, a tiny student."""
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
-from pathlib import Path
+import tempfile
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
 
 SENTENCES = [
     f"Number {i} is {'even' if i % 2 == 0 else 'odd'}, and the number {i + 1} follows right after it."
@@ -33,8 +37,19 @@ def flags(file, output, teachers=None, **more):
 
 
 def script(code, *arguments):
-    """Run Python code in a process of its own, where the examples can be imported."""
-    examples = Path(__file__).parent.parent / "applications"
-    environment = os.environ | {"PYTHONPATH": str(examples), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    """Run Python code in a process of its own, which has all imported: its exit code and standard error."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["distill_lm"])
+    with tempfile.NamedTemporaryFile() as said:
+        with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+            process = server.Process(target=_runs, args=(code, arguments, said.name))
+            process.start()
+        process.join()
+        return SimpleNamespace(returncode=process.exitcode, stderr=said.read().decode())
+
+
+def _runs(code, arguments, said):
+    os.dup2(os.open(said, os.O_WRONLY), 2)
+    torch.set_num_threads(1)
+    sys.argv[1:] = arguments
+    exec(code, {"__name__": "__main__"})

@@ -9,7 +9,6 @@ from unittest.mock import patch
 import distributed
 import torch
 import torch.distributed as dist
-import with_accelerate
 from families import batch, build
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -83,17 +82,17 @@ def train(wrap=None, sharded=False, early=False, settings=()):
 
 
 def main(output, flags):
-    """Both scripts, the cases above between them: killed at any time, it goes on with what is missing.
+    """FSDP, then DDP, the cases above between them: killed at any time, it goes on with what is missing.
 
     All in one process group: a second one in the same process can meet the first one's addresses in
     torchrun's store, and hang.
     """
     file = output / f"{os.environ['RANK']}.pt"
     with patch.object(dist, "destroy_process_group"):
-        distributed.main([*flags, "--fsdp", "--output", str(output / "distributed")])
+        distributed.main([*flags, "--fsdp", "--output", str(output / "fsdp")])
     if not file.exists():
         torch.save({name: train(*case) for name, case in CASES.items()}, file)
-    with_accelerate.main([*flags, "--accumulate", "2", "--output", str(output / "with_accelerate")])
+    distributed.main([*flags, "--accumulate", "2", "--output", str(output / "ddp")])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,51 @@
-"""The flags that these scripts share: every setting has one."""
+"""The settings that these scripts share, a dataclass for each kind; every setting is a flag, by tyro."""
 
-import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+import tyro
+from typing_extensions import Doc
+from tyro.constructors import PrimitiveConstructorSpec
+
+import kdloss
+
+HELPERS = {"between_examples", "between_tokens", "examples", "standardized", "tokens"}  # they make or help losses
+DIVERGENCES = [name for name in kdloss.divergences.__all__ if name not in HELPERS]
+DISTANCES = [name for name in kdloss.distances.__all__ if name not in HELPERS]
+DISTANCES += [f"examples.{name}" for name in DISTANCES if hasattr(kdloss.distances.examples, name)]
+SIDE_BY_SIDE = {"attention_mse": "queries and keys", "fsp": "two layers", "minilm": "queries, keys and values"}
+SIDE_BY_SIDE["minilm_v2"] = SIDE_BY_SIDE["minilm"]
+OF_TEXT = {"MGD": {"size": (1, -1)}}  # options that only the kind of data tells
+
+Kind = TypeVar("Kind")
+
+
+def read(defaults: Kind, arguments: Sequence[str] | None, words: str | None) -> Kind:
+    """The settings on a command line (None: this process's own); `words` stand above its help."""
+    settings = {"default": defaults, "description": words, "config": (tyro.conf.DisallowNone,)}
+    return tyro.cli(type(defaults), args=arguments, **settings)
+
+
+def some(kind: type[Kind], settings: Any, **changes: Any) -> Kind:
+    """The settings of this kind among those of a script that has others, some of them changed."""
+    ours = {field.name for field in fields(kind)}
+    return kind(**{name: x for name, x in vars(settings).items() if name in ours} | changes)
+
+
+def distance(name: str) -> Callable[..., Any]:
+    """The distance of features with this name."""
+    if name in SIDE_BY_SIDE:
+        raise ValueError(
+            f"{name} compares {SIDE_BY_SIDE[name]} side by side, and --layers gives single hidden states: write "
+            f"kdloss.Features(..., distance=kdloss.distances.{name}) in a loop of your own, as its docstring shows"
+        )
+    within = kdloss.distances.examples if name.startswith("examples.") else kdloss.distances
+    found = getattr(within, name.removeprefix("examples."))
+    return partial(found, **OF_TEXT[name]) if name in OF_TEXT else found
 
 
 def blocks_or_names(value: str) -> str | list[int] | list[str]:
@@ -22,122 +63,132 @@ def pairs(value: str) -> str | list[tuple[Any, Any]]:
         return value
     halves = [part.split(":") for part in value.split(",")]
     if any(len(half) != 2 for half in halves):
-        raise argparse.ArgumentTypeError(f"pairs look like 0:1,1:3, got {value!r}")
+        raise ValueError(f"pairs look like 0:1,1:3, got {value!r}")
     return [(int(s), int(t)) if (s + t).isdecimal() else (s, t) for s, t in halves]
 
 
 def positive(value: str) -> int:
     """A number of things."""
     if int(value) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise ValueError(f"must be at least 1, got {value}")
     return int(value)
 
 
-def parser(description: str | None, **settings: Any) -> argparse.ArgumentParser:
-    """A parser that shows the script's own words as they stand."""
-    shown = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=shown, **settings)
+def by(
+    function: Callable[[str], Any], metavar: str, shown: Callable[[Any], str] = str
+) -> PrimitiveConstructorSpec[Any]:
+    """A setting that this function reads from one word, and `shown` writes."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: function(words[0]),
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [shown(value)],
+    )
 
 
-def text_flags(made: argparse.ArgumentParser) -> None:
+def joined(value: Any) -> str:
+    """As `blocks_or_names` reads it."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+COUNT = by(positive, "INT")
+BLOCKS = by(blocks_or_names, "BLOCKS", joined)
+WHICH_STUDENT = tyro.conf.create_mutex_group(required=False, title="a student that is not new")
+HOW_LONG = tyro.conf.create_mutex_group(required=False, title="how long")
+
+
+@dataclass(kw_only=True)
+class Text:
     """Which text."""
-    add = made.add_argument_group("text").add_argument
-    add(
-        "--data",
-        help=".jsonl, .json, .csv or .txt file, or a dataset's name (default: Wikipedia summaries)",
-    )
-    add("--data-config", help="the dataset's configuration")
-    add("--split", default="train", help="the dataset's split (%(default)s)")
-    add("--text-column", help="where the text is (default: found by usual names, else the longest)")
-    add("--samples", type=positive, help="use so many texts (default: all)")
-    add("--heldout-samples", type=positive, default=200, help="the last ones, for evaluation (%(default)s)")
-    add(
-        "--student-samples",
-        type=positive,
-        help="texts that students see (default: all; 320 of the text that the teacher is trained on here)",
-    )
-    add("--max-length", type=positive, default=64, help="tokens in a block (%(default)s)")
+
+    data: Annotated[
+        str | None, Doc(".jsonl, .json, .csv or .txt file, or a dataset's name; else Wikipedia summaries")
+    ] = None
+    data_config: Annotated[str | None, Doc("the dataset's configuration")] = None
+    split: Annotated[str, Doc("the dataset's split")] = "train"
+    text_column: Annotated[str | None, Doc("where the text is; else found by usual names, or the longest")] = None
+    samples: Annotated[int | None, COUNT, Doc("use so many texts, not all")] = None
+    heldout_samples: Annotated[int, COUNT, Doc("the last ones, for evaluation")] = 200
+    student_samples: Annotated[
+        int | None, COUNT, Doc("texts that students see; else all, or 320 of those that the teacher is trained on here")
+    ] = None
+    max_length: Annotated[int, COUNT, Doc("tokens in a block")] = 64
 
 
-def teacher_flags(made: argparse.ArgumentParser) -> None:
+@dataclass(kw_only=True)
+class Teacher:
     """A teacher to load, or to train first."""
-    add = made.add_argument_group("teacher").add_argument
-    add("--teacher", help="folder, .gguf file or hub name (default: train one on all the text)")
-    kept = Path("runs/teachers")
-    add("--teachers", type=Path, default=kept, help="where trained ones are kept (%(default)s)")
-    add("--teacher-layers", type=positive, default=4, help="blocks of a trained one (%(default)s)")
-    add("--teacher-width", type=positive, default=128, help="its width (%(default)s)")
-    add("--teacher-heads", type=positive, default=4, help="its attention heads (%(default)s)")
-    add("--teacher-epochs", type=positive, default=1, help="how often it sees its text (%(default)s)")
-    add("--teacher-samples", type=positive, help="texts that it sees (default: all but held-out ones)")
-    add("--teacher-lr", type=float, default=1.5e-3, help="its learning rate (%(default)s)")
-    add("--vocabulary", type=positive, default=2048, help="tokens of its tokenizer (%(default)s)")
+
+    teacher: Annotated[str | None, Doc("folder, .gguf file or hub name; else one is trained on all the text")] = None
+    teachers: Annotated[Path, Doc("where trained ones are kept")] = Path("runs/teachers")
+    teacher_layers: Annotated[int, COUNT, Doc("blocks of a trained one")] = 4
+    teacher_width: Annotated[int, COUNT, Doc("its width")] = 128
+    teacher_heads: Annotated[int, COUNT, Doc("its attention heads")] = 4
+    teacher_epochs: Annotated[int, COUNT, Doc("how often it sees its text")] = 1
+    teacher_samples: Annotated[int | None, COUNT, Doc("texts that it sees; else all but held-out ones")] = None
+    teacher_lr: Annotated[float, Doc("its learning rate")] = 1.5e-3
+    vocabulary: Annotated[int, COUNT, Doc("tokens of its tokenizer")] = 2048
 
 
-def student_flags(made: argparse.ArgumentParser) -> None:
+@dataclass(kw_only=True)
+class Student:
     """A student to load, to cut from the teacher, or to make."""
-    group = made.add_argument_group("student")
-    one = group.add_mutually_exclusive_group()
-    one.add_argument("--student", help="folder, .gguf file or hub name (default: a new GPT-2)")
-    one.add_argument(
-        "--keep-blocks",
-        type=blocks_or_names,
-        metavar="BLOCKS",
-        help="make it of the teacher's blocks: auto, all, key, late, last, or 0,2,5",
-    )
-    add = group.add_argument
-    add("--student-layers", type=positive, default=2, help="blocks of a new one (%(default)s)")
-    add("--student-width", type=positive, default=96, help="its width (%(default)s)")
-    add("--student-heads", type=positive, default=3, help="its attention heads (%(default)s)")
-    add("--student-blocks", type=positive, help="blocks of text it sees, drawn by its seed (default: all)")
-    add("--dropout", type=float, default=0.0, help="its dropout (%(default)s)")
-    add("--freeze-embeddings", action="store_true", help="don't train token embeddings")
+
+    student: Annotated[str | None, WHICH_STUDENT, Doc("folder, .gguf file or hub name; else a new GPT-2")] = None
+    keep_blocks: Annotated[
+        str | list[int] | list[str] | None,
+        BLOCKS,
+        WHICH_STUDENT,
+        Doc("make it of the teacher's blocks: auto, all, key, late, last, or 0,2,5"),
+    ] = None
+    student_layers: Annotated[int, COUNT, Doc("blocks of a new one")] = 2
+    student_width: Annotated[int, COUNT, Doc("its width")] = 96
+    student_heads: Annotated[int, COUNT, Doc("its attention heads")] = 3
+    student_blocks: Annotated[int | None, COUNT, Doc("blocks of text it sees, drawn by its seed; else all")] = None
+    dropout: Annotated[float, Doc("its dropout")] = 0.0
+    freeze_embeddings: Annotated[bool, Doc("don't train token embeddings")] = False
 
 
-def training_flags(made: argparse.ArgumentParser) -> None:
+@dataclass(kw_only=True)
+class Training:
     """How long, how fast, where."""
-    group = made.add_argument_group("training")
-    one = group.add_mutually_exclusive_group()
-    one.add_argument("--epochs", type=positive, default=6, help="passes over the student's text (%(default)s)")
-    one.add_argument("--steps", type=positive, help="batches, instead of epochs")
-    add = group.add_argument
-    add("--batch-size", type=positive, default=8, help="blocks in a batch (%(default)s)")
-    add("--lr", type=float, default=1e-3, help="learning rate (%(default)s)")
-    add("--seed", type=int, default=0, help="of the student's weights and the batches (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    add("--save-every", type=float, default=60.0, help="seconds between checkpoints (%(default)s)")
+
+    epochs: Annotated[int, COUNT, HOW_LONG, Doc("passes over the student's text")] = 6
+    steps: Annotated[int | None, COUNT, HOW_LONG, Doc("batches, instead of epochs")] = None
+    batch_size: Annotated[int, COUNT, Doc("blocks in a batch")] = 8
+    lr: Annotated[float, Doc("learning rate")] = 1e-3
+    seed: Annotated[int, Doc("of the student's weights and the batches")] = 0
+    device: Annotated[str, Doc("where it is trained")] = "cuda" if torch.cuda.is_available() else "cpu"
+    save_every: Annotated[float, Doc("seconds between checkpoints")] = 60.0
 
 
-def distillation_flags(made: argparse.ArgumentParser) -> None:
+@dataclass(kw_only=True)
+class Distillation:
     """What the student learns from."""
-    add = made.add_argument_group("distillation").add_argument
-    methods = ["vanilla", "feature", "both", "none"]
-    add("--method", choices=methods, default="vanilla", help="what to learn from (%(default)s)")
-    add("--temperature", type=float, default=1.0, help="of both models' predictions (%(default)s)")
-    add("--alpha", type=float, help="share of cross-entropy (vanilla: 0.1, feature and both: 0.3)")
-    add("--logit-weight", type=float, default=1.0, help="of the output term in both (%(default)s)")
-    add(
-        "--layers",
-        type=blocks_or_names,
-        help="student layers: auto, all, key, late, last, indices or module names (last)",
-    )
-    add(
-        "--pairing",
-        type=pairs,
-        default="uniform",
-        help="with which teacher layers: uniform, same, first, last, kept, ..., or 0:1,1:3 (%(default)s)",
-    )
-    add(
-        "--distance",
-        choices=["mse", "normalized_mse", "layer_norm_mse", "cosine"],
-        default="layer_norm_mse",
-        help="between features (%(default)s)",
-    )
+
+    method: Annotated[Literal["vanilla", "feature", "both", "none"], Doc("what to learn from")] = "vanilla"
+    temperature: Annotated[float, Doc("of both models' predictions")] = 1.0
+    divergence: Annotated[Literal[tuple(DIVERGENCES)], Doc("between predictions")] = "forward_kl"
+    alpha: Annotated[float | None, Doc("share of cross-entropy; else 0.1 for vanilla, 0.3 for feature and both")] = None
+    logit_weight: Annotated[float, Doc("of the output term in both")] = 1.0
+    layers: Annotated[
+        str | list[int] | list[str] | None,
+        BLOCKS,
+        Doc("student layers: auto, all, key, late, last, indices or module names; else last"),
+    ] = None
+    pairing: Annotated[
+        str | list[tuple[Any, Any]],
+        by(pairs, "PAIRING"),
+        Doc("with which teacher layers: uniform, same, first, last, kept, ..., or 0:1,1:3"),
+    ] = "uniform"
+    distance: Annotated[Literal[tuple(DISTANCES)], Doc("between features")] = "layer_norm_mse"
 
 
-def evaluation_flags(made: argparse.ArgumentParser, output: str) -> None:
+@dataclass(kw_only=True)
+class Evaluation:
     """What is measured, and where the results go."""
-    add = made.add_argument_group("evaluation and results").add_argument
-    add("--points", type=positive, default=6, help="evaluations along a learning curve (%(default)s)")
-    add("--continuations", type=positive, default=64, help="texts continued for ROUGE (%(default)s)")
-    add("--output", type=Path, default=Path(output), help="folder of results (%(default)s)")
+
+    points: Annotated[int, COUNT, Doc("evaluations along a learning curve")] = 6
+    continuations: Annotated[int, COUNT, Doc("texts continued for ROUGE")] = 64
+    output: Annotated[Path, Doc("folder of results")] = Path("runs")

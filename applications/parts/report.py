@@ -2,12 +2,16 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
 
 from parts import files
 
@@ -50,11 +54,18 @@ def table(runs: Runs) -> str:
         found = summary(seeds)
         cells = [_cell(found.get(key), form, len(seeds) > 1) for key, form in columns.values()]
         lines.append([method, *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
+    return aligned(lines, box.MARKDOWN)
+
+
+def aligned(rows: Sequence[Sequence[str]], lines: box.Box | None = None) -> str:
+    """Rows as a table, headings first; without `lines` in spaces alone."""
+    made = Table(rows[0][0], *(Column(heading, justify="right") for heading in rows[0][1:]), box=lines)
+    made.pad_edge = lines is not None
+    for row in rows[1:]:
+        made.add_row(*row)
+    console = Console(file=StringIO(), width=10_000, markup=False, emoji=False, highlight=False)
+    console.print(made)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())
 
 
 def _cell(value: tuple[float, float] | None, form: str, several: bool) -> str:
@@ -135,8 +146,7 @@ def _learning_curves(axes: Axes, students: Runs, unit: str) -> None:
 
 def curves(perplexities: Mapping[str, float], curves: Mapping[str, Curve], folder: Path) -> str:
     """Held-out perplexities as results.md and, over steps, as results.png; returns the table to print."""
-    lines = ["| | held-out perplexity |", "|---|---|"]
-    shown = "\n".join(lines + [f"| {name} | {value:.1f} |" for name, value in perplexities.items()])
+    rows = [["", "held-out perplexity"], *([name, f"{value:.1f}"] for name, value in perplexities.items())]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, value in perplexities.items():
@@ -148,4 +158,4 @@ def curves(perplexities: Mapping[str, float], curves: Mapping[str, Curve], folde
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.legend()
-    return _shown(shown, figure, folder)
+    return _shown(aligned(rows, box.MARKDOWN), figure, folder)

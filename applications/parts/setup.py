@@ -1,6 +1,5 @@
 """What a student is trained and measured on: text, a teacher, the student itself."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ class Setup:
     key: str
 
 
-def prepare(args: argparse.Namespace, train: Train) -> Setup:
+def prepare(args: Any, train: Train) -> Setup:
     """Read the text, get the teacher, cut the text into blocks and hold some of it out."""
     source = {"config": args.data_config, "split": args.split, "column": args.text_column}
     texts = text.read_texts(args.data, **source, limit=args.samples)
@@ -50,7 +49,7 @@ def prepare(args: argparse.Namespace, train: Train) -> Setup:
 
 
 def teacher_of(
-    args: argparse.Namespace,
+    args: Any,
     texts: Sequence[str],
     train: Train,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -90,9 +89,7 @@ def teacher_of(
     return models.load(str(folder))
 
 
-def student_of(
-    args: argparse.Namespace, teacher: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+def student_of(args: Any, teacher: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A student before training: the same one for the same seed."""
     torch.manual_seed(args.seed)
     if args.student is not None:
@@ -103,6 +100,7 @@ def student_of(
     else:
         shape = (args.student_layers, args.student_width, args.student_heads)
         student = models.gpt2(*shape, dropout=args.dropout, tokenizer=teacher_tokenizer, length=args.max_length)
+        student.resize_token_embeddings(teacher.config.vocab_size)  # some have more than their tokenizer
     models.check_length(student, args.max_length, "student")
     student.get_input_embeddings().requires_grad_(not args.freeze_embeddings)
     return student.to(args.device)

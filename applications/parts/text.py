@@ -52,26 +52,47 @@ def read_texts(
 
 def load(source: str, config: str | None, split: str) -> datasets.Dataset:
     """A file, or a dataset by name."""
-    path = Path(source)
-    if path.suffix in LOADERS:
-        if not path.is_file():
-            raise ValueError(f"there is no file {source!r}")
-        with path.open("rb") as lines:
-            if not any(line.strip() for line in lines):
-                raise ValueError(f"{source!r} is empty")
-        options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+    kind, path = kind_of(source), Path(source)
+    if kind is not None:
+        options = {"sample_by": "paragraph"} if kind == "text" else {}
         try:
-            return datasets.load_dataset(LOADERS[path.suffix], data_files=source, split="train", **options)
+            return datasets.load_dataset(kind, data_files=source, split="train", **options)
         except (DatasetGenerationError, UnicodeDecodeError) as error:
             raise ValueError(unreadable(path) or f"{source!r}: {error.__cause__ or error}") from error
-    if path.is_file():
-        raise ValueError(f"{source!r} ends in {path.suffix!r}; known are {list(LOADERS)}")
     try:
         return datasets.load_dataset(source, config, split=split)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"{source!r} is neither a {', '.join(LOADERS)} file nor a dataset that can be reached"
         ) from error
+
+
+def kind_of(source: str) -> str | None:
+    """What reads a file; None for a dataset by name, or one that lies in a folder with its card (README.md)."""
+    path, known = Path(source), ", ".join(LOADERS)
+    if path.is_dir() and not is_dataset(path):
+        files = sorted(file.name for file in path.iterdir() if file.suffix in LOADERS)
+        which = f"one of its files, say {path / files[0]}" if files else f"a {known} file"
+        raise ValueError(f"{source!r} is a folder and no dataset: give {which}, or the name of a dataset")
+    if path.suffix in LOADERS:
+        if not path.is_file():
+            raise ValueError(f"there is no file {source!r}")
+        with path.open("rb") as lines:
+            if not any(line.strip() for line in lines):
+                raise ValueError(f"{source!r} is empty")
+        return LOADERS[path.suffix]
+    if path.is_file():
+        raise ValueError(
+            f"{source!r} ends in {path.suffix!r}, and what is read are {known}: copy running text to "
+            f"{path.with_suffix('.txt')}, whose paragraphs are taken one by one"
+        )
+    return None
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder has a dataset's card, as what lies on the hub does."""
+    card = folder / "README.md"
+    return card.is_file() and card.read_text(encoding="utf-8").startswith("---\n")
 
 
 def unreadable(path: Path) -> str | None:

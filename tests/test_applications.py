@@ -8,7 +8,7 @@ import distill_lm
 import pytest
 import tiny
 import torch
-from parts import cells, evaluation, files, memory, models, report, text
+from parts import cells, evaluation, files, memory, models, options, report, setup, text
 from parts.checkpoint import Checkpoint
 from tiny import SENTENCES
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -29,6 +29,10 @@ def new_model(layers=2, width=16):
     shape = {"n_head": 2, "vocab_size": 11, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
     plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, **shape, **plain))
+
+
+def settings(flags):
+    return options.read(distill_lm.DEFAULTS, flags, None)
 
 
 def never(*args, **settings):
@@ -100,6 +104,12 @@ def test_a_student_deeper_than_its_teacher_is_distilled(demo, tmp_path):
     more = "--student-layers 5 --layers all --method both --steps 2"
     runs = distill_lm.main([*demo[0], *more.split(), "--output", str(tmp_path)])
     assert runs["both"][0]["perplexity"] < runs["both"][0]["curve"][0]["perplexity"]
+
+
+def test_a_new_student_has_all_of_its_teachers_vocabulary_which_may_be_padded():
+    tokenizer, teacher = text.train_tokenizer(SENTENCES, 300), new_model()
+    teacher.resize_token_embeddings(320)
+    assert setup.student_of(distill_lm.DEFAULTS, teacher, tokenizer).config.vocab_size == 320
 
 
 def test_seeds_draw_other_blocks_of_text_and_the_same_seed_the_same():
@@ -179,7 +189,7 @@ def test_without_a_known_column_the_longest_text_is_taken(data):
     ("name", "content", "options", "said"),
     [
         ("missing.jsonl", None, {}, "there is no file"),
-        ("a.xml", "<a/>", {}, r"ends in '.xml'; known are \['.jsonl'"),
+        ("a.md", "# A", {}, r"'a.md' ends in '.md', and what is read are .jsonl, .*: copy running text to a.txt"),
         ("a.jsonl", '{"size": 1, "weight": 2.5}', {}, "no column holds text; there are.*size.*weight"),
         ("a.jsonl", '{"text": "A"}', {"column": "body"}, r"no column 'body', only \['text'\]"),
         ("a.jsonl", '{"text": " "}\n{"text": ""}', {}, "all 2 entries are empty"),
@@ -199,6 +209,18 @@ def test_bad_text_is_refused(tmp_path, monkeypatch, name, content, options, said
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=said):
         text.read_texts(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [("a.csv", "one of its files, say texts/a.csv"), ("a.md", "a .jsonl, .json, ")]
+)
+def test_a_folder_that_is_no_dataset_is_refused_with_what_to_give(tmp_path, monkeypatch, file, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / file).write_text("text\n---\n")
+    (tmp_path / "texts" / "README.md").write_text("no card")
+    with pytest.raises(ValueError, match=f"'texts' is a folder and no dataset: give {said}"):
+        text.read_texts("texts")
 
 
 def test_a_dataset_is_read_by_name_with_its_config_and_split(tmp_path):
@@ -297,9 +319,32 @@ def test_a_saved_folder_is_replaced_as_a_whole(tmp_path):
     ],
 )
 def test_layers_and_pairs_from_flags(flags, expected):
-    args = distill_lm.parser().parse_args([*flags, "--method", "feature"])
+    args = settings([*flags, "--method", "feature"])
     chosen = distill_lm.criterion_for(args).terms["feature"].layer_map
     assert (chosen.layers, chosen.pairing) == expected
+
+
+@pytest.mark.parametrize("name", options.DISTANCES)
+def test_every_distance_trains_a_student_or_is_refused_for_want_of_its_tensors(name):
+    args = settings(["--method", "feature", "--distance", name])
+    if name in options.SIDE_BY_SIDE:
+        with pytest.raises(ValueError, match=f"{name} compares .* side by side, and --layers gives single hidden"):
+            distill_lm.criterion_for(args)
+        return
+    teacher, student = new_model(3, 24), new_model()
+    distill = kdloss.Distiller(teacher, distill_lm.criterion_for(args)).prepare(student)
+    tokens = torch.randint(0, 11, (4, 8))
+    out = distill(student, input_ids=tokens, labels=tokens)
+    out.loss.backward()
+    assert out.components["feature"] > 0
+    assert student.transformer.h[0].mlp.c_fc.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", options.DIVERGENCES)
+def test_every_divergence_can_be_chosen(name):
+    for method in ("vanilla", "both"):
+        args = settings(["--method", method, "--divergence", name])
+        assert distill_lm.criterion_for(args).terms["kd"].divergence is getattr(kdloss.divergences, name)
 
 
 def test_work_is_done_once_unless_its_settings_change_or_its_product_is_gone(tmp_path):
@@ -365,7 +410,8 @@ def test_rouge_by_hand():
 
 def test_a_table_shows_means_deviations_and_only_columns_that_are_known():
     runs = {"teacher": [{"perplexity": 9.0}], "none": [{"perplexity": 10.0}, {"perplexity": 14.0}]}
-    header, _, teacher, none = report.table(runs).splitlines()
+    header, line, teacher, none = report.table(runs).splitlines()
+    assert set(line) == {"|", "-"}  # Markdown
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["", "held-out perplexity"]
     assert "9.0 " in teacher
     assert "12.0 ± 2.8" in none  # sqrt(((10-12)² + (14-12)²) / (2-1))
