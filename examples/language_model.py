@@ -97,7 +97,7 @@ def main(
         curve = train(name, student, few, heldout, steps, batch_size, lr, taught, alpha, temperature)
         axes.plot(curve.keys(), curve.values(), label=name)
         found[name] = curve[steps]
-    axes.set(xlabel="step", ylabel="held-out perplexity", yscale="log")
+    axes.set(xlabel="step", ylabel="held-out perplexity")
     axes.legend()
     Path("runs").mkdir(exist_ok=True)
     figure.savefig("runs/language_model.png")
