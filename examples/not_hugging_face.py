@@ -21,12 +21,12 @@ from tqdm import trange
 import kdloss
 
 
-def train(name, student, rows, steps, batch_size, lr, teacher=None, alpha=0.1, temperature=1.0):
+def train(name, student, rows, steps, batch_size, lr, teacher=None, alpha=0.1):
     """Train a student, with a teacher or without."""
     model = student
     if teacher is not None:  # distillation: the model's own loss, the teacher's predictions, its last block
         labels = alpha * kdloss.Task(take=1)
-        predictions = (1 - alpha) * kdloss.Logits(temperature=temperature, take=0)
+        predictions = (1 - alpha) * kdloss.Logits(take=0)
         features = 0.1 * kdloss.Features("last", distance=kdloss.distances.layer_norm_mse)
         model = kdloss.Distillation(student, teacher, labels + predictions + features)
         model.prepare(rows[:1, :-1], rows[:1, 1:])
@@ -67,6 +67,8 @@ class GPT(nn.Module):
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+        for weight in (p for p in self.parameters() if p.ndim == 2):
+            nn.init.normal_(weight, std=0.02)
 
     def forward(self, idx, targets=None):
         """Logits for the next token at each position, and their loss."""
@@ -77,8 +79,7 @@ class GPT(nn.Module):
         return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def main(steps: int = 300, batch_size: int = 8, lr: float = 3e-3, alpha: float = 0.1, temperature: float = 1.0,
-         seed: int = 0) -> dict[str, float]:  # fmt: skip
+def main(steps: int = 300, batch_size: int = 8, lr: float = 3e-3, alpha: float = 0.1, seed: int = 0) -> dict:
     """Train a teacher, a student alone and one with the teacher.
 
     Args:
@@ -86,7 +87,6 @@ def main(steps: int = 300, batch_size: int = 8, lr: float = 3e-3, alpha: float =
         batch_size: rows of 64 tokens in a step
         lr: learning rate at its highest
         alpha: weight of the student's own loss; the teacher's predictions have 1 - alpha
-        temperature: softens what both models predict
         seed: draws weights and batches
     """
     paragraphs = sorted({part for topic in topics.values() for part in topic.split("\n\n")})
@@ -98,7 +98,7 @@ def main(steps: int = 300, batch_size: int = 8, lr: float = 3e-3, alpha: float =
     models = {"teacher": teacher}
     for name, taught in {"alone": None, "distilled": teacher}.items():
         torch.manual_seed(seed)
-        models[name] = train(name, GPT(2, 64), few, steps, batch_size, lr, taught, alpha, temperature)
+        models[name] = train(name, GPT(2, 64), few, steps, batch_size, lr, taught, alpha)
     with torch.no_grad():
         found = {name: model(heldout[:, :-1], heldout[:, 1:])[1].exp().item() for name, model in models.items()}
     print("| model | held-out perplexity |\n|---|---|")
