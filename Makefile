@@ -16,7 +16,7 @@ CORE := laws extremes criteria sums own_terms schedules divergences distances mo
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightning
 
-.PHONY: test test-oldest check static typed demo demo-pretrained results bench docs clean
+.PHONY: test test-oldest check static typed demo demo-pretrained results examples bench docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -68,6 +68,9 @@ demo-pretrained: .venv/smollm2  ## the same script: 20 of SmolLM2-135M's 30 bloc
 
 results: .venv/smollm2  ## the measurements of docs/results.md, two or three hours
 	$(BIN)/python benchmarks/results.py $(ARGS)
+
+examples: .venv/text  ## every template in full, what each prints into docs/results/examples; some by ARGS="lora"
+	$(BIN)/python benchmarks/examples.py $(ARGS)
 
 bench: .venv/ready  ## our losses beside the plain PyTorch recipe
 	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = sorted((ROOT / "examples").glob("*.py"))
@@ -71,14 +72,34 @@ def test_a_template_has_few_flags_each_of_them_told(path):
     assert told == [flag.name for flag in flags]
 
 
+@pytest.fixture
+def _alone():
+    """What a template leaves to its process, as if it ended with it."""
+    yield
+    plt.close("all")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning's own, under torch 2.13
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+@pytest.mark.usefixtures("_alone")
 @every_template
 def test_a_template_runs_and_gives_what_it_prints(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    try:
-        found = loaded(path).main(steps=3)
-    finally:
-        plt.close("all")
+    found = loaded(path).main(steps=3)
     assert len(found) >= 2
     assert [name for name, number in found.items() if not math.isfinite(number)] == []
     assert len(capsys.readouterr().out.splitlines()) > len(found)
     assert {file.parent.name for file in tmp_path.rglob("*.png")} <= {"runs"}
+
+
+def test_the_page_of_templates_shows_lines_of_the_templates():
+    page = (ROOT / "docs" / "examples.md").read_text()
+    sections = re.findall(r"^`(\w+)\.py`.*?```py\n(.*?)```", page, re.MULTILINE | re.DOTALL)
+    assert len(sections) == page.count("```py\n") >= 6
+    for name, block in sections:
+        there = {line.strip() for line in (ROOT / "examples" / f"{name}.py").read_text().splitlines()}
+        assert [line for line in block.splitlines() if line.strip() not in there] == []
+        assert MARKER in block
+        assert f'"docs/results/examples/{name}.txt"' in page
