@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "docs" / "results" / "examples"
 
 
-def without_bars(text: str) -> str:
-    """What stays on a screen, less the progress bars that a framework writes there."""
-    lines = (line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines())
-    return "\n".join(line for line in lines if "it/s" not in line).strip() + "\n"
+def behind_bars(text: str) -> str:
+    """What was printed after the last progress bar that a framework wrote there."""
+    lines = text.splitlines()
+    start = max((number for number, line in enumerate(lines, start=1) if "it/s" in line), default=0)
+    return "\n".join(lines[start:]).strip() + "\n"
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
         print(f"--- {path.name}", flush=True)
         start = time.time()
         ran = subprocess.run([sys.executable, path], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-        said = without_bars(ran.stdout)
+        said = behind_bars(ran.stdout)
         (KEPT / f"{path.stem}.txt").write_text(said, encoding="utf-8")
         picture = ROOT / "runs" / f"{path.stem}.png"
         if picture.exists() and picture.stat().st_mtime >= start:
