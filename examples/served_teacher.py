@@ -69,7 +69,7 @@ def gpt2(vocab_size, n_layer, n_embd, seed):
 
 def main(
     steps: int = 300, batch_size: int = 8, lr: float = 3e-3, alpha: float = 0.1, k: int = 20, seed: int = 0
-) -> dict:
+) -> dict[str, float]:
     """Train a teacher, ask it once about the student's text, and train a student without it.
 
     Args:
