@@ -15,7 +15,6 @@ import tyro
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import trange
 
 import kdloss
@@ -31,12 +30,13 @@ def train(name, student, rows, steps, batch_size, lr, teacher=None, alpha=0.1):
         model = kdloss.Distillation(student, teacher, labels + predictions + features)
         model.prepare(rows[:1, :-1], rows[:1, 1:])
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1)
-    schedule = OneCycleLR(optimizer, lr, steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     for _ in trange(steps, desc=name):
         batch = rows[torch.randint(len(rows), [batch_size])]
         output = model(batch[:, :-1], batch[:, 1:])
         loss = output[1] if teacher is None else output.loss
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -94,9 +94,9 @@ def main(steps: int = 300, batch_size: int = 8, lr: float = 3e-3, alpha: float =
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(paragraphs, vocab_size=1024, show_progress=False)
     heldout, few, *more = torch.tensor(tokenizer.encode("\n\n".join(paragraphs)).ids).unfold(0, 65, 64).chunk(10)
-    teacher = train("teacher", GPT(4, 128), torch.cat([few, *more]), 2 * steps, batch_size, lr)
-    models = {"teacher": teacher}
-    for name, taught in {"alone": None, "distilled": teacher}.items():
+    torch.manual_seed(seed)
+    models = {"teacher": train("teacher", GPT(4, 128), torch.cat([few, *more]), 2 * steps, batch_size, lr)}
+    for name, taught in {"alone": None, "distilled": models["teacher"]}.items():
         torch.manual_seed(seed)
         models[name] = train(name, GPT(2, 64), few, steps, batch_size, lr, taught, alpha)
     with torch.no_grad():
