@@ -79,7 +79,7 @@ class GPT(nn.Module):
         return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def main(steps: int = 300, batch_size: int = 8, lr: float = 3e-3, alpha: float = 0.1, seed: int = 0) -> dict:
+def main(steps: int = 300, batch_size: int = 8, lr: float = 2e-3, alpha: float = 0.1, seed: int = 0) -> dict:
     """Train a teacher, a student alone and one with the teacher.
 
     Args:
