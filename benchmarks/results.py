@@ -1,4 +1,4 @@
-"""The measurements of docs/results.md and docs/examples.md: tables and pictures in docs/results.
+"""The measurements of docs/results.md and docs/applications.md: tables and pictures in docs/results.
 
 Two or three hours on two cores; run again after an interruption it goes on. `--only` runs some of them.
 """

@@ -1,0 +1,105 @@
+"""Every template in `examples/`: one file, one screen, and it runs."""
+
+import ast
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+ROOT = Path(__file__).parent.parent
+TEMPLATES = sorted((ROOT / "examples").glob("*.py"))
+MARKER = "# distillation:"
+
+every_template = pytest.mark.parametrize("path", TEMPLATES, ids=[path.stem for path in TEMPLATES])
+
+
+def imported(path):
+    """The packages that a file imports, "." among them where it imports a neighbour."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." if node.level else node.module.split(".")[0])
+    return names
+
+
+def loaded(path):
+    """The file as a module, under a name that no package has."""
+    spec = importlib.util.spec_from_file_location(f"template_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_are_templates():
+    assert {"language_model"} <= {path.stem for path in TEMPLATES}
+    assert [path.name for path in (ROOT / "examples").iterdir() if path.suffix not in (".py", "")] == []
+
+
+@every_template
+def test_a_template_is_one_screen_of_packages_alone(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 110
+    packages = {name for name, owners in packages_distributions().items() if "kdloss" not in owners}
+    assert imported(path) - packages - sys.stdlib_module_names == {"kdloss"}
+
+
+@every_template
+def test_a_template_distils_where_everyone_sees_it(path):
+    lines = path.read_text().splitlines()
+    marked = [number for number, line in enumerate(lines, start=1) if MARKER in line]
+    assert marked
+    assert max(marked) <= 45
+    assert any("kdloss." in line for line in lines[marked[0] - 1 : 45])
+
+
+@every_template
+def test_a_template_has_few_flags_each_of_them_told(path):
+    main = loaded(path).main
+    flags = inspect.signature(main).parameters.values()
+    assert len(flags) <= 8
+    assert "steps" in {flag.name for flag in flags}
+    assert [f.name for f in flags if f.default is f.empty or f.annotation is f.empty] == []
+    told = re.findall(r"^ {8}(\w+): ", main.__doc__, re.MULTILINE)
+    assert told == [flag.name for flag in flags]
+
+
+@pytest.fixture
+def _alone():
+    """What a template leaves to its process, as if it ended with it."""
+    yield
+    plt.close("all")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning's own, under torch 2.13
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+@pytest.mark.usefixtures("_alone")
+@every_template
+def test_a_template_runs_and_gives_what_it_prints(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found = loaded(path).main(steps=3)
+    assert len(found) >= 2
+    assert [name for name, number in found.items() if not math.isfinite(number)] == []
+    assert len(capsys.readouterr().out.splitlines()) >= 3  # a table
+    assert {file.parent.name for file in tmp_path.rglob("*.png")} <= {"runs"}
+
+
+def test_the_page_of_templates_shows_lines_of_the_templates():
+    page = (ROOT / "docs" / "examples.md").read_text()
+    sections = re.findall(r"^`(\w+)\.py`.*?```py\n(.*?)```", page, re.MULTILINE | re.DOTALL)
+    assert len(sections) == page.count("```py\n") >= 6
+    for name, block in sections:
+        there = {line.strip() for line in (ROOT / "examples" / f"{name}.py").read_text().splitlines()}
+        assert [line for line in block.splitlines() if line.strip() not in there] == []
+        assert MARKER in block
+        assert f'"docs/results/examples/{name}.txt"' in page
