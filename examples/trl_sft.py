@@ -40,7 +40,7 @@ def functions():
     """Functions of the standard library that is imported here, and the first lines of what they say of themselves."""
     found = {}
     for module in [m for name, m in sorted(sys.modules.items()) if name in sys.stdlib_module_names]:
-        for name, function in inspect.getmembers(module, callable):
+        for name, function in inspect.getmembers(module, inspect.isroutine):
             line = (inspect.getdoc(function) or "").split("\n")[0]
             if 20 < len(line) < 90 and not name.startswith("_"):
                 found[line] = f"{module.__name__}.{name}: "
