@@ -1,6 +1,7 @@
 """`kdloss.hf` in small: what a distilling Trainer computes, logs, keeps and refuses, held against the stock one."""
 
 import copy
+import shutil
 import socket
 
 import datasets
@@ -89,7 +90,7 @@ class Lines(TrainerCallback):
         self.found.append(dict(logs))
 
 
-def ran(kind, folder, criterion=None, dropout=0.0, of=DistillationTrainer, distilling=None, **settings):
+def ran(kind, folder, criterion=None, dropout=0.0, of=DistillationTrainer, distilling=None, train=None, **settings):
     """The trained weights, the lines of the log, the trainer and the change, of a student of this kind."""
     torch.manual_seed(0)
     student, data = model(kind, 2, 16, dropout), DATA.get(kind, texts)()
@@ -104,7 +105,7 @@ def ran(kind, folder, criterion=None, dropout=0.0, of=DistillationTrainer, disti
         student, arguments, train_dataset=data, eval_dataset=data, callbacks=[lines], **taught, **(distilling or {})
     )
     before = [p.detach().clone() for p in student.parameters()]
-    trainer.train()
+    trainer.train(**train or {})
     after = [p.detach().clone() for p in student.parameters()]
     return after, lines.found, trainer, torch.cat([x.flatten() for x in changes(before, after)])
 
@@ -245,6 +246,21 @@ def test_projections_are_optimised_zeroed_and_clipped_with_the_student(kind, cli
     before = trained(student, criterion)
     trainer.train()
     assert_near(changes(before, trained(student, criterion)), expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "t5", "lora"])
+def test_a_resumed_run_is_the_undisturbed_one_and_logs_the_same_terms(kind, tmp_path):
+    told = {"optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    whole, lines, *_ = ran(kind, tmp_path, kdloss.FeatureKD(logit_weight=1.0), dropout=0.1, **told)
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    again = {"resume_from_checkpoint": True}
+    found, later, *_ = ran(kind, tmp_path, kdloss.FeatureKD(logit_weight=1.0), dropout=0.1, train=again, **told)
+    assert all(map(torch.equal, found, whole))
+    terms = {"ce", "kd", "feature", "eval_ce", "eval_kd", "eval_feature"}
+    ends = [{name: x for line in each for name, x in line.items() if name in terms} for each in (lines, later)]
+    assert ends[0] == ends[1]
+    assert ends[0].keys() == terms
+    assert len([line for line in later if "kd" in line]) == 1  # the third step
 
 
 # --- several processes ---------------------------------------------------------------------------

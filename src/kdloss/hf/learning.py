@@ -42,10 +42,8 @@ class Learning(Trainer):
                 "the optimizer that was given lacks what the criterion learns; make the trainer without it and write "
                 "trainer.optimizer = Optimizer([*model.parameters(), *trainer.criterion.parameters()])"
             )
-        for decay, group in (
-            (self.args.weight_decay, [p for p in new if p.ndim > 1]),
-            (0.0, [p for p in new if p.ndim < 2]),
-        ):
+        matrices, vectors = ([p for p in new if (p.ndim > 1) == many] for many in (True, False))
+        for group, decay in ((matrices, self.args.weight_decay), (vectors, 0.0)):
             if group:
                 optimizer.add_param_group({"params": group, "weight_decay": decay})
         return optimizer
@@ -55,7 +53,7 @@ class Learning(Trainer):
         super().create_accelerator_and_postprocess()
         clip: Any = self.accelerator.clip_grad_norm_
         accelerator: Any = self.accelerator
-        accelerator.clip_grad_norm_ = lambda own, *limit: clip([*own, *self._learned], *limit)
+        accelerator.clip_grad_norm_ = lambda own, *limit, **more: clip([*own, *self._learned], *limit, **more)
 
     def training_step(self, *args: Any, **settings: Any) -> Tensor:
         """The Trainer's step; what the criterion learns is averaged here, since DDP knows of the student only."""
