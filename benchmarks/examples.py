@@ -20,6 +20,13 @@ def behind_bars(text: str) -> str:
     return "\n".join(lines[start:]).strip() + "\n"
 
 
+def page(said: str) -> str:
+    """The same as Markdown: tables stand there as they are, a Trainer's log as a block of text before them."""
+    log = [line for line in said.splitlines() if line.startswith("{")]
+    rest = [line for line in said.splitlines() if not line.startswith("{")]
+    return "\n".join([*(["```text", *log, "```", ""] if log else []), *rest]) + "\n"
+
+
 def main() -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
     for path in sorted((ROOT / "examples").glob("*.py")):
@@ -29,7 +36,7 @@ def main() -> None:
         start = time.time()
         ran = subprocess.run([sys.executable, path], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
         said = behind_bars(ran.stdout)
-        (KEPT / f"{path.stem}.txt").write_text(said, encoding="utf-8")
+        (KEPT / f"{path.stem}.md").write_text(page(said), encoding="utf-8")
         picture = ROOT / "runs" / f"{path.stem}.png"
         if picture.exists() and picture.stat().st_mtime >= start:
             shutil.copy(picture, KEPT)

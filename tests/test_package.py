@@ -23,7 +23,7 @@ ALLOWED = {
     "examples": {".py": 10, ".md": 10},
     "applications": {".py": 20, ".yaml": 2},
     "benchmarks": {".py": 20},
-    "docs": {".md": 60, ".png": 200, ".txt": 10, ".py": 5, ".js": 1},
+    "docs": {".md": 60, ".png": 200, ".py": 5, ".js": 1},
     ".ci": {"": 2},
 }
 TOP = {

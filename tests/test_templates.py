@@ -108,4 +108,4 @@ def test_the_page_of_templates_shows_lines_of_the_templates():
         there = {line.strip() for line in (ROOT / "examples" / f"{name}.py").read_text().splitlines()}
         assert [line for line in block.splitlines() if line.strip() not in there] == []
         assert MARKER in block
-        assert f'"docs/results/examples/{name}.txt"' in page
+        assert f'"docs/results/examples/{name}.md"' in page
