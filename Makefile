@@ -56,6 +56,7 @@ pythons: package  ## the same wheel, without extras, on every other Python from 
 	export PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :); \
 	for python in python3.10 python3.11 python3.12 python3.13; do \
 		$$python -c '' 2>/dev/null || { echo "$$python is not here"; continue; }; \
+		[ "$$($$python -V)" != "$$($(BIN)/python -V)" ] || continue; \
 		$$python -m venv --clear .venv-package && \
 		$(EMPTY)/pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)" dist/*.whl && \
 		(cd dist && ../$(EMPTY)/python ../tests/installed.py) || exit 1; \
