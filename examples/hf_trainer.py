@@ -2,7 +2,7 @@
 
 The teacher has read nine tenths of Python's documentation, the student is given a tenth of that, again and again.
 Beside it stands the same student under the stock Trainer, at equal steps. Loss terms are in the Trainer's log, and so
-in TensorBoard or wherever `report_to` says; killed at any moment, the same command goes on.
+in TensorBoard or wherever `report_to` says; killed at any moment, the same command with --resume goes on.
 
     python examples/hf_trainer.py
     python examples/hf_trainer.py --data my.txt --teacher gpt2     # or a model's folder
@@ -31,13 +31,13 @@ import kdloss
 from kdloss.hf import DistillationTrainer, newest_whole
 
 
-def trainer_of(student, arguments, train, heldout, teacher=None, alpha=0.1, temperature=1.0):
+def trainer_of(student, arguments, train, heldout, teacher=None, alpha=0.1):
     """The stock Trainer, or one that distils."""
     data = {"train_dataset": train, "eval_dataset": heldout}
     if teacher is None:
         return Trainer(student, arguments, **data)
     # distillation: another class, a teacher, and what is to be learned from it
-    criterion = kdloss.VanillaKD(temperature=temperature, alpha=alpha)
+    criterion = kdloss.VanillaKD(temperature=1.0, alpha=alpha)
     return DistillationTrainer(student, arguments, teacher=teacher, criterion=criterion, **data)
 
 
@@ -55,7 +55,7 @@ def blocks_of(tokens):
 
 def main(
     data: Path | None = None, teacher: str | None = None, steps: int = 300, batch_size: int = 8, lr: float = 3e-3,
-    alpha: float = 0.1, temperature: float = 1.0, seed: int = 0
+    alpha: float = 0.1, seed: int = 0, resume: bool = False
 ) -> dict[str, float]:  # fmt: skip
     """Train a student under the stock Trainer and under one that distils.
 
@@ -66,8 +66,8 @@ def main(
         batch_size: blocks of 64 tokens in a step, on each device
         lr: learning rate at its highest
         alpha: weight of the labels; the teacher's is 1 - alpha
-        temperature: softens what both models predict
         seed: draws weights and batches
+        resume: go on from the newest whole checkpoint, which the same command has left
     """
     text = data.read_text() if data else "\n\n".join(topics.values())
     paragraphs = list(dict.fromkeys(text.split("\n\n")))  # each once: what is held out is new to every model
@@ -88,11 +88,11 @@ def main(
             report_to="none", dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         trainer = trainer_of(model, arguments, blocks_of(blocks), blocks_of(heldout), *taught)
-        trainer.train(resume_from_checkpoint=newest_whole(arguments.output_dir))
+        trainer.train(resume_from_checkpoint=newest_whole(arguments.output_dir) if resume else None)
         return math.exp(trainer.evaluate()["eval_loss"])
 
     found = {} if teacher else {"teacher": train("teacher", expert, torch.cat([few, *more]), 2 * steps)}
-    for name, taught in {"alone": [], "distilled": [expert, alpha, temperature]}.items():
+    for name, taught in {"alone": [], "distilled": [expert, alpha]}.items():
         found[name] = train(name, llama(expert.config.vocab_size, 2, 64, seed), few, steps, *taught)
     print("| model | held-out perplexity |\n|---|---|")
     print(*(f"| {name} | {value:.1f} |" for name, value in found.items()), sep="\n")
