@@ -47,11 +47,13 @@ def any_logits(
         @wraps(plain)
         def divergence(student: AnyLogits, teacher: AnyLogits, *args: Any, **options: Any) -> Tensor:
             student, teacher = localised(student), localised(teacher)
-            if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
+            if tensors and (closed_form is None or whole_only(student, None)):
                 return plain(student, teacher, *args, **options)
             return in_blocks(divergence, student, teacher, *args, **options)
 
         about = {
+            "as_written": plain,
             "closed_form": closed_form,
             "needs_logits": needs_logits,
             "needs_classes": needs_classes,
@@ -95,8 +97,9 @@ def whole_only(student: AnyLogits, divergence: Callable[..., Any] | None) -> boo
     x = getattr(student, "hidden", student)
     within = torch.compiler.is_compiling() or student.device.type == "meta" or isinstance(x, FakeTensor)
     transformed = torch._C._functorch.maybe_current_level() is not None
-    if within or transformed or divergence is None:
-        return within or transformed
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if within or transformed or forward_mode or divergence is None:
+        return within or transformed or forward_mode
     function, _ = unwrapped(divergence)
     trained = isinstance(function, nn.Module) and any(p.requires_grad for p in function.parameters())
     return trained or takes(divergence, "mask")

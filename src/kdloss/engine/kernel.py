@@ -1,55 +1,41 @@
 """Values of all tasks in a few rows, and the gradient of their weighted sum by the student's logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdloss.engine.closed_forms import ClosedForm
 from kdloss.engine.labels import Unsoftened, of_classes, of_probabilities
 from kdloss.engine.plan import Group, Plan
-from kdloss.engine.rows import Teachers
-from kdloss.engine.side import New, Side
-from kdloss.engine.task import LabelTask, Task, TeacherTask
+from kdloss.engine.side import Side
+from kdloss.engine.task import LabelTask, TeacherTask
 from kdloss.engine.top_k import among_few
-from kdloss.engine.total import Scratch, Total
+from kdloss.engine.total import Total
 from kdloss.reduction import precise
-from kdloss.targets.sharded import Shard
+from kdloss.targets.kinds import chosen
+
+MakeSide = Callable[[Tensor, Any], Side]
 
 
 @dataclass(frozen=True)
 class Few:
-    """A few rows: the student's and teachers', and where values and gradient go.
+    """A few rows: the student's logits, what its tasks read beside them, and where values and gradient go.
 
-    `weights` are `[r, 1]` for each task, and `off` is where they are 0, for tasks where some are: such a row gets
-    nothing from the task, even if that is infinite or no number.
+    `task` gives a task with what it has in these rows, by its number. `weights` `[r, 1]` are what the tasks' slopes
+    are multiplied with, and `off` is where they are 0, for tasks where some are: such a row gets nothing from the task,
+    even if that is infinite or no number. `values` takes each task's, `[r, 1]`.
     """
 
-    start: int
-    stop: int
     z: Tensor
-    teachers: Teachers
-    values: Tensor
+    task: Callable[[int], Any]
+    values: list[Any]
     weights: Sequence[Tensor] | None
     off: Sequence[Tensor | None]
     gradient: Total | None
-
-    def teacher(self, task: TeacherTask) -> Any:
-        """A teacher's rows."""
-        return self.teachers(task.teacher, self.start, self.stop, task.temperature)
-
-    def labels(self, task: Task) -> Any:
-        """Labels in these rows."""
-        if task.labels is None:
-            return None
-        if isinstance(task, LabelTask) and task.soft:
-            return self.teachers(task.labels, self.start, self.stop, 1.0)
-        return task.labels[self.start : self.stop]
-
-    def note(self, k: int, value: Tensor) -> None:
-        """A task's values `[r, 1]`."""
-        self.values[k, self.start : self.stop] = value.squeeze(-1)
 
     def scaled(self, k: int, numbers: Tensor | float) -> Tensor:
         """Numbers by a task's weight, 0 where that is 0."""
@@ -58,63 +44,81 @@ class Few:
         return scaled if off is None else scaled.masked_fill(off, 0)
 
 
-def compute(plan: Plan, few: Few, scratch: Scratch, shard: Shard | None) -> None:
+def compute(plan: Plan, few: Few, side: MakeSide) -> None:
     """All tasks of the plan in a few rows."""
-    for k, task in plan.by_autograd:
-        here = replace(task, teacher=few.teacher(task), labels=few.labels(task))
-        values, rows = by_autograd(here, few.z, few.gradient is not None)
-        few.note(k, values.unsqueeze(-1))
+    for k in plan.by_autograd:
+        values, rows = by_autograd(few.task(k), few.z, few.gradient is not None)
+        few.values[k] = values.unsqueeze(-1)
         if few.gradient is not None and rows is not None:
             few.gradient.add(rows, few.scaled(k, 1.0), few.off[k])
-    new = scratch.of(len(few.z))
-    for temperature, group in plan.groups.items():
-        with scratch.borrowed():
-            if group.closed or group.labels:
-                q = Side(few.z, temperature, new, shard, normalise=bool(group.closed))
-                pull = by_closed_forms(group, q, few, scratch, new)
-                by_labels(group, q, few, pull, new)
-        by_top_k(group, few, scratch, new)
+    for k in plan.top_k:
+        by_top_k(k, few)
+    for group in plan.groups:
+        q = side(chosen(few.z, group.classes), group.temperature)
+        pull = by_closed_forms(group, q, few, side)
+        by_labels(group, q, few, pull)
 
 
-def by_closed_forms(group: Group, q: Side, few: Few, scratch: Scratch, new: New) -> Tensor | None:
+def by_closed_forms(group: Group, q: Side, few: Few, side: MakeSide) -> Tensor | None:
     """Divergences of a closed form; and what the student's probabilities are to be multiplied with in the gradient."""
     pull = None
-    for of_teacher in group.closed.values():
-        with scratch.borrowed():
-            p = Side(few.teacher(of_teacher[0].task), q.temperature, new, q.shard)
-            for k, _, form, size in of_teacher:
-                with scratch.borrowed():
-                    value, slope, balance = form(q, p, new)
-                    few.note(k, value * size)
-                    if few.gradient is None:
-                        continue
-                    few.gradient.add(slope, few.scaled(k, size / q.temperature), few.off[k])
-                if balance is not None:
-                    own = few.scaled(k, balance * (-size / q.temperature))
-                    pull = own if pull is None else pull + own
+    for teacher, closed in group.closed.items():
+        p = side(few.task(teacher).teacher, group.temperature)
+        for k, form in closed:
+            few.values[k], slope, balance = form(q, p)
+            if few.gradient is None:
+                continue
+            few.gradient.add(slope, few.scaled(k, 1.0), few.off[k], group.classes)
+            if balance is not None:
+                own = few.scaled(k, -balance)
+                pull = own if pull is None else pull + own
     return pull
 
 
-def by_top_k(group: Group, few: Few, scratch: Scratch, new: New) -> None:
-    """Divergences from a teacher's most probable classes."""
-    for k, task in group.top_k:
-        with scratch.borrowed():
-            of = among_few(task, few.z, few.teacher(task), few.gradient is not None, new)
-            few.note(k, of.value)
-            if few.gradient is not None:
-                few.gradient.add(of.others, few.scaled(k, of.share), few.off[k])
-                few.gradient.at(of.classes, few.scaled(k, of.slope))
+def by_top_k(k: int, few: Few) -> None:
+    """A divergence from a teacher's most probable classes."""
+    task, wanted = few.task(k), few.gradient is not None
+    classes = task.student_classes
+    of = among_few(partial(_compare, task, wanted), chosen(few.z, classes), task.teacher)
+    few.values[k] = of.value
+    if few.gradient is None or of.slope is None:
+        return
+    if of.others is not None:
+        few.gradient.add(of.others, few.scaled(k, of.share), few.off[k], classes)
+    few.gradient.at(of.classes, few.scaled(k, of.slope), classes)
 
 
-def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None, new: New) -> None:
+def _compare(task: TeacherTask, wanted: bool, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The values of a divergence and, if wanted, their gradient by the student's logits."""
+    if task.closed_form is None:
+        values, gradient = by_autograd(
+            replace(task, teacher=teacher, labels=None, student_classes=None), student, wanted
+        )
+        return values.unsqueeze(-1), gradient
+    form, size = task.closed_form
+    return in_full(form, student, teacher, task.temperature, size)
+
+
+def in_full(
+    form: ClosedForm, student: Tensor, teacher: Tensor, temperature: float, size: float
+) -> tuple[Tensor, Tensor]:
+    """A closed form's value and its gradient by the student's logits."""
+    q = Side(student, temperature)
+    value, slope, balance = form(q, Side(teacher, temperature))
+    if balance is not None:
+        slope.addcmul_(q.probs, balance.to(slope.dtype), value=-1)
+    return value * size, slope.mul_(size / temperature)
+
+
+def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None) -> None:
     """Cross-entropies, and the student's own part in the gradient of all that was computed with it."""
     own, targets = None, []
-    one = Unsoftened.of(q, new) if group.labels else None
-    for k, task in group.labels:
+    one = Unsoftened(*q.unsoftened()) if group.labels else None
+    for k in group.labels:
         assert one is not None
-        labels = few.labels(task)
-        of = of_probabilities(task, labels, q, one, new) if task.soft else of_classes(task, labels, few.z, q, one, new)
-        few.note(k, of.value)
+        task: LabelTask = few.task(k)
+        of = of_probabilities(task, q, one) if task.soft else of_classes(task, few.z, q, one)
+        few.values[k] = of.value
         targets.append((k, of))
         if few.gradient is not None:
             part = few.scaled(k, of.sums / one.total)
@@ -124,7 +128,7 @@ def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None, new: New) ->
     if one is not None and one.e is q.probs and own is not None and pull is not None:
         own, pull = own + pull, None
     if pull is not None:
-        few.gradient.add(q.probs, pull)
+        few.gradient.add(q.probs, pull, None, group.classes)
     if one is not None and own is not None:
         few.gradient.add(one.e, own)
     for k, of in targets:

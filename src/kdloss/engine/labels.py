@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdloss.engine.side import LN2, New, Side
+from kdloss.engine.side import LN2, Side
 from kdloss.engine.task import LabelTask
 
 
@@ -15,20 +15,6 @@ class Unsoftened(NamedTuple):
     e: Tensor
     total: Tensor
     log_total: Tensor
-
-    @classmethod
-    def of(cls, q: Side, new: New) -> "Unsoftened":
-        """From those at any temperature."""
-        if q.temperature == 1:
-            return cls(q.probs, q.total, q.log_total)
-        out = new()
-        if q.temperature == 2:
-            e = torch.mul(q.probs, q.probs, out=out)
-            total = q.sum(e)
-            return cls(e, total, total.log() + 2 * (q.log_total - q.total.log()))
-        e = torch.mul(q.bits, q.temperature, out=out).exp2_()
-        total = q.sum(e)
-        return cls(e, total, total.log())
 
 
 class Target(NamedTuple):
@@ -45,23 +31,22 @@ class Target(NamedTuple):
     at_label: Tensor | None = None
 
 
-def of_probabilities(task: LabelTask, labels: Tensor, q: Side, one: Unsoftened, new: New) -> Target:
+def of_probabilities(task: LabelTask, q: Side, one: Unsoftened) -> Target:
     """Labels `[r, V]` that are probabilities."""
-    out = new()
-    a = labels.to(q.bits.dtype, copy=True) if out is None else out.copy_(labels)
+    a = task.labels.to(q.bits.dtype, copy=True)
     if task.smoothing > 0:
-        a.mul_(1 - task.smoothing).add_(task.smoothing / labels.shape[-1])
+        a.mul_(1 - task.smoothing).add_(task.smoothing / a.shape[-1])
     if task.class_weights is not None:
         a.mul_(task.class_weights)
     sums = q.sum(a)
     # 0 log 0 is 0, and the sum of a times log_total says where there is no number.
-    gaps = q.sum(torch.mul(a, q.bits, out=new()).nan_to_num_(0.0, neginf=-torch.inf))
+    gaps = q.sum((a * q.bits).nan_to_num_(0.0, neginf=-torch.inf))
     return Target(sums * one.log_total - q.temperature * LN2 * gaps, sums, a)
 
 
-def of_classes(task: LabelTask, labels: Tensor, z: Tensor, q: Side, one: Unsoftened, new: New) -> Target:
+def of_classes(task: LabelTask, z: Tensor, q: Side, one: Unsoftened) -> Target:
     """Labels `[r]` that are classes."""
-    labels = labels.unsqueeze(-1)
+    labels = task.labels.unsqueeze(-1)
     mine, here = labels, None
     if q.shard is not None:
         mine = labels - q.shard.offset
@@ -79,11 +64,11 @@ def of_classes(task: LabelTask, labels: Tensor, z: Tensor, q: Side, one: Unsofte
     at_label_here = at_label if here is None else at_label.masked_fill(~here, 0)
     if task.smoothing == 0:
         return Target(value, y, None, mine, at_label_here)
-    spread, total, share = _spread(task, q, one, new)
+    spread, total, share = _spread(task, q, one)
     return Target((1 - task.smoothing) * value + spread, at_label + total, share, mine, at_label_here)
 
 
-def _spread(task: LabelTask, q: Side, one: Unsoftened, new: New) -> tuple[Tensor, Tensor, Tensor]:
+def _spread(task: LabelTask, q: Side, one: Unsoftened) -> tuple[Tensor, Tensor, Tensor]:
     """What smoothing gives to all classes: its part of the value, its sum, and itself, `[1, 1]` or `[1, V]`."""
     classes = q.bits.shape[-1] if q.shard is None else sum(q.shard.sizes)
     if task.class_weights is None:
@@ -95,5 +80,5 @@ def _spread(task: LabelTask, q: Side, one: Unsoftened, new: New) -> tuple[Tensor
         weights = task.class_weights[start : start + q.bits.shape[-1]]
         share = (weights * (task.smoothing / classes)).to(q.bits.dtype).unsqueeze(0)
         total = task.class_weights.sum(dtype=one.total.dtype).reshape(1, 1) * (task.smoothing / classes)
-        bits = q.sum(torch.mul(q.bits, share, out=new()).nan_to_num_(0.0, neginf=-torch.inf))
+        bits = q.sum((q.bits * share).nan_to_num_(0.0, neginf=-torch.inf))
     return total * one.log_total - q.temperature * LN2 * bits, total, share

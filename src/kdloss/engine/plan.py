@@ -8,63 +8,76 @@ from kdloss.engine.closed_forms import ClosedForm
 from kdloss.engine.rows import identity
 from kdloss.engine.task import LabelTask, Task, TeacherTask
 from kdloss.targets import TopKLogits
+from kdloss.targets.kinds import Classes
 from kdloss.targets.sharded import Shard
 
 
 class Closed(NamedTuple):
-    """A task by its number, with its divergence's closed form and the factor of that."""
+    """A task by its number, and its divergence's closed form."""
 
     k: int
-    task: TeacherTask
     form: ClosedForm
-    size: float
 
 
 @dataclass
 class Group:
-    """What reads the student at one temperature: labels, top-k teachers, and by teacher what has a closed form."""
+    """What reads some of the student's classes at one temperature.
 
-    labels: list[tuple[int, LabelTask]] = field(default_factory=list)
-    top_k: list[tuple[int, TeacherTask]] = field(default_factory=list)
-    closed: dict[Hashable, list[Closed]] = field(default_factory=dict)
+    Cross-entropies by their numbers; and divergences with a closed form, by the number of a task whose teacher is theirs.
+    """
+
+    temperature: float
+    classes: Classes = None
+    labels: list[int] = field(default_factory=list)
+    closed: dict[int, list[Closed]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tasks by number: those that share the student's exponentials by its temperature, and the others."""
+    """Tasks by number: those that share the student's exponentials, those among few classes, and the others.
 
-    groups: dict[float, Group]
-    by_autograd: list[tuple[int, TeacherTask]]
+    A task's value is `sizes` times what is computed, and its gradient `slopes` times.
+    """
+
+    groups: list[Group]
+    top_k: list[int]
+    by_autograd: list[int]
+    sizes: list[float]
+    slopes: list[float]
 
     @property
     def coarseness(self) -> int:
-        """How much more is to be done for a few rows however few they are: autograd builds a graph for each."""
-        return 2 if self.by_autograd or any(group.top_k for group in self.groups.values()) else 1
+        """How much more is to be done for a few rows however few they are."""
+        return 2 if self.by_autograd or self.top_k else 1
 
     @classmethod
     def of(cls, tasks: Sequence[Task]) -> "Plan":
         """Every task where it is computed fastest."""
-        groups: dict[float, Group] = {}
-        labels, others = [], []
+        groups: dict[tuple[Hashable, float], Group] = {}
+        of_teacher: dict[Hashable, int] = {}
+        labels, top_k, others = [], [], []
+        sizes, slopes = [1.0] * len(tasks), [1.0] * len(tasks)
         for k, task in enumerate(tasks):
             if isinstance(task, LabelTask):
-                labels.append((k, task))
-            elif _few_classes(task):
-                groups.setdefault(task.teacher.temperature, Group()).top_k.append((k, task))  # type: ignore[union-attr]
-            elif task.closed_form is None or isinstance(task.teacher, TopKLogits):
-                others.append((k, task))
+                labels.append(k)
+            elif task.vocabulary is not None:
+                others.append(k)
+            elif isinstance(task.teacher, TopKLogits):
+                (others if task.teacher.tail == "uniform" else top_k).append(k)
+            elif task.closed_form is None:
+                others.append(k)
             else:
-                of_teacher = groups.setdefault(task.temperature, Group()).closed
-                of_teacher.setdefault(identity(task.teacher), []).append(Closed(k, task, *task.closed_form))
+                form, sizes[k] = task.closed_form
+                slopes[k] = sizes[k] / task.temperature
+                key = identity(task.student_classes), task.temperature
+                group = groups.setdefault(key, Group(task.temperature, task.student_classes))
+                same = of_teacher.setdefault((*key, identity(task.teacher), identity(task.teacher_classes)), k)
+                group.closed.setdefault(same, []).append(Closed(k, form))
         if labels:  # from whichever exponentials are there
-            host = next((t for t in (1.0, 2.0, *groups) if t in groups), 1.0)
-            groups.setdefault(host, Group()).labels += labels
-        return cls(groups, others)
-
-
-def _few_classes(task: TeacherTask) -> bool:
-    teacher = task.teacher
-    return task.vocabulary is None and isinstance(teacher, TopKLogits) and teacher.tail != "uniform"
+            whole = [group.temperature for group in groups.values() if group.classes is None]
+            host = next((t for t in (1.0, 2.0, *whole) if t in whole), 1.0)
+            groups.setdefault((None, host), Group(host)).labels += labels
+        return cls(list(groups.values()), top_k, others, sizes, slopes)
 
 
 def check_sharded(tasks: Sequence[Task], shard: Shard | None) -> None:

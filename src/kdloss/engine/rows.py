@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdloss.targets import LazyLogits, Mixture
-from kdloss.targets.kinds import AnyLogits, at
+from kdloss.targets.kinds import AnyLogits, Classes, at, chosen_classes
 
 
 class Rows:
@@ -69,9 +69,9 @@ class Teachers:
         for rows in self.rows.values():
             rows.make(start, stop)
 
-    def __call__(self, x: AnyLogits, start: int, stop: int, temperature: float) -> Any:
-        """Rows start to stop of one teacher, for a loss at this temperature."""
-        found = [rows(start, stop) for rows in self.of[id(x)]]
+    def __call__(self, x: AnyLogits, start: int, stop: int, temperature: float, classes: Classes = None) -> Any:
+        """Rows start to stop of one teacher, for a loss at this temperature over these classes."""
+        found = [chosen_classes(rows(start, stop), classes) for rows in self.of[id(x)]]
         return replace(x, teachers=found).dense(temperature) if isinstance(x, Mixture) else found[0]
 
 
@@ -79,6 +79,8 @@ def identity(x: Any) -> Hashable:
     """Equal for logits of which the tensors are the same numbers in memory."""
     if isinstance(x, Tensor):
         return x.data_ptr(), x.dtype, x.shape, x.stride()
+    if isinstance(x, slice):  # which older Python can't hash
+        return x.start, x.stop, x.step
     if isinstance(x, (list, tuple)):
         return tuple(map(identity, x))
     return (type(x), *(identity(getattr(x, field.name)) for field in fields(x))) if is_dataclass(x) else x

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from kdloss.engine.gradients import Gradients, OfHead, OfLogits
 from kdloss.engine.kernel import Few, compute
 from kdloss.engine.plan import Plan, check_sharded
 from kdloss.engine.rows import Rows, Teachers
+from kdloss.engine.side import Side
 from kdloss.engine.task import LabelTask, Task, TeacherTask
-from kdloss.engine.total import Scratch, Total, blank
+from kdloss.engine.total import Total
 from kdloss.targets import LazyLogits, ShardedLogits
 from kdloss.targets.kinds import AnyLogits, is_double
 from kdloss.targets.sharded import Shard
@@ -39,6 +41,7 @@ class Problem:
         overwrite: bool = False,
     ) -> "tuple[Problem, Student]":
         """The problem, and the student's part in it in this process."""
+        tasks = [t if isinstance(t, LabelTask) else t.over_shared_classes(student) for t in tasks]
         for task in tasks:
             if task.labels is not None and not task.labels.is_floating_point() and task.labels.shape != (rows,):
                 raise ValueError(
@@ -61,40 +64,55 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
     if weights is not None:
         gradients = OfHead(x, student, shard) if isinstance(x, LazyLogits) else OfLogits(x, student, problem.overwrite)
     lazy = isinstance(x, LazyLogits) + teachers.lazy
-    many, few = block_rows(classes * max(lazy, 2) // 2), scratch_rows(device, classes)
+    many, few = block_rows(classes * max(lazy, 2) // 2), scratch_rows(device, classes, plan.coarseness)
     if shard is not None:  # every process cuts alike, and seldom: collectives
         few = many = max(block_rows(max(shard.sizes)) // 2, 1)
     wide = any(map(is_double, (x, *(task.teacher for task in tasks if isinstance(task, TeacherTask)))))
     dtype = torch.float64 if wide else torch.float32
-    scratch: Scratch | None = None
     values = torch.zeros(len(tasks), n, dtype=dtype, device=device)
     off, nowhere = switched_off(weights, len(tasks))
+    by = (
+        None
+        if weights is None
+        else [
+            (w if slope == 1 else w * slope).to(dtype).unsqueeze(-1)
+            for w, slope in zip(weights, plan.slopes, strict=True)
+        ]
+    )
+    side = partial(Side, shard=shard)
     with torch.autocast(device.type, enabled=False):
         for start, stop in equal_blocks(n, many if lazy else n):
             student.make(start, stop)
             teachers.make(start, stop)
-            i = start
-            while i < stop:
-                if scratch is None:
-                    scratch = Scratch(min(few, n), classes, dtype, device)
-                j = min(i + few, stop)
-                place = None if gradients is None else gradients.place(i, j, dtype)
-                total = None if gradients is None else Total(scratch.of(j - i)() if place is None else place)
-                by = None if weights is None else [w[i:j].unsqueeze(-1) for w in weights]
-                where = [None if o is None else o[i:j].unsqueeze(-1) for o in off]
-                compute(plan, Few(i, j, student(i, j), teachers, values, by, where, total), scratch, shard)
-                if total is not None and nowhere is not None:
-                    blank(total.buffer, nowhere[i:j].unsqueeze(-1))
-                if gradients is not None and total is not None and place is None:
-                    gradients.rows(i, j, total.buffer)
-                scratch.taken = 0
-                if i == 0 and shard is None:  # now it is known how many buffers these tasks take
-                    few = scratch_rows(device, classes, len(scratch.buffers), plan.coarseness)
-                    scratch = None
-                i = j
+            for i, j in equal_blocks(stop - start, few, start):
+                z = student(i, j).to(dtype)
+                total = None if gradients is None else Total(z, gradients.place(i, j, dtype))
+                these = None if by is None else [w[i:j] for w in by]
+                where = [None if o is None else o[i:j, None] for o in off]
+                rows = Few(z, partial(task_of, tasks, teachers, i, j, dtype), [None] * len(tasks), these, where, total)
+                compute(plan, rows, side)
+                values[:, i:j] = torch.cat(rows.values, -1).T
+                if gradients is not None and total is not None:
+                    found = total.blanked(None if nowhere is None else nowhere[i:j, None])
+                    if total.place is None:
+                        gradients.rows(i, j, found)
             if gradients is not None:
                 gradients.block(start, stop)
+    for k, size in enumerate(plan.sizes):
+        if size != 1:
+            values[k] *= size
     return values, gradients
+
+
+def task_of(tasks: Sequence[Task], teachers: Teachers, start: int, stop: int, dtype: torch.dtype, k: int) -> Task:
+    """Task k with what it has in rows start to stop."""
+    task = tasks[k]
+    if isinstance(task, LabelTask):
+        labels = teachers(task.labels, start, stop, 1.0) if task.soft else task.labels[start:stop]
+        return LabelTask(labels, task.smoothing, task.class_weights)
+    rows = teachers(task.teacher, start, stop, task.temperature, task.teacher_classes)
+    rows = rows.to(dtype) if isinstance(rows, Tensor) else rows
+    return task.with_rows(rows, None if task.labels is None else task.labels[start:stop])
 
 
 def read_by_rows(tasks: Sequence[Task]) -> Iterator[AnyLogits]:
@@ -115,17 +133,16 @@ def switched_off(weights: Tensor | None, tasks: int) -> tuple[list[Tensor | None
     return [o if there else None for o, there in zip(off, some, strict=True)], off.all(0) if all(some) else None
 
 
-def equal_blocks(rows: int, most: int) -> Iterator[tuple[int, int]]:
+def equal_blocks(rows: int, most: int, first: int = 0) -> Iterator[tuple[int, int]]:
     """Blocks of at most so many rows, of equal size but for one row."""
     blocks = -(-rows // most) if rows else 0
     for k in range(blocks):
-        yield rows * k // blocks, rows * (k + 1) // blocks
+        yield first + rows * k // blocks, first + rows * (k + 1) // blocks
 
 
-def scratch_rows(device: torch.device, classes: int, buffers: int = 8, coarseness: int = 1) -> int:
+def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int:
     """How many rows are worked on at a time: what stays in a CPU's cache, or fills an accelerator."""
-    cpu = device.type == "cpu"
-    entries = min(2**19 * coarseness, 2**21 // max(buffers, 1)) * (torch.get_num_threads() if cpu else 64)
+    entries = 2**18 * coarseness * (torch.get_num_threads() if device.type == "cpu" else 128)
     return max(1, entries // max(classes, 1))
 
 

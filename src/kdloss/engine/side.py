@@ -1,73 +1,100 @@
 """One side of a divergence: the softmax of a few rows, which is only read once it is made."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kdloss.engine.terms import NO_MASS
-from kdloss.reduction import precise, widest
+from kdloss.engine.terms import NO_MASS, kl_terms
+from kdloss.reduction import widest
 from kdloss.targets.sharded import Shard
 
 LN2 = math.log(2)
 NO_BITS = NO_MASS / LN2
-New = Callable[[], Tensor | None]
-"""Hands out a buffer `[r, V]` to write a result to, or None: then PyTorch makes one."""
+PIECE = 128
+"""How many numbers are added in the dtype they have: their sum is as good as each of them."""
 
 
 class Side:
-    r"""Rows `[r, V]` at a temperature: $b = (z - \max z) / (T \ln 2)$, and the probabilities $2^b / \sum 2^b$;
-    or, if not to be normalised, $2^b$, of which `total` is the sum then.
+    r"""Rows `[r, V]` of logits at a temperature: $b = (z - \max z) / (T \ln 2)$, and the probabilities
+    $2^b / \sum 2^b$.
 
     In bits, as exp2 is computed three times faster than exp on CPUs; logarithms that leave are natural ones.
+    A temperature that is a tensor is computed as `like` one would be.
     """
 
     def __init__(
-        self, logits: Tensor, temperature: float, new: New, shard: Shard | None = None, normalise: bool = True
+        self, logits: Tensor, temperature: float | Tensor, shard: Shard | None = None, like: float | None = None
     ) -> None:
         self.temperature, self.shard = temperature, shard
-        out = new()
-        dtype = precise(logits).dtype if out is None else out.dtype
+        self.like = temperature if like is None else like
         if logits.shape[-1]:
-            top = logits.amax(-1, keepdim=True).to(dtype)
+            top = logits.amax(-1, keepdim=True)
         else:  # a process without any class
-            top = torch.full((len(logits), 1), -torch.inf, dtype=dtype, device=logits.device)
-        top = top if shard is None else shard.max(top)
-        self.top = top.masked_fill(top == -torch.inf, 0)
+            top = logits.new_full((len(logits), 1), -torch.inf)
+        self.top = finite(top if shard is None else shard.max(top))
         # The largest leaves before the division, which then rounds small numbers, not large ones.
-        if logits.dtype == dtype:
-            shifted = torch.sub(logits, self.top, out=out)
-        else:
-            shifted = (logits.to(dtype) if out is None else out.copy_(logits)).sub_(self.top)
-        self.bits = shifted.mul_(1 / (LN2 * temperature))
-        probs = torch.exp2(self.bits, out=new())
+        self.bits = (logits - self.top).mul_(1 / (LN2 * temperature))
+        mass = self.bits.exp2()
         # The small differences of large sums that a divergence is need more digits than float32 has.
-        total = self.sum(probs)
+        total = self.sum(mass)
         self.log_total = total.log()
-        self.probs = probs.div_(total.to(dtype)) if normalise else probs
-        self.total = torch.ones_like(total) if normalise else total
+        self.probs = mass.div_(total.to(mass.dtype))
 
     def sum(self, rows: Tensor) -> Tensor:
-        """Sums over all classes, in float64 where there is one."""
-        total = rows.sum(-1, keepdim=True, dtype=widest(rows.device))
+        """Sums over all classes `[r, 1]`, in float64 where there is one."""
+        total = wide_sum(rows)
         return total if self.shard is None else self.shard.sum(total)
 
-    def log_ratio_to(self, other: "Side", out: Tensor | None, smooth: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def kl(self, other: "Side") -> Tensor:
+        """KL(self || other): the mean difference of logits, at self's probabilities, less that of all logits."""
+        if self.flat:
+            return self.sum(kl_terms(self.probs, other.probs, self.log_probs(), other.log_probs()))
+        terms = (self.bits - other.bits).mul_(self.probs).nan_to_num_(0.0, posinf=torch.inf)
+        return self.sum(terms) * LN2 + (other.log_total - self.log_total)
+
+    def log_ratio_to(self, other: "Side", smooth: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """log(self / other) of the probabilities, NaN where both are 0; of smooth bits of both, if given."""
         mine, others = smooth or (self.bits, other.bits)
-        gap = torch.sub(mine, others, out=out)
-        return torch.add((other.log_total - self.log_total).to(gap.dtype), gap, alpha=LN2, out=out)
+        gap = mine - others
+        return gap.mul_(LN2).add_((other.log_total - self.log_total).to(gap.dtype))
 
     def log_probs(self) -> Tensor:
         """Natural logarithms of the probabilities, in memory of their own."""
         return self.bits * LN2 - self.log_total.to(self.bits.dtype)
 
+    def unsoftened(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities at T = 1 up to their sum, their sum, and the log of the sum of exponentials."""
+        if self.like == 1:
+            return self.probs, torch.ones_like(self.log_total), self.log_total
+        if self.like == 2:
+            e = self.probs.square()
+            total = self.sum(e)
+            return e, total, total.log() + 2 * self.log_total
+        e = (self.bits * self.temperature).exp2_()
+        total = self.sum(e)
+        return e, total, total.log()
+
     @property
     def flat(self) -> bool:
         """Whether T² multiplies the rounding of sums over nearly equal terms beyond what is promised."""
-        return self.temperature > 8
+        return bool(self.like > 8)
 
-    def smooth(self, out: Tensor | None) -> Tensor:
+    def smooth(self) -> Tensor:
         """Probabilities of which none is 0, so that every ratio and logarithm is finite."""
-        return torch.clamp(self.probs, min=math.exp(NO_MASS), out=out)
+        return self.probs.clamp(min=math.exp(NO_MASS))
+
+
+def finite(top: Tensor) -> Tensor:
+    """The largest logits, 0 where all are -inf: what logits are taken relative to."""
+    return top.masked_fill(top == -torch.inf, 0)
+
+
+def wide_sum(rows: Tensor) -> Tensor:
+    """Sums over the last dimension `[..., 1]`: pieces of it as they are, then those in float64."""
+    wide = widest(rows.device)
+    whole = rows.shape[-1] // PIECE * PIECE
+    if rows.dtype == wide or not whole:
+        return rows.sum(-1, keepdim=True).to(wide)
+    total = rows[..., :whole].unflatten(-1, (-1, PIECE)).sum(-1).sum(-1, keepdim=True, dtype=wide)
+    return total if whole == rows.shape[-1] else total + rows[..., whole:].sum(-1, keepdim=True)

@@ -12,7 +12,7 @@ from kdloss._cross_entropy import cross_entropy
 from kdloss.engine.closed_forms import ClosedForm
 from kdloss.reduction import parameters, precise, takes
 from kdloss.targets import Mixture, ShardedLogits, TopKLogits
-from kdloss.targets.kinds import AnyLogits, against, at, check, dense
+from kdloss.targets.kinds import AnyLogits, Classes, against, at, check, chosen_classes, dense
 
 Vocabulary = Callable[[AnyLogits, AnyLogits], tuple[AnyLogits, AnyLogits]]
 Pick = Callable[[Tensor], Tensor]
@@ -55,7 +55,7 @@ class LabelTask:
 @dataclass(frozen=True)
 class TeacherTask:
     """One divergence from one teacher, which stands at all positions; `labels`, where a divergence takes
-    some, are `[rows]` of the positions that are computed.
+    some, are `[rows]` of the positions that are computed. Over `student_classes` and `teacher_classes` alone, if given.
     """
 
     divergence: Callable[..., Tensor]
@@ -63,6 +63,8 @@ class TeacherTask:
     temperature: float = 1.0
     vocabulary: Vocabulary | None = None
     labels: Tensor | None = None
+    student_classes: Classes = None
+    teacher_classes: Classes = None
 
     def at(self, pick: Pick) -> "TeacherTask":
         """The task at chosen positions."""
@@ -72,8 +74,8 @@ class TeacherTask:
         """The specification, by autograd: one value at every position of the student's, where teacher and
         labels stand, too. A divergence between positions is told by the mask which count.
         """
-        s: AnyLogits = precise(dense(student))
-        t = self.teacher
+        s: AnyLogits = chosen_classes(precise(dense(student)), self.student_classes)
+        t = chosen_classes(self.teacher, self.teacher_classes)
         if self.vocabulary is not None:
             s, t = self.vocabulary(s, t)
         if not (isinstance(s, Tensor) and isinstance(t, Tensor) and self._any_vocabulary):
@@ -89,13 +91,33 @@ class TeacherTask:
             raise ValueError(f"{self.name} compares by the labels, and there are none: pass labels=...")
         extra = {"labels": self.labels, "mask": mask}
         extra = {name: x for name, x in extra.items() if x is not None and takes(self.divergence, name)}
-        values = self.divergence(student, teacher, temperature=self.temperature, **extra)
+        values = as_written(self.divergence)(student, teacher, temperature=self.temperature, **extra)
         if values.shape != student.shape[:-1]:
             raise ValueError(
                 f"a divergence returns one value per position, {tuple(student.shape[:-1])} for logits "
                 f"{tuple(student.shape)}; it returned {tuple(values.shape)}: sum over the last one only"
             )
         return values
+
+    def with_rows(self, teacher: AnyLogits, labels: Tensor | None) -> "TeacherTask":
+        """The task in some rows; what was found out of the divergence isn't looked for again."""
+        other = object.__new__(TeacherTask)
+        vars(other).update(vars(self) | {"teacher": teacher, "labels": labels, "teacher_classes": None})
+        return other
+
+    def over_shared_classes(self, student: AnyLogits) -> "TeacherTask":
+        """The task without a vocabulary, where that says which classes student and teacher share.
+
+        A teacher of whom rows are given, or several, is cut row by row, any other here.
+        """
+        shared = getattr(self.vocabulary, "shared", None)
+        if shared is None or isinstance(student, ShardedLogits):
+            return self
+        mine, theirs = shared(student, self.teacher)
+        teacher = self.teacher
+        if isinstance(theirs, slice) or not isinstance(teacher, (Tensor, Mixture)):
+            teacher, theirs = chosen_classes(teacher, theirs), None
+        return replace(self, vocabulary=None, teacher=teacher, student_classes=mine, teacher_classes=theirs)
 
     def check(self, student: AnyLogits) -> None:
         """Student and teacher fit each other, and the divergence what the teacher gave."""
@@ -144,7 +166,7 @@ class TeacherTask:
         """The divergence's closed form, if it has one, and the factor T² of its value."""
         function, options = unwrapped(self.divergence)
         form = getattr(function, "closed_form", None)
-        if form is None or self.vocabulary is not None or function is None:
+        if form is None or function is None:
             return None
         takes_it = parameters(function).get("t_squared")
         squared = takes_it is not None and options.pop("t_squared", takes_it.default)
@@ -172,3 +194,12 @@ def unwrapped(function: Any) -> tuple[Any, dict[str, Any]]:
         options = {**function.keywords, **options}
         function = function.func
     return function, options
+
+
+def as_written(divergence: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A divergence as it is written down, where the engine would compute it."""
+    function, options = unwrapped(divergence)
+    plain = getattr(function, "as_written", None)
+    if plain is None:
+        return divergence
+    return partial(plain, **options) if options else plain

@@ -13,6 +13,8 @@ from kdloss.targets.sharded import ShardedLogits
 from kdloss.targets.top_k import TopKLogits
 
 AnyLogits = Tensor | LazyLogits | TopKLogits | Mixture | ShardedLogits
+Classes = slice | Tensor | None
+"""Some entries of a vocabulary; None for all."""
 KINDS = (Tensor, LazyLogits, TopKLogits, Mixture, ShardedLogits)  # older torch compiles no isinstance of a union
 
 
@@ -36,8 +38,10 @@ def classes(x: AnyLogits) -> int | None:
     return x.vocabulary if isinstance(x, TopKLogits) else x.shape[-1]
 
 
-def chosen_classes(x: AnyLogits, ids: Tensor | slice) -> AnyLogits:
+def chosen_classes(x: AnyLogits, ids: Classes) -> AnyLogits:
     """Only some entries of the vocabulary, in this order."""
+    if ids is None:
+        return x
     if isinstance(x, TopKLogits):
         if x.vocabulary is None:
             raise ValueError("how many classes were there? write TopKLogits(..., vocabulary=...)")
@@ -47,7 +51,14 @@ def chosen_classes(x: AnyLogits, ids: Tensor | slice) -> AnyLogits:
         return x.renamed(new, len(kept))
     if isinstance(x, ShardedLogits):
         raise TypeError("a sharded vocabulary can't be cut or mapped; bring both sides to one before sharding")
-    return x[..., ids] if isinstance(x, Tensor) else x.classes(ids)
+    return chosen(x, ids) if isinstance(x, Tensor) else x.classes(ids)
+
+
+def chosen(x: Tensor, ids: Classes) -> Tensor:
+    """Some columns of a tensor."""
+    if ids is None:
+        return x
+    return x[..., ids] if isinstance(ids, slice) else x.index_select(-1, ids)
 
 
 def dense(x: AnyLogits, temperature: float = 1.0) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from kdloss.targets.kinds import AnyLogits, chosen_classes, classes
+from kdloss.targets.kinds import AnyLogits, Classes, chosen_classes, classes
 
 
 def truncate(student: AnyLogits, teacher: AnyLogits) -> tuple[AnyLogits, AnyLogits]:
@@ -20,11 +20,19 @@ def truncate(student: AnyLogits, teacher: AnyLogits) -> tuple[AnyLogits, AnyLogi
     >>> student.shape, teacher.shape
     (torch.Size([2, 50]), torch.Size([2, 50]))
     """
+    mine, theirs = _prefix(student, teacher)
+    return chosen_classes(student, mine), chosen_classes(teacher, theirs)
+
+
+def _prefix(student: AnyLogits, teacher: AnyLogits) -> tuple[Classes, Classes]:
+    """Which classes of each they share, as the engine asks for them."""
     s, t = classes(student), classes(teacher)
     if s is None or t is None or s == t:
-        return student, teacher
-    shared = min(s, t)
-    return chosen_classes(student, slice(shared)), chosen_classes(teacher, slice(shared))
+        return None, None
+    return slice(t) if s > t else None, slice(s) if t > s else None
+
+
+vars(truncate)["shared"] = _prefix
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +82,12 @@ class TokenMap:
 
     def __call__(self, student: AnyLogits, teacher: AnyLogits) -> tuple[AnyLogits, AnyLogits]:
         """Student and teacher over the shared tokens, in the same order."""
-        s, t = self.student_ids.to(student.device), self.teacher_ids.to(student.device)
+        s, t = self.shared(student, teacher)
         return chosen_classes(student, s), chosen_classes(teacher, t)
+
+    def shared(self, student: AnyLogits, teacher: AnyLogits) -> tuple[Tensor, Tensor]:
+        """The shared tokens' ids in each, where the logits are."""
+        return self.student_ids.to(student.device), self.teacher_ids.to(student.device)
 
     def to_teacher(self, input_ids: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
         """The teacher's ids for `input_ids`, the student's: what the teacher's forward pass is given."""
