@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kdloss.engine.rows import matmul_dtype
 from kdloss.engine.run import Problem, Student, run
-from kdloss.reduction import fill, precise
+from kdloss.engine.total import blank
+from kdloss.reduction import fill, precise, widest
 from kdloss.targets import LazyLogits
 from kdloss.targets.kinds import at, dense
 
@@ -34,8 +35,14 @@ def fused(problem: Problem, student: Student, weights: Tensor) -> tuple[Tensor, 
 
 
 def per_position(problem: Problem, student: Student) -> Tensor:
-    """The values of all tasks `[tasks, rows]`; the gradient's pass follows in backward."""
-    values: Tensor = _apply(_PerPosition, problem, student, *parts(student))
+    """The values of all tasks `[tasks, rows]`.
+
+    One task's gradient is computed with them, where it is as large as the logits and has no fewer digits than what is
+    multiplied with it in backward. Otherwise the gradient's pass follows in backward.
+    """
+    alone = len(problem.tasks) == 1 and isinstance(student, Tensor) and student.dtype.itemsize >= 4
+    wanted = alone and torch.is_grad_enabled() and student.requires_grad
+    values: Tensor = _apply(_PerPosition, problem, student, wanted, *parts(student))
     return values
 
 
@@ -72,15 +79,26 @@ class _Fused(torch.autograd.Function):
             if wanted:
                 of_weights = (upstream * _countable(values, weights)).to(weights.dtype).sum_to_size(weights.shape)
             if gradients is not None:
-                return (*none, of_weights, *(None if g is None else g.mul_(upstream) for g in gradients))
+                return (*none, of_weights, *_scaled(gradients, upstream))
             return (*none, of_weights, *_by_rows(problem, student, weights * upstream))
+
+
+def _scaled(gradients: Sequence[Tensor | None], by: Tensor) -> Sequence[Tensor | None]:
+    """Gradients times a number, in place; where looking at it waits for nothing, not if it is 1."""
+    if by.device.type == "cpu" and by.item() == 1:
+        return gradients
+    return [None if g is None else g.mul_(by) for g in gradients]
 
 
 class _PerPosition(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, problem: Problem, student: Student, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, problem: Problem, student: Student, wanted: bool, *tensors: Tensor) -> Tensor:
         ctx.autocast = autocast_of(student)
-        values, _ = run(problem, student, None)
+        one = torch.ones((), dtype=widest(student.device), device=student.device) if wanted else None
+        values, gradients = run(
+            replace(problem, overwrite=False), student, None if one is None else one.expand(1, problem.rows)
+        )
+        ctx.gradient = None if gradients is None else gradients.tensors()[0]
         kept, ctx.together = apart((problem, student, values))
         ctx.save_for_backward(*kept)
         return values
@@ -88,11 +106,24 @@ class _PerPosition(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         problem, student, values = ctx.together(iter(ctx.saved_tensors))
+        gradient, ctx.gradient = ctx.gradient, None
         with ctx.autocast():
-            if not torch.is_grad_enabled():
-                return (None, None, *_by_rows(problem, student, upstream))
-            one = torch.ones_like(upstream)
-            return (None, *_by_autograd(problem, student, upstream, values, one, wanted=False))
+            if torch.is_grad_enabled():
+                one = torch.ones_like(upstream)
+                return (None, None, *_by_autograd(problem, student, upstream, values, one, wanted=False))
+            if gradient is not None:
+                return None, None, None, _by_row_weights(gradient, problem, upstream[0])
+            return (None, None, None, *_by_rows(problem, student, upstream))
+
+
+def _by_row_weights(gradient: Tensor, problem: Problem, weights: Tensor) -> Tensor:
+    """A gradient of one task times a number for each row, in place; exactly 0 where that is 0."""
+    rows = gradient.view(-1, gradient.shape[-1])
+    if problem.index is not None:
+        weights = weights.new_zeros(len(rows)).index_copy_(0, problem.index, weights)
+    weights = weights.unsqueeze(-1)
+    blank(rows.mul_(weights), weights == 0)
+    return gradient
 
 
 def _by_rows(problem: Problem, student: Student, weights: Tensor) -> Sequence[Tensor | None]:

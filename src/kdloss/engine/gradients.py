@@ -20,13 +20,11 @@ class OfLogits:
         empty = torch.empty if self.index is None else torch.zeros
         self.gradient = logits.detach() if in_place else empty(logits.shape, dtype=logits.dtype, device=logits.device)
         self.flat = self.gradient.view(logits.shape[:-1].numel(), logits.shape[-1])
-        self.overwritten = in_place
+        self.in_place = in_place
 
-    def place(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
-        """Where the gradient of some rows may be written to at once, in this dtype, if anywhere."""
-        if self.overwritten or self.index is not None or self.flat.dtype != dtype:
-            return None
-        return self.flat[start:stop]
+    def place(self, start: int, stop: int) -> Tensor | None:
+        """Where the gradient of some rows belongs, if it is one place: for a student that is `in_place` its logits'."""
+        return None if self.index is not None else self.flat[start:stop]
 
     def rows(self, start: int, stop: int, gradient: Tensor) -> None:
         """Take the gradient of some rows."""
@@ -40,7 +38,7 @@ class OfLogits:
 
     def tensors(self) -> Sequence[Tensor | None]:
         """One gradient for each of the student's tensors."""
-        if self.overwritten and self.index is not None:
+        if self.in_place and self.index is not None:
             ignored = torch.ones(len(self.flat), dtype=torch.bool, device=self.flat.device)
             ignored[self.index] = False
             self.flat.masked_fill_(ignored.unsqueeze(-1), 0)
@@ -77,16 +75,17 @@ class OfHead:
     """A student that gave hidden states and head: the logits' gradient takes the place of their block."""
 
     def __init__(self, student: LazyLogits, rows: Rows, shard: Shard | None) -> None:
-        self.shard = shard
+        self.shard, self.in_place = shard, True
         self.student, self.rows_of, self.lazy = student, rows, rows.lazy
         n = len(self.lazy.hidden)
         self.hidden = self._zeros(student.hidden, (n, student.hidden.shape[-1]))
         self.weight = self._zeros(student.weight, student.weight.shape, wide=True)
         self.bias = None if student.bias is None else self._zeros(student.bias, student.bias.shape, wide=True)
 
-    def place(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
-        """Nowhere: the logits are still read where the gradient goes."""
-        return None
+    def place(self, start: int, stop: int) -> Tensor | None:
+        """The logits' own, where these are what the head gave."""
+        shaped = self.lazy.softcap is not None or self.lazy.scale != 1
+        return None if shaped else self.rows_of(start, stop)
 
     def rows(self, start: int, stop: int, gradient: Tensor) -> None:
         """Take the gradient of some rows, back through cap and scale."""

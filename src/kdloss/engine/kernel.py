@@ -1,7 +1,7 @@
 """Values of all tasks in a few rows, and the gradient of their weighted sum by the student's logits."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,21 +21,22 @@ from kdloss.targets.kinds import chosen
 MakeSide = Callable[[Tensor, Any], Side]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Few:
-    """A few rows: the student's logits, what its tasks read beside them, and where values and gradient go.
+    """A few rows: the student's logits and what its tasks read beside them; then values and gradient.
 
     `task` gives a task with what it has in these rows, by its number. `weights` `[r, 1]` are what the tasks' slopes
-    are multiplied with, and `off` is where they are 0, for tasks where some are: such a row gets nothing from the task,
-    even if that is infinite or no number. `values` takes each task's, `[r, 1]`.
+    are multiplied with, None where no gradient is wanted, and `off` is where they are 0, for tasks where some are: such
+    a row gets nothing from the task, even if that is infinite or no number. `nowhere` is where all are 0.
     """
 
     z: Tensor
     task: Callable[[int], Any]
-    values: list[Any]
     weights: Sequence[Tensor] | None
     off: Sequence[Tensor | None]
-    gradient: Total | None
+    nowhere: Tensor | None = None
+    values: dict[int, Tensor] = field(default_factory=dict)
+    gradient: Total | None = None
 
     def scaled(self, k: int, numbers: Tensor | float) -> Tensor:
         """Numbers by a task's weight, 0 where that is 0."""
@@ -44,8 +45,10 @@ class Few:
         return scaled if off is None else scaled.masked_fill(off, 0)
 
 
-def compute(plan: Plan, few: Few, side: MakeSide) -> None:
-    """All tasks of the plan in a few rows."""
+def compute(plan: Plan, few: Few, side: MakeSide, place: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Values `[r, k]` of all tasks of the plan in a few rows; and the gradient, in its place where one is given."""
+    if few.weights is not None:
+        few.gradient = Total(few.z, place)
     for k in plan.by_autograd:
         values, rows = by_autograd(few.task(k), few.z, few.gradient is not None)
         few.values[k] = values.unsqueeze(-1)
@@ -57,6 +60,8 @@ def compute(plan: Plan, few: Few, side: MakeSide) -> None:
         q = side(chosen(few.z, group.classes), group.temperature)
         pull = by_closed_forms(group, q, few, side)
         by_labels(group, q, few, pull)
+    values = torch.cat([few.values[k] for k in range(len(few.off))], -1)
+    return values, None if few.gradient is None else few.gradient.blanked(few.nowhere)
 
 
 def by_closed_forms(group: Group, q: Side, few: Few, side: MakeSide) -> Tensor | None:

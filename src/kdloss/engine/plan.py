@@ -23,7 +23,7 @@ class Closed(NamedTuple):
 class Group:
     """What reads some of the student's classes at one temperature.
 
-    Cross-entropies by their numbers; and divergences with a closed form, by the number of a task whose teacher is theirs.
+    Cross-entropies by number; and divergences with a closed form, by the number of a task whose teacher is theirs.
     """
 
     temperature: float
@@ -40,10 +40,10 @@ class Plan:
     """
 
     groups: list[Group]
-    top_k: list[int]
-    by_autograd: list[int]
-    sizes: list[float]
-    slopes: list[float]
+    top_k: list[int] = field(default_factory=list)
+    by_autograd: list[int] = field(default_factory=list)
+    sizes: list[float] = field(default_factory=list)
+    slopes: list[float] = field(default_factory=list)
 
     @property
     def coarseness(self) -> int:

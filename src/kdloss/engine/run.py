@@ -3,17 +3,18 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdloss.engine.compiled import Block, block_of
 from kdloss.engine.gradients import Gradients, OfHead, OfLogits
-from kdloss.engine.kernel import Few, compute
+from kdloss.engine.kernel import Few, MakeSide, compute
 from kdloss.engine.plan import Plan, check_sharded
 from kdloss.engine.rows import Rows, Teachers
 from kdloss.engine.side import Side
 from kdloss.engine.task import LabelTask, Task, TeacherTask
-from kdloss.engine.total import Total
 from kdloss.targets import LazyLogits, ShardedLogits
 from kdloss.targets.kinds import AnyLogits, is_double
 from kdloss.targets.sharded import Shard
@@ -70,38 +71,55 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
     wide = any(map(is_double, (x, *(task.teacher for task in tasks if isinstance(task, TeacherTask)))))
     dtype = torch.float64 if wide else torch.float32
     values = torch.zeros(len(tasks), n, dtype=dtype, device=device)
+    block = None if shard is not None else block_of(plan, tasks, x, dtype)
+    if block is not None:
+        few = compiled_rows(device, classes)
     off, nowhere = switched_off(weights, len(tasks))
-    by = (
-        None
-        if weights is None
-        else [
-            (w if slope == 1 else w * slope).to(dtype).unsqueeze(-1)
-            for w, slope in zip(weights, plan.slopes, strict=True)
-        ]
-    )
+    by = None if weights is None else [_times(w, slope, dtype) for w, slope in zip(weights, plan.slopes, strict=True)]
     side = partial(Side, shard=shard)
     with torch.autocast(device.type, enabled=False):
         for start, stop in equal_blocks(n, many if lazy else n):
             student.make(start, stop)
             teachers.make(start, stop)
             for i, j in equal_blocks(stop - start, few, start):
-                z = student(i, j).to(dtype)
-                total = None if gradients is None else Total(z, gradients.place(i, j, dtype))
-                these = None if by is None else [w[i:j] for w in by]
-                where = [None if o is None else o[i:j, None] for o in off]
-                rows = Few(z, partial(task_of, tasks, teachers, i, j, dtype), [None] * len(tasks), these, where, total)
-                compute(plan, rows, side)
-                values[:, i:j] = torch.cat(rows.values, -1).T
-                if gradients is not None and total is not None:
-                    found = total.blanked(None if nowhere is None else nowhere[i:j, None])
-                    if total.place is None:
-                        gradients.rows(i, j, found)
+                task = partial(task_of, tasks, teachers, i, j, dtype)
+                rows = Few(student(i, j), task, _cut(by, i, j), _cut(off, i, j), _cut([nowhere], i, j)[0])
+                if block is None or j - i < 2:
+                    values[:, i:j] = uncompiled(plan, rows, side, gradients, i, j, dtype).T
+                else:
+                    values[:, i:j] = compiled(block, plan, rows, gradients, i, j).T
             if gradients is not None:
                 gradients.block(start, stop)
     for k, size in enumerate(plan.sizes):
         if size != 1:
             values[k] *= size
     return values, gradients
+
+
+def uncompiled(
+    plan: Plan, few: Few, side: MakeSide, gradients: Gradients | None, start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    """Values of a few rows, whose gradients are taken."""
+    place = None if gradients is None or gradients.in_place else gradients.place(start, stop)
+    place = None if place is None or place.dtype != dtype else place
+    few.z = few.z.to(dtype)
+    values, gradient = compute(plan, few, side, place)
+    if gradients is not None and gradient is not None and place is None:
+        gradients.rows(start, stop, gradient)
+    return values
+
+
+def compiled(block: Block, plan: Plan, few: Few, gradients: Gradients | None, start: int, stop: int) -> Tensor:
+    """The same by a compiled block, which writes the gradient where it belongs."""
+    if gradients is None:
+        return block(plan, few, None)
+    place = gradients.place(start, stop)
+    if place is not None:
+        return block(plan, few, None if gradients.in_place else place)
+    fresh = torch.empty_like(few.z)
+    values = block(plan, few, fresh)
+    gradients.rows(start, stop, fresh)
+    return values
 
 
 def task_of(tasks: Sequence[Task], teachers: Teachers, start: int, stop: int, dtype: torch.dtype, k: int) -> Task:
@@ -115,6 +133,14 @@ def task_of(tasks: Sequence[Task], teachers: Teachers, start: int, stop: int, dt
     return task.with_rows(rows, None if task.labels is None else task.labels[start:stop])
 
 
+def _times(weights: Tensor, slope: float, dtype: torch.dtype) -> Tensor:
+    return (weights if slope == 1 else weights * slope).to(dtype).unsqueeze(-1)
+
+
+def _cut(columns: Any, start: int, stop: int) -> Any:
+    return None if columns is None else [None if x is None else x[start:stop] for x in columns]
+
+
 def read_by_rows(tasks: Sequence[Task]) -> Iterator[AnyLogits]:
     """Teachers, and labels that stand at all positions as they do."""
     for task in tasks:
@@ -125,11 +151,14 @@ def read_by_rows(tasks: Sequence[Task]) -> Iterator[AnyLogits]:
 
 
 def switched_off(weights: Tensor | None, tasks: int) -> tuple[list[Tensor | None], Tensor | None]:
-    """For each task the rows of weight 0, and those where all tasks have none; None where there are no such rows."""
+    """For each task the rows `[n, 1]` of weight 0, and those where all tasks have none; None where there are none.
+
+    On accelerators, where looking for them would wait, there may be some wherever weights differ from row to row.
+    """
     if weights is None:
         return [None] * tasks, None
-    off = weights == 0
-    some = off.any(1).tolist()
+    off = (weights == 0).unsqueeze(-1)
+    some = off.any(1).flatten().tolist()
     return [o if there else None for o, there in zip(off, some, strict=True)], off.all(0) if all(some) else None
 
 
@@ -144,6 +173,12 @@ def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int
     """How many rows are worked on at a time: what stays in a CPU's cache, or fills an accelerator."""
     entries = 2**18 * coarseness * (torch.get_num_threads() if device.type == "cpu" else 128)
     return max(1, entries // max(classes, 1))
+
+
+def compiled_rows(device: torch.device, classes: int) -> int:
+    """The same for compiled work, which keeps next to nothing on the way."""
+    entries = 2**19 * torch.get_num_threads() if device.type == "cpu" else 2**27
+    return max(2, entries // max(classes, 1))
 
 
 def block_rows(classes: int, budget: int = 2**27) -> int:

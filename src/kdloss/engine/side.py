@@ -23,15 +23,15 @@ class Side:
     A temperature that is a tensor is computed as `like` one would be.
     """
 
+    pieced = False
+
     def __init__(
         self, logits: Tensor, temperature: float | Tensor, shard: Shard | None = None, like: float | None = None
     ) -> None:
         self.temperature, self.shard = temperature, shard
         self.like = temperature if like is None else like
-        if logits.shape[-1]:
-            top = logits.amax(-1, keepdim=True)
-        else:  # a process without any class
-            top = logits.new_full((len(logits), 1), -torch.inf)
+        here = logits if logits.shape[-1] else logits.new_full((len(logits), 1), -torch.inf)  # no class in this process
+        top = here.amax(-1, keepdim=True)
         self.top = finite(top if shard is None else shard.max(top))
         # The largest leaves before the division, which then rounds small numbers, not large ones.
         self.bits = (logits - self.top).mul_(1 / (LN2 * temperature))
