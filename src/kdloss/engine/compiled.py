@@ -1,0 +1,207 @@
+"""The work on a few rows, fused by torch.compile into two or three sweeps over the logits."""
+
+import logging
+import types
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdloss.engine.kernel import Few, compute
+from kdloss.engine.pieces import PiecedSide
+from kdloss.engine.plan import Group, Plan
+from kdloss.engine.rows import identity, matmul_dtype
+from kdloss.engine.side import Side
+from kdloss.engine.switch import wanted
+from kdloss.engine.task import LabelTask, Task, TeacherTask
+from kdloss.reduction import widest
+from kdloss.targets import LazyLogits
+from kdloss.targets.kinds import Classes
+
+_log = logging.getLogger("kdloss")
+
+
+class Rows(NamedTuple):
+    """What a few rows bring along: the student's logits; by task its teacher's logits or its labels, and weights of
+    classes; by group its temperature and classes; by task what the slope is multiplied with and where it is off.
+    """
+
+    z: Tensor
+    beside: list[Tensor | None]
+    class_weights: list[Tensor | None]
+    temperatures: list[Tensor | float]
+    classes: list[Classes]
+    weights: list[Tensor] | None
+    off: list[Tensor | None]
+    nowhere: Tensor | None
+
+    @classmethod
+    def of(cls, plan: Plan, few: Few) -> "Rows":
+        """Those that the plan's tasks read."""
+        tasks = {k: few.task(k) for group in plan.groups for k in (*group.labels, *group.closed)}
+        found: list[Any] = [tasks.get(k) for k in range(len(few.off))]
+        beside = [None if t is None else t.labels if isinstance(t, LabelTask) else t.teacher for t in found]
+        class_weights = [t.class_weights if isinstance(t, LabelTask) else None for t in found]
+        temperatures = [_passed(group.temperature, few.z.device) for group in plan.groups]
+        classes = [group.classes for group in plan.groups]
+        weights = None if few.weights is None else list(few.weights)
+        return cls(few.z, beside, class_weights, temperatures, classes, weights, list(few.off), few.nowhere)
+
+    def first(self, rows: int) -> "Rows":
+        """Some of them."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:rows]
+
+        beside, off = [cut(x) for x in self.beside], [cut(x) for x in self.off]
+        weights = None if self.weights is None else [w[:rows] for w in self.weights]
+        return self._replace(z=self.z[:rows], beside=beside, weights=weights, off=off, nowhere=cut(self.nowhere))
+
+    def mark(self, out: Tensor | None) -> None:
+        """Tell the compiler that there will be other numbers of rows."""
+        for tensor in (self.z, out, self.nowhere, *self.beside, *(self.weights or ()), *self.off):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def block_of(plan: Plan, tasks: Sequence[Task], x: Tensor | LazyLogits, dtype: torch.dtype) -> "Block | None":
+    """The plan's work on rows, compiled where it can be and is wanted."""
+    if plan.top_k or plan.by_autograd or not wanted(x.device):
+        return None
+    given = matmul_dtype(x) if isinstance(x, LazyLogits) else x.dtype
+    key = _structure(plan, tasks), x.device, given, dtype, x.shape[-1]
+    if key not in _blocks:
+        smoothing = [task.smoothing if isinstance(task, LabelTask) else None for task in tasks]
+        _blocks[key] = Block(plan, smoothing, dtype)
+    return None if _blocks[key].given_up else _blocks[key]
+
+
+class Block:
+    """Values `[r, k]` of a few rows; their gradient is written to `out`, or over the logits where that is None.
+
+    What is compiled is compared with what isn't in the first rows that it gets.
+    """
+
+    def __init__(self, plan: Plan, smoothing: Sequence[float | None], dtype: torch.dtype) -> None:
+        groups = [replace(group, classes=None) for group in plan.groups]
+        self._plain = partial(_compute, groups, smoothing, dtype)
+        self._compiled = torch.compile(_with_code_of_its_own(self._plain, PiecedSide))
+        self.given_up, self._tried = False, False
+
+    def __call__(self, plan: Plan, few: Few, out: Tensor | None) -> Tensor:
+        """Those of a plan of the same structure."""
+        rows = Rows.of(plan, few)
+        if not self._tried:
+            self._tried, self.given_up = True, not self._agrees(rows.first(8))
+        if self.given_up:
+            return self._plain(Side, rows, out)
+        rows.mark(out)
+        values: Tensor = self._compiled(rows, out)
+        return values
+
+    def _agrees(self, rows: Rows) -> bool:
+        exact, ours = (torch.empty_like(rows.z) for _ in range(2))
+        rows.mark(ours)
+        try:
+            values = self._compiled(rows, ours)
+        except Exception as error:  # whatever a compiler may raise
+            _log.warning(
+                "the work on logits can't be compiled here and is done uncompiled: %s", str(error).strip()[:500]
+            )
+            return False
+        expected = self._plain(Side, rows, exact)
+        if _alike(values, expected, 1e-4) and (rows.weights is None or _alike(ours, exact, _rounding(exact))):
+            return True
+        _log.warning("compiled, the work on logits gives other numbers than uncompiled; it is done uncompiled")
+        return False
+
+
+_blocks: dict[Hashable, Block] = {}
+
+
+def _compute(
+    groups: Sequence[Group],
+    smoothing: Sequence[float | None],
+    dtype: torch.dtype,
+    make: type[Side] | type[PiecedSide],
+    rows: Rows,
+    out: Tensor | None,
+) -> Tensor:
+    """What is compiled."""
+
+    def side(logits: Tensor, n: Any) -> Side:
+        return make(logits, rows.temperatures[n], like=_like(groups[n].temperature))
+
+    z = rows.z.to(dtype)
+    tasks = [
+        _Teacher(None if x is None else x.to(dtype)) if smooth is None else LabelTask(x, smooth, w)
+        for x, w, smooth in zip(rows.beside, rows.class_weights, smoothing, strict=True)
+    ]
+    here = [Group(n, rows.classes[n], group.labels, group.closed) for n, group in enumerate(groups)]
+    values, gradient = compute(Plan(here), Few(z, tasks.__getitem__, rows.weights, rows.off, rows.nowhere), side)
+    if gradient is not None:
+        (rows.z if out is None else out).copy_(gradient)
+    return values.to(dtype)
+
+
+class _Teacher(NamedTuple):
+    teacher: Tensor | None
+
+
+def _with_code_of_its_own(plain: Callable[..., Tensor], make: type[PiecedSide]) -> Callable[..., Tensor]:
+    """A function that the compiler doesn't take for another one's sister, of which it compiles a few only."""
+
+    def block(rows: Rows, out: Tensor | None) -> Tensor:
+        return plain(make, rows, out)
+
+    code = block.__code__.replace(co_name=f"block_{len(_blocks)}")
+    return types.FunctionType(code, block.__globals__, code.co_name, None, block.__closure__)
+
+
+def _structure(plan: Plan, tasks: Sequence[Task]) -> Hashable:
+    """What is compiled in: by group the tasks and forms."""
+    of_tasks = tuple(
+        (t.soft, t.smoothing, t.class_weights is None) if isinstance(t, LabelTask) else _form(t) for t in tasks
+    )
+    groups = tuple(
+        (
+            _like(group.temperature),
+            "some" if isinstance(group.classes, Tensor) else identity(group.classes),
+            tuple(group.labels),
+            tuple((teacher, tuple(c.k for c in closed)) for teacher, closed in group.closed.items()),
+        )
+        for group in plan.groups
+    )
+    return of_tasks, groups
+
+
+def _like(temperature: float) -> float:
+    """Temperatures with a way of their own are 1, 2 and those above 8; the others are computed alike."""
+    return temperature if temperature in (1, 2) else 16.0 if temperature > 8 else 4.0
+
+
+def _passed(temperature: float, device: torch.device) -> float | Tensor:
+    """A number that may change from step to step, without being compiled anew."""
+    return temperature if temperature in (1, 2) else torch.full((), temperature, dtype=widest(device), device=device)
+
+
+def _form(task: TeacherTask) -> Hashable:
+    assert task.closed_form is not None
+    form: Any = task.closed_form[0]
+    return form.func, tuple(sorted((name, identity(value)) for name, value in form.keywords.items()))
+
+
+def _alike(a: Tensor, b: Tensor, rounding: float) -> bool:
+    """The same numbers as a whole, and the same in what is no number."""
+    a, b = a.double(), b.double()
+    there = b.isfinite()
+    gap = torch.where(there, a - b, 0).norm()
+    others = torch.equal(a[~there].nan_to_num(7.0), b[~there].nan_to_num(7.0))
+    return others and bool(gap <= rounding * torch.where(there, b, 0).norm() + 1e-6)
+
+
+def _rounding(x: Tensor) -> float:
+    return max(1e-4, 2 * torch.finfo(x.dtype).eps)
