@@ -8,6 +8,7 @@ from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.distillation import Distillation
 from kdloss.distilled import Distilled
 from kdloss.distiller import Distiller
+from kdloss.engine import set_compile
 from kdloss.reduction import masked, reduce
 from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
@@ -48,6 +49,7 @@ __all__ = [
     "reduce",
     "resize",
     "schedules",
+    "set_compile",
     "targets",
     "terms",
     "truncate",

@@ -4,6 +4,7 @@ from kdloss.engine import closed_forms
 from kdloss.engine.divergence import Divergence, any_logits, in_blocks, whole_only
 from kdloss.engine.fused import fused, per_position
 from kdloss.engine.run import Problem
+from kdloss.engine.switch import set_compile
 from kdloss.engine.task import LabelTask, Task, TeacherTask, Vocabulary, specification
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "fused",
     "in_blocks",
     "per_position",
+    "set_compile",
     "specification",
     "whole_only",
 ]

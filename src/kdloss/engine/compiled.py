@@ -21,6 +21,8 @@ from kdloss.reduction import widest
 from kdloss.targets import LazyLogits
 from kdloss.targets.kinds import Classes
 
+OPTIONS = {f"realize_{what}_threshold": 1000 for what in ("reads", "opcount", "acc_reads")}
+"""Rather computed twice than written and read."""
 _log = logging.getLogger("kdloss")
 
 
@@ -88,35 +90,34 @@ class Block:
     def __init__(self, plan: Plan, smoothing: Sequence[float | None], dtype: torch.dtype) -> None:
         groups = [replace(group, classes=None) for group in plan.groups]
         self._plain = partial(_compute, groups, smoothing, dtype)
-        self._compiled = torch.compile(_with_code_of_its_own(self._plain, PiecedSide))
-        self.given_up, self._tried = False, False
+        self._compiled: Callable[[Rows, Tensor | None], Tensor] | None = None
+        self.given_up = False
 
     def __call__(self, plan: Plan, few: Few, out: Tensor | None) -> Tensor:
         """Those of a plan of the same structure."""
         rows = Rows.of(plan, few)
-        if not self._tried:
-            self._tried, self.given_up = True, not self._agrees(rows.first(8))
-        if self.given_up:
-            return self._plain(Side, rows, out)
-        rows.mark(out)
-        values: Tensor = self._compiled(rows, out)
-        return values
+        try:
+            if self._compiled is None:
+                self._compiled = torch.compile(_with_code_of_its_own(self._plain, PiecedSide), options=OPTIONS)
+                self._compare(self._compiled, rows.first(8))
+            if not self.given_up:
+                rows.mark(out)
+                return self._compiled(rows, out)
+        except Exception as error:  # whatever a compiler may raise
+            self._give_up(f"it can't be compiled here: {str(error).strip()[:500]}")
+        return self._plain(Side, rows, out)
 
-    def _agrees(self, rows: Rows) -> bool:
+    def _compare(self, compiled: Callable[[Rows, Tensor | None], Tensor], rows: Rows) -> None:
         exact, ours = (torch.empty_like(rows.z) for _ in range(2))
         rows.mark(ours)
-        try:
-            values = self._compiled(rows, ours)
-        except Exception as error:  # whatever a compiler may raise
-            _log.warning(
-                "the work on logits can't be compiled here and is done uncompiled: %s", str(error).strip()[:500]
-            )
-            return False
-        expected = self._plain(Side, rows, exact)
-        if _alike(values, expected, 1e-4) and (rows.weights is None or _alike(ours, exact, _rounding(exact))):
-            return True
-        _log.warning("compiled, the work on logits gives other numbers than uncompiled; it is done uncompiled")
-        return False
+        values, expected = compiled(rows, ours), self._plain(Side, rows, exact)
+        same = _alike(values, expected, 1e-4)
+        if not (same and (rows.weights is None or _alike(ours, exact, max(1e-4, 2 * torch.finfo(ours.dtype).eps)))):
+            self._give_up("compiled, it gives other numbers")
+
+    def _give_up(self, why: str) -> None:
+        self.given_up = True
+        _log.warning("the work on logits is done uncompiled, since %s", why)
 
 
 _blocks: dict[Hashable, Block] = {}
@@ -201,7 +202,3 @@ def _alike(a: Tensor, b: Tensor, rounding: float) -> bool:
     gap = torch.where(there, a - b, 0).norm()
     others = torch.equal(a[~there].nan_to_num(7.0), b[~there].nan_to_num(7.0))
     return others and bool(gap <= rounding * torch.where(there, b, 0).norm() + 1e-6)
-
-
-def _rounding(x: Tensor) -> float:
-    return max(1e-4, 2 * torch.finfo(x.dtype).eps)

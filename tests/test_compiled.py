@@ -1,0 +1,204 @@
+"""What is compiled gives the numbers of what isn't, and is given up where it can't be had."""
+
+import logging
+import math
+import shutil
+
+import losses
+import numpy as np
+import oracles
+import pytest
+import torch
+
+import kdloss
+from kdloss import LazyLogits, TokenMap, VanillaKD
+from kdloss.engine import LabelTask, Problem, TeacherTask, compiled, fused, switch
+
+FORMS = {x.oracle.__name__: x.function for x in losses.DIVERGENCES if getattr(x.function, "closed_form", None)}
+CLASSES = 150  # a piece of 128, and what is left of another
+LABELS = torch.tensor([3, 149, 0, 128, 127, 7])
+# What torch warns of in its own modules, when the compiler is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def afresh(monkeypatch):
+    """The switch as it is by itself, and nothing compiled yet."""
+    monkeypatch.setattr(switch, "_mode", [])
+    monkeypatch.setattr(compiled, "_blocks", {})
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """What a compiler is given, run as it is: the same in a fraction of the time."""
+    compile = torch.compile
+    return lambda: monkeypatch.setattr(torch, "compile", lambda f, options: compile(f, backend="eager"))
+
+
+def logits(rows=6, seed=0, dtype=torch.float64):
+    """Student and teacher, of which each excludes classes: a whole piece of the teacher's in the last row."""
+    student, teacher = 2 * torch.randn(2, rows, CLASSES, generator=torch.Generator().manual_seed(seed)).double()
+    student[1, 4] = teacher[1, 4] = -math.inf
+    teacher[2, 9] = -math.inf
+    teacher[-1, :128] = student[-1, :128] = -math.inf
+    return student.to(dtype), teacher.to(dtype)
+
+
+def by_engine(mode, student, teacher, tasks, weights):
+    """Values of tasks, and the gradient of their weighted sum."""
+    switch.set_compile(mode)
+    z = student.clone().requires_grad_()
+    problem, local = Problem.of(tasks(teacher), z, None, len(z))
+    loss, values = fused(problem, local, weights)
+    return values, torch.autograd.grad(loss, z)[0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "really"),
+    [(1.0, False), (2.0, False), (20.0, False), pytest.param(3.0, True, marks=needs_a_compiler)],
+)
+def test_every_closed_form_and_cross_entropy_equal_the_oracle_and_the_uncompiled_gradient(temperature, really, traced):
+    if not really:
+        traced()
+    student, teacher = logits()
+
+    def tasks(teacher):
+        of_teacher = [TeacherTask(f, teacher, temperature) for f in FORMS.values()]
+        weighted = LabelTask(LABELS, 0.1, torch.linspace(0.5, 2, CLASSES).double())
+        return [*of_teacher, LabelTask(LABELS), weighted]
+
+    weights = torch.rand(len(FORMS) + 2, 6, dtype=torch.float64)
+    weights[0, 1] = weights[-1, 2] = weights[2, 0] = 0
+    weights[:, 3] = 0
+    values, gradient = by_engine(True, student, teacher, tasks, weights)
+    assert [block.given_up for block in compiled._blocks.values()] == [False]
+    for row, name in zip(values, FORMS, strict=False):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            expected = getattr(oracles, name)(student.numpy(), teacher.numpy(), temperature=temperature)
+        np.testing.assert_allclose(row, expected, rtol=1e-9, atol=1e-12, err_msg=name)
+    np.testing.assert_allclose(values[len(FORMS)], oracles.cross_entropy(student.numpy(), LABELS.numpy()), rtol=1e-9)
+    plain, exact = by_engine(False, student, teacher, tasks, weights)
+    torch.testing.assert_close(values, plain, rtol=1e-9, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(gradient, exact, rtol=1e-8, atol=1e-11, equal_nan=True)
+    assert not gradient[3].any()
+
+
+@pytest.mark.parametrize(
+    "kind", ["given", "overwritten", "some ignored", "lazy", "token map", "none", "bfloat16", "one row"]
+)
+def test_a_criterion_gives_the_same_loss_and_gradients_whatever_it_is_given(kind, traced):
+    traced()
+    student, teacher = (x.float() for x in logits(7))
+    labels = torch.tensor([3, 149, 0, 128, 127, 7, 20])
+    hidden, weight = torch.randn(7, 4), torch.randn(CLASSES, 4)
+
+    def step(mode):
+        switch.set_compile(mode)
+        options = {"overwrite_logits": kind == "overwritten", "reduction": "none" if kind == "none" else "mean"}
+        y = labels.clone()
+        if kind == "some ignored":
+            y[::3] = -100
+        if kind == "token map":
+            ids = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(0))[:140]
+            options["vocabulary"] = TokenMap(ids, torch.arange(140))
+        rows = slice(1) if kind == "one row" else slice(None)
+        leaves = [student[rows].to(torch.bfloat16 if kind == "bfloat16" else torch.float32)]
+        if kind == "lazy":
+            leaves = [hidden, weight]
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        z = LazyLogits(*leaves) if kind == "lazy" else leaves[0]
+        other = teacher[rows, :140] if kind == "token map" else teacher[rows]
+        loss = VanillaKD(3.0, 0.5, **options)(z, other.to(leaves[0].dtype), y[rows])
+        return [loss.detach(), *torch.autograd.grad(loss.mean(), leaves)]
+
+    rounding = {"rtol": 2**-7, "atol": 1e-3} if kind == "bfloat16" else {"rtol": 1e-5, "atol": 1e-6}
+    for ours, plain in zip(step(True), step(False), strict=True):
+        torch.testing.assert_close(ours, plain, **rounding)
+    assert [block.given_up for block in compiled._blocks.values()] == [False]
+
+
+def test_a_temperature_that_moves_and_other_numbers_of_rows_are_not_compiled_anew(monkeypatch):
+    graphs = []
+    compile = torch.compile
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda f, options: compile(f, backend=counting))
+    switch.set_compile(True)
+    for temperature, rows in ((3.0, 8), (4.0, 5), (3.5, 8), (2.5, 7), (6.0, 6)):
+        student, teacher = logits(rows)
+        criterion = VanillaKD(temperature, 0.5)
+        criterion(student.requires_grad_(), teacher, torch.arange(rows)).backward()
+    assert len(graphs) <= 2  # in the first rows, and in all of them
+
+
+def test_where_it_cannot_be_compiled_a_warning_says_why_and_the_loss_is_right(monkeypatch, caplog):
+    def broken(function, options):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    expect_uncompiled(caplog, "no compiler here")
+
+
+def test_where_what_is_compiled_differs_it_is_given_up(monkeypatch, caplog):
+    def wrong(function, options):
+        def block(rows, out):
+            values = function(rows, out)
+            out.mul_(1.01)
+            return values
+
+        return block
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    expect_uncompiled(caplog, "gives other numbers")
+
+
+def expect_uncompiled(caplog, why):
+    student, teacher = (x.float() for x in logits())
+    found = []
+    for mode in (True, False):
+        switch.set_compile(mode)
+        z = student.clone().requires_grad_()
+        with caplog.at_level(logging.WARNING, "kdloss"):
+            for _ in range(2):
+                loss = VanillaKD()(z, teacher, LABELS)
+        found.append((loss, *torch.autograd.grad(loss, z)))
+    for ours, plain in zip(*found, strict=True):
+        assert torch.equal(ours, plain)
+    assert [why in record.message for record in caplog.records] == [True]  # once
+
+
+@pytest.mark.parametrize(
+    ("said", "environment", "kind", "expected"),
+    [
+        (None, None, "cpu", False),
+        (None, None, "cuda", True),
+        (None, "1", "cpu", True),
+        (None, "0", "cuda", False),
+        (None, "auto", "cuda", True),
+        (False, "1", "cpu", False),
+        (True, "0", "cpu", True),
+        ("auto", "1", "cpu", False),
+    ],
+)
+def test_the_switch_is_automatic_unless_the_environment_or_the_function_says_otherwise(
+    said, environment, kind, expected, monkeypatch
+):
+    monkeypatch.delenv("KDLOSS_COMPILE", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("KDLOSS_COMPILE", environment)
+    if said is not None:
+        kdloss.set_compile(said)
+    assert switch.wanted(torch.device(kind)) is expected
+
+
+def test_anything_else_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="\"auto\", True or False, got 'yes'"):
+        kdloss.set_compile("yes")
+    monkeypatch.setenv("KDLOSS_COMPILE", "yes")
+    with pytest.raises(ValueError, match='KDLOSS_COMPILE is "auto", "1" or "0", got \'yes\''):
+        VanillaKD()(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2).long())
