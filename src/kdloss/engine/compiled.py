@@ -138,7 +138,7 @@ def _compute(
 
     z = rows.z.to(dtype)
     tasks = [
-        _Teacher(None if x is None else x.to(dtype)) if smooth is None else LabelTask(x, smooth, w)
+        _Teacher(x) if smooth is None else LabelTask(x, smooth, w)
         for x, w, smooth in zip(rows.beside, rows.class_weights, smoothing, strict=True)
     ]
     here = [Group(n, rows.classes[n], group.labels, group.closed) for n, group in enumerate(groups)]

@@ -68,7 +68,7 @@ def by_closed_forms(group: Group, q: Side, few: Few, side: MakeSide) -> Tensor |
     """Divergences of a closed form; and what the student's probabilities are to be multiplied with in the gradient."""
     pull = None
     for teacher, closed in group.closed.items():
-        p = side(few.task(teacher).teacher, group.temperature)
+        p = side(few.task(teacher).teacher.to(q.bits.dtype), group.temperature)
         for k, form in closed:
             few.values[k], slope, balance = form(q, p)
             if few.gradient is None:

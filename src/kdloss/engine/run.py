@@ -82,7 +82,7 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
             student.make(start, stop)
             teachers.make(start, stop)
             for i, j in equal_blocks(stop - start, few, start):
-                task = partial(task_of, tasks, teachers, i, j, dtype)
+                task = partial(task_of, tasks, teachers, i, j)
                 rows = Few(student(i, j), task, _cut(by, i, j), _cut(off, i, j), _cut([nowhere], i, j)[0])
                 if block is None or j - i < 2:
                     values[:, i:j] = uncompiled(plan, rows, side, gradients, i, j, dtype).T
@@ -122,14 +122,13 @@ def compiled(block: Block, plan: Plan, few: Few, gradients: Gradients | None, st
     return values
 
 
-def task_of(tasks: Sequence[Task], teachers: Teachers, start: int, stop: int, dtype: torch.dtype, k: int) -> Task:
+def task_of(tasks: Sequence[Task], teachers: Teachers, start: int, stop: int, k: int) -> Task:
     """Task k with what it has in rows start to stop."""
     task = tasks[k]
     if isinstance(task, LabelTask):
         labels = teachers(task.labels, start, stop, 1.0) if task.soft else task.labels[start:stop]
         return LabelTask(labels, task.smoothing, task.class_weights)
     rows = teachers(task.teacher, start, stop, task.temperature, task.teacher_classes)
-    rows = rows.to(dtype) if isinstance(rows, Tensor) else rows
     return task.with_rows(rows, None if task.labels is None else task.labels[start:stop])
 
 
@@ -177,7 +176,7 @@ def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int
 
 def compiled_rows(device: torch.device, classes: int) -> int:
     """The same for compiled work, which keeps next to nothing on the way."""
-    entries = 2**19 * torch.get_num_threads() if device.type == "cpu" else 2**27
+    entries = 2**18 * torch.get_num_threads() if device.type == "cpu" else 2**27
     return max(2, entries // max(classes, 1))
 
 
