@@ -3,7 +3,9 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -11,6 +13,9 @@ from torch import Tensor
 from kdloss.cache import _files
 from kdloss.cache._dataset import Examples
 from kdloss.targets import TopKLogits
+
+_TENSORS = ("offsets", "indices", "log_probs", "log_rest")
+_TYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "U8": "u1", "F16": "<f2"}
 
 
 def names(count: int) -> list[str]:
@@ -76,3 +81,32 @@ def index_dtype(vocabulary: int) -> torch.dtype:
     """The narrowest integers that hold so many classes."""
     sizes = {2**8: torch.uint8, 2**16: torch.uint16, 2**31: torch.int32}
     return next(dtype for size, dtype in sizes.items() if vocabulary <= size)
+
+
+def mapped(file: Path) -> tuple[list[int], list[Any]]:
+    """A shard's offsets; and its indices, log_probs and log_rest as they lie in the file, to be read only.
+
+    What nobody asks for isn't read from the disk. A file is its header's length, the header, and the numbers.
+    """
+    with file.open("rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(start - 8))
+    # numpy's own maps keep a file open each, of which a process may have as few as a thousand
+    content = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8).numpy()[start:]
+    offsets, *parts = (
+        content[slice(*header[name]["data_offsets"])].view(_TYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
+        for name in _TENSORS
+    )
+    return offsets.tolist(), parts
+
+
+def laid(rows: Sequence[Sequence[Any]], places: Sequence[Any], length: int, vocabulary: int) -> list[Tensor]:
+    """The numbers of some examples, each at its places of `length` ones, and empty slots elsewhere: a copy."""
+    ids = str(index_dtype(vocabulary + 1)).removeprefix("torch.")  # one that has a number for an empty slot
+    found = []
+    for part, dtype, empty in zip(zip(*rows, strict=True), (ids, "<f2", "<f2"), (-1, -np.inf, 0), strict=True):
+        there = np.full((len(rows), length, *part[0].shape[1:]), np.array(empty).astype(dtype))
+        for i, (row, place) in enumerate(zip(part, places, strict=True)):
+            there[i, place] = row
+        found.append(torch.from_numpy(there))
+    return found
