@@ -29,7 +29,7 @@ def written(folder, teacher, k=61, tokenizer=TOKENIZER, batch_size=2, **columns)
 def dense(stored):
     """Log-probabilities by class."""
     shape = (*stored.shape[:-1], stored.vocabulary)
-    return torch.full(shape, torch.nan).scatter(-1, stored.indices.clamp_min(0), stored.log_probs)
+    return torch.full(shape, torch.nan).scatter(-1, stored.ids().clamp_min(0), stored.log_probs.float())
 
 
 def near(stored, logits):

@@ -2,15 +2,44 @@
 
 import json
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kdloss.cache import _files
-from kdloss.cache._dataset import Examples
+from kdloss.cache._dataset import Examples, Id
 from kdloss.targets import TopKLogits
+
+_TENSORS = ("offsets", "indices", "log_probs", "log_rest")
+_TYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "U8": "u1", "F16": "<f2"}
+
+
+class Kept(NamedTuple):
+    """What is kept of a batch: its positions end to end, in stored types, and how many each example has."""
+
+    lengths: list[int]
+    indices: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+
+    @classmethod
+    def of(cls, documents: Sequence[TopKLogits], lengths: list[int], ids: Sequence[Id]) -> "Kept":
+        """Of several documents' classes, brought to the CPU; NaN among them is refused, naming the example."""
+        vocabulary = documents[0].vocabulary
+        assert vocabulary is not None
+        indices = torch.cat([x.indices for x in documents]).to(index_dtype(vocabulary)).cpu()
+        log_probs = torch.cat([x.log_probs for x in documents]).half().cpu()
+        log_rest = torch.cat([x.log_rest for x in documents if x.log_rest is not None]).half().cpu()
+        if (wrong := log_probs.isnan().any(-1)).any():
+            position = int(wrong.nonzero()[0])
+            id = ids[next(i for i, end in enumerate(accumulate(lengths)) if position < end)]
+            raise ValueError(f"the teacher's logits of example {id!r} hold NaN; nothing of its shard is kept")
+        return cls(lengths, indices, log_probs, log_rest)
 
 
 def names(count: int) -> list[str]:
@@ -45,7 +74,7 @@ def finished(folder: Path, name: str, examples: Examples) -> bool:
     return bool(index["ids"] == examples.ids)
 
 
-def save(folder: Path, name: str, examples: Examples, kept: Sequence[TopKLogits], rank: int) -> None:
+def save(folder: Path, name: str, examples: Examples, kept: Sequence[Kept], rank: int) -> None:
     """Write the numbers, then the index."""
     index_file(folder, name).unlink(missing_ok=True)
     with _files.replacing(data_file(folder, name), rank) as partial:
@@ -58,17 +87,13 @@ def save(folder: Path, name: str, examples: Examples, kept: Sequence[TopKLogits]
     _files.save_json(index, index_file(folder, name), rank)
 
 
-def tensors(kept: Sequence[TopKLogits]) -> dict[str, Tensor]:
+def tensors(kept: Sequence[Kept]) -> dict[str, Tensor]:
     """All positions end to end; example i is those from offsets[i] to offsets[i + 1]."""
-    vocabulary = kept[0].vocabulary
-    assert vocabulary is not None
-    lengths = torch.tensor([0, *(x.shape[0] for x in kept)])
-    rest = [x.log_rest for x in kept if x.log_rest is not None]
     return {
-        "offsets": lengths.cumsum(0),
-        "indices": torch.cat([x.indices for x in kept]).to(index_dtype(vocabulary)),
-        "log_probs": torch.cat([x.log_probs for x in kept]).half(),
-        "log_rest": torch.cat(rest).half(),
+        "offsets": torch.tensor([0, *(n for batch in kept for n in batch.lengths)]).cumsum(0),
+        "indices": torch.cat([batch.indices for batch in kept]),
+        "log_probs": torch.cat([batch.log_probs for batch in kept]),
+        "log_rest": torch.cat([batch.log_rest for batch in kept]),
     }
 
 
@@ -76,3 +101,35 @@ def index_dtype(vocabulary: int) -> torch.dtype:
     """The narrowest integers that hold so many classes."""
     sizes = {2**8: torch.uint8, 2**16: torch.uint16, 2**31: torch.int32}
     return next(dtype for size, dtype in sizes.items() if vocabulary <= size)
+
+
+def mapped(file: Path) -> tuple[list[int], list[Any]]:
+    """A shard's offsets; and its indices, log_probs and log_rest as they lie in the file, to be read only.
+
+    What nobody asks for isn't read from the disk. A file is its header's length, the header, and the numbers.
+    """
+    with file.open("rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(start - 8))
+    # numpy's own maps keep a file open each, of which a process may have as few as a thousand
+    content = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8).numpy()[start:]
+    offsets, *parts = (
+        content[slice(*header[name]["data_offsets"])].view(_TYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
+        for name in _TENSORS
+    )
+    return offsets.tolist(), parts
+
+
+def laid(rows: Sequence[Sequence[Any]], places: Sequence[Any], length: int, vocabulary: int) -> list[Tensor]:
+    """The numbers of some examples, each at its places of `length` ones, and empty slots elsewhere: a copy."""
+    ids = str(index_dtype(vocabulary + 1)).removeprefix("torch.")  # one that has a number for an empty slot
+    padded = sum(len(log_rest) for *_, log_rest in rows) < len(rows) * length
+    found = []
+    for part, dtype, empty in zip(zip(*rows, strict=True), (ids, "<f2", "<f2"), (-1, -np.inf, 0), strict=True):
+        there = np.empty((len(rows), length, *part[0].shape[1:]), dtype)
+        if padded:
+            there.fill(np.array(empty).astype(dtype))
+        for i, (row, place) in enumerate(zip(part, places, strict=True)):
+            there[i, place] = row
+        found.append(torch.from_numpy(there))
+    return found

@@ -11,6 +11,7 @@ from kdloss._capture.take import described
 from kdloss._inputs import taken_by
 from kdloss.adapter import evaluating, resharded, without_cache
 from kdloss.cache._dataset import Examples, Id
+from kdloss.cache._shard import Kept
 from kdloss.cache._weights import device_of
 from kdloss.layers.names import unwrap
 from kdloss.targets import TopKLogits
@@ -25,27 +26,23 @@ class Piece:
     beside: dict[str, Any]
 
 
-def top_k(
-    teacher: nn.Module, examples: Examples, batch_size: int, k: int, temperature: float
-) -> Iterator[list[TopKLogits]]:
+def top_k(teacher: nn.Module, examples: Examples, batch_size: int, k: int, temperature: float) -> Iterator[Kept]:
     """The k most probable classes at every position of every example (or of the example), a batch at a time."""
     for start in range(0, len(examples.ids), batch_size):
         rows = range(start, min(start + batch_size, len(examples.ids)))
         pieces = [pieces_of(examples, i) for i in rows]
         flat = [piece for row in pieces for piece in row]
-        found: list[Tensor] = []
+        found: list[TopKLogits] = []
         for first in range(0, len(flat), batch_size):
             some = flat[first : first + batch_size]
             said = pass_of(teacher, some, examples)
-            found += apart(said, some)
+            found += [TopKLogits.of(logits, k, temperature=temperature) for logits in apart(said, some)]
             if said.ndim == 2 and len(flat) > len(pieces):
                 packed = next(row[0].id for row in pieces if len(row) > 1)
                 raise ValueError(f"the teacher says one thing of an example, and {packed!r} holds several documents")
-        logits = iter(found)
-        yield [
-            TopKLogits.of(torch.cat([next(logits) for _ in row]), k, temperature=temperature).at(Tensor.cpu)
-            for row in pieces
-        ]
+        documents = iter(found)
+        lengths = [sum(next(documents).shape[0] for _ in row) for row in pieces]
+        yield Kept.of(found, lengths, examples.ids[start : start + batch_size])
 
 
 def pieces_of(examples: Examples, i: int) -> list[Piece]:

@@ -1,5 +1,6 @@
 """A teacher read from disk, by the ids of a batch."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,14 +8,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from safetensors import safe_open
 from torch import Tensor
 
-from kdloss.cache import _files, _manifest, _shard
+from kdloss.cache import _manifest, _shard
 from kdloss.cache._dataset import Id
+from kdloss.cache._whole import refuse_other, whole
 from kdloss.cache.tokenizer import tokenizer_hash
 from kdloss.targets import TopKLogits
-from kdloss.targets.top_k import Tail
+from kdloss.targets.top_k import Tail, right_rows
 
 
 def open(folder: str | Path, *, tokenizer: Any, tail: Tail = "bucket", device: torch.device | str = "cpu") -> "Cache":
@@ -51,7 +52,9 @@ class Cache:
     `cache[ids]` are `TopKLogits` `[B, T, k]`, T being the longest example's length, with empty slots
     behind the shorter ones, to stand in a criterion where the teacher's logits would: position t holds
     what the teacher said at t, which a causal criterion shifts with the student's. Of a classifier they are
-    `[B, k]`. Only what a batch needs is read; a shard's checksum is tested when it is first needed. `folder` and
+    `[B, k]`. Numbers are in the types they have on the disk, where a DataLoader pins them and `batch.to(device)` moves
+    them, and become int64 and float32 in the loss. Files are mapped into memory and only what a batch needs is read; a
+    shard's checksum is tested when it is first needed on this machine, and again after the file changed. `folder` and
     `manifest` are what `open` found on disk, `tail` and `device` what it was told.
 
     Raises: ValueError for an id that is not there, a length that doesn't fit, a shard that was cut or
@@ -60,21 +63,24 @@ class Cache:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], tail: Tail, device: torch.device) -> None:
         self.folder, self.manifest, self.tail, self.device = folder, manifest, tail, device
-        self._where: dict[Id, tuple[str, int]] = {}
-        self._shards: dict[str, tuple[Any, list[int]]] = {}
+        ids: list[Id] = []
         for name, sums in manifest["shards"].items():
-            file = _shard.index_file(folder, name)
-            _check(file, sums["index"])
-            ids = json.loads(file.read_text(encoding="utf-8"))["ids"]
-            self._where |= {id: (name, row) for row, id in enumerate(ids)}
+            ids += _ids(_shard.index_file(folder, name), sums["index"])
+        self._set(ids)
+
+    def _set(self, ids: list[Id]) -> None:
+        self._numbers = {id: number for number, id in enumerate(ids)}  # whole numbers take the least memory
+        self._names = [*self.manifest["shards"]]
+        self._classes = tuple(self.manifest["classes"]) if "classes" in self.manifest else None
+        self._open: dict[int, tuple[list[int], list[Any]]] = {}
 
     def __len__(self) -> int:
         """How many examples there are."""
-        return len(self._where)
+        return len(self._numbers)
 
     def __contains__(self, id: object) -> bool:
         """Whether there is an example of this id."""
-        return id in self._where
+        return id in self._numbers
 
     def __getitem__(self, ids: Sequence[Id] | Int[Tensor, " batch"]) -> TopKLogits:
         """The classes of the examples with these `ids`, padded at the right to the longest one."""
@@ -91,82 +97,81 @@ class Cache:
         ids = ids.tolist() if isinstance(ids, Tensor) and ids.ndim == 1 else ids
         if isinstance(ids, (str, int, Tensor)) or not len(ids):
             raise TypeError(f"ids must be a list or a 1-D tensor, as cache[[id]], got {ids!r}")
-        whole = self.manifest.get("positions") == "examples"
-        if whole and (length is not None or attention_mask is not None):
+        one_each = self.manifest.get("positions") == "examples"
+        if one_each and (length is not None or attention_mask is not None):
             raise TypeError(
                 f"{self.folder} holds one row of classes for each example, of a classifier, and not one for each "
                 "token; leave out length and attention_mask"
             )
         rows = [self._read(id) for id in ids]
-        lengths = torch.tensor([len(log_rest) for *_, log_rest in rows])
+        lengths = [len(log_rest) for *_, log_rest in rows]
+        longest = max(lengths)
+        places: Any = [slice(n) for n in lengths]
         if attention_mask is not None:
-            there = attention_mask.bool().cpu()
-        else:
-            there = torch.arange(int(lengths.max()) if length is None else length) < lengths.unsqueeze(-1)
-        self._check_lengths(ids, lengths.tolist(), there.sum(-1).tolist())
-        parts = [torch.cat(part) for part in zip(*rows, strict=True)]
-        size, k = there.shape, self.manifest["k"]
-        empty = torch.full((*size, k), -1), torch.full((*size, k), -torch.inf), torch.zeros(size)
-        indices, log_probs, log_rest = (self._laid(x, y, there) for x, y in zip(empty, parts, strict=True))
-        temperature, vocabulary = self.manifest["temperature"], self.manifest["vocabulary"]
-        names = tuple(self.manifest["classes"]) if "classes" in self.manifest else None
-        if whole:
+            places, longest = attention_mask.bool().cpu().numpy(), attention_mask.shape[-1]
+            self._check_lengths(ids, lengths, places.sum(-1).tolist())
+        elif length is not None:
+            self._check_lengths(ids, lengths, [min(n, length) for n in lengths])
+            longest = length
+        vocabulary, temperature = self.manifest["vocabulary"], self.manifest["temperature"]
+        indices, log_probs, log_rest = _shard.laid(rows, places, longest, vocabulary)
+        if one_each:
             indices, log_probs, log_rest = indices.squeeze(1), log_probs.squeeze(1), log_rest.squeeze(1)
-        return TopKLogits(indices, log_probs, self.tail, temperature, log_rest, vocabulary, names)
+        found = right_rows(indices, log_probs, self.tail, temperature, log_rest, vocabulary, self._classes)
+        return found.to(self.device)
 
     def verify(self) -> None:
-        """Test every shard's checksum now, not when it is first needed."""
+        """Test every shard's checksum now, whatever was tested before."""
         for name, sums in self.manifest["shards"].items():
-            _check(_shard.data_file(self.folder, name), sums["sha256"])
+            whole(_shard.data_file(self.folder, name), sums["sha256"], again=True)
 
     def _check_lengths(self, ids: Sequence[Id], stored: list[int], asked: list[int]) -> None:
         if len(asked) != len(ids):
             raise ValueError(f"{len(ids)} ids and an attention_mask of {len(asked)} rows; give one row per id")
         for id, ours, theirs in zip(ids, stored, asked, strict=True):
             if ours != theirs:
+                name = self._names[self._numbers[id] // self.manifest["shard_size"]]
                 raise ValueError(
-                    f"example {id!r} has {ours} positions in {self._where[id][0]}, the batch {theirs}; "
+                    f"example {id!r} has {ours} positions in {name}, the batch {theirs}; "
                     "give the tokens, cut alike, that kdloss.cache.write was given"
                 )
 
-    def _laid(self, empty: Tensor, values: Tensor, there: Tensor) -> Tensor:
-        empty[there] = values.to(empty.dtype)
-        return empty.to(self.device)
-
-    def _read(self, id: Id) -> tuple[Tensor, Tensor, Tensor]:
-        if id not in self._where:
-            some = next(iter(self._where))
+    def _read(self, id: Id) -> list[Any]:
+        """An example's indices, log_probs and log_rest, as they lie in the file."""
+        if id not in self._numbers:
+            some = next(iter(self._numbers))
             raise ValueError(
                 f"{self.folder} has no example {id!r} among its {len(self)}, whose ids look like {some!r}; "
                 "write it into a cache of its own, or leave it out"
             )
-        name, row = self._where[id]
-        file, offsets = self._shard(name)
+        shard, row = divmod(self._numbers[id], self.manifest["shard_size"])
+        if shard not in self._open:
+            name = self._names[shard]
+            file = _shard.data_file(self.folder, name)
+            whole(file, self.manifest["shards"][name]["sha256"])
+            self._open[shard] = _shard.mapped(file)
+        offsets, parts = self._open[shard]
         at = slice(offsets[row], offsets[row + 1])
-        indices, log_probs, log_rest = (
-            torch.from_numpy(file.get_slice(part)[at]) for part in ("indices", "log_probs", "log_rest")
-        )
-        return indices, log_probs, log_rest
-
-    def _shard(self, name: str) -> tuple[Any, list[int]]:
-        """A shard, mapped into memory; what a batch needs is read from there."""
-        if name not in self._shards:
-            path = _shard.data_file(self.folder, name)
-            _check(path, self.manifest["shards"][name]["sha256"])
-            file: Any = safe_open(path, framework="numpy")  # copies a slice; torch's would keep the whole file mapped
-            self._shards[name] = file, file.get_tensor("offsets").tolist()
-        return self._shards[name]
+        return [part[at] for part in parts]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, so that workers of a DataLoader can be given it."""
-        return self.__dict__ | {"_shards": {}}
+        told = {name: getattr(self, name) for name in ("folder", "manifest", "tail", "device")}
+        return told | {"ids": [*self._numbers]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Files are opened where they are needed."""
+        ids = state.pop("ids")
+        vars(self).update(state)
+        self._set(ids)
 
 
-def _check(file: Path, expected: str) -> None:
-    if not file.exists():
-        raise ValueError(f"{file} is gone; the same call of kdloss.cache.write writes it again")
-    if _files.sha256(file) != expected:
-        raise ValueError(
-            f"{file} was cut or altered: its checksum is not the manifest's; the same call of "
-            "kdloss.cache.write writes it again"
-        )
+def _ids(file: Path, expected: str) -> list[Id]:
+    """The ids in an index that is as it was written."""
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is gone; the same call of kdloss.cache.write writes it again") from error
+    refuse_other(file, hashlib.sha256(content).hexdigest(), expected)
+    ids: list[Id] = json.loads(content)["ids"]
+    return ids

@@ -19,18 +19,19 @@ def free_to_look(*tensors: Tensor | None) -> bool:
     return all(isinstance(t, Tensor) and type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in there)
 
 
-def padding(indices: Tensor, log_probs: Tensor) -> Tensor:
-    """Rows `[...]` that nobody can mean: one id and one number in all slots, or no number."""
-    indices = indices.long()  # unsigned ones can't be compared everywhere
-    same = (indices == indices[..., :1]).all(-1) & (log_probs == log_probs[..., :1]).all(-1)
-    return (same if indices.shape[-1] > 1 else torch.zeros_like(same)) | log_probs.isnan().any(-1)
+def padding(ids: Tensor, log_probs: Tensor) -> Tensor:
+    """Rows `[...]` that nobody can mean: one class and one number in all slots, or no number."""
+    there = (ids[..., 0] == ids[..., -1]) & (ids[..., 0] >= 0) & (ids.shape[-1] > 1)
+    if there.any():
+        there &= (ids == ids[..., :1]).all(-1) & (log_probs == log_probs[..., :1]).all(-1)
+    nothing = log_probs.sum(-1).isnan()  # of infinities, too
+    return there | (nothing & log_probs.isnan().any(-1) if nothing.any() else nothing)
 
 
-def look(indices: Tensor, log_probs: Tensor, log_rest: Tensor | None, classes: int | None, keep: Tensor) -> None:
+def look(ids: Tensor, log_probs: Tensor, log_rest: Tensor | None, classes: int | None, keep: Tensor) -> None:
     """Raise for a class that is twice in a row that counts or out of range, and for what are no log-probabilities."""
-    indices = indices.long()
-    look_at_range(indices, classes, keep)
-    in_order = indices.sort(-1).values
+    look_at_range(ids, classes, keep)
+    in_order = ids.sort(-1).values
     twice = (in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0) & keep.unsqueeze(-1)
     if twice.any():
         *row, slot = twice.nonzero()[0].tolist()
@@ -39,10 +40,11 @@ def look(indices: Tensor, log_probs: Tensor, log_rest: Tensor | None, classes: i
             "token that was there stands beside the top k, TopKLogits.from_served(rows) keeps it once; in tensors mark "
             "the second with an index of -1"
         )
-    filled = log_probs.detach().float().masked_fill(indices < 0, -torch.inf)
-    total = (filled - _ROUNDED * filled.abs().nan_to_num(posinf=0)).exp().sum(-1)
-    if log_rest is not None:
-        total = total + (log_rest.detach().float() * (1 + _ROUNDED)).exp() * (indices >= 0).any(-1)
+    filled = log_probs.detach().float().masked_fill(ids < 0, -torch.inf)
+    rest = 0.0 if log_rest is None else (log_rest.detach().float() * (1 + _ROUNDED)).exp() * (ids >= 0).any(-1)
+    if not ((filled.exp().sum(-1) + rest > 1.01) & keep).any():
+        return  # and less, where they were rounded up
+    total = (filled - _ROUNDED * filled.abs().nan_to_num(posinf=0)).exp().sum(-1) + rest
     if (bad := (total > 1.01) & keep).any():
         row = bad.nonzero()[0].tolist()
         _refuse_values(row, filled[bad], log_probs[tuple(row)], total[tuple(row)].item())
@@ -63,17 +65,24 @@ def _refuse_values(row: list[int], bad: Tensor, values: Tensor, total: float) ->
     )
 
 
-def look_at_range(indices: Tensor, classes: int | None, keep: Tensor) -> None:
+def in_range(ids: Tensor, classes: int | None) -> bool:
+    """Whether every index names a class, or an empty slot by -1."""
+    if not ids.numel():
+        return True
+    low, high = ids.aminmax()
+    return bool(low >= -1) and (classes is None or bool(high < classes))
+
+
+def look_at_range(ids: Tensor, classes: int | None, keep: Tensor) -> None:
     """Raise for an index that names no class in a row that counts; -1 is an empty slot."""
-    indices = indices.long()
-    bad = indices < -1
-    if classes is not None:
-        bad = bad | (indices >= classes)
+    if in_range(ids, classes):
+        return
+    bad = (ids < -1) if classes is None else (ids < -1) | (ids >= classes)
     if (bad := bad & keep.unsqueeze(-1)).any():
         place = bad.nonzero()[0].tolist()
         among = "classes" if classes is None else f"{classes} classes, 0 to {classes - 1}"
         raise ValueError(
-            f"indices{place} is {int(indices[tuple(place)])}, outside the {among}; an empty slot has an index of -1"
+            f"indices{place} is {int(ids[tuple(place)])}, outside the {among}; an empty slot has an index of -1"
         )
 
 

@@ -11,8 +11,12 @@ from torch import Size, Tensor
 from kdloss import _checks
 from kdloss.reduction import alike, precise
 from kdloss.targets import _stored
+from kdloss.targets._most_probable import most_probable
 
 Tail = Literal["bucket", "renormalise", "uniform"]
+TAILS = ("bucket", "renormalise", "uniform")
+_LARGEST = {torch.uint8: 2**8 - 1, torch.uint16: 2**16 - 1, torch.uint32: 2**32 - 1}
+_UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}  # in as many bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +39,11 @@ class TopKLogits:
 
     A row without any class says nothing: loss and gradient are 0 there, under each tail.
 
-    Shapes: indices `[..., k]` of any integer type, different ones in each row, -1 for an empty slot; log_probs
-    `[..., k]`; log_rest `[...]`.
+    Numbers stay in the types they are given in, on the way to a device, too, and become int64 and float32 where they
+    are used: a row of 64 classes in uint16 and float16 is 258 bytes, in int64 and float32 772.
+
+    Shapes: indices `[..., k]` of any integer type, different ones in each row, -1 for an empty slot, or the largest
+    number of an unsigned type where that is no class of the `vocabulary`; log_probs `[..., k]`; log_rest `[...]`.
 
     Raises: ValueError for shapes or devices that differ or an unknown tail, and for numbers that can't be: a class
     twice in a row or out of range, probabilities or raw logits in place of log-probabilities. CPU tensors are looked
@@ -59,7 +66,7 @@ class TopKLogits:
     classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        _checks.choice("tail", self.tail, ("bucket", "renormalise", "uniform"))
+        _checks.choice("tail", self.tail, TAILS)
         _checks.temperature(self.temperature)
         _checks.floating("log_probs", self.log_probs)
         if self.indices.is_floating_point() or self.indices.dtype == torch.bool:
@@ -76,8 +83,9 @@ class TopKLogits:
             )
         _checks.same_place("log_probs", self.indices, self.log_probs)
         if _stored.free_to_look(self.indices, self.log_probs, self.log_rest):
-            padding = _stored.padding(self.indices, self.log_probs)
-            _stored.look(self.indices, self.log_probs, self.log_rest, self.vocabulary, ~padding)
+            ids = self.ids()
+            padding = _stored.padding(ids, self.log_probs)
+            _stored.look(ids, self.log_probs, self.log_rest, self.vocabulary, ~padding)
             object.__setattr__(self, "_right", not padding.any().item())
 
     @classmethod
@@ -93,11 +101,9 @@ class TopKLogits:
         vocab = logits.shape[-1]
         if not 1 <= k <= vocab:
             raise ValueError(f"k={k} of {vocab} classes; k lies between 1 and their number")
-        z = precise(logits.detach())
-        log_probs = ((z - base(z)) / temperature).log_softmax(-1)
-        top = log_probs.topk(k)
-        log_rest = log_probs.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
-        return cls(top.indices, top.values, tail, temperature, log_rest, vocab)
+        temperature = _checks.temperature(temperature)
+        indices, log_probs, log_rest = most_probable(logits.detach(), k, temperature)
+        return right_rows(indices, log_probs, tail, temperature, log_rest, vocab)
 
     @classmethod
     def from_served(
@@ -153,7 +159,18 @@ class TopKLogits:
     def at(self, pick: Callable[[Tensor], Tensor]) -> "TopKLogits":
         """Chosen positions."""
         rest = None if self.log_rest is None else pick(self.log_rest)
-        return self._with(indices=pick(self.indices), log_probs=pick(self.log_probs), log_rest=rest)
+        dtype = self.indices.dtype
+        signed = _UNSIGNED.get(dtype)  # older torch picks from no others
+        indices = pick(self.indices) if signed is None else pick(self.indices.view(signed)).view(dtype)
+        return self._with(indices=indices, log_probs=pick(self.log_probs), log_rest=rest)
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "TopKLogits":
+        """On a `device`, in the same types; `non_blocking` as for a tensor, from pinned memory."""
+        return self.at(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "TopKLogits":
+        """In pinned memory, as `DataLoader(pin_memory=True)` asks of what is in a batch."""
+        return self.at(Tensor.pin_memory)
 
     def detach(self) -> "TopKLogits":
         """Without gradients."""
@@ -162,22 +179,36 @@ class TopKLogits:
 
     def look(self, classes: int | None, keep: Tensor | None = None, *, always: bool = False) -> None:
         """Raise for numbers that can't be in a row that counts, where looking costs nothing or `always`."""
-        if not (always or _stored.free_to_look(self.indices, self.log_probs, keep)):
+        if self._looked_at(classes) or not (always or _stored.free_to_look(self.indices, self.log_probs, keep)):
             return
-        keep = torch.ones_like(self.indices[..., 0], dtype=torch.bool) if keep is None else keep
+        keep = torch.ones_like(self.log_probs[..., 0], dtype=torch.bool) if keep is None else keep
         if getattr(self, "_right", False):
-            _stored.look_at_range(self.indices, classes, keep)
+            _stored.look_at_range(self.ids(), classes, keep)
         else:
-            _stored.look(self.indices, self.log_probs, self.log_rest, classes, keep)
+            _stored.look(self.ids(), self.log_probs, self.log_rest, classes, keep)
 
     def look_at_range(self, classes: int) -> None:
         """The same where nobody says which rows count: padding doesn't."""
-        if _stored.free_to_look(self.indices, self.log_probs):
-            _stored.look_at_range(self.indices, classes, ~_stored.padding(self.indices, self.log_probs))
+        if self._looked_at(classes) or not _stored.free_to_look(self.indices, self.log_probs):
+            return
+        if not _stored.in_range(ids := self.ids(), classes):
+            _stored.look_at_range(ids, classes, ~_stored.padding(ids, self.log_probs))
+
+    def _looked_at(self, classes: int | None) -> bool:
+        """Whether all rows are known to be right among so many classes."""
+        known = self.vocabulary
+        return getattr(self, "_right", False) and (classes is None or (known is not None and known <= classes))
+
+    def ids(self) -> Tensor:
+        """The indices as int64, -1 in an empty slot."""
+        ids, largest = self.indices.long(), _LARGEST.get(self.indices.dtype)
+        if largest is None or self.vocabulary is None or self.vocabulary > largest:
+            return ids
+        return ids.masked_fill(ids == largest, -1)
 
     def empty(self) -> Tensor:
         """Which rows say nothing, `[...]`."""
-        return (self.indices.long() < 0).all(-1)
+        return self.ids().amax(-1) < 0
 
     def _with(self, **changes: Any) -> "TopKLogits":
         """The same rows, or some of them: what was looked at isn't looked at again."""
@@ -187,7 +218,7 @@ class TopKLogits:
 
     def renamed(self, new: Int[Tensor, " old"], vocabulary: int) -> "TopKLogits":
         """The same classes under other indices, `new[old]`; those with a new index of -1 are gone."""
-        indices = self.indices.long()
+        indices = self.ids()
         indices = new[indices.clamp_min(0)].where(indices >= 0, -1)
         return self._with(indices=indices, log_rest=self._rest(), vocabulary=vocabulary, classes=None)
 
@@ -212,7 +243,7 @@ class TopKLogits:
 
     def slots(self) -> tuple[Tensor, Tensor]:
         """Indices as int64, an empty slot repeating a full one, and which slots are empty."""
-        indices = self.indices.long()
+        indices = self.ids()
         empty = indices < 0
         full = indices.amax(-1, keepdim=True).clamp_min(0)
         return indices.where(~empty, full), empty
@@ -228,7 +259,7 @@ class TopKLogits:
     def _spread(self, indices: Tensor, empty: Tensor, vocab: int) -> Tensor:
         log_probs, rest = alike(self.log_probs, self._rest())
         left = (vocab - (~empty).sum(-1)).clamp_min(1).to(log_probs.dtype).log()
-        repeated = log_probs.gather(-1, self.indices.long().argmax(-1, keepdim=True))
+        repeated = log_probs.gather(-1, self.ids().argmax(-1, keepdim=True))
         spread = (rest - left).unsqueeze(-1).repeat_interleave(vocab, -1)
         return spread.scatter(-1, indices, log_probs.where(~empty, repeated)) * self.temperature
 
@@ -236,8 +267,25 @@ class TopKLogits:
         """The log-probability of all that was left out; never 0, where it has to be made from roundings."""
         if self.log_rest is not None:
             return precise(self.log_rest)
-        log_probs = precise(self.log_probs).masked_fill(self.indices < 0, -torch.inf)
+        log_probs = precise(self.log_probs).masked_fill(self.ids() < 0, -torch.inf)
         return (1 - log_probs.exp().sum(-1)).clamp_min(torch.finfo(log_probs.dtype).eps).log()
+
+
+def right_rows(
+    indices: Tensor,
+    log_probs: Tensor,
+    tail: Tail,
+    temperature: float,
+    log_rest: Tensor,
+    vocabulary: int,
+    classes: tuple[str, ...] | None = None,
+) -> TopKLogits:
+    """Rows that can't be wrong, as they were made here, and aren't looked at."""
+    _checks.choice("tail", tail, TAILS)
+    made = object.__new__(TopKLogits)
+    fields = (indices, log_probs, tail, temperature, log_rest, vocabulary, classes)
+    vars(made).update(zip(TopKLogits.__dataclass_fields__, fields, strict=True), _right=True)
+    return made
 
 
 def log_mass(mass: Tensor) -> Tensor:

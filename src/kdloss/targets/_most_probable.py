@@ -1,0 +1,56 @@
+"""The most probable classes of logits, a few rows at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from kdloss.reduction import precise
+
+
+def most_probable(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices and log-probabilities `[..., k]` of the k most probable classes, and of all others together `[...]`."""
+    blocks = [_taken_apart(rows, k, temperature) for rows in _blocks(logits)]
+    indices, top, low, mass = (torch.cat(part) for part in zip(*blocks, strict=True))
+    largest = _largest(top)
+    kept = (top - largest) / temperature
+    few = kept.logsumexp(-1, keepdim=True)
+    others = mass.log() + (low - largest) / temperature
+    log_probs = kept - few + logsigmoid(few - others)
+    log_rest = logsigmoid(others - few)  # of odds: the logarithm of a mass near 1 would have few digits
+    shape = logits.shape[:-1]
+    return indices.view(*shape, k), log_probs.view(*shape, k), log_rest.view(shape)
+
+
+def _blocks(logits: Tensor) -> Iterator[Tensor]:
+    """Rows `[r, V]`, so many that a copy stays in a processor's cache or fills a device."""
+    if logits.ndim > 2 and not logits.is_contiguous():  # a part of a tensor: as one block it would be copied whole
+        for part in logits:
+            yield from _blocks(part)
+        return
+    rows = logits.reshape(-1, logits.shape[-1])
+    if torch.compiler.is_compiling():
+        yield rows
+        return
+    entries = 2**19 * torch.get_num_threads() if logits.is_cpu else 2**27
+    yield from torch.split(rows, max(1, entries // rows.shape[-1]))
+
+
+def _taken_apart(rows: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Indices and logits `[r, k]` of the most probable classes; the largest of all others, and their mass, `[r, 1]`.
+
+    The mass is relative to that one, for beside the classes kept the others may be too small for a number.
+    """
+    rows = precise(rows)
+    top = rows.topk(k)
+    others = rows.scatter(-1, top.indices, -torch.inf)
+    low = _largest(others)
+    others = others.sub_(low) if temperature == 1 else others.sub_(low).div_(temperature)
+    return top.indices, top.values, low, others.exp_().sum(-1, keepdim=True)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest of each row `[..., 1]`, 0 where that is -inf."""
+    found = x.amax(-1, keepdim=True)
+    return found.masked_fill(found == -torch.inf, 0)
