@@ -100,9 +100,12 @@ results: .venv/smollm2  ## the measurements of docs/results.md, two or three hou
 examples: .venv/text .venv/minilm  ## every template in full, what each prints into docs/results/examples; some by ARGS="lora"
 	$(BIN)/python benchmarks/examples.py $(ARGS)
 
-bench: .venv/ready  ## our losses beside the plain PyTorch recipe
-	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ratios.py
+.venv/liger: .venv/ready  # Liger's losses, to compare with; what it wants else is not needed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps liger-kernel==0.8.5
+	touch $@
+
+bench: .venv/liger  ## our losses beside what one would write otherwise; some by ARGS="logits lazy"
+	$(BIN)/python benchmarks/ratios.py $(ARGS)
 
 .venv/mathjax/tex-chtml.js: .venv/ready  # it draws the formulas, and would else come from somewhere on the web
 	@command -v npm >/dev/null || { echo "make docs takes MathJax from its npm package; install npm" >&2; exit 1; }
@@ -118,4 +121,4 @@ docs: .venv/mathjax/tex-chtml.js  ## the pages, into site/; a warning is an erro
 	! grep -rE --include=*.html '<(script|link|img|iframe)[^>]* (src|href)=.?https?:' site
 
 clean:  ## back to a fresh clone
-	rm -rf .venv .venv-oldest .venv-package dist runs site .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-oldest .venv-package dist runs site .mypy_cache .ruff_cache
