@@ -13,9 +13,10 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from importlib.metadata import version
 from pathlib import Path
 
+import liger
 import torch
 from measure import HEADER, Row
 from sections import functions, heads, logits, steps
@@ -49,8 +50,8 @@ def conditions() -> str:
     """The machine, in one line."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    liger = "with" if find_spec("liger_kernel") else "without"
-    return f"{(names or [platform.processor()])[0]}, one thread, torch {torch.__version__}, {liger} Liger."
+    with_liger = f"liger-kernel {version('liger-kernel')}" if liger.here() else "without Liger"
+    return f"{(names or [platform.processor()])[0]}, one thread, torch {torch.__version__}, {with_liger}."
 
 
 def in_a_process(section: str, memory: str) -> list[str]:

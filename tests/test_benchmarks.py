@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import gpu
+import liger
 import measure
 import pytest
 import recipes
@@ -113,7 +115,7 @@ def test_every_section_is_tried():
 def test_a_section_gives_rows(section, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # takes seconds
     monkeypatch.setattr(measure, "engine", lambda compiled: None)
-    monkeypatch.setattr(heads, "find_spec", lambda name: None)  # so does Liger
+    monkeypatch.setattr(liger, "here", lambda: False)  # so does Liger
     monkeypatch.setattr(measure, "SECONDS", 0.0)
     if section in WIRED:
         pytest.importorskip(WIRED[section])
@@ -146,3 +148,32 @@ def same(ours, recipe, student, teacher, labels):
     values = [loss(student, teacher, labels) for loss in (ours, recipe)]
     torch.testing.assert_close(*values)
     torch.testing.assert_close(*(torch.autograd.grad(value, student)[0] for value in values))
+
+
+SMALL = {"tokens": 3, "vocab": 50, "width": 4, "teacher_width": 8, "k": 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_table_of_a_card_can_be_had_without_one(dtype, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(gpu, "engine", lambda compiled: None)
+    monkeypatch.setattr(liger, "here", lambda: False)
+    rows = list(gpu.table("cpu", dtype, SMALL, rounds=1))
+    assert len(rows) == len(set(rows)) == 7 * 4  # seven losses, four ways
+    assert not any("out of memory" in row for row in rows)
+
+
+def test_a_way_that_needs_too_much_memory_says_so(monkeypatch):
+    def too_much():
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu, "cases", lambda *_: iter([("KL", {"ours": lambda: None, "plain": too_much})]))
+    first, second = gpu.table("cpu", torch.float32, SMALL, rounds=1)
+    assert first == "| KL, fp32 | plain | out of memory | |"
+    assert second.startswith("| KL, fp32 | ours | ")
+
+
+def test_without_a_card_make_gpu_says_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main()
+    assert capsys.readouterr().out.count("\n") == 1

@@ -1,9 +1,9 @@
 """Hidden states and heads: logits that are never whole."""
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
+import liger
 import recipes
 import torch
 from measure import Row, Step, backward, engine_as, leaves, peak, peak_row, time_row
@@ -33,26 +33,6 @@ def products(student: Any, teacher: Any) -> Step:
     return step
 
 
-def liger(chunk: int) -> Callable[..., Tensor] | None:
-    """KL + CE by Liger's fused linear loss, in chunks that are compiled; None where it isn't installed.
-
-    Its beta = 0 is KL(teacher ‖ student), without the factor T².
-    """
-    if find_spec("liger_kernel") is None:
-        return None
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.5, weight_soft_loss=0.5 * T**2, beta=0.0, temperature=T, chunk_size=chunk
-    )
-
-    def of(student: Any, teacher: Any, labels: Tensor) -> Tensor:
-        value: Tensor = loss(student.hidden, student.weight, teacher.hidden, teacher.weight, labels)
-        return value
-
-    return of
-
-
 def against_products(
     memory: str, tokens: int = 256, vocab: int = 32_000, width: int = 512, teacher_width: int = 1024
 ) -> Iterator[Row]:
@@ -64,7 +44,7 @@ def against_products(
         data = lazy(tokens, vocab, width, teacher_width, dtype)
         for compiled in (True, False):
             with engine_as(compiled) as how:
-                step, peer = backward(BOTH, *data), liger(min(tokens, 256))
+                step, peer = backward(BOTH, *data), liger.fused_linear(0.0, 0.5, T, T**2, min(tokens, 256))
                 said = (
                     f"{tokens} tokens, D = {width} and {teacher_width}, V = {shape(vocab)}, {short(dtype)}, {how}, "
                     f"memory {memory}, against"
