@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from moved import bytes_moved
+from torch import nn
 from versions import since_torch
 from watching import Waited, as_on_an_accelerator, may_wait, never_waiting
 
@@ -121,7 +122,7 @@ STEPS = {  # the criterion, whether student and teacher give logits, and what el
     "two terms": (VanillaKD() + 0.5 * REVERSE, False, None),
     "values": (VanillaKD(reduction="none"), False, None),
 }
-WAITS = pytest.mark.xfail(strict=True, raises=Waited, reason="positions that count are found by nonzero()")
+WAITS = pytest.mark.xfail(strict=True, raises=Waited, reason="positions that count are found by nonzero(), which waits")
 
 
 @WAITS
@@ -138,6 +139,22 @@ def test_a_training_step_waits_for_no_accelerator(name, dtype, monkeypatch):
         criterion(student.dense() if dense else student, teacher, labels).sum().backward()
 
     step()  # the first one may look at its inputs
+    with never_waiting():
+        step()
+
+
+@WAITS
+def test_a_step_of_models_waits_for_no_accelerator(monkeypatch):
+    """Plain ones: what transformers' models look at in their masks is theirs."""
+    as_on_an_accelerator(monkeypatch)
+    teacher, student = (nn.Sequential(nn.Linear(4, n), nn.ReLU(), nn.Linear(n, 5)) for n in (8, 6))
+    distill = kdloss.Distiller(teacher, VanillaKD())
+    x, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, -100, 4, 0])
+
+    def step():
+        distill(student, x, labels=labels).loss.backward()
+
+    step()
     with never_waiting():
         step()
 
