@@ -18,7 +18,7 @@ import kdloss
 
 Step = Callable[[], Any]
 SECONDS = 3.0  # how long one pair is measured
-HEADER = "| | conditions | ours | ratio | goal |\n|---|---|---|---|---|"
+HEADER = "| | conditions | ours | ratio, or number | goal |\n|---|---|---|---|---|"
 
 
 @dataclass(frozen=True)

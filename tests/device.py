@@ -37,7 +37,7 @@ def put_on(name):
     torch.Generator = Generator
     to_numpy, to_array = torch.Tensor.numpy, torch.Tensor.__array__
     torch.Tensor.numpy = lambda x, **options: to_numpy(x.cpu(), **options)
-    torch.Tensor.__array__ = lambda x, *dtype: to_array(x.detach().cpu(), *dtype)
+    torch.Tensor.__array__ = lambda x, dtype=None: to_array(x.detach().cpu(), dtype)
 
 
 def left_out(test):

@@ -46,12 +46,23 @@ def test_where_operators_take_nothing_for_themselves_it_is_that_of_living_tensor
     assert measure.peak(lambda: student.sum(dtype=torch.float64)) == pytest.approx(2 * student.nbytes, rel=0.01)
 
 
-def test_the_ratio_is_that_of_cpu_times():
-    x = torch.randn(300, 300)
-    many, few = (lambda: [x @ x for _ in range(60)]), (lambda: [x @ x for _ in range(20)])
-    ratio, ms = measure.paired(many, few, rounds=5)
-    assert 1.5 < ratio < 6
-    assert ms > 0
+def test_the_ratio_is_the_median_of_pairs_in_turn(monkeypatch):
+    now, ran = [0.0], []
+    monkeypatch.setattr(measure.time, "process_time", lambda: now[0])
+
+    def step(name, *seconds):
+        left = iter(seconds)
+
+        def run():
+            ran.append(name)
+            now[0] += next(left)
+
+        return run
+
+    # two first runs of each, then 1/2, 4/1, 3/1
+    ratio, ms = measure.paired(step("ours", 9, 9, 1, 4, 3), step("other", 9, 9, 2, 1, 1), rounds=3)
+    assert (ratio, ms) == (3, 3000)
+    assert "".join(name[1] for name in ran[4:]) == "tu" + "ut" + "tu"  # first one, then the other
 
 
 def test_a_missed_goal_is_told_and_stays():
@@ -81,7 +92,7 @@ def test_with_memory_kept_large_buffers_are_no_new_pages():
         ran = subprocess.run([sys.executable, "-c", FAULTS], env=os.environ | env, capture_output=True, check=True)
         return int(ran.stdout.split()[-1])
 
-    assert faults(ratios.KEPT) < 100 < 1000 < faults({})
+    assert 10 * faults(ratios.KEPT) < faults({})
 
 
 TINY = {
