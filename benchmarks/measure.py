@@ -1,6 +1,5 @@
-"""Time, memory and bytes moved of a training step, and the rows of the table that they stand in."""
+"""Time and memory of a training step, and the rows of the table that they stand in."""
 
-import logging
 import os
 import statistics
 import time
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import metrics
 from torch.profiler import ProfilerActivity, profile
 
 import kdloss
@@ -124,26 +122,3 @@ def peak_row(what: str, conditions: str, ours: Step, other: Step | int, goal: fl
     mine = peak(ours)
     ratio = mine / (other if isinstance(other, int) else peak(other))
     return Row(f"{what}: peak", conditions, ratio, goal, f"{mine / 2**20:.3g} MiB")
-
-
-@contextmanager
-def compilers_report() -> Iterator[list[int]]:
-    """Within, what is newly compiled for CPU or GPU: one number in the end, the bytes that its kernels read and write.
-
-    The compiler counts every kernel's inputs and outputs once, however often the kernel sweeps over them.
-    """
-    log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")  # it counts for who listens
-    level, log.propagate, found = log.level, False, []
-    log.setLevel(logging.INFO)
-    torch._dynamo.reset()
-    metrics.reset()
-    try:
-        with torch._inductor.config.patch(fx_graph_cache=False), _no_autograd_cache():
-            yield found
-        found.append(metrics.num_bytes_accessed)
-    finally:
-        log.setLevel(level)
-
-
-def _no_autograd_cache() -> Any:
-    return torch._functorch.config.patch(enable_autograd_cache=False)

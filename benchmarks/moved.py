@@ -2,11 +2,15 @@
 compiler's own report.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from measure import Step, compilers_report
+from measure import Step
 from torch import Tensor
+from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -55,6 +59,26 @@ def bytes_moved(step: Step, entries: int) -> int:
     ):
         step()
     return eager.bytes + compiled[0]
+
+
+@contextmanager
+def compilers_report() -> Iterator[list[int]]:
+    """Within, what is newly compiled for CPU or GPU: one number in the end, the bytes that its kernels read and write.
+
+    The compiler counts every kernel's inputs and outputs once, however often the kernel sweeps over them.
+    """
+    log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")  # it counts for who listens
+    level, log.propagate, found = log.level, False, []
+    log.setLevel(logging.INFO)
+    without_cache = torch._functorch.config.patch(enable_autograd_cache=False)
+    torch._dynamo.reset()
+    metrics.reset()
+    try:
+        with torch._inductor.config.patch(fx_graph_cache=False), without_cache:
+            yield found
+        found.append(metrics.num_bytes_accessed)
+    finally:
+        log.setLevel(level)
 
 
 def _moved(name: str, mutable: bool, args: Any, read: list[Tensor], written: list[Tensor]) -> int:

@@ -8,7 +8,6 @@ import torch
 from measure import Row, Step, backward, paired, peak, peak_row, time_row
 from sections.given import logits, shape
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import kdloss
 
@@ -45,6 +44,8 @@ def features(
     vocab: int = 50_257,
 ) -> Iterator[Row]:
     """A GPT-2-shaped pair."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     special = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": vocab, "n_positions": batch[1]}
     config = {"n_layer": blocks, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, **special}
     student, teacher = (GPT2LMHeadModel(GPT2Config(n_embd=d, n_head=d // 64 or 1, **config)) for d in widths)
