@@ -40,7 +40,7 @@ class Row:
 def engine(compiled: bool) -> None:
     """Turn the engine's compiled blocks on or off. The one place that knows its switch."""
     os.environ["KDLOSS_COMPILE"] = "1" if compiled else "0"
-    switch = getattr(kdloss, "compiled", None)
+    switch = getattr(kdloss, "set_compile", None)
     if switch is not None:
         switch(compiled)
 

@@ -39,8 +39,7 @@ SECTIONS: dict[str, tuple[Section, tuple[str, ...]]] = {
     "top_k": (functions.top_k, BOTH),
     "vocabulary": (functions.vocabularies, BOTH),
     "distances": (functions.features, BOTH),
-    "small": (steps.criteria, FRESH),
-    "overhead": (steps.overhead, FRESH),
+    "small": (steps.small_batches, FRESH),
     "features": (steps.features, FRESH),
     "cache": (steps.cache, FRESH),
 }

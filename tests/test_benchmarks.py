@@ -109,10 +109,10 @@ TINY = {
     functions.top_k: {"shapes": ((3, 50),), "k": 4},
     functions.vocabularies: {"tokens": 3, "vocab": 50, "more": 5},
     functions.features: {"rows": 4, "width": 8, "batch": 3, "side": 2},
-    steps.criteria: {"shapes": ((4, 5),)},
+    steps.small_batches: {"shapes": ((4, 5),)},
     steps.features: {"blocks": 4, "widths": (8, 12), "batch": (2, 6), "vocab": 20},
 }
-WIRED = {functions.features: "obvious", steps.overhead: "small", steps.cache: "reads"}
+WIRED = {functions.features: "obvious", steps.small_batches: "small", steps.cache: "reads"}
 
 
 def test_every_section_is_tried():
