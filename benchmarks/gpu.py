@@ -9,7 +9,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,36 +54,46 @@ def ways(ours: Callable[..., Any], recipe: Callable[..., Any], peer: Callable[..
 
 def cases(device: str, dtype: torch.dtype, size: dict[str, int]) -> Iterator[tuple[str, Ways]]:
     """Each loss with its ways; what it is given is made when it is its turn."""
-    tokens, vocab, k = size["tokens"], size["vocab"], size["k"]
+    tokens, vocab, width, k = (size[name] for name in ("tokens", "vocab", "width", "k"))
     wide = f"{shape(tokens, vocab)} logits"
+    for name, (ours, recipe, options) in LOSSES.items():
+        given = on(device, logits, tokens, vocab, dtype)
+        yield f"{name}, {wide}", ways(ours, recipe, liger.kernel(*options, device), *given)
+        del given
+    given = on(device, top_k, tokens, vocab, dtype, k)
+    yield f"KL of the top {k}, {wide}", ways(VanillaKD(1.0, 0.0), gathered, None, *given)
+    del given
+    for name in ("KL + CE", "JSD"):
+        ours, recipe, options = LOSSES[name]
+        given = on(device, lazy, tokens, vocab, width, size["teacher_width"], dtype)
+        peer = liger.fused_linear(*options, chunk=min(tokens, 1024))
+        what = f"{name}, {tokens} hidden states, D = {width} and {size['teacher_width']}, V = {shape(vocab)}"
+        yield what, ways(ours, dense(recipe), peer, *given)
+        del given
+    given = on(device, logits, tokens, width, dtype)[:2]
+    yield f"feature MSE, {shape(tokens, width)}", ways(mse, F.mse_loss, None, *given)
+
+
+def on(device: str, make: Callable[..., Any], *args: Any) -> Any:
+    """What is made on a device."""
     with torch.device(device):
-        for name, (ours, recipe, options) in LOSSES.items():
-            yield f"{name}, {wide}", ways(ours, recipe, liger.kernel(*options, device), *logits(tokens, vocab, dtype))
-        student, teacher, _ = logits(tokens, vocab, dtype)
-        kept = TopKLogits.of(teacher, k)
-        stored = kept.indices, kept.log_probs
-        del teacher
-        yield f"KL of the top {k}, {wide}", ways(VanillaKD(1.0, 0.0), partial(_gathered, stored), None, student, kept)
-        del student, kept, stored
-        for name in ("KL + CE", "JSD"):
-            ours, recipe, options = LOSSES[name]
-            given = lazy(tokens, vocab, size["width"], size["teacher_width"], dtype)
-            what = (
-                f"{name}, {tokens} hidden states, D = {size['width']} and {size['teacher_width']}, V = {shape(vocab)}"
-            )
-            yield what, ways(ours, dense(recipe), liger.fused_linear(*options, chunk=min(tokens, 1024)), *given)
-            del given
-        student, teacher = torch.randn(2, tokens, size["width"]).to(dtype)
-        given = student.clone().requires_grad_(), teacher
-        yield f"feature MSE, {shape(tokens, size['width'])}", ways(_mse, F.mse_loss, None, *given)
+        return make(*args)
 
 
-def _mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def top_k(tokens: int, vocab: int, dtype: torch.dtype, k: int) -> tuple[torch.Tensor, TopKLogits]:
+    """A student's logits, and the k most probable classes of a teacher."""
+    student, teacher, _ = logits(tokens, vocab, dtype)
+    return student, TopKLogits.of(teacher, k)
+
+
+def gathered(student: torch.Tensor, kept: TopKLogits) -> torch.Tensor:
+    """The recipe for them."""
+    return recipes.gathered(student, kept.indices, kept.log_probs)
+
+
+def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Ours of a batch."""
     return distances.mse(student, teacher).mean()
-
-
-def _gathered(stored: tuple[torch.Tensor, torch.Tensor], student: torch.Tensor, kept: Any) -> torch.Tensor:
-    return recipes.gathered(student, *stored)
 
 
 def times(found: Ways, device: str, rounds: int) -> dict[str, float]:
@@ -122,19 +131,27 @@ def most(step: Step, device: str) -> int:
 def table(device: str, dtype: torch.dtype, size: dict[str, int], rounds: int = 10) -> Iterator[str]:
     """The rows, as they are measured."""
     for what, found in cases(device, dtype, size):
-        peaks = {}
-        for name in list(found):
-            try:
-                found[name](), found[name]()  # it is compiled, and chooses its kernels
-                peaks[name] = most(found[name], device)
-            except torch.OutOfMemoryError:
-                del found[name]
-                yield f"| {what}, {short(dtype)} | {name} | out of memory | |"
-            gc.collect()
-        for name, ms in times(found, device, rounds).items():
-            yield f"| {what}, {short(dtype)} | {name} | {ms:.3g} | {peaks[name] / 2**20:.4g} |"
-        found.clear()
+        peaks = {name: tried(step, device) for name, step in found.items()}
+        able = {name: step for name, step in found.items() if peaks[name] is not None}
+        taken = times(able, device, rounds)
+        for name, size_of in peaks.items():
+            measured = "out of memory | |" if size_of is None else f"{taken[name]:.3g} | {size_of / 2**20:.4g} |"
+            yield f"| {what}, {short(dtype)} | {name} | {measured}"
+        found.clear(), able.clear()
         gc.collect()
+
+
+def tried(step: Step, device: str) -> int | None:
+    """The peak of a step once it is compiled and has chosen its kernels; None where memory is too small."""
+    try:
+        for _ in range(3):
+            step()
+        return most(step, device)
+    except torch.OutOfMemoryError:
+        pass  # what the step held goes with its traceback
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
 
 
 def main() -> None:

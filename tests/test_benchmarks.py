@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import gpu
 import liger
@@ -129,7 +130,9 @@ def test_a_section_gives_rows(section, monkeypatch):
     monkeypatch.setattr(liger, "here", lambda: False)  # so does Liger
     monkeypatch.setattr(measure, "SECONDS", 0.0)
     if section in WIRED:
-        pytest.importorskip(WIRED[section])
+        wired = pytest.importorskip(WIRED[section])
+        if hasattr(wired, "seconds"):
+            monkeypatch.setattr(wired, "seconds", partial(wired.seconds, rounds=1))
     rows = list(section("fresh", **TINY[section]))
     assert rows
     assert all(math.isfinite(row.ratio) and row.ratio > 0 for row in rows)
@@ -168,20 +171,37 @@ SMALL = {"tokens": 3, "vocab": 50, "width": 4, "teacher_width": 8, "k": 4}
 def test_the_table_of_a_card_can_be_had_without_one(dtype, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(gpu, "engine", lambda compiled: None)
+    monkeypatch.setattr(gpu, "peak", lambda step: step() or 2**20)  # it is tried above
     monkeypatch.setattr(liger, "here", lambda: False)
     rows = list(gpu.table("cpu", dtype, SMALL, rounds=1))
     assert len(rows) == len(set(rows)) == 7 * 4  # seven losses, four ways
     assert not any("out of memory" in row for row in rows)
 
 
-def test_a_way_that_needs_too_much_memory_says_so(monkeypatch):
+class Event:
+    """As the card's, a millisecond apart."""
+
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+def test_a_way_that_needs_too_much_memory_says_so_and_the_others_are_measured_by_the_card(monkeypatch):
     def too_much():
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(gpu, "cases", lambda *_: iter([("KL", {"ours": lambda: None, "plain": too_much})]))
-    first, second = gpu.table("cpu", torch.float32, SMALL, rounds=1)
-    assert first == "| KL, fp32 | plain | out of memory | |"
-    assert second.startswith("| KL, fp32 | ours | ")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    numbers = {"memory_allocated": 2**20, "max_memory_allocated": 3 * 2**20}
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", *numbers):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: numbers.get(name))
+    rows = list(gpu.table("a card", torch.float32, SMALL, rounds=1))
+    assert rows == ["| KL, fp32 | ours | 1 | 2 |", "| KL, fp32 | plain | out of memory | |"]
 
 
 def test_without_a_card_make_gpu_says_one_sentence(monkeypatch, capsys):

@@ -11,8 +11,8 @@ import kdloss
 
 def logits(tokens: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Student, teacher and labels."""
-    student, teacher = (3 * torch.randn(2, tokens, vocab)).to(dtype)
-    return student.clone().requires_grad_(), teacher, torch.randint(0, vocab, (tokens,))
+    student, teacher = (torch.randn(tokens, vocab).mul_(3).to(dtype) for _ in range(2))
+    return student.requires_grad_(), teacher, torch.randint(0, vocab, (tokens,))
 
 
 def lazy(
