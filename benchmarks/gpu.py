@@ -138,7 +138,6 @@ def table(device: str, dtype: torch.dtype, size: dict[str, int], rounds: int = 1
             measured = "out of memory | |" if size_of is None else f"{taken[name]:.3g} | {size_of / 2**20:.4g} |"
             yield f"| {what}, {short(dtype)} | {name} | {measured}"
         found.clear(), able.clear()
-        gc.collect()
 
 
 def tried(step: Step, device: str) -> int | None:
