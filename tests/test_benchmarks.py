@@ -111,6 +111,7 @@ TINY = {
     functions.vocabularies: {"tokens": 3, "vocab": 50, "more": 5},
     functions.features: {"rows": 4, "width": 8, "batch": 3, "side": 2},
     steps.small_batches: {"shapes": ((4, 5),)},
+    steps.cache: {"rounds": 1},
     steps.features: {"blocks": 4, "widths": (8, 12), "batch": (2, 6), "vocab": 20},
 }
 WIRED = {functions.features: "obvious", steps.small_batches: "small", steps.cache: "reads"}
@@ -119,7 +120,7 @@ WIRED = {functions.features: "obvious", steps.small_batches: "small", steps.cach
 def test_every_section_is_tried():
     import ratios
 
-    assert {section for section, _ in ratios.SECTIONS.values()} <= {*TINY, *WIRED}
+    assert {section for section, _ in ratios.SECTIONS.values()} == {*TINY}
 
 
 @pytest.mark.parametrize("section", TINY, ids=lambda section: f"{section.__module__}.{section.__name__}")

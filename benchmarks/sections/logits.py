@@ -94,7 +94,7 @@ def error_in_bfloat16(memory: str, tokens: int = 64, vocab: int = 128_256) -> It
         )
 
 
-def moved(memory: str, rows: int = 16, vocab: int = 32_000) -> Iterator[Row]:
+def moved(memory: str, rows: int = 8, vocab: int = 32_000) -> Iterator[Row]:
     """Bytes that a step moves, per logit of one side: one block of rows, forward and backward."""
     from moved import bytes_moved
 
