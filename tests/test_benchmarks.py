@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import gpu
 import liger
@@ -60,10 +61,20 @@ def test_the_ratio_is_the_median_of_pairs_in_turn(monkeypatch):
 
         return run
 
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
     # two first runs of each, then 1/2, 4/1, 3/1
     ratio, ms = measure.paired(step("ours", 9, 9, 1, 4, 3), step("other", 9, 9, 2, 1, 1), rounds=3)
     assert (ratio, ms) == (3, 3000)
     assert "".join(name[1] for name in ran[4:]) == "tu" + "ut" + "tu"  # first one, then the other
+
+
+def test_where_memory_is_kept_first_runs_go_on_until_there_are_no_new_pages(monkeypatch):
+    faults = iter([0, 5000, 9000, 9000, 9020])
+    monkeypatch.setattr(measure.resource, "getrusage", lambda _: SimpleNamespace(ru_minflt=next(faults)))
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    ran = []
+    measure.warm_up(lambda: ran.append("ours"))
+    assert len(ran) == 3
 
 
 def test_a_missed_goal_is_told_and_stays():
@@ -76,7 +87,7 @@ FAULTS = """
 import resource, torch
 def step():
     return torch.ones(10 * 2**20).exp().sum()  # 40 MB: beyond what glibc may keep by default
-for _ in range(5):
+for _ in range(20):  # it takes some until the heap has its shape
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):

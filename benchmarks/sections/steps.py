@@ -33,7 +33,7 @@ def features(
     memory: str,
     blocks: int = 12,
     widths: tuple[int, int] = (256, 384),
-    batch: tuple[int, int] = (8, 128),
+    batch: tuple[int, int] = (4, 128),
     vocab: int = 50_257,
 ) -> Iterator[Row]:
     """A GPT-2-shaped pair."""
