@@ -15,11 +15,12 @@ CORE := laws extremes criteria sums own_terms schedules divergences distances mo
 	recipes bases old_torch which_row own_loss layouts_of_logits layouts_of_features levels class_names virtual_tokens \
 	speech_masks detectors hf
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
+ON_A_CARD := $(addprefix tests/test_,on_a_device.py laws.py extremes.py engine.py lazy_head.py)
 MATHJAX := 3.2.2
 SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightning
 
-.PHONY: test test-oldest check static typed package pythons demo demo-pretrained results examples bench docs clean
+.PHONY: test test-oldest check static typed package pythons demo demo-pretrained results examples bench gpu docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -100,9 +101,19 @@ results: .venv/smollm2  ## the measurements of docs/results.md, two or three hou
 examples: .venv/text .venv/minilm  ## every template in full, what each prints into docs/results/examples; some by ARGS="lora"
 	$(BIN)/python benchmarks/examples.py $(ARGS)
 
-bench: .venv/ready  ## our losses beside the plain PyTorch recipe
-	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ratios.py
+.venv/liger: .venv/ready  # Liger's losses, to compare with; what it wants else is not needed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps liger-kernel==0.8.5
+	touch $@
+
+bench: .venv/liger  ## our losses beside what one would write otherwise; some by ARGS="logits lazy"
+	$(BIN)/python benchmarks/ratios.py $(ARGS)
+
+gpu: .venv/liger  ## on a machine with a card: the laws on it, then time and peak beside plain, compiled and Liger
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		KDLOSS_DEVICE=cuda $(BIN)/pytest --quiet $(ON_A_CARD) && $(BIN)/python benchmarks/gpu.py; \
+	else \
+		echo "there is no card here that torch.cuda can use, so nothing was run"; \
+	fi
 
 .venv/mathjax/tex-chtml.js: .venv/ready  # it draws the formulas, and would else come from somewhere on the web
 	@command -v npm >/dev/null || { echo "make docs takes MathJax from its npm package; install npm" >&2; exit 1; }
@@ -118,4 +129,4 @@ docs: .venv/mathjax/tex-chtml.js  ## the pages, into site/; a warning is an erro
 	! grep -rE --include=*.html '<(script|link|img|iframe)[^>]* (src|href)=.?https?:' site
 
 clean:  ## back to a fresh clone
-	rm -rf .venv .venv-oldest .venv-package dist runs site .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-oldest .venv-package dist runs site .mypy_cache .ruff_cache

@@ -1,231 +1,98 @@
-"""Our losses against the plain PyTorch recipe, as ratios, in one table: `make bench`.
+"""Our losses against what one would write otherwise, as ratios, in one table: `make bench`.
 
-One thread, CPU time, both ways in turn, medians of paired ratios; peak memory counts the bytes of every
-living tensor beyond what the step was given. Under five minutes.
+python benchmarks/ratios.py [section ...]
+
+One thread, CPU time, both ways in turn, medians of paired ratios; peaks as PyTorch's allocator saw them. Every section
+runs in a process of its own, some twice: with memory "fresh", as C's allocator hands it out by default (large buffers
+are new pages every time, and a plain recipe spends half of its time on them), and "kept", as on every GPU. All of them
+together are kept in docs/results/bench.md.
 """
 
-import statistics
+import os
+import platform
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import recipes
+import liger
 import torch
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from measure import HEADER, Row
+from sections import functions, heads, logits, steps
 
-sys.path.append(str(Path(__file__).parents[1] / "applications"))
-
-from parts.memory import LiveTensors
-
-import kdloss
-
-Step = Callable[[], Any]
-KL = kdloss.VanillaKD(recipes.T, 0.0)
-BOTH = kdloss.VanillaKD(recipes.T, 0.5)
-
-
-def time_ratio(ours: Step, plain: Step, rounds: int = 3) -> float:
-    """Median of ours / plain in CPU time, taken in turn after a first run of each."""
-    ours(), plain()
-    ratios = []
-    for k in range(rounds):
-        times = {}
-        for step in (ours, plain) if k % 2 else (plain, ours):
-            start = time.process_time()
-            step()
-            times[step] = time.process_time() - start
-        ratios.append(times[ours] / times[plain])
-    return statistics.median(ratios)
-
-
-def peak(step: Step, *given: Any) -> int:
-    """Bytes alive at the peak beyond the given tensors."""
-    with LiveTensors() as live:
-        for tensor in leaves(given):
-            live.count(tensor.untyped_storage())
-        before = live.now
-        step()
-    return live.peak - before
+Section = Callable[[str], Iterator[Row]]
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}  # read by glibc when a process starts
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "bench.md"
+BOTH, FRESH = ("kept", "fresh"), ("fresh",)
+SECTIONS: dict[str, tuple[Section, tuple[str, ...]]] = {
+    "logits": (logits.against_recipes, BOTH),
+    "logarithms": (logits.against_logarithms, BOTH),
+    "large": (logits.large, BOTH),
+    "bfloat16": (logits.error_in_bfloat16, FRESH),
+    "moved": (logits.moved, FRESH),
+    "lazy": (heads.against_products, BOTH),
+    "lengths": (heads.lengths, FRESH),
+    "more": (heads.what_comes_with_it, FRESH),
+    "teachers": (heads.teachers, FRESH),
+    "dense": (functions.dense, BOTH),
+    "top_k": (functions.top_k, BOTH),
+    "vocabulary": (functions.vocabularies, BOTH),
+    "distances": (functions.features, BOTH),
+    "small": (steps.small_batches, FRESH),
+    "features": (steps.features, FRESH),
+    "cache": (steps.cache, FRESH),
+}
 
 
-def leaves(given: Sequence[Any]) -> list[Tensor]:
-    """The tensors behind logits of any kind."""
-    found = []
-    for x in given:
-        found += [x] if isinstance(x, Tensor) else [t for t in vars(x).values() if isinstance(t, Tensor)]
-    return found
+def conditions() -> str:
+    """The machine, in one line."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    with_liger = f"liger-kernel {version('liger-kernel')}" if liger.here() else "without Liger"
+    return f"{(names or [platform.processor()])[0]}, one thread, torch {torch.__version__}, {with_liger}."
 
 
-def backward(loss: Callable[..., Tensor], *given: Any) -> Step:
-    """A step: value and gradients, which are thrown away."""
-
-    def step() -> None:
-        loss(*given).backward()
-        for tensor in leaves(given):
-            tensor.grad = None
-
-    return step
-
-
-def dense(recipe: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A recipe on logits, for hidden states and heads."""
-    return lambda student, teacher, *rest: recipe(student.dense(), teacher.dense(), *rest)
-
-
-def logits(tokens: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Student, teacher and labels."""
-    student, teacher = (3 * torch.randn(2, tokens, vocab)).to(dtype)
-    return student.clone().requires_grad_(), teacher, torch.randint(0, vocab, (tokens,))
+def in_a_process(section: str, memory: str) -> list[str]:
+    """The rows of a section, printed as they come; raises where it fails."""
+    quiet = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
+    env = os.environ | quiet | (KEPT if memory == "kept" else {})
+    command = [sys.executable, __file__, "--here", section, memory]
+    rows = []
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("|"):
+                print(line, end="", flush=True)
+                rows.append(line)
+    if process.returncode:
+        raise SystemExit(f"the section {section}, memory {memory}, ended with {process.returncode}")
+    return rows
 
 
-def lazy(tokens: int, vocab: int, width: int, teacher_width: int) -> tuple[Any, Any, Tensor]:
-    """The same as hidden states and heads."""
-    sides = []
-    for size in (width, teacher_width):
-        sides.append(kdloss.LazyLogits(torch.randn(tokens, size), torch.randn(vocab, size) / size**0.5))
-    for tensor in leaves(sides[:1]):
-        tensor.requires_grad_()
-    return sides[0], sides[1], torch.randint(0, vocab, (tokens,))
-
-
-def report(name: str, ratio: float, at_most: float | None = None) -> None:
-    """One row of the table."""
-    print(f"| {name} | {ratio:.3g} | {'' if at_most is None else f'{at_most:.3g}'} |", flush=True)
-
-
-def given_logits() -> None:
-    """256 x 128 256 logits in float32."""
-    what, data = "256 × 128 256 logits", logits(256, 128_256)
-    plain = peak(backward(recipes.kl, *data), *data)
-    report(f"{what}, KL: peak", peak(backward(KL, *data), *data) / plain, 0.23)
-    spare = [data[0].detach().clone().requires_grad_(), *data[1:]]
-    overwriting = kdloss.VanillaKD(recipes.T, 0.0, overwrite_logits=True)
-    report(f"{what}, KL, overwriting them: peak", peak(backward(overwriting, *spare), *spare) / plain, 0.02)
-    report(f"{what}, KL: time", time_ratio(backward(KL, *data), backward(recipes.kl, *data)))
-    report(f"{what}, KL + CE: time", time_ratio(backward(BOTH, *data), backward(recipes.kl_ce, *data)), 0.5)
-    ours = backward(kdloss.VanillaKD(recipes.T, 0.0, divergence=kdloss.divergences.jsd), *data)
-    plain_jsd = backward(recipes.jsd, *data)
-    report(f"{what}, JSD(0.5): peak", peak(ours, *data) / peak(plain_jsd, *data), 0.09)
-    report(f"{what}, JSD(0.5): time", time_ratio(ours, plain_jsd), 0.4)
-    kept = kdloss.TopKLogits.of(data[1], 64)
-    student, stored = data[0], (kept.indices, kept.log_probs)
-    ours = backward(kdloss.VanillaKD(1.0, 0.0), student, kept)
-    gathered = backward(recipes.gathered, student, *stored)
-    report(f"{what}, top 64: peak", peak(ours, student, kept) / peak(gathered, student, *stored), 0.4)
-    report(f"{what}, top 64: time", time_ratio(ours, gathered), 0.9)
-
-
-def bfloat16() -> None:
-    """The gradient's error, relative to its norm, against float64 of the same rounded logits."""
-    student, teacher, labels = logits(64, 128_256, torch.bfloat16)
-
-    def gradient(loss: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-        z = student.detach().to(dtype).requires_grad_()
-        return torch.autograd.grad(loss(z, teacher.to(dtype), labels), z)[0].double()
-
-    exact = gradient(recipes.kl, torch.float64)
-    for name, loss, most in (("", KL, 4e-3), (" (the plain recipe's)", recipes.kl, None)):
-        error = (gradient(loss, torch.bfloat16) - exact).norm() / exact.norm()
-        report(f"64 × 128 256 bf16 logits, KL: error of the gradient{name}", error.item(), most)
-
-
-def lazy_logits() -> None:
-    """Hidden states and heads, float32."""
-    peaks, steps = {}, {}
-    for tokens, most in ((512, 0.1), (1024, 0.05), (2048, None)):
-        data = lazy(tokens, 128_256, 64, 64)
-        steps[tokens] = backward(KL, *data)
-        peaks[tokens] = peak(steps[tokens], *data)
-        if most is not None:
-            plain = peak(backward(dense(recipes.kl), *data), *data)
-            report(f"{tokens} tokens, lazy, D = 64, V = 128 256, KL: peak", peaks[tokens] / plain, most)
-    report("the same, 2048 tokens against 512 of ours: peak", peaks[2048] / peaks[512], 1.03)
-    report("the same, 2048 tokens against 512 of ours: time", time_ratio(steps[2048], steps[512], 1), 5)
-    data = lazy(512, 32_000, 512, 1024)
-    hidden, weight, teacher_hidden, teacher_weight = (t.detach() for t in leaves(data[:2]))
-
-    def products() -> None:
-        z, _ = hidden @ weight.T, teacher_hidden @ teacher_weight.T
-        z @ weight, z.T @ hidden
-
-    what = "512 tokens, lazy, D = 512 and 1024, V = 32 000"
-    report(f"{what}, KL against the four products: time", time_ratio(backward(KL, *data), products, 5), 1.25)
-    ratio = time_ratio(backward(BOTH, *data), backward(dense(recipes.kl_ce), *data))
-    report(f"{what}, KL + CE: time", ratio, 1)
-    second = 0.5 * kdloss.Logits(kdloss.divergences.reverse_kl, name="second")
-    more = time_ratio(backward(BOTH + second, *data), backward(BOTH, *data), 5)
-    another = time_ratio(lambda: teacher_hidden @ teacher_weight.T, backward(BOTH, *data), 5)
-    report(f"{what}, KL + CE + reverse KL, against KL + CE of ours: time", more, 1 + another)
-    half = data[2].clone()
-    half[::2] = -100
-    ratio = time_ratio(backward(BOTH, *data[:2], half), backward(BOTH, *data), 5)
-    report(f"{what}, half of them ignored, against all of ours: time", ratio, 0.6)
-
-
-def sizes() -> None:
-    """KL + CE from 256 to 2048 tokens, two vocabularies, two dtypes."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for tokens, vocab in ((256, 32_000), (2048, 32_000), (256, 128_256)):
-            data = logits(tokens, vocab, dtype)
-            ours, plain = backward(BOTH, *data), backward(recipes.kl_ce, *data)
-            what = f"{tokens} × {vocab} {str(dtype).removeprefix('torch.')} logits, KL + CE"
-            report(f"{what}: time", time_ratio(ours, plain, 1))
-            report(f"{what}: peak", peak(ours, *data) / peak(plain, *data))
-
-
-def features() -> None:
-    """A GPT-2-shaped pair: 12 blocks, widths 256 and 384, 8 x 128 tokens of 50 257."""
-    shape = {"n_layer": 12, "n_positions": 128, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
-    student = GPT2LMHeadModel(GPT2Config(n_embd=256, n_head=4, **shape))
-    teacher = GPT2LMHeadModel(GPT2Config(n_embd=384, n_head=6, **shape)).eval().requires_grad_(False)
-    tokens = torch.randint(0, 50_257, (8, 128))
-    batch = {"input_ids": tokens, "labels": tokens}
-    wider = torch.nn.Linear(256, 384)
-
-    def step(loss: Callable[[], Tensor], trained: torch.nn.Module) -> Step:
-        def run() -> None:
-            loss().backward()
-            trained.zero_grad()
-
-        return run
-
-    def distilled(criterion: Any) -> Step:
-        model = kdloss.Distillation(student, teacher, criterion)
-        return step(lambda: model(**batch).loss, model)
-
-    def old_way() -> Tensor:
-        """The student once for its loss and once for its features, the teacher in full."""
-        ce = student(**batch).loss
-        with torch.no_grad():
-            t = teacher(**batch, output_hidden_states=True).hidden_states
-        s = student(**batch, output_hidden_states=True).hidden_states
-        blocks = (0, 3, 6, 9)
-        gaps = [torch.nn.functional.mse_loss(wider(s[i + 1]), t[i + 1]) for i in blocks]
-        return 0.3 * ce + 0.7 * torch.stack(gaps).mean()
-
-    vanilla, feature = distilled(kdloss.VanillaKD()), distilled(kdloss.FeatureKD())
-    both = distilled(kdloss.FeatureKD(logit_weight=1.0))
-    what = "GPT-2 shape, 12 blocks, D = 256 and 384, 8 × 128 tokens, FeatureKD"
-    report(f"{what}, against VanillaKD: time", time_ratio(feature, vanilla, 5), 0.95)
-    report(f"{what}, student twice and teacher in full: time", time_ratio(feature, step(old_way, student), 5), 0.65)
-    report(f"{what} with the output term, against VanillaKD: time", time_ratio(both, vanilla, 5), 1.05)
-    given = [*student.parameters(), *teacher.parameters()]
-    base = peak(vanilla, *given)
-    report(f"{what}, against VanillaKD: peak", peak(feature, *given) / base, 1.05)
-    report(f"{what} with the output term, against VanillaKD: peak", peak(both, *given) / base, 1.05)
+def here(section: str, memory: str) -> None:
+    """Print the rows of a section, measured in this process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for row in SECTIONS[section][0](memory):
+        print(row, flush=True)
 
 
 def main() -> None:
     """The table, row by row."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    print("| | ours / plain | at most |\n|---|---|---|")
-    for part in (features, given_logits, bfloat16, lazy_logits, sizes):
-        part()
+    chosen = sys.argv[1:] or list(SECTIONS)
+    unknown = set(chosen) - set(SECTIONS)
+    if unknown:
+        raise SystemExit(f"there is no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    print(f"{conditions()}\n\n{HEADER}", flush=True)
+    rows = [row for name in chosen for memory in SECTIONS[name][1] for row in in_a_process(name, memory)]
+    if not sys.argv[1:]:
+        table = "".join([HEADER, "\n", *rows])
+        PAGE.write_text(f"{conditions()} Goals that are missed are in bold.\n\n{table}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--here"]:
+        here(*sys.argv[2:])
+    else:
+        main()

@@ -2,8 +2,18 @@ import multiprocessing
 import os
 import sys
 
+import device
 import pytest
 import torch
+
+device.use()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        reason = device.left_out(item.name)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

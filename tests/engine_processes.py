@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import device
 import torch
 import torch.distributed as dist
 from leaving import leave
@@ -55,4 +56,5 @@ def main(folder):
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    device.use()
     main(Path(sys.argv[1]))

@@ -1,0 +1,112 @@
+"""Refuses, in a training step on CPU tensors, what would make a step on an accelerator wait for it."""
+
+import contextlib
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+WAITING = {  # operators whose result's shape, or whose next line of code, depends on numbers
+    "nonzero",
+    "nonzero_numpy",
+    "argwhere",
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "allclose",
+    "masked_select",
+    "masked_scatter_backward",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "unique_dim_consecutive",
+    "bincount",
+    "multinomial",
+    "_linalg_check_errors",
+}
+READING = {"tolist", "numpy", "__array__", "cpu", "item", "__bool__", "__int__", "__float__", "__index__"}
+MADE_BY_THE_HOST = {"tensor": 0, "as_tensor": 0, "asarray": 0, "new_tensor": 1}  # and which argument it is made of
+INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
+
+
+class Waited(AssertionError):
+    """The step would have waited."""
+
+
+class _Operators(TorchDispatchMode):
+    """Sees what operators are given, in backward, too; compiled functions run uncompiled within it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in WAITING:
+            raise Waited(f"{func} waits for its result")
+        if name in ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"):
+            by_mask = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+            fills = len(args) > 2 and args[2].numel() == 1  # PyTorch makes a masked_fill of it
+            if by_mask and not fills:
+                raise Waited(f"{func} by a mask: how many there are has to be known; fill, or index by numbers")
+        if name == "repeat_interleave" and kwargs.get("output_size") is None:
+            raise Waited(f"{func} by a tensor without output_size")
+        if name in ("_to_copy", "copy_"):
+            _not_between_devices(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+class _Calls(TorchFunctionMode):
+    """Sees what operators on CPU tensors don't tell: numbers that Python makes, and reads; `from_numpy` it can't."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        made_of = args[MADE_BY_THE_HOST.get(name, 0) :][:1]
+        if name in MADE_BY_THE_HOST and not (made_of and isinstance(made_of[0], Tensor)):
+            raise Waited(f"{name} copies from the host; torch.full fills on the device")
+        if name in READING and args and isinstance(args[0], Tensor):
+            raise Waited(f"Tensor.{name} reads on the host")
+        if func in INDEXING and any(isinstance(x, (list, np.ndarray)) for x in _parts(args[1])):
+            raise Waited("an index that is a list is copied from the host")
+        return func(*args, **kwargs)
+
+
+def _parts(index):
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _not_between_devices(func, args, kwargs):
+    source = args[1] if func.overloadpacket.__name__ == "copy_" else args[0]
+    target = args[0].device if source is not args[0] else torch.device(kwargs.get("device") or source.device)
+    waits = not (kwargs.get("non_blocking") or any(x is True for x in args[2:]))
+    if source.device.type != target.type and waits:
+        raise Waited(f"{func} from {source.device} to {target} waits; write non_blocking=True, from pinned memory")
+
+
+@contextlib.contextmanager
+def never_waiting():
+    """Within, what would wait for an accelerator raises `Waited`."""
+    with _Operators(), _Calls():
+        yield
+
+
+def as_on_an_accelerator(patch):
+    """Makes the engine take an accelerator's path with CPU tensors: every `on_cpu` in kdloss says no."""
+    found = [m for name, m in sys.modules.items() if name.startswith("kdloss") and hasattr(m, "on_cpu")]
+    for module in found:
+        patch.setattr(module, "on_cpu", lambda device: False)
+    return bool(found)
+
+
+def may_wait(patch, target):
+    """Lets one function, by its dotted name, read what was copied without waiting for it."""
+    place, _, name = target.rpartition(".")
+    function = getattr(sys.modules[place], name)
+
+    def unwatched(*args, **kwargs):
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    patch.setattr(target, unwatched)
