@@ -112,6 +112,34 @@ def triangular(s, t, temperature=1.0):
     return temperature**2 * ((p - q) ** 2 / np.where(p + q == 0, 1, p + q)).sum(-1)
 
 
+def with_teacher_temperature(s, t, temperature=1.0):
+    return temperature**2 * _kl(log_softmax(t, 3.0), log_softmax(s, temperature))
+
+
+def _log_sum_exp(x):
+    top = x.real.max(-1, keepdims=True)
+    return np.log(np.exp(x - top).sum(-1)) + top[..., 0]
+
+
+def _transport(log_a, log_b, cost, epsilon, steps):
+    """Sinkhorn's own algorithm for the entropic transport from a to b, entry by entry of its matrix."""
+    f, g = np.zeros_like(log_a), np.zeros_like(log_a)
+    for _ in range(steps):
+        f = -_log_sum_exp((log_b + g)[..., None, :] - cost / epsilon)
+        g = -_log_sum_exp((log_a + f)[..., None, :] - cost / epsilon)
+    return epsilon * ((np.exp(log_a) * f).sum(-1) + (np.exp(log_b) * g).sum(-1))
+
+
+def sinkhorn(s, t, temperature=1.0, epsilon=0.1, cost=None, steps=150):
+    if cost is None:
+        places = np.arange(s.shape[-1]) * 0.618 % 1
+        cost = np.float32(abs(places - places[:, None])).astype(float)
+    q, p = log_softmax(s, temperature), log_softmax(t, temperature)
+    q, p = np.broadcast_arrays(q, p)
+    same = [_transport(x, x, cost, epsilon, steps) for x in (q, p)]
+    return temperature**2 * (_transport(q, p, cost, epsilon, steps) - sum(same) / 2)
+
+
 def adaptive_kl(s, t, temperature=1.0, head=0.5):
     """One position after the other, as the paper says it; the weights are numbers, not functions."""
     p, q = np.exp(log_softmax(t, temperature)), np.exp(log_softmax(s, temperature))

@@ -13,6 +13,7 @@ from kdloss.divergences.logit_mse import logit_mse
 from kdloss.divergences.nkd import nkd
 from kdloss.divergences.renyi import renyi
 from kdloss.divergences.reverse_kl import reverse_kl
+from kdloss.divergences.sinkhorn import sinkhorn
 from kdloss.divergences.skewed_forward_kl import skewed_forward_kl
 from kdloss.divergences.skewed_reverse_kl import skewed_reverse_kl
 from kdloss.divergences.standardized import standardized
@@ -20,6 +21,7 @@ from kdloss.divergences.symmetric_kl import symmetric_kl
 from kdloss.divergences.total_variation import total_variation
 from kdloss.divergences.triangular import triangular
 from kdloss.divergences.uld import uld
+from kdloss.divergences.with_teacher_temperature import with_teacher_temperature
 
 __all__ = [
     "ab_divergence",
@@ -35,6 +37,7 @@ __all__ = [
     "nkd",
     "renyi",
     "reverse_kl",
+    "sinkhorn",
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "standardized",
@@ -42,4 +45,5 @@ __all__ = [
     "total_variation",
     "triangular",
     "uld",
+    "with_teacher_temperature",
 ]
