@@ -216,7 +216,7 @@ def scattered(classes: int, device: Any = "cpu") -> torch.Tensor:
 
 
 def sinkhorn_of_scattered(
-    student: Any, teacher: Any, *, temperature: float = 1.0, epsilon: float = 0.1
+    student: Any, teacher: Any, *, temperature: float = 1.0, epsilon: float = 0.3
 ) -> torch.Tensor:
     """Of as many classes as there are."""
     cost = scattered(student.shape[-1], student.device).float()

@@ -130,7 +130,7 @@ def _transport(log_a, log_b, cost, epsilon, steps):
     return epsilon * ((np.exp(log_a) * f).sum(-1) + (np.exp(log_b) * g).sum(-1))
 
 
-def sinkhorn(s, t, temperature=1.0, epsilon=0.1, cost=None, steps=150):
+def sinkhorn(s, t, temperature=1.0, epsilon=0.3, cost=None, steps=150):
     if cost is None:
         places = np.arange(s.shape[-1]) * 0.618 % 1
         cost = np.float32(abs(places - places[:, None])).astype(float)
