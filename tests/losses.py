@@ -223,6 +223,8 @@ def sinkhorn_of_scattered(
     return divergences.sinkhorn(student, teacher, cost=cost, temperature=temperature, epsilon=epsilon, iterations=60)
 
 
+sinkhorn_of_scattered.needs_classes = True  # type: ignore[attr-defined]
+
 LOSSES = _table()
 DIVERGENCES = [loss for loss in LOSSES if loss.kind == "divergence"]
 DISTANCES = [loss for loss in LOSSES if loss.kind == "distance"]
