@@ -21,6 +21,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "skewed_forward_kl": [{}, {"skew": 0.0}],
     "skewed_reverse_kl": [{}, {"skew": 0.0}],
     "adaptive_kl": [{}, {"head": 0.9}],
+    "alpha_divergence": [{}, *({"alpha": alpha} for alpha in (0.0, 1e-4, 0.7, 1 - 1e-4, 1.0))],
+    "renyi": [{}, *({"order": order} for order in (1e-2, 1 - 1e-4, 1.0, 2.0))],
+    "ab_divergence": [{}, *({"alpha": a, "beta": b} for a, b in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1e-4, 0.5)))],
+    "sinkhorn": [{"epsilon": 0.3}],
     "dkd": [{}, {"alpha": 2.0, "beta": 0.5}],
     "dist": [{}, {"gamma": 0.0}],
     "attention_transfer": [{}, {"paper": True}],
@@ -56,6 +60,8 @@ EXEMPT = {
     "fsp": {"alone"},
     "standardized_mse": {"batch"},  # the teacher's variance is that of all positions of the call
     "activation_boundary": {"teacher"},  # a margin beyond the teacher's own activations
+    "sinkhorn": {"few"},  # time and memory grow with the square of the classes
+    "with_teacher_temperature": {"teacher"},  # 0 where both are softened to the same
     "uld": {"vocabulary", "kink"},
     "total_variation": {"kink"},
     "adaptive_kl": {"frozen"},  # its weights are constants for the gradient
@@ -128,8 +134,11 @@ def labels_for(shape: Any, device: Any = "cpu") -> torch.Tensor:
 
 def _table() -> list[Loss]:
     table = []
-    functions = {name: getattr(divergences, name) for name in divergences.__all__ if name != "standardized"}
+    around = {"standardized", "with_teacher_temperature"}
+    functions = {name: getattr(divergences, name) for name in divergences.__all__ if name not in around}
     functions["standardized_forward_kl"] = divergences.standardized(divergences.forward_kl)
+    functions["with_teacher_temperature"] = divergences.with_teacher_temperature(divergences.forward_kl, 3.0)
+    functions["sinkhorn"] = sinkhorn_of_scattered
     for name, function in functions.items():
         for options in OPTIONS.get(name, [{}]):
             for temperature in TEMPERATURES if not options else (0.5, 10.0):
@@ -193,6 +202,28 @@ def _exempt(name: str, function: Any) -> frozenset[str]:
     width = {"width"} if getattr(function, "any_width", False) else set()
     return frozenset({*EXEMPT.get(name, ()), *relational, *width})
 
+
+def on_a_line(classes: int, device: Any = "cpu") -> torch.Tensor:
+    """A cost between classes: how far apart they are, 1 from the first to the last."""
+    places = torch.linspace(0, 1, classes, dtype=torch.float64, device=device)
+    return (places - places[:, None]).abs()
+
+
+def scattered(classes: int, device: Any = "cpu") -> torch.Tensor:
+    """A cost between classes that more classes don't change."""
+    places = torch.arange(classes, dtype=torch.float64, device=device) * 0.618 % 1
+    return (places - places[:, None]).abs()
+
+
+def sinkhorn_of_scattered(
+    student: Any, teacher: Any, *, temperature: float = 1.0, epsilon: float = 0.3
+) -> torch.Tensor:
+    """Of as many classes as there are."""
+    cost = scattered(student.shape[-1], student.device).float()
+    return divergences.sinkhorn(student, teacher, cost=cost, temperature=temperature, epsilon=epsilon, iterations=60)
+
+
+sinkhorn_of_scattered.needs_classes = True  # type: ignore[attr-defined]
 
 LOSSES = _table()
 DIVERGENCES = [loss for loss in LOSSES if loss.kind == "divergence"]

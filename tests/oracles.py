@@ -69,6 +69,77 @@ def total_variation(s, t, temperature=1.0):
     return _abs(p - q).sum(-1) / 2
 
 
+def _power(log_p, k):
+    """P^k, with 0^0 = 1."""
+    return np.exp(k * log_p) if k else np.ones(log_p.shape)
+
+
+def ab_divergence(s, t, temperature=1.0, alpha=0.2, beta=0.7):
+    """The definition, and each limit as Cichocki, Cruces and Amari write it."""
+    q, p = log_softmax(s, temperature), log_softmax(t, temperature)
+    total = alpha + beta
+    if alpha == beta == 0:
+        terms = (q - p) ** 2 / 2
+    elif beta == 0:
+        terms = (alpha * _power(p, alpha) * (p - q) - _power(p, alpha) + _power(q, alpha)) / alpha**2
+    elif alpha == 0:
+        terms = (beta * _power(q, beta) * (q - p) - _power(q, beta) + _power(p, beta)) / beta**2
+    elif total == 0:
+        terms = (alpha * (q - p) + np.exp(alpha * (p - q)) - 1) / alpha**2
+    else:
+        product = np.exp(alpha * p + beta * q)
+        terms = (alpha / total * _power(p, total) + beta / total * _power(q, total) - product) / (alpha * beta)
+    return temperature**2 * terms.sum(-1)
+
+
+def alpha_divergence(s, t, temperature=1.0, alpha=0.5):
+    if alpha in (0, 1):
+        return (forward_kl if alpha == 1 else reverse_kl)(s, t, temperature)
+    q, p = log_softmax(s, temperature), log_softmax(t, temperature)
+    return temperature**2 * (1 - np.exp(alpha * p + (1 - alpha) * q).sum(-1)) / (alpha * (1 - alpha))
+
+
+def renyi(s, t, temperature=1.0, order=0.5):
+    if order == 1:
+        return forward_kl(s, t, temperature)
+    u = order * log_softmax(t, temperature) + (1 - order) * log_softmax(s, temperature)
+    top = u.real.max(-1)
+    return temperature**2 * (top + np.log(np.exp(u - top[..., None]).sum(-1))) / (order - 1)
+
+
+def triangular(s, t, temperature=1.0):
+    p, q = np.exp(log_softmax(t, temperature)), np.exp(log_softmax(s, temperature))
+    return temperature**2 * ((p - q) ** 2 / np.where(p + q == 0, 1, p + q)).sum(-1)
+
+
+def with_teacher_temperature(s, t, temperature=1.0):
+    return temperature**2 * _kl(log_softmax(t, 3.0), log_softmax(s, temperature))
+
+
+def _log_sum_exp(x):
+    top = x.real.max(-1, keepdims=True)
+    return np.log(np.exp(x - top).sum(-1)) + top[..., 0]
+
+
+def _transport(log_a, log_b, cost, epsilon, steps):
+    """Sinkhorn's own algorithm for the entropic transport from a to b, entry by entry of its matrix."""
+    f, g = np.zeros_like(log_a), np.zeros_like(log_a)
+    for _ in range(steps):
+        f = -_log_sum_exp((log_b + g)[..., None, :] - cost / epsilon)
+        g = -_log_sum_exp((log_a + f)[..., None, :] - cost / epsilon)
+    return epsilon * ((np.exp(log_a) * f).sum(-1) + (np.exp(log_b) * g).sum(-1))
+
+
+def sinkhorn(s, t, temperature=1.0, epsilon=0.3, cost=None, steps=150):
+    if cost is None:
+        places = np.arange(s.shape[-1]) * 0.618 % 1
+        cost = np.float32(abs(places - places[:, None])).astype(float)
+    q, p = log_softmax(s, temperature), log_softmax(t, temperature)
+    q, p = np.broadcast_arrays(q, p)
+    same = [_transport(x, x, cost, epsilon, steps) for x in (q, p)]
+    return temperature**2 * (_transport(q, p, cost, epsilon, steps) - sum(same) / 2)
+
+
 def adaptive_kl(s, t, temperature=1.0, head=0.5):
     """One position after the other, as the paper says it; the weights are numbers, not functions."""
     p, q = np.exp(log_softmax(t, temperature)), np.exp(log_softmax(s, temperature))

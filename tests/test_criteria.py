@@ -798,13 +798,18 @@ def test_a_criterion_made_inside_a_compiled_function_breaks_the_graph_or_is_refu
 # -- no classes: one output, numbers, several yes or no --
 
 ONE = "one class.*logit_mse.*bernoulli_kl"
-OF_CLASSES = [n for n in kdloss.divergences.__all__ if n not in ("logit_mse", "bernoulli_kl", "standardized")]
+OF_CLASSES = [n for n in kdloss.divergences.__all__ if n not in ("logit_mse", "bernoulli_kl")]
+AROUND = {
+    "standardized": lambda f: f(kdloss.divergences.forward_kl),
+    "with_teacher_temperature": lambda f: f(kdloss.divergences.forward_kl, 4.0),
+    "sinkhorn": partial(partial, cost=torch.zeros(1, 1)),
+}
 
 
-@pytest.mark.parametrize("name", [*OF_CLASSES, "standardized"])
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_a_divergence_of_probabilities_refuses_one_class(name):
     divergence = getattr(kdloss.divergences, name)
-    divergence = divergence(kdloss.divergences.forward_kl) if name == "standardized" else partial(divergence)
+    divergence = AROUND.get(name, partial)(divergence)
     student, teacher = torch.randn(8, 1), torch.randn(8, 1)
     lazy = kdloss.LazyLogits(torch.randn(8, 3), torch.randn(1, 3))
     for s in (student, lazy):

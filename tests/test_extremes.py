@@ -56,7 +56,7 @@ def test_small_gaps_on_top_of_large_logits_survive_a_low_temperature(loss, tempe
     np.testing.assert_allclose(slope, exact_slope, rtol=1e-4, atol=1e-5 * abs(exact_slope).max())
 
 
-@every_divergence
+@pytest.mark.parametrize("loss", [loss for loss in ONE_EACH if "few" not in loss.exempt], ids=str)
 @pytest.mark.parametrize("temperature", [20.0, 100.0])
 def test_a_large_vocabulary_at_high_temperature_does_not_drown_in_rounding(loss, temperature):
     student, teacher = 3 * torch.randn(2, 2, 32_000)

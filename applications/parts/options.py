@@ -13,7 +13,10 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 import kdloss
 
-HELPERS = {"between_examples", "between_tokens", "examples", "standardized", "tokens"}  # they make or help losses
+# They make or help losses, or need more than a choice.
+HELPERS = {
+    "between_examples", "between_tokens", "examples", "sinkhorn", "standardized", "tokens", "with_teacher_temperature",
+}  # fmt: skip
 DIVERGENCES = [name for name in kdloss.divergences.__all__ if name not in HELPERS]
 DISTANCES = [name for name in kdloss.distances.__all__ if name not in HELPERS]
 DISTANCES += [f"examples.{name}" for name in DISTANCES if hasattr(kdloss.distances.examples, name)]

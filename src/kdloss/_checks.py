@@ -38,6 +38,22 @@ def weight(name: str, value: object) -> float:
     return number
 
 
+def number(name: str, value: object) -> float:
+    """Any finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
+
+
+def positive(name: str, value: object) -> float:
+    """A finite number above 0."""
+    if number(name, value) <= 0:
+        raise ValueError(f"{name} must be above 0, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
 def function(name: str, value: object, example: str) -> None:
     """Something to call, not its name or its result."""
     if not callable(value):

@@ -34,6 +34,7 @@ class standardized:
     """
 
     one_class: ClassVar[bool] = False  # which is 0 when it is standardised
+    any_scale: ClassVar[bool] = True  # so a temperature of the teacher's own would change nothing
 
     divergence: Callable[..., Tensor]
 
