@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss.engine import in_blocks, softened
+from kdloss.engine import in_blocks
 from kdloss.engine.task import unwrapped
 from kdloss.reduction import alike
 from kdloss.targets.kinds import AnyLogits
@@ -74,13 +74,13 @@ class with_teacher_temperature:
 
     @property
     def closed_form(self) -> Callable[..., Any] | None:
-        """That of the divergence, if it has one."""
+        """That of the divergence, if it has one; the engine makes the teacher's side at its own temperature."""
         function, options = unwrapped(self.divergence)
         form = getattr(function, "closed_form", None)
         if form is None:
             return None
         options = {name: x for name, x in options.items() if name not in ("temperature", "t_squared")}
-        return partial(softened.with_teacher_temperature, partial(form, **options), self.teacher_temperature)
+        return partial(form, **options)
 
     def __call__(self, student: AnyLogits, teacher: AnyLogits, *args: Any, **options: Any) -> Tensor:
         """The divergence of student from teacher, each at its own temperature; `args` and `options` are its own."""

@@ -71,7 +71,7 @@ class Rows(NamedTuple):
 
 def block_of(plan: Plan, tasks: Sequence[Task], x: Tensor | LazyLogits, dtype: torch.dtype) -> "Block | None":
     """The plan's work on rows, compiled where it can be and is wanted."""
-    if plan.top_k or plan.by_autograd or not wanted(x.device):
+    if plan.top_k or plan.by_autograd or not wanted(x.device) or any(map(_by_tensors, plan.groups)):
         return None
     given = matmul_dtype(x) if isinstance(x, LazyLogits) else x.dtype
     key = _structure(plan, tasks), x.device, given, dtype, x.shape[-1]
@@ -133,15 +133,17 @@ def _compute(
 ) -> Tensor:
     """What is compiled."""
 
-    def side(logits: Tensor, n: Any) -> Side:
-        return make(logits, rows.temperatures[n], like=_like(groups[n].temperature))
+    def side(logits: Tensor, temperature: Any) -> Side:
+        if isinstance(temperature, float):  # a teacher's own
+            return make(logits, temperature)
+        return make(logits, rows.temperatures[temperature], like=_like(groups[temperature].temperature))
 
     z = rows.z.to(dtype)
     tasks = [
         _Teacher(x) if smooth is None else LabelTask(x, smooth, w)
         for x, w, smooth in zip(rows.beside, rows.class_weights, smoothing, strict=True)
     ]
-    here = [Group(n, rows.classes[n], group.labels, group.closed) for n, group in enumerate(groups)]
+    here = [Group(n, rows.classes[n], group.labels, group.closed, group.own) for n, group in enumerate(groups)]
     values, gradient = compute(Plan(here), Few(z, tasks.__getitem__, rows.weights, rows.off, rows.nowhere), side)
     if gradient is not None:
         (rows.z if out is None else out).copy_(gradient)
@@ -173,6 +175,7 @@ def _structure(plan: Plan, tasks: Sequence[Task]) -> Hashable:
             "some" if isinstance(group.classes, Tensor) else identity(group.classes),
             tuple(group.labels),
             tuple((teacher, tuple(c.k for c in closed)) for teacher, closed in group.closed.items()),
+            tuple(group.own.items()),
         )
         for group in plan.groups
     )
@@ -187,6 +190,12 @@ def _like(temperature: float) -> float:
 def _passed(temperature: float, device: torch.device) -> float | Tensor:
     """A number that may change from step to step, without being compiled anew."""
     return temperature if temperature in (1, 2) else torch.full((), temperature, dtype=widest(device), device=device)
+
+
+def _by_tensors(group: Group) -> bool:
+    """Whether a form has tensors among its options, which would be compiled in."""
+    forms: list[Any] = [c.form for closed in group.closed.values() for c in closed]
+    return any(isinstance(option, Tensor) for form in forms for option in form.keywords.values())
 
 
 def _form(task: TeacherTask) -> Hashable:

@@ -68,9 +68,10 @@ def by_closed_forms(group: Group, q: Side, few: Few, side: MakeSide) -> Tensor |
     """Divergences of a closed form; and what the student's probabilities are to be multiplied with in the gradient."""
     pull = None
     for teacher, closed in group.closed.items():
-        p = side(few.task(teacher).teacher.to(q.bits.dtype), group.temperature)
+        p = side(few.task(teacher).teacher.to(q.bits.dtype), group.own.get(teacher, group.temperature))
         for k, form in closed:
-            few.values[k], slope, balance = form(q, p)
+            value, slope, balance = form(q, p)
+            few.values[k] = value.clamp_min(0)  # below it is rounding
             if few.gradient is None:
                 continue
             few.gradient.add(slope, few.scaled(k, 1.0), few.off[k], group.classes)
@@ -112,7 +113,7 @@ def in_full(
     value, slope, balance = form(q, Side(teacher, temperature))
     if balance is not None:
         slope.addcmul_(q.probs, balance.to(slope.dtype), value=-1)
-    return value * size, slope.mul_(size / temperature)
+    return value.clamp_min(0) * size, slope.mul_(size / temperature)
 
 
 def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None) -> None:

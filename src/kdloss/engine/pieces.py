@@ -41,7 +41,7 @@ class PiecedSide(Side):
 
     def kl(self, other: Side) -> Tensor:
         """KL(self || other)."""
-        if self.flat or not isinstance(other, PiecedSide):
+        if self.flat or other.flat or not isinstance(other, PiecedSide):
             return super().kl(other)
         found = []
         for i, (mass, size) in enumerate(zip(self.masses, self.sums, strict=True)):

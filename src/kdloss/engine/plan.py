@@ -23,13 +23,15 @@ class Closed(NamedTuple):
 class Group:
     """What reads some of the student's classes at one temperature.
 
-    Cross-entropies by number; and divergences with a closed form, by the number of a task whose teacher is theirs.
+    Cross-entropies by number; and divergences with a closed form, by the number of a task whose teacher is theirs, and
+    which may have a temperature of its `own`.
     """
 
     temperature: float
     classes: Classes = None
     labels: list[int] = field(default_factory=list)
     closed: dict[int, list[Closed]] = field(default_factory=dict)
+    own: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,11 @@ class Plan:
                 slopes[k] = sizes[k] / task.temperature
                 key = identity(task.student_classes), task.temperature
                 group = groups.setdefault(key, Group(task.temperature, task.student_classes))
-                same = of_teacher.setdefault((*key, identity(task.teacher), identity(task.teacher_classes)), k)
+                own = task.teacher_temperature
+                same = of_teacher.setdefault((*key, own, identity(task.teacher), identity(task.teacher_classes)), k)
                 group.closed.setdefault(same, []).append(Closed(k, form))
+                if own is not None:
+                    group.own[same] = own
         if labels:  # from whichever exponentials are there
             whole = [group.temperature for group in groups.values() if group.classes is None]
             host = next((t for t in (1.0, 2.0, *whole) if t in whole), 1.0)

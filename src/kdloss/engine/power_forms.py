@@ -5,12 +5,10 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss.engine import closed_forms, powers
-from kdloss.engine.side import New, Side
+from kdloss.engine.side import Side
 
 
-def ab_divergence(
-    q: Side, p: Side, new: New | None = None, *, alpha: float = 0.2, beta: float = 0.7
-) -> tuple[Tensor, Tensor, Tensor]:
+def ab_divergence(q: Side, p: Side, *, alpha: float = 0.2, beta: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of (q^(a+b) b/(a+b) + p^(a+b) a/(a+b) - p^a q^b) / (ab); slope q^b (q^a - p^a) / a."""
     check(alpha, beta)
     log_q, log_p, gap = _logs(q, p)
@@ -22,7 +20,7 @@ def ab_divergence(
     return value + _nan(q, p), slope, q.sum(slope) + _nan(q, p)
 
 
-def alpha_divergence(q: Side, p: Side, new: New | None = None, *, alpha: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+def alpha_divergence(q: Side, p: Side, *, alpha: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
     """(1 - sum of p^a q^(1-a)) / (a(1-a)); slope (q - p^a q^(1-a)) / a, of sum (1-a) times the value."""
     _checks.number("alpha", alpha)
     log_q, log_p, gap = _logs(q, p)
@@ -38,11 +36,11 @@ def alpha_divergence(q: Side, p: Side, new: New | None = None, *, alpha: float =
     return value + _nan(q, p), slope, balance
 
 
-def renyi(q: Side, p: Side, new: New | None = None, *, order: float = 0.5) -> tuple[Tensor, Tensor, Tensor | None]:
+def renyi(q: Side, p: Side, *, order: float = 0.5) -> tuple[Tensor, Tensor, Tensor | None]:
     """log(sum of p^a q^(1-a)) / (a-1); slope q - r, r the summands by their sum, of sum 0."""
     _checks.positive("order", order)
     if order == 1:
-        return closed_forms.forward_kl(q, p, _fresh)
+        return closed_forms.forward_kl(q, p)
     log_q, log_p, gap = _logs(q, p)
     u = (order * log_p + (1 - order) * log_q).nan_to_num(-torch.inf, torch.inf, -torch.inf)
     top = u.amax(-1, keepdim=True)
@@ -56,9 +54,9 @@ def renyi(q: Side, p: Side, new: New | None = None, *, order: float = 0.5) -> tu
     return log_sum / (order - 1) + _nan(q, p), _number(slope), _nan(q, p)
 
 
-def triangular(q: Side, p: Side, new: New | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def triangular(q: Side, p: Side) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of (p+q) t², t = (q-p) / (q+p); slope q t (2-t)."""
-    t = _number((q.log_ratio_to(p, None) / 2).tanh_())
+    t = _number((q.log_ratio_to(p) / 2).tanh_())
     slope = q.probs * t * (2 - t)
     return q.sum((q.probs + p.probs) * t.square_()) + _nan(q, p), slope, q.sum(slope) + _nan(q, p)
 
@@ -73,7 +71,7 @@ def check(alpha: float, beta: float) -> None:
 
 
 def _logs(q: Side, p: Side) -> tuple[Tensor, Tensor, Tensor]:
-    return q.log_probs(), p.log_probs(), q.log_ratio_to(p, None)
+    return q.log_probs(), p.log_probs(), q.log_ratio_to(p)
 
 
 def _number(rows: Tensor) -> Tensor:
@@ -84,7 +82,3 @@ def _number(rows: Tensor) -> Tensor:
 def _nan(q: Side, p: Side) -> Tensor:
     """0 for rows of numbers."""
     return (q.log_total - p.log_total) * 0
-
-
-def _fresh() -> None:
-    """No buffer: the result is a new tensor."""

@@ -48,7 +48,7 @@ class Side:
 
     def kl(self, other: "Side") -> Tensor:
         """KL(self || other): the mean difference of logits, at self's probabilities, less that of all logits."""
-        if self.flat:
+        if self.flat or other.flat:
             return self.sum(kl_terms(self.probs, other.probs, self.log_probs(), other.log_probs()))
         terms = (self.bits - other.bits).mul_(self.probs).nan_to_num_(0.0, posinf=torch.inf)
         return self.sum(terms) * LN2 + (other.log_total - self.log_total)

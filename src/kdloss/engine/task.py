@@ -157,6 +157,12 @@ class TeacherTask:
         return getattr(function, "__name__", repr(function))
 
     @property
+    def teacher_temperature(self) -> float | None:
+        """The teacher's own temperature, where a divergence with a closed form has one."""
+        own = getattr(unwrapped(self.divergence)[0], "teacher_temperature", None)
+        return None if own is None else float(own)
+
+    @property
     def _any_vocabulary(self) -> bool:
         """Whether the divergence takes two tensors of different classes."""
         return bool(getattr(unwrapped(self.divergence)[0], "any_vocabulary", False))

@@ -14,14 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kdloss import _checks
-from kdloss.engine.side import New, Side
+from kdloss.engine.side import Side
 from kdloss.reduction import widest
 
 FURTHER = 1.5
 
 
 def sinkhorn(
-    q: Side, p: Side, new: New | None = None, *, cost: Tensor, epsilon: float = 0.1, iterations: int = 100
+    q: Side, p: Side, *, cost: Tensor, epsilon: float = 0.1, iterations: int = 100
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W(q, p) - W(q, q) / 2 - W(p, p) / 2; slope q (f of the first - f of the second)."""
     if q.shard is not None:
