@@ -73,14 +73,15 @@ def _between_examples(
 ) -> Tensor:
     if student.ndim != 3:
         return distance(student, teacher, mask=mask, **options)
-    keep = student.new_ones(student.shape[:-1]).bool() if mask is None else mask
-    student, teacher = fill(student, keep), fill(teacher, keep)
+    shape, there = student.shape[:-1], None if mask is None else mask.any(-1)
+    sides = [fill(x, mask) for x in (student, teacher)]
     if mean:
-        student, teacher = (x.sum(-2) / count(keep, x) for x in (student, teacher))
+        sides = [(x.sum(-2, keepdim=True) / count(mask, x)).squeeze(-2) for x in sides]
     else:
-        student, teacher = student.flatten(1), teacher.flatten(1)
-    values = distance(student, teacher, mask=keep.any(-1), **options)
-    return fill(values.unsqueeze(-1).expand(keep.shape), keep)
+        stacked = all(x.mT.is_contiguous() for x in sides)  # maps: an order of the numbers that needs no copy
+        sides = [(x.mT if stacked else x).flatten(1) for x in sides]
+    values = distance(*sides, mask=there, **options)
+    return fill(values.unsqueeze(-1).expand(shape), mask)
 
 
 def _relational(distance: Distance) -> Distance:

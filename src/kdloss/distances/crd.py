@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdloss import _checks
 from kdloss.distances._layers import linear
-from kdloss.distances._rows import product, rows, spread
+from kdloss.distances._rows import product, rows, spread, whole
 
 
 class CRD(nn.Module):
@@ -89,7 +89,8 @@ class CRD(nn.Module):
         labels: Int[Tensor, "*batch rows"] | None = None,
     ) -> Float[Tensor, "*batch rows"]:
         """The value at every row; see the class."""
-        s, t, keep = rows("CRD", student, teacher, mask, least=1)
+        s, t, mask = rows("CRD", student, teacher, mask, least=1)
+        keep = whole(mask, s)
         s = F.normalize(linear(s, self.student), dim=-1)
         t = F.normalize(linear(t, self.teacher), dim=-1)
         # -log h and -log(1 - h) are softplus of the gap to log(N z)
@@ -104,7 +105,7 @@ class CRD(nn.Module):
         values = own + sum(F.softplus(x / self.temperature - bar).masked_fill(same, 0).sum(-1) for x in others)
         if self.training:
             self._remember(keep.flatten(), s, t, *whose)
-        return spread(values, keep, student.shape[:-1])
+        return spread(values, mask, student.shape[:-1])
 
     @torch.no_grad()
     def _remember(self, keep: Tensor, *rows: Tensor) -> None:

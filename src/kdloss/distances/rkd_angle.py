@@ -43,12 +43,12 @@ def rkd_angle(
     Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation", arXiv:1904.05068, and their code.
     """
     s, t, keep = rows("rkd_angle", student, teacher, mask, least=3)
-    values = by_vertex(_gaps, s, t, keep, cubic=True) / count(keep, s).square()
-    return spread(values, keep, student.shape[:-1])
+    values = by_vertex(_gaps, s, t, keep, cubic=True)
+    return spread(values / count(keep, values) ** 2, keep, student.shape[:-1])
 
 
-def _gaps(start: int, stop: int, s: Tensor, t: Tensor, keep: Tensor) -> Tensor:
+def _gaps(start: int, stop: int, s: Tensor, t: Tensor, keep: Tensor | None) -> Tensor:
     """Of all angles at these vertices."""
-    there = keep.unsqueeze(1).expand(-1, stop - start, -1)
+    there = None if keep is None else keep.unsqueeze(1).expand(-1, stop - start, -1)
     gaps = F.smooth_l1_loss(angles(s, start, stop, there), angles(t, start, stop, there), reduction="none")
     return gaps.sum((-2, -1))

@@ -1,12 +1,12 @@
 """Word relations of contextual knowledge distillation."""
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kdloss.distances._features import unit
+from kdloss.distances._gram import gram
 from kdloss.distances._relations import angles, by_vertex, kl_over
-from kdloss.distances._rows import any_width, count, pairs, product, rows, spread
+from kdloss.distances._rows import any_width, at_least_one, count, others, rows, spread, whole
 
 
 @any_width
@@ -49,15 +49,16 @@ def word_relation(
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window counts the word in its middle too: an odd number, got {window}")
     s, t, keep = rows("word_relation", student, teacher, mask)
-    others = pairs(keep) & ~torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
-    values = kl_over(_cosines(s), _cosines(t), others) / count(keep, s)
+    keep = whole(keep, s)
+    values = kl_over(_cosines(s), _cosines(t), others(keep, s))
+    values = values / count(keep, values)
     place = keep.cumsum(-1)
     near = (place.unsqueeze(-2) - place.unsqueeze(-1)).abs() <= window // 2
 
     def triples(start: int, stop: int, s: Tensor, t: Tensor, keep: Tensor) -> Tensor:
         there = keep.unsqueeze(1) & near[:, start:stop]
         gaps = (angles(s, start, stop, there) - angles(t, start, stop, there)).square()
-        return gaps.sum((-2, -1)) / count(there, s).squeeze(-1).square()
+        return gaps.sum((-2, -1)) / at_least_one(there.sum(-1)) ** 2
 
     values = values + triple_weight * by_vertex(triples, s, t, keep, cubic=True)
     return spread(values, keep, student.shape[:-1])
@@ -65,4 +66,4 @@ def word_relation(
 
 def _cosines(x: Tensor) -> Tensor:
     x = unit(x)
-    return product(x, x)
+    return gram(x)
