@@ -1,7 +1,7 @@
 """Relations of rows with each other: distances, angles, distributions over them."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from kdloss.reduction import fill
 
 # Numbers held for each side and step: 1 MiB in float32.
 AT_A_TIME = 2**18
+# Up to so many are kept: 16 MiB in float32.
+KEPT = 2**22
 # Of which a distance is added up in float32 without losing digits.
 COLUMNS = 128
 
@@ -22,23 +24,15 @@ COLUMNS = 128
 def by_vertex(relations: Callable[..., Tensor], x: Tensor, *more: Tensor | None, cubic: bool = False) -> Tensor:
     """`relations(start, stop, x, *more)` of all vertices, side by side along dimension 1.
 
-    Nothing of it is kept for the backward pass, which computes it once more: memory grows with N² at most.
+    Where there are many, nothing of it is kept for the backward pass, which computes it once more: memory grows with N²
+    at most.
     """
     batch, rows, width = x.shape
-    step = max(1, AT_A_TIME // max(1, batch * rows * (width + rows * cubic)))
-    parts = [
-        checkpoint(
-            relations,
-            start,
-            min(start + step, rows),
-            x,
-            *more,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for start in range(0, max(rows, 1), step)
-    ]
-    return torch.cat(parts, 1)
+    size = max(1, batch * rows * (width + rows * cubic))
+    step = max(1, AT_A_TIME // size)
+    again = partial(checkpoint, relations, use_reentrant=False, preserve_rng_state=False)
+    run = again if size * rows > KEPT else relations
+    return torch.cat([run(k, min(k + step, rows), x, *more) for k in range(0, max(rows, 1), step)], 1)
 
 
 def distances(x: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ def rkd_angle(
     N³ triples, those with j or k at the vertex (cosine 0) and j = k (cosine 1) among them; the paper sums.
     Blind to shifts, rotations and scale of either side. A duplicate of the vertex has no angle: cosine 0.
 
-    Triples are computed a few vertices at a time, and once more in the backward pass: memory grows with N²,
-    time with N³ D.
+    Triples are computed a few vertices at a time and, where there are many, once more in the backward pass: memory
+    grows with N², time with N³ D.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares examples
     (the paper's), `[B, N, D]` the positions of each example. `mask` is `[..., N]` (True = counts). Returns
