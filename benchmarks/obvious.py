@@ -3,9 +3,11 @@
 Rows are `[..., N, D]`, maps `[B, C, H, W]`; what relates examples takes one vector for each, `[B, D]`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 EXACT = "donot_use_mm_for_euclid_dist"
 
@@ -123,3 +125,14 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
         arms = F.normalize(x.unsqueeze(-3) - x.unsqueeze(-2), dim=-1)
         angles.append(arms @ arms.mT)
     return F.smooth_l1_loss(*angles)
+
+
+def crd(student: Tensor, teacher: Tensor, heads: list[nn.Linear], memories: list[Tensor], at: int = 0) -> Tensor:
+    """Two heads, the students and teachers remembered, and the place that is written next."""
+    s, t = (F.normalize(head(x), dim=-1) for head, x in zip(heads, (student, teacher), strict=True))
+    students, teachers = (memory.clone() for memory in memories)
+    bar = math.log(len(students)) + 1 / (2 * s.shape[-1] * 0.07**2)
+    far = F.softplus(s @ teachers.T / 0.07 - bar).sum(-1) + F.softplus(t @ students.T / 0.07 - bar).sum(-1)
+    for memory, new in zip(memories, (s, t), strict=True):
+        memory[at : at + len(s)] = new.detach()
+    return (2 * F.softplus(bar - (s * t).sum(-1) / 0.07) + far).mean()
