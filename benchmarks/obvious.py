@@ -127,6 +127,20 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     return F.smooth_l1_loss(*angles)
 
 
+def word_relation(student: Tensor, teacher: Tensor, window: int = 21) -> Tensor:
+    """The authors' code: windows reach beyond the sentence, where its first and last words are repeated."""
+    cosines, angles = [], []
+    for x in (student, teacher):
+        unit = F.normalize(x, dim=-1)
+        itself = torch.eye(x.shape[1], dtype=torch.bool)
+        cosines.append((unit @ unit.mT).masked_fill(itself, -torch.inf))
+        padded = F.pad(x.mT, (window // 2, window // 2), mode="replicate")
+        arms = F.normalize(padded.unfold(2, window, 1).permute(0, 2, 3, 1) - x.unsqueeze(2), dim=-1)
+        angles.append(arms @ arms.mT)
+    pairs = F.kl_div(cosines[0].log_softmax(-1).clamp_min(-1e4), cosines[1].softmax(-1), reduction="sum")
+    return pairs / cosines[0].numel() + F.mse_loss(*angles)
+
+
 def crd(student: Tensor, teacher: Tensor, heads: list[nn.Linear], memories: list[Tensor], at: int = 0) -> Tensor:
     """Two heads, the students and teachers remembered, and the place that is written next."""
     s, t = (F.normalize(head(x), dim=-1) for head, x in zip(heads, (student, teacher), strict=True))

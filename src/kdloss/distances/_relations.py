@@ -21,18 +21,15 @@ KEPT = 2**22
 COLUMNS = 128
 
 
-def by_vertex(relations: Callable[..., Tensor], x: Tensor, *more: Tensor | None, cubic: bool = False) -> Tensor:
-    """`relations(start, stop, x, *more)` of all vertices, side by side along dimension 1.
+def by_vertex(relations: Callable[..., Tensor], vertices: int, each: int, *tensors: Tensor | None) -> Tensor:
+    """`relations(start, stop, *tensors)` of all vertices, side by side along dimension 1; each takes so many numbers.
 
-    Where there are many, nothing of it is kept for the backward pass, which computes it once more: memory grows with N²
-    at most.
+    Where there are many, nothing of it is kept for the backward pass, which computes it once more.
     """
-    batch, rows, width = x.shape
-    size = max(1, batch * rows * (width + rows * cubic))
-    step = max(1, AT_A_TIME // size)
+    step = max(1, AT_A_TIME // max(1, each))
     again = partial(checkpoint, relations, use_reentrant=False, preserve_rng_state=False)
-    run = again if size * rows > KEPT else relations
-    return torch.cat([run(k, min(k + step, rows), x, *more) for k in range(0, max(rows, 1), step)], 1)
+    run = again if each * vertices > KEPT else relations
+    return torch.cat([run(k, min(k + step, vertices), *tensors) for k in range(0, max(vertices, 1), step)], 1)
 
 
 def distances(x: Tensor) -> Tensor:
@@ -76,9 +73,9 @@ class _Distances(torch.autograd.Function):
             return slope
 
         def slopes(start: int, stop: int, x: Tensor, both: Tensor) -> Tensor:
-            return -(both[:, start:stop].unsqueeze(-1) * unit(_from(x, start, stop))).sum(2)
+            return -(both[:, start:stop].unsqueeze(-1) * unit(seen_from(x, start, stop))).sum(2)
 
-        return by_vertex(slopes, x, both)
+        return by_vertex(slopes, x.shape[1], x.numel(), x, both)
 
 
 def kl_over(student: Tensor, teacher: Tensor, there: Tensor | None, temperature: float = 1.0) -> Tensor:
@@ -94,15 +91,14 @@ def kl_over(student: Tensor, teacher: Tensor, there: Tensor | None, temperature:
     return fill(values, there.any(-1).expand(values.shape))
 
 
-def angles(x: Tensor, start: int, stop: int, keep: Tensor | None) -> Tensor:
-    """Cosines of the angles at these vertices between any two of the rows that count, `[B, V, N, N]`.
+def angles(seen: Tensor, keep: Tensor | None) -> Tensor:
+    """Cosines of the angles between any two of the rows `[B, V, N, D]` that are seen from a vertex, `[B, V, N, N]`.
 
     0 where one of the two is at the vertex, or does not count (keep `[B, V, N]`; None: all).
     """
-    arms = fill(unit(_from(x, start, stop)), keep)
-    return gram(arms)
+    return gram(fill(unit(seen), keep))
 
 
-def _from(x: Tensor, start: int, stop: int) -> Tensor:
+def seen_from(x: Tensor, start: int, stop: int) -> Tensor:
     """All rows as seen from these, `[B, V, N, D]`."""
     return x.unsqueeze(1) - x[:, start:stop].unsqueeze(2)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kdloss.distances._relations import angles, by_vertex
+from kdloss.distances._relations import angles, by_vertex, seen_from
 from kdloss.distances._rows import any_width, count, rows, spread
 
 
@@ -43,12 +43,13 @@ def rkd_angle(
     Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation", arXiv:1904.05068, and their code.
     """
     s, t, keep = rows("rkd_angle", student, teacher, mask, least=3)
-    values = by_vertex(_gaps, s, t, keep, cubic=True)
+    batch, n, width = s.shape
+    values = by_vertex(_gaps, n, batch * n * (n + width), s, t, keep)
     return spread(values / count(keep, values) ** 2, keep, student.shape[:-1])
 
 
 def _gaps(start: int, stop: int, s: Tensor, t: Tensor, keep: Tensor | None) -> Tensor:
     """Of all angles at these vertices."""
     there = None if keep is None else keep.unsqueeze(1).expand(-1, stop - start, -1)
-    gaps = F.smooth_l1_loss(angles(s, start, stop, there), angles(t, start, stop, there), reduction="none")
-    return gaps.sum((-2, -1))
+    a, b = (angles(seen_from(x, start, stop), there) for x in (s, t))
+    return F.smooth_l1_loss(a, b, reduction="none").sum((-2, -1))
