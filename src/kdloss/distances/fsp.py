@@ -50,5 +50,5 @@ def fsp(
 
 
 def _flow(x: Tensor, keep: Tensor | None, early: int) -> Tensor:
-    first, second = torch.split(x, [early, x.shape[-1] - early], -1)
-    return product(first.mT, second.mT) / count(keep, x)
+    first, second = torch.split(x.mT, [early, x.shape[-1] - early], -2)
+    return product(first, second) / count(keep, x)
