@@ -12,6 +12,7 @@ from parts.memory import training_memory
 import kdloss
 from kdloss.distances import _relations
 from kdloss.distances._rows import needs_no_width
+from kdloss.reduction import fill
 
 f64 = partial(sample, dtype=torch.float64)
 
@@ -315,16 +316,32 @@ def test_maps_are_compared_as_they_lie_in_memory(distance, copies):
 
 
 @of_maps
-def test_maps_with_channels_first_and_last_in_memory_are_the_same(distance, copies):
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_maps_with_channels_first_and_last_in_memory_are_the_same(distance, copies, masked):
     student, teacher = f64(4, 3, 5, 2)
+    mask = torch.arange(10) % 4 != torch.arange(4).unsqueeze(1) if masked else None
     for x in student, student.contiguous(memory_format=torch.channels_last):
         for y in teacher, teacher.contiguous(memory_format=torch.channels_last):
-            value = distance(kdloss.distances.tokens(x), kdloss.distances.tokens(y))
+            sides = kdloss.distances.tokens(x), kdloss.distances.tokens(y)
+            value = kdloss.masked(distance, *sides, mask, reduction="none")
             rows = [z.detach().flatten(2).mT.contiguous() for z in (x, y)]
-            expected = distance(rows[0].requires_grad_(), rows[1])
+            expected = kdloss.masked(distance, rows[0].requires_grad_(), rows[1], mask, reduction="none")
             torch.testing.assert_close(value, expected)
             slope, plain = grad(value, student)[0], grad(expected, rows[0])[0]
             torch.testing.assert_close(slope.flatten(2).mT, plain)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4, 5, 6)], ids=["map", "volume"])
+def test_what_a_mask_leaves_of_a_map_lies_in_memory_as_the_map_does(shape):
+    x = torch.randn(shape, requires_grad=True)
+    last = x.movedim(1, -1)
+    mask = torch.rand(last.shape[:-1]) > 0.4
+    left = fill(last, mask)
+    assert torch.equal(left, torch.where(mask.unsqueeze(-1), last, 0))
+    assert left.stride() == last.stride()
+    slope = torch.autograd.grad(left.sum(), x)[0]
+    assert torch.equal(slope, mask.unsqueeze(1).float().expand(shape))
+    assert slope.is_contiguous()
 
 
 # -- what is compared: between tokens, between examples --
