@@ -12,12 +12,17 @@ from parts.memory import training_memory
 import kdloss
 from kdloss.distances import _relations
 from kdloss.distances._rows import needs_no_width
+from kdloss.reduction import fill
 
 f64 = partial(sample, dtype=torch.float64)
 
 
 def numbers(*tensors):
     return [x.detach().numpy() for x in tensors]
+
+
+def grad(value, *inputs):
+    return torch.autograd.grad(value.sum(), inputs)
 
 
 def gaps(x):
@@ -111,6 +116,25 @@ def test_distances_of_near_duplicates_keep_their_digits():
     torch.testing.assert_close(found, torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]]) * step, rtol=1e-6, atol=0)
 
 
+def test_distances_of_wide_rows_keep_their_digits():
+    """Added up one number after the other in float32 they are off by 1e-5."""
+    rows = torch.randn(1, 8, 50_000) ** 4
+    exact = np.linalg.norm(gaps(rows[0].double().numpy()), axis=-1)
+    np.testing.assert_allclose(_relations.distances(rows)[0], exact, rtol=1e-6)
+
+
+def test_slopes_of_near_duplicates_among_far_rows_keep_their_digits():
+    """As a product, the sum of weights times a row less the weighted sum of the others, they have two left here."""
+    rows = 100 * torch.randn(1, 6, 5)
+    rows[0, 1] = rows[0, 0] + 2.0**-10 * torch.randint(1, 9, (5,))
+    rows.requires_grad_()
+    weight = torch.rand(1, 6, 6, dtype=torch.float64)
+    slope = torch.autograd.grad((_relations.distances(rows) * weight).sum(), rows)[0]
+    both = (weight + weight.mT).numpy()[0, :, :, None]
+    exact = -(both * units(gaps(rows.detach().double().numpy()[0]))).sum(1)
+    np.testing.assert_allclose(slope[0], exact, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "distance", [kdloss.distances.rkd_distance, kdloss.distances.rkd_angle], ids=lambda x: x.__name__
 )
@@ -155,6 +179,7 @@ def test_vertices_in_many_parts_give_what_one_part_gives(distance, monkeypatch):
 
     whole = outcome(distance)
     monkeypatch.setattr(_relations, "AT_A_TIME", 2 * 2 * 7 * 10)
+    monkeypatch.setattr(_relations, "KEPT", 0)
     assert 1 < -(-7 // max(1, _relations.AT_A_TIME // (2 * 7 * 10))) < 7
     torch.testing.assert_close(outcome(distance), whole)
     torch._dynamo.reset()
@@ -261,6 +286,62 @@ def test_fsp_refuses_a_split_that_leaves_nothing():
 def test_cwd_at_an_impossible_temperature_is_refused():
     with pytest.raises(ValueError, match="temperature"):
         kdloss.distances.cwd(torch.zeros(2, 4), torch.zeros(2, 4), temperature=0.0)
+
+
+# -- maps: their channels stand far from each other in memory --
+
+between = kdloss.distances.between_examples
+MAPS = [
+    (kdloss.distances.mse, 2),
+    (kdloss.distances.smooth_l1, 2),
+    (kdloss.distances.attention_transfer, 3),
+    (between(kdloss.distances.similarity), 1),
+    (between(kdloss.distances.cka), 3),
+    (between(kdloss.distances.rkd_distance), 1),
+]
+of_maps = pytest.mark.parametrize(
+    ("distance", "copies"), MAPS, ids=["mse", "smooth_l1", "attention", "similarity", "cka", "distances"]
+)
+
+
+@of_maps
+def test_maps_are_compared_as_they_lie_in_memory(distance, copies):
+    """At most so many tensors of their size, the gradient among them: none is turned around, none is masked."""
+    student, teacher = sample(4, 32, 16, 16)
+    tokens = kdloss.distances.tokens
+    held = [student, teacher]
+    peak = training_memory(lambda: distance(tokens(student), tokens(teacher)).sum().backward(), held)
+    assert peak < 4 * student.numel() * (2 + copies + 0.2)
+    assert student.grad.is_contiguous()
+
+
+@of_maps
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_maps_with_channels_first_and_last_in_memory_are_the_same(distance, copies, masked):
+    student, teacher = f64(4, 3, 5, 2)
+    mask = torch.arange(10) % 4 != torch.arange(4).unsqueeze(1) if masked else None
+    for x in student, student.contiguous(memory_format=torch.channels_last):
+        for y in teacher, teacher.contiguous(memory_format=torch.channels_last):
+            sides = kdloss.distances.tokens(x), kdloss.distances.tokens(y)
+            value = kdloss.masked(distance, *sides, mask, reduction="none")
+            rows = [z.detach().flatten(2).mT.contiguous() for z in (x, y)]
+            expected = kdloss.masked(distance, rows[0].requires_grad_(), rows[1], mask, reduction="none")
+            torch.testing.assert_close(value, expected)
+            slope, plain = grad(value, student)[0], grad(expected, rows[0])[0]
+            torch.testing.assert_close(slope.flatten(2).mT, plain)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4, 5, 6)], ids=["map", "volume"])
+def test_what_a_mask_leaves_of_a_map_lies_in_memory_as_the_map_does(shape):
+    x = torch.randn(shape, requires_grad=True)
+    last = x.movedim(1, -1)
+    mask = torch.rand(last.shape[:-1]) > 0.4
+    left = fill(last, mask)
+    assert torch.equal(left, torch.where(mask.unsqueeze(-1), last, 0))
+    assert left.stride() == last.stride()
+    slope = torch.autograd.grad(left.sum(), x)[0]
+    assert torch.equal(slope, mask.unsqueeze(1).float().expand(shape))
+    assert slope.is_contiguous()
 
 
 # -- what is compared: between tokens, between examples --

@@ -35,7 +35,10 @@ def fill(x: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."] | None) -> Shaped[T
     """Zeros where `mask` is False, so that nothing there, NaN included, reaches value or gradient."""
     if mask is None:
         return x
-    return x.masked_fill(~mask.reshape((*mask.shape, *[1] * (x.ndim - mask.ndim))), 0)
+    out = ~mask.reshape((*mask.shape, *[1] * (x.ndim - mask.ndim)))
+    if x.ndim > 2 and not x.is_contiguous() and x.movedim(-1, 1).is_contiguous():  # a map, which stays as it lies
+        return x.movedim(-1, 1).masked_fill(out.movedim(-1, 1), 0).movedim(1, -1)
+    return x.masked_fill(out, 0)
 
 
 def reduce(

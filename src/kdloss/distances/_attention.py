@@ -5,14 +5,14 @@ from einops import rearrange
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss.distances._rows import pairs, product, rows
+from kdloss.distances._rows import product, rows, whole
 from kdloss.divergences import forward_kl
 
 
 def projections(
     name: str, student: Tensor, teacher: Tensor, mask: Tensor | None, heads: int, parts: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both sides `[parts, B, heads, N, d]` (query, key, value), and which rows count `[B, N]`."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both sides `[parts, B, heads, N, d]` (query, key, value), and which rows count `[B, N]` (None: all)."""
     s, t, keep = rows(name, student, teacher, mask, least=1)
     _checks.heads(name, heads, parts, s.shape[-1], t.shape[-1])
     split = [rearrange(x, "b n (p h d) -> p b h n d", p=parts, h=heads) for x in (s, t)]
@@ -27,14 +27,17 @@ def scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 def seen(keep: Tensor, causal: bool) -> Tensor:
     """Which positions see which, `[B, 1, N, N]`: what counts, itself and earlier ones if causal."""
-    sees = pairs(keep)
+    sees = keep.unsqueeze(-1) & keep.unsqueeze(-2)
     return (sees.tril() if causal else sees).unsqueeze(1)
 
 
 def kl_of_relations(
-    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], keep: Tensor, causal: bool
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], keep: Tensor | None, causal: bool
 ) -> Tensor:
     """KL(teacher || student) of what every position attends to, the mean over heads, `[B, N]`."""
-    unseen = ~seen(keep, causal) & keep[:, None, :, None]
-    s, t = (scores(*x).masked_fill(unseen, -torch.inf) for x in (student, teacher))
+    s, t = scores(*student), scores(*teacher)
+    if causal or keep is not None:
+        keep = whole(keep, s[:, 0])
+        unseen = ~seen(keep, causal) & keep[:, None, :, None]
+        s, t = s.masked_fill(unseen, -torch.inf), t.masked_fill(unseen, -torch.inf)
     return forward_kl(s, t).mean(1) if s.numel() else s.sum(-1).mean(1)

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kdloss.distances._features import features
+from kdloss.distances._features import features, mean
 
 
 def activation_boundary(
@@ -35,4 +35,4 @@ def activation_boundary(
     """
     student, teacher = features(student, teacher)
     side = torch.where(teacher > 0, 1.0, -1.0)
-    return (margin - side * student).relu().square().mean(-1)
+    return mean((margin - side * student).relu().square())

@@ -4,7 +4,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kdloss.distances._attention import projections, scores, seen
-from kdloss.distances._rows import any_width, spread
+from kdloss.distances._features import mean, squared_gap
+from kdloss.distances._rows import any_width, at_least_one, spread, whole
 
 
 @any_width
@@ -47,7 +48,11 @@ def attention_mse(
     Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", arXiv:1909.10351.
     """
     s, t, keep = projections("attention_mse", student, teacher, mask, heads, parts=2)
-    keys = seen(keep, causal)
-    gap = (scores(*s) - scores(*t)).masked_fill(~keys, 0)
-    values = (gap.square().sum(-1) / keys.sum(-1).clamp_min(1)).mean(1)
+    gaps = squared_gap(scores(*s), scores(*t))
+    if causal or keep is not None:
+        keys = seen(whole(keep, gaps[:, 0]), causal)
+        gaps = gaps.masked_fill(~keys, 0).sum(-1) / at_least_one(keys.sum(-1))
+    else:
+        gaps = mean(gaps)
+    values = gaps.mean(1)
     return spread(values, keep, student.shape[:-1])

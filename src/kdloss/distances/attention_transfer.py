@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kdloss.distances._features import mean, squared_gap
 from kdloss.distances._rows import any_width, rows, spread
 
 
@@ -35,6 +36,6 @@ def attention_transfer(
     Zagoruyko and Komodakis 2017, "Paying More Attention to Attention", arXiv:1612.03928, and their code.
     """
     s, t, keep = rows("attention_transfer", student, teacher, mask, least=1)
-    gap = F.normalize(s.square().mean(-1), dim=-1) - F.normalize(t.square().mean(-1), dim=-1)
-    values = gap.norm(dim=-1, keepdim=True) if paper else gap.square()
+    s, t = (F.normalize(mean(x.square()), dim=-1) for x in (s, t))
+    values = (s - t).norm(dim=-1, keepdim=True) if paper else squared_gap(s, t)
     return spread(values, keep, student.shape[:-1])

@@ -40,9 +40,10 @@ def between_tokens(distance: Distance) -> Distance:
 def between_examples(distance: Distance, *, mean: bool = False) -> Distance:
     """Compare the examples of a batch with each other.
 
-    This sees features `[B, N, D]` as one vector for each example `[B, ...]`: its positions side by side, or
-    their mean over those that count with `mean=True` (for text, whose positions don't correspond). An
-    example's value stands at each of its positions. Shapes, options and what it raises are the distance's.
+    This sees features `[B, N, D]` as one vector for each example `[B, ...]`: all of its numbers side by side, in the
+    order of both sides' memory where that is one, or the mean over the positions that count with `mean=True` (for text,
+    whose positions don't correspond). An example's value stands at each of its positions. Shapes, options and what it
+    raises are the distance's.
 
     >>> import kdloss, torch
     >>> student, teacher = torch.randn(2, 4, 3, 8)
@@ -73,14 +74,15 @@ def _between_examples(
 ) -> Tensor:
     if student.ndim != 3:
         return distance(student, teacher, mask=mask, **options)
-    keep = student.new_ones(student.shape[:-1]).bool() if mask is None else mask
-    student, teacher = fill(student, keep), fill(teacher, keep)
+    shape, there = student.shape[:-1], None if mask is None else mask.any(-1)
+    sides = [fill(x, mask) for x in (student, teacher)]
     if mean:
-        student, teacher = (x.sum(-2) / count(keep, x) for x in (student, teacher))
+        sides = [(x.sum(-2, keepdim=True) / count(mask, x)).squeeze(-2) for x in sides]
     else:
-        student, teacher = student.flatten(1), teacher.flatten(1)
-    values = distance(student, teacher, mask=keep.any(-1), **options)
-    return fill(values.unsqueeze(-1).expand(keep.shape), keep)
+        stacked = all(x.mT.is_contiguous() for x in sides)  # maps: so they need no copy
+        sides = [(x.mT if stacked else x).flatten(1) for x in sides]
+    values = distance(*sides, mask=there, **options)
+    return fill(values.unsqueeze(-1).expand(shape), mask)
 
 
 def _relational(distance: Distance) -> Distance:

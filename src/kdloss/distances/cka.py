@@ -1,11 +1,12 @@
 """Centred kernel alignment."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kdloss.distances._rows import any_width, count, pairs, product, rows, spread
+from kdloss.distances._features import squared_gap
+from kdloss.distances._gram import gram
+from kdloss.distances._rows import any_width, at_least_one, count, others, pairs, rows, spread
 from kdloss.reduction import fill
 
 
@@ -36,6 +37,7 @@ def cka(
     Raises: ValueError for too few rows, positions or devices that differ, or maps that are not rows;
     TypeError for integer features.
 
+    >>> import torch
     >>> rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
     >>> cka(rows, 3 * rows.flip(1) + 1).mean() < 1e-6
     tensor(True)
@@ -46,34 +48,33 @@ def cka(
     """
     s, t, keep = rows("cka", student, teacher, mask, least=4 if unbiased else 2)
     centre = _u_centred if unbiased else _centred
-    gap = _unit(centre(s, keep)) - _unit(centre(t, keep))
-    values = gap.square().sum(-1) / 2 * count(keep, gap)
-    return spread(values, keep, student.shape[:-1])
+    s, t = (_unit(centre(_gram_of_gaps(x, keep), keep)) for x in (s, t))
+    values = squared_gap(s, t).sum(-1) / 2
+    return spread(values * count(keep, values), keep, student.shape[:-1])
 
 
-def _centred(x: Tensor, keep: Tensor) -> Tensor:
-    """The Gram matrix of rows less their mean."""
-    x = _less_mean(x, keep)
-    return product(x, x)
+def _gram_of_gaps(x: Tensor, keep: Tensor | None) -> Tensor:
+    """The Gram matrix of rows less their mean, as it is rounded: a constant, for all that is left is centred again."""
+    mean = x.detach().sum(-2, keepdim=True) / count(keep, x)
+    x = fill(x - mean, keep)
+    return gram(x)
 
 
-def _less_mean(x: Tensor, keep: Tensor) -> Tensor:
-    """Rows less their mean, 0 where they don't count."""
-    n = count(keep, x).unsqueeze(-1)
-    for _ in range(2):  # the first mean is rounded as the rows are, which may be nearly alike
-        x = fill(x - x.sum(-2, keepdim=True) / n, keep)
-    return x
+def _centred(gram: Tensor, keep: Tensor | None) -> Tensor:
+    """Every row's and column's sum 0."""
+    n = count(keep, gram)
+    sums = gram.sum(-1, keepdim=True) / n
+    sums = sums - sums.sum(-2, keepdim=True) / (2 * n)
+    return fill(gram - sums - sums.mT, pairs(keep))
 
 
-def _u_centred(x: Tensor, keep: Tensor) -> Tensor:
-    """The Gram matrix without its diagonal, every row's and column's sum 0 (Székely and Rizzo 2014)."""
-    n = count(keep, x).unsqueeze(-1)
-    x = _less_mean(x, keep)  # changes nothing but rounding
-    others = pairs(keep) & ~torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
-    gram = fill(product(x, x), others)
-    sums = gram.sum(-1, keepdim=True) / (n - 2).clamp_min(1)
-    whole = sums.sum(-2, keepdim=True) / (n - 1).clamp_min(1)
-    return fill(gram - sums - sums.mT + whole, others & (n > 3))
+def _u_centred(gram: Tensor, keep: Tensor | None) -> Tensor:
+    """The same without the diagonal (Székely and Rizzo 2014)."""
+    n, there = count(keep, gram), others(keep, gram)
+    gram = fill(gram, there)
+    sums = gram.sum(-1, keepdim=True) / at_least_one(n - 2)
+    total = sums.sum(-2, keepdim=True) / at_least_one(n - 1)
+    return fill(gram - sums - sums.mT + total, there & (n > 3))
 
 
 def _unit(matrix: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ import math
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kdloss.distances._features import unit
-from kdloss.distances._rows import any_width, count, product, rows, spread
+from kdloss.distances._features import squared_gap, unit
+from kdloss.distances._gram import gram
+from kdloss.distances._rows import any_width, count, rows, spread
 
 
 @any_width
@@ -40,12 +41,13 @@ def correlation_congruence(
     Peng et al. 2019, "Correlation Congruence for Knowledge Distillation", arXiv:1904.01802.
     """
     s, t, keep = rows("correlation_congruence", student, teacher, mask)
-    gap = _expanded(unit(s), gamma, order) - _expanded(unit(t), gamma, order)
-    return spread(gap.square().sum(-1) / count(keep, gap), keep, student.shape[:-1])
+    s, t = (_expanded(unit(x), gamma, order) for x in (s, t))
+    values = squared_gap(s, t).sum(-1)
+    return spread(values / count(keep, values), keep, student.shape[:-1])
 
 
 def _expanded(x: Tensor, gamma: float, order: int) -> Tensor:
     """Without the constant of order 0, which both sides share; the row that doesn't count is 0."""
-    cosines = product(x, x)
+    cosines = gram(x)
     terms = [(2 * gamma) ** p / math.factorial(p) * cosines**p for p in range(1, order + 1)]
     return math.exp(-2 * gamma) * sum(terms, start=0 * cosines)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kdloss.distances._features import features
+from kdloss.distances._features import features, squared_gap
 
 
 def cosine(
@@ -31,5 +31,5 @@ def cosine(
     Sanh, Debut, Chaumond, Wolf 2019, "DistilBERT", arXiv:1910.01108.
     """
     student, teacher = features(student, teacher)
-    gap = F.normalize(student, dim=-1, eps=eps) - F.normalize(teacher, dim=-1, eps=eps)
-    return gap.square().sum(-1) / 2
+    s, t = (F.normalize(x, dim=-1, eps=eps) for x in (student, teacher))
+    return squared_gap(s, t).sum(-1) / 2

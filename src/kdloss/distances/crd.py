@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdloss import _checks
 from kdloss.distances._layers import linear
-from kdloss.distances._rows import product, rows, spread
+from kdloss.distances._rows import product, rows, spread, whole
 
 
 class CRD(nn.Module):
@@ -89,34 +89,38 @@ class CRD(nn.Module):
         labels: Int[Tensor, "*batch rows"] | None = None,
     ) -> Float[Tensor, "*batch rows"]:
         """The value at every row; see the class."""
-        s, t, keep = rows("CRD", student, teacher, mask, least=1)
+        s, t, mask = rows("CRD", student, teacher, mask, least=1)
+        keep = whole(mask, s)
         s = F.normalize(linear(s, self.student), dim=-1)
         t = F.normalize(linear(t, self.teacher), dim=-1)
         # -log h and -log(1 - h) are softplus of the gap to log(N z)
         bar = math.log(len(self.students)) + 1 / (2 * s.shape[-1] * self.temperature**2)
         own = 2 * F.softplus(bar - (s * t).sum(-1) / self.temperature)
-        # copies, since the memory changes before backward
-        teachers, students = (x.to(s.dtype, copy=True) for x in (self.teachers, self.students))
-        others = product(s, teachers), product(t, students)
-        named = ("index", index), ("labels", labels)
-        whose = [_known(name, numbers, student.shape[:-1], keep) for name, numbers in named]
-        same = _alike(whose[0], self.indices) | _alike(whose[1], self.labels)
-        values = own + sum(F.softplus(x / self.temperature - bar).masked_fill(same, 0).sum(-1) for x in others)
+        # In training copies, since the memory changes before backward.
+        teachers, students = (x.to(s.dtype, copy=self.training) for x in (self.teachers, self.students))
+        others = (s / self.temperature, teachers), (t / self.temperature, students)
+        given = ("index", index, self.indices), ("labels", labels, self.labels)
+        whose = [_known(name, numbers, student.shape[:-1], keep) for name, numbers, _ in given]
+        same = [_alike(x, memory) for x, (_, numbers, memory) in zip(whose, given, strict=True) if numbers is not None]
+        values = own + sum(_apart(product(*x) - bar, same) for x in others)
         if self.training:
             self._remember(keep.flatten(), s, t, *whose)
-        return spread(values, keep, student.shape[:-1])
+        return spread(values, mask, student.shape[:-1])
 
     @torch.no_grad()
     def _remember(self, keep: Tensor, *rows: Tensor) -> None:
         """Write the rows that count over the oldest, without a shape that depends on how many do."""
         places, total = len(self.students), keep.sum()
-        order = keep.cumsum(0) - 1
-        latest = keep & (order >= total - places)
-        # what doesn't enter is written to one place more, and dropped with it
-        index = torch.where(latest, (self.next + order) % places, places)
+        latest = keep & (keep.cumsum(0) > total - places)
+        # Those that enter come first; where others would, what stands there is written once more.
+        order = (~latest).int().argsort(stable=True)[:places]
+        enters = latest[order]
+        first = self.next + (total - places).clamp_min(0)
+        index = (first + torch.arange(len(order), device=keep.device)) % places
         for memory, new in zip((self.students, self.teachers, self.indices, self.labels), rows, strict=True):
-            room = torch.cat([memory, memory[:1]])
-            memory.copy_(room.index_copy(0, index, new.flatten(0, 1).to(memory.dtype))[:-1])
+            new = new.flatten(0, 1)[order].to(memory.dtype)
+            chosen = enters.reshape(-1, *[1] * (new.ndim - 1))
+            memory.index_copy_(0, index, torch.where(chosen, new, memory[index]))
         self.next.copy_((self.next + total) % places)
 
     def extra_repr(self) -> str:
@@ -134,6 +138,14 @@ def _known(name: str, numbers: Tensor | None, shape: torch.Size, keep: Tensor) -
             f"{tuple(numbers.shape)}"
         )
     return numbers.reshape(keep.shape).to(torch.int64)
+
+
+def _apart(gaps: Tensor, same: list[Tensor]) -> Tensor:
+    """The sum of -log(1 - h) over what is remembered and is not the same."""
+    values = F.softplus(gaps)
+    for one in same:
+        values = values.masked_fill(one, 0)
+    return values.sum(-1)
 
 
 def _alike(rows: Tensor, remembered: Tensor) -> Tensor:

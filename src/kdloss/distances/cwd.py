@@ -35,5 +35,5 @@ def cwd(
     arXiv:2011.13256, and their code.
     """
     s, t, keep = rows("cwd", student, teacher, mask, same_width=True)
-    values = kl_over(s.mT, t.mT, keep.unsqueeze(1), temperature)
+    values = kl_over(s.mT, t.mT, None if keep is None else keep.unsqueeze(1), temperature)
     return spread(values.mean(-1, keepdim=True), keep, student.shape[:-1])

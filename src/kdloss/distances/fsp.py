@@ -1,8 +1,10 @@
 """Flow of the solution procedure."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kdloss.distances._features import squared_gap
 from kdloss.distances._rows import count, product, rows, spread
 
 
@@ -43,10 +45,10 @@ def fsp(
             f"fsp takes two layers side by side, got split={early} of width {width}; write "
             "torch.cat([early, late], -1) and split=early.shape[-1]"
         )
-    gap = _flow(s, keep, early) - _flow(t, keep, early)
-    return spread(gap.square().sum((-2, -1)).unsqueeze(-1), keep, student.shape[:-1])
+    values = squared_gap(_flow(s, keep, early), _flow(t, keep, early)).sum((-2, -1))
+    return spread(values.unsqueeze(-1), keep, student.shape[:-1])
 
 
-def _flow(x: Tensor, keep: Tensor, early: int) -> Tensor:
-    first, second = x[..., :early], x[..., early:]
-    return product(first.mT, second.mT) / count(keep, x).unsqueeze(-1)
+def _flow(x: Tensor, keep: Tensor | None, early: int) -> Tensor:
+    first, second = torch.split(x.mT, [early, x.shape[-1] - early], -2)
+    return product(first, second) / count(keep, x)

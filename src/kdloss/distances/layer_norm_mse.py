@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kdloss.distances._features import features
+from kdloss.distances._features import features, mean, squared_gap
 
 
 def layer_norm_mse(
@@ -32,5 +32,4 @@ def layer_norm_mse(
     """
     student, teacher = features(student, teacher)
     width = student.shape[-1:]
-    gap = F.layer_norm(student, width, eps=eps) - F.layer_norm(teacher, width, eps=eps)
-    return gap.square().mean(-1)
+    return mean(squared_gap(F.layer_norm(student, width, eps=eps), F.layer_norm(teacher, width, eps=eps)))

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kdloss import _checks
+from kdloss.distances._features import mean, squared_gap
 from kdloss.distances._layers import convolution
 from kdloss.distances._rows import rows, spread
 from kdloss.reduction import fill
@@ -69,9 +70,9 @@ class MGD(nn.Module):
         s, t, keep = rows("MGD", student, teacher, mask, same_width=True, least=1)
         if s.numel():
             s = self._generate(s, keep, grid)
-        return spread((s - t).square().mean(-1), keep, student.shape[:-1])
+        return spread(mean(squared_gap(s, t)), keep, student.shape[:-1])
 
-    def _generate(self, s: Tensor, keep: Tensor, told: tuple[int, ...] | None) -> Tensor:
+    def _generate(self, s: Tensor, keep: Tensor | None, told: tuple[int, ...] | None) -> Tensor:
         size = told if self.size is None else self.size
         where = None if size is None or len(size) != 2 else _checks.grid(size, s.shape[1])
         if where is None or (told is not None and where != told):
@@ -83,10 +84,11 @@ class MGD(nn.Module):
             )
         height, width = where
         if self.training:
-            s = fill(s, torch.rand(keep.shape, device=s.device) >= self.ratio)
+            s = fill(s, torch.rand(s.shape[:2], device=s.device) >= self.ratio)
         grid = rearrange(s, "b (h w) c -> b c h w", h=height, w=width)
-        there = rearrange(keep, "b (h w) -> b 1 h w", h=height, w=width)
-        hidden = F.relu(convolution(grid, self.first)).masked_fill(~there, 0)
+        hidden = F.relu(convolution(grid, self.first))
+        if keep is not None:
+            hidden = hidden.masked_fill(~rearrange(keep, "b (h w) -> b 1 h w", h=height, w=width), 0)
         return rearrange(convolution(hidden, self.second), "b c h w -> b (h w) c")
 
     def extra_repr(self) -> str:

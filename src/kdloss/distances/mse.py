@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from kdloss.distances._features import features
+from kdloss.distances._features import features, mean, squared_gap
 
 
 def mse(student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
@@ -24,4 +24,4 @@ def mse(student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch w
     Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550.
     """
     student, teacher = features(student, teacher)
-    return (student - teacher).square().mean(-1)
+    return mean(squared_gap(student, teacher))

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from kdloss.distances._features import features
+from kdloss.distances._features import features, mean, squared_gap
 
 
 def normalized_mse(
@@ -27,4 +27,4 @@ def normalized_mse(
     tensor(1.)
     """
     student, teacher = features(student, teacher)
-    return (student - teacher).square().mean(-1) / (teacher.square().mean(-1) + eps)
+    return mean(squared_gap(student, teacher)) / (teacher.square().mean(-1) + eps)

@@ -3,8 +3,9 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kdloss.distances._features import unit
-from kdloss.distances._rows import any_width, count, product, rows, spread
+from kdloss.distances._features import squared_gap, unit
+from kdloss.distances._gram import gram
+from kdloss.distances._rows import any_width, count, rows, spread
 
 
 @any_width
@@ -39,11 +40,11 @@ def nst(
     arXiv:1707.01219.
     """
     s, t, keep = rows("nst", student, teacher, mask)
-    gap = _outer(s) - _outer(t)
-    return spread(gap.square().sum(-1) * count(keep, gap), keep, student.shape[:-1])
+    values = squared_gap(_outer(s), _outer(t)).sum(-1)
+    return spread(values * count(keep, values), keep, student.shape[:-1])
 
 
 def _outer(x: Tensor) -> Tensor:
     """Mean over the channels of each with itself, `[B, N, N]`."""
     channels = unit(x.mT).mT
-    return product(channels, channels) / max(x.shape[-1], 1)
+    return gram(channels) / max(x.shape[-1], 1)

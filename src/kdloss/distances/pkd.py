@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from kdloss.distances._features import features, unit
+from kdloss.distances._features import features, squared_gap, unit
 
 
 def pkd(student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
@@ -26,4 +26,4 @@ def pkd(student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch w
     arXiv:1908.09355.
     """
     student, teacher = features(student, teacher)
-    return (unit(student) - unit(teacher)).square().sum(-1)
+    return squared_gap(unit(student), unit(teacher)).sum(-1)

@@ -4,8 +4,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kdloss.distances._features import unit
+from kdloss.distances._gram import gram
 from kdloss.distances._relations import kl_over
-from kdloss.distances._rows import any_width, count, pairs, product, rows, spread
+from kdloss.distances._rows import any_width, count, pairs, rows, spread
 from kdloss.reduction import widest
 
 
@@ -43,11 +44,11 @@ def pkt(
     s, t, keep = rows("pkt", student, teacher, mask)
     # Where rows look away from each other, 1 + cos is a small difference, of which the logarithm is taken.
     wide = widest(s.device)
-    values = kl_over(_neighbours(s.to(wide), eps), _neighbours(t.to(wide), eps), pairs(keep)) / count(keep, s)
-    return spread(values.to(s.dtype), keep, student.shape[:-1])
+    values = kl_over(_neighbours(s.to(wide), eps), _neighbours(t.to(wide), eps), pairs(keep)).to(s.dtype)
+    return spread(values / count(keep, values), keep, student.shape[:-1])
 
 
 def _neighbours(x: Tensor, eps: float) -> Tensor:
     """Logits of the neighbours of every row."""
     x = unit(x)
-    return (((product(x, x) + 1) / 2).clamp_min(0) + eps).log()
+    return (((gram(x) + 1) / 2).clamp_min(0) + eps).log()

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kdloss.distances._relations import angles, by_vertex
+from kdloss.distances._relations import angles, by_vertex, seen_from
 from kdloss.distances._rows import any_width, count, rows, spread
 
 
@@ -23,8 +23,8 @@ def rkd_angle(
     N³ triples, those with j or k at the vertex (cosine 0) and j = k (cosine 1) among them; the paper sums.
     Blind to shifts, rotations and scale of either side. A duplicate of the vertex has no angle: cosine 0.
 
-    Triples are computed a few vertices at a time, and once more in the backward pass: memory grows with N²,
-    time with N³ D.
+    Triples are computed a few vertices at a time and, where there are many, once more in the backward pass: memory
+    grows with N², time with N³ D.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares examples
     (the paper's), `[B, N, D]` the positions of each example. `mask` is `[..., N]` (True = counts). Returns
@@ -43,12 +43,13 @@ def rkd_angle(
     Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation", arXiv:1904.05068, and their code.
     """
     s, t, keep = rows("rkd_angle", student, teacher, mask, least=3)
-    values = by_vertex(_gaps, s, t, keep, cubic=True) / count(keep, s).square()
-    return spread(values, keep, student.shape[:-1])
+    batch, n, width = s.shape
+    values = by_vertex(_gaps, n, batch * n * (n + width), s, t, keep)
+    return spread(values / count(keep, values) ** 2, keep, student.shape[:-1])
 
 
-def _gaps(start: int, stop: int, s: Tensor, t: Tensor, keep: Tensor) -> Tensor:
+def _gaps(start: int, stop: int, s: Tensor, t: Tensor, keep: Tensor | None) -> Tensor:
     """Of all angles at these vertices."""
-    there = keep.unsqueeze(1).expand(-1, stop - start, -1)
-    gaps = F.smooth_l1_loss(angles(s, start, stop, there), angles(t, start, stop, there), reduction="none")
-    return gaps.sum((-2, -1))
+    there = None if keep is None else keep.unsqueeze(1).expand(-1, stop - start, -1)
+    a, b = (angles(seen_from(x, start, stop), there) for x in (s, t))
+    return F.smooth_l1_loss(a, b, reduction="none").sum((-2, -1))

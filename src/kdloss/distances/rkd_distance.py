@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kdloss.distances._relations import distances
-from kdloss.distances._rows import any_width, count, pairs, rows, spread
+from kdloss.distances._rows import any_width, at_least_one, count, pairs, rows, spread
 from kdloss.reduction import fill
 
 
@@ -24,8 +24,8 @@ def rkd_distance(
     all N² pairs, to which the diagonal adds zeros (the paper sums over pairs). Blind to shifts, rotations
     and scale of either side; rows that are all alike have distances 0.
 
-    Distances come from differences, not from $|a|^2 + |b|^2 - 2ab$, a few rows at a time: near duplicates
-    keep their digits, and no more than N² numbers are kept. Duplicates get no gradient from each other.
+    Distances come from differences, not from $|a|^2 + |b|^2 - 2ab$: near duplicates keep their digits. No more
+    than N² numbers are kept. Duplicates get no gradient from each other.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares examples
     (the paper's), `[B, N, D]` the positions of each example. `mask` is `[..., N]` (True = counts). Returns
@@ -43,13 +43,13 @@ def rkd_distance(
     Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation", arXiv:1904.05068, and their code.
     """
     s, t, keep = rows("rkd_distance", student, teacher, mask)
-    values = F.smooth_l1_loss(_relative(s, keep), _relative(t, keep), reduction="none")
-    return spread(values.sum(-1) / count(keep, values), keep, student.shape[:-1])
+    values = F.smooth_l1_loss(_relative(s, keep), _relative(t, keep), reduction="none").sum(-1)
+    return spread(values / count(keep, values), keep, student.shape[:-1])
 
 
-def _relative(x: Tensor, keep: Tensor) -> Tensor:
+def _relative(x: Tensor, keep: Tensor | None) -> Tensor:
     """Distances over the mean of those between different rows."""
     n = count(keep, x)
     found = fill(distances(x), pairs(keep))
-    mean = found.sum((1, 2), keepdim=True) / (n * (n - 1).clamp_min(1)).unsqueeze(-1)
+    mean = found.sum((1, 2), keepdim=True) / at_least_one(n * (n - 1))
     return found / mean.masked_fill(mean == 0, 1)

@@ -4,7 +4,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kdloss.distances._rows import any_width, count, product, rows, spread
+from kdloss.distances._features import squared_gap
+from kdloss.distances._gram import gram
+from kdloss.distances._rows import any_width, count, rows, spread
 
 
 @any_width
@@ -34,5 +36,6 @@ def similarity(
     Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation", arXiv:1907.09682.
     """
     s, t, keep = rows("similarity", student, teacher, mask)
-    gap = F.normalize(product(s, s), dim=-1) - F.normalize(product(t, t), dim=-1)
-    return spread(gap.square().sum(-1) / count(keep, gap), keep, student.shape[:-1])
+    s, t = (F.normalize(gram(x), dim=-1) for x in (s, t))
+    values = squared_gap(s, t).sum(-1)
+    return spread(values / count(keep, values), keep, student.shape[:-1])

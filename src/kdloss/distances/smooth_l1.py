@@ -1,10 +1,12 @@
 """Smooth L1."""
 
+from functools import partial
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kdloss.distances._features import features
+from kdloss.distances._features import as_they_lie, features, mean
 
 
 def smooth_l1(
@@ -26,4 +28,4 @@ def smooth_l1(
     Girshick 2015, "Fast R-CNN", arXiv:1504.08083.
     """
     student, teacher = features(student, teacher)
-    return F.smooth_l1_loss(student, teacher, reduction="none", beta=beta).mean(-1)
+    return mean(as_they_lie(partial(F.smooth_l1_loss, beta=beta), student, teacher))

@@ -3,7 +3,8 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kdloss.distances._rows import rows, spread
+from kdloss.distances._features import mean, squared_gap
+from kdloss.distances._rows import at_least_one, rows, spread
 from kdloss.reduction import fill
 
 
@@ -35,7 +36,7 @@ def standardized_mse(
     tensor([1., 1.])
     """
     s, t, keep = rows("standardized_mse", student, teacher, mask, same_width=True)
-    n = keep.sum().clamp_min(1)
+    n = at_least_one(t.shape[:2].numel() if keep is None else keep.sum())
     centred = fill(t - t.sum((0, 1)) / n, keep)
     variance = centred.square().sum((0, 1)) / n
-    return spread(((s - t).square() / (variance + eps)).mean(-1), keep, student.shape[:-1])
+    return spread(mean(squared_gap(s, t) / (variance + eps)), keep, student.shape[:-1])

@@ -1,12 +1,16 @@
 """Word relations of contextual knowledge distillation."""
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kdloss.distances._features import unit
+from kdloss.distances._features import squared_gap, unit
+from kdloss.distances._gram import gram
 from kdloss.distances._relations import angles, by_vertex, kl_over
-from kdloss.distances._rows import any_width, count, pairs, product, rows, spread
+from kdloss.distances._rows import any_width, at_least_one, count, others, rows, spread, whole
 
 
 @any_width
@@ -49,20 +53,34 @@ def word_relation(
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window counts the word in its middle too: an odd number, got {window}")
     s, t, keep = rows("word_relation", student, teacher, mask)
-    others = pairs(keep) & ~torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
-    values = kl_over(_cosines(s), _cosines(t), others) / count(keep, s)
-    place = keep.cumsum(-1)
-    near = (place.unsqueeze(-2) - place.unsqueeze(-1)).abs() <= window // 2
-
-    def triples(start: int, stop: int, s: Tensor, t: Tensor, keep: Tensor) -> Tensor:
-        there = keep.unsqueeze(1) & near[:, start:stop]
-        gaps = (angles(s, start, stop, there) - angles(t, start, stop, there)).square()
-        return gaps.sum((-2, -1)) / count(there, s).squeeze(-1).square()
-
-    values = values + triple_weight * by_vertex(triples, s, t, keep, cubic=True)
+    values = kl_over(_cosines(s), _cosines(t), others(keep, s))
+    values = values / count(keep, values)
+    if s.shape[1]:
+        values = values + triple_weight * _triples(s, t, keep, min(window // 2, s.shape[1] - 1))
     return spread(values, keep, student.shape[:-1])
+
+
+def _triples(s: Tensor, t: Tensor, keep: Tensor | None, reach: int) -> Tensor:
+    """The mean squared difference of the angles at each word, `[B, N]`, among those within reach."""
+    there = whole(keep, s)
+    if keep is not None:  # the words that count stand beside each other, before the others
+        order = (~keep).int().argsort(stable=True, dim=-1)
+        s, t = (torch.take_along_dim(x, order.unsqueeze(-1), 1) for x in (s, t))
+        there = keep.take_along_dim(order, 1)
+    window = 2 * reach + 1
+    each = s.shape[0] * window * (window + s.shape[-1])
+    padded = [F.pad(x, (0, 0, reach, reach)) for x in (s, t)]
+    values = by_vertex(partial(_gaps, window), s.shape[1], each, *padded, F.pad(there, (reach, reach)))
+    return values if keep is None else values.take_along_dim((keep.cumsum(-1) - 1).clamp_min(0), 1)
+
+
+def _gaps(window: int, start: int, stop: int, s: Tensor, t: Tensor, there: Tensor) -> Tensor:
+    s, t, there = (x[:, start : stop + window - 1].unfold(1, window, 1) for x in (s, t, there))
+    middle = slice(window // 2, window // 2 + 1)
+    a, b = (angles((x - x[..., middle]).mT, there) for x in (s, t))
+    return squared_gap(a, b).sum((-2, -1)) / at_least_one(there.sum(-1)) ** 2
 
 
 def _cosines(x: Tensor) -> Tensor:
     x = unit(x)
-    return product(x, x)
+    return gram(x)

@@ -86,7 +86,7 @@ class Compared:
 
     def values(self, where: Positions, weight: float | Tensor = 1.0) -> Tensor:
         """One value per position of the batch; where features stand elsewhere, their example's mean."""
-        values = self.distances * weight
+        values = self.distances if isinstance(weight, float) and weight == 1 else self.distances * weight
         return where.spread(per_example(values, self.keep)) if self.apart else values
 
 
@@ -145,6 +145,8 @@ def _turned(student: Tensor, teacher: Tensor) -> str:
 
 def _project(projection: nn.Module, features: Tensor) -> Tensor:
     """A projection of features, width last, in its own precision."""
+    if isinstance(projection, nn.Identity):
+        return precise(features)
     own = next(projection.parameters(), None)
     features = precise(features) if own is None else features.to(own.dtype)
     axes = convolves(projection)
