@@ -109,7 +109,15 @@ class Sum(nn.Module):
     @property
     def contract(self) -> Contract:
         """What holds for all terms."""
-        return Contract(**{name: getattr(self, name) for name in Contract.__dataclass_fields__})
+        return Contract(
+            self.causal,
+            self.ignore_index,
+            self.reduction,
+            self.check_finite,
+            self.overwrite_logits,
+            self.layout,
+            self.teacher_layout,
+        )
 
     @property
     def several(self) -> bool:
@@ -133,8 +141,9 @@ class Sum(nn.Module):
     def plan(self, teachers: int = 1) -> Plan:
         """What this step takes, with so many teachers: terms of weight 0 take nothing."""
         weights, reads, indices = {}, {}, {}
+        every = self.weights
         for name, term in self.terms.items():
-            weight, several = self.weights[name].at(self.step), term.teachers(teachers)
+            weight, several = every[name].at(self.step), term.teachers(teachers)
             if isinstance(weight, Tensor) or weight > 0:
                 weights[name], reads[name], indices[name] = weight, term.reads(), several
         return Plan(weights, reads, indices, self.contract.layouts[0])
