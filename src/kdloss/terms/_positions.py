@@ -51,7 +51,7 @@ class Positions:
         labels = labels[:, 1:] if causal else labels
         keep = labels != ignore_index
         keep = keep if mask is None else keep & mask
-        return cls(shape, None, labels, causal) if everywhere(keep) else cls(shape, keep, fill(labels, keep), causal)
+        return cls(shape, None, labels, causal) if everywhere(keep) else cls(shape, keep, labels * keep, causal)
 
     @property
     def numel(self) -> int:
@@ -78,14 +78,20 @@ class Positions:
         """What stands at the positions already, zeroed where they don't count."""
         return fill(x, self.keep)
 
-    def counted(self, device: torch.device) -> Tensor | None:
-        """The positions that count, as indices into the flattened shape; None for all."""
-        keep, shape = self.keep, self.shifted
-        if self.causal:
-            keep = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else keep
-            keep = torch.cat([keep, keep.new_zeros(shape[0], 1, *shape[2:])], 1)
-        index = None if keep is None else keep.reshape(-1).nonzero().squeeze(1)
-        return None if index is None or len(index) == self.shape.numel() else index
+    def counted(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The positions that count, as indices into the flattened `shifted` and into the flattened `shape`; None: all.
+
+        Under `causal` the first may be all, and the second never is.
+        """
+        places = None if self.keep is None else self.keep.reshape(-1).nonzero().squeeze(1)
+        if places is not None and len(places) == self.numel:
+            places = None
+        if not self.causal:
+            return places, places
+        every = torch.arange(self.numel, device=device) if places is None else places
+        rest = self.shape[2:].numel()
+        example = every.div(max(self.shifted[1:].numel(), 1), rounding_mode="floor")
+        return places, every.add_(example, alpha=rest) if places is None else every.add(example, alpha=rest)
 
     def back(self, values: Tensor) -> Tensor:
         """Values of the positions that count at their places, 0 elsewhere."""

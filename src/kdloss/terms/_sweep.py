@@ -40,20 +40,30 @@ def by_logits(terms: Sequence[Swept]) -> list[list[Swept]]:
 
 
 def sweep(
-    group: Sequence[Swept], widest_where: Positions, contract: Contract, items: int | Tensor | None
+    group: Sequence[Swept],
+    widest_where: Positions,
+    contract: Contract,
+    items: int | Tensor | None,
+    *,
+    known: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted loss of terms that read the same logits, and each one's mean."""
+    """The weighted loss of terms that read the same logits, and each one's mean; `known` to fit each other."""
     logits, device = group[0].logits, group[0].logits.device
-    index = widest_where.counted(device)
-    rows = widest_where.numel if index is None else len(index)
-    tasks = tuple(one.term.task(one.step, _labels(one.step.where, widest_where)) for one in group)
-    for one, task in zip(group, tasks, strict=True):
-        task.check(logits)
-        look_at_stored(one, task, contract.check_finite)
-        if contract.check_finite:
-            check_numbers(one, task)
+    places, index = widest_where.counted(device)
+    rows = widest_where.numel if places is None else len(places)
+    labels = _at(widest_where.labels, places)
+    tasks = []
+    for one in group:
+        where = one.step.where
+        task = one.term.task(one.step, labels if where is widest_where else _at(where.labels, places))
+        tasks.append(task)
+        if not known:
+            task.check(logits)
+            look_at_stored(one, task, contract.check_finite)
+            if contract.check_finite:
+                check_numbers(one, task)
     problem, local = Problem.of(tasks, logits, index, rows, contract.overwrite_logits)
-    counts = [_rows_that_count(one.step.where, widest_where) for one in group]
+    counts = [_rows_that_count(one.step.where, widest_where, places) for one in group]
     if contract.reduction == "none":
         denominator(1, "none", items)
         values = per_position(problem, local)
@@ -65,18 +75,16 @@ def sweep(
     return loss, _means(group, values, counts, rows)
 
 
-def _rows_that_count(where: Positions, widest_where: Positions) -> Tensor | None:
+def _rows_that_count(where: Positions, widest_where: Positions, places: Tensor | None) -> Tensor | None:
     """Which of the rows count for one term; None for all."""
-    if where.keep is None or where.keep is widest_where.keep:
-        return None
-    return where.keep.reshape(-1) if widest_where.keep is None else where.keep[widest_where.keep]
+    return None if where.keep is widest_where.keep else _at(where.keep, places)
 
 
-def _labels(where: Positions, widest_where: Positions) -> Tensor | None:
-    """Class indices of all rows, 0 where a term doesn't count."""
-    if where.labels is None:
-        return None
-    return where.labels.reshape(-1) if widest_where.keep is None else where.labels[widest_where.keep]
+def _at(x: Tensor | None, places: Tensor | None) -> Tensor | None:
+    """What stands at these places of all positions (None: everywhere), in a row."""
+    if x is None or (places is None and x.ndim == 1):
+        return x
+    return x.reshape(-1) if places is None else x.take(places)
 
 
 def _shares(
