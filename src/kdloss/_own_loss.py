@@ -39,6 +39,8 @@ class OwnLoss:
 
     def added(self, output: Any) -> dict[str, Tensor]:
         """What the model adds to cross-entropy, of one output; without those that the output doesn't have."""
+        if not self.terms:
+            return {}
         named = _named_terms(output)
         return {name: factor * named[name] for name, factor in self.terms.items() if name in named}
 

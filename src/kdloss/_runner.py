@@ -61,7 +61,6 @@ class Runner:
     def outputs(self, student: nn.Module, plan: Plan, batch: Batch, stored: Sequence[Any] = ()) -> Iterator[Any]:
         """Each teacher's output, made when it is asked for; None for one that nobody reads."""
         rest = iter(stored)
-        home = next((p.device for p in student.parameters()), None)
         for k, teacher in enumerate(self.teachers):
             if teacher is None:
                 said = next(rest, None)
@@ -71,7 +70,8 @@ class Runner:
                 with self._seen_apart(k, student):
                     seen = [self._teach(k, teacher, plan, batch)]
                 seen[0].classes = self._classes(k, student, teacher.module)
-                yield brought(seen.pop(), None if teacher.device is None else home)
+                home = None if teacher.device is None else next((p.device for p in student.parameters()), None)
+                yield brought(seen.pop(), home)
             else:
                 yield None
 

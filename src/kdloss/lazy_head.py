@@ -205,13 +205,27 @@ def _head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _around(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
-    """The modules in which the head is, and the head."""
-    path = next((name for name, module in model.named_modules() if module is head), "")
-    yield model
+def _around(model: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """The modules in which the head is, and the head; looked for where it isn't at its last place any more."""
+    found = _along(model, _places.get(model, ""))
+    if found[-1] is not head:
+        _places[model] = next((name for name, module in model.named_modules() if module is head), "")
+        found = _along(model, _places[model])
+    return found
+
+
+_places: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def _along(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules on a path, as far as it leads."""
+    found = [model]
     for name in filter(None, path.split(".")):
-        model = model._modules[name]  # type: ignore[assignment]
-        yield model
+        inner = found[-1]._modules.get(name)
+        if inner is None:
+            break
+        found.append(inner)
+    return found
 
 
 def _autocast(x: Tensor) -> torch.dtype:

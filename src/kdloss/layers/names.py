@@ -26,6 +26,17 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, each once, as `model.modules()` has them but level by level: every step asks for them."""
+    found, seen = [model], {model}
+    for module in found:
+        for inner in module._modules.values():
+            if inner is not None and inner not in seen:
+                seen.add(inner)
+                found.append(inner)
+    return found
+
+
 def unwrapped_block(module: nn.Module) -> nn.Module:
     """A block inside what is put around single blocks: compilation, checkpointing, FSDP."""
     while len(module._modules) == 1 and (name := next(iter(module._modules))) in _WRAPPERS:
