@@ -84,7 +84,7 @@ def outcome(criterion, batch):
     student, teacher, labels, marks = inputs(**batch)
     try:
         loss = criterion(student, teacher, labels, **marks)
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         return type(error), str(error)
     loss.sum().backward()
     return {"loss": loss.detach(), "gradient": student.grad, **criterion.components}

@@ -5,13 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdloss._capture import Captured
 from kdloss.engine.task import unwrapped
 from kdloss.terms._evaluation import Evaluation
+from kdloss.terms._outputs import find_logits, returned
 from kdloss.terms._positions import Positions
 from kdloss.terms._sweep import Swept, sweep
+from kdloss.terms._teachers import Outputs
 from kdloss.terms.contract import Contract
 from kdloss.terms.cross_entropy import CrossEntropy
 from kdloss.terms.logits import Logits
+from kdloss.terms.plan import Plan
 from kdloss.terms.reads import Reads
 from kdloss.terms.step import Step
 
@@ -28,6 +32,7 @@ class Known:
 
     def __init__(self) -> None:
         self._key: Any = None
+        self._taught: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Known, ()
@@ -37,47 +42,69 @@ class Known:
         criterion: Any,
         contract: Contract,
         student: Any,
-        teacher: Any,
+        outputs: Outputs,
         labels: Any,
         mask: Tensor | None,
         items: int | Tensor | None,
+        plan: Plan | None,
     ) -> Found | None:
         """Loss and components of a step like the last; None where it is another."""
         if self._key is None or torch._C._functorch.maybe_current_level() is not None:
             return None
-        weights = _weights(criterion)
-        if _key(criterion, contract, weights, student, teacher, labels) != self._key:
+        weights, logits = _weights(criterion) if plan is None else plan.weights, _logits(student)
+        if _key(criterion, contract, weights, student, logits, labels) != self._key:
             return None
-        causal, terms = bool(contract.causal), criterion.terms
-        where = Positions.of(student.shape[:-1], labels, mask, causal=causal, ignore_index=contract.ignore_index)
-        taught = None if teacher is None else teacher.detach()
-        step = Step(student, taught, labels, where, _no_features, _READS, criterion.step, _nothing)
-        swept = [Swept(terms[name], weight, step, student) for name, weight in weights.items() if _counts(weight)]
+        taught = None
+        if self._taught is not None:
+            output = next(outputs)
+            taught = _logits(output)
+            if _form(taught) != self._taught or not _in_order(output):
+                outputs.back(output)
+                return None
+            taught = taught.detach()
+            del output
+        causal: Any = {"causal": bool(contract.causal), "ignore_index": contract.ignore_index}
+        where = Positions.of(logits.shape[:-1], labels, mask, **causal)
+        step = Step(None, taught, labels, where, _no_features, _READS, criterion.step, _nothing)
+        terms = criterion.terms
+        swept = [Swept(terms[name], weight, step, logits) for name, weight in weights.items()]
         return sweep(swept, where, contract, items, known=True)
 
-    def learn(self, evaluation: Evaluation, student: Any, teacher: Any, labels: Any) -> None:
+    def learn(self, evaluation: Evaluation) -> None:
         """Know steps like this one from now on, if it was of that kind."""
-        criterion, contract = evaluation.criterion, evaluation.contract
-        alone = len(evaluation.losses) == 1 and len(evaluation.swept) == len(evaluation.terms)
-        plain = alone and contract.layouts == (None, None) and not contract.check_finite
-        if plain and all(map(_plain, criterion.terms.values())) and _are_tensors(student, teacher, labels):
-            self._key = _key(criterion, contract, _weights(criterion), student, teacher, labels)
-        else:
-            self._key = None
+        criterion, contract, swept = evaluation.criterion, evaluation.contract, evaluation.swept
+        self._key = self._taught = None
+        if len(evaluation.losses) > 1 or len(swept) < max(len(evaluation.terms), 1) or contract.check_finite:
+            return
+        logits, labels, taught = swept[0].logits, evaluation.labels, [one.step.teacher for one in swept]
+        tensors = type(logits) is Tensor and all(x is None or type(x) is Tensor for x in (labels, *taught))
+        soft = labels is not None and labels.is_floating_point()
+        if tensors and not soft and contract.layouts == (None, None) and all(map(_plain, criterion.terms.values())):
+            self._taught = next((_form(x) for x in taught if x is not None), None)
+            self._key = _key(criterion, contract, evaluation.plan.weights, evaluation.student, logits, labels)
+
+
+def _logits(output: Any) -> Any:
+    return output if type(output) is Tensor else find_logits(returned(output))
+
+
+def _in_order(output: Any) -> bool:
+    """Whether a teacher's classes are in the student's order, as far as they have names."""
+    classes = output.classes if isinstance(output, Captured) else None
+    return classes is None or classes.student == classes.teacher
 
 
 def _weights(criterion: Any) -> dict[str, float | Tensor]:
-    return {name: weight.at(criterion.step) for name, weight in criterion.weights.items()}
+    """The weights of this step that are not 0."""
+    every = {name: weight.at(criterion.step) for name, weight in criterion.weights.items()}
+    return {name: weight for name, weight in every.items() if isinstance(weight, Tensor) or weight > 0}
 
 
-def _counts(weight: float | Tensor) -> bool:
-    return isinstance(weight, Tensor) or weight > 0
-
-
-def _key(criterion: Any, contract: Contract, weights: Any, *inputs: Any) -> tuple[Any, ...]:
-    """All that decides how a step goes, but for numbers."""
+def _key(criterion: Any, contract: Contract, weights: Any, student: Any, logits: Any, labels: Any) -> tuple[Any, ...]:
+    """All that decides how a step goes, but for numbers and what teachers give."""
     terms = [_settings(term) for term in criterion.terms.values()]
-    return contract, terms, [*map(_counts, weights.values())], [*map(_form, inputs)]
+    kind, head = (student.output, student.head) if isinstance(student, Captured) else (student, None)
+    return contract, terms, [*weights], type(kind), head, _form(logits), _form(labels)
 
 
 def _settings(term: Any) -> tuple[Any, ...]:
@@ -99,12 +126,7 @@ def _plain(term: Any) -> bool:
 
 
 def _form(x: Any) -> Any:
-    return (x.shape, x.dtype, x.device) if type(x) is Tensor else type(x)
-
-
-def _are_tensors(student: Any, teacher: Any, labels: Any) -> bool:
-    one = type(student) is Tensor and all(x is None or type(x) is Tensor for x in (teacher, labels))
-    return one and not (labels is not None and labels.is_floating_point())
+    return (x.shape, x.dtype, x.device) if type(x) is Tensor else None
 
 
 def _no_features(layer: Any, shape: Any) -> tuple[None, bool]:

@@ -96,11 +96,11 @@ def _shares(
     device: torch.device,
 ) -> Tensor:
     """What each row of a term is multiplied by, `[terms, rows]`, or `[terms, 1]` where all count for all of them."""
-    wide: dict[str, Any] = {"dtype": widest(device), "device": device}
+    dtype, apart = widest(device), any(keep is not None for keep in counts)
     sizes = [denominator(_size(keep, rows), contract.reduction, items) for keep in counts]
-    apart = any(keep is not None for keep in counts)
-    if not apart and not any(isinstance(x, Tensor) for x in (*sizes, *(one.weight for one in group))):
-        return _constants(tuple(one.weight / size for one, size in zip(group, sizes, strict=True)), **wide)
+    if not apart and not any(isinstance(x, Tensor) for x in (sizes[0], *(one.weight for one in group))):
+        return _constants(tuple(one.weight / sizes[0] for one in group), dtype, device)
+    wide: dict[str, Any] = {"dtype": dtype, "device": device}
     each = rows if apart else 1
     shares = []
     for one, size, keep in zip(group, sizes, counts, strict=True):
@@ -119,13 +119,14 @@ def _constants(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.dev
 
 def _means(group: Sequence[Swept], values: Tensor, counts: Sequence[Tensor | None], rows: int) -> dict[str, Tensor]:
     """Each term's mean over the rows that count for it."""
-    if any(keep is not None for keep in counts):
-        found: Any = (
+    found: Any
+    if all(keep is None for keep in counts):
+        found = (values.sum(1) / max(rows, 1)).unbind()
+    else:
+        found = (
             (row if keep is None else row.where(keep, 0)).sum() / _size(keep, rows)
             for row, keep in zip(values.unbind(), counts, strict=True)
         )
-    else:
-        found = (values.sum(1) / max(rows, 1)).unbind()
     return {one.term.name: mean for one, mean in zip(group, found, strict=True)}
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from types import EllipsisType
 from typing import Any, cast
 
@@ -123,12 +124,13 @@ class Sum(nn.Module):
     @property
     def several(self) -> bool:
         """Whether a term reads several teachers, so that outputs come as a list."""
-        return any(term.several for term in self.terms.values())
+        return any(map(attrgetter("several"), self.terms.values()))
 
     @property
     def scheduled(self) -> bool:
         """Whether a weight or anything in a term depends on the step."""
-        return any(w.schedules for w in self.weights.values()) or any(term.scheduled for term in self.terms.values())
+        weights = map(attrgetter("schedules"), self.weights.values())
+        return any(weights) or any(map(attrgetter("scheduled"), self.terms.values()))
 
     def advance(self) -> None:
         """Count one step, after `optimizer.step()`: what is scheduled moves on."""
@@ -211,10 +213,11 @@ class Sum(nn.Module):
         if eager and torch.is_grad_enabled() and self.scheduled:
             self._reminder.forward(_log)
         contract = self.contract if causal is None else replace(self.contract, causal=causal)
-        alike = eager and plan is None and attention_mask is None and feature_mask is None and not task_terms
-        found = self._known.step(self, contract, student, teacher, labels, mask, num_items_in_batch) if alike else None
+        outputs, count = listed(self, teacher)
+        alike = eager and attention_mask is None and feature_mask is None and not task_terms
+        known = (self, contract, student, outputs, labels, mask, num_items_in_batch, plan)
+        found = self._known.step(*known) if alike else None
         if found is None:
-            outputs, count = listed(self, teacher)
             plan = self.plan(count) if plan is None else plan
             evaluation = Evaluation(
                 self, plan, contract, student, labels, mask, attention_mask, feature_mask, num_items_in_batch, index
@@ -225,7 +228,7 @@ class Sum(nn.Module):
                 evaluation.taught(k, next(outputs))
             found = evaluation.finish(task_terms or {})
             if alike:
-                self._known.learn(evaluation, student, teacher, labels)
+                self._known.learn(evaluation)
         loss, vars(self)["components"] = found  # nn.Module would look for modules in it
         return loss
 
