@@ -60,8 +60,10 @@ def requests(reads: Mapping[str, Reads], side: str) -> Requests:
     """What is captured of one side, "student" or "teacher", by term and name."""
     found = {}
     for term, r in reads.items():
+        if not r.pairs:
+            continue
         take = r.take if side == "student" else r.teacher_take
-        for name in parts([s if side == "student" else t for s, t, _ in r.pairs or ()]):
+        for name in parts([s if side == "student" else t for s, t, _ in r.pairs]):
             one = take.get(name) if isinstance(take, Mapping) else take
             found[term, name] = Request(name, r.blocks, take=one, shape_alone=r.shapes)
     return found

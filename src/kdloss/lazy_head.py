@@ -7,8 +7,9 @@ the model's own scale or soft cap) runs as ever, on logits `[1, 1, V]`. All its 
 import logging
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,10 +49,9 @@ class LazyHeads:
             yield HeadPass(None)
             return
         ran = HeadPass(head, self._known(model))
-        hook: Any = torch.compiler.disable
         handles = [
-            head.register_forward_pre_hook(hook(ran.before)),
-            head.register_forward_hook(hook(ran.after)),
+            head.register_forward_pre_hook(partial(_beside(HeadPass.before), ran)),
+            head.register_forward_hook(partial(_beside(HeadPass.after), ran)),
         ]
         try:
             yield ran
@@ -136,6 +136,13 @@ class HeadPass:
         else:
             output.logits = lazy
         return None
+
+
+@cache
+def _beside(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The same beside compiled code, never a part of it; made once and late, as it imports the compiler."""
+    beside: Any = torch.compiler.disable
+    return beside(hook)  # type: ignore[no-any-return]
 
 
 class _Alias(torch.autograd.Function):
