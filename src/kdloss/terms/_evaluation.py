@@ -43,6 +43,7 @@ class Evaluation:
         self.means: dict[str, Tensor] = {}
         self.swept: list[Swept] = []
         self.held: dict[str, list[Any]] = {}
+        self.plain = contract.reduction == "mean" and items is None  # a term's total is its mean
         self.layout, self.teacher_layout = contract.layouts
         if labels is None:
             refuse_unlabelled(self.terms, plan.reads, student)
@@ -97,8 +98,9 @@ class Evaluation:
             self._check_plain(one)
             step = replace(step, logits=logits.there(term, where))
         values = term.loss(step)
-        self.losses.append(weight * self.contract.total(name, values, where, self.items))
-        report(name, values)
+        total = self.contract.total(name, values, where, self.items)
+        self.losses.append(weight * total)
+        means[name] = total.detach() if self.plain else mean(values, where)
 
     def finish(self, task_terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and every component in the order of the terms; what joins cross-entropy last."""

@@ -14,13 +14,11 @@ from kdloss.terms._sweep import Swept, sweep
 from kdloss.terms._teachers import Outputs
 from kdloss.terms.contract import Contract
 from kdloss.terms.cross_entropy import CrossEntropy
-from kdloss.terms.logits import Logits
+from kdloss.terms.logits import READS, Logits
 from kdloss.terms.plan import Plan
-from kdloss.terms.reads import Reads
 from kdloss.terms.step import Step
 
 Found = tuple[Tensor, dict[str, Tensor]]
-_READS = Reads(logits="any")
 
 
 class Known:
@@ -65,7 +63,7 @@ class Known:
             del output
         causal: Any = {"causal": bool(contract.causal), "ignore_index": contract.ignore_index}
         where = Positions.of(logits.shape[:-1], labels, mask, **causal)
-        step = Step(None, taught, labels, where, _no_features, _READS, criterion.step, _nothing)
+        step = Step(None, taught, labels, where, _no_features, READS, criterion.step, _nothing)
         terms = criterion.terms
         swept = [Swept(terms[name], weight, step, logits) for name, weight in weights.items()]
         return sweep(swept, where, contract, items, known=True)
