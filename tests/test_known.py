@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import kdloss
 from kdloss import TopKLogits, VanillaKD, divergences, schedules
@@ -153,3 +155,88 @@ def test_a_step_calls_few_operators_outside_the_engine(kind, most, monkeypatch):
     with Counting() as counting:
         criterion(*batch)
     assert len(counting.calls) <= most, counting.calls
+
+
+def gpt2(blocks, seed, **more):
+    torch.manual_seed(seed)
+    shape = {"n_embd": 8, "n_head": 2, "vocab_size": 9, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(n_layer=blocks, **shape, **more)).eval()
+
+
+def classifiers():
+    torch.manual_seed(0)
+    shape = {
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "vocab_size": 9,
+        "n_positions": 8,
+        "num_labels": 3,
+        "pad_token_id": 0,
+    }
+    return [GPT2ForSequenceClassification(GPT2Config(**shape)).eval() for _ in range(2)]
+
+
+def another_head(student, teacher):
+    student.lm_head = nn.Linear(8, 9, bias=False)
+
+
+def another_block(student, teacher):
+    student.transformer.h.append(copy.deepcopy(teacher.transformer.h[0]))
+    student.config.n_layer += 1
+
+
+def a_hook_on_the_head(student, teacher):
+    student.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def modes(student, teacher):
+    teacher.train()
+    teacher.transformer.h[0].eval()
+
+
+def names(student, teacher):
+    for model, order in ((student, "abc"), (teacher, "cab")):
+        model.config.id2label.update(dict(enumerate(order)))
+
+
+def other_names(student, teacher):
+    names(student, teacher)
+    teacher.config.id2label[0] = "d"
+
+
+def another_forward(student, teacher):
+    before = student.forward
+    student.forward = lambda input_ids, labels=None, **more: before(input_ids=input_ids, labels=labels)
+
+
+CHANGED = [another_head, another_block, a_hook_on_the_head, modes, another_forward]
+
+
+@pytest.mark.parametrize("change", [*CHANGED, names, other_names])
+@pytest.mark.parametrize("features", [False, True])
+def test_models_may_be_changed_in_place_between_steps(change, features):
+    words = change not in (names, other_names)
+    student, teacher = (gpt2(2, 0), gpt2(3, 1)) if words else classifiers()
+    tokens = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
+    batch = {"input_ids": tokens, "labels": tokens if words else torch.tensor([0, 2])}
+    criterion = kdloss.FeatureKD(pairing=[(0, 0)], logit_weight=1.0) if features else VanillaKD()
+    distill = kdloss.Distiller(teacher, criterion)
+    for _ in range(2):
+        distill(student, **batch)
+    change(student, teacher)
+    before = {module: module.training for module in teacher.modules()}
+
+    def outcome(distill):
+        try:
+            out = distill(student, **batch)
+        except ValueError as error:
+            return str(error)
+        return [out.loss, *torch.autograd.grad(out.loss, student.transformer.wte.weight)]
+
+    found, expected = outcome(distill), outcome(kdloss.Distiller(teacher, copy.deepcopy(criterion)))
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert before == {module: module.training for module in teacher.modules()}

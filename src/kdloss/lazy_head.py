@@ -228,7 +228,8 @@ def _along(model: nn.Module, path: str) -> list[nn.Module]:
     """The modules on a path, as far as it leads."""
     found = [model]
     for name in filter(None, path.split(".")):
-        inner = found[-1]._modules.get(name)
+        children = found[-1]._modules
+        inner = children[name] if name in children else None  # noqa: SIM401 - TorchScript's have no `get`
         if inner is None:
             break
         found.append(inner)
