@@ -25,7 +25,13 @@ def inputs(shape=(6,), classes=5, dtype=torch.float32, kind="classes", mask=Fals
     labels = torch.randint(0, 5, shape, generator=draw)
     if kind == "ignored":
         labels.view(-1)[:1] = -100
-    others = {"none": None, "soft": student.softmax(-1), "int32": labels.int(), "short": labels.unsqueeze(0)}
+    others = {
+        "none": None,
+        "soft": student.softmax(-1),
+        "int32": labels.int(),
+        "short": labels.unsqueeze(0),
+        "list": labels.tolist(),
+    }
     labels = others.get(kind, labels)
     given = {
         "tensor": logits,
@@ -38,6 +44,11 @@ def inputs(shape=(6,), classes=5, dtype=torch.float32, kind="classes", mask=Fals
     }
     marks = {"mask": torch.rand(shape, generator=draw) > 0.3} if mask else {}
     return student.requires_grad_(), given[teacher], labels, marks
+
+
+def trained_class_weights(criterion):
+    del criterion.terms["ce"].class_weights
+    criterion.terms["ce"].class_weights = nn.Parameter(torch.arange(1.0, 8))
 
 
 CHANGES = {
@@ -73,7 +84,7 @@ BATCHES = st.fixed_dictionaries(
         "shape": st.sampled_from([(6,), (4,), (2, 3), (3, 2), (0,), ()]),
         "classes": st.sampled_from([5, 1]),
         "dtype": st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
-        "kind": st.sampled_from(["classes", "ignored", "none", "soft", "int32", "short"]),
+        "kind": st.sampled_from(["classes", "ignored", "none", "soft", "int32", "short", "list"]),
         "mask": st.booleans(),
         "teacher": st.sampled_from(["tensor", "none", "wide", "double", "several", "top k", "whole numbers"]),
         "seed": st.integers(0, 3),
@@ -105,6 +116,21 @@ def test_a_criterion_that_has_seen_steps_gives_or_raises_what_one_that_has_seen_
                 assert found == expected
             else:
                 torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("change", [trained_class_weights, CHANGES["more class weights"]])
+def test_class_weights_are_checked_again(change):
+    criterion, batch = VanillaKD(), inputs()[:3]
+    criterion(*batch)
+    change(criterion)
+    with pytest.raises(ValueError, match="class weights"):
+        criterion(*batch)
+
+
+def test_labels_of_another_kind_are_looked_at_again():
+    criterion, (student, teacher, labels, _) = VanillaKD(alpha=0.0), inputs()
+    loss = criterion(student, teacher)
+    torch.testing.assert_close(criterion(student, teacher, labels.tolist()), loss)
 
 
 def test_copies_and_pickles_know_nothing_and_go_on():

@@ -179,9 +179,9 @@ def _numbers(config: Any) -> Iterator[tuple[str, float]]:
 
 def refuse_unread(own: OwnLoss, model: nn.Module, logits: Any, labels: Any) -> None:
     """Raise where labels or a loss of a language model's form are there, and nothing tells how they are meant."""
-    name = type(unwrap(model)).__name__
     if logits is None or len(logits.shape) != 3 or not isinstance(labels, Tensor) or labels.shape != logits.shape[:2]:
         return
+    name = type(unwrap(model)).__name__
     raise ValueError(
         f"{own.seen or f'{name} makes no loss of labels [B, T] by itself'}: nothing tells whether its logits at t "
         "learn label t+1 or label t. Say it: causal=True where labels are the input's own ids, causal=False where "

@@ -75,9 +75,10 @@ class Known:
         if len(evaluation.losses) > 1 or len(swept) < max(len(evaluation.terms), 1) or contract.check_finite:
             return
         logits, labels, taught = swept[0].logits, evaluation.labels, [one.step.teacher for one in swept]
-        tensors = type(logits) is Tensor and all(x is None or type(x) is Tensor for x in (labels, *taught))
+        if type(logits) is not Tensor or not all(x is None or type(x) is Tensor for x in (labels, *taught)):
+            return
         soft = labels is not None and labels.is_floating_point()
-        if tensors and not soft and contract.layouts == (None, None) and all(map(_plain, criterion.terms.values())):
+        if not soft and contract.layouts == (None, None) and all(map(_plain, criterion.terms.values())):
             self._taught = next((_form(x) for x in taught if x is not None), None)
             self._key = _key(criterion, contract, evaluation.plan.weights, evaluation.student, logits, labels)
 
@@ -124,7 +125,7 @@ def _plain(term: Any) -> bool:
 
 
 def _form(x: Any) -> Any:
-    return (x.shape, x.dtype, x.device) if type(x) is Tensor else None
+    return (x.shape, x.dtype, x.device) if type(x) is Tensor else type(x)
 
 
 def _no_features(layer: Any, shape: Any) -> tuple[None, bool]:
