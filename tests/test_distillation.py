@@ -453,13 +453,13 @@ def test_what_no_stored_teacher_said_is_refused(module, inputs):
 
 def test_a_teacher_follows_the_student_but_not_its_dtype(module, inputs, monkeypatch):
     moves = []
-    monkeypatch.setattr("kdloss.teacher._place", lambda module: torch.device("cuda:7"))  # anywhere else
+    monkeypatch.setattr("kdloss.teacher.place", lambda module: torch.device("cuda:7"))  # anywhere else
     monkeypatch.setattr(teacher_of(module), "to", lambda *args, **settings: moves.append((args, settings)))
     here = ((torch.device("cpu"),), {})
     for n, move in enumerate([module.cpu, module.double, module.bfloat16, module.float], start=1):
         move()
         assert moves == [here] * n
-    monkeypatch.setattr("kdloss.teacher._place", lambda module: torch.device("cpu"))
+    monkeypatch.setattr("kdloss.teacher.place", lambda module: torch.device("cpu"))
     module.double()
     module(**inputs)
     assert moves == [here] * 4  # where it is already nothing is moved
@@ -469,7 +469,7 @@ def test_a_teacher_follows_the_student_but_not_its_dtype(module, inputs, monkeyp
 
 def test_a_teacher_follows_a_student_that_was_moved_by_itself(module, inputs, monkeypatch):
     moves = []
-    monkeypatch.setattr("kdloss.teacher._place", lambda module: torch.device("cuda:7"))
+    monkeypatch.setattr("kdloss.teacher.place", lambda module: torch.device("cuda:7"))
     monkeypatch.setattr(teacher_of(module), "to", lambda *args: moves.append(args))
     module(**inputs)
     assert moves == [(torch.device("cpu"),)]
@@ -528,7 +528,7 @@ class OnGpu(torch.Tensor):
 def test_teachers_with_a_place_of_their_own_stay_there(module, placed, monkeypatch):
     teacher = teacher_of(module)
     placed(teacher)
-    monkeypatch.setattr("kdloss.teacher._place", lambda module: torch.device("cuda:7"))
+    monkeypatch.setattr("kdloss.teacher.place", lambda module: torch.device("cuda:7"))
     monkeypatch.setattr(teacher, "to", lambda *_: pytest.fail("was moved"))
     module.cpu()
     kdloss.Teacher(teacher, device="cpu")
@@ -544,7 +544,7 @@ def test_a_teacher_with_a_device_stays_there_and_inputs_and_outputs_travel(input
     torch.manual_seed(0)
     there = kdloss.Teacher(teacher, device="cpu")
     module = kdloss.Distillation(student, there, runs.recipe())
-    monkeypatch.setattr("kdloss.teacher._place", lambda module: torch.device("cuda:7"))
+    monkeypatch.setattr("kdloss.teacher.place", lambda module: torch.device("cuda:7"))
     monkeypatch.setattr(teacher, "to", lambda *_: pytest.fail("was moved"))
     module.cpu()
     step = module(**inputs)

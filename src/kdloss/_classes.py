@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -111,12 +112,18 @@ def class_names(model: Any) -> tuple[str, ...] | None:
     if not isinstance(model, nn.Module):
         return None
     named: Any = getattr(getattr(unwrap(model), "config", None), "id2label", None)
-    if not isinstance(named, dict) or set(map(str, named)) != set(map(str, range(len(named)))):
+    return _in_order(tuple(named.items())) if isinstance(named, dict) else None
+
+
+@lru_cache(maxsize=16)
+def _in_order(named: tuple[tuple[Any, Any], ...]) -> tuple[str, ...] | None:
+    if {str(i) for i, _ in named} != set(map(str, range(len(named)))):
         return None
-    names = tuple(str(name) for _, name in sorted((int(i), name) for i, name in named.items()))
+    names = tuple(str(name) for _, name in sorted((int(i), name) for i, name in named))
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
+@lru_cache(maxsize=16)
 def _folded(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
     """Upper and lower case are one, where that leaves names apart."""
     folded = None if names is None else tuple(name.casefold() for name in names)

@@ -30,8 +30,9 @@ class DecoderInputs:
     def of(self, model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], labels: Any) -> dict[str, Any]:
         """The inputs and, for labels that are text, what the decoder needs; classes and boxes are no text."""
         text = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
-        given = not _GIVEN.isdisjoint(inputs) or not takes_input(model, "labels", by_name=True)
-        if not text or given or not is_encoder_decoder(model):
+        if not text or not is_encoder_decoder(model):
+            return dict(inputs)
+        if not _GIVEN.isdisjoint(inputs) or not takes_input(model, "labels", by_name=True):
             return dict(inputs)
         if model not in self._by_method:
             self._by_method[model] = _follows(model, args, inputs, labels)

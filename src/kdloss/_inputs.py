@@ -55,14 +55,10 @@ def of_student(student: nn.Module, teachers: Iterable[Any], inputs: Mapping[str,
     Raises: TypeError for one that neither the student nor a teacher reads, ValueError for packed rows.
     """
     own = named(student, inputs)
-    models = [student]
-    for teacher in teachers:
-        if teacher is not None:
-            if teacher.inputs is not None:  # a function of the whole batch
-                models.clear()
-                break
-            models.append(teacher.module)
-    if models and (nobody := [k for k in inputs if not any(k in named(model, inputs) for model in models)]):
+    there = [] if len(own) == len(inputs) else [teacher for teacher in teachers if teacher is not None]
+    models = [student, *(teacher.module for teacher in there)]
+    rest = {} if any(t.inputs is not None for t in there) else inputs  # of a function of the batch nobody knows
+    if len(own) < len(rest) and (nobody := [k for k in rest if not any(k in named(m, inputs) for m in models)]):
         raise TypeError(
             f"no model reads {nobody}: {_told(models)}. Leave it out, or say what is made of it: "
             "kdloss.Teacher(teacher, inputs=lambda batch: ...)"

@@ -39,6 +39,8 @@ class OwnLoss:
 
     def added(self, output: Any) -> dict[str, Tensor]:
         """What the model adds to cross-entropy, of one output; without those that the output doesn't have."""
+        if not self.terms:
+            return {}
         named = _named_terms(output)
         return {name: factor * named[name] for name, factor in self.terms.items() if name in named}
 
@@ -177,9 +179,9 @@ def _numbers(config: Any) -> Iterator[tuple[str, float]]:
 
 def refuse_unread(own: OwnLoss, model: nn.Module, logits: Any, labels: Any) -> None:
     """Raise where labels or a loss of a language model's form are there, and nothing tells how they are meant."""
-    name = type(unwrap(model)).__name__
     if logits is None or len(logits.shape) != 3 or not isinstance(labels, Tensor) or labels.shape != logits.shape[:2]:
         return
+    name = type(unwrap(model)).__name__
     raise ValueError(
         f"{own.seen or f'{name} makes no loss of labels [B, T] by itself'}: nothing tells whether its logits at t "
         "learn label t+1 or label t. Say it: causal=True where labels are the input's own ids, causal=False where "

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kdloss._capture import Captured, Located, Request, record
+from kdloss._layout import ends
 from kdloss._virtual import without_virtual_tokens
 from kdloss.adapter import without_cache
 from kdloss.layers.layer_map import parts
@@ -37,11 +38,13 @@ class Passes:
         """One pass, ended early where `stop` says so; `why_whole` its logits must be a tensor, if they must."""
         if inputs.get("labels") is not None:
             why_whole = "it is given labels, of which it makes a loss by itself"
+        recording = record(model, requests, stop=stop, located=self.located) if requests else nullcontext(Captured())
         with (
-            record(model, requests, stop=stop, located=self.located) as seen,
+            recording as seen,
             nullcontext() if stop else self.heads.apart(model, why_whole) as head,
         ):
             seen.output = model(*args, **without_cache(model, inputs))
+        seen.head = ends(model)
         if head is None or self.heads.finish(model, head, seen.output):
 
             def module(key: Any) -> nn.Module:
@@ -57,8 +60,10 @@ def requests(reads: Mapping[str, Reads], side: str) -> Requests:
     """What is captured of one side, "student" or "teacher", by term and name."""
     found = {}
     for term, r in reads.items():
+        if not r.pairs:
+            continue
         take = r.take if side == "student" else r.teacher_take
-        for name in parts([s if side == "student" else t for s, t, _ in r.pairs or ()]):
+        for name in parts([s if side == "student" else t for s, t, _ in r.pairs]):
             one = take.get(name) if isinstance(take, Mapping) else take
             found[term, name] = Request(name, r.blocks, take=one, shape_alone=r.shapes)
     return found

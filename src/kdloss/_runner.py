@@ -61,7 +61,6 @@ class Runner:
     def outputs(self, student: nn.Module, plan: Plan, batch: Batch, stored: Sequence[Any] = ()) -> Iterator[Any]:
         """Each teacher's output, made when it is asked for; None for one that nobody reads."""
         rest = iter(stored)
-        home = next((p.device for p in student.parameters()), None)
         for k, teacher in enumerate(self.teachers):
             if teacher is None:
                 said = next(rest, None)
@@ -71,7 +70,8 @@ class Runner:
                 with self._seen_apart(k, student):
                     seen = [self._teach(k, teacher, plan, batch)]
                 seen[0].classes = self._classes(k, student, teacher.module)
-                yield brought(seen.pop(), None if teacher.device is None else home)
+                home = None if teacher.device is None else next((p.device for p in student.parameters()), None)
+                yield brought(seen.pop(), home)
             else:
                 yield None
 
@@ -88,12 +88,13 @@ class Runner:
         own_loss: bool,
     ) -> dict[str, Any]:
         """What counts: the user's masks and the batch's own, each where it stands."""
-        on_features = [name for name, reads in plan.reads.items() if reads.pairs]
+        on_features, padding = [name for name, r in plan.reads.items() if r.pairs], Padding.of(student, batch.inputs)
+        if not on_features and all(x is None for x in (mask, feature_mask, padding.inputs, padding.outputs)):
+            return {"mask": None}
         again = partial(self.study, student, plan, batch, own_loss)
         place = self._towers.of(student, requests(plan.reads, "student"), batch.inputs, self._pass.located, again)
         logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
         shape = None if logits is None else logits.shape if plan.layout is None else plan.layout.shape(logits.shape)
-        padding = Padding.of(student, batch.inputs)
         labels = batch.labels if batch.shift_labels is None else batch.shift_labels
         return all_masks(padding, shape, on_features, labels, mask, feature_mask, place, causal=causal)
 

@@ -50,7 +50,8 @@ def virtual_tokens(model: nn.Module) -> int:
     """How many a peft model's active adapter has; a prefix, which lengthens nothing, has some, too."""
     inner: nn.Module | None = model
     while inner is not None and not hasattr(inner, "peft_config"):
-        inner = next((m for name, m in inner.named_children() if name in _WRAPPED), None)
+        children = inner._modules  # TorchScript's have no `get`
+        inner = next((children[name] for name in _WRAPPED if name in children), None)
     configs, active = getattr(inner, "peft_config", None), getattr(inner, "active_adapter", None)
     config = configs.get(active) if isinstance(configs, Mapping) and isinstance(active, str) else None
     return int(getattr(config, "num_virtual_tokens", None) or 0)

@@ -9,7 +9,7 @@ from torch import nn
 
 from kdloss._capture import eagerly
 from kdloss._inputs import named, taken_by
-from kdloss.layers.names import unwrap
+from kdloss.layers.names import modules_of, unwrap
 
 __all__ = ["evaluating", "is_encoder_decoder", "named", "resharded", "takes_input", "without_cache"]
 
@@ -36,17 +36,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     What torch.export made has the mode that it was exported in, and frozen TorchScript has none.
     """
-    modes = {module: module.training for module in model.modules() if hasattr(module, "training")}
+    training = [module for module in modules_of(model) if getattr(module, "training", False)]
     try:
-        model.eval()
+        model.eval() if training else None
     except NotImplementedError:
-        for module in modes:
+        for module in training:
             module.training = False
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 @contextmanager

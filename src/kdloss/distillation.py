@@ -9,7 +9,7 @@ from torch import nn
 
 from kdloss.distilled import Distilled
 from kdloss.distiller import Distiller
-from kdloss.teacher import Teacher
+from kdloss.teacher import Teacher, place
 from kdloss.terms._loading import told_to_prepare
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -93,10 +93,10 @@ class Distillation(nn.Module):
 
     def _gather(self) -> None:
         """Bring the teachers to the student, who may have been moved without this module."""
-        place = next((p.device for p in self.student.parameters()), None)
+        home = place(self.student)
         for teacher in self.teachers:
-            if teacher is not None and place is not None:
-                teacher.follow(place)
+            if teacher is not None and home is not None:
+                teacher.follow(home)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Distillation":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -16,6 +16,7 @@ from kdloss._own_loss import OwnLoss, own_loss, refuse_unread
 from kdloss._runner import Batch, Runner
 from kdloss.adapter import measuring
 from kdloss.distilled import Distilled
+from kdloss.layers.names import modules_of
 from kdloss.teacher import Teacher, refuse_functions
 from kdloss.terms import Plan
 from kdloss.terms._outputs import logits_read, part_of
@@ -162,7 +163,7 @@ class Distiller:
 
     def _warn(self, student: nn.Module) -> None:
         """Tell once of projections that no optimizer trains, and of some that it trains and nobody zeroes."""
-        if not any(p.requires_grad for p in self.criterion.parameters()):
+        if not _trains(self.criterion):
             return
         _watch.watch(student, self.criterion, _log)
         if not self._told and _watch.left_over(student, self.criterion):
@@ -266,3 +267,9 @@ class Distiller:
 def _plans(module: Any) -> bool:
     """Whether a criterion says what it reads."""
     return callable(getattr(module, "plan", None))
+
+
+def _trains(criterion: nn.Module) -> bool:
+    """Whether it has parameters to train."""
+    parts = (part._parameters for part in modules_of(criterion) if part._parameters)
+    return any(p is not None and p.requires_grad for own in parts for p in own.values())

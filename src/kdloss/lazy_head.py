@@ -7,8 +7,9 @@ the model's own scale or soft cap) runs as ever, on logits `[1, 1, V]`. All its 
 import logging
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,10 +49,9 @@ class LazyHeads:
             yield HeadPass(None)
             return
         ran = HeadPass(head, self._known(model))
-        hook: Any = torch.compiler.disable
         handles = [
-            head.register_forward_pre_hook(hook(ran.before)),
-            head.register_forward_hook(hook(ran.after)),
+            head.register_forward_pre_hook(partial(_beside(HeadPass.before), ran)),
+            head.register_forward_hook(partial(_beside(HeadPass.after), ran)),
         ]
         try:
             yield ran
@@ -138,6 +138,13 @@ class HeadPass:
         return None
 
 
+@cache
+def _beside(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The same beside compiled code, never a part of it; made once and late, as it imports the compiler."""
+    beside: Any = torch.compiler.disable
+    return beside(hook)  # type: ignore[no-any-return]
+
+
 class _Alias(torch.autograd.Function):
     """The same tensors as results of this pass: FSDP hooks what a model returns, and would hook the weight for ever."""
 
@@ -205,13 +212,28 @@ def _head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _around(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
-    """The modules in which the head is, and the head."""
-    path = next((name for name, module in model.named_modules() if module is head), "")
-    yield model
+def _around(model: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """The modules in which the head is, and the head; looked for where it isn't at its last place any more."""
+    found = _along(model, _places.get(model, ""))
+    if found[-1] is not head:
+        _places[model] = next((name for name, module in model.named_modules() if module is head), "")
+        found = _along(model, _places[model])
+    return found
+
+
+_places: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def _along(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules on a path, as far as it leads."""
+    found = [model]
     for name in filter(None, path.split(".")):
-        model = model._modules[name]  # type: ignore[assignment]
-        yield model
+        children = found[-1]._modules
+        inner = children[name] if name in children else None  # noqa: SIM401 - TorchScript's have no `get`
+        if inner is None:
+            break
+        found.append(inner)
+    return found
 
 
 def _autocast(x: Tensor) -> torch.dtype:

@@ -76,7 +76,7 @@ class Teacher:
 
     def _go(self, device: torch.device) -> None:
         module = self.module
-        if isinstance(module, nn.Module) and _place(module) != device and _movable(module):
+        if isinstance(module, nn.Module) and place(module) != device and _movable(module):
             module.to(device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
@@ -108,7 +108,7 @@ def refuse_functions(criterion: Any, teachers: Sequence[Any]) -> None:
 
 def tensors(output: Any, inputs: Any) -> Any:
     """What a teacher returned with its numpy arrays as tensors, where its inputs are."""
-    if not any(map(_is_numpy, tree_leaves(output))):
+    if isinstance(output, Tensor) or not any(map(_is_numpy, tree_leaves(output))):
         return output
     device = next((x.device for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
     return tree_map(lambda x: torch.tensor(x, device=device) if _is_numpy(x) else x, output)
@@ -118,9 +118,14 @@ def _is_numpy(x: Any) -> bool:
     return hasattr(x, "__array_interface__")
 
 
-def _place(module: nn.Module) -> torch.device | None:
+def place(module: nn.Module) -> torch.device | None:
     """Where the first of its weights is."""
-    return next((t.device for tensors in (module.parameters(), module.buffers()) for t in tensors), None)
+    for kind in ("_parameters", "_buffers"):
+        for inner in module.modules():
+            for tensor in getattr(inner, kind).values():
+                if tensor is not None:
+                    return tensor.device  # type: ignore[no-any-return]
+    return None
 
 
 def _movable(module: nn.Module) -> bool:

@@ -10,6 +10,8 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from kdloss.layers.names import modules_of
+
 _log = logging.getLogger("kdloss")
 _said: WeakSet[nn.Module] = WeakSet()
 _lock = threading.Lock()
@@ -24,7 +26,7 @@ def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> Iterator[None
     A graph made before the hooks doesn't know them, and nothing tells whether there is one. A hook on the
     compiled module itself runs beside the graph.
     """
-    around = next((m for m in model.modules() if _compiled(m) and _holds(m, hooked)), None)
+    around = next((m for m in modules_of(model) if _compiled(m) and _holds(m, hooked)), None)
     if around is None:
         yield
         return

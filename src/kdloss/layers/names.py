@@ -14,7 +14,7 @@ _PART = re.compile(r"(.*?)((?:\[[^\[\]]+\])*)", re.DOTALL)
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own model inside DDP, torch.compile or peft."""
     while True:
-        base: Any = getattr(model, "get_base_model", None)
+        base: Any = _attribute(model, "get_base_model")
         if callable(base):
             inner: Any = base()
         elif "_orig_mod" in model._modules:
@@ -24,6 +24,25 @@ def unwrap(model: nn.Module) -> nn.Module:
         else:
             return model
         model = inner
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    """`getattr(model, name, None)` for what is no module: that a plain one lacks it takes `nn.Module` long to say."""
+    kind = type(model)
+    if name in vars(model) or hasattr(kind, name) or kind.__getattr__ is not nn.Module.__getattr__:
+        return getattr(model, name, None)
+    return None
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, each once, as `model.modules()` has them but level by level: every step asks for them."""
+    found, seen = [model], {model}
+    for module in found:
+        for inner in module._modules.values():
+            if inner is not None and inner not in seen:
+                seen.add(inner)
+                found.append(inner)
+    return found
 
 
 def unwrapped_block(module: nn.Module) -> nn.Module:

@@ -47,11 +47,11 @@ class Positions:
             _checks.mask(mask, shape, "positions")
             mask = mask[:, 1:] if causal else mask
         if labels is None or labels.is_floating_point():
-            return cls(shape, mask, None, causal)
+            return cls(shape, None if mask is None or everywhere(mask) else mask, None, causal)
         labels = labels[:, 1:] if causal else labels
         keep = labels != ignore_index
         keep = keep if mask is None else keep & mask
-        return cls(shape, keep, fill(labels, keep), causal)
+        return cls(shape, None, labels, causal) if everywhere(keep) else cls(shape, keep, labels * keep, causal)
 
     @property
     def numel(self) -> int:
@@ -79,19 +79,19 @@ class Positions:
         return fill(x, self.keep)
 
     def counted(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """The positions that count, as indices into the flattened shape (None: all), and their labels."""
-        keep = self.keep
-        if self.causal:
-            shape = self.shifted
-            keep = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else keep
-            keep = torch.cat([keep, keep.new_zeros(shape[0], 1, *shape[2:])], 1)
-        index = None if keep is None else keep.reshape(-1).nonzero().squeeze(1)
-        if index is not None and len(index) == self.shape.numel():
-            index = None
-        labels = self.labels
-        if labels is None or self.keep is None or index is None:
-            return index, None if labels is None else labels.reshape(-1)
-        return index, labels[self.keep]
+        """The positions that count, as indices into the flattened `shifted` and into the flattened `shape`; None: all.
+
+        Under `causal` the first may be all, and the second never is.
+        """
+        places = None if self.keep is None else self.keep.reshape(-1).nonzero().squeeze(1)
+        if places is not None and len(places) == self.numel:
+            places = None
+        if not self.causal:
+            return places, places
+        every = torch.arange(self.numel, device=device) if places is None else places
+        rest = self.shape[2:].numel()
+        example = every.div(max(self.shifted[1:].numel(), 1), rounding_mode="floor")
+        return places, every.add_(example, alpha=rest) if places is None else every.add(example, alpha=rest)
 
     def back(self, values: Tensor) -> Tensor:
         """Values of the positions that count at their places, 0 elsewhere."""
@@ -110,3 +110,10 @@ class Positions:
         """One value per example, given to each of the example's positions."""
         shape = self.shifted
         return values.reshape(shape[0], *[1] * (len(shape) - 1)).expand(shape)
+
+
+def everywhere(keep: Tensor) -> bool:
+    """Whether a mask is True everywhere, where a look at its numbers waits for no device and breaks no graph."""
+    if type(keep) is not Tensor or keep.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is None and bool(keep.all())

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from kdloss.terms._positions import Positions
 from kdloss.terms.contract import Contract
 from kdloss.terms.step import Step
 
+Count = int | Tensor
 
-@dataclass(frozen=True)
+
+@dataclass
 class Swept:
     """A term with a `task` for the engine, its weight, its step, and the student's logits that it reads."""
 
@@ -37,63 +40,100 @@ def by_logits(terms: Sequence[Swept]) -> list[list[Swept]]:
 
 
 def sweep(
-    group: Sequence[Swept], widest_where: Positions, contract: Contract, items: int | Tensor | None
+    group: Sequence[Swept],
+    widest_where: Positions,
+    contract: Contract,
+    items: int | Tensor | None,
+    *,
+    known: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted loss of terms that read the same logits, and each one's mean."""
+    """The weighted loss of terms that read the same logits, and each one's mean; `known` to fit each other."""
     logits, device = group[0].logits, group[0].logits.device
-    index, _ = widest_where.counted(device)
-    rows = widest_where.numel if index is None else len(index)
-    counts = [_rows_that_count(one.step.where, widest_where) for one in group]
-    tasks = [one.term.task(one.step, _labels(one.step.where, widest_where)) for one in group]
-    for one, task in zip(group, tasks, strict=True):
-        task.check(logits)
-        look_at_stored(one, task, contract.check_finite)
-        if contract.check_finite:
-            check_numbers(one, task)
-    problem, local = Problem.of(tuple(tasks), logits, index, rows, contract.overwrite_logits)
-    sizes = [max(rows, 1) if keep is None else keep.sum().clamp_min(1) for keep in counts]
+    places, index = widest_where.counted(device)
+    rows = widest_where.numel if places is None else len(places)
+    labels = _at(widest_where.labels, places)
+    tasks = []
+    for one in group:
+        where = one.step.where
+        task = one.term.task(one.step, labels if where is widest_where else _at(where.labels, places))
+        tasks.append(task)
+        if not known:
+            task.check(logits)
+            look_at_stored(one, task, contract.check_finite)
+            if contract.check_finite:
+                check_numbers(one, task)
+    problem, local = Problem.of(tasks, logits, index, rows, contract.overwrite_logits)
+    counts = [_rows_that_count(one.step.where, widest_where, places) for one in group]
     if contract.reduction == "none":
         denominator(1, "none", items)
-        loss: Any = None
         values = per_position(problem, local)
+        loss: Any = 0
         for one, keep, row in zip(group, counts, values.unbind(), strict=True):
-            there = widest_where.back(row if keep is None else row.where(keep, 0))
-            loss = one.weight * there + (0 if loss is None else loss)
-    else:
-        each = rows if any(keep is not None for keep in counts) else 1
-        shares = torch.stack(
-            [
-                _share(one.weight, denominator(size, contract.reduction, items), keep, device).expand(each)
-                for one, size, keep in zip(group, sizes, counts, strict=True)
-            ]
-        )
-        loss, values = fused(problem, local, shares)
-    means = {
-        one.term.name: (row if keep is None else row.where(keep, 0)).detach().sum() / size
-        for one, row, keep, size in zip(group, values.unbind(), counts, sizes, strict=True)
-    }
-    return loss, means
+            loss = one.weight * widest_where.back(row if keep is None else row.where(keep, 0)) + loss
+        return loss, _means(group, values.detach(), counts, rows)
+    loss, values = fused(problem, local, _shares(group, counts, rows, contract, items, device))
+    return loss, _means(group, values, counts, rows)
 
 
-def _rows_that_count(where: Positions, widest_where: Positions) -> Tensor | None:
+def _rows_that_count(where: Positions, widest_where: Positions, places: Tensor | None) -> Tensor | None:
     """Which of the rows count for one term; None for all."""
-    if where.keep is None or where.keep is widest_where.keep:
-        return None
-    return where.keep.reshape(-1) if widest_where.keep is None else where.keep[widest_where.keep]
+    return None if where.keep is widest_where.keep else _at(where.keep, places)
 
 
-def _labels(where: Positions, widest_where: Positions) -> Tensor | None:
-    """Class indices of all rows, 0 where a term doesn't count."""
-    if where.labels is None:
-        return None
-    return where.labels.reshape(-1) if widest_where.keep is None else where.labels[widest_where.keep]
+def _at(x: Tensor | None, places: Tensor | None) -> Tensor | None:
+    """What stands at these places of all positions (None: everywhere), in a row."""
+    if x is None or (places is None and x.ndim == 1):
+        return x
+    return x.reshape(-1) if places is None else x.take(places)
 
 
-def _share(weight: float | Tensor, size: int | Tensor, keep: Tensor | None, device: torch.device) -> Tensor:
-    """What each row of a term is multiplied by."""
-    wide: dict[str, Any] = {"dtype": widest(device), "device": device}
-    share = divided(weight.to(**wide) if isinstance(weight, Tensor) else torch.full((), weight, **wide), size)
-    return share.expand(1) if keep is None else share * keep
+def _shares(
+    group: Sequence[Swept],
+    counts: Sequence[Tensor | None],
+    rows: int,
+    contract: Contract,
+    items: int | Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """What each row of a term is multiplied by, `[terms, rows]`, or `[terms, 1]` where all count for all of them."""
+    dtype, apart = widest(device), any(keep is not None for keep in counts)
+    sizes = [denominator(_size(keep, rows), contract.reduction, items) for keep in counts]
+    if not apart and not any(isinstance(x, Tensor) for x in (sizes[0], *(one.weight for one in group))):
+        return _constants(tuple(one.weight / sizes[0] for one in group), dtype, device)
+    wide: dict[str, Any] = {"dtype": dtype, "device": device}
+    each = rows if apart else 1
+    shares = []
+    for one, size, keep in zip(group, sizes, counts, strict=True):
+        weight = one.weight.to(**wide) if isinstance(one.weight, Tensor) else torch.full((), one.weight, **wide)
+        share = divided(weight, size)
+        shares.append((share if keep is None else share * keep).expand(each))
+    return torch.stack(shares)
+
+
+@lru_cache(maxsize=64)
+def _constants(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a column, made once: most steps have the weights and sizes of the one before. Nobody writes to it."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device).unsqueeze(1)
+
+
+def _means(group: Sequence[Swept], values: Tensor, counts: Sequence[Tensor | None], rows: int) -> dict[str, Tensor]:
+    """Each term's mean over the rows that count for it."""
+    found: Any
+    if all(keep is None for keep in counts):
+        means = values.sum(1) / max(rows, 1)
+        found = [means[k] for k in range(len(group))]  # a third of what `unbind` takes
+    else:
+        found = (
+            (row if keep is None else row.where(keep, 0)).sum() / _size(keep, rows)
+            for row, keep in zip(values.unbind(), counts, strict=True)
+        )
+    return {one.term.name: mean for one, mean in zip(group, found, strict=True)}
+
+
+def _size(keep: Tensor | None, rows: int) -> Count:
+    """How many rows count, at least 1."""
+    return max(rows, 1) if keep is None else keep.sum().clamp_min(1)
 
 
 def look_at_stored(one: Swept, task: LabelTask | TeacherTask, always: bool) -> None:
@@ -112,5 +152,5 @@ def check_numbers(one: Swept, task: LabelTask | TeacherTask) -> None:
     if isinstance(task, TeacherTask):
         look_at_numbers("teacher", task.teacher, where)
     if where.labels is not None:
-        keep = where.labels >= 0 if where.keep is None else where.keep
+        keep = torch.ones_like(where.labels, dtype=torch.bool) if where.keep is None else where.keep
         _checks.label_range(where.labels, keep, logits.shape[-1], shift=where.causal)

@@ -4,22 +4,37 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def listed(criterion: Any, teacher: Any) -> tuple[Iterator[Any], int]:
+class Outputs:
+    """Teachers' outputs one after the other; nothing holds one that was asked for, unless it is put back."""
+
+    def __init__(self, given: Iterator[Any]) -> None:
+        self._given = given
+        self._back: list[Any] = []
+
+    def __next__(self) -> Any:
+        return self._back.pop() if self._back else next(self._given)
+
+    def back(self, output: Any) -> None:
+        """Put an output back, to be the next again."""
+        self._back.append(output)
+
+
+def listed(criterion: Any, teacher: Any) -> tuple[Outputs, int]:
     """The teachers' outputs, one after the other, and how many there are (0: whoever runs them knows)."""
     if isinstance(teacher, Iterator):
-        return teacher, 0
-    if criterion.several and isinstance(teacher, tuple):
+        return Outputs(teacher), 0
+    if isinstance(teacher, tuple) and criterion.several:
         teacher = list(teacher)
     if isinstance(teacher, list):
         if len(teacher) != 1:
             refuse_unread(criterion, len(teacher))
-        return iter(teacher), len(teacher)
-    if criterion.several and teacher is not None:
+        return Outputs(iter(teacher)), len(teacher)
+    if teacher is not None and criterion.several:
         raise TypeError(
             f"{type(criterion).__name__} reads a list of teacher outputs, got {type(teacher).__name__}; write "
             "[teacher], or take a criterion of one teacher"
         )
-    return iter([teacher]), 1
+    return Outputs(iter([teacher])), 1
 
 
 def refuse_unread(criterion: Any, count: int) -> None:

@@ -14,6 +14,7 @@ from kdloss.projections import linear
 
 Projection = Callable[[int, int], nn.Module]
 Side = Literal["student", "teacher"]
+_NOTHING = nn.Identity()
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Trained:
 
     def of(self, name: Layer) -> tuple[tuple[nn.Module, nn.Module], Any]:
         """The projections of student's and teacher's features, and the distance."""
-        place, nothing = self._place(name), nn.Identity()
+        place, nothing = self._place(name), _NOTHING
         projection = dict(self.projections.items()).get(place, nothing)
         if self.needed and key(name) not in self.widths:
             raise ValueError(

@@ -23,6 +23,7 @@ class Weight(nn.Module):
         self.schedules = tuple(f for f in factors if _varies(f) and not isinstance(f, Tensor))
         self.tensors = tuple(_scalar(f) for f in factors if isinstance(f, Tensor) and not _trained(f))
         self.learned = nn.ParameterList(_scalar(f) for f in factors if _trained(f))
+        self.fixed = not any(map(_varies, factors))
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -32,8 +33,8 @@ class Weight(nn.Module):
     def at(self, step: int) -> float | Tensor:
         """The weight of this step: a number of 0 or more, or a tensor, which nobody looks at."""
         weight: Any = self.number
-        if weight == 0:
-            return 0.0
+        if self.fixed or weight == 0:
+            return self.number
         for schedule in self.schedules:
             value = schedule(step)
             if not isinstance(value, Tensor):

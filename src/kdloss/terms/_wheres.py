@@ -1,6 +1,6 @@
 """The positions that count for each kind of term."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -20,27 +20,35 @@ class Wheres:
     has that position, so losses of labels have it; nothing is to be learned from a teacher, or of features, there.
     """
 
-    def __init__(self, labelled: Positions, masked: Positions, attention_mask: Tensor | None) -> None:
-        self.given: dict[Where, Positions] = {"labels": labelled, "mask": masked}
-        self.real = self.given
-        if attention_mask is not None and labelled.causal:
-            self.real = {"labels": _real(labelled, attention_mask)}
-            self.real["mask"] = self.real["labels"] if masked is labelled else _real(masked, attention_mask)
+    def __init__(self, labelled: Positions, by_mask: Callable[[], Positions], attention_mask: Tensor | None) -> None:
+        self._by_mask, self._padding = by_mask, attention_mask if labelled.causal else None
+        self._found: dict[tuple[Where, bool], Positions] = {("labels", False): labelled}
 
-    def of(self, positions: Where) -> Positions:
-        """Those whose logits are no padding's."""
-        return self.real[positions]
+    def of(self, positions: Where, real: bool = True) -> Positions:
+        """Those by labels, or by the mask, found when they are asked for; `real`: whose logits are no padding's."""
+        key = positions, real and self._padding is not None
+        if key not in self._found:
+            self._found[key] = self._find(*key)
+        return self._found[key]
+
+    def _find(self, positions: Where, real: bool) -> Positions:
+        if not real:
+            return self._by_mask()
+        given = self.of(positions, False)
+        if positions == "mask" and given is self.of("labels", False):
+            return self.of("labels")
+        return _real(given, self._padding)
 
     def of_term(self, term: Any) -> Positions:
         """A term's own."""
-        return (self.given if isinstance(term, (CrossEntropy, Task)) else self.real)[term.positions]
+        return self.of(term.positions, not isinstance(term, (CrossEntropy, Task)))
 
     def widest(self, terms: Iterable[Any]) -> Positions:
         """Those which contain all that count for one of the terms."""
         every = {id(where): (where, term.positions) for term in terms for where in [self.of_term(term)]}
         if len(every) == 1:
             return next(iter(every.values()))[0]
-        return self.given["mask" if any(positions == "mask" for _, positions in every.values()) else "labels"]
+        return self.of("mask" if any(positions == "mask" for _, positions in every.values()) else "labels", False)
 
 
 def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -48,7 +56,7 @@ def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second if first is None else first if second is None else first & second
 
 
-def _real(where: Positions, attention_mask: Tensor) -> Positions:
+def _real(where: Positions, attention_mask: Any) -> Positions:
     keep = both(where.keep, attention_mask[:, :-1])
     labels = None if where.labels is None or keep is None else where.labels.masked_fill(torch.logical_not(keep), 0)
     return replace(where, keep=keep, labels=labels)

@@ -15,6 +15,8 @@ from kdloss.terms.reads import Reads
 from kdloss.terms.step import Step
 from kdloss.terms.term import Term, Where
 
+_READS = Reads(labels=True, logits="any")
+
 
 class CrossEntropy(Term):
     r"""Cross-entropy of the student's predictions against the labels.
@@ -65,7 +67,7 @@ class CrossEntropy(Term):
         """Labels and the student's logits."""
         if self.take is not None:
             return Reads(labels=True, why=f"the term {self.name!r} takes a part of the output", logits_at=self.take)
-        return Reads(labels=True, logits="any")
+        return _READS
 
     def logits(self, student: Any) -> AnyLogits:
         """Those of the student's output."""

@@ -225,7 +225,7 @@ class Features(Term):
         """Raise for options of layers that there are none of."""
         takes = (take for take in (self.take, self.teacher_take) if isinstance(take, Mapping))
         named = dict.fromkeys(name for names in (*takes, *(one.names for one in self.axes)) for name in names)
-        known = self.layer_map.names
+        known = self.layer_map.names if named else []
         if unknown := [name for name in named if isinstance(name, str) and name not in known]:
             there = known or "blocks, which are named by number"
             raise ValueError(f"take or layout has {unknown}, and the layers are {there}")

@@ -22,6 +22,8 @@ from kdloss.terms.reads import Reads
 from kdloss.terms.step import Step
 from kdloss.terms.term import Teachers, Term, Where
 
+READS = Reads(logits="any")
+
 
 class Logits(Term):
     r"""A divergence between the predictions of student and teacher.
@@ -112,7 +114,7 @@ class Logits(Term):
             return Reads(why=why, logits_at=self.take, to_teacher=rename)
         if takes(self.divergence, "mask") or self._any_vocabulary:
             return Reads(why="its divergence needs all of them at once", to_teacher=rename)
-        return Reads(logits="any", to_teacher=rename)
+        return READS if rename is None else replace(READS, to_teacher=rename)
 
     def logits(self, student: Any) -> AnyLogits:
         """Those of the student's output."""
@@ -134,7 +136,9 @@ class Logits(Term):
                 f"the term {self.name!r} compares by the labels, and unlabelled positions that it counts have none; "
                 "write positions='labels'"
             )
-        temperature = _checks.temperature(schedules.at(self._temperature, step.number))
+        temperature: Any = self._temperature
+        if callable(temperature):
+            temperature = _checks.temperature(schedules.at(temperature, step.number))
         teacher = Mixture(step.teacher, self.weights, self.average) if self.several else step.teacher
         return TeacherTask(self.divergence, teacher, temperature, self.vocabulary, labels)
 

@@ -1,0 +1,136 @@
+"""What is known of a step on tensors, so that the next one like it is a sweep and nothing else."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdloss._capture import Captured
+from kdloss.engine.task import unwrapped
+from kdloss.terms._evaluation import Evaluation
+from kdloss.terms._outputs import find_logits, returned
+from kdloss.terms._positions import Positions
+from kdloss.terms._sweep import Swept, sweep
+from kdloss.terms._teachers import Outputs
+from kdloss.terms.contract import Contract
+from kdloss.terms.cross_entropy import CrossEntropy
+from kdloss.terms.logits import READS, Logits
+from kdloss.terms.plan import Plan
+from kdloss.terms.step import Step
+
+Found = tuple[Tensor, dict[str, Tensor]]
+
+
+class Known:
+    """The last step of a sum in which all terms were one sweep over logits that are tensors.
+
+    It is known by all that decides that, and whether inputs fit: settings, shapes, dtypes and devices. Numbers, like
+    weights and temperatures, labels and masks are read anew in every step. Copies and pickles know nothing.
+    """
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._taught: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Known, ()
+
+    def step(
+        self,
+        criterion: Any,
+        contract: Contract,
+        student: Any,
+        outputs: Outputs,
+        labels: Any,
+        mask: Tensor | None,
+        items: int | Tensor | None,
+        plan: Plan | None,
+    ) -> Found | None:
+        """Loss and components of a step like the last; None where it is another."""
+        if self._key is None or torch._C._functorch.maybe_current_level() is not None:
+            return None
+        weights, logits = _weights(criterion) if plan is None else plan.weights, _logits(student)
+        if _key(criterion, contract, weights, student, logits, labels) != self._key:
+            return None
+        taught = None
+        if self._taught is not None:
+            output = next(outputs)
+            taught = _logits(output)
+            if _form(taught) != self._taught or not _in_order(output):
+                outputs.back(output)
+                return None
+            taught = taught.detach()
+            del output
+        causal: Any = {"causal": bool(contract.causal), "ignore_index": contract.ignore_index}
+        where = Positions.of(logits.shape[:-1], labels, mask, **causal)
+        step = Step(None, taught, labels, where, _no_features, READS, criterion.step, _nothing)
+        terms = criterion.terms
+        swept = [Swept(terms[name], weight, step, logits) for name, weight in weights.items()]
+        return sweep(swept, where, contract, items, known=True)
+
+    def learn(self, evaluation: Evaluation) -> None:
+        """Know steps like this one from now on, if it was of that kind."""
+        criterion, contract, swept = evaluation.criterion, evaluation.contract, evaluation.swept
+        self._key = self._taught = None
+        if len(evaluation.losses) > 1 or len(swept) < max(len(evaluation.terms), 1) or contract.check_finite:
+            return
+        logits, labels, taught = swept[0].logits, evaluation.labels, [one.step.teacher for one in swept]
+        if type(logits) is not Tensor or not all(x is None or type(x) is Tensor for x in (labels, *taught)):
+            return
+        soft = labels is not None and labels.is_floating_point()
+        if not soft and contract.layouts == (None, None) and all(map(_plain, criterion.terms.values())):
+            self._taught = next((_form(x) for x in taught if x is not None), None)
+            self._key = _key(criterion, contract, evaluation.plan.weights, evaluation.student, logits, labels)
+
+
+def _logits(output: Any) -> Any:
+    return output if type(output) is Tensor else find_logits(returned(output))
+
+
+def _in_order(output: Any) -> bool:
+    """Whether a teacher's classes are in the student's order, as far as they have names."""
+    classes = output.classes if isinstance(output, Captured) else None
+    return classes is None or classes.student == classes.teacher
+
+
+def _weights(criterion: Any) -> dict[str, float | Tensor]:
+    """The weights of this step that are not 0."""
+    every = {name: weight.at(criterion.step) for name, weight in criterion.weights.items()}
+    return {name: weight for name, weight in every.items() if isinstance(weight, Tensor) or weight > 0}
+
+
+def _key(criterion: Any, contract: Contract, weights: Any, student: Any, logits: Any, labels: Any) -> tuple[Any, ...]:
+    """All that decides how a step goes, but for numbers and what teachers give."""
+    terms = [_settings(term) for term in criterion.terms.values()]
+    kind, head = (student.output, student.head) if isinstance(student, Captured) else (student, None)
+    return contract, terms, [*weights], type(kind), head, _form(logits), _form(labels)
+
+
+def _settings(term: Any) -> tuple[Any, ...]:
+    if type(term) is CrossEntropy:
+        return term, term.take, term.positions, term.label_smoothing, _form(term.class_weights)
+    if type(term) is Logits:
+        return term, term.take, term.positions, term.teacher, term.teacher_take, term.divergence, term.vocabulary
+    return (term,)
+
+
+def _plain(term: Any) -> bool:
+    """Whether its settings are all that it goes by, and no module is among them, which may be changed in place."""
+    if type(term) is CrossEntropy:
+        return term.take is None and term.positions == "labels"
+    if type(term) is not Logits or isinstance(unwrapped(term.divergence)[0], nn.Module):
+        return False
+    taken = term.take, term.teacher_take, term.vocabulary
+    return taken == (None, None, None) and term.positions == "labels" and not term.several
+
+
+def _form(x: Any) -> Any:
+    return (x.shape, x.dtype, x.device) if type(x) is Tensor else type(x)
+
+
+def _no_features(layer: Any, shape: Any) -> tuple[None, bool]:
+    return None, False
+
+
+def _nothing(name: str, values: Tensor) -> None:
+    """These terms report nothing themselves."""

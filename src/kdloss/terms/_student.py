@@ -1,0 +1,69 @@
+"""The student's logits as the terms of one step read them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Size, Tensor
+
+from kdloss import _checks
+from kdloss._capture import Captured
+from kdloss._layout import Layout, classes_last
+from kdloss.engine import whole_only
+from kdloss.engine.task import unwrapped
+from kdloss.reduction import precise
+from kdloss.targets.kinds import dense
+from kdloss.terms._positions import Positions
+from kdloss.terms.cross_entropy import CrossEntropy
+from kdloss.terms.logits import Logits
+
+
+class StudentLogits:
+    """The student's logits, found once for all terms that `take` the same of its output, and checked for each."""
+
+    def __init__(
+        self, terms: Iterable[Any], student: Any, labels: Any, known: Sequence[Size], layout: Layout | None
+    ) -> None:
+        self.terms = [term for term in terms if isinstance(term, (CrossEntropy, Logits))]
+        self.student, self.labels, self.known, self.layout = student, labels, known, layout
+        self._found: dict[Any, Any] = {}
+        self._rows: dict[Any, bool] = {}
+        self._there: dict[Any, Tensor] = {}
+
+    def of(self, term: Any) -> Any:
+        """Those that a term reads."""
+        if term.take not in self._found:
+            given = term.logits(self.student)
+            head = self.student.head if isinstance(self.student, Captured) and term.take is None else None
+            self._found[term.take] = classes_last(given, self.layout, self.known, "student", "layout", head)
+        return self._found[term.take]
+
+    def checked(self, term: Any) -> Any:
+        """The same, where they have the classes that the term compares."""
+        logits = self.of(term)
+        if logits.shape[-1:] == (1,):
+            if isinstance(term, CrossEntropy) and as_given(term):
+                _checks.one_class(term.name, logits, self.labels)
+            elif isinstance(term, Logits) and not getattr(unwrapped(term.divergence)[0], "one_class", True):
+                _checks.one_class(term.name, logits)
+        return logits
+
+    def by_rows(self, term: Any) -> bool:
+        """Whether a term goes some rows at a time; where one that reads the same logits can't, none does."""
+        if not as_given(term):
+            return False
+        if term.take not in self._rows:
+            logits, alike = self.of(term), (t for t in self.terms if t.take == term.take)
+            self._rows[term.take] = not any(whole_only(logits, getattr(t, "divergence", None)) for t in alike)
+        return self._rows[term.take]
+
+    def there(self, term: Any, where: Positions) -> Tensor:
+        """A term's at the positions, in float32 or better: shared, so that gradients meet before they are rounded."""
+        key = term.take, id(where)
+        if key not in self._there:
+            self._there[key] = precise(dense(where.take(self.of(term))))
+        return self._there[key]
+
+
+def as_given(term: CrossEntropy | Logits) -> bool:
+    """Whether the engine computes the same as its `loss`: a subclass may have another."""
+    return type(term).loss in (CrossEntropy.loss, Logits.loss)

@@ -1,0 +1,268 @@
+"""What a criterion knows of the step before changes nothing of the next, but for what it costs."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+import kdloss
+from kdloss import TopKLogits, VanillaKD, divergences, schedules
+from kdloss.terms import _sweep
+
+
+def inputs(shape=(6,), classes=5, dtype=torch.float32, kind="classes", mask=False, teacher="tensor", seed=0):
+    """What a criterion is called with; some of it fits none."""
+    draw = torch.Generator().manual_seed(seed)
+    student, logits = (torch.randn(*shape, classes, generator=draw).to(dtype) for _ in range(2))
+    labels = torch.randint(0, 5, shape, generator=draw)
+    if kind == "ignored":
+        labels.view(-1)[:1] = -100
+    others = {
+        "none": None,
+        "soft": student.softmax(-1),
+        "int32": labels.int(),
+        "short": labels.unsqueeze(0),
+        "list": labels.tolist(),
+    }
+    labels = others.get(kind, labels)
+    given = {
+        "tensor": logits,
+        "none": None,
+        "wide": torch.cat([logits, logits], -1),
+        "double": logits.double(),
+        "several": [logits, logits],
+        "top k": TopKLogits.of(logits, 1),
+        "whole numbers": logits.long(),
+    }
+    marks = {"mask": torch.rand(shape, generator=draw) > 0.3} if mask else {}
+    return student.requires_grad_(), given[teacher], labels, marks
+
+
+def trained_class_weights(criterion):
+    del criterion.terms["ce"].class_weights
+    criterion.terms["ce"].class_weights = nn.Parameter(torch.arange(1.0, 8))
+
+
+CHANGES = {
+    "nothing": lambda c: None,
+    "alpha": lambda c: setattr(c, "alpha", 0.25),
+    "no labels": lambda c: setattr(c, "alpha", 0.0),
+    "no teacher": lambda c: setattr(c, "alpha", 1.0),
+    "schedule": lambda c: setattr(c, "alpha", schedules.linear(0.0, 1.0, steps=3)),
+    "step": lambda c: c.advance(),
+    "temperature": lambda c: setattr(c, "temperature", 5.0),
+    "cooling": lambda c: setattr(c, "temperature", schedules.linear(4, 1, steps=3)),
+    "weight": lambda c: c.weights.update({"kd": type(c.weights["kd"])(torch.tensor(0.3))}),
+    "divergence": lambda c: setattr(c.terms["kd"], "divergence", divergences.reverse_kl),
+    "between rows": lambda c: setattr(c.terms["kd"], "divergence", divergences.dist),
+    "by labels": lambda c: setattr(c.terms["kd"], "divergence", divergences.dkd),
+    "vocabulary": lambda c: setattr(c.terms["kd"], "vocabulary", kdloss.truncate),
+    "positions": lambda c: setattr(c.terms["kd"], "positions", "mask"),
+    "part": lambda c: setattr(c.terms["kd"], "teacher_take", "logits"),
+    "smoothing": lambda c: setattr(c.terms["ce"], "label_smoothing", 0.1),
+    "class weights": lambda c: setattr(c.terms["ce"], "class_weights", torch.arange(1.0, 6)),
+    "more class weights": lambda c: setattr(c.terms["ce"], "class_weights", torch.arange(1.0, 8)),
+    "another term": lambda c: c.terms.update({"ce": kdloss.CrossEntropy(label_smoothing=0.5)}),
+    "causal": lambda c: setattr(c, "causal", True),
+    "sum": lambda c: setattr(c, "reduction", "sum"),
+    "none": lambda c: setattr(c, "reduction", "none"),
+    "ignored": lambda c: setattr(c, "ignore_index", 3),
+    "layout": lambda c: setattr(c, "layout", "b c t"),
+    "finite": lambda c: setattr(c, "check_finite", True),
+}
+BATCHES = st.fixed_dictionaries(
+    {},
+    optional={
+        "shape": st.sampled_from([(6,), (4,), (2, 3), (3, 2), (0,), ()]),
+        "classes": st.sampled_from([5, 1]),
+        "dtype": st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+        "kind": st.sampled_from(["classes", "ignored", "none", "soft", "int32", "short", "list"]),
+        "mask": st.booleans(),
+        "teacher": st.sampled_from(["tensor", "none", "wide", "double", "several", "top k", "whole numbers"]),
+        "seed": st.integers(0, 3),
+    },
+)
+
+
+def outcome(criterion, batch):
+    """Loss, gradient and components of a step, or what it raised."""
+    student, teacher, labels, marks = inputs(**batch)
+    try:
+        loss = criterion(student, teacher, labels, **marks)
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        return type(error), str(error)
+    loss.sum().backward()
+    return {"loss": loss.detach(), "gradient": student.grad, **criterion.components}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), BATCHES), min_size=1, max_size=4))
+def test_a_criterion_that_has_seen_steps_gives_or_raises_what_one_that_has_seen_none_does(steps):
+    criterion = VanillaKD(temperature=2.0, alpha=0.5)
+    for change, batch in steps:
+        CHANGES[change](criterion)
+        for _ in range(2):
+            expected = outcome(copy.deepcopy(criterion), batch)
+            found = outcome(criterion, batch)
+            if isinstance(expected, tuple):
+                assert found == expected
+            else:
+                torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("change", [trained_class_weights, CHANGES["more class weights"]])
+def test_class_weights_are_checked_again(change):
+    criterion, batch = VanillaKD(), inputs()[:3]
+    criterion(*batch)
+    change(criterion)
+    with pytest.raises(ValueError, match="class weights"):
+        criterion(*batch)
+
+
+def test_labels_of_another_kind_are_looked_at_again():
+    criterion, (student, teacher, labels, _) = VanillaKD(alpha=0.0), inputs()
+    loss = criterion(student, teacher)
+    torch.testing.assert_close(criterion(student, teacher, labels.tolist()), loss)
+
+
+def test_copies_and_pickles_know_nothing_and_go_on():
+    criterion, batch = VanillaKD(), inputs()[:3]
+    loss = criterion(*batch)
+    assert criterion._known._key is not None
+    for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert other._known._key is None
+        torch.testing.assert_close(other(*batch), loss)
+
+
+@pytest.mark.parametrize("kind", ["classes", "ignored"])
+def test_nothing_of_a_step_is_held_behind_it(kind):
+    criterion = VanillaKD()
+    for _ in range(2):
+        student, teacher, labels, _ = inputs(kind=kind)
+        criterion(student, teacher, labels).backward()
+        held = [weakref.ref(x) for x in (student, teacher, labels)]
+        del student, teacher, labels
+        gc.disable()
+        try:
+            assert [ref() for ref in held] == [None] * 3
+        finally:
+            gc.enable()
+
+
+class Counting(TorchDispatchMode):
+    """Counts the calls of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "most"), [("classes", 8), ("ignored", 14)])
+def test_a_step_calls_few_operators_outside_the_engine(kind, most, monkeypatch):
+    criterion, batch = VanillaKD(), inputs((128,), 10, kind=kind)[:3]
+    if kind == "ignored":
+        batch[2][:64] = -100
+    criterion(*batch)
+    rows = int((batch[2] != -100).sum())
+    answer = torch.zeros(()), torch.zeros(2, rows)
+    monkeypatch.setattr(_sweep, "fused", lambda *_: answer)
+    with Counting() as counting:
+        criterion(*batch)
+    assert len(counting.calls) <= most, counting.calls
+
+
+def gpt2(blocks, seed, **more):
+    torch.manual_seed(seed)
+    shape = {"n_embd": 8, "n_head": 2, "vocab_size": 9, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(n_layer=blocks, **shape, **more)).eval()
+
+
+def classifiers():
+    torch.manual_seed(0)
+    shape = {
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "vocab_size": 9,
+        "n_positions": 8,
+        "num_labels": 3,
+        "pad_token_id": 0,
+    }
+    return [GPT2ForSequenceClassification(GPT2Config(**shape)).eval() for _ in range(2)]
+
+
+def another_head(student, teacher):
+    student.lm_head = nn.Linear(8, 9, bias=False)
+
+
+def another_block(student, teacher):
+    student.transformer.h.append(copy.deepcopy(teacher.transformer.h[0]))
+    student.config.n_layer += 1
+
+
+def a_hook_on_the_head(student, teacher):
+    student.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def modes(student, teacher):
+    teacher.train()
+    teacher.transformer.h[0].eval()
+
+
+def names(student, teacher):
+    for model, order in ((student, "abc"), (teacher, "cab")):
+        model.config.id2label.update(dict(enumerate(order)))
+
+
+def other_names(student, teacher):
+    names(student, teacher)
+    teacher.config.id2label[0] = "d"
+
+
+def another_forward(student, teacher):
+    before = student.forward
+    student.forward = lambda input_ids, labels=None, **more: before(input_ids=input_ids, labels=labels)
+
+
+CHANGED = [another_head, another_block, a_hook_on_the_head, modes, another_forward]
+
+
+@pytest.mark.parametrize("change", [*CHANGED, names, other_names])
+@pytest.mark.parametrize("features", [False, True])
+def test_models_may_be_changed_in_place_between_steps(change, features):
+    words = change not in (names, other_names)
+    student, teacher = (gpt2(2, 0), gpt2(3, 1)) if words else classifiers()
+    tokens = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
+    batch = {"input_ids": tokens, "labels": tokens if words else torch.tensor([0, 2])}
+    criterion = kdloss.FeatureKD(pairing=[(0, 0)], logit_weight=1.0) if features else VanillaKD()
+    distill = kdloss.Distiller(teacher, criterion)
+    for _ in range(2):
+        distill(student, **batch)
+    change(student, teacher)
+    before = {module: module.training for module in teacher.modules()}
+
+    def outcome(distill):
+        try:
+            out = distill(student, **batch)
+        except ValueError as error:
+            return str(error)
+        return [out.loss, *torch.autograd.grad(out.loss, student.transformer.wte.weight)]
+
+    found, expected = outcome(distill), outcome(kdloss.Distiller(teacher, copy.deepcopy(criterion)))
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert before == {module: module.training for module in teacher.modules()}
