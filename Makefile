@@ -106,6 +106,7 @@ examples: .venv/text .venv/minilm  ## every template in full, what each prints i
 	touch $@
 
 bench: .venv/liger  ## our losses beside what one would write otherwise; some by ARGS="logits lazy"
+	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/ratios.py $(ARGS)
 
 gpu: .venv/liger  ## on a machine with a card: the laws on it, then time and peak beside plain, compiled and Liger
@@ -129,4 +130,4 @@ docs: .venv/mathjax/tex-chtml.js  ## the pages, into site/; a warning is an erro
 	! grep -rE --include=*.html '<(script|link|img|iframe)[^>]* (src|href)=.?https?:' site
 
 clean:  ## back to a fresh clone
-	rm -rf .venv .venv-oldest .venv-package dist runs site .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-package dist runs site .mypy_cache .ruff_cache .benchmarks

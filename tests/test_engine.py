@@ -882,7 +882,7 @@ def test_logits_of_1e4_at_any_temperature_agree_with_float64(name, temperature):
     np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=1e-5 * size + rough)
 
 
-@every_divergence
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "few" not in losses.EXEMPT.get(name, ())])
 def test_a_large_vocabulary_at_high_temperature_does_not_drown_in_rounding(name):
     student, teacher = 3 * torch.randn(2, 2, 32_000)
     labels = torch.tensor([5, 31_999])
@@ -1163,7 +1163,7 @@ OPTIONS = [
 def test_a_weight_out_of_range_is_refused_by_closed_forms_as_by_functions():
     student, teacher = sides("lazy", given())
     for name, option in OPTIONS:
-        function = partial(FUNCTIONS[name], **{option: 1.5})
+        function = partial(FUNCTIONS[name], **{option: -1.5})
         with pytest.raises(ValueError, match=option):
             VanillaKD(divergence=function)(student, teacher, LABELS)
         with pytest.raises(ValueError, match=option):

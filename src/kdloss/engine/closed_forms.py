@@ -42,9 +42,8 @@ def reverse_kl(q: Side, p: Side) -> Form:
 
 def symmetric_kl(q: Side, p: Side) -> Form:
     """Sum of (q - p) log(q/p); slope q log(q/p) + q - p."""
-    _, slope, reverse = reverse_kl(q, p)
-    forward = p.kl(q)
-    return forward + (q.kl(p) if q.flat else reverse), slope.add_(q.probs - p.probs), reverse
+    reverse, slope, balance = reverse_kl(q, p)
+    return p.kl(q) + reverse, slope.add_(q.probs - p.probs), balance
 
 
 def jsd(q: Side, p: Side, *, beta: float = 0.5, normalize: bool = False) -> Form:

@@ -21,7 +21,7 @@ from kdloss.reduction import widest
 from kdloss.targets import LazyLogits
 from kdloss.targets.kinds import Classes
 
-OPTIONS = {f"realize_{what}_threshold": 1000 for what in ("reads", "opcount", "acc_reads")}
+OPTIONS: dict[str, Any] = {f"realize_{what}_threshold": 1000 for what in ("reads", "opcount", "acc_reads")}
 """Rather computed twice than written and read."""
 _log = logging.getLogger("kdloss")
 
@@ -139,8 +139,8 @@ def _compute(
         return make(logits, rows.temperatures[temperature], like=_like(groups[temperature].temperature))
 
     z = rows.z.to(dtype)
-    tasks = [
-        _Teacher(x) if smooth is None else LabelTask(x, smooth, w)
+    tasks: list[Any] = [
+        _Teacher(x) if smooth is None or x is None else LabelTask(x, smooth, w)
         for x, w, smooth in zip(rows.beside, rows.class_weights, smoothing, strict=True)
     ]
     here = [Group(n, rows.classes[n], group.labels, group.closed, group.own) for n, group in enumerate(groups)]

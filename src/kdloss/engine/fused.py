@@ -40,9 +40,10 @@ def per_position(problem: Problem, student: Student) -> Tensor:
     One task's gradient is computed with them, where it is as large as the logits and has no fewer digits than what is
     multiplied with it in backward. Otherwise the gradient's pass follows in backward.
     """
-    alone = len(problem.tasks) == 1 and isinstance(student, Tensor) and student.dtype.itemsize >= 4
-    wanted = alone and torch.is_grad_enabled() and student.requires_grad
-    values: Tensor = _apply(_PerPosition, problem, student, wanted, *parts(student))
+    tensors = parts(student)
+    alone = len(problem.tasks) == 1 and isinstance(student, Tensor)
+    wanted = alone and torch.is_grad_enabled() and tensors[0].requires_grad and tensors[0].dtype.itemsize >= 4
+    values: Tensor = _apply(_PerPosition, problem, student, wanted, *tensors)
     return values
 
 

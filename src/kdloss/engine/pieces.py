@@ -65,5 +65,5 @@ class PiecedSide(Side):
 def pieces(rows: Tensor) -> list[Tensor]:
     """Rows `[r, V]` as `[r, n, 128]`, and what is left as `[r, 1, rest]`."""
     whole = rows.shape[-1] // PIECE * PIECE
-    found = [rows[:, :whole].unflatten(-1, (-1, PIECE))] if whole else []
+    found = [rows[:, :whole].view(len(rows), whole // PIECE, PIECE)] if whole else []
     return [*found, rows[:, None, whole:]] if whole < rows.shape[-1] else found

@@ -57,7 +57,9 @@ class Plan:
         """Every task where it is computed fastest."""
         groups: dict[tuple[Hashable, float], Group] = {}
         of_teacher: dict[Hashable, int] = {}
-        labels, top_k, others = [], [], []
+        labels: list[int] = []
+        top_k: list[int] = []
+        others: list[int] = []
         sizes, slopes = [1.0] * len(tasks), [1.0] * len(tasks)
         for k, task in enumerate(tasks):
             if isinstance(task, LabelTask):

@@ -71,7 +71,7 @@ class Teachers:
 
     def __call__(self, x: AnyLogits, start: int, stop: int, temperature: float, classes: Classes = None) -> Any:
         """Rows start to stop of one teacher, for a loss at this temperature over these classes."""
-        found = [chosen_classes(rows(start, stop), classes) for rows in self.of[id(x)]]
+        found: list[Any] = [chosen_classes(rows(start, stop), classes) for rows in self.of[id(x)]]
         return replace(x, teachers=found).dense(temperature) if isinstance(x, Mixture) else found[0]
 
 

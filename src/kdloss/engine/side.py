@@ -96,5 +96,6 @@ def wide_sum(rows: Tensor) -> Tensor:
     whole = rows.shape[-1] // PIECE * PIECE
     if rows.dtype == wide or not whole:
         return rows.sum(-1, keepdim=True).to(wide)
-    total = rows[..., :whole].unflatten(-1, (-1, PIECE)).sum(-1).sum(-1, keepdim=True, dtype=wide)
+    pieces = rows[..., :whole].view(*rows.shape[:-1], -1, PIECE)
+    total = pieces.sum(-1).sum(-1, keepdim=True, dtype=wide)
     return total if whole == rows.shape[-1] else total + rows[..., whole:].sum(-1, keepdim=True)
