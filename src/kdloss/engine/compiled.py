@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     class_weights: list[Tensor | None]
     temperatures: list[Tensor | float]
     classes: list[Classes]
-    weights: list[Tensor] | None
+    weights: Tensor | None
     off: list[Tensor | None]
     nowhere: Tensor | None
 
@@ -49,8 +49,7 @@ class Rows(NamedTuple):
         class_weights = [t.class_weights if isinstance(t, LabelTask) else None for t in found]
         temperatures = [_passed(group.temperature, few.z.device) for group in plan.groups]
         classes = [group.classes for group in plan.groups]
-        weights = None if few.weights is None else list(few.weights)
-        return cls(few.z, beside, class_weights, temperatures, classes, weights, list(few.off), few.nowhere)
+        return cls(few.z, beside, class_weights, temperatures, classes, few.weights, list(few.off), few.nowhere)
 
     def first(self, rows: int) -> "Rows":
         """Some of them."""
@@ -59,14 +58,16 @@ class Rows(NamedTuple):
             return None if x is None else x[:rows]
 
         beside, off = [cut(x) for x in self.beside], [cut(x) for x in self.off]
-        weights = None if self.weights is None else [w[:rows] for w in self.weights]
+        weights = None if self.weights is None else self.weights[:, :rows]
         return self._replace(z=self.z[:rows], beside=beside, weights=weights, off=off, nowhere=cut(self.nowhere))
 
     def mark(self, out: Tensor | None) -> None:
         """Tell the compiler that there will be other numbers of rows."""
-        for tensor in (self.z, out, self.nowhere, *self.beside, *(self.weights or ()), *self.off):
+        for tensor in (self.z, out, self.nowhere, *self.beside, *self.off):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        if self.weights is not None and self.weights.shape[1] > 1:
+            torch._dynamo.maybe_mark_dynamic(self.weights, 1)
 
 
 def block_of(plan: Plan, tasks: Sequence[Task], x: Tensor | LazyLogits, dtype: torch.dtype) -> "Block | None":

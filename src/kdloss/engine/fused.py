@@ -1,7 +1,8 @@
 """The engine as functions that autograd knows."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from kdloss.engine.rows import matmul_dtype
-from kdloss.engine.run import Problem, Student, run
+from kdloss.engine.run import Problem, Student, run, without_autocast
 from kdloss.engine.total import blank
 from kdloss.reduction import fill, precise, widest
 from kdloss.targets import LazyLogits
 from kdloss.targets.kinds import at, dense
+
+_HOLE = object()
 
 
 def fused(problem: Problem, student: Student, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,14 +55,14 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, problem: Problem, student: Student, wanted: bool, weights: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        values, gradients = run(problem, student, _by_row(problem, weights) if wanted else None)
+        values, gradients = run(problem, student, weights.detach() if wanted else None)
         ctx.gradients = None if gradients is None else gradients.tensors()
         ctx.overwritten = problem.overwrite and wanted and isinstance(student, Tensor)
         ctx.autocast = autocast_of(student)
-        kept, ctx.together = apart((problem, student, weights, values))
+        kept, ctx.rest = apart((problem, student, weights, values))
         ctx.save_for_backward(*kept)
         ctx.mark_non_differentiable(values)
-        return _weighted(values, weights), values
+        return _weighted(values, weights, problem.nonzero), values
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
@@ -71,8 +74,10 @@ class _Fused(torch.autograd.Function):
                 "the student's logits were overwritten with their gradient, so it can be had once and "
                 "has no second derivative; write overwrite_logits=False"
             )
-        problem, student, weights, values = ctx.together(iter(ctx.saved_tensors))
         wanted = ctx.needs_input_grad[3]
+        if gradients is not None and not again and not wanted:
+            return (*none, None, *_scaled(gradients, upstream))
+        problem, student, weights, values = together(ctx.rest, iter(ctx.saved_tensors))
         with ctx.autocast():
             if again:
                 return (*none, *_by_autograd(problem, student, weights, values, upstream, wanted))
@@ -100,13 +105,13 @@ class _PerPosition(torch.autograd.Function):
             replace(problem, overwrite=False), student, None if one is None else one.expand(1, problem.rows)
         )
         ctx.gradient = None if gradients is None else gradients.tensors()[0]
-        kept, ctx.together = apart((problem, student, values))
+        kept, ctx.rest = apart((problem, student, values))
         ctx.save_for_backward(*kept)
         return values
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        problem, student, values = ctx.together(iter(ctx.saved_tensors))
+        problem, student, values = together(ctx.rest, iter(ctx.saved_tensors))
         gradient, ctx.gradient = ctx.gradient, None
         with ctx.autocast():
             if torch.is_grad_enabled():
@@ -131,7 +136,7 @@ def _by_rows(problem: Problem, student: Student, weights: Tensor) -> Sequence[Te
     """The student's gradients for these weights of the values."""
     if not any(t.requires_grad for t in parts(student)):
         return [None for _ in parts(student)]
-    gradients = run(replace(problem, overwrite=False), student, _by_row(problem, weights))[1]
+    gradients = run(replace(problem, overwrite=False), student, weights.detach())[1]
     return () if gradients is None else gradients.tensors()
 
 
@@ -168,11 +173,13 @@ def picked(problem: Problem, student: Student, off: Tensor) -> Tensor:
     return torch.stack(values)
 
 
-def autocast_of(student: Student) -> Callable[[], torch.autocast]:
+def autocast_of(student: Student) -> Callable[[], AbstractContextManager[Any]]:
     """A context like the present one, for a backward that runs outside of it."""
     kind = student.device.type
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return partial(torch.autocast, kind, dtype=dtype, enabled=enabled)
+    enabled = torch.is_autocast_enabled(kind)
+    if not enabled:
+        return partial(without_autocast, kind)
+    return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=True)
 
 
 def parts(student: Student) -> Sequence[Tensor]:
@@ -182,31 +189,33 @@ def parts(student: Student) -> Sequence[Tensor]:
     return (student.hidden, student.weight, *(() if student.bias is None else (student.bias,)))
 
 
-def apart(x: Any) -> tuple[Sequence[Tensor], Callable[[Iterator[Tensor]], Any]]:
-    """The tensors in something, for autograd to keep and let go of, and how to put it together again."""
+def apart(x: Any) -> tuple[list[Tensor], Any]:
+    """The tensors in something, for autograd to keep and let go of, and the same with holes in their places."""
+    tensors: list[Tensor] = []
+    return tensors, _without(x, tensors)
+
+
+def _without(x: Any, tensors: list[Tensor]) -> Any:
     if isinstance(x, Tensor):
-        return [x], next
-    if is_dataclass(x):
-        named = {field.name: apart(getattr(x, field.name)) for field in fields(x)}
-    else:
-        named = {str(i): apart(y) for i, y in enumerate(x)} if isinstance(x, (list, tuple)) else {}
-    tensors = [tensor for found, _ in named.values() for tensor in found]
-    if not tensors:
-        return [], lambda _: x
-    return tensors, partial(_together, type(x), {name: build for name, (_, build) in named.items()})
+        tensors.append(x)
+        return _HOLE
+    return _each(_without, x, tensors)
 
 
-def _together(kind: Any, named: Mapping[str, Callable[[Iterator[Tensor]], Any]], them: Iterator[Tensor]) -> Any:
-    made = {name: build(them) for name, build in named.items()}
-    if issubclass(kind, list | tuple):
-        return kind(made.values())
-    whole = object.__new__(kind)  # what was checked once, where it may have been masked, is not checked again
-    vars(whole).update(made)
-    return whole
+def together(x: Any, tensors: Iterator[Tensor]) -> Any:
+    """Something with its tensors in the holes; what was checked once, where it may be masked, isn't checked again."""
+    return next(tensors) if x is _HOLE else _each(together, x, tensors)
 
 
-def _by_row(problem: Problem, weights: Tensor) -> Tensor:
-    return weights.detach().expand(len(problem.tasks), problem.rows)
+def _each(change: Callable[..., Any], x: Any, tensors: Any) -> Any:
+    kind = type(x)
+    if kind in (list, tuple):
+        return kind([change(part, tensors) for part in x])
+    if not hasattr(kind, "__dataclass_fields__"):
+        return x
+    other = object.__new__(kind)
+    vars(other).update({name: change(part, tensors) for name, part in vars(x).items()})
+    return other
 
 
 def _countable(values: Tensor, weights: Tensor) -> Tensor:
@@ -214,8 +223,9 @@ def _countable(values: Tensor, weights: Tensor) -> Tensor:
     return values.masked_fill((weights == 0) & ~values.isfinite(), 0)
 
 
-def _weighted(values: Tensor, weights: Tensor) -> Tensor:
-    return (_countable(values, weights) * weights).sum().to(values.dtype)
+def _weighted(values: Tensor, weights: Tensor, nonzero: bool = False) -> Tensor:
+    counted = values if nonzero else _countable(values, weights)
+    return (counted * weights).sum().to(values.dtype)
 
 
 def _apply(function: Any, *args: Any) -> Any:

@@ -25,23 +25,25 @@ MakeSide = Callable[[Tensor, Any], Side]
 class Few:
     """A few rows: the student's logits and what its tasks read beside them; then values and gradient.
 
-    `task` gives a task with what it has in these rows, by its number. `weights` `[r, 1]` are what the tasks' slopes
-    are multiplied with, None where no gradient is wanted, and `off` is where they are 0, for tasks where some are: such
-    a row gets nothing from the task, even if that is infinite or no number. `nowhere` is where all are 0.
+    `task` gives a task with what it has in these rows, by its number. `weights` `[k, r, 1]`, or `[k, 1, 1]`, are what
+    the tasks' slopes are multiplied with, None where no gradient is wanted, and `off` is where they are 0, for tasks
+    where some are: such a row gets nothing from the task, even if that is infinite or no number. `nowhere` is where all
+    are 0.
     """
 
     z: Tensor
     task: Callable[[int], Any]
-    weights: Sequence[Tensor] | None
+    weights: Tensor | None
     off: Sequence[Tensor | None]
     nowhere: Tensor | None = None
     values: dict[int, Tensor] = field(default_factory=dict)
     gradient: Total | None = None
 
-    def scaled(self, k: int, numbers: Tensor | float) -> Tensor:
+    def scaled(self, k: int, numbers: Tensor | float = 1.0) -> Tensor:
         """Numbers by a task's weight, 0 where that is 0."""
         assert self.weights is not None
-        scaled, off = self.weights[k] * numbers, self.off[k]
+        by, off = self.weights[k], self.off[k]
+        scaled = by if isinstance(numbers, float) and numbers == 1 else by * numbers
         return scaled if off is None else scaled.masked_fill(off, 0)
 
 
@@ -53,7 +55,7 @@ def compute(plan: Plan, few: Few, side: MakeSide, place: Tensor | None = None) -
         values, rows = by_autograd(few.task(k), few.z, few.gradient is not None)
         few.values[k] = values.unsqueeze(-1)
         if few.gradient is not None and rows is not None:
-            few.gradient.add(rows, few.scaled(k, 1.0), few.off[k])
+            few.gradient.add(rows, few.scaled(k), few.off[k])
     for k in plan.top_k:
         by_top_k(k, few)
     for group in plan.groups:
@@ -74,7 +76,7 @@ def by_closed_forms(group: Group, q: Side, few: Few, side: MakeSide) -> Tensor |
             few.values[k] = value.clamp_min(0)  # below it is rounding
             if few.gradient is None:
                 continue
-            few.gradient.add(slope, few.scaled(k, 1.0), few.off[k], group.classes)
+            few.gradient.add(slope, few.scaled(k), few.off[k], group.classes)
             if balance is not None:
                 own = few.scaled(k, -balance)
                 pull = own if pull is None else pull + own
@@ -127,7 +129,7 @@ def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None) -> None:
         few.values[k] = of.value
         targets.append((k, of))
         if few.gradient is not None:
-            part = few.scaled(k, of.sums / one.total)
+            part = few.scaled(k, one.total.reciprocal() if of.sums is None else of.sums / one.total)
             own = part if own is None else own + part
     if few.gradient is None:
         return
@@ -140,8 +142,8 @@ def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None) -> None:
     for k, of in targets:
         if of.everywhere is not None:
             few.gradient.add(of.everywhere, few.scaled(k, -1.0), few.off[k] if of.label is None else None)
-        if of.label is not None and of.at_label is not None:
-            few.gradient.at(of.label, few.scaled(k, -of.at_label))
+        if of.label is not None:
+            few.gradient.at(of.label, few.scaled(k, -1.0 if of.at_label is None else -of.at_label))
 
 
 def by_autograd(task: TeacherTask, z: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:

@@ -21,11 +21,11 @@ class Target(NamedTuple):
     r"""Cross-entropy with targets $a_c = w_c ((1 - \epsilon) y_c + \epsilon / C)$ in rows: its value, the sum
     of a, and a itself, of which a part stands at one class of each row.
 
-    The gradient by the logits is the sum times the probabilities less a.
+    The gradient by the logits is the sum times the probabilities less a. Numbers that are 1 in all rows are None.
     """
 
     value: Tensor
-    sums: Tensor
+    sums: Tensor | None
     everywhere: Tensor | None = None
     label: Tensor | None = None
     at_label: Tensor | None = None
@@ -56,7 +56,10 @@ def of_classes(task: LabelTask, z: Tensor, q: Side, one: Unsoftened) -> Target:
     right = z.gather(-1, mine).to(wide) if z.shape[-1] else top.clone()
     if q.shard is not None and here is not None:
         right = q.shard.sum(right.masked_fill(~here, 0))
-    value, y = one.log_total + (top - right), torch.ones_like(one.total)
+    value = one.log_total + (top - right)
+    if task.class_weights is None and task.smoothing == 0 and here is None:
+        return Target(value, None, None, mine)
+    y = torch.ones_like(one.total)
     if task.class_weights is not None:
         y = task.class_weights[labels].to(wide)
         value = torch.where(y == 0, one.log_total * 0, y * value)

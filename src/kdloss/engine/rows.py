@@ -22,6 +22,7 @@ class Rows:
         self.positions = len(x.shape) - 1
         self.made: Tensor | None = None
         self.first = 0
+        self.flat = flat_view(x, self.positions) if isinstance(x, Tensor) else None
         if isinstance(x, LazyLogits):
             self.lazy = in_matmul_dtype(replace(x, hidden=self._take(x.hidden, 0, None)))
 
@@ -35,6 +36,8 @@ class Rows:
         """Rows start to stop: of a lazy one from the block that was made."""
         if self.made is not None:
             return self.made[start - self.first : stop - self.first]
+        if self.flat is not None:
+            return self.flat[start:stop] if self.index is None else self.flat[self.index[start:stop]]
         return at(self.x, lambda t: self._take(t, start, stop))
 
     def _take(self, t: Tensor, start: int, stop: int | None) -> Tensor:

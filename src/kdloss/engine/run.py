@@ -1,8 +1,9 @@
 """All rows, a block at a time: values at every position, and gradients of the student's tensors."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,13 +25,17 @@ Student = Tensor | LazyLogits
 
 @dataclass(frozen=True)
 class Problem:
-    """Tasks and where they are to be done: `rows` and labels that are classes are of the positions in `index`."""
+    """Tasks and where they are to be done: `rows` and labels that are classes are of the positions in `index`.
+
+    `nonzero` where no weight is 0.
+    """
 
     tasks: tuple[Task, ...]
     index: Tensor | None
     rows: int
     overwrite: bool = False
     shard: Shard | None = None
+    nonzero: bool = False
 
     @classmethod
     def of(
@@ -40,6 +45,7 @@ class Problem:
         index: Tensor | None,
         rows: int,
         overwrite: bool = False,
+        nonzero: bool = False,
     ) -> "tuple[Problem, Student]":
         """The problem, and the student's part in it in this process."""
         tasks = [t if isinstance(t, LabelTask) else t.over_shared_classes(student) for t in tasks]
@@ -49,11 +55,11 @@ class Problem:
                     f"labels have shape {tuple(task.labels.shape)}; there are {rows} rows, write one of each"
                 )
         if not isinstance(student, ShardedLogits):
-            return cls(tuple(tasks), index, rows, overwrite), student
+            return cls(tuple(tasks), index, rows, overwrite, None, nonzero), student
         shard = student.shard
         local = tuple(t if isinstance(t, LabelTask) else replace(t, teacher=_local(t.teacher)) for t in tasks)
         check_sharded(local, shard)
-        return cls(local, index, rows, overwrite, shard), student.local
+        return cls(local, index, rows, overwrite, shard, nonzero), student.local
 
 
 def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, Gradients | None]:
@@ -70,30 +76,50 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
         few = many = max(block_rows(max(shard.sizes)) // 2, 1)
     wide = any(map(is_double, (x, *(task.teacher for task in tasks if isinstance(task, TeacherTask)))))
     dtype = torch.float64 if wide else torch.float32
-    values = torch.zeros(len(tasks), n, dtype=dtype, device=device)
     block = None if shard is not None else block_of(plan, tasks, x, dtype)
     if block is not None:
         few = compiled_rows(device, classes)
-    off, nowhere = switched_off(weights, len(tasks))
-    by = None if weights is None else [_times(w, slope, dtype) for w, slope in zip(weights, plan.slopes, strict=True)]
-    side = partial(Side, shard=shard)
-    with torch.autocast(device.type, enabled=False):
+    off, nowhere = switched_off(weights, len(tasks), n, problem.nonzero)
+    by = None if weights is None else slopes(plan, weights, dtype)
+    side = partial(Side, shard=shard) if shard is not None else Side
+    found = []
+    with without_autocast(device.type):
         for start, stop in equal_blocks(n, many if lazy else n):
             student.make(start, stop)
             teachers.make(start, stop)
             for i, j in equal_blocks(stop - start, few, start):
                 task = partial(task_of, tasks, teachers, i, j)
-                rows = Few(student(i, j), task, _cut(by, i, j), _cut(off, i, j), _cut([nowhere], i, j)[0])
+                beside = _cut(by, i, j), [None if o is None else _cut(o, i, j) for o in off], _cut(nowhere, i, j)
+                rows = Few(student(i, j), task, *beside)
                 if block is None or j - i < 2:
-                    values[:, i:j] = uncompiled(plan, rows, side, gradients, i, j, dtype).T
+                    found.append(uncompiled(plan, rows, side, gradients, i, j, dtype))
                 else:
-                    values[:, i:j] = compiled(block, plan, rows, gradients, i, j).T
+                    found.append(compiled(block, plan, rows, gradients, i, j))
             if gradients is not None:
                 gradients.block(start, stop)
-    for k, size in enumerate(plan.sizes):
-        if size != 1:
-            values[k] *= size
-    return values, gradients
+    values = found[0] if len(found) == 1 else torch.cat([torch.empty(0, len(tasks), device=device), *found])
+    if any(size != 1 for size in plan.sizes):
+        values = values * row_of(tuple(plan.sizes), values.dtype, device)
+    return values.to(dtype).T, gradients
+
+
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Autocast off, which takes a while where it isn't on."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def slopes(plan: Plan, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each task's slope is multiplied with, `[tasks, rows, 1]` or `[tasks, 1, 1]`."""
+    if any(slope != 1 for slope in plan.slopes):
+        weights = weights * row_of(tuple(plan.slopes), weights.dtype, weights.device).T
+    return weights.to(dtype).unsqueeze(-1)
+
+
+@lru_cache(maxsize=64)
+def row_of(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a row, made once: most steps have those of the one before. Nobody writes to it."""
+    with torch.inference_mode(False):
+        return torch.tensor([numbers], dtype=dtype, device=device)
 
 
 def uncompiled(
@@ -132,12 +158,9 @@ def task_of(tasks: Sequence[Task], teachers: Teachers, start: int, stop: int, k:
     return task.with_rows(rows, None if task.labels is None else task.labels[start:stop])
 
 
-def _times(weights: Tensor, slope: float, dtype: torch.dtype) -> Tensor:
-    return (weights if slope == 1 else weights * slope).to(dtype).unsqueeze(-1)
-
-
-def _cut(columns: Any, start: int, stop: int) -> Any:
-    return None if columns is None else [None if x is None else x[start:stop] for x in columns]
+def _cut(x: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """Rows of `[..., rows, 1]`; of `[..., 1, 1]` the one that stands for all."""
+    return x if x is None or x.shape[-2] in (1, stop - start) else x[..., start:stop, :]
 
 
 def read_by_rows(tasks: Sequence[Task]) -> Iterator[AnyLogits]:
@@ -149,15 +172,14 @@ def read_by_rows(tasks: Sequence[Task]) -> Iterator[AnyLogits]:
             yield task.labels
 
 
-def switched_off(weights: Tensor | None, tasks: int) -> tuple[list[Tensor | None], Tensor | None]:
-    """For each task the rows `[n, 1]` of weight 0, and those where all tasks have none; None where there are none.
-
-    On accelerators, where looking for them would wait, there may be some wherever weights differ from row to row.
-    """
-    if weights is None:
+def switched_off(
+    weights: Tensor | None, tasks: int, rows: int, nonzero: bool
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """For each task the rows `[rows, 1]` of weight 0, and those where all tasks have it; None where there are none."""
+    if weights is None or nonzero:
         return [None] * tasks, None
-    off = (weights == 0).unsqueeze(-1)
-    some = off.any(1).flatten().tolist()
+    off = (weights == 0).expand(tasks, rows).unsqueeze(-1)
+    some = off.flatten(1).any(1).tolist()
     return [o if there else None for o, there in zip(off, some, strict=True)], off.all(0) if all(some) else None
 
 

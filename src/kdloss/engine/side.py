@@ -86,8 +86,8 @@ class Side:
 
 
 def finite(top: Tensor) -> Tensor:
-    """The largest logits, 0 where all are -inf: what logits are taken relative to."""
-    return top.masked_fill(top == -torch.inf, 0)
+    """The largest logits as a number, also where all are -inf: what logits are taken relative to."""
+    return top.clamp_min(torch.finfo(top.dtype).min)
 
 
 def wide_sum(rows: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Total:
             here = torch.arange(rows.shape[-1], device=rows.device) == indices
             self.rows = rows + torch.where(here, by.to(rows.dtype), 0)
         elif rows.shape[-1]:
-            rows.scatter_add_(-1, indices, by.to(rows.dtype))
+            rows.scatter_add_(-1, indices, by.to(rows.dtype).expand(indices.shape))
 
     def _some(self, rows: Tensor, by: Tensor, classes: slice | Tensor) -> None:
         if isinstance(classes, slice):

@@ -62,8 +62,10 @@ def sweep(
             look_at_stored(one, task, contract.check_finite)
             if contract.check_finite:
                 check_numbers(one, task)
-    problem, local = Problem.of(tasks, logits, index, rows, contract.overwrite_logits)
     counts = [_rows_that_count(one.step.where, widest_where, places) for one in group]
+    numbers = not any(isinstance(one.weight, Tensor) for one in group)
+    nonzero = numbers and all(keep is None for keep in counts)
+    problem, local = Problem.of(tasks, logits, index, rows, contract.overwrite_logits, nonzero)
     if contract.reduction == "none":
         denominator(1, "none", items)
         values = per_position(problem, local)
