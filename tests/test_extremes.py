@@ -172,3 +172,13 @@ def test_rows_that_are_nearly_alike_or_nearly_constant_are_related_with_all_digi
         noise, teacher = torch.randn(2, 8, 9)
         close_to_oracle(loss, torch.randn(1, 9) + 1e-3 * noise, teacher)
         close_to_oracle(loss, torch.randn(8, 1) + 1e-3 * noise, teacher)
+
+
+@pytest.mark.parametrize("loss", [x for x in ONE_EACH if not x.exempt & {"teacher", "kink", "relational"}], ids=str)
+@pytest.mark.parametrize("apart", [0.1, 0.01])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_close_to_its_teacher_a_student_is_told_how_close_to_three_digits(loss, apart, temperature):
+    student, noise = torch.randn(2, 4, 9)
+    teacher = 3 * student + apart * noise
+    value, _, exact, _ = both(loss, 3 * student, teacher, temperature)
+    np.testing.assert_allclose(value, exact, rtol=1e-3)

@@ -31,6 +31,11 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def on_cpu(device: torch.device) -> bool:
+    """Whether looking at numbers on a device waits for nothing."""
+    return device.type == "cpu"
+
+
 def fill(x: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."] | None) -> Shaped[Tensor, "..."]:
     """Zeros where `mask` is False, so that nothing there, NaN included, reaches value or gradient."""
     if mask is None:

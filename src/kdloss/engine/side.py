@@ -15,6 +15,9 @@ PIECE = 128
 """How many numbers are added in the dtype they have: their sum is as good as each of them."""
 
 
+_BY_ROW = {"top", "bits", "log_total", "probs"}
+
+
 class Side:
     r"""Rows `[r, V]` of logits at a temperature: $b = (z - \max z) / (T \ln 2)$, and the probabilities
     $2^b / \sum 2^b$.
@@ -75,9 +78,17 @@ class Side:
         total = self.sum(e)
         return e, total, total.log()
 
+    def carefully(self, rows: Tensor) -> "Side":
+        """Some rows, to be compared term by term as at a high temperature."""
+        some = object.__new__(Side)
+        vars(some).update({x: y[rows] if x in _BY_ROW else y for x, y in vars(self).items()}, like=torch.inf)
+        return some
+
     @property
     def flat(self) -> bool:
-        """Whether T² multiplies the rounding of sums over nearly equal terms beyond what is promised."""
+        """Whether the rounding of sums over nearly equal terms is more than what is promised: at high T, which T²
+        multiplies.
+        """
         return bool(self.like > 8)
 
     def smooth(self) -> Tensor:
