@@ -124,7 +124,7 @@ class _PerPosition(torch.autograd.Function):
 
 def _by_row_weights(gradient: Tensor, problem: Problem, weights: Tensor) -> Tensor:
     """A gradient of one task times a number for each row, in place; exactly 0 where that is 0."""
-    rows = gradient.view(-1, gradient.shape[-1])
+    rows = gradient.view(gradient.shape[:-1].numel(), gradient.shape[-1])
     if problem.index is not None:
         weights = weights.new_zeros(len(rows)).index_copy_(0, problem.index, weights)
     weights = weights.unsqueeze(-1)

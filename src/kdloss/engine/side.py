@@ -102,11 +102,11 @@ def finite(top: Tensor) -> Tensor:
 
 
 def wide_sum(rows: Tensor) -> Tensor:
-    """Sums over the last dimension `[..., 1]`: pieces of it as they are, then those in float64."""
+    """Sums over the last dimension `[..., 1]`: pieces of it as they are, then those, or a few numbers, in float64."""
     wide = widest(rows.device)
     whole = rows.shape[-1] // PIECE * PIECE
     if rows.dtype == wide or not whole:
-        return rows.sum(-1, keepdim=True).to(wide)
+        return rows.to(wide).sum(-1, keepdim=True)
     pieces = rows[..., :whole].view(*rows.shape[:-1], -1, PIECE)
     total = pieces.sum(-1).sum(-1, keepdim=True, dtype=wide)
     return total if whole == rows.shape[-1] else total + rows[..., whole:].sum(-1, keepdim=True)

@@ -86,7 +86,7 @@ class TokenMap:
         return chosen_classes(student, s), chosen_classes(teacher, t)
 
     def shared(self, student: AnyLogits, teacher: AnyLogits) -> tuple[Tensor, Tensor]:
-        """The shared tokens' ids in each, where the logits are."""
+        """The shared tokens' ids in `student`'s and in `teacher`'s vocabulary, on the device of their logits."""
         return self.student_ids.to(student.device), self.teacher_ids.to(student.device)
 
     def to_teacher(self, input_ids: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
