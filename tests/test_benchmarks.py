@@ -147,7 +147,7 @@ def test_a_section_gives_rows(section, monkeypatch):
             monkeypatch.setattr(wired, "seconds", partial(wired.seconds, rounds=1))
     rows = list(section("fresh", **TINY[section]))
     assert rows
-    assert all(math.isfinite(row.ratio) and row.ratio > 0 for row in rows)
+    assert all(math.isfinite(row.ratio) and row.ratio != 0 for row in rows)  # what is added may seem less than nothing
     assert len({(row.what, row.conditions) for row in rows}) == len(rows)  # each names what it is
 
 
