@@ -225,7 +225,7 @@ def _countable(values: Tensor, weights: Tensor) -> Tensor:
 
 def _weighted(values: Tensor, weights: Tensor, nonzero: bool = False) -> Tensor:
     counted = values if nonzero else _countable(values, weights)
-    return (counted * weights).sum().to(values.dtype)
+    return (counted * weights).sum(1).sum().to(values.dtype)  # two halves are one whole
 
 
 def _apply(function: Any, *args: Any) -> Any:

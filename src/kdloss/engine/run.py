@@ -100,7 +100,7 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
     values = found[0] if len(found) == 1 else torch.cat([torch.empty(0, len(tasks), device=device), *found])
     if any(size != 1 for size in plan.sizes):
         values = values * row_of(tuple(plan.sizes), values.dtype, device)
-    return values.to(dtype).T, gradients
+    return values.to(dtype).T.contiguous(), gradients
 
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
