@@ -20,7 +20,7 @@ Form = tuple[Tensor, Tensor, Tensor | None]
 ClosedForm = Callable[..., Form]
 
 
-def _nan(q: Side, p: Side) -> Tensor:
+def nan(q: Side, p: Side) -> Tensor:
     """0 for rows of numbers: so that what 0 log 0 is made of hides no NaN among the logits."""
     return (q.log_total - p.log_total) * 0
 
@@ -36,7 +36,7 @@ def reverse_kl(q: Side, p: Side) -> Form:
     if q.pieced and not q.flat:  # one sweep less
         value = q.kl(p)
         return value, slope, value
-    total = q.sum(slope) + _nan(q, p)
+    total = q.sum(slope) + nan(q, p)
     return q.kl(p) if q.flat else total, slope, total
 
 
@@ -106,6 +106,6 @@ def hard_labels(q: Side, p: Side) -> Form:
     if q.shard is not None:
         raise ValueError("hard_labels needs the whole vocabulary in one process; take forward_kl")
     label = p.bits.argmax(-1, keepdim=True)
-    value = q.log_total - q.bits.gather(-1, label).to(q.log_total.dtype) * LN2 + _nan(q, p)
+    value = q.log_total - q.bits.gather(-1, label).to(q.log_total.dtype) * LN2 + nan(q, p)
     slope = q.probs.clone()
     return value, slope.scatter_add_(-1, label, slope.new_full(label.shape, -1)), None

@@ -119,20 +119,12 @@ def _compare(task: TeacherTask, wanted: bool, student: Tensor, teacher: Tensor) 
         )
         return values.unsqueeze(-1), gradient
     form, size = task.closed_form
-    return in_full(form, student, teacher, task.temperature, size)
-
-
-def in_full(
-    form: ClosedForm, student: Tensor, teacher: Tensor, temperature: float, size: float
-) -> tuple[Tensor, Tensor]:
-    """A closed form's value and its gradient by the student's logits."""
-    q = Side(student, temperature)
-    p = Side(teacher, temperature)
+    q, p = Side(student, task.temperature), Side(teacher, task.temperature)
     value, slope, balance = form(q, p)
     value = closer(value, form, q, p)
     if balance is not None:
         slope.addcmul_(q.probs, balance.to(slope.dtype), value=-1)
-    return value.clamp_min(0) * size, slope.mul_(size / temperature)
+    return value.clamp_min(0) * size, slope.mul_(size / task.temperature)
 
 
 def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None) -> None:

@@ -19,14 +19,11 @@ class PiecedSide(Side):
         self.temperature, self.shard = temperature, None
         self.like = temperature if like is None else like
         self.per_bit = 1 / (LN2 * temperature)
-        self.logits = logits
         parts = pieces(logits)
         tops = [piece.amax(-1) for piece in parts]
         self.top = finite(torch.cat(tops, -1).amax(-1, keepdim=True))
         self.falls = [((top - self.top) * self.per_bit).double() for top in tops]
-        self.piece_bits = [
-            (z - finite(top).unsqueeze(-1)) * self.per_bit for z, top in zip(pieces(logits), tops, strict=True)
-        ]
+        self.piece_bits = [(z - finite(top).unsqueeze(-1)) * self.per_bit for z, top in zip(parts, tops, strict=True)]
         self.masses = [bits.exp2() for bits in self.piece_bits]
         self.sums = [mass.sum(-1).double() for mass in self.masses]
         self.total = self.gathered(self.sums)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss.engine import closed_forms, powers
+from kdloss.engine.closed_forms import nan
 from kdloss.engine.side import Side
 
 
@@ -17,7 +18,7 @@ def ab_divergence(q: Side, p: Side, *, alpha: float = 0.2, beta: float = 0.7) ->
     summands = powers.terms if careful else powers.simple_terms
     value = q.sum(_number(summands(log_q, log_p, gap, alpha, beta)))
     slope = _number(powers.slope(log_q, log_p, gap, alpha, beta))
-    return value + _nan(q, p), slope, q.sum(slope) + _nan(q, p)
+    return value + nan(q, p), slope, q.sum(slope) + nan(q, p)
 
 
 def alpha_divergence(q: Side, p: Side, *, alpha: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,14 +27,14 @@ def alpha_divergence(q: Side, p: Side, *, alpha: float = 0.5) -> tuple[Tensor, T
     log_q, log_p, gap = _logs(q, p)
     beta = 1 - alpha
     slope = _number(powers.slope(log_q, log_p, gap, alpha, beta))
-    balance = q.sum(slope) + _nan(q, p)
+    balance = q.sum(slope) + nan(q, p)
     if q.flat:
         value = q.sum(_number(powers.terms(log_q, log_p, gap, alpha, beta)))
     elif beta >= 0.5:
         value = balance / beta
     else:  # the other way round: the slope by log p
         value = q.sum(_number(powers.slope(log_p, log_q, -gap, beta, alpha))) / alpha
-    return value + _nan(q, p), slope, balance
+    return value + nan(q, p), slope, balance
 
 
 def renyi(q: Side, p: Side, *, order: float = 0.5) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -51,14 +52,14 @@ def renyi(q: Side, p: Side, *, order: float = 0.5) -> tuple[Tensor, Tensor, Tens
     log_sum = powers.log_of_sum(small, log_sum, order)
     by_row = log_sum.to(u.dtype)
     slope = powers.difference(log_q, u - by_row, order * gap + by_row)
-    return log_sum / (order - 1) + _nan(q, p), _number(slope), _nan(q, p)
+    return log_sum / (order - 1) + nan(q, p), _number(slope), nan(q, p)
 
 
 def triangular(q: Side, p: Side) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of (p+q) t², t = (q-p) / (q+p); slope q t (2-t)."""
     t = _number((q.log_ratio_to(p) / 2).tanh_())
     slope = q.probs * t * (2 - t)
-    return q.sum((q.probs + p.probs) * t.square_()) + _nan(q, p), slope, q.sum(slope) + _nan(q, p)
+    return q.sum((q.probs + p.probs) * t.square_()) + nan(q, p), slope, q.sum(slope) + nan(q, p)
 
 
 def check(alpha: float, beta: float) -> None:
@@ -77,8 +78,3 @@ def _logs(q: Side, p: Side) -> tuple[Tensor, Tensor, Tensor]:
 def _number(rows: Tensor) -> Tensor:
     """0 in place of 0 times infinity, where neither side has mass or what is infinite has no weight."""
     return rows.nan_to_num_(0.0, torch.inf, -torch.inf)
-
-
-def _nan(q: Side, p: Side) -> Tensor:
-    """0 for rows of numbers."""
-    return (q.log_total - p.log_total) * 0

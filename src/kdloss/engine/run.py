@@ -98,9 +98,10 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
             if gradients is not None:
                 gradients.block(start, stop)
     values = found[0] if len(found) == 1 else torch.cat([torch.empty(0, len(tasks), device=device), *found])
+    values = values.T
     if any(size != 1 for size in plan.sizes):
-        values = values * row_of(tuple(plan.sizes), values.dtype, device)
-    return values.to(dtype).T.contiguous(), gradients
+        values = values * column_of(tuple(plan.sizes), values.dtype, device)
+    return values.to(dtype).contiguous(), gradients
 
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
@@ -111,15 +112,15 @@ def without_autocast(kind: str) -> AbstractContextManager[Any]:
 def slopes(plan: Plan, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """What each task's slope is multiplied with, `[tasks, rows, 1]` or `[tasks, 1, 1]`."""
     if any(slope != 1 for slope in plan.slopes):
-        weights = weights * row_of(tuple(plan.slopes), weights.dtype, weights.device).T
+        weights = weights * column_of(tuple(plan.slopes), weights.dtype, weights.device)
     return weights.to(dtype).unsqueeze(-1)
 
 
 @lru_cache(maxsize=64)
-def row_of(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as a row, made once: most steps have those of the one before. Nobody writes to it."""
+def column_of(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a column, made once: most steps have those of the one before. Nobody writes to it."""
     with torch.inference_mode(False):
-        return torch.tensor([numbers], dtype=dtype, device=device)
+        return torch.tensor(numbers, dtype=dtype, device=device).unsqueeze(1)
 
 
 def uncompiled(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss.engine import LabelTask, Problem, TeacherTask, fused, per_position
+from kdloss.engine.run import column_of
 from kdloss.reduction import denominator, divided, widest
 from kdloss.targets import TopKLogits
 from kdloss.terms._outputs import look_at_numbers
@@ -101,7 +101,7 @@ def _shares(
     dtype, apart = widest(device), any(keep is not None for keep in counts)
     sizes = [denominator(_size(keep, rows), contract.reduction, items) for keep in counts]
     if not apart and not any(isinstance(x, Tensor) for x in (sizes[0], *(one.weight for one in group))):
-        return _constants(tuple(one.weight / sizes[0] for one in group), dtype, device)
+        return column_of(tuple(one.weight / sizes[0] for one in group), dtype, device)
     wide: dict[str, Any] = {"dtype": dtype, "device": device}
     each = rows if apart else 1
     shares = []
@@ -110,13 +110,6 @@ def _shares(
         share = divided(weight, size)
         shares.append((share if keep is None else share * keep).expand(each))
     return torch.stack(shares)
-
-
-@lru_cache(maxsize=64)
-def _constants(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as a column, made once: most steps have the weights and sizes of the one before. Nobody writes to it."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=dtype, device=device).unsqueeze(1)
 
 
 def _means(group: Sequence[Swept], values: Tensor, counts: Sequence[Tensor | None], rows: int) -> dict[str, Tensor]:
