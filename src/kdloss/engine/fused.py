@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdloss.engine.rows import matmul_dtype
 from kdloss.engine.run import Problem, Student, run, without_autocast
+from kdloss.engine.scaled import scaled
 from kdloss.engine.total import blank
 from kdloss.reduction import fill, precise, widest
 from kdloss.targets import LazyLogits
@@ -76,7 +77,7 @@ class _Fused(torch.autograd.Function):
             )
         wanted = ctx.needs_input_grad[3]
         if gradients is not None and not again and not wanted:
-            return (*none, None, *_scaled(gradients, upstream))
+            return (*none, None, *scaled(gradients, upstream))
         problem, student, weights, values = together(ctx.rest, iter(ctx.saved_tensors))
         with ctx.autocast():
             if again:
@@ -85,15 +86,8 @@ class _Fused(torch.autograd.Function):
             if wanted:
                 of_weights = (upstream * _countable(values, weights)).to(weights.dtype).sum_to_size(weights.shape)
             if gradients is not None:
-                return (*none, of_weights, *_scaled(gradients, upstream))
+                return (*none, of_weights, *scaled(gradients, upstream))
             return (*none, of_weights, *_by_rows(problem, student, weights * upstream))
-
-
-def _scaled(gradients: Sequence[Tensor | None], by: Tensor) -> Sequence[Tensor | None]:
-    """Gradients times a number, in place; where looking at it waits for nothing, not if it is 1."""
-    if by.device.type == "cpu" and by.item() == 1:
-        return gradients
-    return [None if g is None else g.mul_(by) for g in gradients]
 
 
 class _PerPosition(torch.autograd.Function):
