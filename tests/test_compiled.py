@@ -17,8 +17,6 @@ from kdloss.engine import LabelTask, Problem, TeacherTask, compiled, fused, swit
 FORMS = {x.oracle.__name__: x.function for x in losses.DIVERGENCES if getattr(x.function, "closed_form", None)}
 CLASSES = 150  # a piece of 128, and what is left of another
 LABELS = torch.tensor([3, 149, 0, 128, 127, 7])
-# What torch warns of in its own modules, when the compiler is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
@@ -133,7 +131,7 @@ def test_a_temperature_that_moves_and_other_numbers_of_rows_are_not_compiled_ane
         student, teacher = logits(rows)
         criterion = VanillaKD(temperature, 0.5)
         criterion(student.requires_grad_(), teacher, torch.arange(rows)).backward()
-    assert len(graphs) <= 2  # in the first rows, and in all of them
+    assert len(graphs) == 1
 
 
 def test_where_it_cannot_be_compiled_a_warning_says_why_and_the_loss_is_right(monkeypatch, caplog):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kdloss.engine.once import once
 from kdloss.engine.side import LN2, PIECE, Side, finite
 
 
@@ -29,7 +30,7 @@ class PiecedSide(Side):
         self.total = self.gathered(self.sums)
         self.log_total = self.total.log()
         self.bits = (logits - self.top) * self.per_bit
-        self.probs = self.bits.exp2() / self.total.to(logits.dtype)
+        self.probs = self.bits.exp2() * once(self.total.reciprocal().to(logits.dtype))
 
     def gathered(self, sums: list[Tensor], power: float | Tensor = 1) -> Tensor:
         """Sums of the pieces, each relative to its own largest logit, as one relative to the row's."""

@@ -199,7 +199,7 @@ def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int
 
 def compiled_rows(device: torch.device, classes: int) -> int:
     """The same for compiled work, which keeps next to nothing on the way."""
-    entries = 2**18 * torch.get_num_threads() if device.type == "cpu" else 2**27
+    entries = 2**18 * torch.get_num_threads() if device.type == "cpu" else 2**29
     return max(2, entries // max(classes, 1))
 
 

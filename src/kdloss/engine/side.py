@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from kdloss.engine.once import once
 from kdloss.engine.terms import NO_MASS, kl_terms
 from kdloss.reduction import widest
 from kdloss.targets.sharded import Shard
@@ -42,7 +43,7 @@ class Side:
         # The small differences of large sums that a divergence is need more digits than float32 has.
         total = self.sum(mass)
         self.log_total = total.log()
-        self.probs = mass.div_(total.to(mass.dtype))
+        self.probs = mass.mul_(total.reciprocal().to(mass.dtype))
 
     def sum(self, rows: Tensor) -> Tensor:
         """Sums over all classes `[r, 1]`, in float64 where there is one."""
@@ -60,11 +61,11 @@ class Side:
         """log(self / other) of the probabilities, NaN where both are 0; of smooth bits of both, if given."""
         mine, others = smooth or (self.bits, other.bits)
         gap = mine - others
-        return gap.mul_(LN2).add_((other.log_total - self.log_total).to(gap.dtype))
+        return gap.mul_(LN2).add_(once((other.log_total - self.log_total).to(gap.dtype)))
 
     def log_probs(self) -> Tensor:
         """Natural logarithms of the probabilities, in memory of their own."""
-        return self.bits * LN2 - self.log_total.to(self.bits.dtype)
+        return self.bits * LN2 - once(self.log_total.to(self.bits.dtype))
 
     def unsoftened(self) -> tuple[Tensor, Tensor, Tensor]:
         """Probabilities at T = 1 up to their sum, their sum, and the log of the sum of exponentials."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kdloss.engine.once import once
 from kdloss.targets.kinds import Classes
 
 
@@ -17,7 +18,7 @@ class Total:
         """Add rows times a number for each; those that are `off` not, whatever stands there is overwritten."""
         if off is not None:
             blank(rows, off)
-        by = by.to(rows.dtype)
+        by = once(by.to(rows.dtype))
         if classes is not None:
             self._some(rows, by, classes)
         elif self.rows is None:
@@ -32,7 +33,7 @@ class Total:
             indices = classes[indices]
         if torch.compiler.is_compiling() and indices.shape[-1] == 1:  # so that it is written once
             here = torch.arange(rows.shape[-1], device=rows.device) == indices
-            self.rows = rows + torch.where(here, by.to(rows.dtype), 0)
+            self.rows = rows + torch.where(here, once(by.to(rows.dtype)), 0)
         elif rows.shape[-1]:
             rows.scatter_add_(-1, indices, by.to(rows.dtype).expand(indices.shape))
 
