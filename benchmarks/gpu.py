@@ -26,10 +26,11 @@ T = recipes.T
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "gpu.md"
 SIZES = {"tokens": 8192, "vocab": 128_256, "width": 2048, "teacher_width": 4096, "k": 64}
 HEADER = "| | way | ms | peak, MiB |\n|---|---|---|---|"
-LOSSES = {  # ours, the recipe, Liger's beta, alpha and the factor of its value
+LOSSES = {  # ours, the recipe, Liger's beta, alpha, T and the factor of its value; None where it has no kernel
     "KL + CE": (VanillaKD(T, 0.5), recipes.kl_ce, (0.0, 0.5, T, T**2)),
     "JSD": (VanillaKD(T, 0.0, divergence=divergences.jsd), recipes.jsd, (0.5, 0.0, T, 1.0)),
     "reverse KL": (VanillaKD(T, 0.0, divergence=divergences.reverse_kl), recipes.reverse_kl, (1.0, 0.0, T, T**2)),
+    "TVD": (VanillaKD(T, 0.0, divergence=divergences.total_variation), recipes.total_variation, None),
 }
 Ways = dict[str, Step]
 
@@ -58,7 +59,8 @@ def cases(device: str, dtype: torch.dtype, size: dict[str, int]) -> Iterator[tup
     wide = f"{shape(tokens, vocab)} logits"
     for name, (ours, recipe, options) in LOSSES.items():
         given = on(device, logits, tokens, vocab, dtype)
-        yield f"{name}, {wide}", ways(ours, recipe, liger.kernel(*options, device), *given)
+        peer = None if options is None else liger.kernel(*options, device)
+        yield f"{name}, {wide}", ways(ours, recipe, peer, *given)
         del given
     given = on(device, top_k, tokens, vocab, dtype, k)
     yield f"KL of the top {k}, {wide}", ways(VanillaKD(1.0, 0.0), gathered, None, *given)

@@ -1,7 +1,8 @@
 """The device that tests run on: the CPU, or what the environment variable KDLOSS_DEVICE says ("cuda"), see `make gpu`.
 
-There tensors are made on the device, random numbers are drawn there, and numpy gets copies. Everything else is as it
-is, so that what mixes devices fails. Processes that tests start look here as well.
+There tensors are made on the device, random numbers are drawn there, numpy gets copies, and convolutions have the
+digits of float32. Everything else is as it is, so that what mixes devices fails. Processes that tests start look here
+as well.
 """
 
 import os
@@ -16,6 +17,7 @@ LEFT_OUT = {
     "under_a_scaler": "it is written for the CPU's autocast",
     "without_data": "it is about tensors without data",
     "meta_tensors": "it is about tensors without data",
+    "three_digits": "rows are compared term by term where looking at numbers waits for nothing",
     "several_processes": "gloo gathers nothing on a card, and NCCL wants one for each process",
 }
 
@@ -34,6 +36,7 @@ def put_on(name):
             return super().__new__(cls, device)
 
     torch.set_default_device(name)
+    torch.backends.cudnn.allow_tf32 = False
     torch.Generator = Generator
     to_numpy, to_array = torch.Tensor.numpy, torch.Tensor.__array__
     torch.Tensor.numpy = lambda x, **options: to_numpy(x.cpu(), **options)

@@ -126,7 +126,7 @@ class Loss:
         return self.name
 
 
-def labels_for(shape: Any, device: Any = "cpu") -> torch.Tensor:
+def labels_for(shape: Any, device: Any = None) -> torch.Tensor:
     """Some class at every position."""
     positions = torch.Size(shape[:-1])
     return (torch.arange(positions.numel(), device=device) * 5 % min(shape[-1], 3)).reshape(positions)

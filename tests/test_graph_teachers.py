@@ -7,10 +7,7 @@ from torch import nn
 
 import kdloss
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*_check_is_size.*:FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*_check_is_size.*:FutureWarning")
 
 
 class Net(nn.Module):

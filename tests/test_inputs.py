@@ -177,7 +177,6 @@ def test_blocks_are_compared_on_what_each_model_reads():
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_names_are_those_of_the_model_inside_its_wrappers():
     model = build("gpt2", depth=1)
     from peft import LoraConfig, get_peft_model

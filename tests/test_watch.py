@@ -259,7 +259,6 @@ class Plain(torch.optim.Optimizer):
                     p.sub_(p.grad)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of inductor's import
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_compiled_step_is_left_alone_and_the_next_eager_one_is_told(whole, pair, caplog):
     torch._dynamo.reset()
