@@ -5,11 +5,10 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from losses import DISTANCES, DIVERGENCES, TOLERANCE, labels_for
+from losses import DISTANCES, DIVERGENCES, ONE_EACH, TOLERANCE, labels_for
 
 import kdloss
 
-ONE_EACH = [loss for loss in DIVERGENCES if loss.settings["temperature"] == 0.5]
 every_divergence = pytest.mark.parametrize("loss", ONE_EACH, ids=str)
 INF = float("inf")
 FORWARD, REVERSE = (next(x for x in ONE_EACH if x.name.startswith(n)) for n in ("forward_kl", "reverse_kl"))
