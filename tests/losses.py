@@ -107,6 +107,10 @@ class Loss:
         more = {"labels": labels_for(s.shape).numpy()} if self.labelled else {}
         return self.oracle(s, t, **self.settings, **more)
 
+    def slope(self, s: Any, t: Any) -> Any:
+        """The gradient of the oracle's values, summed."""
+        return oracles.gradient(lambda x: self.expected(x, t), s, positions_apart="relational" not in self.exempt)
+
     def bare(self, student: Any) -> Any:
         """The function itself with its settings, for `kdloss.masked` to see what it takes."""
         labels = {"labels": labels_for(student.shape, student.device)} if self.labelled else {}
