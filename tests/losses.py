@@ -68,7 +68,7 @@ EXEMPT = {
 }
 # What the width of a distance is a multiple of.
 MULTIPLE = {"attention_mse": 4, "minilm": 6, "minilm_v2": 6}
-TEMPERATURES = (0.5, 1.0, 2.0, 10.0)
+TEMPERATURES = (0.5, 1.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ class Loss:
         """The oracle's value, in float64."""
         more = {"labels": labels_for(s.shape).numpy()} if self.labelled else {}
         return self.oracle(s, t, **self.settings, **more)
+
+    def slope(self, s: Any, t: Any) -> Any:
+        """The gradient of the oracle's values, summed."""
+        return oracles.gradient(lambda x: self.expected(x, t), s, positions_apart="relational" not in self.exempt)
 
     def bare(self, student: Any) -> Any:
         """The function itself with its settings, for `kdloss.masked` to see what it takes."""
@@ -228,6 +232,8 @@ sinkhorn_of_scattered.needs_classes = True  # type: ignore[attr-defined]
 LOSSES = _table()
 DIVERGENCES = [loss for loss in LOSSES if loss.kind == "divergence"]
 DISTANCES = [loss for loss in LOSSES if loss.kind == "distance"]
+# Each with each of its options once, for laws that a temperature has no part in.
+ONE_EACH = [loss for loss in DIVERGENCES if loss.settings["temperature"] == 0.5]
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, Any]:

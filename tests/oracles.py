@@ -116,21 +116,22 @@ def with_teacher_temperature(s, t, temperature=1.0):
     return temperature**2 * _kl(log_softmax(t, 3.0), log_softmax(s, temperature))
 
 
-def _log_sum_exp(x):
-    top = x.real.max(-1, keepdims=True)
-    return np.log(np.exp(x - top).sum(-1)) + top[..., 0]
-
-
 def _transport(log_a, log_b, cost, epsilon, steps):
-    """Sinkhorn's own algorithm for the entropic transport from a to b, entry by entry of its matrix."""
+    """Sinkhorn's own algorithm for the entropic transport from a to b."""
+    kernel = np.exp(-cost / epsilon).astype(log_a.dtype)  # symmetric
+
+    def log_sum(x):
+        top = x.real.max(-1, keepdims=True)
+        return np.log(np.exp(x - top) @ kernel) + top
+
     f, g = np.zeros_like(log_a), np.zeros_like(log_a)
     for _ in range(steps):
-        f = -_log_sum_exp((log_b + g)[..., None, :] - cost / epsilon)
-        g = -_log_sum_exp((log_a + f)[..., None, :] - cost / epsilon)
+        f = -log_sum(log_b + g)
+        g = -log_sum(log_a + f)
     return epsilon * ((np.exp(log_a) * f).sum(-1) + (np.exp(log_b) * g).sum(-1))
 
 
-def sinkhorn(s, t, temperature=1.0, epsilon=0.3, cost=None, steps=150):
+def sinkhorn(s, t, temperature=1.0, epsilon=0.3, cost=None, steps=60):
     if cost is None:
         places = np.arange(s.shape[-1]) * 0.618 % 1
         cost = np.float32(abs(places - places[:, None])).astype(float)
@@ -477,11 +478,12 @@ def word_relation(s, t, window=21, triple_weight=1.0):
     return np.array(values)
 
 
-def gradient(f, x):
-    """Derivative of sum(f(x)) by every entry of x."""
+def gradient(f, x, positions_apart=False):
+    """Derivative of sum(f(x)) by every entry of x; by one class of all positions at once where they have no other."""
     out, step = np.zeros(x.shape), 1e-30
-    for index in np.ndindex(x.shape):
-        moved = x.astype(complex)
-        moved[index] += 1j * step
-        out[index] = f(moved).sum().imag / step
+    for index in np.ndindex(x.shape[-1:] if positions_apart else x.shape):
+        at, moved = (..., *index), x.astype(complex)
+        moved[at] += 1j * step
+        value = f(moved)
+        out[at] = (value if positions_apart else value.sum()).imag / step
     return out

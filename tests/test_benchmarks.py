@@ -12,6 +12,7 @@ import liger
 import measure
 import pytest
 import recipes
+import small
 import torch
 from measure import Row
 from parts.memory import LiveTensors
@@ -125,7 +126,6 @@ TINY = {
     steps.cache: {"rounds": 1},
     steps.features: {"blocks": 4, "widths": (8, 12), "batch": (2, 6), "vocab": 20},
 }
-WIRED = {functions.features: "obvious", steps.small_batches: "small", steps.cache: "reads"}
 
 
 def test_every_section_is_tried():
@@ -141,10 +141,7 @@ def test_a_section_gives_rows(section, monkeypatch):
     monkeypatch.setattr(measure, "engine", lambda compiled: None)
     monkeypatch.setattr(liger, "here", lambda: False)  # so does Liger
     monkeypatch.setattr(measure, "SECONDS", 0.0)
-    if section in WIRED:
-        wired = pytest.importorskip(WIRED[section])
-        if hasattr(wired, "seconds"):
-            monkeypatch.setattr(wired, "seconds", partial(wired.seconds, rounds=1))
+    monkeypatch.setattr(small, "seconds", partial(small.seconds, rounds=1))
     rows = list(section("fresh", **TINY[section]))
     assert rows
     assert all(math.isfinite(row.ratio) and row.ratio != 0 for row in rows)  # what is added may seem less than nothing
