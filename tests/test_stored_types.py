@@ -11,7 +11,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 import kdloss
 from kdloss import TopKLogits, VanillaKD
-from kdloss.targets import _stored
+from kdloss.targets import looks
 
 INF = float("inf")
 NARROW = [torch.uint8, torch.uint16, torch.uint32]
@@ -87,8 +87,8 @@ def test_a_worker_of_a_dataloader_sends_them_as_they_are():
 def test_rows_that_were_looked_at_are_not_sorted_again_in_a_step(monkeypatch):
     kept, _ = narrow(torch.uint16)
     made = TopKLogits.of(torch.randn(4, 11), 3)
-    monkeypatch.setattr(_stored, "look", None)
-    monkeypatch.setattr(_stored, "in_range", None)
+    monkeypatch.setattr(looks, "look", None)
+    monkeypatch.setattr(looks, "in_range", None)
     student = torch.randn(4, 11)
     for teacher in (kept, made, kept.at(lambda x: x[:4]), made.detach()):
         assert VanillaKD(1.0, 0.0, check_finite=True)(student, teacher).isfinite()

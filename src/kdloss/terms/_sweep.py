@@ -12,6 +12,7 @@ from kdloss.engine import LabelTask, Problem, TeacherTask, fused, per_position
 from kdloss.engine.run import column_of
 from kdloss.reduction import denominator, divided, widest
 from kdloss.targets import TopKLogits
+from kdloss.targets.looks import look_again
 from kdloss.terms._outputs import look_at_numbers
 from kdloss.terms._positions import Positions
 from kdloss.terms.contract import Contract
@@ -137,7 +138,7 @@ def look_at_stored(one: Swept, task: LabelTask | TeacherTask, always: bool) -> N
         where, teacher = one.step.where, task.teacher
         classes = one.logits.shape[-1] if task.vocabulary is None else teacher.vocabulary
         there = teacher.at(lambda t: t[:, :-1]) if where.causal else teacher
-        there.look(classes, where.keep, always=always)
+        look_again(there, classes, where.keep, always=always)
 
 
 def check_numbers(one: Swept, task: LabelTask | TeacherTask) -> None:
