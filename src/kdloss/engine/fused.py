@@ -13,7 +13,7 @@ from torch import Tensor
 from kdloss.engine.rows import matmul_dtype
 from kdloss.engine.run import Problem, Student, run, without_autocast
 from kdloss.engine.total import blank
-from kdloss.reduction import fill, precise, widest
+from kdloss.reduction import fill, on_cpu, precise, widest
 from kdloss.targets import LazyLogits
 from kdloss.targets.kinds import at, dense
 
@@ -91,7 +91,7 @@ class _Fused(torch.autograd.Function):
 
 def _scaled(gradients: Sequence[Tensor | None], by: Tensor) -> Sequence[Tensor | None]:
     """Gradients times a number, in place; where looking at it waits for nothing, not if it is 1."""
-    if by.device.type == "cpu" and by.item() == 1:
+    if on_cpu(by.device) and by.item() == 1:
         return gradients
     return [None if g is None else g.mul_(by) for g in gradients]
 
@@ -166,7 +166,7 @@ def picked(problem: Problem, student: Student, off: Tensor) -> Tensor:
     values = []
     for task, out in zip(problem.tasks, off, strict=True):
         there, on = task.at(pick), ~out
-        if out.any():
+        if not on_cpu(out.device) or out.any():
             values.append(there.at(partial(fill, mask=on)).values(fill(z, on)))
         else:
             values.append(there.values(z))

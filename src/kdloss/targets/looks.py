@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kdloss.reduction import on_cpu
+
 if TYPE_CHECKING:
     from kdloss.targets.top_k import TopKLogits
 
@@ -17,7 +19,7 @@ def free_to_look(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return False
     there = [t for t in tensors if t is not None]
-    return all(isinstance(t, Tensor) and type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in there)
+    return all(type(t) in (Tensor, torch.nn.Parameter) and on_cpu(t.device) for t in there)
 
 
 def look_at_first(rows: "TopKLogits") -> None:

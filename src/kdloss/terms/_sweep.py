@@ -72,7 +72,7 @@ def sweep(
         values = per_position(problem, local)
         loss: Any = 0
         for one, keep, row in zip(group, counts, values.unbind(), strict=True):
-            loss = one.weight * widest_where.back(row if keep is None else row.where(keep, 0)) + loss
+            loss = one.weight * widest_where.back(row if keep is None else row.where(keep, 0), places) + loss
         return loss, _means(group, values.detach(), counts, rows)
     loss, values = fused(problem, local, _shares(group, counts, rows, contract, items, device))
     return loss, _means(group, values, counts, rows)
@@ -80,7 +80,8 @@ def sweep(
 
 def _rows_that_count(where: Positions, widest_where: Positions, places: Tensor | None) -> Tensor | None:
     """Which of the rows count for one term; None for all."""
-    return None if where.keep is widest_where.keep else _at(where.keep, places)
+    all_do = where.keep is widest_where.keep and widest_where.exact
+    return None if all_do else _at(where.keep, places)
 
 
 def _at(x: Tensor | None, places: Tensor | None) -> Tensor | None:
