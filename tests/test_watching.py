@@ -1,5 +1,7 @@
 """The watchers see what they are there for, and a training step of the engine waits for no accelerator."""
 
+from types import SimpleNamespace
+
 import losses
 import measure
 import numpy as np
@@ -233,6 +235,27 @@ def test_a_classifiers_step_waits_for_no_accelerator(monkeypatch):
     step()
     with never_waiting():
         step()
+
+
+def test_a_decoders_labels_become_the_teachers_without_waiting(monkeypatch):
+    as_on_an_accelerator(monkeypatch)
+    model, labels = nn.Module(), torch.tensor([[3, -100], [10, 0]])
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    REVERSED.to_teacher(labels.clamp_min(0))
+    with never_waiting():
+        found = kdloss._inputs.of_decoder(model, labels, REVERSED.to_teacher)
+    assert found.tolist() == [[7, -100], [0, 10]]
+
+
+def test_an_accelerator_is_asked_once_for_tokens_that_the_teacher_does_not_have(monkeypatch):
+    as_on_an_accelerator(monkeypatch)
+    shared = TokenMap(torch.arange(2), torch.arange(2))
+    with pytest.raises(ValueError, match="no counterpart"):
+        shared.to_teacher(torch.tensor([0, 5]))
+    tokens = torch.tensor([1, 0])
+    with never_waiting():
+        found = shared.to_teacher(tokens)
+    assert found.tolist() == [1, 0]
 
 
 def test_stored_rows_move_without_waiting():
