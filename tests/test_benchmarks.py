@@ -183,7 +183,7 @@ def test_the_table_of_a_card_can_be_had_without_one(dtype, monkeypatch):
     monkeypatch.setattr(gpu, "peak", lambda step: step() or 2**20)  # it is tried above
     monkeypatch.setattr(liger, "here", lambda: False)
     rows = list(gpu.table("cpu", dtype, SMALL, rounds=1))
-    assert len(rows) == len(set(rows)) == 7 * 4  # seven losses, four ways
+    assert len(rows) == len(set(rows)) == 8 * 4  # eight losses, four ways
     assert not any("out of memory" in row for row in rows)
 
 

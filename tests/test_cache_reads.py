@@ -116,8 +116,8 @@ def test_a_mask_with_holes_says_where_the_tokens_stand(tmp_path):
 
 def test_no_row_of_a_cache_is_looked_at_in_a_step(tmp_path, monkeypatch):
     cache = opened(caching.write(tmp_path))
-    monkeypatch.setattr(kdloss.targets._stored, "look", None)
-    monkeypatch.setattr(kdloss.targets._stored, "in_range", None)
+    monkeypatch.setattr(kdloss.targets.looks, "look", None)
+    monkeypatch.setattr(kdloss.targets.looks, "in_range", None)
     x = cache[["example 0", "example 1"]]
     assert kdloss.VanillaKD(2.0, 0.0)(torch.randn(*x.shape[:2], caching.VOCAB), x).isfinite()
 

@@ -5,7 +5,7 @@ import pytest
 import recipes
 import torch
 
-from kdloss import LazyLogits, VanillaKD, divergences
+from kdloss import Distiller, LazyLogits, VanillaKD, divergences
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of a gradient, relative to its norm
 LOSSES = {
@@ -58,6 +58,28 @@ def test_hidden_states_and_heads(name, dtype):
     hidden, weight = (x.double() for x in teacher)
     rounding = 10 if name == "TVD" else 1  # its slope jumps where logits that are rounded meet
     held_to_float64(value, leaves, recipe, lambda h, w: h @ w.T, hidden @ weight.T, labels, dtype, rounding)
+
+
+@pytest.mark.skipif(device.NAME != "cuda", reason="of CUDA alone PyTorch tells what waited")
+@pytest.mark.parametrize("models", [False, True])
+def test_a_training_step_waits_for_nothing(models):
+    student, teacher = (torch.nn.Linear(16, 300) for _ in range(2))
+    x, criterion = torch.randn(70, 16), VanillaKD()
+    distill = Distiller(teacher, criterion)
+
+    def step(labels):
+        loss = distill(student, x, labels=labels).loss if models else criterion(student(x), teacher(x).detach(), labels)
+        loss.backward()
+
+    batches = [labels_for(70) for _ in range(3)]
+    batches[1][:9] = -100
+    for labels in batches[:2]:
+        step(labels)  # what is compiled is tried
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step(batches[2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_another_device_is_where_tensors_are_made(monkeypatch):

@@ -5,13 +5,14 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from parts.memory import LiveTensors
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import kdloss
 from kdloss import TopKLogits, VanillaKD
-from kdloss.targets import _stored
+from kdloss.targets import looks
 
 INF = float("inf")
 NARROW = [torch.uint8, torch.uint16, torch.uint32]
@@ -76,6 +77,28 @@ def test_rows_move_and_are_pinned_in_the_types_they_were_given_in(dtype, monkeyp
     assert torch.equal(again.ids(), kept.ids())
 
 
+def test_the_trainers_way_of_moving_batches_moves_them_too():
+    there = send_to_device({"teacher": TopKLogits.of(torch.randn(4, 11), 3)}, "meta", non_blocking=True)["teacher"]
+    assert (type(there), there.device.type) == (TopKLogits, "meta")
+
+
+def test_what_was_left_on_the_host_goes_where_the_student_is(monkeypatch):
+    kept, moves, answers = TopKLogits.of(torch.randn(4, 11), 3), [], iter([True, False])
+    monkeypatch.setattr(kdloss._runner, "on_cpu", lambda device: next(answers))
+    monkeypatch.setattr(kdloss._runner, "moved", lambda *x: moves.append(x) or kept)
+    distill = kdloss.Distiller(None, VanillaKD())
+    distill(torch.nn.Linear(5, 11), torch.randn(4, 5), labels=torch.arange(4), teacher=kept)
+    assert moves == [(kept, torch.device("cpu"))]
+
+
+def test_what_comes_to_the_host_is_waited_for_and_what_leaves_it_is_not(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: waits.append(not non_blocking) or x)
+    kdloss.teacher.moved([torch.zeros(2)], "cpu")
+    kdloss.teacher.moved([torch.zeros(2)], "cuda:0")
+    assert waits == [True, False]
+
+
 def test_a_worker_of_a_dataloader_sends_them_as_they_are():
     kept, _ = narrow(torch.uint16)
     (got,) = DataLoader([kept], batch_size=None, num_workers=1, multiprocessing_context="fork")
@@ -87,8 +110,8 @@ def test_a_worker_of_a_dataloader_sends_them_as_they_are():
 def test_rows_that_were_looked_at_are_not_sorted_again_in_a_step(monkeypatch):
     kept, _ = narrow(torch.uint16)
     made = TopKLogits.of(torch.randn(4, 11), 3)
-    monkeypatch.setattr(_stored, "look", None)
-    monkeypatch.setattr(_stored, "in_range", None)
+    monkeypatch.setattr(looks, "look", None)
+    monkeypatch.setattr(looks, "in_range", None)
     student = torch.randn(4, 11)
     for teacher in (kept, made, kept.at(lambda x: x[:4]), made.detach()):
         assert VanillaKD(1.0, 0.0, check_finite=True)(student, teacher).isfinite()

@@ -1,5 +1,8 @@
 """The watchers see what they are there for, and a training step of the engine waits for no accelerator."""
 
+from types import SimpleNamespace
+
+import losses
 import measure
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from versions import since_torch
 from watching import Waited, as_on_an_accelerator, may_wait, never_waiting
 
 import kdloss
-from kdloss import LazyLogits, Mixture, TokenMap, TopKLogits, VanillaKD, divergences
+from kdloss import CrossEntropy, LazyLogits, Mixture, TokenMap, TopKLogits, VanillaKD, divergences
+from kdloss.terms._ahead import Ahead
 
 X = torch.arange(6.0)
 MASK = X > 2
@@ -111,41 +115,115 @@ def given(dtype=torch.float32):
 
 SHARED = TokenMap(torch.arange(9), torch.arange(1, 10))
 REVERSE = kdloss.Logits(divergences.reverse_kl, name="second")
-STEPS = {  # the criterion, whether student and teacher give logits, and what else becomes of the teacher
-    "logits": (VanillaKD(), True, None),
-    "causal logits": (VanillaKD(causal=True), True, None),
-    "JSD": (VanillaKD(divergence=divergences.jsd), True, None),
-    "top-k": (VanillaKD(1.0), True, lambda t: TopKLogits.of(t, 3)),
-    "lazy": (VanillaKD(), False, None),
-    "mixture": (VanillaKD(), False, lambda t: Mixture([t, t])),
-    "token map": (VanillaKD(vocabulary=SHARED), False, None),
-    "two terms": (VanillaKD() + 0.5 * REVERSE, False, None),
-    "values": (VanillaKD(reduction="none"), False, None),
+WEIGHED = CrossEntropy(label_smoothing=0.1, class_weights=torch.rand(11))
+SOFT = torch.rand(2, 6, 11).softmax(-1)
+MASKED = {"mask": torch.arange(12).view(2, 6) != 7}
+RISING = kdloss.schedules.linear(0.1, 1.0, steps=10)
+STEPS = {  # the criterion, whether both give logits, what else becomes of the teacher, and what else is given
+    "logits": (VanillaKD(), True, None, {}),
+    "causal logits": (VanillaKD(causal=True), True, None, MASKED),
+    "JSD": (VanillaKD(divergence=divergences.jsd), True, None, {}),
+    "by autograd": (VanillaKD(divergence=divergences.adaptive_kl), True, None, MASKED),
+    "no labels": (kdloss.Sum(kdloss.Logits()), True, None, {"labels": None} | MASKED),
+    "soft labels": (VanillaKD(), True, None, {"labels": SOFT} | MASKED),
+    "class weights": (
+        CrossEntropy(label_smoothing=0.1, class_weights=torch.rand(11)) + REVERSE,
+        True,
+        None,
+        {"num_items_in_batch": torch.tensor(9)},
+    ),
+    "overwritten": (VanillaKD(overwrite_logits=True), True, None, {}),
+    "top-k": (VanillaKD(1.0), True, lambda t: TopKLogits.of(t, 3), {}),
+    "stored top-k": (
+        VanillaKD(),
+        False,
+        lambda t: TopKLogits(torch.arange(3).expand(2, 6, 3), SOFT[..., :3].log()),
+        {},
+    ),
+    "lazy": (VanillaKD(), False, None, {}),
+    "mixture": (VanillaKD(), False, lambda t: Mixture([t, t]), {}),
+    "token map": (VanillaKD(vocabulary=SHARED), False, None, {}),
+    "two terms": (VanillaKD() + 0.5 * REVERSE, False, None, {}),
+    "learned and scheduled": (nn.Parameter(torch.ones(())) * CrossEntropy() + RISING * REVERSE, False, None, {}),
+    "by the mask": (CrossEntropy() + kdloss.Logits(positions="mask"), False, None, MASKED),
+    "padding on the left": (VanillaKD(causal=True), False, None, {"attention_mask": MASKED["mask"]}),
+    "values": (VanillaKD(reduction="none"), False, None, {}),
+    "causal values": (VanillaKD(reduction="none", causal=True), True, None, MASKED),
 }
-WAITS = pytest.mark.xfail(strict=True, raises=Waited, reason="positions that count are found by nonzero(), which waits")
 
 
-@WAITS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", STEPS)
 def test_a_training_step_waits_for_no_accelerator(name, dtype, monkeypatch):
     as_on_an_accelerator(monkeypatch)
-    criterion, dense, of_teacher = STEPS[name]
+    criterion, dense, of_teacher, more = STEPS[name]
     student, teacher, labels = given(dtype)
     teacher = teacher.dense() if dense else teacher
     teacher = teacher if of_teacher is None else of_teacher(teacher)
 
     def step():
-        criterion(student.dense() if dense else student, teacher, labels).sum().backward()
+        criterion(student.dense() if dense else student, teacher, **{"labels": labels} | more).sum().backward()
+        criterion.advance()
 
     step()  # the first one may look at its inputs
     with never_waiting():
         step()
 
 
-@WAITS
-def test_a_step_of_models_waits_for_no_accelerator(monkeypatch):
-    """Plain ones: what transformers' models look at in their masks is theirs."""
+@pytest.mark.parametrize("loss", losses.DISTANCES, ids=str)
+def test_a_distance_of_features_waits_for_no_accelerator(loss, monkeypatch):
+    as_on_an_accelerator(monkeypatch)
+    student, teacher = loss.sample(3, 6, 8)
+    mask = torch.arange(18).view(3, 6) % 5 > 0
+
+    def step():
+        kdloss.masked(loss.bare(student), student, teacher, mask).backward()
+
+    step()
+    with never_waiting():
+        step()
+
+
+class Speaks(nn.Module):
+    """A plain language model: what transformers' models look at in their masks is theirs."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.read, self.block, self.head = nn.Embedding(11, width), nn.Linear(width, width), nn.Linear(width, 11)
+
+    def forward(self, input_ids, attention_mask=None):
+        return {"logits": self.head(self.block(self.read(input_ids)).tanh())}
+
+
+REVERSED = TokenMap(torch.arange(11), torch.arange(11).flip(0))
+SUMS = {
+    "KD": VanillaKD(causal=True),
+    "not causal": VanillaKD(causal=False),
+    "KD alone": kdloss.Sum(kdloss.Logits(), causal=True),
+    "features": kdloss.FeatureKD(layers=["block"], pairing="same", logit_weight=0.5, causal=True),
+    "token map": VanillaKD(causal=True, vocabulary=REVERSED),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_step_of_models_waits_for_no_accelerator(name, monkeypatch):
+    as_on_an_accelerator(monkeypatch)
+    ids = torch.randint(11, (2, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch["labels"][1, 4:], batch["attention_mask"][1, 4:] = -100, 0
+    model = kdloss.Distillation(Speaks(6), Speaks(8), SUMS[name]).prepare(**batch)
+
+    def step(**more):
+        model(**batch, **more).loss.backward()
+
+    items = torch.tensor(5)
+    step()
+    with never_waiting():
+        step()
+        step(num_items_in_batch=items)
+
+
+def test_a_classifiers_step_waits_for_no_accelerator(monkeypatch):
     as_on_an_accelerator(monkeypatch)
     teacher, student = (nn.Sequential(nn.Linear(4, n), nn.ReLU(), nn.Linear(n, 5)) for n in (8, 6))
     distill = kdloss.Distiller(teacher, VanillaKD())
@@ -157,6 +235,118 @@ def test_a_step_of_models_waits_for_no_accelerator(monkeypatch):
     step()
     with never_waiting():
         step()
+
+
+def test_a_decoders_labels_become_the_teachers_without_waiting(monkeypatch):
+    as_on_an_accelerator(monkeypatch)
+    model, labels = nn.Module(), torch.tensor([[3, -100], [10, 0]])
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    REVERSED.to_teacher(labels.clamp_min(0))
+    with never_waiting():
+        found = kdloss._inputs.of_decoder(model, labels, REVERSED.to_teacher)
+    assert found.tolist() == [[7, -100], [0, 10]]
+
+
+def test_an_accelerator_is_asked_once_for_tokens_that_the_teacher_does_not_have(monkeypatch):
+    as_on_an_accelerator(monkeypatch)
+    shared = TokenMap(torch.arange(2), torch.arange(2))
+    with pytest.raises(ValueError, match="no counterpart"):
+        shared.to_teacher(torch.tensor([0, 5]))
+    tokens = torch.tensor([1, 0])
+    with never_waiting():
+        found = shared.to_teacher(tokens)
+    assert found.tolist() == [1, 0]
+
+
+def test_stored_rows_move_without_waiting():
+    kept = TopKLogits.of(torch.randn(2, 3, 9), 4)
+    with never_waiting():
+        there = kdloss.teacher.moved({"teacher": kept}, "meta")["teacher"]
+    assert [x.device.type for x in (there.indices, there.log_probs, there.log_rest)] == ["meta"] * 3
+
+
+# -- rows that don't count, where nobody may look for them --
+
+
+def plain(hidden, weight, teacher, labels, keep):
+    """KL + CE (T = 2, alpha = 0.5) of the positions that count alone, and its gradients, in float64."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    z, t, y = (hidden @ weight.T)[keep], teacher.dense().double()[keep], labels[keep]
+    kl = 4 * (F.softmax(t / 2, -1) * (F.log_softmax(t / 2, -1) - F.log_softmax(z / 2, -1))).sum(-1)
+    loss = (F.cross_entropy(z, y, reduction="none") + kl).mean() / 2
+    return loss, torch.autograd.grad(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("told", ["nothing", "how many", "how many at most"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_rows_that_do_not_count_give_nothing_whatever_stands_there(dense, causal, told, monkeypatch):
+    as_on_an_accelerator(monkeypatch)
+    rows, swept = [], kdloss.terms._sweep.fused
+    monkeypatch.setattr(kdloss.terms._sweep, "fused", lambda *x: rows.append(x[0].rows) or swept(*x))
+    student, teacher, labels = given()
+    labels[1, -2:] = -100
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    mask[1, 1] = told == "how many"
+    counts = (labels != -100) & mask
+    keep = torch.cat([counts[:, 1:], torch.zeros(2, 1).bool()], 1) if causal else counts
+    of = torch.cat([labels[:, 1:], labels[:, :1]], 1) if causal else labels
+    expected, (of_hidden, of_weight) = plain(student.hidden, student.weight, teacher, of, keep)
+
+    hidden = student.hidden.detach().masked_fill(~keep.unsqueeze(-1), torch.nan).requires_grad_()
+    taught = LazyLogits(teacher.hidden.masked_fill(~keep.unsqueeze(-1), torch.inf), teacher.weight)
+    ahead = None if told == "nothing" else Ahead.of(labels, None, causal=causal, ignore_index=-100)
+    criterion = VanillaKD(causal=causal)
+    if dense:
+        z = LazyLogits(hidden, student.weight).dense().detach().requires_grad_()
+        loss = criterion(z, taught.dense(), labels, mask=mask, ahead=ahead)
+        (slope,) = torch.autograd.grad(loss, z)
+        assert (slope[~keep] == 0).all()
+        found = slope.double() @ student.weight.double(), slope[keep].T.double() @ student.hidden[keep].double()
+    else:
+        loss = criterion(LazyLogits(hidden, student.weight), taught, labels, mask=mask, ahead=ahead)
+        found = torch.autograd.grad(loss, (hidden, student.weight))
+        assert (found[0][~keep] == 0).all()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, slope in zip(found, (of_hidden, of_weight), strict=True):
+        assert (ours - slope).norm() <= 1e-5 * slope.norm()
+    most = {"nothing": 10 if causal else 12, "how many": keep.sum(), "how many at most": keep.sum() + 1}
+    assert rows == [most[told]]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_of_rows_that_do_not_count_are_zero(masked, causal, monkeypatch):
+    """Of which a model is told how many there are at most."""
+    as_on_an_accelerator(monkeypatch)
+    student, teacher, labels = given()
+    mask = torch.arange(12).view(2, 6) != (7 if masked else 12)
+    keep = ((labels != -100) & mask)[:, int(causal) :]
+    z, t = (x.dense().detach()[:, : keep.shape[1]] for x in (student, teacher))
+    kl = F.kl_div(z.double().log_softmax(-1), t.double().log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    logits = student.dense().detach().requires_grad_()
+    ahead = Ahead.of(labels, mask if masked else None, causal=causal, ignore_index=-100)
+    criterion = kdloss.Sum(kdloss.Logits(), causal=causal, reduction="none")
+    values = criterion(logits, teacher.dense(), labels, mask=mask, ahead=ahead)
+    values.sum().backward()
+    assert torch.allclose(values.double(), kl.where(keep, 0), atol=1e-6)
+    slope = (z.softmax(-1) - t.softmax(-1)) * keep.unsqueeze(-1)
+    assert torch.allclose(logits.grad[:, : keep.shape[1]], slope, atol=1e-6)
+
+
+def test_the_number_is_asked_for_before_the_models_run(monkeypatch):
+    as_on_an_accelerator(monkeypatch)
+    happened, sweep = [], kdloss.terms._sweep.fused
+    asked, read = Ahead.of.__func__, kdloss.terms._ahead.landed
+    monkeypatch.setattr(Ahead, "of", classmethod(lambda *x, **y: happened.append("asked") or asked(*x, **y)))
+    monkeypatch.setattr(kdloss.terms._ahead, "landed", lambda *x: happened.append("read") or read(*x))
+    monkeypatch.setattr(kdloss.terms._sweep, "fused", lambda *x: happened.append(x[0].rows) or sweep(*x))
+    student, teacher = nn.Linear(4, 5), nn.Linear(4, 5)
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.register_forward_hook(lambda *_, name=name: happened.append(name))
+    labels = torch.tensor([0, -100, 3])
+    kdloss.Distiller(teacher, VanillaKD())(student, torch.randn(3, 4), labels=labels)
+    assert happened == ["asked", "student", "teacher", "read", 2]
 
 
 # -- bytes --

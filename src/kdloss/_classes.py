@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdloss._capture import Captured
 from kdloss.layers.names import unwrap
@@ -38,8 +38,7 @@ class Classes:
             return logits
         if not self.alike:
             raise ValueError(self._differ())
-        at = [self.teacher.index(name) for name in self.student]
-        return chosen_classes(logits, torch.tensor(at, device=logits.device))
+        return chosen_classes(logits, _order(self.student, self.teacher, logits.device))
 
     def _differ(self) -> str:
         alone = [[x for x in a if x not in b] for a, b in ((self.student, self.teacher), (self.teacher, self.student))]
@@ -58,6 +57,13 @@ class Classes:
             f"the student has {len(self.student)} classes and the teacher {len(self.teacher)}, by config.id2label, and "
             f"{' and '.join(who)}; {way}"
         )
+
+
+@lru_cache(maxsize=16)
+def _order(student: tuple[str, ...], teacher: tuple[str, ...], device: torch.device) -> Tensor:
+    """Where each of the student's classes is among the teacher's: copied to a device once."""
+    with torch.inference_mode(False):
+        return torch.tensor([teacher.index(name) for name in student], device=device)
 
 
 class Named:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdloss.layers.names import unwrap
+from kdloss.reduction import on_cpu
 
 _PACKING = "position_ids"  # whoever doesn't read these takes the documents of a packed row for one
 
@@ -88,7 +89,10 @@ def of_decoder(model: Callable[..., Any], labels: Any, rename: Callable[[Tensor]
     config = getattr(unwrap(model), "config", None) if isinstance(model, nn.Module) else None
     if not getattr(config, "is_encoder_decoder", False) or not isinstance(labels, Tensor) or labels.is_floating_point():
         return labels
-    own, there = labels.clone(), labels >= 0
+    there = labels >= 0
+    if not on_cpu(labels.device):  # how many there are would have to be waited for
+        return rename(labels.where(there, labels.amax())).where(there, labels)
+    own = labels.clone()
     own[there] = rename(labels[there])
     return own
 

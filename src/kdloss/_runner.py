@@ -19,7 +19,9 @@ from kdloss._passes import Passes, brought, requests
 from kdloss._towers import Towers
 from kdloss.adapter import evaluating, resharded
 from kdloss.bases import Own, owner
-from kdloss.teacher import Teacher, tensors
+from kdloss.reduction import on_cpu
+from kdloss.targets.kinds import KINDS
+from kdloss.teacher import Teacher, moved, tensors
 from kdloss.terms import Plan
 from kdloss.terms._outputs import logits_read
 
@@ -63,7 +65,7 @@ class Runner:
         rest = iter(stored)
         for k, teacher in enumerate(self.teachers):
             if teacher is None:
-                said = next(rest, None)
+                said = _beside(student, next(rest, None))
                 yield self._classes.stored(k, student, said) if self._plans else said
             elif not self._plans or plan.of_teacher(k):
                 # By no name here: who asks for the output is the only one to hold it.
@@ -137,3 +139,12 @@ class Runner:
                 resharded(module)
         seen.output = tensors(seen.output, (args, inputs))
         return seen
+
+
+def _beside(student: nn.Module, said: Any) -> Any:
+    """What a stored teacher said, where the student is, if it was left on the host."""
+    if isinstance(said, KINDS) and on_cpu(said.device):
+        home = next((p.device for p in student.parameters()), said.device)
+        if not on_cpu(home) and home.type != "meta":
+            return moved(said, home)
+    return said

@@ -19,6 +19,7 @@ from kdloss.distilled import Distilled
 from kdloss.layers.names import modules_of
 from kdloss.teacher import Teacher, refuse_functions
 from kdloss.terms import Plan
+from kdloss.terms._ahead import Ahead
 from kdloss.terms._outputs import logits_read, part_of
 from kdloss.terms.contract import Contract
 from kdloss.terms.sum import as_criterion
@@ -141,6 +142,7 @@ class Distiller:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn(student)
         plan, batch = self._plan(teach), Batch(args, inputs, labels, shift_labels)
+        ahead = self._ahead(own, labels, shift_labels, mask) if plan.weights else None
         with_labels = plan.own_loss or own.of_labels
         seen = self._run.study(student, plan, batch, with_labels)
         labels = labels if shift_labels is None else shift_labels
@@ -155,6 +157,7 @@ class Distiller:
         settings |= {} if index is None else {"index": index}
         if self._plans:
             settings |= {"causal": causal, "task_terms": own.added(seen.output)}
+            settings |= {} if ahead is None else {"ahead": ahead}
             loss = self.criterion(seen, outputs, labels, plan=plan, **settings)
         else:
             every = list(outputs)
@@ -238,6 +241,13 @@ class Distiller:
             logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
             refuse_unread(own, student, logits, labels)
         return bool(own.causal)
+
+    def _ahead(self, own: OwnLoss, labels: Any, shift_labels: Any, mask: Tensor | None) -> Ahead | None:
+        """How many positions count, asked of the device before it has the models' passes to do."""
+        contract: Contract = self.criterion.contract
+        causal = own.causal if contract.causal is None else contract.causal
+        labels, causal = (labels, causal) if shift_labels is None else (shift_labels, False)
+        return Ahead.of(labels, mask, causal=bool(causal), ignore_index=contract.ignore_index)
 
     def _stored(self, given: Any) -> list[Any]:
         """What the stored teachers said."""

@@ -97,7 +97,7 @@ def divided(total: Tensor, count: int | Tensor) -> Tensor:
         return total / count
     none = count == 0
     mean = total / count.masked_fill(none, 1)
-    return mean.masked_fill(none.to(mean.device), 0)
+    return mean.masked_fill(none.to(mean.device, non_blocking=True), 0)
 
 
 def masked(

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kdloss._graphs import refuse_trained
 from kdloss._inputs import of_teacher
-from kdloss.targets import LazyLogits
+from kdloss.targets import LazyLogits, TopKLogits
 from kdloss.terms import Features
 
 
@@ -84,12 +84,13 @@ class Teacher:
 
 
 def moved(x: Any, device: torch.device | str) -> Any:
-    """The same with all tensors on a device."""
+    """The same with all tensors on a device. What comes to the host is waited for, as it is read there."""
+    ahead = torch.device(device).type != "cpu"
 
     def move(t: Any) -> Any:
         if isinstance(t, LazyLogits):
             return replace(t, **{name: move(part) for name, part in vars(t).items()})
-        return t.to(device, non_blocking=True) if isinstance(t, Tensor) else t
+        return t.to(device, non_blocking=ahead) if isinstance(t, (Tensor, TopKLogits)) else t
 
     return tree_map(move, x)
 

@@ -17,6 +17,7 @@ from kdloss.engine.task import TeacherTask, unwrapped
 from kdloss.reduction import takes
 from kdloss.targets import TopKLogits
 from kdloss.targets.kinds import AnyLogits
+from kdloss.targets.looks import look_at_any
 from kdloss.targets.sharded import localised
 
 
@@ -81,7 +82,7 @@ def in_blocks(
     task = TeacherTask(partial(divergence, **options), teacher.detach(), temperature, labels=labels)
     task.check(student)
     if isinstance(teacher, TopKLogits):
-        teacher.look_at_range(student.shape[-1])
+        look_at_any(teacher, student.shape[-1])
     if whole_only(student, divergence):
         return task.values(student, mask)
     positions = student.shape[:-1]

@@ -14,7 +14,7 @@ from kdloss.engine.rows import matmul_dtype
 from kdloss.engine.run import Problem, Student, run, without_autocast
 from kdloss.engine.scaled import scaled
 from kdloss.engine.total import blank
-from kdloss.reduction import fill, precise, widest
+from kdloss.reduction import fill, on_cpu, precise, widest
 from kdloss.targets import LazyLogits
 from kdloss.targets.kinds import at, dense
 
@@ -160,7 +160,7 @@ def picked(problem: Problem, student: Student, off: Tensor) -> Tensor:
     values = []
     for task, out in zip(problem.tasks, off, strict=True):
         there, on = task.at(pick), ~out
-        if out.any():
+        if not on_cpu(out.device) or out.any():
             values.append(there.at(partial(fill, mask=on)).values(fill(z, on)))
         else:
             values.append(there.values(z))

@@ -26,6 +26,11 @@ class Rows:
         if isinstance(x, LazyLogits):
             self.lazy = in_matmul_dtype(replace(x, hidden=self._take(x.hidden, 0, None)))
 
+    def clear(self, nowhere: Tensor) -> None:
+        """Zeros for the hidden states of rows `[rows, 1]`, which the head's gradient multiplies with zeros."""
+        if isinstance(self.x, LazyLogits):
+            self.lazy = replace(self.lazy, hidden=self.lazy.hidden.masked_fill(nowhere, 0))
+
     def make(self, start: int, stop: int) -> None:
         """Compute rows start to stop, where they are not there already."""
         if isinstance(self.x, LazyLogits):

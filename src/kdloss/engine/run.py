@@ -16,6 +16,7 @@ from kdloss.engine.plan import Plan, check_sharded
 from kdloss.engine.rows import Rows, Teachers
 from kdloss.engine.side import Side
 from kdloss.engine.task import LabelTask, Task, TeacherTask
+from kdloss.reduction import on_cpu
 from kdloss.targets import LazyLogits, ShardedLogits
 from kdloss.targets.kinds import AnyLogits, is_double
 from kdloss.targets.sharded import Shard
@@ -67,6 +68,9 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
     tasks, n, classes, device, shard = problem.tasks, problem.rows, x.shape[-1], x.device, problem.shard
     plan = Plan.of(tasks)
     student, teachers = Rows(x, problem.index), Teachers(read_by_rows(tasks), problem.index)
+    off, nowhere = switched_off(weights, len(tasks), n, problem.nonzero)
+    if nowhere is not None:
+        student.clear(nowhere)
     gradients: Gradients | None = None
     if weights is not None:
         gradients = OfHead(x, student, shard) if isinstance(x, LazyLogits) else OfLogits(x, student, problem.overwrite)
@@ -79,7 +83,6 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
     block = None if shard is not None else block_of(plan, tasks, x, dtype)
     if block is not None:
         few = compiled_rows(device, classes)
-    off, nowhere = switched_off(weights, len(tasks), n, problem.nonzero)
     by = None if weights is None else slopes(plan, weights, dtype)
     side = partial(Side, shard=shard) if shard is not None else Side
     found = []
@@ -120,7 +123,9 @@ def slopes(plan: Plan, weights: Tensor, dtype: torch.dtype) -> Tensor:
 def column_of(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as a column, made once: most steps have those of the one before. Nobody writes to it."""
     with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=dtype, device=device).unsqueeze(1)
+        if on_cpu(device):
+            return torch.tensor(numbers, dtype=dtype, device=device).unsqueeze(1)
+        return torch.cat([torch.full((1, 1), x, dtype=dtype, device=device) for x in numbers])  # copied from no host
 
 
 def uncompiled(
@@ -176,10 +181,14 @@ def read_by_rows(tasks: Sequence[Task]) -> Iterator[AnyLogits]:
 def switched_off(
     weights: Tensor | None, tasks: int, rows: int, nonzero: bool
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """For each task the rows `[rows, 1]` of weight 0, and those where all tasks have it; None where there are none."""
+    """For each task the rows `[rows, 1]` of weight 0, and those where all tasks have it; None where there are none,
+    if looking for some waits for nothing.
+    """
     if weights is None or nonzero:
         return [None] * tasks, None
     off = (weights == 0).expand(tasks, rows).unsqueeze(-1)
+    if not on_cpu(off.device):
+        return list(off), off.all(0)
     some = off.flatten(1).any(1).tolist()
     return [o if there else None for o, there in zip(off, some, strict=True)], off.all(0) if all(some) else None
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdloss.engine.side import LN2, finite, wide_sum
 from kdloss.targets import TopKLogits
-from kdloss.targets.top_k import base
+from kdloss.targets.few_classes import base, logits, slots
 
 AmongFew = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """Student's and teacher's logits of a few classes `[r, k + 1]` -> values `[r, 1]` and, if wanted, their gradient."""
@@ -29,7 +29,7 @@ def among_few(compare: AmongFew, z: Tensor, teacher: TopKLogits) -> TopK:
 
     In the student's logits the bucket's gradient goes to the classes in it by their share of its mass.
     """
-    indices, empty = teacher.slots()
+    indices, empty = slots(teacher)
     nothing = empty.all(-1, keepdim=True)
     kept = z.gather(-1, indices).masked_fill(empty, -torch.inf)
     if teacher.tail == "renormalise":
@@ -38,7 +38,7 @@ def among_few(compare: AmongFew, z: Tensor, teacher: TopKLogits) -> TopK:
         others, mass, size, top = _others(z, indices, teacher.temperature)
         low = base(kept, top)
         few = torch.cat([kept - low, size + (finite(top) - low)], -1)
-    value, slope = compare(few.masked_fill(nothing, 0), teacher.logits(empty, z.shape[-1]).to(few.dtype))
+    value, slope = compare(few.masked_fill(nothing, 0), logits(teacher, empty, z.shape[-1]).to(few.dtype))
     value, k = value.masked_fill(nothing, 0), indices.shape[-1]
     if slope is None:
         return TopK(value, others, value, indices, None)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kdloss.engine.once import once
+from kdloss.reduction import on_cpu
 from kdloss.targets.kinds import Classes
 
 
@@ -58,7 +59,7 @@ class Total:
 
 def blank(rows: Tensor, off: Tensor) -> None:
     """Zeros in the rows where `off` `[r, 1]` is True, in place of NaN, too."""
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():  # where masks are slow: touch those rows alone
+    if on_cpu(rows.device) and not torch.compiler.is_compiling():  # where masks are slow: touch those rows alone
         rows.index_fill_(0, off.squeeze(-1).nonzero().squeeze(-1), 0)
     else:
         rows.masked_fill_(off, 0)

@@ -9,14 +9,11 @@ from jaxtyping import Float, Int, Integer
 from torch import Size, Tensor
 
 from kdloss import _checks
-from kdloss.reduction import alike, precise
-from kdloss.targets import _stored
+from kdloss.targets import _ids, _served, few_classes, looks
 from kdloss.targets._most_probable import most_probable
 
 Tail = Literal["bucket", "renormalise", "uniform"]
 TAILS = ("bucket", "renormalise", "uniform")
-_LARGEST = {torch.uint8: 2**8 - 1, torch.uint16: 2**16 - 1, torch.uint32: 2**32 - 1}
-_UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}  # in as many bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +79,7 @@ class TopKLogits:
                 "it is one number per position"
             )
         _checks.same_place("log_probs", self.indices, self.log_probs)
-        if _stored.free_to_look(self.indices, self.log_probs, self.log_rest):
-            ids = self.ids()
-            padding = _stored.padding(ids, self.log_probs)
-            _stored.look(ids, self.log_probs, self.log_rest, self.vocabulary, ~padding)
-            object.__setattr__(self, "_right", not padding.any().item())
+        looks.look_at_first(self)
 
     @classmethod
     def of(
@@ -143,7 +136,7 @@ class TopKLogits:
                 [-1, -1]])
         """
         _checks.choice("of", of, ("tokens", "logits"))
-        indices, log_probs = _stored.from_rows(rows, of == "tokens")
+        indices, log_probs = _served.from_rows(rows, of == "tokens")
         return cls(indices.to(device), log_probs.to(device), tail, temperature, None, vocabulary)
 
     @property
@@ -159,10 +152,7 @@ class TopKLogits:
     def at(self, pick: Callable[[Tensor], Tensor]) -> "TopKLogits":
         """Chosen positions."""
         rest = None if self.log_rest is None else pick(self.log_rest)
-        dtype = self.indices.dtype
-        signed = _UNSIGNED.get(dtype)  # older torch picks from no others
-        indices = pick(self.indices) if signed is None else pick(self.indices.view(signed)).view(dtype)
-        return self._with(indices=indices, log_probs=pick(self.log_probs), log_rest=rest)
+        return self._with(indices=_ids.picked(self.indices, pick), log_probs=pick(self.log_probs), log_rest=rest)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "TopKLogits":
         """On a `device`, in the same types; `non_blocking` as for a tensor, from pinned memory."""
@@ -177,34 +167,9 @@ class TopKLogits:
         rest = None if self.log_rest is None else self.log_rest.detach()
         return self._with(log_probs=self.log_probs.detach(), log_rest=rest)
 
-    def look(self, classes: int | None, keep: Tensor | None = None, *, always: bool = False) -> None:
-        """Raise for numbers that can't be in a row that counts, where looking costs nothing or `always`."""
-        if self._looked_at(classes) or not (always or _stored.free_to_look(self.indices, self.log_probs, keep)):
-            return
-        keep = torch.ones_like(self.log_probs[..., 0], dtype=torch.bool) if keep is None else keep
-        if getattr(self, "_right", False):
-            _stored.look_at_range(self.ids(), classes, keep)
-        else:
-            _stored.look(self.ids(), self.log_probs, self.log_rest, classes, keep)
-
-    def look_at_range(self, classes: int) -> None:
-        """The same where nobody says which rows count: padding doesn't."""
-        if self._looked_at(classes) or not _stored.free_to_look(self.indices, self.log_probs):
-            return
-        if not _stored.in_range(ids := self.ids(), classes):
-            _stored.look_at_range(ids, classes, ~_stored.padding(ids, self.log_probs))
-
-    def _looked_at(self, classes: int | None) -> bool:
-        """Whether all rows are known to be right among so many classes."""
-        known = self.vocabulary
-        return getattr(self, "_right", False) and (classes is None or (known is not None and known <= classes))
-
     def ids(self) -> Tensor:
         """The indices as int64, -1 in an empty slot."""
-        ids, largest = self.indices.long(), _LARGEST.get(self.indices.dtype)
-        if largest is None or self.vocabulary is None or self.vocabulary > largest:
-            return ids
-        return ids.masked_fill(ids == largest, -1)
+        return _ids.of(self.indices, self.vocabulary)
 
     def empty(self) -> Tensor:
         """Which rows say nothing, `[...]`."""
@@ -220,55 +185,11 @@ class TopKLogits:
         """The same classes under other indices, `new[old]`; those with a new index of -1 are gone."""
         indices = self.ids()
         indices = new[indices.clamp_min(0)].where(indices >= 0, -1)
-        return self._with(indices=indices, log_rest=self._rest(), vocabulary=vocabulary, classes=None)
+        return self._with(indices=indices, log_rest=few_classes.rest_of(self), vocabulary=vocabulary, classes=None)
 
     def against(self, student: Float[Tensor, "*batch vocab"]) -> tuple[Tensor, Tensor]:
         """Logits of both over the same classes: the k, and what the tail makes of the rest."""
-        student, _ = alike(student, self.log_probs)
-        vocab, t = student.shape[-1], self.temperature
-        indices, empty = self.slots()
-        nothing = empty.all(-1, keepdim=True)
-        student = student.masked_fill(nothing, 0)
-        if self.tail == "uniform":
-            return student, self._spread(indices, empty, vocab).masked_fill(nothing, 0).expand(student.shape)
-        kept = student.gather(-1, indices).masked_fill(empty & ~nothing, -torch.inf)
-        if self.tail == "renormalise":
-            return kept - base(kept), self.logits(empty, vocab)
-        # Relative to the largest of their own: beside the classes kept, the others may be too small for a number.
-        others = student.scatter(-1, indices, -torch.inf)
-        largest = others.detach().amax(-1, keepdim=True)
-        low, top = base(kept, largest), largest.masked_fill(largest == -torch.inf, 0)
-        mass = ((others - top) / t).exp().sum(-1, keepdim=True)
-        return torch.cat([kept - low, log_mass(mass) * t + (top - low)], -1), self.logits(empty, vocab)
-
-    def slots(self) -> tuple[Tensor, Tensor]:
-        """Indices as int64, an empty slot repeating a full one, and which slots are empty."""
-        indices = self.ids()
-        empty = indices < 0
-        full = indices.amax(-1, keepdim=True).clamp_min(0)
-        return indices.where(~empty, full), empty
-
-    def logits(self, empty: Tensor, vocab: int) -> Tensor:
-        """The teacher's logits of the k classes, and of the bucket if there is one."""
-        kept = precise(self.log_probs).masked_fill(empty, -torch.inf)
-        if self.tail == "bucket":
-            everything = (~empty).sum(-1) == vocab
-            kept = torch.cat([kept, self._rest().masked_fill(everything, -torch.inf).unsqueeze(-1)], -1)
-        return (kept * self.temperature).masked_fill(empty.all(-1, keepdim=True), 0)
-
-    def _spread(self, indices: Tensor, empty: Tensor, vocab: int) -> Tensor:
-        log_probs, rest = alike(self.log_probs, self._rest())
-        left = (vocab - (~empty).sum(-1)).clamp_min(1).to(log_probs.dtype).log()
-        repeated = log_probs.gather(-1, self.ids().argmax(-1, keepdim=True))
-        spread = (rest - left).unsqueeze(-1).repeat_interleave(vocab, -1)
-        return spread.scatter(-1, indices, log_probs.where(~empty, repeated)) * self.temperature
-
-    def _rest(self) -> Tensor:
-        """The log-probability of all that was left out; never 0, where it has to be made from roundings."""
-        if self.log_rest is not None:
-            return precise(self.log_rest)
-        log_probs = precise(self.log_probs).masked_fill(self.ids() < 0, -torch.inf)
-        return (1 - log_probs.exp().sum(-1)).clamp_min(torch.finfo(log_probs.dtype).eps).log()
+        return few_classes.against(self, student)
 
 
 def right_rows(
@@ -286,17 +207,3 @@ def right_rows(
     fields = (indices, log_probs, tail, temperature, log_rest, vocabulary, classes)
     vars(made).update(zip(TopKLogits.__dataclass_fields__, fields, strict=True), _right=True)
     return made
-
-
-def log_mass(mass: Tensor) -> Tensor:
-    """log(mass), with -inf and no gradient where there is no mass."""
-    none = mass == 0
-    return mass.masked_fill(none, 1).log().masked_fill(none, -torch.inf)
-
-
-def base(*logits: Tensor) -> Tensor:
-    """The largest of some logits at every position, `[..., 1]`, 0 where none is finite: what logits are taken
-    relative to, so that small numbers are rounded, not large ones.
-    """
-    largest = torch.cat([x.detach().amax(-1, keepdim=True) for x in logits], -1).amax(-1, keepdim=True)
-    return largest.masked_fill(largest == -torch.inf, 0)

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from kdloss.reduction import on_cpu
 from kdloss.targets.kinds import AnyLogits, Classes, chosen_classes, classes
 
 
@@ -87,21 +89,40 @@ class TokenMap:
 
     def shared(self, student: AnyLogits, teacher: AnyLogits) -> tuple[Tensor, Tensor]:
         """The shared tokens' ids in `student`'s and in `teacher`'s vocabulary, on the device of their logits."""
-        return self.student_ids.to(student.device), self.teacher_ids.to(student.device)
+        device = student.device
+        if self.student_ids.device == self.teacher_ids.device == device or torch.compiler.is_compiling():
+            return self.student_ids.to(device), self.teacher_ids.to(device)
+        return self._on(device)[:2]
 
     def to_teacher(self, input_ids: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-        """The teacher's ids for `input_ids`, the student's: what the teacher's forward pass is given."""
-        known = self.student_ids.to(input_ids.device)
-        table = known.new_full((int(torch.cat([known, input_ids.flatten()]).max()) + 2,), -1)
-        table[known] = self.teacher_ids.to(input_ids.device)
-        ids = table[input_ids.clamp_min(-1)]  # the last entry stands for all that is no token
-        if (ids < 0).any():
+        """The teacher's ids for `input_ids`, the student's: what the teacher's forward pass is given.
+
+        Raises: ValueError for tokens that the teacher doesn't have. An accelerator, which has to be waited for, is
+        asked in the first call only.
+        """
+        first = input_ids.device not in _there.get(self, {})
+        table = self._on(input_ids.device)[2]
+        ids = table[input_ids.clamp(-1, len(table) - 1)]  # the last entry stands for all that is no token
+        if (first or on_cpu(ids.device)) and (ids < 0).any():
             unknown = sorted(set(input_ids[ids < 0].tolist()))
             raise ValueError(
                 f"tokens {unknown[:10]} of the student have no counterpart in the teacher's vocabulary; "
                 "texts that hold them have to be tokenised for the teacher by its own tokenizer"
             )
         return ids
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Both lists, and the teacher's id of each of the student's (-1: none), on a device, copied there once."""
+        known = _there.setdefault(self, {})
+        if device not in known:
+            mine, theirs = self.student_ids.to(device), self.teacher_ids.to(device)
+            table = mine.new_full((int(self.student_ids.max()) + 2,), -1)
+            table[mine] = theirs
+            known[device] = mine, theirs, table
+        return known[device]
+
+
+_there: WeakKeyDictionary[TokenMap, dict[torch.device, tuple[Tensor, Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 def _once(whose: str, ids: Tensor, other: str, others: Tensor) -> None:

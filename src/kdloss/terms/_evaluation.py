@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdloss._layout import classes_last
+from kdloss.terms._ahead import Ahead
 from kdloss.terms._feature_masks import check_given
 from kdloss.terms._outputs import find_logits, returned
 from kdloss.terms._stands import Stands, refuse_unlabelled, refuse_unsaid, view
@@ -34,6 +35,7 @@ class Evaluation:
         feature_mask: Any,
         items: int | Tensor | None,
         index: Tensor | None,
+        ahead: Ahead | None,
     ) -> None:
         terms = criterion.terms
         self.terms = {name: terms[name] for name in plan.reads}
@@ -52,7 +54,7 @@ class Evaluation:
         if feature_mask is not None:
             check_given(feature_mask, dict(terms.items()))
         self.stands = Stands(
-            self.terms, plan.reads, contract, student, labels, mask, attention_mask, feature_mask, self.layout
+            self.terms, plan.reads, contract, student, labels, mask, attention_mask, feature_mask, self.layout, ahead
         )
 
     def taught(self, k: int, output: Any) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kdloss._capture import Captured
 from kdloss.engine.task import unwrapped
+from kdloss.terms._ahead import Ahead
 from kdloss.terms._evaluation import Evaluation
 from kdloss.terms._outputs import find_logits, returned
 from kdloss.terms._positions import Positions
@@ -45,6 +46,7 @@ class Known:
         mask: Tensor | None,
         items: int | Tensor | None,
         plan: Plan | None,
+        ahead: Ahead | None,
     ) -> Found | None:
         """Loss and components of a step like the last; None where it is another."""
         if self._key is None or torch._C._functorch.maybe_current_level() is not None:
@@ -61,7 +63,7 @@ class Known:
                 return None
             taught = taught.detach()
             del output
-        causal: Any = {"causal": bool(contract.causal), "ignore_index": contract.ignore_index}
+        causal: Any = {"causal": bool(contract.causal), "ignore_index": contract.ignore_index, "ahead": ahead}
         where = Positions.of(logits.shape[:-1], labels, mask, **causal)
         step = Step(None, taught, labels, where, _no_features, READS, criterion.step, _nothing)
         terms = criterion.terms

@@ -7,8 +7,9 @@ import torch
 from torch import Size, Tensor
 
 from kdloss import _checks
-from kdloss.reduction import fill
+from kdloss.reduction import fill, on_cpu
 from kdloss.targets.kinds import at
+from kdloss.terms._ahead import Ahead
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,15 @@ class Positions:
     """Where a batch counts: a position is what one label stands for.
 
     `shape` is the positions' shape as given. Under `causal` position t belongs to label t+1, so
-    that the last one drops out; `keep` (True = counts) and `labels` are shifted already.
+    that the last one drops out; `keep` (True = counts) and `labels` are shifted already. `ahead` says of an
+    accelerator's how many there are at most.
     """
 
     shape: Size
     keep: Tensor | None
     labels: Tensor | None
     causal: bool
+    ahead: Ahead | None = None
 
     @classmethod
     def of(
@@ -33,6 +36,7 @@ class Positions:
         *,
         causal: bool,
         ignore_index: int,
+        ahead: Ahead | None = None,
     ) -> "Positions":
         """The positions that neither `ignore_index` nor `mask` takes out.
 
@@ -43,12 +47,16 @@ class Positions:
                 f"causal=True shifts time, so it needs positions [batch, time], got {tuple(shape)}; "
                 "write causal=False for a classifier"
             )
+        said = mask
         if mask is not None:
             _checks.mask(mask, shape, "positions")
             mask = mask[:, 1:] if causal else mask
         if labels is None or labels.is_floating_point():
             return cls(shape, None if mask is None or everywhere(mask) else mask, None, causal)
-        labels = labels[:, 1:] if causal else labels
+        labels, given = labels[:, 1:] if causal else labels, labels
+        if ahead is not None and ahead.fits(given, said, causal):
+            keep = ahead.keep if mask is None or ahead.mask is said else ahead.keep & mask
+            return cls(shape, keep, labels * keep, causal, ahead)
         keep = labels != ignore_index
         keep = keep if mask is None else keep & mask
         return cls(shape, None, labels, causal) if everywhere(keep) else cls(shape, keep, labels * keep, causal)
@@ -81,11 +89,10 @@ class Positions:
     def counted(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The positions that count, as indices into the flattened `shifted` and into the flattened `shape`; None: all.
 
-        Under `causal` the first may be all, and the second never is.
+        Under `causal` the first may be all, and the second never is. On an accelerator, which would have to be waited
+        for, there may be others among them: see `exact`.
         """
-        places = None if self.keep is None else self.keep.reshape(-1).nonzero().squeeze(1)
-        if places is not None and len(places) == self.numel:
-            places = None
+        places = None if self.keep is None else self._places(self.keep.reshape(-1))
         if not self.causal:
             return places, places
         every = torch.arange(self.numel, device=device) if places is None else places
@@ -93,11 +100,24 @@ class Positions:
         example = every.div(max(self.shifted[1:].numel(), 1), rounding_mode="floor")
         return places, every.add_(example, alpha=rest) if places is None else every.add(example, alpha=rest)
 
-    def back(self, values: Tensor) -> Tensor:
-        """Values of the positions that count at their places, 0 elsewhere."""
-        if self.keep is None or len(values) == self.numel:
-            return values.reshape(self.shifted)
-        return values.new_zeros(self.shifted).masked_scatter(self.keep, values)
+    def _places(self, keep: Tensor) -> Tensor | None:
+        if on_cpu(keep.device):
+            places = keep.nonzero().squeeze(1)
+            return None if len(places) == self.numel else places
+        most = self.numel if self.ahead is None else self.ahead.number()
+        return None if most == self.numel else keep.byte().sort(descending=True, stable=True).indices[:most]
+
+    @property
+    def exact(self) -> bool:
+        """Whether those `counted` are the ones that count, and no others."""
+        told = self.ahead is not None and self.ahead.keep is self.keep
+        return told or self.keep is None or on_cpu(self.keep.device)
+
+    def back(self, values: Tensor, places: Tensor | None) -> Tensor:
+        """Values of some positions at their places, 0 elsewhere."""
+        if places is not None:
+            values = values.new_zeros(self.numel).index_copy(0, places, values)
+        return values.reshape(self.shifted)
 
     def examples(self, shape: Size) -> Tensor | None:
         """Which examples have a position that counts, as a mask `shape` that starts with them."""
@@ -114,6 +134,6 @@ class Positions:
 
 def everywhere(keep: Tensor) -> bool:
     """Whether a mask is True everywhere, where a look at its numbers waits for no device and breaks no graph."""
-    if type(keep) is not Tensor or keep.device.type != "cpu" or torch.compiler.is_compiling():
+    if type(keep) is not Tensor or not on_cpu(keep.device) or torch.compiler.is_compiling():
         return False
     return torch._C._functorch.maybe_current_level() is None and bool(keep.all())

@@ -12,6 +12,7 @@ from kdloss._capture import Captured
 from kdloss._layout import Layout
 from kdloss.layers.layer_map import Layer
 from kdloss.reduction import takes
+from kdloss.terms._ahead import Ahead
 from kdloss.terms._compare import first_feature
 from kdloss.terms._feature_masks import FeatureMask, of_term
 from kdloss.terms._outputs import class_indices, find_logits, returned, stand_at
@@ -39,6 +40,7 @@ class Stands:
         attention_mask: Tensor | None,
         feature_mask: Any,
         layout: Layout | None,
+        ahead: Ahead | None,
     ) -> None:
         self.terms, self.reads, self.student, self.labels = terms, reads, student, labels
         self.feature_mask, self.layout = feature_mask, layout
@@ -58,7 +60,7 @@ class Stands:
             labelled = told[0][1]
         else:
             anywhere = self._any_shape() if shape is None else shape
-            labelled = self.at(anywhere, classes, mask)
+            labelled = self.at(anywhere, classes, mask, ahead=ahead)
         by_mask = (lambda: labelled) if classes is None else partial(self.at, labelled.shape, None, mask)
         told_by = labels.shape if shape is None and isinstance(labels, Tensor) else ()
         self.batch = next(iter(shape or told_by), None)

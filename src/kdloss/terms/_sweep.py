@@ -12,6 +12,7 @@ from kdloss.engine import LabelTask, Problem, TeacherTask, fused, per_position
 from kdloss.engine.run import column_of
 from kdloss.reduction import denominator, divided, widest
 from kdloss.targets import TopKLogits
+from kdloss.targets.looks import look_again
 from kdloss.terms._outputs import look_at_numbers
 from kdloss.terms._positions import Positions
 from kdloss.terms.contract import Contract
@@ -71,7 +72,7 @@ def sweep(
         values = per_position(problem, local)
         loss: Any = 0
         for one, keep, row in zip(group, counts, values.unbind(), strict=True):
-            loss = one.weight * widest_where.back(row if keep is None else row.where(keep, 0)) + loss
+            loss = one.weight * widest_where.back(row if keep is None else row.where(keep, 0), places) + loss
         return loss, _means(group, values.detach(), counts, rows)
     loss, values = fused(problem, local, _shares(group, counts, rows, contract, items, device))
     return loss, _means(group, values, counts, rows)
@@ -79,7 +80,8 @@ def sweep(
 
 def _rows_that_count(where: Positions, widest_where: Positions, places: Tensor | None) -> Tensor | None:
     """Which of the rows count for one term; None for all."""
-    return None if where.keep is widest_where.keep else _at(where.keep, places)
+    all_do = where.keep is widest_where.keep and widest_where.exact
+    return None if all_do else _at(where.keep, places)
 
 
 def _at(x: Tensor | None, places: Tensor | None) -> Tensor | None:
@@ -137,7 +139,7 @@ def look_at_stored(one: Swept, task: LabelTask | TeacherTask, always: bool) -> N
         where, teacher = one.step.where, task.teacher
         classes = one.logits.shape[-1] if task.vocabulary is None else teacher.vocabulary
         there = teacher.at(lambda t: t[:, :-1]) if where.causal else teacher
-        there.look(classes, where.keep, always=always)
+        look_again(there, classes, where.keep, always=always)
 
 
 def check_numbers(one: Swept, task: LabelTask | TeacherTask) -> None:

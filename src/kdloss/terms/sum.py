@@ -15,6 +15,7 @@ from kdloss import _checks
 from kdloss._capture import Captured
 from kdloss._watch import Reminder
 from kdloss.reduction import Reduction
+from kdloss.terms._ahead import Ahead
 from kdloss.terms._evaluation import Evaluation
 from kdloss.terms._known import Known
 from kdloss.terms._loading import told_to_prepare
@@ -203,11 +204,13 @@ class Sum(nn.Module):
         plan: Plan | None = None,
         causal: bool | None = None,
         task_terms: Mapping[str, Tensor] | None = None,
+        ahead: Ahead | None = None,
     ) -> Float[Tensor, "..."]:
-        """The weighted sum; see the class. The last three are said by whoever ran the models.
+        """The weighted sum; see the class. The last four are said by whoever ran the models.
 
         `plan` is that of this step; `causal` holds in place of the sum's own; `task_terms` are numbers that the
-        student adds to its cross-entropy, and join it here.
+        student adds to its cross-entropy, and join it here; `ahead` is how many positions count, where the device was
+        asked before the models ran.
         """
         eager = not torch.compiler.is_compiling()
         if eager and torch.is_grad_enabled() and self.scheduled:
@@ -215,13 +218,12 @@ class Sum(nn.Module):
         contract = self.contract if causal is None else replace(self.contract, causal=causal)
         outputs, count = listed(self, teacher)
         alike = eager and attention_mask is None and feature_mask is None and not task_terms
-        known = (self, contract, student, outputs, labels, mask, num_items_in_batch, plan)
+        known = (self, contract, student, outputs, labels, mask, num_items_in_batch, plan, ahead)
         found = self._known.step(*known) if alike else None
         if found is None:
             plan = self.plan(count) if plan is None else plan
-            evaluation = Evaluation(
-                self, plan, contract, student, labels, mask, attention_mask, feature_mask, num_items_in_batch, index
-            )
+            items, masks = num_items_in_batch, (mask, attention_mask, feature_mask)
+            evaluation = Evaluation(self, plan, contract, student, labels, *masks, items, index, ahead)
             for name in plan.complete_with(-1):
                 evaluation.reach(name, [] if self.terms[name].several else None)
             for k in range(plan.last_teacher + 1):

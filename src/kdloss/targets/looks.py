@@ -1,11 +1,14 @@
-"""What stands in a stored teacher's rows: whether it can be, and how servers write it."""
+"""What stands in a stored teacher's rows: whether it can be."""
 
-from collections.abc import Mapping, Sequence
-from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from kdloss.reduction import on_cpu
+
+if TYPE_CHECKING:
+    from kdloss.targets.top_k import TopKLogits
 
 # Log-probabilities of bfloat16 are off by up to this share of themselves.
 _ROUNDED = 2.0**-8
@@ -16,7 +19,41 @@ def free_to_look(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return False
     there = [t for t in tensors if t is not None]
-    return all(isinstance(t, Tensor) and type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in there)
+    return all(type(t) in (Tensor, torch.nn.Parameter) and on_cpu(t.device) for t in there)
+
+
+def look_at_first(rows: "TopKLogits") -> None:
+    """Raise for rows that can't be, as they are given, and put down whether all of them are right."""
+    if free_to_look(rows.indices, rows.log_probs, rows.log_rest):
+        ids = rows.ids()
+        nobodys = padding(ids, rows.log_probs)
+        look(ids, rows.log_probs, rows.log_rest, rows.vocabulary, ~nobodys)
+        object.__setattr__(rows, "_right", not nobodys.any().item())
+
+
+def look_again(rows: "TopKLogits", classes: int | None, keep: Tensor | None = None, *, always: bool = False) -> None:
+    """Raise for numbers that can't be in a row that counts, where looking costs nothing or `always`."""
+    if _looked_at(rows, classes) or not (always or free_to_look(rows.indices, rows.log_probs, keep)):
+        return
+    keep = torch.ones_like(rows.log_probs[..., 0], dtype=torch.bool) if keep is None else keep
+    if getattr(rows, "_right", False):
+        look_at_range(rows.ids(), classes, keep)
+    else:
+        look(rows.ids(), rows.log_probs, rows.log_rest, classes, keep)
+
+
+def look_at_any(rows: "TopKLogits", classes: int) -> None:
+    """The same where nobody says which rows count: padding doesn't."""
+    if _looked_at(rows, classes) or not free_to_look(rows.indices, rows.log_probs):
+        return
+    if not in_range(ids := rows.ids(), classes):
+        look_at_range(ids, classes, ~padding(ids, rows.log_probs))
+
+
+def _looked_at(rows: "TopKLogits", classes: int | None) -> bool:
+    """Whether all rows are known to be right among so many classes."""
+    known = rows.vocabulary
+    return getattr(rows, "_right", False) and (classes is None or (known is not None and known <= classes))
 
 
 def padding(ids: Tensor, log_probs: Tensor) -> Tensor:
@@ -84,57 +121,3 @@ def look_at_range(ids: Tensor, classes: int | None, keep: Tensor) -> None:
         raise ValueError(
             f"indices{place} is {int(ids[tuple(place)])}, outside the {among}; an empty slot has an index of -1"
         )
-
-
-def from_rows(rows: Sequence[Any], of_tokens: bool) -> tuple[Tensor, Tensor]:
-    """Indices and log-probabilities of a text or a batch of texts, as a server gives them."""
-    if isinstance(rows, (str, Mapping)) or not isinstance(rows, Sequence) or not len(rows):
-        raise TypeError(f"rows are a list with one row for each token, or a list of such lists, got {rows!r:.80}")
-    batch = not any(_is_row(row) for row in rows)
-    texts = [[_pairs(row) for row in text] for text in (rows if batch else [rows])]
-    if of_tokens:
-        if any(text and text[0] for text in texts):
-            raise ValueError(
-                "rows of tokens begin with None, as nothing is said of the first; write [None, *rows], or of='logits' "
-                "where row t stands at the logits of position t already"
-            )
-        texts = [[*text[1:], []] if text else [] for text in texts]
-    length, k = max(map(len, texts)), max((len(row) for text in texts for row in text), default=0)
-    indices = torch.full((len(texts), length, max(k, 1)), -1)
-    log_probs = torch.full(indices.shape, -torch.inf)
-    for b, text in enumerate(texts):
-        for t, row in enumerate(text):
-            if row:
-                indices[b, t, : len(row)] = torch.tensor([token for token, _ in row])
-                log_probs[b, t, : len(row)] = torch.tensor([value for _, value in row])
-    return (indices, log_probs) if batch else (indices[0], log_probs[0])
-
-
-def _is_row(row: Any) -> bool:
-    """Whether this is one token's row; a text's first may be None, too."""
-    if row is None or isinstance(row, Mapping):
-        return True
-    return isinstance(row, Sequence) and any(
-        isinstance(x, Sequence) and not isinstance(x, str) and len(x) > 1 and isinstance(x[0], Real) for x in row
-    )
-
-
-def _pairs(row: Any) -> list[tuple[int, float]]:
-    """Ids, each once, and log-probabilities, the most probable first."""
-    if row is None:
-        return []
-    try:
-        found = row.items() if isinstance(row, Mapping) else [(x[1], x[0]) for x in row]
-        once = {int(token): _number(value) for token, value in found}
-    except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise TypeError(
-            "a row is None, a mapping from token ids to log-probabilities (numbers, or objects with a logprob), or a "
-            f"list of tuples (log-probability, id, ...), got {row!r:.80}"
-        ) from error
-    return sorted(once.items(), key=lambda pair: -pair[1])
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, Mapping):
-        value = value["logprob"]
-    return float(getattr(value, "logprob", value))

@@ -1,0 +1,80 @@
+"""A student beside a teacher of whom a few classes were kept: both over the same classes."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kdloss.reduction import alike, precise
+
+if TYPE_CHECKING:
+    from kdloss.targets.top_k import TopKLogits
+
+
+def against(teacher: "TopKLogits", student: Float[Tensor, "*batch vocab"]) -> tuple[Tensor, Tensor]:
+    """Logits of both over the same classes: the k, and what the tail makes of the rest."""
+    student, _ = alike(student, teacher.log_probs)
+    vocab, t = student.shape[-1], teacher.temperature
+    indices, empty = slots(teacher)
+    nothing = empty.all(-1, keepdim=True)
+    student = student.masked_fill(nothing, 0)
+    if teacher.tail == "uniform":
+        return student, spread(teacher, indices, empty, vocab).masked_fill(nothing, 0).expand(student.shape)
+    kept = student.gather(-1, indices).masked_fill(empty & ~nothing, -torch.inf)
+    if teacher.tail == "renormalise":
+        return kept - base(kept), logits(teacher, empty, vocab)
+    # Relative to the largest of their own: beside the classes kept, the others may be too small for a number.
+    others = student.scatter(-1, indices, -torch.inf)
+    largest = others.detach().amax(-1, keepdim=True)
+    low, top = base(kept, largest), largest.masked_fill(largest == -torch.inf, 0)
+    mass = ((others - top) / t).exp().sum(-1, keepdim=True)
+    return torch.cat([kept - low, log_mass(mass) * t + (top - low)], -1), logits(teacher, empty, vocab)
+
+
+def slots(teacher: "TopKLogits") -> tuple[Tensor, Tensor]:
+    """Indices as int64, an empty slot repeating a full one, and which slots are empty."""
+    indices = teacher.ids()
+    empty = indices < 0
+    full = indices.amax(-1, keepdim=True).clamp_min(0)
+    return indices.where(~empty, full), empty
+
+
+def logits(teacher: "TopKLogits", empty: Tensor, vocab: int) -> Tensor:
+    """The teacher's logits of the k classes, and of the bucket if there is one."""
+    kept = precise(teacher.log_probs).masked_fill(empty, -torch.inf)
+    if teacher.tail == "bucket":
+        everything = (~empty).sum(-1) == vocab
+        kept = torch.cat([kept, rest_of(teacher).masked_fill(everything, -torch.inf).unsqueeze(-1)], -1)
+    return (kept * teacher.temperature).masked_fill(empty.all(-1, keepdim=True), 0)
+
+
+def spread(teacher: "TopKLogits", indices: Tensor, empty: Tensor, vocab: int) -> Tensor:
+    """The teacher's logits of all classes, with an equal share of the rest for each that was left out."""
+    log_probs, rest = alike(teacher.log_probs, rest_of(teacher))
+    left = (vocab - (~empty).sum(-1)).clamp_min(1).to(log_probs.dtype).log()
+    repeated = log_probs.gather(-1, teacher.ids().argmax(-1, keepdim=True))
+    shares = (rest - left).unsqueeze(-1).repeat_interleave(vocab, -1)
+    return shares.scatter(-1, indices, log_probs.where(~empty, repeated)) * teacher.temperature
+
+
+def rest_of(teacher: "TopKLogits") -> Tensor:
+    """The log-probability of all that was left out; never 0, where it has to be made from roundings."""
+    if teacher.log_rest is not None:
+        return precise(teacher.log_rest)
+    log_probs = precise(teacher.log_probs).masked_fill(teacher.ids() < 0, -torch.inf)
+    return (1 - log_probs.exp().sum(-1)).clamp_min(torch.finfo(log_probs.dtype).eps).log()
+
+
+def log_mass(mass: Tensor) -> Tensor:
+    """log(mass), with -inf and no gradient where there is no mass."""
+    none = mass == 0
+    return mass.masked_fill(none, 1).log().masked_fill(none, -torch.inf)
+
+
+def base(*logits: Tensor) -> Tensor:
+    """The largest of some logits at every position, `[..., 1]`, 0 where none is finite: what logits are taken
+    relative to, so that small numbers are rounded, not large ones.
+    """
+    largest = torch.cat([x.detach().amax(-1, keepdim=True) for x in logits], -1).amax(-1, keepdim=True)
+    return largest.masked_fill(largest == -torch.inf, 0)
