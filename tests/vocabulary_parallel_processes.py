@@ -42,7 +42,7 @@ def gradients(criterion, student, leaves, teacher, labels):
 
 def main():
     dist.init_process_group("gloo")
-    kdloss.engine.run.block_rows = lambda classes: 1 + classes % 3  # cut, and everywhere alike
+    kdloss.engine.run.block_rows = lambda device, row_bytes: 1 + row_bytes // 8 % 3  # cut, and everywhere alike
     rank, world = dist.get_rank(), dist.get_world_size()
     x, labels = data()
     start = sum(SIZES[world][:rank])

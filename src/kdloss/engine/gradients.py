@@ -1,7 +1,8 @@
 """Gradients by a student's own tensors, gathered from those by rows of its logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +53,11 @@ def _own_memory(t: Tensor) -> bool:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int = 4096) -> None:
     """Total += a @ b, the product not rounded to the dtype of a and b on the way."""
-    if mixed_products(total.device.type):
-        total += torch.mm(a, b, out_dtype=total.dtype)
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+        return
+    if mixed := mixed_product(total.device.type, a.dtype, total.dtype):
+        mixed(total, a, b)
         return
     b = b.to(total.dtype)
     for start in range(0, len(total), rows):
@@ -61,14 +65,26 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int = 4096) -> None:
 
 
 @lru_cache
-def mixed_products(device: str) -> bool:
-    """Whether PyTorch multiplies 16-bit matrices into float32 on these devices."""
-    x = torch.zeros(8, 8, dtype=torch.bfloat16, device=device)
-    try:
-        torch.mm(x, x, out_dtype=torch.float32)
-    except (TypeError, RuntimeError):  # an older PyTorch, or no such operator
-        return False
-    return True
+def mixed_product(device: str, dtype: torch.dtype, wide: torch.dtype) -> Callable[..., Any] | None:
+    """How PyTorch adds a product of such matrices to a wider one on these devices, if it can: best in place."""
+    x, one = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, dtype=wide, device=device)
+    for way in (_in_place, _in_two_steps):
+        total = one.clone()
+        try:
+            way(total, x, x)
+        except (TypeError, RuntimeError):  # an older PyTorch, or no such operator
+            continue
+        if torch.equal(total, 17 * one):
+            return way
+    return None
+
+
+def _in_place(total: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+def _in_two_steps(total: Tensor, a: Tensor, b: Tensor) -> None:
+    total += torch.mm(a, b, out_dtype=total.dtype)
 
 
 class OfHead:
@@ -77,10 +93,9 @@ class OfHead:
     def __init__(self, student: LazyLogits, rows: Rows, shard: Shard | None) -> None:
         self.shard, self.in_place = shard, True
         self.student, self.rows_of, self.lazy = student, rows, rows.lazy
-        n = len(self.lazy.hidden)
-        self.hidden = self._zeros(student.hidden, (n, student.hidden.shape[-1]))
-        self.weight = self._zeros(student.weight, student.weight.shape, wide=True)
-        self.bias = None if student.bias is None else self._zeros(student.bias, student.bias.shape, wide=True)
+        self.hidden = torch.empty_like(rows.lazy.hidden, dtype=student.hidden.dtype)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
 
     def place(self, start: int, stop: int) -> Tensor | None:
         """The logits' own, where these are what the head gave."""
@@ -98,35 +113,45 @@ class OfHead:
 
     def block(self, start: int, stop: int) -> None:
         """The head's products of a whole block."""
-        gradient, hidden = self.rows_of(start, stop), self.lazy.hidden[start:stop]
-        if self.hidden is not None:
+        x, gradient, hidden = self.student, self.rows_of(start, stop), self.lazy.hidden[start:stop]
+        if x.hidden.requires_grad:
             self.hidden[start:stop] = gradient @ self.lazy.weight
-        if self.bias is not None:
-            self.bias += gradient.sum(0, dtype=self.bias.dtype)
-        if self.weight is not None and self.weight.dtype == gradient.dtype:
-            self.weight.addmm_(gradient.T, hidden)
-        elif self.weight is not None:
+        if x.bias is not None and x.bias.requires_grad:
+            of_block = gradient.sum(0, dtype=_wide(x.bias.dtype))
+            self.bias = of_block if self.bias is None else self.bias.add_(of_block)
+        if x.weight.requires_grad:
+            alone = len(hidden) == len(self.lazy.hidden)  # then it is rounded once as it is, and else where it ends
+            dtype = x.weight.dtype if alone else _wide(x.weight.dtype)
+            if self.weight is None and dtype == gradient.dtype:
+                self.weight = gradient.T @ hidden
+                return
+            if self.weight is None:
+                self.weight = torch.zeros(x.weight.shape, dtype=_wide(dtype), device=x.device)
             add_product(self.weight, gradient.T, hidden)
 
     def tensors(self) -> Sequence[Tensor | None]:
         """One gradient for each of the student's tensors."""
+        self.rows_of.made = None  # all blocks were read
         x, hidden, index = self.student, self.hidden, self.rows_of.index
-        if hidden is not None and self.shard is not None:
+        if x.hidden.requires_grad and self.shard is not None:
             hidden = self.shard.sum(hidden)
-        if hidden is not None and index is not None:
+        if x.hidden.requires_grad and index is not None:
             whole = hidden.new_zeros(x.hidden.shape[:-1].numel(), x.hidden.shape[-1])
             hidden = whole.index_copy_(0, index, hidden)
-        hidden = None if hidden is None else hidden.view(x.hidden.shape)
-        weight = None if self.weight is None else self.weight.to(x.weight.dtype)
-        if x.bias is None:
-            return hidden, weight
-        return hidden, weight, None if self.bias is None else self.bias.to(x.bias.dtype)
+        found = hidden.view(x.hidden.shape) if x.hidden.requires_grad else None, _total(self.weight, x.weight)
+        return found if x.bias is None else (*found, _total(self.bias, x.bias))
 
-    def _zeros(self, like: Tensor, shape: Sequence[int], wide: bool = False) -> Tensor | None:
-        if not like.requires_grad:
-            return None
-        narrow = wide and like.dtype.itemsize < 4  # sums over blocks need more digits
-        return torch.zeros(shape, dtype=torch.float32 if narrow else like.dtype, device=like.device)
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Sums over blocks need more digits than 16 bits have."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def _total(total: Tensor | None, of: Tensor) -> Tensor | None:
+    """A sum over blocks in its tensor's dtype, if that is trained; 0 where there was no block."""
+    if not of.requires_grad:
+        return None
+    return torch.zeros_like(of) if total is None else total.to(of.dtype)
 
 
 Gradients = OfLogits | OfHead

@@ -1,14 +1,14 @@
 """The rows of logits that count, of any kind, some at a time."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdloss.targets import LazyLogits, Mixture
-from kdloss.targets.kinds import AnyLogits, Classes, at, chosen_classes
+from kdloss.targets import LazyLogits
+from kdloss.targets.kinds import AnyLogits, at
 
 
 class Rows:
@@ -31,10 +31,10 @@ class Rows:
         if isinstance(self.x, LazyLogits):
             self.lazy = replace(self.lazy, hidden=self.lazy.hidden.masked_fill(nowhere, 0))
 
-    def make(self, start: int, stop: int) -> None:
-        """Compute rows start to stop, where they are not there already."""
+    def make(self, start: int, stop: int, buffer: Tensor | None = None) -> None:
+        """Compute rows start to stop, where they are not there already; in a given buffer, if it fits."""
         if isinstance(self.x, LazyLogits):
-            self.made = head(self.lazy, start, stop, self.made)
+            self.made = head(self.lazy, start, stop, self.made if buffer is None else buffer)
         self.first = start
 
     def __call__(self, start: int, stop: int) -> Any:
@@ -45,6 +45,11 @@ class Rows:
             return self.flat[start:stop] if self.index is None else self.flat[self.index[start:stop]]
         return at(self.x, lambda t: self._take(t, start, stop))
 
+    @property
+    def row_bytes(self) -> int:
+        """How much memory a row takes that is made."""
+        return self.lazy.shape[-1] * self.lazy.hidden.dtype.itemsize if isinstance(self.x, LazyLogits) else 0
+
     def _take(self, t: Tensor, start: int, stop: int | None) -> Tensor:
         flat, shape = flat_view(t, self.positions), t.shape[: self.positions]
         if flat is not None:
@@ -53,34 +58,11 @@ class Rows:
         return t[torch.unravel_index(index[start:stop], shape)]
 
 
-class Teachers:
-    """Several teachers' rows; the same teacher, also within mixtures, is made once for all who read it."""
-
-    def __init__(self, teachers: Iterable[AnyLogits], index: Tensor | None) -> None:
-        self.rows: dict[Hashable, Rows] = {}
-        self.of: dict[int, list[Rows]] = {}  # by the id of who asks
-        for x in teachers:
-            self.of[id(x)] = []
-            for part in x.teachers if isinstance(x, Mixture) else (x,):
-                key = identity(part)
-                if key not in self.rows:
-                    self.rows[key] = Rows(part, index)
-                self.of[id(x)].append(self.rows[key])
-
-    @property
-    def lazy(self) -> int:
-        """How many of them have blocks to be made."""
-        return sum(isinstance(rows.x, LazyLogits) for rows in self.rows.values())
-
-    def make(self, start: int, stop: int) -> None:
-        """Compute rows start to stop of those who give hidden states and head."""
-        for rows in self.rows.values():
-            rows.make(start, stop)
-
-    def __call__(self, x: AnyLogits, start: int, stop: int, temperature: float, classes: Classes = None) -> Any:
-        """Rows start to stop of one teacher, for a loss at this temperature over these classes."""
-        found: list[Any] = [chosen_classes(rows(start, stop), classes) for rows in self.of[id(x)]]
-        return replace(x, teachers=found).dense(temperature) if isinstance(x, Mixture) else found[0]
+def equal_blocks(rows: int, most: int, first: int = 0) -> Iterator[tuple[int, int]]:
+    """Blocks of at most so many rows, of equal size but for one row, the largest in front."""
+    blocks = -(-rows // most) if rows else 0
+    for k in range(blocks):
+        yield first - (-rows * k // blocks), first - (-rows * (k + 1) // blocks)
 
 
 def identity(x: Any) -> Hashable:
@@ -122,7 +104,7 @@ def in_matmul_dtype(lazy: LazyLogits) -> LazyLogits:
 def head(lazy: LazyLogits, start: int, stop: int, buffer: Tensor | None) -> Tensor:
     """Logits of some rows, scaled and capped in place, in the buffer if it is large enough."""
     rows = stop - start
-    if buffer is None or len(buffer) < rows:
+    if buffer is None or len(buffer) < rows or (buffer.shape[-1], buffer.dtype) != (lazy.shape[-1], lazy.hidden.dtype):
         buffer = lazy.hidden.new_empty(rows, lazy.shape[-1])
     hidden, weight, z = lazy.hidden[start:stop], lazy.weight.T, buffer[:rows]
     if lazy.bias is None:

@@ -13,9 +13,10 @@ from kdloss.engine.compiled import Block, block_of
 from kdloss.engine.gradients import Gradients, OfHead, OfLogits
 from kdloss.engine.kernel import Few, MakeSide, compute
 from kdloss.engine.plan import Plan, check_sharded
-from kdloss.engine.rows import Rows, Teachers
+from kdloss.engine.rows import Rows, equal_blocks
 from kdloss.engine.side import Side
 from kdloss.engine.task import LabelTask, Task, TeacherTask
+from kdloss.engine.teachers import Read, Teachers
 from kdloss.reduction import on_cpu
 from kdloss.targets import LazyLogits, ShardedLogits
 from kdloss.targets.kinds import AnyLogits, is_double
@@ -74,10 +75,10 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
     gradients: Gradients | None = None
     if weights is not None:
         gradients = OfHead(x, student, shard) if isinstance(x, LazyLogits) else OfLogits(x, student, problem.overwrite)
-    lazy = isinstance(x, LazyLogits) + teachers.lazy
-    many, few = block_rows(classes * max(lazy, 2) // 2), scratch_rows(device, classes, plan.coarseness)
+    few = scratch_rows(device, classes, plan.coarseness)
+    many, theirs = made_rows(device, n, student, teachers)
     if shard is not None:  # every process cuts alike, and seldom: collectives
-        few = many = max(block_rows(max(shard.sizes)) // 2, 1)
+        few = many = theirs = max(block_rows(device, 8 * max(shard.sizes)) // 2, 1)
     wide = any(map(is_double, (x, *(task.teacher for task in tasks if isinstance(task, TeacherTask)))))
     dtype = torch.float64 if wide else torch.float32
     block = None if shard is not None else block_of(plan, tasks, x, dtype)
@@ -87,17 +88,18 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
     side = partial(Side, shard=shard) if shard is not None else Side
     found = []
     with without_autocast(device.type):
-        for start, stop in equal_blocks(n, many if lazy else n):
+        for start, stop in equal_blocks(n, many):
             student.make(start, stop)
-            teachers.make(start, stop)
-            for i, j in equal_blocks(stop - start, few, start):
-                task = partial(task_of, tasks, teachers, i, j)
-                beside = _cut(by, i, j), [None if o is None else _cut(o, i, j) for o in off], _cut(nowhere, i, j)
-                rows = Few(student(i, j), task, *beside)
-                if block is None or j - i < 2:
-                    found.append(uncompiled(plan, rows, side, gradients, i, j, dtype))
-                else:
-                    found.append(compiled(block, plan, rows, gradients, i, j))
+            for first, last in equal_blocks(stop - start, theirs, start):
+                teachers.make(first, last, few)
+                for i, j in equal_blocks(last - first, few, first):
+                    task = partial(task_of, tasks, teachers, i, j)
+                    beside = _cut(by, i, j), [None if o is None else _cut(o, i, j) for o in off], _cut(nowhere, i, j)
+                    rows = Few(student(i, j), task, *beside)
+                    if block is None or j - i < 2:
+                        found.append(uncompiled(plan, rows, side, gradients, i, j, dtype))
+                    else:
+                        found.append(compiled(block, plan, rows, gradients, i, j))
             if gradients is not None:
                 gradients.block(start, stop)
     values = found[0] if len(found) == 1 else torch.cat([torch.empty(0, len(tasks), device=device), *found])
@@ -169,13 +171,13 @@ def _cut(x: Tensor | None, start: int, stop: int) -> Tensor | None:
     return x if x is None or x.shape[-2] in (1, stop - start) else x[..., start:stop, :]
 
 
-def read_by_rows(tasks: Sequence[Task]) -> Iterator[AnyLogits]:
+def read_by_rows(tasks: Sequence[Task]) -> Iterator[Read]:
     """Teachers, and labels that stand at all positions as they do."""
     for task in tasks:
         if isinstance(task, TeacherTask):
-            yield task.teacher
+            yield Read(task.teacher, task.temperature, task.teacher_classes)
         elif task.soft:
-            yield task.labels
+            yield Read(task.labels)
 
 
 def switched_off(
@@ -193,13 +195,6 @@ def switched_off(
     return [o if there else None for o, there in zip(off, some, strict=True)], off.all(0) if all(some) else None
 
 
-def equal_blocks(rows: int, most: int, first: int = 0) -> Iterator[tuple[int, int]]:
-    """Blocks of at most so many rows, of equal size but for one row."""
-    blocks = -(-rows // most) if rows else 0
-    for k in range(blocks):
-        yield first + rows * k // blocks, first + rows * (k + 1) // blocks
-
-
 def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int:
     """How many rows are worked on at a time: what stays in a CPU's cache, or fills an accelerator."""
     entries = 2**18 * coarseness * (torch.get_num_threads() if device.type == "cpu" else 128)
@@ -212,9 +207,23 @@ def compiled_rows(device: torch.device, classes: int) -> int:
     return max(2, entries // max(classes, 1))
 
 
-def block_rows(classes: int, budget: int = 2**27) -> int:
-    """How many rows of logits are made at a time: student's and teacher's within the budget, in bytes."""
-    return min(max(budget // (8 * max(classes, 1)) // 128 * 128, 128), 1024)
+def made_rows(device: torch.device, rows: int, student: Rows, teachers: Teachers) -> tuple[int, int]:
+    """How many rows of the student's logits are made at a time, and of the teachers': fewer, where several are kept,
+    so that all of them take the memory of one.
+    """
+    mine, (largest, kept) = student.row_bytes, teachers.row_bytes
+    if mine + kept == 0:
+        return max(rows, 1), max(rows, 1)
+    most = min(block_rows(device, 2 * max(mine, largest)), max(rows, 1))
+    return most, most if kept == largest else max(most * largest // kept, min(most, 64))
+
+
+def block_rows(device: torch.device, row_bytes: int) -> int:
+    """How many rows of student and one teacher are made at a time: those of 2^27 bytes, on an accelerator at least as
+    many as it takes to be bound by arithmetic, not by reading heads.
+    """
+    rows = 2**27 // max(row_bytes, 1) // 128 * 128
+    return min(max(rows, 128), 1024) if device.type == "cpu" else max(rows, 1024)
 
 
 def _local(x: AnyLogits) -> AnyLogits:

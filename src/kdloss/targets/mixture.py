@@ -1,7 +1,7 @@
 """Several teachers as one."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -79,18 +79,46 @@ class Mixture:
 
     def dense(self, temperature: float = 1.0) -> Float[Tensor, "*batch vocab"]:
         """The logits of the average at this temperature, in float32 or better."""
-        weights = checked_weights(self.weights, len(self.teachers))
-        logits = [x.dense() if isinstance(x, LazyLogits) else x for x in self.teachers]
-        if len(logits) == 1:
-            return logits[0]
-        weighted = [(w, precise(z)) for w, z in zip(weights, logits, strict=True) if w > 0]
+        if len(self.teachers) == 1:
+            return _dense(self.teachers[0])
+        return self.of_rows(((weight, _dense(teacher)) for weight, teacher in self.weighted()), temperature)
+
+    def weighted(self) -> list[tuple[float, Tensor | LazyLogits]]:
+        """The teachers that count, with their weights."""
+        pairs = zip(checked_weights(self.weights, len(self.teachers)), self.teachers, strict=True)
+        return [(weight, teacher) for weight, teacher in pairs if weight > 0]
+
+    def of_rows(self, weighted: Iterable[tuple[float, Tensor]], temperature: float) -> Tensor:
+        """The logits of the average of logits with these weights, which are asked for one by one."""
+        total = None
+        for weight, z in weighted:
+            total = self.added(total, weight, z, temperature)
+        assert total is not None
+        return total * temperature if self.average == "probabilities" else total
+
+    def added(
+        self, total: Tensor | None, weight: float, logits: Tensor, temperature: float, out: Tensor | None = None
+    ) -> Tensor:
+        """A running sum, of logits or of log-probabilities at a temperature, with one more teacher in it."""
+        z = precise(logits)
         if self.average == "logits":
-            return torch.stack([w * z for w, z in weighted]).sum(0)
-        log_probs = [math.log(w) + (z / temperature).log_softmax(-1) for w, z in weighted]
-        return torch.stack(log_probs).logsumexp(0) * temperature
+            return torch.mul(z, weight, out=out) if total is None else torch.add(total, z, alpha=weight, out=out)
+        part = (z / temperature).log_softmax(-1)
+        if total is None:
+            return torch.add(part, math.log(weight), out=out)
+        part = part + math.log(weight)
+        if torch.is_grad_enabled() and (total.requires_grad or part.requires_grad):
+            neither = total.isneginf() & part.isneginf()  # where no way of adding has a gradient that is a number
+            both = torch.stack([total, part]).masked_fill(neither, 0)
+            return both.logsumexp(0).masked_fill(neither, -torch.inf)
+        return torch.logaddexp(total, part, out=out)
 
     def _each(self, change: Callable[[Tensor | LazyLogits], Tensor | LazyLogits]) -> "Mixture":
         return replace(self, teachers=[change(x) for x in self.teachers])
+
+
+def _dense(x: Tensor | LazyLogits) -> Tensor:
+    return x.dense() if isinstance(x, LazyLogits) else x
 
 
 def checked_weights(weights: Sequence[float] | None, teachers: int) -> list[float]:
