@@ -61,6 +61,7 @@ def test_hidden_states_and_heads(name, dtype):
 
 
 @pytest.mark.skipif(device.NAME != "cuda", reason="of CUDA alone PyTorch tells what waited")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("models", [False, True])
 def test_a_training_step_waits_for_nothing(models):
     student, teacher = (torch.nn.Linear(16, 300) for _ in range(2))

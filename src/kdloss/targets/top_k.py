@@ -205,5 +205,6 @@ def right_rows(
     _checks.choice("tail", tail, TAILS)
     made = object.__new__(TopKLogits)
     fields = (indices, log_probs, tail, temperature, log_rest, vocabulary, classes)
-    vars(made).update(zip(TopKLogits.__dataclass_fields__, fields, strict=True), _right=True)
+    for name, value in zip((*TopKLogits.__dataclass_fields__, "_right"), (*fields, True), strict=True):
+        object.__setattr__(made, name, value)  # which older compilers trace, too
     return made
