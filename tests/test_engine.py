@@ -48,10 +48,18 @@ def cut(monkeypatch):
 
     def sizes(block, scratch):
         monkeypatch.setattr("kdloss.engine.run.block_rows", lambda *_: block)
-        monkeypatch.setattr("kdloss.engine.run.scratch_rows", lambda *_: scratch)
+        for place in ("run", "at_once"):
+            monkeypatch.setattr(f"kdloss.engine.{place}.scratch_rows", lambda *_: scratch)
 
     sizes(3, 2)
     return sizes
+
+
+@pytest.fixture(params=["in blocks", "at once"])
+def either(request, cut):
+    """Rows in blocks, then all of them in one."""
+    if request.param == "at once":
+        cut(100, 100)
 
 
 class Given(NamedTuple):
@@ -320,7 +328,7 @@ def test_without_labels_and_mask_causal_leaves_out_the_last_position(cut):
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
-def test_a_single_row_without_any_dimension_of_positions_is_a_position(kind, cut):
+def test_a_single_row_without_any_dimension_of_positions_is_a_position(kind, either):
     x, label = given(()), torch.tensor(3)
     row = given((1,))  # the same random numbers
     expected = exact("forward_kl", row, 2.0, 0.4, label[None], torch.tensor([True]))
@@ -342,7 +350,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("labels", [LABELS, LABELS.clamp_min(0)], ids=["some ignored", "none ignored"])
-def test_layout_in_memory_does_not_matter(layout, labels, cut):
+def test_layout_in_memory_does_not_matter(layout, labels, either):
     x, turn, keep = given(), LAYOUTS[layout], labels != -100
     expected = exact("forward_kl", x, 2.0, 0.4, labels, keep)
     hidden, weight, bias = x.student
@@ -358,7 +366,7 @@ def test_layout_in_memory_does_not_matter(layout, labels, cut):
 
 
 @pytest.mark.parametrize("labels", [LABELS, LABELS.clamp_min(0)], ids=["some ignored", "none ignored"])
-def test_one_row_expanded_to_all_positions_gets_the_sum_of_their_gradients(labels, cut):
+def test_one_row_expanded_to_all_positions_gets_the_sum_of_their_gradients(labels, either):
     keep = labels != -100
     row, target = torch.randn(11, dtype=torch.float64, requires_grad=True), torch.randn(11).double()
     (s, t), y = numpy(row, target), labels[keep].numpy()
@@ -382,7 +390,7 @@ def test_one_row_expanded_to_all_positions_gets_the_sum_of_their_gradients(label
 
 @every_divergence
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
-def test_garbage_at_ignored_positions_changes_no_bit(name, garbage, cut):
+def test_garbage_at_ignored_positions_changes_no_bit(name, garbage, either):
     criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name])
     bad = LABELS == -100
 
@@ -483,7 +491,7 @@ def test_logits_somebody_else_needs_for_a_gradient_are_not_overwritten_in_silenc
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1e-30, 65536.0])
-def test_a_loss_scaled_by_anything_scales_its_gradients(kind, scale, cut):
+def test_a_loss_scaled_by_anything_scales_its_gradients(kind, scale, either):
     x = given()
     loss = VanillaKD(2.0, 0.4)(*sides(kind, x, 2.0), LABELS)
     value, slopes = exact("forward_kl", x, 2.0, 0.4, LABELS, LABELS != -100)
@@ -928,7 +936,7 @@ def test_the_same_inputs_give_the_same_bits(name, kind):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_classes_excluded_on_one_side_or_both_are_finite_or_infinite_as_it_truly_is(cut):
+def test_classes_excluded_on_one_side_or_both_are_finite_or_infinite_as_it_truly_is(either):
     half, one = torch.tensor([[0.0, 0.0, -INF]]), torch.tensor([[0.0, -INF, -INF]])
     for temperature in (0.5, 1.0, 4.0):
         log_2 = temperature**2 * math.log(2)
@@ -1221,7 +1229,7 @@ def test_wrong_types_devices_and_labels_are_refused_with_what_to_write():
         VanillaKD(check_finite=True)(*(LazyLogits(h, w[:10], b[:10]) for h, w, b in (x.student, x.teacher)), LABELS)
 
 
-def test_nothing_is_ever_written_to(cut):
+def test_nothing_is_ever_written_to(either):
     x = given()
     for kind in KINDS:
         student, teacher = sides(kind, x, 2.0)
@@ -1382,7 +1390,7 @@ def test_divergences_at_one_temperature_do_not_disturb_each_other(name, cut):
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "mixture", "top-k bucket"])
 @pytest.mark.parametrize("reduction", ["fused", "per position"])
-def test_a_row_without_weight_gets_nothing_whatever_its_task_says_there(kind, reduction, cut):
+def test_a_row_without_weight_gets_nothing_whatever_its_task_says_there(kind, reduction, either):
     x = given()
     weights = torch.rand(3, len(SOME), dtype=torch.float64)
     weights[0, ::2] = weights[1, 1::3] = weights[2, 4:6] = 0
@@ -1419,7 +1427,7 @@ def rows_of(teacher):
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy"])
-def test_a_student_that_is_no_number_where_nothing_counts_has_a_gradient_of_zero_there(kind, cut):
+def test_a_student_that_is_no_number_where_nothing_counts_has_a_gradient_of_zero_there(kind, either):
     x = given()
     x.student[0].data[0, 3] = NAN
     student, tasks = several(kind, x, labels=SOME.new_zeros(14))
@@ -1440,7 +1448,7 @@ def test_a_student_that_is_no_number_where_nothing_counts_has_a_gradient_of_zero
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
 @pytest.mark.parametrize("shape", [(5, 1), (5, len(SOME))])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_gradient_by_weights_is_the_values(kind, shape, frozen, cut):
+def test_the_gradient_by_weights_is_the_values(kind, shape, frozen, either):
     x = given()
     student, tasks = several(kind, x)
     weights = torch.rand(shape, dtype=torch.float64, requires_grad=True)
@@ -1490,7 +1498,7 @@ CLASS_WEIGHTS = torch.tensor([0.0, 2.0, 0.5, 1.0, 1.5, 0.0, 1.0, 3.0, 1.0, 0.25,
 @pytest.mark.parametrize("weight", [None, CLASS_WEIGHTS], ids=["equal classes", "class weights"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "lazy"])
-def test_cross_entropy_of_any_labels_in_blocks_equals_the_oracle(kind, soft, weight, smoothing, temperature, cut):
+def test_cross_entropy_of_any_labels_in_blocks_equals_the_oracle(kind, soft, weight, smoothing, temperature, either):
     x = given()
     student, teacher = sides(kind, x)
     labels = torch.rand(2, 7, 11, dtype=torch.float64).softmax(-1) if soft else SOME

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import kdloss
-from kdloss import TopKLogits, VanillaKD, divergences, schedules
-from kdloss.terms import _sweep
+from kdloss import LazyLogits, TopKLogits, VanillaKD, divergences, schedules
+from kdloss.terms import _known, _sweep
 
 
 def inputs(shape=(6,), classes=5, dtype=torch.float32, kind="classes", mask=False, teacher="tensor", seed=0):
@@ -40,6 +40,7 @@ def inputs(shape=(6,), classes=5, dtype=torch.float32, kind="classes", mask=Fals
         "double": logits.double(),
         "several": [logits, logits],
         "top k": TopKLogits.of(logits, 1),
+        "lazy": LazyLogits(logits, torch.eye(classes, dtype=dtype)),
         "whole numbers": logits.long(),
     }
     marks = {"mask": torch.rand(shape, generator=draw) > 0.3} if mask else {}
@@ -86,7 +87,7 @@ BATCHES = st.fixed_dictionaries(
         "dtype": st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
         "kind": st.sampled_from(["classes", "ignored", "none", "soft", "int32", "short", "list"]),
         "mask": st.booleans(),
-        "teacher": st.sampled_from(["tensor", "none", "wide", "double", "several", "top k", "whole numbers"]),
+        "teacher": st.sampled_from(["tensor", "none", "wide", "double", "several", "top k", "lazy", "whole numbers"]),
         "seed": st.integers(0, 3),
     },
 )
@@ -140,6 +141,21 @@ def test_copies_and_pickles_know_nothing_and_go_on():
     for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         assert other._known._key is None
         torch.testing.assert_close(other(*batch), loss)
+
+
+def test_a_lazy_step_like_the_last_goes_straight_to_the_sweep_and_one_of_another_head_does_not(monkeypatch):
+    criterion, hidden, weight = VanillaKD(), torch.randn(6, 4), torch.randn(5, 4)
+    teacher, labels = LazyLogits(torch.randn(6, 4), weight), torch.tensor([0, 1, 2, 3, 4, -100])
+    criterion(LazyLogits(hidden, weight), teacher, labels)
+    swept, cap = [], {"softcap": 0.5}
+    monkeypatch.setattr(_known, "sweep", lambda *args, **known: swept.append(args) or _sweep.sweep(*args, **known))
+    steps = ({}, True), (cap, False), (cap, True), ({"scale": 2.0}, False), ({"bias": torch.ones(5)}, False)
+    for more, known in steps:
+        student = LazyLogits(hidden, weight, **more)
+        swept.clear()
+        found = criterion(student, teacher, labels)
+        assert bool(swept) == known
+        torch.testing.assert_close(found, VanillaKD()(student.dense(), teacher.dense(), labels))
 
 
 @pytest.mark.parametrize("kind", ["classes", "ignored"])

@@ -84,7 +84,7 @@ def block_of(plan: Plan, tasks: Sequence[Task], x: Tensor | LazyLogits, dtype: t
 
 
 class Block:
-    """Values `[r, k]` of a few rows; their gradient is written to `out`, or over the logits where that is None.
+    """Values `[k, r]` of a few rows; their gradient is written to `out`, or over the logits where that is None.
 
     What is compiled is compared with what isn't in the first rows that it gets.
     """

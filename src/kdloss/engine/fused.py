@@ -5,13 +5,15 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import compress
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdloss.engine.at_once import evaluate
 from kdloss.engine.rows import matmul_dtype
-from kdloss.engine.run import Problem, Student, run, without_autocast
+from kdloss.engine.run import Problem, Student, without_autocast
 from kdloss.engine.scaled import scaled
 from kdloss.engine.total import blank
 from kdloss.reduction import fill, on_cpu, precise, widest
@@ -19,6 +21,8 @@ from kdloss.targets import LazyLogits
 from kdloss.targets.kinds import at, dense
 
 _HOLE = object()
+_ATOMS = {type(None), bool, int, float, FunctionType}
+"""What holds no tensors, as most parts do."""
 
 
 def fused(problem: Problem, student: Student, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +60,9 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, problem: Problem, student: Student, wanted: bool, weights: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        values, gradients = run(problem, student, weights.detach() if wanted else None)
-        ctx.gradients = None if gradients is None else gradients.tensors()
+        ctx.set_materialize_grads(False)
+        values, gradients = evaluate(problem, student, weights.detach() if wanted else None)
+        ctx.gradients = gradients
         ctx.overwritten = problem.overwrite and wanted and isinstance(student, Tensor)
         ctx.autocast = autocast_of(student)
         kept, ctx.rest = apart((problem, student, weights, values))
@@ -95,10 +100,10 @@ class _PerPosition(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, student: Student, wanted: bool, *tensors: Tensor) -> Tensor:
         ctx.autocast = autocast_of(student)
         one = torch.ones((), dtype=widest(student.device), device=student.device) if wanted else None
-        values, gradients = run(
+        values, gradients = evaluate(
             replace(problem, overwrite=False), student, None if one is None else one.expand(1, problem.rows)
         )
-        ctx.gradient = None if gradients is None else gradients.tensors()[0]
+        ctx.gradient = None if gradients is None else gradients[0]
         kept, ctx.rest = apart((problem, student, values))
         ctx.save_for_backward(*kept)
         return values
@@ -130,8 +135,7 @@ def _by_rows(problem: Problem, student: Student, weights: Tensor) -> Sequence[Te
     """The student's gradients for these weights of the values."""
     if not any(t.requires_grad for t in parts(student)):
         return [None for _ in parts(student)]
-    gradients = run(replace(problem, overwrite=False), student, weights.detach())[1]
-    return () if gradients is None else gradients.tensors()
+    return evaluate(replace(problem, overwrite=False), student, weights.detach())[1] or ()
 
 
 def _by_autograd(
@@ -204,11 +208,11 @@ def together(x: Any, tensors: Iterator[Tensor]) -> Any:
 def _each(change: Callable[..., Any], x: Any, tensors: Any) -> Any:
     kind = type(x)
     if kind in (list, tuple):
-        return kind([change(part, tensors) for part in x])
+        return kind([part if type(part) in _ATOMS else change(part, tensors) for part in x])
     if not hasattr(kind, "__dataclass_fields__"):
         return x
-    other = object.__new__(kind)
-    vars(other).update({name: change(part, tensors) for name, part in vars(x).items()})
+    other, parts = object.__new__(kind), vars(x).items()
+    vars(other).update({name: part if type(part) in _ATOMS else change(part, tensors) for name, part in parts})
     return other
 
 

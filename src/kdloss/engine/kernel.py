@@ -49,8 +49,8 @@ class Few:
         return scaled if off is None else scaled.masked_fill(off, 0)
 
 
-def compute(plan: Plan, few: Few, side: MakeSide, place: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Values `[r, k]` of all tasks of the plan in a few rows; and the gradient, in its place where one is given."""
+def compute(plan: Plan, few: Few, side: MakeSide = Side, place: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Values `[k, r]` of all tasks of the plan in a few rows; and the gradient, in its place where one is given."""
     if few.weights is not None:
         few.gradient = Total(few.z, place)
     for k in plan.by_autograd:
@@ -64,7 +64,7 @@ def compute(plan: Plan, few: Few, side: MakeSide, place: Tensor | None = None) -
         q = side(chosen(few.z, group.classes), group.temperature)
         pull = by_closed_forms(group, q, few, side)
         by_labels(group, q, few, pull)
-    values = torch.cat([few.values[k] for k in range(len(few.off))], -1)
+    values = torch.cat([few.values[k] for k in range(len(few.off))]).view(len(few.off), few.z.shape[0])
     return values, None if few.gradient is None else few.gradient.blanked(few.nowhere)
 
 
@@ -90,7 +90,8 @@ def closer(value: Tensor, form: ClosedForm, q: Side, p: Side) -> Tensor:
 
     There they are small differences of sums. Which rows these are is only looked at where that waits for nothing.
     """
-    if q.flat or q.pieced or q.shard is not None or not on_cpu(value.device) or not bool((value < NEAR).any()):
+    settled = q.flat or q.exact or q.pieced or q.shard is not None or not on_cpu(value.device)
+    if settled or not bool((value < NEAR).any()):
         return value
     rows = (value < NEAR).flatten().nonzero().flatten()
     gap = (q.bits[rows] - p.bits[rows]).abs_().nan_to_num_(0.0).amax(-1)
@@ -138,7 +139,7 @@ def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None) -> None:
         few.values[k] = of.value
         targets.append((k, of))
         if few.gradient is not None:
-            part = few.scaled(k, one.total.reciprocal() if of.sums is None else of.sums / one.total)
+            part = few.scaled(k) / one.total if of.sums is None else few.scaled(k, of.sums / one.total)
             own = part if own is None else own + part
     if few.gradient is None:
         return

@@ -67,6 +67,8 @@ def equal_blocks(rows: int, most: int, first: int = 0) -> Iterator[tuple[int, in
 
 def identity(x: Any) -> Hashable:
     """Equal for logits of which the tensors are the same numbers in memory."""
+    if x is None:
+        return None
     if isinstance(x, Tensor):
         return x.data_ptr(), x.dtype, x.shape, x.stride()
     if isinstance(x, slice):  # which older Python can't hash

@@ -23,6 +23,7 @@ from kdloss.targets.kinds import AnyLogits, is_double
 from kdloss.targets.sharded import Shard
 
 Student = Tensor | LazyLogits
+Found = tuple[Tensor, Sequence[Tensor | None] | None]
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,9 @@ class Problem:
         return cls(local, index, rows, overwrite, shard, nonzero), student.local
 
 
-def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, Gradients | None]:
-    """Values `[tasks, rows]` and, given weights of the same shape, the gradients of their weighted sum."""
+def run(problem: Problem, plan: Plan, x: Student, weights: Tensor | None) -> Found:
+    """Values `[tasks, rows]`; given weights of the same shape, gradients of the weighted sum by x's tensors, too."""
     tasks, n, classes, device, shard = problem.tasks, problem.rows, x.shape[-1], x.device, problem.shard
-    plan = Plan.of(tasks)
     student, teachers = Rows(x, problem.index), Teachers(read_by_rows(tasks), problem.index)
     off, nowhere = switched_off(weights, len(tasks), n, problem.nonzero)
     if nowhere is not None:
@@ -102,11 +102,13 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
                         found.append(compiled(block, plan, rows, gradients, i, j))
             if gradients is not None:
                 gradients.block(start, stop)
-    values = found[0] if len(found) == 1 else torch.cat([torch.empty(0, len(tasks), device=device), *found])
-    values = values.T
-    if any(size != 1 for size in plan.sizes):
-        values = values * column_of(tuple(plan.sizes), values.dtype, device)
-    return values.to(dtype).contiguous(), gradients
+    values = found[0] if len(found) == 1 else torch.cat([torch.empty(len(tasks), 0, device=device), *found], 1)
+    return sized(plan, values).to(dtype), None if gradients is None else gradients.tensors()
+
+
+def sized(plan: Plan, values: Tensor) -> Tensor:
+    """Values `[tasks, rows]`, as large as they are to be."""
+    return values if set(plan.sizes) == {1.0} else values * column_of(tuple(plan.sizes), values.dtype, values.device)
 
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
@@ -116,7 +118,7 @@ def without_autocast(kind: str) -> AbstractContextManager[Any]:
 
 def slopes(plan: Plan, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """What each task's slope is multiplied with, `[tasks, rows, 1]` or `[tasks, 1, 1]`."""
-    if any(slope != 1 for slope in plan.slopes):
+    if set(plan.slopes) != {1.0}:
         weights = weights * column_of(tuple(plan.slopes), weights.dtype, weights.device)
     return weights.to(dtype).unsqueeze(-1)
 

@@ -27,7 +27,7 @@ class Side:
     A temperature that is a tensor is computed as `like` one would be.
     """
 
-    pieced = False
+    pieced = exact = False
 
     def __init__(
         self, logits: Tensor, temperature: float | Tensor, shard: Shard | None = None, like: float | None = None
@@ -55,7 +55,7 @@ class Side:
         if self.flat or other.flat:
             return self.sum(kl_terms(self.probs, other.probs, self.log_probs(), other.log_probs()))
         terms = (self.bits - other.bits).mul_(self.probs).nan_to_num_(0.0, posinf=torch.inf)
-        return self.sum(terms) * LN2 + (other.log_total - self.log_total)
+        return (other.log_total - self.log_total).add_(self.sum(terms), alpha=LN2)
 
     def log_ratio_to(self, other: "Side", smooth: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """log(self / other) of the probabilities, NaN where both are 0; of smooth bits of both, if given."""
@@ -74,7 +74,7 @@ class Side:
         if self.like == 2:
             e = self.probs.square()
             total = self.sum(e)
-            return e, total, total.log() + 2 * self.log_total
+            return e, total, total.log().add_(self.log_total, alpha=2)
         e = (self.bits * self.temperature).exp2_()
         total = self.sum(e)
         return e, total, total.log()
@@ -97,6 +97,12 @@ class Side:
         return self.probs.clamp(min=math.exp(NO_MASS))
 
 
+class ExactSide(Side):
+    """The same in float64 of logits that have fewer digits: small differences of sums keep those of the logits."""
+
+    exact = True
+
+
 def finite(top: Tensor) -> Tensor:
     """The largest logits as a number, also where all are -inf: what logits are taken relative to."""
     return top.clamp_min(torch.finfo(top.dtype).min)
@@ -104,6 +110,8 @@ def finite(top: Tensor) -> Tensor:
 
 def wide_sum(rows: Tensor) -> Tensor:
     """Sums over the last dimension `[..., 1]`: pieces of it as they are, then those, or a few numbers, in float64."""
+    if rows.dtype == torch.float64:
+        return rows.sum(-1, keepdim=True)
     wide = widest(rows.device)
     whole = rows.shape[-1] // PIECE * PIECE
     if rows.dtype == wide or not whole:

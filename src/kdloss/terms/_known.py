@@ -1,4 +1,4 @@
-"""What is known of a step on tensors, so that the next one like it is a sweep and nothing else."""
+"""What is known of a step on logits, so that the next one like it is a sweep and nothing else."""
 
 from typing import Any
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from kdloss._capture import Captured
+from kdloss.engine.fused import parts
 from kdloss.engine.task import unwrapped
+from kdloss.targets import LazyLogits
 from kdloss.terms._ahead import Ahead
 from kdloss.terms._evaluation import Evaluation
 from kdloss.terms._outputs import find_logits, returned
@@ -20,10 +22,11 @@ from kdloss.terms.plan import Plan
 from kdloss.terms.step import Step
 
 Found = tuple[Tensor, dict[str, Tensor]]
+_KINDS = (Tensor, LazyLogits)
 
 
 class Known:
-    """The last step of a sum in which all terms were one sweep over logits that are tensors.
+    """The last step of a sum in which all terms were one sweep over logits that are tensors or lazy.
 
     It is known by all that decides that, and whether inputs fit: settings, shapes, dtypes and devices. Numbers, like
     weights and temperatures, labels and masks are read anew in every step. Copies and pickles know nothing.
@@ -77,7 +80,7 @@ class Known:
         if len(evaluation.losses) > 1 or len(swept) < max(len(evaluation.terms), 1) or contract.check_finite:
             return
         logits, labels, taught = swept[0].logits, evaluation.labels, [one.step.teacher for one in swept]
-        if type(logits) is not Tensor or not all(x is None or type(x) is Tensor for x in (labels, *taught)):
+        if type(logits) not in _KINDS or not all(x is None or type(x) in _KINDS for x in (labels, *taught)):
             return
         soft = labels is not None and labels.is_floating_point()
         if not soft and contract.layouts == (None, None) and all(map(_plain, criterion.terms.values())):
@@ -86,7 +89,7 @@ class Known:
 
 
 def _logits(output: Any) -> Any:
-    return output if type(output) is Tensor else find_logits(returned(output))
+    return output if type(output) in _KINDS else find_logits(returned(output))
 
 
 def _in_order(output: Any) -> bool:
@@ -127,6 +130,8 @@ def _plain(term: Any) -> bool:
 
 
 def _form(x: Any) -> Any:
+    if type(x) is LazyLogits:
+        return [(type(y), y.shape, y.dtype, y.device) for y in parts(x)], x.softcap, x.scale
     return (x.shape, x.dtype, x.device) if type(x) is Tensor else type(x)
 
 

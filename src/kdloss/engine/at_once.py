@@ -1,0 +1,79 @@
+"""All rows in one block: on a few numbers the machinery of many blocks takes longer than the work."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdloss.engine.kernel import Few, compute
+from kdloss.engine.plan import Plan
+from kdloss.engine.run import (
+    Found,
+    Problem,
+    Student,
+    read_by_rows,
+    run,
+    scratch_rows,
+    sized,
+    slopes,
+    switched_off,
+    without_autocast,
+)
+from kdloss.engine.side import ExactSide, Side
+from kdloss.engine.switch import wanted
+from kdloss.engine.task import LabelTask, Task, TeacherTask
+from kdloss.reduction import on_cpu
+from kdloss.targets.kinds import is_double
+
+AT_ONCE = 2**16
+"""Up to so many logits Python takes as long as arithmetic."""
+FEW = 2**12
+"""Up to so many, float64 throughout takes less time than going to and fro between it and float32."""
+
+
+def evaluate(problem: Problem, x: Student, weights: Tensor | None) -> Found:
+    """Values `[tasks, rows]`; given weights of the same shape, gradients of the weighted sum by x's tensors, too."""
+    plan = Plan.of(problem.tasks)
+    if type(x) is Tensor and at_once(problem, plan, x):
+        return run_at_once(problem, plan, x, weights)
+    return run(problem, plan, x, weights)
+
+
+def at_once(problem: Problem, plan: Plan, x: Tensor) -> bool:
+    """Whether all rows are one block on a CPU, of tensors and closed forms alone."""
+    if not on_cpu(x.device) or problem.overwrite or problem.shard is not None or plan.by_autograd or plan.top_k:
+        return False
+    if x.numel() > AT_ONCE or problem.rows > scratch_rows(x.device, x.shape[-1]) or wanted(x.device):
+        return False
+    groups = all(group.classes is None for group in plan.groups)
+    return groups and all(type(y) is Tensor and y.shape == x.shape for y in read_by_rows(problem.tasks))
+
+
+def run_at_once(problem: Problem, plan: Plan, x: Tensor, weights: Tensor | None) -> Found:
+    """The same for them."""
+    tasks, index, n, shape = problem.tasks, problem.index, problem.rows, (x.shape[:-1].numel(), x.shape[-1])
+    wide = any(map(is_double, (x, *read_by_rows(tasks))))
+    exact = not wide and x.numel() <= FEW
+    dtype = torch.float64 if wide or exact else torch.float32
+
+    def rows(y: Any) -> Tensor:
+        flat: Tensor = y.detach().reshape(shape)
+        return (flat if index is None else flat[index]).to(dtype)
+
+    def task(k: int) -> Task:
+        it = tasks[k]
+        if isinstance(it, TeacherTask):
+            return it.with_rows(rows(it.teacher), it.labels)
+        return LabelTask(rows(it.labels), it.smoothing, it.class_weights) if it.soft else it
+
+    by = None if weights is None else slopes(plan, weights, dtype)
+    with without_autocast("cpu"):
+        few = Few(rows(x), task, by, *switched_off(weights, len(tasks), n, problem.nonzero))
+        values, gradient = compute(plan, few, ExactSide if exact else Side)
+        values = sized(plan, values).to(torch.float64 if wide else torch.float32)
+        if gradient is None:
+            return values, None
+        gradient = gradient.to(x.dtype)
+        if index is not None:
+            gradient = gradient.new_zeros(shape).index_copy_(0, index, gradient)
+        return values, (gradient.reshape(x.shape),)
