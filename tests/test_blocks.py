@@ -1,6 +1,5 @@
 """What is made block by block: how many rows, averages of lazy teachers, the head's gradient."""
 
-
 import numpy as np
 import oracles
 import pytest
