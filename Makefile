@@ -1,6 +1,8 @@
 # The whole interface. Every target sets up what it needs; a second run finds it there.
 PYTHON ?= python3
 BIN := .venv/bin
+INTO := install --quiet --disable-pip-version-check --no-compile
+EMPTY := venv --clear --without-pip  # for what runs a few seconds: the pip of .venv installs, and nothing is compiled before
 PYTHONS := 3.10 3.11 3.12 3.13
 export HF_HUB_OFFLINE ?= 1
 export PYTHONPATH :=
@@ -25,8 +27,9 @@ OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightn
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip $(INTO) --constraint constraints.txt torch
+	$(BIN)/pip $(INTO) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -W ignore -m compileall -qq -j 2 .venv/lib || true  # pip would take one core; some are for other Pythons
 	touch $@
 
 test: .venv/ready  ## laws, rooms, examples, docstrings, README
@@ -43,10 +46,6 @@ static: .venv/ready
 
 typed: .venv/ready
 	$(BIN)/pytest --quiet --numprocesses 2 $(TYPED)
-
-# An environment of its own for a few seconds: pip stays outside, and Python compiles no more than it imports.
-EMPTY := venv --clear --without-pip
-INTO := install --quiet --disable-pip-version-check --no-compile
 
 package: .venv/ready  ## sdist and wheel, into dist/, installed where there is nothing else; the README's code runs from it
 	rm -rf dist
