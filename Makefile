@@ -21,7 +21,7 @@ SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
 ON_A_CARD := $(addprefix tests/test_,on_a_device.py laws.py extremes.py engine.py lazy_head.py)
 MATHJAX := 3.2.2
 SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
-OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightning
+OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft pillow psutil pytorch-lightning
 
 .PHONY: test test-oldest check static typed package pythons demo demo-pretrained results examples bench gpu docs clean
 
