@@ -1,31 +1,35 @@
 # The whole interface. Every target sets up what it needs; a second run finds it there.
 PYTHON ?= python3
 BIN := .venv/bin
-EMPTY := .venv-package/bin
+INTO := install --quiet --disable-pip-version-check --no-compile
+EMPTY := venv --clear --without-pip  # for what runs a few seconds: the pip of .venv installs, and nothing is compiled before
+PYTHONS := 3.10 3.11 3.12 3.13
 export HF_HUB_OFFLINE ?= 1
 export PYTHONPATH :=
 
-# The shapes in signatures, checked at run time by jaxtyping and beartype (bad input meets them first).
+# The shapes in signatures, checked at run time by jaxtyping and beartype (bad input meets them first). Other temperatures
+# and gradcheck bring no other shapes.
 TYPED := tests/test_laws.py tests/test_criteria.py tests/test_models.py tests/test_distiller.py tests/test_targets.py \
-	-k 'not refused and not broadcasts and not compile' --jaxtyping-packages=kdloss,beartype.beartype
+	-k 'not refused and not broadcasts and not compile and not gradcheck and not T1.0 and not T10.0' --jaxtyping-packages=kdloss,beartype.beartype
 
 # The core, on the oldest versions that pyproject.toml allows, and what these warn of by themselves.
 CORE := laws extremes criteria sums own_terms schedules divergences distances module_distances attention_distances \
 	feature_losses cross_entropy engine targets layers projection capture distiller lazy_head distillation models \
 	recipes bases old_torch which_row own_loss layouts_of_logits layouts_of_features levels class_names virtual_tokens \
-	speech_masks detectors hf
+	speech_masks detectors hf compiled powers sinkhorn teacher_temperature known watching cache cache_kinds cache_reads
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
 ON_A_CARD := $(addprefix tests/test_,on_a_device.py laws.py extremes.py engine.py lazy_head.py)
 MATHJAX := 3.2.2
 SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
-OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft psutil pytorch-lightning
+OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft pillow psutil pytorch-lightning
 
 .PHONY: test test-oldest check static typed package pythons demo demo-pretrained results examples bench gpu docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip $(INTO) --constraint constraints.txt torch
+	$(BIN)/pip $(INTO) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -W ignore -m compileall -qq -j 2 .venv/lib || true  # pip would take one core; some are for other Pythons
 	touch $@
 
 test: .venv/ready  ## laws, rooms, examples, docstrings, README
@@ -45,23 +49,23 @@ typed: .venv/ready
 
 package: .venv/ready  ## sdist and wheel, into dist/, installed where there is nothing else; the README's code runs from it
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --no-isolation --outdir dist  # .venv was made with isolation
 	$(BIN)/twine check --strict dist/*
-	$(PYTHON) -m venv --clear .venv-package
-	$(EMPTY)/pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
-	cd dist && ../$(EMPTY)/python ../tests/installed.py
-	$(EMPTY)/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls dist/*.whl)[hf]"
-	cd dist && ../$(EMPTY)/python ../tests/installed.py
+	$(PYTHON) -m $(EMPTY) .venv-package
+	$(BIN)/pip --python .venv-package $(INTO) --constraint constraints.txt dist/*.whl
+	cd dist && ../.venv-package/bin/python ../tests/installed.py
+	$(BIN)/pip --python .venv-package $(INTO) --constraint constraints.txt "$$(ls dist/*.whl)[hf]"
+	cd dist && ../.venv-package/bin/python ../tests/installed.py
 
-pythons: package  ## the same wheel, without extras, on every other Python from 3.10 to 3.13 that is here
-	export PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :); \
-	for python in python3.10 python3.11 python3.12 python3.13; do \
-		$$python -c '' 2>/dev/null || { echo "$$python is not here"; continue; }; \
-		[ "$$($$python -V)" != "$$($(BIN)/python -V)" ] || continue; \
-		$$python -m venv --clear .venv-package && \
-		$(EMPTY)/pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)" dist/*.whl && \
-		(cd dist && ../$(EMPTY)/python ../tests/installed.py) || exit 1; \
-	done
+pythons: $(PYTHONS:%=on-%)  ## the same wheel, without extras, on every other Python from 3.10 to 3.13 that is here
+
+on-%: package
+	@export PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :); \
+	python$* -c '' 2>/dev/null || { echo "python$* is not here"; exit; }; \
+	[ "$$(python$* -V)" != "$$($(BIN)/python -V)" ] || exit 0; \
+	set -x; python$* -m $(EMPTY) .venv-package-$* && \
+	$(BIN)/pip --python .venv-package-$* $(INTO) "$$(grep ^torch== constraints.txt)" dist/*.whl && \
+	cd dist && ../.venv-package-$*/bin/python ../tests/installed.py
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
@@ -130,4 +134,4 @@ docs: .venv/mathjax/tex-chtml.js  ## the pages, into site/; a warning is an erro
 	! grep -rE --include=*.html '<(script|link|img|iframe)[^>]* (src|href)=.?https?:' site
 
 clean:  ## back to a fresh clone
-	rm -rf .venv .venv-oldest .venv-package dist runs site .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-oldest .venv-package* dist runs site .mypy_cache .ruff_cache .benchmarks

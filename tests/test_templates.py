@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 TEMPLATES = sorted((ROOT / "examples").glob("*.py"))
 MARKER = "# distillation:"
 
+PACKAGES = {name for name, owners in packages_distributions().items() if "kdloss" not in owners}
 every_template = pytest.mark.parametrize("path", TEMPLATES, ids=[path.stem for path in TEMPLATES])
 
 
@@ -48,8 +49,7 @@ def test_there_are_templates():
 def test_a_template_is_one_screen_of_packages_alone(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 110
-    packages = {name for name, owners in packages_distributions().items() if "kdloss" not in owners}
-    assert imported(path) - packages - sys.stdlib_module_names == {"kdloss"}
+    assert imported(path) - PACKAGES - sys.stdlib_module_names == {"kdloss"}
 
 
 @every_template

@@ -356,6 +356,7 @@ def moved(step, size):
     return bytes_moved(step, size) / size
 
 
+@since_torch(2, 10)
 def test_bytes_moved_are_what_operators_read_and_write():
     x, y, out = torch.randn(3, 64, 100)
     size = x.numel()

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,6 +57,8 @@ def generate(model: PreTrainedModel, prompts: Tensor, tokens: int) -> tuple[Tens
 
 def rouge(written: Sequence[str], real: Sequence[str]) -> dict[str, float]:
     """Mean ROUGE-1, -2 and -L: shared words, word pairs, longest common subsequence; F1, percent."""
+    from rouge_score.rouge_scorer import RougeScorer  # its imports take longer than torch's
+
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     scores = [scorer.score(target, prediction) for target, prediction in zip(real, written, strict=True)]
     kinds = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
