@@ -78,7 +78,7 @@ def run(problem: Problem, x: Student, weights: Tensor | None) -> tuple[Tensor, G
     dtype = torch.float64 if wide else torch.float32
     block = None if shard is not None else block_of(plan, tasks, x, dtype)
     if block is not None:
-        few = compiled_rows(device, classes)
+        few = compiled_rows(device, classes, n)
     off, nowhere = switched_off(weights, len(tasks), n, problem.nonzero)
     by = None if weights is None else slopes(plan, weights, dtype)
     side = partial(Side, shard=shard) if shard is not None else Side
@@ -197,10 +197,12 @@ def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int
     return max(1, entries // max(classes, 1))
 
 
-def compiled_rows(device: torch.device, classes: int) -> int:
-    """The same for compiled work, which keeps next to nothing on the way."""
-    entries = 2**18 * torch.get_num_threads() if device.type == "cpu" else 2**27
-    return max(2, entries // max(classes, 1))
+def compiled_rows(device: torch.device, classes: int, rows: int) -> int:
+    """The same for compiled work, where every block costs some Python: an eighth of all rows, as few forms keep
+    something as large as their block on the way, within bounds.
+    """
+    most = 2**20 * torch.get_num_threads() if device.type == "cpu" else 2**27
+    return max(2, min(most, max(most // 4, classes * rows // 8)) // max(classes, 1))
 
 
 def block_rows(classes: int, budget: int = 2**27) -> int:
