@@ -46,13 +46,13 @@ def at_once(problem: Problem, plan: Plan, x: Tensor) -> bool:
     if x.numel() > AT_ONCE or problem.rows > scratch_rows(x.device, x.shape[-1]) or wanted(x.device):
         return False
     groups = all(group.classes is None for group in plan.groups)
-    return groups and all(type(y) is Tensor and y.shape == x.shape for y in read_by_rows(problem.tasks))
+    return groups and all(type(read.x) is Tensor and read.x.shape == x.shape for read in read_by_rows(problem.tasks))
 
 
 def run_at_once(problem: Problem, plan: Plan, x: Tensor, weights: Tensor | None) -> Found:
     """The same for them."""
     tasks, index, n, shape = problem.tasks, problem.index, problem.rows, (x.shape[:-1].numel(), x.shape[-1])
-    wide = any(map(is_double, (x, *read_by_rows(tasks))))
+    wide = any(map(is_double, (x, *(read.x for read in read_by_rows(tasks)))))
     exact = not wide and x.numel() <= FEW
     dtype = torch.float64 if wide or exact else torch.float32
 

@@ -103,7 +103,8 @@ def by_top_k(k: int, few: Few) -> None:
     """A divergence from a teacher's most probable classes."""
     task, wanted = few.task(k), few.gradient is not None
     classes = task.student_classes
-    of = among_few(partial(_compare, task, wanted), chosen(few.z, classes), task.teacher)
+    place = None if few.gradient is None or classes is not None else few.gradient.empty_place
+    of = among_few(partial(_compare, task, wanted), chosen(few.z, classes), task.teacher, place)
     few.values[k] = of.value
     if few.gradient is None or of.slope is None:
         return

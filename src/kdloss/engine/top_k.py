@@ -24,10 +24,11 @@ class TopK(NamedTuple):
     slope: Tensor | None
 
 
-def among_few(compare: AmongFew, z: Tensor, teacher: TopKLogits) -> TopK:
+def among_few(compare: AmongFew, z: Tensor, teacher: TopKLogits, place: Tensor | None = None) -> TopK:
     """Compared among the k classes and a bucket, at the temperature the teacher's were kept at.
 
-    In the student's logits the bucket's gradient goes to the classes in it by their share of its mass.
+    In the student's logits the bucket's gradient goes to the classes in it by their share of its mass; that of the
+    others is made in `place`, if there is one.
     """
     indices, empty = slots(teacher)
     nothing = empty.all(-1, keepdim=True)
@@ -35,7 +36,7 @@ def among_few(compare: AmongFew, z: Tensor, teacher: TopKLogits) -> TopK:
     if teacher.tail == "renormalise":
         few, mass, others = kept - base(kept), None, None
     else:
-        others, mass, size, top = _others(z, indices, teacher.temperature)
+        others, mass, size, top = _others(z, indices, teacher.temperature, place)
         low = base(kept, top)
         few = torch.cat([kept - low, size + (finite(top) - low)], -1)
     value, slope = compare(few.masked_fill(nothing, 0), logits(teacher, empty, z.shape[-1]).to(few.dtype))
@@ -46,12 +47,14 @@ def among_few(compare: AmongFew, z: Tensor, teacher: TopKLogits) -> TopK:
     return TopK(value, others, share, indices, slope[:, :k].masked_fill(empty | nothing, 0))
 
 
-def _others(z: Tensor, indices: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _others(
+    z: Tensor, indices: Tensor, temperature: float, place: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The classes that were not kept: their mass, its sum, its logarithm as a logit, and the largest of theirs.
 
     Relative to their own largest: beside the classes kept they may be too small for a number.
     """
-    others = z.scatter(-1, indices, -torch.inf)
+    others = torch.scatter(z, -1, indices, -torch.inf, out=place)
     top = others.amax(-1, keepdim=True)
     mass = others.sub_(finite(top)).mul_(1 / (LN2 * temperature)).exp2_()
     total = wide_sum(mass)

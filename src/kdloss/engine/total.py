@@ -15,6 +15,11 @@ class Total:
         self.like, self.place = like, place
         self.rows: Tensor | None = None
 
+    @property
+    def empty_place(self) -> Tensor | None:
+        """The place it was given while nothing is in it: for rows that are added next."""
+        return self.place if self.rows is None else None
+
     def add(self, rows: Tensor, by: Tensor, off: Tensor | None = None, classes: Classes = None) -> None:
         """Add rows times a number for each; those that are `off` not, whatever stands there is overwritten."""
         if off is not None:
