@@ -165,8 +165,7 @@ def expect_uncompiled(caplog, why):
             for _ in range(2):
                 loss = VanillaKD()(z, teacher, LABELS)
         found.append((loss, *torch.autograd.grad(loss, z)))
-    for ours, plain in zip(*found, strict=True):
-        assert torch.equal(ours, plain)
+    torch.testing.assert_close(*found)  # without a compiler few logits are computed in float64
     assert [why in record.message for record in caplog.records] == [True]  # once
 
 
