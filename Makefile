@@ -113,9 +113,9 @@ bench: .venv/liger  ## our losses beside what one would write otherwise; some by
 	$(BIN)/pytest --override-ini testpaths=benchmarks --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/ratios.py $(ARGS)
 
-gpu: .venv/liger  ## on a machine with a card: the laws on it, then time and peak beside plain, compiled and Liger
+gpu: .venv/liger  ## on a machine with a card: the laws on it, then time and peak beside others; some by ARGS="bf16 fp32"
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		KDLOSS_DEVICE=cuda $(BIN)/pytest --quiet $(ON_A_CARD) && $(BIN)/python benchmarks/gpu.py; \
+		KDLOSS_DEVICE=cuda $(BIN)/pytest --quiet $(ON_A_CARD) && $(BIN)/python benchmarks/gpu.py $(ARGS); \
 	else \
 		echo "there is no card here that torch.cuda can use, so nothing was run"; \
 	fi

@@ -7,6 +7,7 @@ it ends with one sentence.
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from sections.heads import dense
 from kdloss import TopKLogits, VanillaKD, distances, divergences
 
 T = recipes.T
+DTYPES = {short(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "gpu.md"
 SIZES = {"tokens": 8192, "vocab": 128_256, "width": 2048, "teacher_width": 4096, "k": 64}
 HEADER = "| | way | ms | peak, MiB |\n|---|---|---|---|"
@@ -155,8 +157,8 @@ def tried(step: Step, device: str) -> int | None:
     return None
 
 
-def main() -> None:
-    """All tables of this card."""
+def main(*names: str) -> None:
+    """The tables of this card, of these dtypes."""
     if not torch.cuda.is_available():
         print("there is no card here that torch.cuda can use, so nothing was measured")
         return
@@ -164,12 +166,12 @@ def main() -> None:
     memory = properties.total_memory / 2**30
     lines = [f"{properties.name}, {memory:.0f} GiB, torch {torch.__version__}, CUDA {torch.version.cuda}.", "", HEADER]
     print("\n".join(lines), flush=True)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for row in table("cuda", dtype, SIZES):
+    for name in names or DTYPES:
+        for row in table("cuda", DTYPES[name], SIZES):
             print(row, flush=True)
             lines.append(row)
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

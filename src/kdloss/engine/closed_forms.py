@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
+from kdloss.engine.once import once
 from kdloss.engine.side import LN2, NO_BITS, Side
 from kdloss.engine.terms import log_ratio, mixed, mixture_terms
 
@@ -98,7 +99,7 @@ def total_variation(q: Side, p: Side) -> Form:
     gap = q.probs - p.probs
     value = q.sum(gap.abs()) / 2
     if q.pieced:  # which is larger is known without the teacher's exponentials, and the gradient's sweep needs none
-        level = p.bits + ((q.log_total - p.log_total) / LN2).to(gap.dtype)
+        level = p.bits + once(((q.log_total - p.log_total) / LN2).to(gap.dtype))
         signed = torch.where(q.bits > level, q.probs, torch.where(q.bits < level, -q.probs, 0))
         slope = signed / 2
     else:

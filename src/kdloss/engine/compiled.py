@@ -23,7 +23,10 @@ from kdloss.targets.kinds import Classes
 
 OPTIONS: dict[str, Any] = {f"realize_{what}_threshold": 1000 for what in ("reads", "opcount", "acc_reads")}
 OPTIONS["triton.prefer_nd_tiling"] = True
-"""Rather computed twice than written and read; and numbers by row are read once for many classes."""
+OPTIONS["emulate_precision_casts"] = True
+"""Rather computed twice than written and read. Numbers by row are read once for many classes. And no product is joined
+with a sum, which would round one of two equal sides and not the other.
+"""
 _log = logging.getLogger("kdloss")
 
 
@@ -100,7 +103,7 @@ class Block:
         rows = Rows.of(plan, few)
         try:
             if self._compiled is None:
-                self._compiled = torch.compile(_with_code_of_its_own(self._plain, PiecedSide), options=OPTIONS)
+                self._compiled = torch.compile(_with_code_of_its_own(self._plain, PiecedSide), options=_options())
                 found = self._compared(self._compiled, rows, out)
                 if found is not None:
                     return found
@@ -179,6 +182,14 @@ def _with_code_of_its_own(plain: Callable[..., Tensor], make: type[PiecedSide]) 
 
     code = block.__code__.replace(co_name=f"block_{len(_blocks)}")
     return types.FunctionType(code, block.__globals__, code.co_name, None, block.__closure__)
+
+
+def _options() -> dict[str, Any]:
+    """Those that this PyTorch knows."""
+    from torch._inductor import list_options
+
+    known = set(list_options())
+    return {name: value for name, value in OPTIONS.items() if name in known}
 
 
 def _structure(plan: Plan, tasks: Sequence[Task]) -> Hashable:

@@ -71,8 +71,10 @@ class _Fused(torch.autograd.Function):
         return _weighted(values, weights, problem.nonzero), values
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
         none = None, None, None
+        if upstream is None:  # nobody asked for the loss
+            return tuple(None for _ in ctx.needs_input_grad)
         gradients, ctx.gradients = ctx.gradients, None
         again = torch.is_grad_enabled()
         if ctx.overwritten and (gradients is None or again):

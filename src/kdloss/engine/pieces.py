@@ -30,8 +30,7 @@ class PiecedSide(Side):
         self.total = self.gathered(self.sums)
         self.log_total = self.total.log()
         self.bits = (logits - self.top) * self.per_bit
-        # Divided: a product may be joined with what is added to it, and equal sides would no longer be exactly so.
-        self.probs = self.bits.exp2() / once(self.total.to(logits.dtype))
+        self.probs = self.bits.exp2() * once(self.total.reciprocal().to(logits.dtype))
 
     def gathered(self, sums: list[Tensor], power: float | Tensor = 1) -> Tensor:
         """Sums of the pieces, each relative to its own largest logit, as one relative to the row's."""
