@@ -115,7 +115,9 @@ bench: .venv/liger  ## our losses beside what one would write otherwise; some by
 
 gpu: .venv/liger  ## on a machine with a card: the laws on it, then time and peak beside others; some by ARGS="bf16 fp32"
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		KDLOSS_DEVICE=cuda $(BIN)/pytest --quiet $(ON_A_CARD) && $(BIN)/python benchmarks/gpu.py $(ARGS); \
+		KDLOSS_DEVICE=cuda KDLOSS_COMPILE=0 $(BIN)/pytest --quiet $(ON_A_CARD) && \
+		KDLOSS_DEVICE=cuda $(BIN)/pytest --quiet tests/test_on_a_device.py && \
+		$(BIN)/python benchmarks/gpu.py $(ARGS); \
 	else \
 		echo "there is no card here that torch.cuda can use, so nothing was run"; \
 	fi

@@ -18,6 +18,7 @@ LEFT_OUT = {
     "without_data": "it is about tensors without data",
     "meta_tensors": "it is about tensors without data",
     "three_digits": "rows are compared term by term where looking at numbers waits for nothing",
+    "few_logits_are_compared": "few logits are one block in float64 on a CPU",
     "never_multiplied": "how many positions count is not known there before the models run",
     "size_of_the_logits": "blocks of rows are larger there",
     "after_an_exception": "an index out of range ends all work on a card",

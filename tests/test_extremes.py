@@ -51,7 +51,8 @@ def test_logits_of_1e4_at_any_temperature_agree_with_float64(loss, temperature, 
     student, teacher = logits.to(dtype)
     value, slope, exact, exact_slope = both(loss, student, teacher, temperature)
     rounding = max(TOLERANCE[dtype], torch.finfo(dtype).eps)
-    np.testing.assert_allclose(value, exact, rtol=TOLERANCE[dtype], atol=absolute(loss, dtype))
+    least = 1e-12 * abs(exact).max()  # where both decide for the same class the oracle has less than a float32 can be
+    np.testing.assert_allclose(value, exact, rtol=TOLERANCE[dtype], atol=absolute(loss, dtype) + least)
     size = max(abs(exact_slope).max(), exact.max() / temperature)  # a saturated softmax has slopes of 1e-27
     atol = rounding * size + absolute(loss, dtype)
     np.testing.assert_allclose(slope.double(), exact_slope, rtol=rounding, atol=atol)
