@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdloss.engine.gradients import OfHead
 from kdloss.engine.kernel import Few, compute
 from kdloss.engine.plan import Plan
+from kdloss.engine.rows import Rows
 from kdloss.engine.run import (
     Found,
     Problem,
@@ -23,8 +25,10 @@ from kdloss.engine.side import ExactSide, Side
 from kdloss.engine.switch import wanted
 from kdloss.engine.task import LabelTask, Task, TeacherTask
 from kdloss.reduction import on_cpu
+from kdloss.targets import LazyLogits
 from kdloss.targets.kinds import is_double
 
+KINDS = (Tensor, LazyLogits)
 AT_ONCE = 2**16
 """Up to so many logits Python takes as long as arithmetic."""
 FEW = 2**12
@@ -34,29 +38,33 @@ FEW = 2**12
 def evaluate(problem: Problem, x: Student, weights: Tensor | None) -> Found:
     """Values `[tasks, rows]`; given weights of the same shape, gradients of the weighted sum by x's tensors, too."""
     plan = Plan.of(problem.tasks)
-    if type(x) is Tensor and at_once(problem, plan, x):
+    if type(x) in KINDS and at_once(problem, plan, x):
         return run_at_once(problem, plan, x, weights)
     return run(problem, plan, x, weights)
 
 
-def at_once(problem: Problem, plan: Plan, x: Tensor) -> bool:
-    """Whether all rows are one block on a CPU, of tensors and closed forms alone."""
+def at_once(problem: Problem, plan: Plan, x: Student) -> bool:
+    """Whether all rows are one block on a CPU, of tensors or lazy logits and closed forms alone."""
     if not on_cpu(x.device) or problem.overwrite or problem.shard is not None or plan.by_autograd or plan.top_k:
         return False
-    if x.numel() > AT_ONCE or problem.rows > scratch_rows(x.device, x.shape[-1]) or wanted(x.device):
+    if x.shape.numel() > AT_ONCE or problem.rows > scratch_rows(x.device, x.shape[-1]) or wanted(x.device):
         return False
     groups = all(group.classes is None for group in plan.groups)
-    return groups and all(type(read.x) is Tensor and read.x.shape == x.shape for read in read_by_rows(problem.tasks))
+    return groups and all(type(read.x) in KINDS and read.x.shape == x.shape for read in read_by_rows(problem.tasks))
 
 
-def run_at_once(problem: Problem, plan: Plan, x: Tensor, weights: Tensor | None) -> Found:
+def run_at_once(problem: Problem, plan: Plan, x: Student, weights: Tensor | None) -> Found:
     """The same for them."""
     tasks, index, n, shape = problem.tasks, problem.index, problem.rows, (x.shape[:-1].numel(), x.shape[-1])
-    wide = any(map(is_double, (x, *(read.x for read in read_by_rows(tasks)))))
-    exact = not wide and x.numel() <= FEW
+    read = [x, *(read.x for read in read_by_rows(tasks))]
+    wide = any(map(is_double, read))
+    exact = not wide and x.shape.numel() <= FEW
     dtype = torch.float64 if wide or exact else torch.float32
+    lazy = {id(y): made(y, index, n) for y in read if isinstance(y, LazyLogits)}
 
     def rows(y: Any) -> Tensor:
+        if id(y) in lazy:
+            return lazy[id(y)](0, n).to(dtype)
         flat: Tensor = y.detach().reshape(shape)
         return (flat if index is None else flat[index]).to(dtype)
 
@@ -73,7 +81,19 @@ def run_at_once(problem: Problem, plan: Plan, x: Tensor, weights: Tensor | None)
         values = sized(plan, values).to(torch.float64 if wide else torch.float32)
         if gradient is None:
             return values, None
+        if isinstance(x, LazyLogits):
+            of_head = OfHead(x, lazy[id(x)], None)
+            of_head.rows(0, n, gradient)
+            of_head.block(0, n)
+            return values, of_head.tensors()
         gradient = gradient.to(x.dtype)
         if index is not None:
             gradient = gradient.new_zeros(shape).index_copy_(0, index, gradient)
         return values, (gradient.reshape(x.shape),)
+
+
+def made(x: LazyLogits, index: Tensor | None, rows: int) -> Rows:
+    """All rows of lazy logits."""
+    found = Rows(x, index)
+    found.make(0, rows)
+    return found

@@ -1,7 +1,7 @@
 """The rows of logits that count, of any kind, some at a time."""
 
 from collections.abc import Hashable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def identity(x: Any) -> Hashable:
         return x.start, x.stop, x.step
     if isinstance(x, (list, tuple)):
         return tuple(map(identity, x))
-    return (type(x), *(identity(getattr(x, field.name)) for field in fields(x))) if is_dataclass(x) else x
+    return (type(x), *map(identity, vars(x).values())) if is_dataclass(x) else x
 
 
 def flat_view(t: Tensor, positions: int) -> Tensor | None:
@@ -99,6 +99,8 @@ def matmul_dtype(lazy: LazyLogits) -> torch.dtype:
 def in_matmul_dtype(lazy: LazyLogits) -> LazyLogits:
     """Hidden states and head in the dtype in which autocast, or else the model, multiplies them."""
     dtype = matmul_dtype(lazy)
+    if all(x is None or x.dtype == dtype for x in (lazy.hidden, lazy.weight, lazy.bias)):
+        return lazy
     bias = None if lazy.bias is None else lazy.bias.to(dtype)
     return replace(lazy, hidden=lazy.hidden.to(dtype), weight=lazy.weight.to(dtype), bias=bias)
 
