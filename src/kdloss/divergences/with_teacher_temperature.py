@@ -1,5 +1,6 @@
 """A temperature of the teacher's own, around any divergence of probabilities."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -97,6 +98,8 @@ class with_teacher_temperature:
 
 
 def _scaled(z: Tensor, by: float) -> Tensor:
-    """The largest leaves first: a product of large numbers would round their small differences."""
+    """The largest leaves first: a product of large numbers would round their small differences, but by a power of 2."""
+    if math.frexp(by)[0] == 0.5:
+        return z * by
     top = z.amax(-1, keepdim=True)
     return (z - top.masked_fill(top == -torch.inf, 0)) * by
