@@ -64,9 +64,11 @@ def run_at_once(problem: Problem, plan: Plan, x: Student, weights: Tensor | None
 
     def rows(y: Any) -> Tensor:
         if id(y) in lazy:
-            return lazy[id(y)](0, n).to(dtype)
-        flat: Tensor = y.detach().reshape(shape)
-        return (flat if index is None else flat[index]).to(dtype)
+            found: Tensor = lazy[id(y)](0, n)
+        else:
+            flat = y.detach().reshape(shape)
+            found = flat if index is None else flat[index]
+        return found.to(dtype)
 
     def task(k: int) -> Task:
         it = tasks[k]
