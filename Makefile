@@ -16,7 +16,8 @@ TYPED := tests/test_laws.py tests/test_criteria.py tests/test_models.py tests/te
 CORE := laws extremes criteria sums own_terms schedules divergences distances module_distances attention_distances \
 	feature_losses cross_entropy engine targets layers projection capture distiller lazy_head distillation models \
 	recipes bases old_torch which_row own_loss layouts_of_logits layouts_of_features levels class_names virtual_tokens \
-	speech_masks detectors hf compiled powers sinkhorn teacher_temperature known watching cache cache_kinds cache_reads
+	speech_masks detectors hf compiled powers sinkhorn teacher_temperature known watching scaled blocks cache \
+	cache_kinds cache_reads
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
 ON_A_CARD := $(addprefix tests/test_,on_a_device.py laws.py extremes.py engine.py lazy_head.py)
 MATHJAX := 3.2.2
