@@ -17,7 +17,7 @@ from kdloss._inputs import of_decoder, of_student
 from kdloss._masks import Padding, all_masks
 from kdloss._passes import Passes, brought, requests
 from kdloss._towers import Towers
-from kdloss.adapter import evaluating, resharded
+from kdloss.adapter import evaluating, is_encoder_decoder, resharded
 from kdloss.bases import Own, owner
 from kdloss.reduction import on_cpu
 from kdloss.targets.kinds import KINDS
@@ -71,7 +71,8 @@ class Runner:
                 # By no name here: who asks for the output is the only one to hold it.
                 with self._seen_apart(k, student):
                     seen = [self._teach(k, teacher, plan, batch)]
-                seen[0].classes = self._classes(k, student, teacher.module)
+                if not self._plans or not plan.ends_early(k):  # of features alone there are no classes
+                    seen[0].classes = self._classes(k, student, teacher.module)
                 home = None if teacher.device is None else next((p.device for p in student.parameters()), None)
                 yield brought(seen.pop(), home)
             else:
@@ -91,8 +92,9 @@ class Runner:
     ) -> dict[str, Any]:
         """What counts: the user's masks and the batch's own, each where it stands."""
         on_features, padding = [name for name, r in plan.reads.items() if r.pairs], Padding.of(student, batch.inputs)
-        if not on_features and all(x is None for x in (mask, feature_mask, padding.inputs, padding.outputs)):
-            return {"mask": None}
+        said = mask, feature_mask, padding.outputs, batch.inputs.get("attention_mask")
+        if all(x is None for x in said) and not (on_features and is_encoder_decoder(student)):
+            return {"mask": None}  # all features count, and stand where labels do, if they are as many
         again = partial(self.study, student, plan, batch, own_loss)
         place = self._towers.of(student, requests(plan.reads, "student"), batch.inputs, self._pass.located, again)
         logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
@@ -106,8 +108,8 @@ class Runner:
         if self._student is None or self._student() is not student:
             self._student, self._compared = weakref.ref(student), set()
         teacher = self.teachers[k]
-        module = None if teacher is None else owner(teacher.module)
-        if module is None or k in self._compared:
+        module = None if teacher is None or k in self._compared else owner(teacher.module)
+        if module is None:
             yield
             return
         own = Own(student, module)

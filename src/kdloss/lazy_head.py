@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kdloss.layers.names import unwrap
+from kdloss.layers.names import attribute, unwrap
 from kdloss.targets import LazyLogits
 from kdloss.terms._outputs import find_logits
 
@@ -204,7 +204,7 @@ def why_whole(model: nn.Module, head: nn.Module | None) -> str | None:
 def _head(model: nn.Module) -> nn.Module | None:
     """A model's head; of one that peft trains in full, the copy that is trained."""
     inner = unwrap(model)
-    find = getattr(inner, "get_output_embeddings", None)
+    find = attribute(inner, "get_output_embeddings")
     head: Any = find() if callable(find) else None
     copies = getattr(head, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):

@@ -215,7 +215,7 @@ class Sum(nn.Module):
         eager = not torch.compiler.is_compiling()
         if eager and torch.is_grad_enabled() and self.scheduled:
             self._reminder.forward(_log)
-        contract = self.contract if causal is None else replace(self.contract, causal=causal)
+        contract = self.contract if causal in (None, self.causal) else replace(self.contract, causal=causal)
         outputs, count = listed(self, teacher)
         alike = eager and attention_mask is None and feature_mask is None and not task_terms
         known = (self, contract, student, outputs, labels, mask, num_items_in_batch, plan, ahead)
