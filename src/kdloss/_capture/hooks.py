@@ -15,7 +15,7 @@ from kdloss._capture.located import Located, find
 from kdloss._capture.recorder import Captured, Recorder, Request, Stop, Which, known_at_the_end
 from kdloss._capture.take import Take
 from kdloss.layers.layer_map import Name
-from kdloss.layers.names import attribute, modules_of
+from kdloss.layers.names import modules_of
 
 Option = TypeVar("Option")
 Key = TypeVar("Key", bound=Hashable)
@@ -177,15 +177,16 @@ def _per_name(
 
 def _resharded(model: nn.Module) -> None:
     """A pass that ends early leaves a model under FSDP2 gathered, in torch that can undo it."""
-    resets = (attribute(module, "reset_iter_state") for module in modules_of(model))
-    if reset := next(filter(callable, resets), None):
-        reset()
+    sharded: Any = next((m for m in modules_of(model) if hasattr(type(m), "reset_iter_state")), None)
+    if sharded is not None:
+        sharded.reset_iter_state()
 
 
 def _refuse_unsynchronised(model: nn.Module, seen: Captured) -> None:
     """DDP makes ready for a backward after its forward, which was cut off."""
-    wrappers = (m for m in modules_of(model) if isinstance(m, DistributedDataParallel))
-    if any(t.requires_grad for t in seen.features.values()) and any(m.require_backward_grad_sync for m in wrappers):
+    if not any(t.requires_grad for t in seen.features.values()):
+        return
+    if any(isinstance(m, DistributedDataParallel) and m.require_backward_grad_sync for m in modules_of(model)):
         raise RuntimeError(
             "stop=True ends the pass before DistributedDataParallel makes ready to synchronise gradients, "
             "and these features lead to some; write stop=False for a model that is trained, "

@@ -56,8 +56,8 @@ class Located:
     def _named(self, model: nn.Module, name: str) -> nn.Module:
         name, _ = part(name)
         known = self._modules.setdefault(model, {})
-        if there := _at(model, [known[name]] if name in known else []):
-            return there[0]
+        if name in known and (there := at_path(model, known[name])) is not None:
+            return there
         found = resolve(model, name)
         paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is found]
         # One module at several places is the one at the name's: another place may be given away tomorrow.
