@@ -52,7 +52,8 @@ def virtual_tokens(model: nn.Module) -> int:
     inner: nn.Module | None = model
     while inner is not None and (configs := attribute(inner, "peft_config")) is None:
         children = inner._modules  # TorchScript's have no `get`
-        inner = next((children[name] for name in _WRAPPED if name in children), None)
+        name = next(filter(children.__contains__, _WRAPPED), None)
+        inner = None if name is None else children[name]
     if inner is None:
         return 0
     active = getattr(inner, "active_adapter", None)

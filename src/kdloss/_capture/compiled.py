@@ -25,7 +25,8 @@ def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> AbstractConte
     A graph made before the hooks doesn't know them, and nothing tells whether there is one. A hook on the
     compiled module itself runs beside the graph.
     """
-    around = next((m for m in modules_of(model) if _compiled(m) and _holds(m, hooked)), None)
+    compiled = [m for m in modules_of(model) if m._compiled_call_impl is not None or "_orig_mod" in m._modules]
+    around = next((m for m in compiled if _holds(m, hooked)), None)
     if around is None:
         return nullcontext()
     if not hasattr(torch.compiler, "set_stance"):
@@ -45,10 +46,6 @@ def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> AbstractConte
 
 
 BLOCKS = "for block in kdloss.layers.find_blocks(model): block.compile()"
-
-
-def _compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def _holds(module: nn.Module, hooked: Collection[nn.Module]) -> bool:

@@ -20,7 +20,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             inner: Any = base()
         elif "_orig_mod" in model._modules:
             inner = model._modules["_orig_mod"]
-        elif [*model._modules.keys()] == ["module"] and not model._parameters:
+        elif len(model._modules) == 1 and "module" in model._modules and not model._parameters:
             inner = model._modules["module"]
         else:
             return model
