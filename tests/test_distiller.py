@@ -205,6 +205,46 @@ def test_the_teacher_is_left_as_it_was_found():
     assert [m.training for m in teacher.modules()] == modes
 
 
+class Counted(nn.Module):
+    """Two layers and a head; notes how many hooks are on it, and on what is in it, while it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 5)
+        self.seen = []
+
+    def forward(self, x):
+        every = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules()]
+        self.seen.append((every[0], sum(every)))
+        return self.head(self.second(self.first(x)))
+
+
+@pytest.mark.parametrize("logit_weight", [0.0, 1.0])
+def test_what_is_captured_is_hooked_and_nothing_else(logit_weight):
+    student, teacher = Counted(), Counted()
+    criterion = kdloss.FeatureKD(pairing=[("first", "first"), ("second", "second")], logit_weight=logit_weight)
+    distill = kdloss.Distiller(teacher, criterion)
+    for _ in range(2):
+        distill(student, torch.ones(2, 3), labels=torch.tensor([0, 1]))
+    assert student.seen == teacher.seen == [(0, 2)] * 2
+    assert hooks(student) == hooks(teacher) == 0
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3)])
+def test_a_batch_without_masks_counts_as_one_whose_features_are_all_said_to(shape):
+    torch.manual_seed(0)
+    x, labels = torch.randn(2, 3, 3), torch.randint(0, 5, shape)
+    student, teacher = Counted(), Counted()
+    if len(shape) == 1:
+        student.head = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    criterion = kdloss.FeatureKD(pairing=[("first", "first")], causal=False)
+    distill = kdloss.Distiller(teacher, criterion)
+    expected = (student.first(x) - teacher.first(x)).square().mean().detach()
+    for every in (None, torch.ones(2, 3, dtype=torch.bool), None):
+        found = distill(student, x, labels=labels, feature_mask=every)
+        torch.testing.assert_close(found.components["feature"], expected)
+
+
 def test_nothing_is_held_after_the_step():
     teacher, student = pair()
     distill = kdloss.Distiller(teacher, kdloss.FeatureKD(logit_weight=1.0)).prepare(student)

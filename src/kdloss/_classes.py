@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdloss._capture import Captured
-from kdloss.layers.names import unwrap
+from kdloss.layers.names import attribute, unwrap
 from kdloss.targets import TopKLogits
 from kdloss.targets.kinds import AnyLogits, chosen_classes, classes
 
@@ -117,7 +117,7 @@ def class_names(model: Any) -> tuple[str, ...] | None:
         return model.classes
     if not isinstance(model, nn.Module):
         return None
-    named: Any = getattr(getattr(unwrap(model), "config", None), "id2label", None)
+    named: Any = getattr(attribute(unwrap(model), "config"), "id2label", None)
     return _in_order(tuple(named.items())) if isinstance(named, dict) else None
 
 

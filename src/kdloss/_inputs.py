@@ -23,12 +23,12 @@ def taken_by(model: Callable[..., Any]) -> tuple[list[str], bool]:
     (['input'], False)
     """
     function = unwrap(model).forward if isinstance(model, nn.Module) else model
-    if isinstance(schema := getattr(function, "schema", None), torch._C.FunctionSchema):  # TorchScript's
-        return [a.name for a in schema.arguments if a.name != "self"], False
     method: Any = getattr(function, "__func__", None)
     if isinstance(method, FunctionType):  # all models of a class share it; a function of somebody's isn't held
         names, anything = _of_method(method)
         return names[1:], anything
+    if isinstance(schema := getattr(function, "schema", None), torch._C.FunctionSchema):  # TorchScript's
+        return [a.name for a in schema.arguments if a.name != "self"], False
     return _parameters(function)
 
 
@@ -46,6 +46,8 @@ _of_method = lru_cache(maxsize=256)(_parameters)
 
 def named(model: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs that a model's forward takes; what begins with "teacher_" has to be named there."""
+    if not inputs:
+        return {}
     names, anything = taken_by(model)
     return {k: v for k, v in inputs.items() if k in names or (anything and not k.startswith("teacher_"))}
 

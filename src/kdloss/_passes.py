@@ -38,14 +38,15 @@ class Passes:
         """One pass, ended early where `stop` says so; `why_whole` its logits must be a tensor, if they must."""
         if inputs.get("labels") is not None:
             why_whole = "it is given labels, of which it makes a loss by itself"
-        recording = record(model, requests, stop=stop, located=self.located) if requests else nullcontext()
+        given = args, without_cache(model, inputs)
+        recording = record(model, requests, stop=stop, located=self.located, given=given) if requests else nullcontext()
         with (
             recording as recorded,
             nullcontext() if stop else self.heads.apart(model, why_whole) as head,
         ):
             # not by the nullcontext, of which torch 2.4 compiles none but the empty one
             seen = Captured() if recorded is None else recorded
-            seen.output = model(*args, **without_cache(model, inputs))
+            seen.output = model(*args, **given[1])
         seen.head = ends(model)
         if head is None or self.heads.finish(model, head, seen.output):
 

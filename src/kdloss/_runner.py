@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from kdloss._inputs import of_decoder, of_student
 from kdloss._masks import Padding, all_masks
 from kdloss._passes import Passes, brought, requests
 from kdloss._towers import Towers
-from kdloss.adapter import evaluating, resharded
+from kdloss.adapter import evaluating, is_encoder_decoder, resharded
 from kdloss.bases import Own, owner
 from kdloss.reduction import on_cpu
 from kdloss.targets.kinds import KINDS
@@ -70,8 +70,7 @@ class Runner:
             elif not self._plans or plan.of_teacher(k):
                 # By no name here: who asks for the output is the only one to hold it.
                 with self._seen_apart(k, student):
-                    seen = [self._teach(k, teacher, plan, batch)]
-                seen[0].classes = self._classes(k, student, teacher.module)
+                    seen = [self._teach(k, teacher, student, plan, batch)]
                 home = None if teacher.device is None else next((p.device for p in student.parameters()), None)
                 yield brought(seen.pop(), home)
             else:
@@ -90,9 +89,11 @@ class Runner:
         own_loss: bool,
     ) -> dict[str, Any]:
         """What counts: the user's masks and the batch's own, each where it stands."""
-        on_features, padding = [name for name, r in plan.reads.items() if r.pairs], Padding.of(student, batch.inputs)
-        if not on_features and all(x is None for x in (mask, feature_mask, padding.inputs, padding.outputs)):
-            return {"mask": None}
+        on_features = [name for name, r in plan.reads.items() if r.pairs]
+        said = mask, feature_mask, *map(batch.inputs.get, ("attention_mask", "decoder_attention_mask"))
+        if all(x is None for x in said) and not (on_features and is_encoder_decoder(student)):
+            return {"mask": None}  # all features count, and stand where labels do, if they are as many
+        padding = Padding.of(student, batch.inputs)
         again = partial(self.study, student, plan, batch, own_loss)
         place = self._towers.of(student, requests(plan.reads, "student"), batch.inputs, self._pass.located, again)
         logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
@@ -100,23 +101,22 @@ class Runner:
         labels = batch.labels if batch.shift_labels is None else batch.shift_labels
         return all_masks(padding, shape, on_features, labels, mask, feature_mask, place, causal=causal)
 
-    @contextmanager
-    def _seen_apart(self, k: int, student: nn.Module) -> Iterator[None]:
+    def _seen_apart(self, k: int, student: nn.Module) -> AbstractContextManager[None]:
         """Once per student: raise for a teacher that ran, inside the `with`, on weights that the student trains."""
         if self._student is None or self._student() is not student:
             self._student, self._compared = weakref.ref(student), set()
         teacher = self.teachers[k]
-        module = None if teacher is None else owner(teacher.module)
-        if module is None or k in self._compared:
-            yield
-            return
-        own = Own(student, module)
+        module = None if teacher is None or k in self._compared else owner(teacher.module)
+        return nullcontext() if module is None else self._watched(k, Own(student, module))
+
+    @contextmanager
+    def _watched(self, k: int, own: Own) -> Iterator[None]:
         with own.watch():
             yield
         own.refuse(k)
         self._compared.add(k)
 
-    def _teach(self, k: int, teacher: Teacher, plan: Plan, batch: Batch) -> Captured:
+    def _teach(self, k: int, teacher: Teacher, student: nn.Module, plan: Plan, batch: Batch) -> Captured:
         reads, module = {name: plan.reads[name] for name in plan.of_teacher(k)}, teacher.module
         inputs, labels = dict(batch.inputs), batch.labels
         rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
@@ -138,6 +138,8 @@ class Runner:
                     seen = self._pass(module, asked, args, inputs, stop=stop, why_whole=why)
                 resharded(module)
         seen.output = tensors(seen.output, (args, inputs))
+        if not stop:  # features have no classes
+            seen.classes = self._classes(k, student, module)
         return seen
 
 

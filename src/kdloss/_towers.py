@@ -57,6 +57,8 @@ class Towers:
             keys = [(term, name) for name in parts([layer]) if (term, name) in asked]
             if text is not None and not all(known[key] for key in keys):
                 return "unknown" if any(known[key] is None for key in keys) else "elsewhere"
+            if not encoder:
+                return "outputs"
             modules = [located.find(student, asked[key].name, asked[key].blocks) for key in keys]
             return "inputs" if modules and all(m in encoder for m in modules) else "outputs"
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kdloss._capture import Captured
 from kdloss._towers import encoder_side
+from kdloss.layers.names import attribute
 from kdloss.targets.kinds import at
 from kdloss.terms._outputs import find_logits
 
@@ -49,10 +50,13 @@ def _longer(x: Any, n: int, lengths: set[int]) -> bool:
 def virtual_tokens(model: nn.Module) -> int:
     """How many a peft model's active adapter has; a prefix, which lengthens nothing, has some, too."""
     inner: nn.Module | None = model
-    while inner is not None and not hasattr(inner, "peft_config"):
+    while inner is not None and (configs := attribute(inner, "peft_config")) is None:
         children = inner._modules  # TorchScript's have no `get`
-        inner = next((children[name] for name in _WRAPPED if name in children), None)
-    configs, active = getattr(inner, "peft_config", None), getattr(inner, "active_adapter", None)
+        name = next(filter(children.__contains__, _WRAPPED), None)
+        inner = None if name is None else children[name]
+    if inner is None:
+        return 0
+    active = getattr(inner, "active_adapter", None)
     config = configs.get(active) if isinstance(configs, Mapping) and isinstance(active, str) else None
     return int(getattr(config, "num_virtual_tokens", None) or 0)
 

@@ -9,14 +9,14 @@ from torch import nn
 
 from kdloss._capture import eagerly
 from kdloss._inputs import named, taken_by
-from kdloss.layers.names import modules_of, unwrap
+from kdloss.layers.names import attribute, modules_of, unwrap
 
 __all__ = ["evaluating", "is_encoder_decoder", "named", "resharded", "takes_input", "without_cache"]
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether labels are the decoder's, and `attention_mask` the encoder's."""
-    return bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
+    return bool(getattr(attribute(unwrap(model), "config"), "is_encoder_decoder", False))
 
 
 def takes_input(model: nn.Module, name: str, *, by_name: bool = False) -> bool:
@@ -65,6 +65,6 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 def resharded(model: nn.Module) -> None:
     """Put a model under FSDP2 back into shards: a pass that ended early, or without backward, doesn't."""
-    reset = getattr(model, "reset_iter_state", None)
+    reset = attribute(model, "reset_iter_state")
     if callable(reset):
         reset()

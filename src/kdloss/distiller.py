@@ -142,7 +142,8 @@ class Distiller:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn(student)
         plan, batch = self._plan(teach), Batch(args, inputs, labels, shift_labels)
-        ahead = self._ahead(own, labels, shift_labels, mask) if plan.weights else None
+        contract = self.criterion.contract if self._plans else Contract()
+        ahead = _ahead(contract, own, labels, shift_labels, mask) if plan.weights else None
         with_labels = plan.own_loss or own.of_labels
         seen = self._run.study(student, plan, batch, with_labels)
         labels = labels if shift_labels is None else shift_labels
@@ -151,7 +152,7 @@ class Distiller:
             return Distilled.of(None, seen.output, {})
         outputs = self._run.outputs(student, plan, batch, stored)
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
-        causal = self._plans and shift_labels is None and self._causal(student, own, plan, seen, labels)
+        causal = self._plans and shift_labels is None and _causal(contract, student, own, plan, seen, labels)
         masks = self._run.masks(student, seen, plan, batch, mask, feature_mask, causal=causal, own_loss=with_labels)
         settings |= masks
         settings |= {} if index is None else {"index": index}
@@ -232,23 +233,6 @@ class Distiller:
                 _log.info("causal=%s, measured: %s", self._own.causal, self._own)
         return self._own or OwnLoss()
 
-    def _causal(self, student: nn.Module, own: OwnLoss, plan: Plan, seen: Captured, labels: Any) -> bool:
-        """Whether logits at t are held against label t+1: as the criterion says, else as the student does it."""
-        said: bool | None = self.criterion.contract.causal
-        if said is not None:
-            return said
-        if own.causal is None:
-            logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
-            refuse_unread(own, student, logits, labels)
-        return bool(own.causal)
-
-    def _ahead(self, own: OwnLoss, labels: Any, shift_labels: Any, mask: Tensor | None) -> Ahead | None:
-        """How many positions count, asked of the device before it has the models' passes to do."""
-        contract: Contract = self.criterion.contract
-        causal = own.causal if contract.causal is None else contract.causal
-        labels, causal = (labels, causal) if shift_labels is None else (shift_labels, False)
-        return Ahead.of(labels, mask, causal=bool(causal), ignore_index=contract.ignore_index)
-
     def _stored(self, given: Any) -> list[Any]:
         """What the stored teachers said."""
         several = given if isinstance(given, list) else [] if given is None else [given]
@@ -272,6 +256,23 @@ class Distiller:
             for name in plan.complete_with(k):
                 self.criterion.measure(name, seen.of(name), output.of(name))
         self.criterion.to(next(student.parameters()).device)
+
+
+def _causal(contract: Contract, student: nn.Module, own: OwnLoss, plan: Plan, seen: Captured, labels: Any) -> bool:
+    """Whether logits at t are held against label t+1: as the criterion says, else as the student does it."""
+    if contract.causal is not None:
+        return contract.causal
+    if own.causal is None and getattr(labels, "ndim", 0) == 2:
+        logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
+        refuse_unread(own, student, logits, labels)
+    return bool(own.causal)
+
+
+def _ahead(contract: Contract, own: OwnLoss, labels: Any, shift_labels: Any, mask: Tensor | None) -> Ahead | None:
+    """How many positions count, asked of the device before it has the models' passes to do."""
+    causal = own.causal if contract.causal is None else contract.causal
+    labels, causal = (labels, causal) if shift_labels is None else (shift_labels, False)
+    return Ahead.of(labels, mask, causal=bool(causal), ignore_index=contract.ignore_index)
 
 
 def _plans(module: Any) -> bool:

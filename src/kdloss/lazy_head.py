@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kdloss.layers.names import unwrap
+from kdloss.layers.names import attribute, unwrap
 from kdloss.targets import LazyLogits
 from kdloss.terms._outputs import find_logits
 
@@ -36,19 +36,20 @@ class LazyHeads:
     def __reduce__(self) -> tuple[Any, ...]:
         return LazyHeads, ()
 
-    @contextmanager
-    def apart(self, model: nn.Module, otherwise: str | None) -> Iterator["HeadPass"]:
+    def apart(self, model: nn.Module, otherwise: str | None) -> AbstractContextManager["HeadPass | None"]:
         """Where possible keep the head from making logits, in the one forward pass made inside the `with`.
 
-        `otherwise` is the caller's own reason against it.
+        What the `with` gives is for `finish`; None where logits are made. `otherwise` is the caller's own reason to.
         """
         head = _head(model)
         reason = otherwise or self._failed.get(model) or why_whole(model, head)
         if reason is not None or not isinstance(head, nn.Linear):
             self._say(model, str(reason))
-            yield HeadPass(None)
-            return
-        ran = HeadPass(head, self._known(model))
+            return nullcontext()
+        return self._hooked(HeadPass(head, self._known(model)), head)
+
+    @contextmanager
+    def _hooked(self, ran: "HeadPass", head: nn.Module) -> Iterator["HeadPass"]:
         handles = [
             head.register_forward_pre_hook(partial(_beside(HeadPass.before), ran)),
             head.register_forward_hook(partial(_beside(HeadPass.after), ran)),
@@ -61,8 +62,6 @@ class LazyHeads:
 
     def finish(self, model: nn.Module, ran: "HeadPass", output: Any) -> bool:
         """Put lazy logits into the output; False where the pass has to be made again, with whole logits."""
-        if ran.head is None:
-            return True
         if not ran.hidden:
             self._say(model, "its head did not run, or where no hook sees it")
             return True
@@ -90,7 +89,7 @@ class LazyHeads:
 class HeadPass:
     """One forward pass: the head's input, and the model's answer to a test signal where it isn't known."""
 
-    def __init__(self, head: nn.Linear | None, shaping: dict[str, Any] | None = None) -> None:
+    def __init__(self, head: nn.Linear, shaping: dict[str, Any] | None = None) -> None:
         self.head, self.shaping = head, shaping
         self.hidden: list[Tensor] = []
         self.signal: Tensor | None = None
@@ -118,7 +117,6 @@ class HeadPass:
     def finish(self, output: Any) -> str | None:
         """Give the output its lazy logits, or say why it can't have them."""
         head, answer = self.head, find_logits(output)
-        assert head is not None
         if len(self.hidden) != 1:
             return f"its head ran {len(self.hidden)} times"
         if not isinstance(answer, Tensor):
@@ -204,7 +202,7 @@ def why_whole(model: nn.Module, head: nn.Module | None) -> str | None:
 def _head(model: nn.Module) -> nn.Module | None:
     """A model's head; of one that peft trains in full, the copy that is trained."""
     inner = unwrap(model)
-    find = getattr(inner, "get_output_embeddings", None)
+    find = attribute(inner, "get_output_embeddings")
     head: Any = find() if callable(find) else None
     copies = getattr(head, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):

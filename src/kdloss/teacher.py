@@ -109,7 +109,7 @@ def refuse_functions(criterion: Any, teachers: Sequence[Any]) -> None:
 
 def tensors(output: Any, inputs: Any) -> Any:
     """What a teacher returned with its numpy arrays as tensors, where its inputs are."""
-    if isinstance(output, Tensor) or not any(map(_is_numpy, tree_leaves(output))):
+    if output is None or isinstance(output, Tensor) or not any(map(_is_numpy, tree_leaves(output))):
         return output
     device = next((x.device for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
     return tree_map(lambda x: torch.tensor(x, device=device) if _is_numpy(x) else x, output)

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
@@ -19,17 +19,16 @@ _running = 0
 _stance: Any = None
 
 
-@contextmanager
-def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> Iterator[None]:
+def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> AbstractContextManager[None]:
     """Run everything eagerly inside the `with` if a hooked module is a part of a compiled one.
 
     A graph made before the hooks doesn't know them, and nothing tells whether there is one. A hook on the
     compiled module itself runs beside the graph.
     """
-    around = next((m for m in modules_of(model) if _compiled(m) and _holds(m, hooked)), None)
+    compiled = [m for m in modules_of(model) if m._compiled_call_impl is not None or "_orig_mod" in m._modules]
+    around = next((m for m in compiled if _holds(m, hooked)), None)
     if around is None:
-        yield
-        return
+        return nullcontext()
     if not hasattr(torch.compiler, "set_stance"):
         raise RuntimeError(
             f"{type(model).__name__} was compiled by torch.compile together with modules to be captured, "
@@ -43,15 +42,10 @@ def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> Iterator[None
             type(getattr(around, "_orig_mod", around)).__name__,
             BLOCKS,
         )
-    with eagerly():
-        yield
+    return eagerly()
 
 
 BLOCKS = "for block in kdloss.layers.find_blocks(model): block.compile()"
-
-
-def _compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def _holds(module: nn.Module, hooked: Collection[nn.Module]) -> bool:

@@ -15,6 +15,7 @@ from kdloss._capture.located import Located, find
 from kdloss._capture.recorder import Captured, Recorder, Request, Stop, Which, known_at_the_end
 from kdloss._capture.take import Take
 from kdloss.layers.layer_map import Name
+from kdloss.layers.names import modules_of
 
 Option = TypeVar("Option")
 Key = TypeVar("Key", bound=Hashable)
@@ -76,10 +77,12 @@ def record(
     *,
     stop: bool = False,
     located: Located | None = None,
+    given: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
 ) -> Iterator[Captured]:
     """`capture` by any keys: several requests may want different things of one module in the same pass.
 
-    `located`, kept from step to step, spares looking for the modules again.
+    `located`, kept from step to step, spares looking for the modules again. `given` are the inputs of the pass, by
+    position and by keyword, from whoever runs it and keeps its output: then nothing has to be hooked to the model.
     """
     if requests:
         _refuse_torchscript(model)
@@ -97,7 +100,9 @@ def record(
     seen = recorder.captured
     hook = _hook()
     handles = [m.register_forward_hook(hook(partial(recorder.record, m))) for m in asked]
-    if not isinstance(model, ScriptModule):
+    if given is not None:
+        recorder.begin(model, *given)
+    elif not isinstance(model, ScriptModule):
         handles.append(model.register_forward_pre_hook(hook(recorder.begin), with_kwargs=True))
         handles.append(model.register_forward_hook(hook(recorder.finish)))
     try:
@@ -172,15 +177,16 @@ def _per_name(
 
 def _resharded(model: nn.Module) -> None:
     """A pass that ends early leaves a model under FSDP2 gathered, in torch that can undo it."""
-    resets = (getattr(module, "reset_iter_state", None) for module in model.modules())
-    if reset := next(filter(callable, resets), None):
-        reset()
+    sharded: Any = next((m for m in modules_of(model) if hasattr(type(m), "reset_iter_state")), None)
+    if sharded is not None:
+        sharded.reset_iter_state()
 
 
 def _refuse_unsynchronised(model: nn.Module, seen: Captured) -> None:
     """DDP makes ready for a backward after its forward, which was cut off."""
-    wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
-    if any(m.require_backward_grad_sync for m in wrappers) and any(t.requires_grad for t in seen.values()):
+    if not any(t.requires_grad for t in seen.features.values()):
+        return
+    if any(isinstance(m, DistributedDataParallel) and m.require_backward_grad_sync for m in modules_of(model)):
         raise RuntimeError(
             "stop=True ends the pass before DistributedDataParallel makes ready to synchronise gradients, "
             "and these features lead to some; write stop=False for a model that is trained, "

@@ -10,7 +10,7 @@ from kdloss._capture.why import dropped
 from kdloss.layers import find_blocks
 from kdloss.layers.drop import layer_drop
 from kdloss.layers.layer_map import Name
-from kdloss.layers.names import part, resolve
+from kdloss.layers.names import at_path, part, resolve
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 
@@ -56,8 +56,8 @@ class Located:
     def _named(self, model: nn.Module, name: str) -> nn.Module:
         name, _ = part(name)
         known = self._modules.setdefault(model, {})
-        if there := _at(model, [known[name]] if name in known else []):
-            return there[0]
+        if name in known and (there := at_path(model, known[name])) is not None:
+            return there
         found = resolve(model, name)
         paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is found]
         # One module at several places is the one at the name's: another place may be given away tomorrow.
@@ -84,10 +84,9 @@ class Located:
 
 def _at(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
     """What stands at these paths; nothing where one of them leads nowhere."""
-    try:
-        return [model.get_submodule(path) for path in paths]
-    except AttributeError:
-        return []
+    found = [at_path(model, path) for path in paths]
+    there = [module for module in found if module is not None]
+    return there if len(there) == len(found) else []
 
 
 def _items(lists: Iterable[nn.Module]) -> list[nn.Module]:

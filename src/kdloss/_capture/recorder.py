@@ -18,6 +18,7 @@ from kdloss.layers.names import unwrap
 
 Which = Literal["once", "first", "last", "all"] | int
 _NUMBERS = {"once": 0, "first": 0, "last": -1}
+_NOTHING = Evidence()
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Captured(Mapping[Any, Any]):
         self.classes: Any = None  # names of the student's classes and of this teacher's, where they have some
         self.views: dict[str, Captured] = {}
         self.tells: dict[Hashable, Tells] = {}
-        self.head = Evidence()
+        self.head = _NOTHING
 
     def of(self, term: str) -> "Captured":
         """What was captured for one term of a sum, where they asked for different things."""
@@ -116,7 +117,7 @@ class Recorder:
                 self._keep(key, module, output)
         except Exception as error:
             self.error = error
-        if self.error is not None or (self.stop and len(self.captured) == len(self.kept)):
+        if self.error is not None or (self.stop and len(self.captured.features) == len(self.kept)):
             self.stopped = True
             raise Stop(self)
 
@@ -132,6 +133,18 @@ class Recorder:
                 raise self.error from None
             finally:
                 self.error = None  # its traceback leads here, a cycle that would hold features
+        if len(self.captured.features) < len(self.kept):
+            self._refuse_missing()
+        for key, kept in self.kept.items():
+            if any(tensor._version != version for tensor, version in kept):
+                raise RuntimeError(
+                    f"the output of {self.requests[key].name!r} was changed in place after it was captured, as by "
+                    "ReLU(inplace=True) or +=; write take=torch.clone to have it as it was before, "
+                    "inplace=False, or capture the module that changes it"
+                )
+
+    def _refuse_missing(self) -> None:
+        """Raise for what didn't happen, and say why."""
         for module, keys in self.asked.items():
             missing = self._missing(keys)
             if missing and self.runs[module]:
@@ -144,22 +157,15 @@ class Recorder:
                 )
         if absent := {name: m for m, keys in self.asked.items() for name in self._missing(keys)}:
             raise RuntimeError(not_run(self.model, absent, self.begun))
-        for key, kept in self.kept.items():
-            if any(tensor._version != version for tensor, version in kept):
-                raise RuntimeError(
-                    f"the output of {self.requests[key].name!r} was changed in place after it was captured, as by "
-                    "ReLU(inplace=True) or +=; write take=torch.clone to have it as it was before, "
-                    "inplace=False, or capture the module that changes it"
-                )
 
     def _tells(self, request: Request, module: nn.Module, output: Any, tensor: Tensor) -> Tells:
         """What is known of a feature's axes; of what a function made of it, the inputs' batch alone."""
         found = evidence_of(module, self.model)
         if not _by_itself(request, output, tensor):
             part = request.take is None or (not callable(request.take) and levels(output))
-            found = found.of_part() if part else Evidence()
-        configured = width(module) if self.model is None else width(self.model)
-        return Tells(found, configured if isinstance(request.name, int) else None, inputs=self.batch)
+            found = found.of_part() if part else _NOTHING
+        configured = width(self.model) if isinstance(request.name, int) else None
+        return Tells(found, configured, inputs=self.batch)
 
     def _missing(self, keys: Iterable[Hashable]) -> list[Name]:
         """Names of what wasn't captured, each once."""
@@ -183,8 +189,8 @@ class Recorder:
         if number is not None and 0 <= number != run:
             return
         tensor = taken(name, output, request.take)
-        trained = self.grad and any(p.requires_grad for p in module.parameters())
-        if trained and tensor.is_floating_point() and not tensor.requires_grad:
+        bare = self.grad and tensor.is_floating_point() and not tensor.requires_grad
+        if bare and any(p.requires_grad for p in module.parameters()):
             raise RuntimeError(f"{name!r} gave a tensor without gradient although it is trained: {no_gradient()}")
         self.captured.tells[key] = self._tells(request, module, output, tensor)
         if request.shape_alone:

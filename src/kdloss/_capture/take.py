@@ -23,6 +23,8 @@ def taken(name: Key, output: Any, take: Take = None) -> Tensor:
     tensor([1., 1.])
     """
     module, path = part(name) if isinstance(name, str) else (name, ())
+    if take is None and not path and isinstance(output, Tensor):
+        return output
     if path and (inside := follow(output, path)) is None:
         raise TypeError(f"{module!r} returned {described(output)}, which has no part {name!r}")
     output = inside if path else output

@@ -47,19 +47,20 @@ def evidence_of(module: nn.Module, model: nn.Module | None = None) -> Evidence:
     >>> evidence_of(nn.Conv1d(3, 8, 1)).axis, evidence_of(nn.LSTM(3, 8)).batch
     (1, 1)
     """
-    if module not in _known:
+    known = _known.get(module)
+    if known is None:
         found = _of(module)
         found = _beside(module, model) if found == Evidence() and model is not None else found
-        _known[module] = replace(found, maps=_format(module))
-    known = _known[module]
+        known = _known[module] = replace(found, maps=_format(module))
     return known if known.axis is not None or known.maps is not None else replace(known, maps=_format(model))
 
 
 def ends(model: nn.Module) -> Evidence:
     """What the last layer of a model tells, which makes its logits where it is a head."""
-    if model not in _ends:
-        _ends[model] = _own(model) or next(iter([*_parts(model)][-1:]), Evidence())
-    return _ends[model]
+    known = _ends.get(model)
+    if known is None:
+        known = _ends[model] = _own(model) or next(iter([*_parts(model)][-1:]), Evidence())
+    return known
 
 
 def _of(module: nn.Module) -> Evidence:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -14,24 +15,35 @@ _PART = re.compile(r"(.*?)((?:\[[^\[\]]+\])*)", re.DOTALL)
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own model inside DDP, torch.compile or peft."""
     while True:
-        base: Any = _attribute(model, "get_base_model")
+        base: Any = attribute(model, "get_base_model")
         if callable(base):
             inner: Any = base()
         elif "_orig_mod" in model._modules:
             inner = model._modules["_orig_mod"]
-        elif [*model._modules.keys()] == ["module"] and not model._parameters:
+        elif len(model._modules) == 1 and "module" in model._modules and not model._parameters:
             inner = model._modules["module"]
         else:
             return model
         model = inner
 
 
-def _attribute(model: nn.Module, name: str) -> Any:
+def attribute(model: nn.Module, name: str) -> Any:
     """`getattr(model, name, None)` for what is no module: that a plain one lacks it takes `nn.Module` long to say."""
     kind = type(model)
     if name in vars(model) or hasattr(kind, name) or kind.__getattr__ is not nn.Module.__getattr__:
         return getattr(model, name, None)
     return None
+
+
+def at_path(model: nn.Module, path: str) -> nn.Module | None:
+    """What stands at a path that `named_modules` gives; None where it leads nowhere any more."""
+    found: nn.Module | None = model
+    for name in filter(None, path.split(".")):
+        children = found._modules  # type: ignore[union-attr]
+        found = children[name] if name in children else None  # noqa: SIM401 - TorchScript's have no `get`
+        if found is None:
+            break
+    return found
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -55,6 +67,7 @@ def unwrapped_block(module: nn.Module) -> nn.Module:
     return module
 
 
+@lru_cache(maxsize=1024)
 def part(name: str) -> tuple[str, tuple[int | str, ...]]:
     """The module that a name names, and the path of the part of its output, in brackets.
 

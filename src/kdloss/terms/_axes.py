@@ -1,7 +1,6 @@
 """The layouts of one side's features."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from types import EllipsisType
 
 from torch import Tensor
@@ -44,7 +43,7 @@ class Axes:
             key = None if tells is None else (name, len(shape), tells.module)
             settled = said is not None or key in self._batches
             check_batch(shape, layout, settled, tells, batch, layer, self.argument)
-            if key is not None:
+            if key is not None and not settled:
                 self._batches.add(key)
         return layout.width_last(features)
 
@@ -54,9 +53,9 @@ class Axes:
         if said is not None or tells is None:
             return decide(shape, said, tells, layer, self.argument)
         key = name, len(shape), tells.module
-        if key in self._widths:
-            layout, module = self._widths[key]
-            return decide(shape, layout, replace(tells, module=module), layer, self.argument)
+        if (before := self._widths.get(key)) is not None:
+            layout, module = before
+            return decide(shape, layout, Tells(module, tells.width, tells.inputs), layer, self.argument)
         others = any(len(shape) == axes > 2 for other, axes, _ in self._widths if other != name)
         alone = name if others else None  # the others were decided, by the default
         layout, width = decide(shape, None, tells, layer, self.argument, alone), tells.module.width

@@ -42,6 +42,8 @@ def logits_of(output: Any, whose: str, take: Take = None) -> Any:
 
 def find_logits(output: Any) -> AnyLogits | None:
     """The logits, where there are any."""
+    if type(output) is Tensor:
+        return output
     output = localised(output)
     if isinstance(output, KINDS):
         return output

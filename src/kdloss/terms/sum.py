@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import replace
 from operator import attrgetter
 from types import EllipsisType
 from typing import Any, cast
@@ -112,8 +111,11 @@ class Sum(nn.Module):
     @property
     def contract(self) -> Contract:
         """What holds for all terms."""
+        return self._contract(self.causal)
+
+    def _contract(self, causal: bool | None) -> Contract:
         return Contract(
-            self.causal,
+            causal,
             self.ignore_index,
             self.reduction,
             self.check_finite,
@@ -215,7 +217,7 @@ class Sum(nn.Module):
         eager = not torch.compiler.is_compiling()
         if eager and torch.is_grad_enabled() and self.scheduled:
             self._reminder.forward(_log)
-        contract = self.contract if causal is None else replace(self.contract, causal=causal)
+        contract = self._contract(self.causal if causal is None else causal)
         outputs, count = listed(self, teacher)
         alike = eager and attention_mask is None and feature_mask is None and not task_terms
         known = (self, contract, student, outputs, labels, mask, num_items_in_batch, plan, ahead)
