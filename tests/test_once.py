@@ -1,0 +1,33 @@
+"""Numbers by row that are computed once, for a compiler and by themselves."""
+
+import torch
+
+from kdloss.engine import compiled
+from kdloss.engine.once import _once, once
+
+
+def test_the_operator_is_what_a_compiler_is_told_that_it_is():
+    rows = torch.randn(3, 1)
+    torch.library.opcheck(_once, (rows,), test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(_once(rows), rows)
+    assert _once(rows).data_ptr() != rows.data_ptr()
+
+
+def test_on_a_cpu_and_uncompiled_nothing_is_copied():
+    rows = torch.randn(3, 1)
+    assert once(rows) is rows
+    traced = []
+
+    def graph(module, _):
+        traced.extend(str(node.target) for node in module.graph.nodes)
+        return module
+
+    torch.compile(lambda x: once(x) + 1, backend=graph)(rows)
+    assert traced
+    assert not any("once" in target for target in traced)
+
+
+def test_options_that_this_torch_does_not_know_are_left_out(monkeypatch):
+    monkeypatch.setitem(compiled.OPTIONS, "no_such_option", True)
+    assert "no_such_option" not in compiled._options()
+    assert compiled._options()["realize_reads_threshold"] == 1000
