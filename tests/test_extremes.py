@@ -2,6 +2,7 @@
 
 import importlib
 
+import device
 import mpmath
 import numpy as np
 import pytest
@@ -51,7 +52,8 @@ def test_logits_of_1e4_at_any_temperature_agree_with_float64(loss, temperature, 
     student, teacher = logits.to(dtype)
     value, slope, exact, exact_slope = both(loss, student, teacher, temperature)
     rounding = max(TOLERANCE[dtype], torch.finfo(dtype).eps)
-    least = 1e-12 * abs(exact).max()  # where both decide for the same class the oracle has less than a float32 can be
+    # Elsewhere other numbers are drawn, and where both decide for one class the oracle has less than a float32 can be.
+    least = 0.0 if device.NAME == "cpu" else 1e-12 * abs(exact).max()
     np.testing.assert_allclose(value, exact, rtol=TOLERANCE[dtype], atol=absolute(loss, dtype) + least)
     size = max(abs(exact_slope).max(), exact.max() / temperature)  # a saturated softmax has slopes of 1e-27
     atol = rounding * size + absolute(loss, dtype)
@@ -63,7 +65,7 @@ def test_logits_of_1e4_at_any_temperature_agree_with_float64(loss, temperature, 
 def test_small_gaps_on_top_of_large_logits_survive_a_low_temperature(loss, temperature):
     student, teacher = 1e4 + torch.randint(0, 200, (2, 4, 9)) / 1024  # exact in float32
     value, slope, exact, exact_slope = both(loss, student, teacher, temperature)
-    np.testing.assert_allclose(value, exact, rtol=1e-4, atol=2e-8)  # the oracle has no more digits
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
     np.testing.assert_allclose(slope, exact_slope, rtol=1e-4, atol=1e-5 * abs(exact_slope).max())
 
 

@@ -225,7 +225,7 @@ def test_a_bucket_is_never_negative_and_for_forward_kl_never_more_than_dense(val
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_at_the_teacher_alooks_teacher_has_loss_zero_and_no_gradient(tail, dtype):
+def test_at_the_teacher_a_stored_teacher_has_loss_zero_and_no_gradient(tail, dtype):
     teacher = rows(5, 50).float()
     for k in (50, 8) if tail != "uniform" else (50,):
         for temperature in (1.0, 2.0):
@@ -379,7 +379,7 @@ def test_no_divergence_of_few_classes_is_lost_where_the_student_is_sure(name, ta
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
-def test_alooks_teacher_of_more_digits_is_compared_with_as_many(tail):
+def test_a_stored_teacher_of_more_digits_is_compared_with_as_many(tail):
     student = rows(4, 11).float()
     kept = TopKLogits.of(rows(4, 11, seed=1), 3, tail=tail, temperature=2.0)
     for name in ("forward_kl", "jsd", "adaptive_kl", "total_variation"):
@@ -537,7 +537,7 @@ def test_a_row_without_classes_has_no_loss_and_no_gradient(tail, path, name):
     assert torch.equal(slope[1], torch.zeros_like(slope[1]))
 
 
-def testlooks_rows_go_through_meta_tensors_and_copies():
+def test_stored_rows_go_through_meta_tensors_and_copies():
     indices, log_probs = (x.to("meta") for x in stored_rows())
     loss = VanillaKD(1.0, 0.0)(torch.zeros(2, 11, device="meta"), TopKLogits(indices, log_probs))
     assert loss.is_meta

@@ -37,12 +37,13 @@ def attribute(model: nn.Module, name: str) -> Any:
 
 def at_path(model: nn.Module, path: str) -> nn.Module | None:
     """What stands at a path that `named_modules` gives; None where it leads nowhere any more."""
-    found: nn.Module | None = model
+    found = model
     for name in filter(None, path.split(".")):
-        children = found._modules  # type: ignore[union-attr]
-        found = children[name] if name in children else None  # noqa: SIM401 - TorchScript's have no `get`
-        if found is None:
-            break
+        children = found._modules  # TorchScript's have no `get`
+        inner = children[name] if name in children else None  # noqa: SIM401
+        if inner is None:
+            return None
+        found = inner
     return found
 
 
