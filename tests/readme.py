@@ -22,6 +22,17 @@ def blocks(*pages: Path) -> list[tuple[str, int, str]]:
     ]
 
 
+def recipe(page: str, title: str, **names: object) -> SimpleNamespace:
+    """What the first block of Python under a heading `### title` of a page in docs makes."""
+    text = (ROOT / "docs" / page).read_text()
+    section = re.search(rf"^### {re.escape(title)}\n(.*?)(?=^#|\Z)", text, re.DOTALL | re.MULTILINE)
+    assert section, f"docs/{page} has no heading '### {title}'"
+    code = re.search(r"```python\n(.*?)```", section[1], re.DOTALL)
+    assert code, f"no Python under '### {title}' in docs/{page}"
+    exec(compile(code[1], f"docs/{page}, {title}", "exec"), names)
+    return SimpleNamespace(**names)
+
+
 def run(name: str, code: str, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], **more: object) -> None:
     """Two models, their batches, an optimizer's class, ...: a block that trains has changed the student."""
     before = [p.detach().clone() for p in student.parameters()]
