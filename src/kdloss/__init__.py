@@ -1,6 +1,18 @@
 """Knowledge-distillation losses that drop into a training loop you already have."""
 
-from kdloss import analysis, distances, divergences, layers, projections, resize, schedules, targets, terms
+from kdloss import (
+    analysis,
+    balancing,
+    distances,
+    divergences,
+    layers,
+    projections,
+    resize,
+    schedules,
+    targets,
+    terms,
+    weighting,
+)
 from kdloss._capture import Captured, capture
 from kdloss._cross_entropy import cross_entropy
 from kdloss.bases import base_of
@@ -37,6 +49,7 @@ __all__ = [
     "TopKLogits",
     "VanillaKD",
     "analysis",
+    "balancing",
     "base_of",
     "capture",
     "cross_entropy",
@@ -53,4 +66,5 @@ __all__ = [
     "targets",
     "terms",
     "truncate",
+    "weighting",
 ]

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdloss._capture import Captured
 from kdloss._layout import classes_last
 from kdloss.terms._ahead import Ahead
 from kdloss.terms._feature_masks import check_given
-from kdloss.terms._outputs import find_logits, returned
+from kdloss.terms._outputs import find_logits, logits_of, returned
+from kdloss.terms._positions import Positions
+from kdloss.terms._shares import Shares
 from kdloss.terms._stands import Stands, refuse_unlabelled, refuse_unsaid, view
 from kdloss.terms._sweep import Swept, by_logits, check_numbers, look_at_stored, sweep
 from kdloss.terms.contract import Contract, mean
@@ -45,6 +48,8 @@ class Evaluation:
         self.means: dict[str, Tensor] = {}
         self.swept: list[Swept] = []
         self.held: dict[str, list[Any]] = {}
+        self.shares = Shares(plan.weightings, plan.teachers)
+        self.shared: list[tuple[str, Tensor, Positions]] = []
         self.plain = contract.reduction == "mean" and items is None  # a term's total is its mean
         self.layout, self.teacher_layout = contract.layouts
         if labels is None:
@@ -65,6 +70,8 @@ class Evaluation:
             if self.teacher_layout is not None and isinstance(term, Logits):
                 own = classes_last(own, self.teacher_layout, self.stands.logits.known, "teacher", "teacher_layout")
             self.held.setdefault(name, []).append(own)
+        if k in self.shares.teacher.values():
+            self._score(k, output)
         del output
         for name in self.plan.complete_with(k):
             held = self.held.pop(name)
@@ -100,17 +107,24 @@ class Evaluation:
             self._check_plain(one)
             step = replace(step, logits=logits.there(term, where))
         values = term.loss(step)
+        if name in self.plan.weightings:
+            self.shared.append((name, values, where))
+            means[name] = mean(values, where)
+            return
         total = self.contract.total(name, values, where, self.items)
         self.losses.append(weight * total)
         means[name] = total.detach() if self.plain else mean(values, where)
 
     def finish(self, task_terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and every component in the order of the terms; what joins cross-entropy last."""
+        self._share()
         for group in by_logits(self.swept):
             widest = self.stands.wheres.widest(one.term for one in group)
             loss, means = sweep(group, widest, self.contract, self.items)
             self.losses.append(loss)
             self.means |= means
+        if self.plan.balance:
+            self._balance()
         joined = self._joined(task_terms) if task_terms else {}
         self.losses += self._untouched()
         found = {
@@ -121,6 +135,37 @@ class Evaluation:
         } | joined
         self.stands.check()
         return self._total(), found
+
+    def _score(self, k: int, output: Any) -> None:
+        """What weightings think of teacher k, by the logits which a term of its reads, if one does."""
+        term = next((t for t in self.terms.values() if isinstance(t, Logits) and t.teacher == (k,)), None)
+        if term is None:
+            named = output.classes if isinstance(output, Captured) else None
+            own = logits_of(output, "teacher")
+            own = own if named is None else named.in_students_order(own)
+        else:
+            own = self.held[term.name][0]
+        if self.teacher_layout is not None and term is None:
+            own = classes_last(own, self.teacher_layout, self.stands.logits.known, "teacher", "teacher_layout")
+        rename = None if term is None else getattr(term.vocabulary, "to_teacher", None)
+        self.shares.taught(k, own, rename, self.stands.wheres.of("labels"))
+
+    def _share(self) -> None:
+        """Weigh what was computed by the shares, which are known when all teachers have run."""
+        for one in self.swept:
+            one.share = self.shares.of(one.term.name) if one.term.name in self.plan.weightings else None
+        for name, values, where in self.shared:
+            total = self.contract.total(name, values * self.shares.beside(name, values, where), where, self.items)
+            self.losses.append(self.plan.weights[name] * total)
+        for name in self.plan.weightings:
+            self.means[f"{name}/share"] = mean(self.shares.of(name), self.stands.wheres.of("labels"))
+
+    def _balance(self) -> None:
+        """What the sum's balance adds to the loss, counted as a mean over the positions is; and what it did."""
+        penalty, where = self.criterion.balance.penalty(list(self.plan.weights)), self.stands.wheres.of("labels")
+        if penalty is not None:
+            self.losses.append(self.contract.total("balance", penalty, where, self.items))
+        self.means |= {f"{name}/balance": factor.detach() for name, factor in self.plan.balance.items()}
 
     def _joined(self, task_terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Numbers that belong to cross-entropy, weighed as it is: each one's mean."""

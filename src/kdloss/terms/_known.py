@@ -83,6 +83,7 @@ class Known:
         if type(logits) not in _KINDS or not all(x is None or type(x) in _KINDS for x in (labels, *taught)):
             return
         soft = labels is not None and labels.is_floating_point()
+        soft = soft or bool(evaluation.plan.weightings) or criterion.balance is not None
         if not soft and contract.layouts == (None, None) and all(map(_plain, criterion.terms.values())):
             self._taught = next((_form(x) for x in taught if x is not None), None)
             self._key = _key(criterion, contract, evaluation.plan.weights, evaluation.student, logits, labels)

@@ -23,12 +23,16 @@ Count = int | Tensor
 
 @dataclass
 class Swept:
-    """A term with a `task` for the engine, its weight, its step, and the student's logits that it reads."""
+    """A term with a `task` for the engine, its weight, its step, and the student's logits that it reads.
+
+    `share` is what its values are multiplied with, one for each position, beside the weight.
+    """
 
     term: Any
     weight: float | Tensor
     step: Step
     logits: Any
+    share: Tensor | None = None
 
 
 def by_logits(terms: Sequence[Swept]) -> list[list[Swept]]:
@@ -64,7 +68,7 @@ def sweep(
             if contract.check_finite:
                 check_numbers(one, task)
     counts = [_rows_that_count(one.step.where, widest_where, places) for one in group]
-    numbers = not any(isinstance(one.weight, Tensor) for one in group)
+    numbers = not any(isinstance(one.weight, Tensor) or one.share is not None for one in group)
     nonzero = numbers and all(keep is None for keep in counts)
     problem, local = Problem.of(tasks, logits, index, rows, contract.overwrite_logits, nonzero)
     if contract.reduction == "none":
@@ -72,9 +76,10 @@ def sweep(
         values = per_position(problem, local)
         loss: Any = 0
         for one, keep, row in zip(group, counts, values.unbind(), strict=True):
+            row = row if one.share is None else row * _there(one.share, places)
             loss = one.weight * widest_where.back(row if keep is None else row.where(keep, 0), places) + loss
         return loss, _means(group, values.detach(), counts, rows)
-    loss, values = fused(problem, local, _shares(group, counts, rows, contract, items, device))
+    loss, values = fused(problem, local, _shares(group, counts, places, rows, contract, items, device))
     return loss, _means(group, values, counts, rows)
 
 
@@ -86,21 +91,25 @@ def _rows_that_count(where: Positions, widest_where: Positions, places: Tensor |
 
 def _at(x: Tensor | None, places: Tensor | None) -> Tensor | None:
     """What stands at these places of all positions (None: everywhere), in a row."""
-    if x is None or (places is None and x.ndim == 1):
-        return x
+    return x if x is None or (places is None and x.ndim == 1) else _there(x, places)
+
+
+def _there(x: Tensor, places: Tensor | None) -> Tensor:
     return x.reshape(-1) if places is None else x.take(places)
 
 
 def _shares(
     group: Sequence[Swept],
     counts: Sequence[Tensor | None],
+    places: Tensor | None,
     rows: int,
     contract: Contract,
     items: int | Tensor | None,
     device: torch.device,
 ) -> Tensor:
     """What each row of a term is multiplied by, `[terms, rows]`, or `[terms, 1]` where all count for all of them."""
-    dtype, apart = widest(device), any(keep is not None for keep in counts)
+    dtype = widest(device)
+    apart = any(keep is not None for keep in counts) or any(one.share is not None for one in group)
     sizes = [denominator(_size(keep, rows), contract.reduction, items) for keep in counts]
     if not apart and not any(isinstance(x, Tensor) for x in (sizes[0], *(one.weight for one in group))):
         return column_of(tuple(one.weight / sizes[0] for one in group), dtype, device)
@@ -110,6 +119,7 @@ def _shares(
     for one, size, keep in zip(group, sizes, counts, strict=True):
         weight = one.weight.to(**wide) if isinstance(one.weight, Tensor) else torch.full((), one.weight, **wide)
         share = divided(weight, size)
+        share = share if one.share is None else share * _there(one.share, places)
         shares.append((share if keep is None else share * keep).expand(each))
     return torch.stack(shares)
 

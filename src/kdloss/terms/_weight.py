@@ -6,19 +6,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdloss import _checks
+from kdloss.weighting import Weighting
 
 Factor = Any
 
 
 class Weight(nn.Module):
-    """A product of numbers, functions of the step, and tensors; those that are parameters are trained."""
+    """A product of numbers, functions of the step, tensors, of which parameters are trained, and a weighting."""
 
     def __init__(self, *factors: Factor) -> None:
         super().__init__()
+        by_teacher = [f for f in factors if isinstance(f, Weighting)]
+        factors = tuple(f for f in factors if not isinstance(f, Weighting))
         if modules := [type(f).__name__ for f in factors if isinstance(f, nn.Module)]:
             raise TypeError(
                 f"a weight is a number, a function of the step or a tensor, got {modules[0]}; terms are added, a + b"
             )
+        if len(by_teacher) > 1:
+            raise ValueError(f"a term is weighed by one weighting of teachers, got {by_teacher}; write one of them")
+        self.weighting = by_teacher[0] if by_teacher else None
         self.number = math.prod([1.0, *[_checks.weight("a weight", f) for f in factors if not _varies(f)]])
         self.schedules = tuple(f for f in factors if _varies(f) and not isinstance(f, Tensor))
         self.tensors = tuple(_scalar(f) for f in factors if isinstance(f, Tensor) and not _trained(f))
@@ -28,10 +34,11 @@ class Weight(nn.Module):
     @property
     def factors(self) -> tuple[Factor, ...]:
         """What it is a product of."""
-        return (self.number, *self.schedules, *self.tensors, *self.learned)
+        weightings = () if self.weighting is None else (self.weighting,)
+        return (self.number, *self.schedules, *self.tensors, *self.learned, *weightings)
 
     def at(self, step: int) -> float | Tensor:
-        """The weight of this step: a number of 0 or more, or a tensor, which nobody looks at."""
+        """The weight of this step without the weighting: a number of 0 or more, or a tensor, which nobody looks at."""
         weight: Any = self.number
         if self.fixed or weight == 0:
             return self.number
@@ -69,6 +76,8 @@ def _scalar(tensor: Tensor) -> Tensor:
 
 
 def _word(factor: Factor) -> str:
+    if isinstance(factor, Weighting):
+        return repr(factor)
     if isinstance(factor, Tensor):
         return "learned" if isinstance(factor, nn.Parameter) else "tensor"
     return getattr(factor, "__name__", repr(factor))

@@ -1,12 +1,13 @@
 """What a sum does in one step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from kdloss._layout import Layout
 from kdloss.terms.reads import Reads
+from kdloss.weighting import Weighting
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,16 @@ class Plan:
     - `reads`: what each reads of the models.
     - `teachers`: the teachers that each reads, as indices.
     - `layout`: that of the student's logits, where it was said.
+    - `weightings`: for terms that are weighed by what teachers say, the weighting.
+    - `balance`: what a balance multiplied each weight with, if there is one.
     """
 
     weights: Mapping[str, float | Tensor]
     reads: Mapping[str, Reads]
     teachers: Mapping[str, tuple[int, ...]]
     layout: Layout | None = None
+    weightings: Mapping[str, Weighting] = field(default_factory=dict)
+    balance: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def last_teacher(self) -> int:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from kdloss import _checks
 from kdloss._capture import Captured
 from kdloss._watch import Reminder
+from kdloss.balancing import Balance
 from kdloss.reduction import Reduction
 from kdloss.terms._ahead import Ahead
 from kdloss.terms._evaluation import Evaluation
 from kdloss.terms._known import Known
 from kdloss.terms._loading import told_to_prepare
+from kdloss.terms._shares import weighed
 from kdloss.terms._teachers import listed, refuse_unread
 from kdloss.terms._weight import Weight
 from kdloss.terms.contract import Contract, agreed
@@ -36,13 +38,15 @@ class Sum(nn.Module):
     `Sum(*terms, ...)` of terms and sums, to say the contract. Where sums are added the contract of the one that says
     something holds; two different ones are refused. Terms are held as they are, not copied; one twice is refused, and
     so is one name twice. A weight is a number of 0 or more, a function of the step (`kdloss.schedules`), or a tensor
-    with one number, which is trained with the student if it is an `nn.Parameter`.
+    with one number, which is trained with the student if it is an `nn.Parameter`, or a weighting of teachers by what
+    they say (`kdloss.weighting`).
 
     - `causal`: True holds logits at t against label t+1 (labels are the input's ids, not shifted), False against label
       t. None is False for tensors, what `kdloss.Distiller` measures of the student, and an error for labels of a
       Hugging Face output's logits `[B, T, V]`.
     - `ignore_index`: labels equal to it take a position out of every term.
     - `reduction`: "mean", "sum" or "none", over the positions that count.
+    - `balance`: factors beside the weights, so that none of the terms drowns the others: see `kdloss.balancing`.
     - `check_finite`: look at the numbers, at the price of a device sync, and raise for NaN or +inf logits and labels
       out of range at positions that count.
     - `overwrite_logits`: the gradient takes the place of the student's logits (a tensor, not in float16, reduction
@@ -78,6 +82,7 @@ class Sum(nn.Module):
 
     terms: MutableMapping[str, Term]
     weights: MutableMapping[str, Weight]
+    balance: Balance | None
     step: int
 
     def __init__(
@@ -90,6 +95,7 @@ class Sum(nn.Module):
         overwrite_logits: bool = False,
         layout: str | None = None,
         teacher_layout: str | EllipsisType | None = ...,
+        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         _checks.choice("reduction", reduction, ("mean", "sum", "none"))
@@ -104,6 +110,7 @@ class Sum(nn.Module):
         self.weights = cast(MutableMapping[str, Weight], nn.ModuleDict())
         for term, factors in _flat(terms):
             self._add(term, factors)
+        self.balance = _balance_of(balance, terms, list(self.terms))
         self.step = max([0, *(term.step for term in terms if isinstance(term, Sum))])
         self.components: dict[str, Tensor] = {}
         self._reminder, self._known = Reminder(), Known()
@@ -152,7 +159,11 @@ class Sum(nn.Module):
             weight, several = every[name].at(self.step), term.teachers(teachers)
             if isinstance(weight, Tensor) or weight > 0:
                 weights[name], reads[name], indices[name] = weight, term.reads(), several
-        return Plan(weights, reads, indices, self.contract.layouts[0])
+        weightings = {name: w for name in weights if (w := every[name].weighting) is not None}
+        reads |= {name: weighed(reads[name], weighting) for name, weighting in weightings.items()}
+        balance = {} if self.balance is None else self.balance.factors(list(weights))
+        weights = {name: weight * balance.get(name, 1.0) for name, weight in weights.items()}
+        return Plan(weights, reads, indices, self.contract.layouts[0], weightings, balance)
 
     def plan_of_task(self) -> Plan:
         """What an evaluation without teachers takes: the weighted mean of the terms that read none."""
@@ -231,6 +242,8 @@ class Sum(nn.Module):
             for k in range(plan.last_teacher + 1):
                 evaluation.taught(k, next(outputs))
             found = evaluation.finish(task_terms or {})
+            if self.balance is not None and self.training and torch.is_grad_enabled():
+                self.balance.seen({name: found[1][name] for name in plan.balance})
             if alike:
                 self._known.learn(evaluation)
         loss, vars(self)["components"] = found  # nn.Module would look for modules in it
@@ -243,7 +256,7 @@ class Sum(nn.Module):
             raise ValueError(
                 f"two terms are called {term.name!r}; give one a name: {type(term).__name__}(..., name='another')"
             )
-        self.terms[term.name], self.weights[term.name] = term, Weight(*factors)
+        self.terms[term.name], self.weights[term.name] = term, _weight_of(term, factors)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), property):  # nn.Module would register a module beside it
@@ -254,7 +267,7 @@ class Sum(nn.Module):
     def __mul__(self, weight: Any) -> "Sum":
         product = Sum(self)
         for name, old in self.weights.items():
-            product.weights[name] = Weight(weight, *old.factors)
+            product.weights[name] = _weight_of(self.terms[name], (weight, *old.factors))
         return product
 
     __rmul__ = __mul__
@@ -319,6 +332,32 @@ def as_criterion(criterion: Any) -> Any:
             f"{type(criterion).__name__}; a function of (student output, labels) is the term kdloss.Task(function)"
         )
     return criterion
+
+
+def _balance_of(own: Balance | None, parts: Sequence[Any], names: list[str]) -> Balance | None:
+    """A sum's own, built for its terms, or that of the sum it is made of."""
+    if own is not None and not isinstance(own, Balance):
+        raise TypeError(f"balance is a kdloss.balancing.Balance, got {own!r}; write kdloss.balancing.Uncertainty()")
+    balanced = [part for part in parts if isinstance(part, Sum) and part.balance is not None]
+    if balanced and (own is not None or [*balanced[0].terms] != names):
+        raise ValueError(
+            "a sum with a balance was added to others, whose terms it doesn't know; say it once, on the whole sum: "
+            "kdloss.Sum(*terms, balance=...)"
+        )
+    if own is not None:
+        own.build(names)
+    return balanced[0].balance if balanced else own
+
+
+def _weight_of(term: Term, factors: tuple[Any, ...]) -> Weight:
+    weight = Weight(*factors)
+    if weight.weighting is not None and (term.several or len(term.teacher) != 1):
+        raise ValueError(
+            f"{weight.weighting} weighs terms that read one teacher, and {term.name!r} reads "
+            f"{'several' if term.teacher else 'none'}; write kdloss.Logits(teacher=0) + kdloss.Logits(teacher=1, "
+            "name='second') in place of teacher='all', and terms without a teacher outside of the brackets"
+        )
+    return weight
 
 
 def _flat(terms: Sequence[Any]) -> Iterator[tuple[Term, tuple[Any, ...]]]:

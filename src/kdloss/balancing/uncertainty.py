@@ -1,0 +1,42 @@
+"""Trained factors."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kdloss.balancing._balance import Balance
+
+
+class Uncertainty(Balance):
+    r"""Trained factors: what is noisy weighs less.
+
+    $\sum_i w_i\,e^{-s_i}\,\ell_i + \frac{1}{2}\sum_i s_i$ with trained $s_i = \log\sigma_i^2$, 0 to begin with: the
+    likelihood of classes at the scale $\sigma_i^2$. For the paper's regression give the term a weight of 1/2.
+
+    Parameters by the terms' names, which an optimizer has to hold (`kdloss.Distillation` has them); weight decay
+    draws them to 0.
+
+    >>> import torch, kdloss
+    >>> criterion = kdloss.Sum(kdloss.CrossEntropy(), kdloss.Logits(), balance=Uncertainty())
+    >>> [name for name, _ in criterion.named_parameters()]
+    ['balance.logs.ce', 'balance.logs.kd']
+
+    Kendall, Gal, Cipolla 2018, "Multi-Task Learning Using Uncertainty to Weigh Losses", arXiv:1705.07115.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logs = nn.ParameterDict()
+
+    def build(self, names: Sequence[str]) -> None:
+        """One number for each of the `names`."""
+        self.logs.update({name: nn.Parameter(torch.zeros(())) for name in names})
+
+    def factors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """exp(-s) for each of the `names`."""
+        return {name: (-self.logs[name]).exp() for name in names}
+
+    def penalty(self, names: Sequence[str]) -> Tensor:
+        """Half the sum of s of the `names`."""
+        return torch.stack([self.logs[name] for name in names]).sum() / 2

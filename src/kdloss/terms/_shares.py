@@ -1,0 +1,115 @@
+"""What terms weigh at each position by what the teachers say."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdloss.engine.rows import equal_blocks
+from kdloss.engine.run import block_rows
+from kdloss.reduction import precise
+from kdloss.targets import LazyLogits
+from kdloss.targets.kinds import at, dense
+from kdloss.terms._positions import Positions
+from kdloss.terms.reads import Reads
+from kdloss.weighting import Weighting
+
+
+class Shares:
+    """Scores of the teachers, one after the other as they run; then each term's share of its weighting."""
+
+    def __init__(self, weightings: Mapping[str, Weighting], teachers: Mapping[str, tuple[int, ...]]) -> None:
+        self.weightings, self.teacher = weightings, {name: teachers[name][0] for name in weightings}
+        self._scores: dict[tuple[Weighting, int], Tensor] = {}
+        self._shares: dict[tuple[Weighting, int], Tensor] = {}
+        self.where: Positions | None = None
+
+    def taught(self, k: int, logits: Any, rename: Any, where: Positions) -> None:
+        """Teacher k has run: score its logits at the positions that count; `rename` makes its ids of the labels'."""
+        self.where = where
+        for weighting in {w for name, w in self.weightings.items() if self.teacher[name] == k}:
+            self._scores[weighting, k] = _score(weighting, logits, rename, where)
+
+    def of(self, name: str) -> Tensor:
+        """A term's share at every position that may count."""
+        weighting, teacher = self.weightings[name], self.teacher[name]
+        if (weighting, teacher) not in self._shares:
+            several = sorted(k for w, k in self._scores if w is weighting)
+            scores = torch.stack([self._scores[weighting, k] for k in several])
+            assert self.where is not None
+            shares = _checked(weighting, weighting.shares(scores, self.where.keep), scores)
+            self._shares |= {(weighting, k): share for k, share in zip(several, shares, strict=True)}
+        return self._shares[weighting, teacher]
+
+    def beside(self, name: str, values: Tensor, where: Positions) -> Tensor:
+        """The share for a term's values: where positions stand elsewhere, its mean over an example, or over all."""
+        share = self.of(name)
+        if values.shape == share.shape:
+            return share
+        counted = self.where
+        assert counted is not None
+        keep = torch.ones_like(share) if counted.keep is None else counted.keep.to(share.dtype)
+        axes = range(1 if values.shape[:1] == share.shape[:1] and values.ndim == 1 else 0, share.ndim)
+        return (share * keep).sum(tuple(axes)) / keep.sum(tuple(axes)).clamp_min(1)
+
+
+def weighed(reads: Reads, weighting: Weighting) -> Reads:
+    """What a term reads that is weighed so: its teacher's logits, too."""
+    logits: Any = "any" if reads.logits == "none" else reads.logits
+    return replace(reads, teacher_output=True, logits=logits, labels=reads.labels or weighting.labels)
+
+
+def _score(weighting: Weighting, logits: Any, rename: Any, where: Positions) -> Tensor:
+    """A score at each position, 0 where none counts."""
+    if not isinstance(logits, (Tensor, LazyLogits)):
+        raise TypeError(
+            f"{weighting} asks what a teacher says of all classes, and {type(logits).__name__} holds a few or an "
+            "average; give weights as numbers, 0.5 * kdloss.Logits(teacher=0) + ..."
+        )
+    if logits.shape[:-1] != where.shape:
+        raise ValueError(
+            f"{weighting} scores a teacher's logits {tuple(logits.shape)} where labels or mask stand, at "
+            f"{tuple(where.shape)}; they have to stand at the same positions"
+        )
+    if where.labels is None and weighting.labels:
+        raise ValueError(f"{weighting} compares teachers by the labels, and there are none: pass labels=...")
+    places, index = where.counted(logits.device)
+    labels = where.labels
+    if labels is not None:
+        labels = labels.reshape(-1) if places is None else labels.take(places)
+        labels = labels if rename is None else rename(labels)
+    count, flat = where.numel if places is None else len(places), len(logits.shape) - 1
+    found = []
+    with torch.no_grad():
+        for start, stop in equal_blocks(count, block_rows(logits.device, 8 * logits.shape[-1])):
+            part = slice(start, stop)
+
+            def rows(t: Tensor, part: slice = part) -> Tensor:
+                t = t.flatten(0, flat - 1)
+                return t[part] if index is None else t[index[part]]
+
+            z = precise(dense(at(logits, rows)))
+            found.append(weighting.score(z, z.new_zeros(len(z)).long() if labels is None else labels[part]))
+        scores = torch.cat(found) if found else torch.zeros(0, device=logits.device)
+    if scores.shape != (count,):
+        raise ValueError(f"{weighting} scores {count} positions by {tuple(scores.shape)} numbers; return one for each")
+    return where.back(scores, places)
+
+
+def _checked(weighting: Weighting, shares: Tensor, scores: Tensor) -> Tensor:
+    if shares.shape != scores.shape:
+        raise ValueError(
+            f"{weighting} makes shares {tuple(shares.shape)} of scores {tuple(scores.shape)}; return one for each"
+        )
+    shares = shares.detach()
+    if shares.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (shares < 0).any() | ((shares.sum(0) - 1).abs() > 1e-4).any()
+        if bool(wrong):
+            raise ValueError(
+                f"{weighting} makes shares from {shares.min().item():.4g} to {shares.max().item():.4g} whose sums go "
+                f"from {shares.sum(0).min().item():.4g} to {shares.sum(0).max().item():.4g}; shares of all teachers "
+                "are non-negative and add up to 1"
+            )
+    return shares
