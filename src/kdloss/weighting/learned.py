@@ -37,7 +37,7 @@ class Learned(Weighting):
         self.register_buffer("weights", torch.full((teachers,), 1 / teachers))
 
     def shares(self, scores: Float[Tensor, " teachers *batch"], counted: Tensor | None) -> Tensor:
-        """The weights, everywhere alike; they learn from these scores while gradients are wanted in training, where `counted`."""
+        """The weights, everywhere alike; in training they learn from these scores, where `counted`."""
         if len(scores) != len(self.weights):
             raise ValueError(f"Learned({len(self.weights)}) weighs as many teachers, and {len(scores)} are read")
         weights = self.weights.to(scores.dtype, copy=True)
