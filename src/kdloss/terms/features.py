@@ -179,16 +179,17 @@ class Features(Term):
     def candidates(self) -> Reads:
         """What has to be seen of both models before projections can be built."""
         chosen = self.layer_map
-        pairs = chosen.candidates() if chosen.by_resolution else chosen.pairs()
-        return replace(self.reads(), pairs=pairs, shapes=True)
+        self._candidates = chosen.candidates() if chosen.by_resolution else chosen.pairs()
+        return replace(self.reads(), pairs=self._candidates, shapes=True)
 
     def measure(self, student: Captured, teacher: Captured) -> None:
         """Build the projections for what `candidates` were seen to give."""
         chosen = self.layer_map
         if chosen.by_resolution:
             chosen.sizes = sizes(student, self.axes[0]), sizes(teacher, self.axes[1])
+        pairs = chosen.pairs() if chosen.by_resolution else self._candidates  # drawn anew, others would be asked for
         own, its = self.axes
-        self.build({(s, t): (width_of(student, s, own), width_of(teacher, t, its)) for s, t, _ in chosen.pairs()})
+        self.build({(s, t): (width_of(student, s, own), width_of(teacher, t, its)) for s, t, _ in pairs})
 
     def build(self, widths: Mapping[tuple[Layer, Layer], tuple[int, int]]) -> None:
         """Build what is trained for pairs of these (student, teacher) widths.
