@@ -49,7 +49,7 @@ class Features(Term):
     - `distance` is any function like `kdloss.distances.mse`; one that takes `mask` is told which positions count, one
       that takes `labels` their classes, one that takes `index` their examples. A class of modules, like
       `kdloss.distances.VID` or a `functools.partial` of it, is built once per student layer with the widths that
-      arrive there.
+      arrive there. One whose attribute `any_width` is True takes features of different widths as they are.
     - `projection` (`kdloss.projections.linear`, `mlp`, `conv1x1`, any function of two widths) makes the
       projections, for equal widths too; without it there is a linear one where the distance wants equal
       widths and they differ. They are parameters. `project="teacher"` projects the teacher's features to the
