@@ -416,6 +416,42 @@ def test_dskd():
     holds(made.criterion, paper, student, own, batch)
 
 
+def test_dskd_across_tokenizers():
+    (student, _, batch), teacher = gpt2(labelled=0.7), other_vocabulary()
+    made = readme.recipe(PAGE, "DSKD across tokenizers", student=student, teacher=teacher)
+    batch["labels"][:, 3] = batch["input_ids"][:, 3] = 7  # which the teacher, through the student's head, always sees
+    made.dual.to_student.bias.data = 1000 * student.transformer.wte.weight.data[7].float()
+    ids = torch.randint(67, (2, 11))
+    theirs = {"input_ids": ids, "labels": ids.masked_fill(torch.rand(2, 11) < 0.3, -100)}
+
+    def paper(model):  # text by text and token by token
+        dual, embeddings = made.dual, [m.transformer.wte.weight.detach() for m in (model.student, teacher)]
+        head, its_head = embeddings  # which they share
+        s, t = asked(model.student, batch), asked(teacher, {"input_ids": ids})
+        keys = torch.cat([embeddings[1][ids[:, :-1]], embeddings[1][ids[:, 1:]]], -1)
+        words, hidden = embeddings[1][ids[:, 1:]], t.hidden_states[-1].detach()
+        total, tokens = 0, int(counted(batch).sum())
+        for b in range(2):
+            mine, its = (counted(x)[b].nonzero()[:, 0] for x in (batch, theirs))
+            own = batch["input_ids"][b]
+            asks = dual.query(
+                torch.stack([torch.cat([embeddings[0][own[i]], embeddings[0][own[i + 1]]]) for i in mine])
+            )
+            near = asks @ (keys[b, its] / keys.std()).T / 48**0.5
+            values = dual.to_student(hidden[b, its] / hidden.std() + words[b, its] / words.std())
+            seen = near.softmax(1) @ values @ head.T
+            right = seen.argmax(1) == own[mine + 1]
+            assert 0 < right.sum() < len(right)
+            told = near.T.softmax(1) @ dual.to_teacher(s.hidden_states[-1][b, mine]) @ its_head.T
+            total = total + F.cross_entropy(seen, own[mine + 1], reduction="sum")
+            total = total + (kl(s.logits[b, mine], seen.detach(), 2.0) / 4)[right].sum()
+            total = total + (kl(told, t.logits[b, its].detach(), 2.0) / 4).sum()
+        return 0.5 * ce(logits(model.student, batch), batch) + 0.5 * total / tokens
+
+    both = {**batch, "teacher_input_ids": ids, "teacher_labels": theirs["labels"]}
+    holds(made.criterion, paper, student, Teacher(teacher, inputs=made.dual.theirs), both)
+
+
 def test_uld():
     (student, _, batch), teacher = gpt2(), other_vocabulary()
 
