@@ -334,6 +334,14 @@ def test_random_pairing_captures_what_it_drew():
     assert len(drawn) > 1
 
 
+def test_widths_are_measured_at_the_blocks_that_a_random_pairing_drew_for_it():
+    teacher, student = pair()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        distill = kdloss.Distiller(teacher, kdloss.FeatureKD(pairing="random")).prepare(student, **batch("gpt2"))
+        assert len(distill.criterion.terms["feature"].projections) == 4
+
+
 def test_vocabularies_that_differ_are_refused():
     teacher, student = build("llama"), build("llama")
     student.resize_token_embeddings(59)

@@ -49,7 +49,7 @@ class Features(Term):
     - `distance` is any function like `kdloss.distances.mse`; one that takes `mask` is told which positions count, one
       that takes `labels` their classes, one that takes `index` their examples. A class of modules, like
       `kdloss.distances.VID` or a `functools.partial` of it, is built once per student layer with the widths that
-      arrive there.
+      arrive there. One whose attribute `any_width` is True takes features of different widths as they are.
     - `projection` (`kdloss.projections.linear`, `mlp`, `conv1x1`, any function of two widths) makes the
       projections, for equal widths too; without it there is a linear one where the distance wants equal
       widths and they differ. They are parameters. `project="teacher"` projects the teacher's features to the
@@ -179,16 +179,17 @@ class Features(Term):
     def candidates(self) -> Reads:
         """What has to be seen of both models before projections can be built."""
         chosen = self.layer_map
-        pairs = chosen.candidates() if chosen.by_resolution else chosen.pairs()
-        return replace(self.reads(), pairs=pairs, shapes=True)
+        self._candidates = chosen.candidates() if chosen.by_resolution else chosen.pairs()
+        return replace(self.reads(), pairs=self._candidates, shapes=True)
 
     def measure(self, student: Captured, teacher: Captured) -> None:
         """Build the projections for what `candidates` were seen to give."""
         chosen = self.layer_map
         if chosen.by_resolution:
             chosen.sizes = sizes(student, self.axes[0]), sizes(teacher, self.axes[1])
+        pairs = chosen.pairs() if chosen.by_resolution else self._candidates  # drawn anew, others would be asked for
         own, its = self.axes
-        self.build({(s, t): (width_of(student, s, own), width_of(teacher, t, its)) for s, t, _ in chosen.pairs()})
+        self.build({(s, t): (width_of(student, s, own), width_of(teacher, t, its)) for s, t, _ in pairs})
 
     def build(self, widths: Mapping[tuple[Layer, Layer], tuple[int, int]]) -> None:
         """Build what is trained for pairs of these (student, teacher) widths.
