@@ -51,20 +51,15 @@ class Net(nn.Module):
         return self.get_submodule(name).features
 
 
-def stages(*widths, sizes=((8, 8), (4, 4), (2, 2))):
-    """Three maps, and the last one's channels as pooled by torchvision."""
+def stages(*widths, sizes=((8, 8), (4, 4), (2, 2)), pooled=(1, 1)):
+    """Three maps, and the last one's channels as pooled by torchvision, or as vectors."""
     maps = {f"layer{i + 1}": (w, *size) for i, (w, size) in enumerate(zip(widths, sizes, strict=True))}
-    return Net(**maps, avgpool=(widths[-1], 1, 1))
+    return Net(**maps, avgpool=(widths[-1], *pooled))
 
 
-def pair():
+def pair(**shapes):
     """A student and a wider teacher."""
-    return stages(4, 6, 8), stages(5, 7, 9)
-
-
-def twins():
-    """A student and a teacher of its widths."""
-    return stages(4, 6, 8), stages(4, 6, 8)
+    return stages(4, 6, 8, **shapes), stages(5, 7, 9, **shapes)
 
 
 def holds(criterion, paper, student, teacher, *, step=0, labels=LABELS):
@@ -360,11 +355,11 @@ def test_channel_wise_distillation_weighs_3_on_all_pixels_of_a_map_of_logits():
 @pytest.mark.parametrize(("step", "weight"), [(0, 0), (5 * EPOCH, 1.25), (20 * EPOCH, 5)])
 @pytest.mark.parametrize("own_widths", [False, True])
 def test_review_fuses_deeper_stages_into_earlier_ones_and_compares_them_at_several_sizes(step, weight, own_widths):
-    recipe, layers = page("ReviewKD"), ["layer1", "layer2", "layer3", "avgpool"]
-    criterion, models = recipe.criterion, [stages(64, 128, 256) for _ in "st"]
+    made, layers = page("ReviewKD"), ["layer1", "layer2", "layer3", "avgpool"]
+    criterion, models = made.criterion, [stages(64, 128, 256) for _ in "st"]
     if own_widths:
         *_, warmup = criterion.weights["review"].factors
-        review = recipe.Review(layers, [4, 6, 8, 8], [5, 7, 9, 9], middle=3)
+        review = made.Review(layers, [4, 6, 8, 8], [5, 7, 9, 9], middle=3)
         criterion, models = CrossEntropy() + warmup * review, pair()
     review = criterion.terms["review"]
     assert review.enter[0][0].out_channels == (3 if own_widths else 256)
@@ -397,7 +392,7 @@ def test_review_fuses_deeper_stages_into_earlier_ones_and_compares_them_at_sever
 
 @pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (4, 4)])
 def test_simkd_learns_the_teachers_last_map_alone_at_the_coarser_size_and_keeps_its_classifier(sizes):
-    recipe = page("SimKD")
+    made = page("SimKD")
     student, teacher = (stages(4, 6, w, sizes=((8, 8), (4, 4), (n, n))) for w, n in zip((8, 10), sizes, strict=True))
 
     def paper(s, t):
@@ -405,19 +400,21 @@ def test_simkd_learns_the_teachers_last_map_alone_at_the_coarser_size_and_keeps_
         for i, (own, other) in enumerate((sizes, sizes[::-1])):
             if own > other:
                 sides[i] = sides[i].unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1))
-        x, layers = sides[0], trained(recipe.criterion)[0]["layer3"]
+        x, layers = sides[0], trained(made.criterion)[0]["layer3"]
         assert [tuple(conv.weight.shape) for conv in layers[::3]] == [(5, 8, 1, 1), (5, 5, 3, 3), (10, 5, 1, 1)]
         for conv, norm in zip(layers[::3], layers[1::3], strict=True):
             x = F.relu(normalised(F.conv2d(x, conv.weight, padding=conv.weight.shape[-1] // 2), norm))
         return (x - sides[1]).square().mean()
 
-    holds(recipe.criterion, paper, student, teacher)
+    holds(made.criterion, paper, student, teacher)
     teacher.fc = nn.Linear(10, CLASSES).double()
-    used = recipe.deployed(nn.Identity(), teacher)
+    used = made.deployed(nn.Identity(), teacher)
     assert torch.equal(used(student["layer3"]), teacher.fc(used[1](student["layer3"]).mean((2, 3))))
 
 
 # -- by relations between images --
+
+either_way = pytest.mark.parametrize("pooled", [(), (1, 1)])
 
 
 def vectors(model, name):
@@ -432,7 +429,8 @@ def test_similarity_preserving_weighs_3000():
     holds(page("SP").criterion, paper, *pair())
 
 
-def test_rkd_weighs_25_and_50():
+@either_way
+def test_rkd_weighs_25_and_50(pooled):
     def relations(x):
         arms = x[None] - x[:, None]
         lengths = arms.square().sum(-1).add(torch.eye(B)).sqrt() * (1 - torch.eye(B))
@@ -443,10 +441,11 @@ def test_rkd_weighs_25_and_50():
         (d, a), (e, b) = (relations(vectors(model, "avgpool")) for model in (s, t))
         return ce(s) + 25 * F.smooth_l1_loss(d, e) + 50 * F.smooth_l1_loss(a, b)
 
-    holds(page("RKD").criterion, paper, *pair())
+    holds(page("RKD").criterion, paper, *pair(pooled=pooled))
 
 
-def test_pkt_weighs_30000():
+@either_way
+def test_pkt_weighs_30000(pooled):
     def neighbours(x):
         unit = F.normalize(x, dim=1)
         near = (unit @ unit.T + 1) / 2 + 1e-7  # there where the authors' code adds it to the shares
@@ -456,33 +455,34 @@ def test_pkt_weighs_30000():
         q, p = (neighbours(vectors(model, "avgpool")) for model in (s, t))
         return ce(s) + 30000 * (p * (p / q).log()).mean()
 
-    holds(page("PKT").criterion, paper, *pair())
+    holds(page("PKT").criterion, paper, *pair(pooled=pooled))
 
 
-def test_correlation_congruence_is_the_papers_at_weight_1():
+@either_way
+def test_correlation_congruence_weighs_100(pooled):
     def kernel(x):
         cosines = F.normalize(x, dim=1) @ F.normalize(x, dim=1).T
         return torch.exp(torch.tensor(-0.8, dtype=torch.float64)) * (1 + 0.8 * cosines + 0.32 * cosines**2)
 
     def paper(s, t):
-        return ce(s) + (kernel(vectors(s, "avgpool")) - kernel(vectors(t, "avgpool"))).square().sum() / B**2
+        return ce(s) + 100 * (kernel(vectors(s, "avgpool")) - kernel(vectors(t, "avgpool"))).square().sum() / B**2
 
-    holds(page("CC").criterion, paper, *pair())
+    holds(page("CC").criterion, paper, *pair(pooled=pooled))
 
 
 # -- by several teachers --
 
 
 def test_takd_goes_from_teacher_to_assistant_to_student():
-    recipe, models, ran = page("TAKD"), [Net(), Net(), Net()], []
-    recipe.chain(models, ran.append)
+    made, models, ran = page("TAKD"), [Net(), Net(), Net()], []
+    made.chain(models, ran.append)
     assert [(model.teachers[0].module, model.student) for model in ran] == [tuple(models[:2]), tuple(models[1:])]
 
     def paper(s, t):
         log_q, log_p = log_probs(5, s, t)
         return 0.5 * ce(s) + 0.5 * 25 * kl(log_p, log_q).mean()
 
-    holds(recipe.criterion, paper, Net(), Net())
+    holds(made.criterion, paper, Net(), Net())
 
 
 def test_the_table_has_a_row_for_every_recipe_and_a_test_for_every_mark():
