@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from families import FAMILIES, ResNet, build
+from readme import recipe as from_docs
 from stepping import Steps, asked, holds_to, kl, recipe, texts, user_lines
 from torch import nn
 from torch.optim import SGD
@@ -16,6 +17,7 @@ from torch.optim import SGD
 from kdloss import CrossEntropy, Distillation, Features, Logits, Task, distances, divergences
 from kdloss.distances import attention_mse
 
+page = partial(from_docs, "recipes_images.md")
 pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 
 
@@ -135,13 +137,12 @@ def test_tinybert_learns_embedding_hidden_states_attention_and_soft_labels_in_on
     holds_to(steps, loss)
 
 
-# -- DeiT: labels for the class token's head, the teacher's decisions for the distillation token's --
+# -- DeiT, as docs/recipes_images.md has it: labels for one head, the teacher's decisions for the other --
 
 
 @recipe
 def deit(student, teacher, images, labels):
-    hard = Logits(divergences.hard_labels, take="distillation_logits", teacher_take=None, name="hard")
-    model = Distillation(student, teacher, 0.5 * CrossEntropy(take="cls_logits") + 0.5 * hard)
+    model = Distillation(student, teacher, page("DeiT").criterion)
     optimizer = SGD(model.parameters(), lr=0.1)
     model(images, labels=labels).loss.backward()
     optimizer.step()
@@ -190,20 +191,18 @@ def test_deit_learns_labels_in_one_head_and_the_teachers_decisions_in_the_other(
         out = before.student(images)
         get = out.get if isinstance(out, dict) else partial(getattr, out)
         counted = labels != -100
-        own = F.cross_entropy(get("cls_logits")[counted], labels[counted])
+        own = F.cross_entropy(get("cls_logits")[counted], labels[counted], label_smoothing=0.1)
         return 0.5 * own + 0.5 * F.cross_entropy(get("distillation_logits")[counted], decided[counted])
 
     holds_to(steps, loss)
 
 
-# -- CRD + KD: RepDistiller's `-a 1 -b 0.8` with its defaults `-r 1`, `--kd_T 4` (scripts/run_cifar_distill.sh) --
+# -- CRD + KD, as docs/recipes_images.md has it --
 
 
 @recipe
 def crd(student, teacher, images, labels):
-    contrast = Features(["pool"], pairing="same", distance=partial(distances.CRD, width=8, negatives=32), name="crd")
-    criterion = CrossEntropy() + Logits(temperature=4.0) + 0.8 * contrast
-    model = Distillation(student, teacher, criterion).prepare(images).double()
+    model = Distillation(student, teacher, page("CRD").criterion).prepare(images).double()
     optimizer = SGD(model.parameters(), lr=0.1)
     model(images, labels=labels).loss.backward()
     optimizer.step()
@@ -215,10 +214,10 @@ class Pooled(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.conv, self.fc = nn.Conv2d(3, width, 3), nn.Linear(width, 5)
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     def forward(self, x):
-        return self.fc(self.pool(torch.relu(self.conv(x))))
+        return self.fc(self.avgpool(torch.relu(self.conv(x))))
 
 
 def test_crd_beside_kd_trains_both_of_its_heads():
@@ -229,11 +228,11 @@ def test_crd_beside_kd_trains_both_of_its_heads():
     assert steps.ran[student] == steps.ran[teacher] == 2, "one to measure widths, one to train"
 
     def loss(before):
-        features = [m.pool(torch.relu(m.conv(images))) for m in (before.student, teacher)]
+        features = [m.avgpool(torch.relu(m.conv(images))) for m in (before.student, teacher)]
         logits = [m.fc(x) for m, x in zip((before.student, teacher), features, strict=True)]
-        heads = before.criterion.terms["crd"].distances["pool"]
+        heads = before.criterion.terms["crd"].distances["avgpool"]
         s, t = (F.normalize(g(x), dim=-1) for g, x in zip((heads.student, heads.teacher), features, strict=True))
-        noise = 32 * math.exp(1 / (2 * 8 * 0.07**2))  # N z, the mean of exp(cosine / tau)
+        noise = 16384 * math.exp(1 / (2 * 128 * 0.07**2))  # N z, the mean of exp(cosine / tau)
 
         def seen(products):
             """The probability that a pair is a true one."""
@@ -246,7 +245,7 @@ def test_crd_beside_kd_trains_both_of_its_heads():
         return own + 0.8 * contrast.mean()
 
     holds_to(steps, loss)
-    heads = steps.model.criterion.terms["crd"].distances["pool"]
+    heads = steps.model.criterion.terms["crd"].distances["avgpool"]
     assert heads.student.weight.grad.any()
     assert heads.teacher.weight.grad.any()
     assert heads.next == 6, "this batch is remembered, that which measured widths isn't"
