@@ -65,7 +65,8 @@ def pair(**shapes):
 def holds(criterion, paper, student, teacher, *, step=0, labels=LABELS):
     """A criterion's loss and all of its gradients are those of the paper's formula of both models."""
     images = torch.zeros(B, 3, 8, 8, dtype=torch.float64)
-    model = Distillation(student, teacher, criterion).prepare(images).double()
+    teachers = list(teacher) if isinstance(teacher, nn.ModuleList) else teacher
+    model = Distillation(student, teachers, criterion).prepare(images).double()
     model.criterion.step = step
     losses, slopes = [], []
     for loss in (lambda: model(images, labels=labels).loss, lambda: paper(student, teacher.requires_grad_(False))):
@@ -108,6 +109,18 @@ def test_kd_is_a_tenth_of_cross_entropy_and_nine_of_kl_at_4():
         return 0.1 * ce(s) + 0.9 * 16 * kl(log_p, log_q).mean()
 
     holds(page("KD").criterion, paper, Net(), Net())
+
+
+def test_ca_mkd_weighs_each_teacher_by_its_cross_entropy():
+    student, *teachers = (Net() for _ in range(4))
+
+    def paper(s, _):
+        losses = torch.stack([F.cross_entropy(t["fc"].detach(), LABELS, reduction="none") for t in teachers])
+        w = (1 - losses.exp() / losses.exp().sum(0)) / 2
+        log_q, *log_ps = log_probs(4, s, *teachers)
+        return ce(s) + sum(w[k] * 16 * kl(p.detach(), log_q) for k, p in enumerate(log_ps)).mean()
+
+    holds(page("CA-MKD").criterion, paper, student, nn.ModuleList(teachers))
 
 
 def test_mse_of_logits_alone():
