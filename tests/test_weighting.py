@@ -74,6 +74,30 @@ def test_what_stands_where_nothing_counts_reaches_neither_value_nor_gradient():
     assert (gradient[~keep] == 0).all()
 
 
+def test_a_share_of_zero_takes_nothing_even_from_an_infinite_term():
+    student, first, second = logits(3, N, V)
+    student[0, 1], second[0] = -math.inf, torch.tensor([-2000.0, 0, 0, 0, 0])  # the second is sure of what is not so
+    labels = torch.zeros(N, dtype=torch.long)
+    student.requires_grad_()
+    value = (confidence * (Logits(teacher=1, name="b") + Logits(teacher=0, name="a")))(student, [first, second], labels)
+    assert value == math.inf  # the first one's own: it gives class 1 some probability, too
+    first[0, 1] = -math.inf
+    value = (confidence * several(2))(student, [first, second], labels)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_shares_are_constants_to_the_gradient():
+    student, *teachers = logits(3, N, V)
+    number = torch.ones((), requires_grad=True)
+    own = Weighting(lambda z, y: z[:, 0], lambda scores: (number * scores).softmax(0))
+    student.requires_grad_()
+    (own * several(2))(student, teachers, torch.zeros(N, dtype=torch.long)).backward()
+    assert number.grad is None
+    assert student.grad is not None
+
+
 def test_entropy_weighs_more_who_is_surer_and_needs_no_labels():
     student, *teachers = logits(3, N, V)
     student.requires_grad_()
