@@ -72,7 +72,7 @@ def by_closed_forms(group: Group, q: Side, few: Few, side: MakeSide) -> Tensor |
     """Divergences of a closed form; and what the student's probabilities are to be multiplied with in the gradient."""
     pull = None
     for teacher, closed in group.closed.items():
-        p = side(few.task(teacher).teacher.to(q.bits.dtype), group.own.get(teacher, group.temperature))
+        p = side(few.task(teacher).teacher.to(q.logits.dtype), group.own.get(teacher, group.temperature))
         for k, form in closed:
             value, slope, balance = form(q, p)
             few.values[k] = closer(value, form, q, p).clamp_min(0)  # below it is rounding

@@ -50,9 +50,7 @@ class Plan:
     @property
     def coarseness(self) -> int:
         """How much more is to be done for a few rows however few they are."""
-        if self.top_k and not (self.groups or self.by_autograd):
-            return 8  # which are nearly all made where the gradient belongs
-        return 2 if self.by_autograd or self.top_k else 1
+        return 4 if self.top_k and not (self.groups or self.by_autograd) else 1  # nearly all made in the gradient
 
     @classmethod
     def of(cls, tasks: Sequence[Task]) -> "Plan":

@@ -199,7 +199,7 @@ def switched_off(
 
 def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int:
     """How many rows are worked on at a time: what stays in a CPU's cache, or fills an accelerator."""
-    entries = 2**18 * coarseness * torch.get_num_threads() if device.type == "cpu" else 2**25 * min(coarseness, 2)
+    entries = 2**19 * coarseness * torch.get_num_threads() if device.type == "cpu" else 2**25 * min(coarseness, 2)
     return max(1, entries // max(classes, 1))
 
 

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from kdloss.engine.side import LN2, finite, wide_sum
+from kdloss.reduction import on_cpu
 from kdloss.targets import TopKLogits
 from kdloss.targets.few_classes import base, logits, slots
 
+ENOUGH = 2.0**-40
+"""The least mass, in exponentials of which the largest is 1, whose logarithm is as exact as float32 can say it."""
 AmongFew = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """Student's and teacher's logits of a few classes `[r, k + 1]` -> values `[r, 1]` and, if wanted, their gradient."""
 
@@ -50,12 +53,20 @@ def among_few(compare: AmongFew, z: Tensor, teacher: TopKLogits, place: Tensor |
 def _others(
     z: Tensor, indices: Tensor, temperature: float, place: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The classes that were not kept: their mass, its sum, its logarithm as a logit, and the largest of theirs.
+    """The classes that were not kept: their mass, its sum, its logarithm as a logit, and what they are relative to.
 
-    Relative to their own largest: beside the classes kept they may be too small for a number.
+    That is their own largest, as beside the classes kept they may be too small for a number; or the largest of all,
+    which takes a sweep less, where a look that waits for nothing shows that they aren't.
     """
+    per_bit = 1 / (LN2 * temperature)
+    if on_cpu(z.device) and not torch.compiler.is_compiling():
+        top = z.amax(-1, keepdim=True)
+        mass = torch.sub(z, finite(top), out=place).mul_(per_bit).scatter_(-1, indices, -torch.inf).exp2_()
+        total = wide_sum(mass)
+        if not bool((total < ENOUGH).any()):
+            return mass, total, (total.log() * temperature).to(z.dtype), top
     others = torch.scatter(z, -1, indices, -torch.inf, out=place)
     top = others.amax(-1, keepdim=True)
-    mass = others.sub_(finite(top)).mul_(1 / (LN2 * temperature)).exp2_()
+    mass = others.sub_(finite(top)).mul_(per_bit).exp2_()
     total = wide_sum(mass)
     return mass, total, (total.log() * temperature).to(z.dtype), top
