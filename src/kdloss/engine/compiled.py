@@ -5,7 +5,7 @@ import types
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from kdloss.engine.rows import matmul_dtype
 from kdloss.engine.side import Side
 from kdloss.engine.switch import wanted
 from kdloss.engine.task import LabelTask, Task
-from kdloss.engine.traced import Rows, by_tensors, compute_rows, structure
+from kdloss.engine.traced import Rows, can_be_traced, compute_rows, structure
+from kdloss.reduction import on_cpu
 from kdloss.targets import LazyLogits
 
 OPTIONS: dict[str, Any] = {f"realize_{what}_threshold": 1000 for what in ("reads", "opcount", "acc_reads")}
@@ -31,13 +32,14 @@ _log = logging.getLogger("kdloss")
 
 def block_of(plan: Plan, tasks: Sequence[Task], x: Tensor | LazyLogits, dtype: torch.dtype) -> "Block | None":
     """The plan's work on rows, compiled where it can be and is wanted."""
-    if plan.top_k or plan.by_autograd or not wanted(x.device) or any(map(by_tensors, plan.groups)):
+    if not wanted(x.device) or not can_be_traced(plan, tasks):
+        return None
+    if not plan.groups and on_cpu(x.device):  # top-k teachers alone, which take as long as they are
         return None
     given = matmul_dtype(x) if isinstance(x, LazyLogits) else x.dtype
     key = structure(plan, tasks), x.device, given, dtype, x.shape[-1]
     if key not in _blocks:
-        smoothing = [task.smoothing if isinstance(task, LabelTask) else None for task in tasks]
-        _blocks[key] = Block(plan, smoothing, dtype)
+        _blocks[key] = Block(plan, tasks, dtype)
     return None if _blocks[key].given_up else _blocks[key]
 
 
@@ -47,9 +49,11 @@ class Block:
     What is compiled is compared with what isn't in the first rows that it gets.
     """
 
-    def __init__(self, plan: Plan, smoothing: Sequence[float | None], dtype: torch.dtype) -> None:
+    def __init__(self, plan: Plan, tasks: Sequence[Any], dtype: torch.dtype) -> None:
         groups = [replace(group, classes=None) for group in plan.groups]
-        self._plain = partial(compute_rows, groups, smoothing, dtype)
+        smoothing = [task.smoothing if isinstance(task, LabelTask) else None for task in tasks]
+        few = {k: (tasks[k].teacher.tail, tasks[k].closed_form[0]) for k in plan.top_k}
+        self._plain = partial(compute_rows, groups, smoothing, few, dtype)
         self._compiled: Callable[[Rows, Tensor | None], Tensor] | None = None
         self.given_up = False
 
@@ -58,7 +62,8 @@ class Block:
         rows = Rows.of(plan, few)
         try:
             if self._compiled is None:
-                self._compiled = torch.compile(_with_code_of_its_own(self._plain, PiecedSide), options=_options())
+                block = torch.compile(_with_code_of_its_own(self._plain, PiecedSide), options=_options())
+                self._compiled = partial(_all_written, block)
                 found = self._compared(self._compiled, rows, out)
                 if found is not None:
                     return found
@@ -67,7 +72,7 @@ class Block:
                 return self._compiled(rows, out)
         except Exception as error:  # whatever a compiler may raise
             self._give_up(f"it can't be compiled here: {str(error).strip()[:500]}")
-        return self._plain(Side, rows, out)
+        return self._plain(Side, rows, out)[0]
 
     def _compared(
         self, compiled: Callable[[Rows, Tensor | None], Tensor], rows: Rows, out: Tensor | None
@@ -78,7 +83,7 @@ class Block:
         """
         few = rows.first(8)
         exact, ours = torch.empty_like(few.z), torch.empty_like(rows.z) if out is None else out
-        expected = self._plain(Side, few, exact)
+        expected, _ = self._plain(Side, few, exact)
         rows.mark(ours)
         values = compiled(rows, ours)
         same = _alike(values[:, :8], expected, 1e-4)
@@ -98,10 +103,18 @@ class Block:
 _blocks: dict[Hashable, Block] = {}
 
 
-def _with_code_of_its_own(plain: Callable[..., Tensor], make: type[PiecedSide]) -> Callable[..., Tensor]:
+def _all_written(block: Callable[..., Any], rows: Rows, out: Tensor | None) -> Tensor:
+    """Its values, once what is left is written: by the compiler it would be a sweep over all classes."""
+    values, left = block(rows, out)
+    if left is not None:
+        (rows.z if out is None else out).scatter_(-1, *left)
+    return cast("Tensor", values)
+
+
+def _with_code_of_its_own(plain: Callable[..., Any], make: type[PiecedSide]) -> Callable[..., Any]:
     """A function that the compiler doesn't take for another one's sister, of which it compiles a few only."""
 
-    def block(rows: Rows, out: Tensor | None) -> Tensor:
+    def block(rows: Rows, out: Tensor | None) -> Any:
         return plain(make, rows, out)
 
     code = block.__code__.replace(co_name=f"block_{len(_blocks)}")
