@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdloss.engine.once import behind
 from kdloss.engine.side import LN2, Side, finite, wide_sum
 from kdloss.targets import TopKLogits
 from kdloss.targets.few_classes import base, logits, slots
@@ -50,10 +51,12 @@ def among_few(compare: AmongFew, rest: Callable[..., Others], z: Tensor, teacher
         others = rest(indices, teacher.temperature)
         low = base(kept, others.top)
         few = torch.cat([kept - low, others.size + (finite(others.top) - low)], -1)
-    value, slope = compare(few.masked_fill(nothing, 0), logits(teacher, empty, z.shape[-1]).to(few.dtype))
+    theirs = logits(teacher, empty, z.shape[-1]).to(few.dtype)
+    value, slope = compare(behind(few.masked_fill(nothing, 0)), behind(theirs))
     value, k = value.masked_fill(nothing, 0), indices.shape[-1]
     if slope is None:
         return TopK(value, None, value, indices, None)
+    slope = behind(slope)
     slope_at = slope[:, :k].masked_fill(empty | nothing, 0)
     if others is None:
         return TopK(value, None, value, indices, slope_at)
