@@ -35,6 +35,12 @@ def traced(monkeypatch):
     return lambda: monkeypatch.setattr(torch, "compile", lambda f, options: compile(f, backend="eager"))
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """As on an accelerator: on CPUs top-k teachers aren't compiled."""
+    monkeypatch.setattr(compiled, "on_cpu", lambda device: False)
+
+
 def logits(rows=6, seed=0, dtype=torch.float64):
     """Student and teacher, of which each excludes classes: a whole piece of the teacher's in the last row."""
     student, teacher = 2 * torch.randn(2, rows, CLASSES, generator=torch.Generator().manual_seed(seed)).double()
@@ -102,7 +108,9 @@ def over_a_few(student, log_probs, row, tail, kept_at):
     ("temperature", "kept_at", "really"),
     [(1.0, 1.0, False), (3.0, 1.0, False), pytest.param(2.5, 2.5, True, marks=needs_a_compiler)],
 )
-def test_a_teachers_few_classes_equal_the_oracle_and_the_uncompiled_gradient(temperature, kept_at, really, traced):
+def test_a_teachers_few_classes_equal_the_oracle_and_the_uncompiled_gradient(
+    temperature, kept_at, really, traced, elsewhere
+):
     if not really:
         traced()
     student, teacher = (x.nan_to_num(neginf=-9) for x in logits())
@@ -134,7 +142,7 @@ def test_a_teachers_few_classes_equal_the_oracle_and_the_uncompiled_gradient(tem
     assert not gradient[5].any()
 
 
-def test_the_gradient_at_a_few_classes_is_rounded_once(traced):
+def test_the_gradient_at_a_few_classes_is_rounded_once(traced, elsewhere):
     traced()
     student, teacher = (x.nan_to_num(neginf=-9).bfloat16() for x in logits())
 
@@ -152,9 +160,8 @@ FEW_KINDS = ["given", "overwritten", "lazy", "token map", "bfloat16"]
 
 
 @pytest.mark.parametrize(("kind", "few"), [*((kind, False) for kind in KINDS), *((kind, True) for kind in FEW_KINDS)])
-def test_a_criterion_gives_the_same_loss_and_gradients_whatever_it_is_given(kind, few, traced, monkeypatch):
+def test_a_criterion_gives_the_same_loss_and_gradients_whatever_it_is_given(kind, few, traced, elsewhere):
     traced()
-    monkeypatch.setattr(compiled, "on_cpu", lambda device: False)  # where top-k teachers alone aren't compiled
     student, teacher = (x.float() for x in logits(7))
     labels = torch.tensor([3, 149, 0, 128, 127, 7, 20])
     hidden, weight = torch.randn(7, 4), torch.randn(CLASSES, 4)
@@ -184,6 +191,13 @@ def test_a_criterion_gives_the_same_loss_and_gradients_whatever_it_is_given(kind
     for ours, plain in zip(step(True), step(False), strict=True):
         torch.testing.assert_close(ours, plain, **rounding)
     assert [block.given_up for block in compiled._blocks.values()] == [False]
+
+
+def test_on_a_cpu_what_has_a_top_k_teacher_is_not_compiled():
+    student, teacher = logits()
+    switch.set_compile(True)
+    VanillaKD()(student.requires_grad_(), TopKLogits.of(teacher, 9), LABELS).backward()
+    assert not compiled._blocks
 
 
 def test_a_temperature_that_moves_and_other_numbers_of_rows_are_not_compiled_anew(monkeypatch):

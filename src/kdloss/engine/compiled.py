@@ -34,7 +34,7 @@ def block_of(plan: Plan, tasks: Sequence[Task], x: Tensor | LazyLogits, dtype: t
     """The plan's work on rows, compiled where it can be and is wanted."""
     if not wanted(x.device) or not can_be_traced(plan, tasks):
         return None
-    if not plan.groups and on_cpu(x.device):  # top-k teachers alone, which take as long as they are
+    if plan.top_k and on_cpu(x.device):  # where they take less time uncompiled
         return None
     given = matmul_dtype(x) if isinstance(x, LazyLogits) else x.dtype
     key = structure(plan, tasks), x.device, given, dtype, x.shape[-1]
