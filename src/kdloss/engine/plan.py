@@ -64,15 +64,18 @@ class Plan:
         for k, task in enumerate(tasks):
             if isinstance(task, LabelTask):
                 labels.append(k)
-            elif task.vocabulary is not None:
+                continue
+            few = isinstance(task.teacher, TopKLogits)
+            if task.vocabulary is not None or getattr(task.teacher, "tail", None) == "uniform":
                 others.append(k)
-            elif isinstance(task.teacher, TopKLogits):
-                (others if task.teacher.tail == "uniform" else top_k).append(k)
             elif task.closed_form is None:
-                others.append(k)
+                (top_k if few else others).append(k)
             else:
                 form, sizes[k] = task.closed_form
                 slopes[k] = sizes[k] / task.temperature
+                if few:
+                    top_k.append(k)
+                    continue
                 key = identity(task.student_classes), task.temperature
                 group = groups.setdefault(key, Group(task.temperature, task.student_classes))
                 own = task.teacher_temperature
