@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss.engine.once import once
-from kdloss.engine.side import LN2, NO_BITS, Side
+from kdloss.engine.side import LN2, Side
 from kdloss.engine.terms import log_ratio, mixed, mixture_terms
 
 Form = tuple[Tensor, Tensor, Tensor | None]
@@ -61,7 +61,7 @@ def jsd(q: Side, p: Side, *, beta: float = 0.5, normalize: bool = False) -> Form
         terms = beta * mixture_terms(b, a, m, 1 - beta) + (1 - beta) * mixture_terms(a, b, m, beta)
         slope = log_ratio(a, b, m, beta).mul_(a).mul_((1 - beta) * size)
         return q.sum(terms) * size, slope, q.sum(slope)
-    gap = p.log_ratio_to(q, (p.bits.clamp(min=NO_BITS), q.bits.clamp(min=NO_BITS)))
+    gap = p.log_ratio_to(q, (p.smooth_bits(), q.smooth_bits()))
     a, b = q.smooth(), p.smooth()
     log = a.div_(mixed(b, a, beta, out=b)).log_()
     teacher = q.sum(gap.add_(log).mul_(p.probs)) * (beta * size)

@@ -12,7 +12,6 @@ from kdloss.reduction import widest
 from kdloss.targets.sharded import Shard
 
 LN2 = math.log(2)
-NO_BITS = NO_MASS / LN2
 PIECE = 128
 """How many numbers are added in the dtype they have: their sum is as good as each of them."""
 
@@ -112,6 +111,10 @@ class Side:
         multiplies.
         """
         return bool(self.like > 8)
+
+    def smooth_bits(self) -> Tensor:
+        """The bits of probabilities of which none is 0."""
+        return torch.maximum(self.bits, once(((self.log_total + NO_MASS) / LN2).to(self.bits.dtype)))
 
     def smooth(self) -> Tensor:
         """Probabilities of which none is 0, so that every ratio and logarithm is finite."""

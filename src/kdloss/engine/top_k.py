@@ -74,7 +74,7 @@ def others_in_place(z: Tensor, place: Tensor | None, indices: Tensor, temperatur
     no digit is lost.
     """
     per_bit = 1 / (LN2 * temperature)
-    if on_cpu(z.device):
+    if on_cpu(z.device) and not torch.compiler.is_compiling():
         top = z.amax(-1, keepdim=True)
         mass = torch.sub(z, finite(top), out=place).mul_(per_bit).scatter_(-1, indices, -torch.inf).exp2_()
         total = wide_sum(mass)
