@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kdloss
-from kdloss import LazyLogits, TokenMap, VanillaKD
+from kdloss import LazyLogits, TokenMap, TopKLogits, VanillaKD
 from kdloss.engine import LabelTask, Problem, TeacherTask, compiled, fused, switch
 
 FORMS = {x.oracle.__name__: x.function for x in losses.DIVERGENCES if getattr(x.function, "closed_form", None)}
@@ -33,6 +33,12 @@ def traced(monkeypatch):
     """What a compiler is given, run as it is: the same in a fraction of the time."""
     compile = torch.compile
     return lambda: monkeypatch.setattr(torch, "compile", lambda f, options: compile(f, backend="eager"))
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """As on an accelerator: on CPUs top-k teachers aren't compiled."""
+    monkeypatch.setattr(compiled, "on_cpu", lambda device: False)
 
 
 def logits(rows=6, seed=0, dtype=torch.float64):
@@ -83,10 +89,78 @@ def test_every_closed_form_and_cross_entropy_equal_the_oracle_and_the_uncompiled
     assert not gradient[3].any()
 
 
+KEPT = torch.stack([torch.randperm(CLASSES, generator=torch.Generator().manual_seed(i))[:5] for i in range(6)])
+KEPT[1, 3:] = KEPT[3] = -1  # slots and a row that are empty
+
+
+def over_a_few(student, log_probs, row, tail, kept_at):
+    """Logits of both over the classes kept in a row and, if wanted, one for all others."""
+    ids, log_p = KEPT[row][KEPT[row] >= 0].numpy(), log_probs[row][KEPT[row] >= 0].numpy()
+    z, t = student[row].numpy()[ids], kept_at * log_p
+    if tail == "bucket":
+        others = np.delete(student[row].numpy(), ids) / kept_at
+        size = others.max() + np.log(np.exp(others - others.max()).sum())
+        z, t = np.append(z, kept_at * size), np.append(t, kept_at * np.log1p(-np.exp(log_p).sum()))
+    return z[None], t[None]
+
+
 @pytest.mark.parametrize(
-    "kind", ["given", "overwritten", "some ignored", "lazy", "token map", "none", "bfloat16", "one row"]
+    ("temperature", "kept_at", "really"),
+    [(1.0, 1.0, False), (3.0, 1.0, False), pytest.param(2.5, 2.5, True, marks=needs_a_compiler)],
 )
-def test_a_criterion_gives_the_same_loss_and_gradients_whatever_it_is_given(kind, traced):
+def test_a_teachers_few_classes_equal_the_oracle_and_the_uncompiled_gradient(
+    temperature, kept_at, really, traced, elsewhere
+):
+    if not really:
+        traced()
+    student, teacher = (x.nan_to_num(neginf=-9) for x in logits())
+    student[4, KEPT[4]] += 900  # beside which the others are too small for a number
+    log_probs = (teacher / kept_at).log_softmax(-1).gather(-1, KEPT.clamp_min(0))
+    names = [("forward_kl", "bucket"), ("reverse_kl", "renormalise"), ("total_variation", "bucket")][
+        : 1 if really else 3
+    ]
+
+    def tasks(teacher):
+        kept = {tail: TopKLogits(KEPT, log_probs, tail, kept_at) for _, tail in names}
+        of_few = [TeacherTask(FORMS[name], kept[tail], temperature) for name, tail in names]
+        return [*of_few, LabelTask(LABELS)]
+
+    weights = torch.rand(len(names) + 1, 6, dtype=torch.float64)
+    weights[0, 1] = weights[-1, 2] = 0
+    weights[:, 5] = 0
+    values, gradient = by_engine(True, student, teacher, tasks, weights)
+    assert [block.given_up for block in compiled._blocks.values()] == [False]
+    for found, (name, tail) in zip(values, names, strict=False):
+        for row in (0, 1, 2, 4):
+            few = over_a_few(student, log_probs, row, tail, kept_at)
+            expected = getattr(oracles, name)(*few, temperature=temperature).item()
+            assert found[row].item() == pytest.approx(expected, rel=1e-9, abs=1e-12), (name, tail, row)
+        assert found[3] == 0
+    plain, exact = by_engine(False, student, teacher, tasks, weights)
+    torch.testing.assert_close(values, plain, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, exact, rtol=1e-8, atol=1e-11)
+    assert not gradient[5].any()
+
+
+def test_the_gradient_at_a_few_classes_is_rounded_once(traced, elsewhere):
+    traced()
+    student, teacher = (x.nan_to_num(neginf=-9).bfloat16() for x in logits())
+
+    def tasks(teacher):
+        return [TeacherTask(FORMS["forward_kl"], TopKLogits.of(teacher, 60)), LabelTask(LABELS)]
+
+    weights = torch.rand(2, 6)
+    _, gradient = by_engine(True, student, teacher, tasks, weights)
+    _, exact = by_engine(False, student.double(), teacher.double(), tasks, weights)
+    assert ((gradient - exact).abs() <= 2**-8 * (1 + 1e-3) * exact.abs() + 1e-7).all()
+
+
+KINDS = ["given", "overwritten", "some ignored", "lazy", "token map", "none", "bfloat16", "one row"]
+FEW_KINDS = ["given", "overwritten", "lazy", "token map", "bfloat16"]
+
+
+@pytest.mark.parametrize(("kind", "few"), [*((kind, False) for kind in KINDS), *((kind, True) for kind in FEW_KINDS)])
+def test_a_criterion_gives_the_same_loss_and_gradients_whatever_it_is_given(kind, few, traced, elsewhere):
     traced()
     student, teacher = (x.float() for x in logits(7))
     labels = torch.tensor([3, 149, 0, 128, 127, 7, 20])
@@ -108,13 +182,22 @@ def test_a_criterion_gives_the_same_loss_and_gradients_whatever_it_is_given(kind
         leaves = [x.clone().requires_grad_() for x in leaves]
         z = LazyLogits(*leaves) if kind == "lazy" else leaves[0]
         other = teacher[rows, :140] if kind == "token map" else teacher[rows]
-        loss = VanillaKD(3.0, 0.5, **options)(z, other.to(leaves[0].dtype), y[rows])
+        other = other.to(leaves[0].dtype)
+        other = TopKLogits.of(other, 9) if few else other
+        loss = VanillaKD(3.0, 0.0 if few else 0.5, **options)(z, other, None if few else y[rows])
         return [loss.detach(), *torch.autograd.grad(loss.mean(), leaves)]
 
     rounding = {"rtol": 2**-7, "atol": 1e-3} if kind == "bfloat16" else {"rtol": 1e-5, "atol": 1e-6}
     for ours, plain in zip(step(True), step(False), strict=True):
         torch.testing.assert_close(ours, plain, **rounding)
     assert [block.given_up for block in compiled._blocks.values()] == [False]
+
+
+def test_on_a_cpu_what_has_a_top_k_teacher_is_not_compiled():
+    student, teacher = logits()
+    switch.set_compile(True)
+    VanillaKD()(student.requires_grad_(), TopKLogits.of(teacher, 9), LABELS).backward()
+    assert not compiled._blocks
 
 
 def test_a_temperature_that_moves_and_other_numbers_of_rows_are_not_compiled_anew(monkeypatch):

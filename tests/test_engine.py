@@ -1667,6 +1667,36 @@ def test_a_closed_form_only_reads_its_inputs_and_gives_a_slope_of_its_own(name, 
     assert slope.data_ptr() not in {v.data_ptr() for v in after}
 
 
+def test_bits_are_the_same_numbers_whether_read_before_the_probabilities_or_after():
+    z = 3 * torch.randn(4, 300)
+    before, after = Side(z, 3.0), Side(z, 3.0)
+    torch.testing.assert_close(before.bits, (z - z.amax(-1, keepdim=True)) / (3 * math.log(2)))
+    torch.testing.assert_close(after.probs, (z / 3).softmax(-1))
+    for name in ("probs", "log_total", "bits"):
+        assert torch.equal(getattr(before, name), getattr(after, name))
+    assert before.bits.data_ptr() != before.probs.data_ptr() != after.bits.data_ptr() != after.probs.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
+def test_a_teacher_that_is_no_number_makes_its_rows_gradient_none(name):
+    z, t = torch.randn(2, 3, 300)
+    z.requires_grad_()
+    t[1, 7] = torch.nan
+    getattr(kdloss.divergences, name)(z, t).sum().backward()
+    assert z.grad[1].isnan().all()
+    assert z.grad[[0, 2]].isfinite().all()
+
+
+def test_total_variation_has_no_gradient_where_the_student_is_the_teacher():
+    z = torch.randn(3, 300)
+    t = z.clone()
+    t[2] += torch.randn(300)
+    z.requires_grad_()
+    kdloss.divergences.total_variation(z, t).sum().backward()
+    assert not z.grad[:2].any()
+    assert z.grad[2].all()
+
+
 def test_labels_that_do_not_fit_are_refused_with_what_to_write():
     student = torch.randn(2, 7, 11)
     ones = torch.ones(11)

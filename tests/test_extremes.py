@@ -61,6 +61,23 @@ def test_logits_of_1e4_at_any_temperature_agree_with_float64(loss, temperature, 
 
 
 @every_divergence
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+@pytest.mark.parametrize("behind", ["student", "teacher"])
+def test_a_class_that_one_side_alone_gives_next_to_nothing_counts_as_much_as_it_is(loss, temperature, behind):
+    logits = torch.rand(3, 60)  # many alike, so that their exponentials add up to much
+    low, other = logits.clone(), logits.flip(1)
+    low[:, 5], other[:, 5] = (
+        -temperature * torch.tensor([70.0, 90.0, 300.0]),
+        temperature * torch.tensor([0.0, 3.0, 9.0]),
+    )
+    student, teacher = (low, other) if behind == "student" else (other, low)
+    value, slope, exact, exact_slope = both(loss, student, teacher, temperature)
+    np.testing.assert_allclose(value, exact, rtol=1e-4, atol=absolute(loss, torch.float32))
+    size = max(abs(exact_slope).max(), exact.max() / temperature)
+    np.testing.assert_allclose(slope.double(), exact_slope, rtol=1e-4, atol=1e-5 * size + absolute(loss, torch.float32))
+
+
+@every_divergence
 @pytest.mark.parametrize("temperature", [0.05, 0.3])
 def test_small_gaps_on_top_of_large_logits_survive_a_low_temperature(loss, temperature):
     student, teacher = 1e4 + torch.randint(0, 200, (2, 4, 9)) / 1024  # exact in float32

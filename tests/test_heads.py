@@ -130,16 +130,17 @@ def test_an_output_without_logits_names_the_way(form, name):
         kdloss.Distiller(student, kdloss.VanillaKD())(teacher, x, labels=y)
 
 
-def clip(seed):
+def towers(seed):
     torch.manual_seed(seed)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 39, "initializer_factor": 20.0, **small}
-    image = {"image_size": 8, "patch_size": 4, "initializer_factor": 20.0, **small}
-    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=image, projection_dim=8)).double().eval()
+    text, image = small | {"vocab_size": 40}, small | {"image_size": 8, "patch_size": 4}
+    model = hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=image)).double().eval()
+    nn.init.constant_(model.logit_scale, 2.0)
+    return model
 
 
 def test_a_pair_of_towers_is_learned_in_both_directions():
-    student, teacher = clip(0), clip(1)
+    student, teacher = towers(0), towers(1)
     generator = torch.Generator().manual_seed(0)
     batch = {
         "input_ids": torch.randint(0, 39, (3, 5), generator=generator),

@@ -13,6 +13,7 @@ from hf_runs import PLAIN, Strict, as_the_trainer, make, pair, rows, trained, tw
 from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from versions import since_torch
 
 import kdloss
 from kdloss.hf import DistillationTrainer, Distilling
@@ -248,6 +249,7 @@ def test_projections_are_optimised_zeroed_and_clipped_with_the_student(kind, cli
     assert_near(changes(before, trained(student, criterion)), expected)
 
 
+@since_torch(2, 6)  # transformers 4.57 loads no optimizer's state before
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "t5", "lora"])
 def test_a_resumed_run_is_the_undisturbed_one_and_logs_the_same_terms(kind, tmp_path):
     told = {"optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2, "max_steps": 3}

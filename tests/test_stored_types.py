@@ -70,7 +70,7 @@ def test_rows_move_and_are_pinned_in_the_types_they_were_given_in(dtype, monkeyp
     assert (moved.device.type, moved.indices.dtype, moved.log_probs.dtype, moved.log_rest.dtype) == ("meta", *types)
     assert torch.equal(kept.to("cpu").ids(), kept.ids())
     pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.nbytes) or x)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *device: pinned.append(x.nbytes) or x)
     again = pin_memory({"labels": torch.zeros(4, dtype=torch.int8), "teacher": kept})["teacher"]
     assert sorted(pinned) == sorted([4, 12 * dtype.itemsize, 24, 8])
     assert (again.indices.dtype, again.log_probs.dtype, again.log_rest.dtype) == types

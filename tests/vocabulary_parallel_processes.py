@@ -7,11 +7,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 import kdloss
 import kdloss.engine.run
 from kdloss.engine import LabelTask, Problem, TeacherTask, fused
+
+try:
+    from torch.distributed.tensor import Shard, distribute_tensor
+except ImportError:  # before torch 2.5
+    from torch.distributed._tensor import Shard, distribute_tensor
 
 SIZES = {2: (8, 11), 4: (7, 0, 5, 7)}  # classes of each process, one of them without any
 CASES = {

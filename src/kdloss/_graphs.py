@@ -8,7 +8,14 @@ from torch.fx import GraphModule
 from torch.jit import ScriptModule
 
 # What an operation is told of training, and where among its arguments.
-_SWITCHES = {"dropout": 2, "batch_norm": 5, "scaled_dot_product_attention": 4}
+_SWITCHES = {
+    "dropout": 2,
+    "batch_norm": 5,
+    "scaled_dot_product_attention": 4,
+    # decomposed, by `run_decompositions` or in part by torch 2.4's export itself
+    "native_dropout": 2,
+    "_native_batch_norm_legit_functional": 5,
+}
 
 
 def refuse_trained(model: nn.Module) -> None:

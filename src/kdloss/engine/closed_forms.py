@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss.engine.once import once
-from kdloss.engine.side import LN2, NO_BITS, Side
+from kdloss.engine.side import LN2, Side
 from kdloss.engine.terms import log_ratio, mixed, mixture_terms
 
 Form = tuple[Tensor, Tensor, Tensor | None]
@@ -55,15 +55,16 @@ def jsd(q: Side, p: Side, *, beta: float = 0.5, normalize: bool = False) -> Form
     if beta == 1:
         return reverse_kl(q, p)
     size = 1 / (beta * (1 - beta)) if normalize else 1.0
-    a, b = q.smooth(), p.smooth()
-    m = mixed(b, a, beta)  # equal to q where p is, to the last bit
     if q.flat or not 0.05 <= beta <= 0.95:  # small differences, multiplied by T² or 1/beta
+        a, b = q.smooth(), p.smooth()
+        m = mixed(b, a, beta)  # equal to q where p is, to the last bit
         terms = beta * mixture_terms(b, a, m, 1 - beta) + (1 - beta) * mixture_terms(a, b, m, beta)
         slope = log_ratio(a, b, m, beta).mul_(a).mul_((1 - beta) * size)
         return q.sum(terms) * size, slope, q.sum(slope)
-    log = torch.div(a, m).log_()
-    bits = p.bits.clamp(min=NO_BITS), q.bits.clamp(min=NO_BITS)
-    teacher = q.sum(p.log_ratio_to(q, bits).add_(log).mul_(p.probs)) * (beta * size)
+    gap = p.log_ratio_to(q, (p.smooth_bits(), q.smooth_bits()))
+    a, b = q.smooth(), p.smooth()
+    log = a.div_(mixed(b, a, beta, out=b)).log_()
+    teacher = q.sum(gap.add_(log).mul_(p.probs)) * (beta * size)
     slope = log.mul_(q.probs).mul_((1 - beta) * size)
     student = q.sum(slope)
     return teacher + student, slope, student
@@ -95,16 +96,17 @@ def skewed_reverse_kl(q: Side, p: Side, *, skew: float = 0.1) -> Form:
 
 
 def total_variation(q: Side, p: Side) -> Form:
-    """Half the sum of |q - p|; slope q sign(q-p) / 2."""
+    """Half the sum of |q - p|; slope q where it is above p and 0 elsewhere: q sign(q-p) / 2 and a half of q, which with
+    its sum is no gradient.
+    """
     gap = q.probs - p.probs
-    value = q.sum(gap.abs()) / 2
     if q.pieced:  # which is larger is known without the teacher's exponentials, and the gradient's sweep needs none
         level = p.bits + once(((q.log_total - p.log_total) / LN2).to(gap.dtype))
-        signed = torch.where(q.bits > level, q.probs, torch.where(q.bits < level, -q.probs, 0))
-        slope = signed / 2
+        slope = torch.where(q.bits > level, q.probs, 0)
     else:
-        slope = gap.sign_().mul_(q.probs).mul_(0.5)
-    return value, slope, q.sum(slope)
+        slope = torch.ops.aten.threshold_backward(q.probs, gap, 0.0)  # the same, thirty times as fast
+    value = q.sum(gap.abs_()) / 2
+    return value, slope, torch.add(q.sum(slope), value, alpha=0)  # no number hides
 
 
 def hard_labels(q: Side, p: Side) -> Form:

@@ -13,7 +13,7 @@ from kdloss.engine.labels import Unsoftened, of_classes, of_probabilities
 from kdloss.engine.plan import Group, Plan
 from kdloss.engine.side import Side
 from kdloss.engine.task import LabelTask, TeacherTask
-from kdloss.engine.top_k import among_few
+from kdloss.engine.top_k import among_few, others_in_place, others_of_side
 from kdloss.engine.total import Total
 from kdloss.reduction import on_cpu, precise
 from kdloss.targets.kinds import chosen
@@ -30,7 +30,7 @@ class Few:
     `task` gives a task with what it has in these rows, by its number. `weights` `[k, r, 1]`, or `[k, 1, 1]`, are what
     the tasks' slopes are multiplied with, None where no gradient is wanted, and `off` is where they are 0, for tasks
     where some are: such a row gets nothing from the task, even if that is infinite or no number. `nowhere` is where all
-    are 0.
+    are 0. `given`, for what a compiler traces alone, are the logits as they are in memory, of which z may be a copy.
     """
 
     z: Tensor
@@ -38,6 +38,7 @@ class Few:
     weights: Tensor | None
     off: Sequence[Tensor | None]
     nowhere: Tensor | None = None
+    given: Tensor | None = None
     values: dict[int, Tensor] = field(default_factory=dict)
     gradient: Total | None = None
 
@@ -59,7 +60,7 @@ def compute(plan: Plan, few: Few, side: MakeSide = Side, place: Tensor | None = 
         if few.gradient is not None and rows is not None:
             few.gradient.add(rows, few.scaled(k), few.off[k])
     for k in plan.top_k:
-        by_top_k(k, few)
+        by_top_k(k, few, side)
     for group in plan.groups:
         q = side(chosen(few.z, group.classes), group.temperature)
         pull = by_closed_forms(group, q, few, side)
@@ -72,7 +73,7 @@ def by_closed_forms(group: Group, q: Side, few: Few, side: MakeSide) -> Tensor |
     """Divergences of a closed form; and what the student's probabilities are to be multiplied with in the gradient."""
     pull = None
     for teacher, closed in group.closed.items():
-        p = side(few.task(teacher).teacher.to(q.bits.dtype), group.own.get(teacher, group.temperature))
+        p = side(few.task(teacher).teacher.to(q.logits.dtype), group.own.get(teacher, group.temperature))
         for k, form in closed:
             value, slope, balance = form(q, p)
             few.values[k] = closer(value, form, q, p).clamp_min(0)  # below it is rounding
@@ -99,12 +100,17 @@ def closer(value: Tensor, form: ClosedForm, q: Side, p: Side) -> Tensor:
     return value.index_copy(0, rows, form(q.carefully(rows), p.carefully(rows))[0]) if len(rows) else value
 
 
-def by_top_k(k: int, few: Few) -> None:
+def by_top_k(k: int, few: Few, side: MakeSide) -> None:
     """A divergence from a teacher's most probable classes."""
     task, wanted = few.task(k), few.gradient is not None
     classes = task.student_classes
-    place = None if few.gradient is None or classes is not None else few.gradient.empty_place
-    of = among_few(partial(_compare, task, wanted), chosen(few.z, classes), task.teacher, place)
+    z = chosen(few.z, classes)
+    if few.given is None:
+        place = None if few.gradient is None or classes is not None else few.gradient.empty_place
+        rest = partial(others_in_place, z, place)
+    else:
+        rest = partial(others_of_side, side, chosen(few.given, classes), z.dtype)
+    of = among_few(partial(_compare, task, side, wanted), rest, z, task.teacher)
     few.values[k] = of.value
     if few.gradient is None or of.slope is None:
         return
@@ -113,20 +119,22 @@ def by_top_k(k: int, few: Few) -> None:
     few.gradient.at(of.classes, few.scaled(k, of.slope), classes)
 
 
-def _compare(task: TeacherTask, wanted: bool, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The values of a divergence and, if wanted, their gradient by the student's logits."""
+def _compare(
+    task: TeacherTask, side: MakeSide, wanted: bool, student: Tensor, teacher: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The values of a divergence and, if wanted, their slopes by the student's logits."""
     if task.closed_form is None:
         values, gradient = by_autograd(
             replace(task, teacher=teacher, labels=None, student_classes=None), student, wanted
         )
         return values.unsqueeze(-1), gradient
-    form, size = task.closed_form
-    q, p = Side(student, task.temperature), Side(teacher, task.temperature)
+    form, _ = task.closed_form
+    q, p = side(student, task.temperature), side(teacher, task.temperature)
     value, slope, balance = form(q, p)
     value = closer(value, form, q, p)
     if balance is not None:
         slope.addcmul_(q.probs, balance.to(slope.dtype), value=-1)
-    return value.clamp_min(0) * size, slope.mul_(size / task.temperature)
+    return value.clamp_min(0), slope
 
 
 def by_labels(group: Group, q: Side, few: Few, pull: Tensor | None) -> None:

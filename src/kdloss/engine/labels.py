@@ -33,7 +33,7 @@ class Target(NamedTuple):
 
 def of_probabilities(task: LabelTask, q: Side, one: Unsoftened) -> Target:
     """Labels `[r, V]` that are probabilities."""
-    a = task.labels.to(q.bits.dtype, copy=True)
+    a = task.labels.to(q.logits.dtype, copy=True)
     if task.smoothing > 0:
         a.mul_(1 - task.smoothing).add_(task.smoothing / a.shape[-1])
     if task.class_weights is not None:
@@ -73,15 +73,15 @@ def of_classes(task: LabelTask, z: Tensor, q: Side, one: Unsoftened) -> Target:
 
 def _spread(task: LabelTask, q: Side, one: Unsoftened) -> tuple[Tensor, Tensor, Tensor]:
     """What smoothing gives to all classes: its part of the value, its sum, and itself, `[1, 1]` or `[1, V]`."""
-    classes = q.bits.shape[-1] if q.shard is None else sum(q.shard.sizes)
+    classes = q.logits.shape[-1] if q.shard is None else sum(q.shard.sizes)
     if task.class_weights is None:
-        share = q.bits.new_full((1, 1), task.smoothing / classes)
+        share = q.logits.new_full((1, 1), task.smoothing / classes)
         total = one.total.new_full((1, 1), task.smoothing)
         bits = q.sum(q.bits) * (task.smoothing / classes)
     else:
         start = 0 if q.shard is None else q.shard.offset
-        weights = task.class_weights[start : start + q.bits.shape[-1]]
-        share = (weights * (task.smoothing / classes)).to(q.bits.dtype).unsqueeze(0)
+        weights = task.class_weights[start : start + q.logits.shape[-1]]
+        share = (weights * (task.smoothing / classes)).to(q.logits.dtype).unsqueeze(0)
         total = task.class_weights.sum(dtype=one.total.dtype).reshape(1, 1) * (task.smoothing / classes)
         bits = q.sum((q.bits * share).nan_to_num_(0.0, neginf=-torch.inf))
     return total * one.log_total - q.temperature * LN2 * bits, total, share

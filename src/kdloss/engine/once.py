@@ -21,3 +21,11 @@ def once(x: Tensor) -> Tensor:
     these leave the loop by themselves.
     """
     return x if x.device.type == "cpu" or not torch.compiler.is_compiling() else _once(x)
+
+
+def behind(x: Tensor) -> Tensor:
+    """The same few numbers, where a compiler doesn't look, on any device.
+
+    Else it follows every use of them anew, and uses of uses, for minutes.
+    """
+    return _once(x) if torch.compiler.is_compiling() else x

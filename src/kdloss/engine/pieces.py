@@ -17,7 +17,7 @@ class PiecedSide(Side):
     pieced = True
 
     def __init__(self, logits: Tensor, temperature: float | Tensor, like: float | None = None) -> None:
-        self.temperature, self.shard = temperature, None
+        self.logits, self.temperature, self.shard = logits, temperature, None
         self.like = temperature if like is None else like
         self.per_bit = 1 / (LN2 * temperature)
         parts = pieces(logits)

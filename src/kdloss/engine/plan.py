@@ -50,9 +50,7 @@ class Plan:
     @property
     def coarseness(self) -> int:
         """How much more is to be done for a few rows however few they are."""
-        if self.top_k and not (self.groups or self.by_autograd):
-            return 8  # which are nearly all made where the gradient belongs
-        return 2 if self.by_autograd or self.top_k else 1
+        return 4 if self.top_k and not (self.groups or self.by_autograd) else 1  # nearly all made in the gradient
 
     @classmethod
     def of(cls, tasks: Sequence[Task]) -> "Plan":
@@ -66,15 +64,18 @@ class Plan:
         for k, task in enumerate(tasks):
             if isinstance(task, LabelTask):
                 labels.append(k)
-            elif task.vocabulary is not None:
+                continue
+            few = isinstance(task.teacher, TopKLogits)
+            if task.vocabulary is not None or getattr(task.teacher, "tail", None) == "uniform":
                 others.append(k)
-            elif isinstance(task.teacher, TopKLogits):
-                (others if task.teacher.tail == "uniform" else top_k).append(k)
             elif task.closed_form is None:
-                others.append(k)
+                (top_k if few else others).append(k)
             else:
                 form, sizes[k] = task.closed_form
                 slopes[k] = sizes[k] / task.temperature
+                if few:
+                    top_k.append(k)
+                    continue
                 key = identity(task.student_classes), task.temperature
                 group = groups.setdefault(key, Group(task.temperature, task.student_classes))
                 own = task.teacher_temperature

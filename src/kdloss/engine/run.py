@@ -83,7 +83,7 @@ def run(problem: Problem, plan: Plan, x: Student, weights: Tensor | None) -> Fou
     dtype = torch.float64 if wide else torch.float32
     block = None if shard is not None else block_of(plan, tasks, x, dtype)
     if block is not None:
-        few = compiled_rows(device, classes, n)
+        few = compiled_rows(device, classes, n, plan.top_k)
     by = None if weights is None else slopes(plan, weights, dtype)
     side = partial(Side, shard=shard) if shard is not None else Side
     found = []
@@ -199,15 +199,16 @@ def switched_off(
 
 def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int:
     """How many rows are worked on at a time: what stays in a CPU's cache, or fills an accelerator."""
-    entries = 2**18 * coarseness * torch.get_num_threads() if device.type == "cpu" else 2**25 * min(coarseness, 2)
+    entries = 2**19 * coarseness * torch.get_num_threads() if device.type == "cpu" else 2**25 * min(coarseness, 2)
     return max(1, entries // max(classes, 1))
 
 
-def compiled_rows(device: torch.device, classes: int, rows: int) -> int:
+def compiled_rows(device: torch.device, classes: int, rows: int, top_k: Sequence[int] = ()) -> int:
     """The same for compiled work, where every block costs some Python: an eighth of all rows, as few forms keep
-    something as large as their block on the way, within bounds; on an accelerator what leaves indices small.
+    something as large as their block on the way, within bounds; on an accelerator what leaves indices small, and a
+    quarter of it where the classes that were not kept are written on the way.
     """
-    most = 2**20 * torch.get_num_threads() if device.type == "cpu" else 2**29
+    most = 2**20 * torch.get_num_threads() if device.type == "cpu" else 2**27 if top_k else 2**29
     few = max(most // 4, classes * rows // 8) if device.type == "cpu" else most
     return max(2, min(most, few) // max(classes, 1))
 

@@ -1,6 +1,7 @@
 """One side of a divergence: the softmax of a few rows, which is only read once it is made."""
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,12 +12,11 @@ from kdloss.reduction import widest
 from kdloss.targets.sharded import Shard
 
 LN2 = math.log(2)
-NO_BITS = NO_MASS / LN2
 PIECE = 128
 """How many numbers are added in the dtype they have: their sum is as good as each of them."""
 
 
-_BY_ROW = {"top", "bits", "log_total", "probs"}
+_BY_ROW = ("logits", "top", "bits", "probs", "log_total")
 
 
 class Side:
@@ -24,7 +24,8 @@ class Side:
     $2^b / \sum 2^b$.
 
     In bits, as exp2 is computed three times faster than exp on CPUs; logarithms that leave are natural ones.
-    A temperature that is a tensor is computed as `like` one would be.
+    A temperature that is a tensor is computed as `like` one would be. Bits that are read before the probabilities are
+    kept; otherwise these take their memory, and who reads them later has them made again.
     """
 
     pieced = exact = False
@@ -32,18 +33,37 @@ class Side:
     def __init__(
         self, logits: Tensor, temperature: float | Tensor, shard: Shard | None = None, like: float | None = None
     ) -> None:
-        self.temperature, self.shard = temperature, shard
+        self.logits, self.temperature, self.shard = logits, temperature, shard
         self.like = temperature if like is None else like
         here = logits if logits.shape[-1] else logits.new_full((len(logits), 1), -torch.inf)  # no class in this process
         top = here.amax(-1, keepdim=True)
         self.top = finite(top if shard is None else shard.max(top))
-        # The largest leaves before the division, which then rounds small numbers, not large ones.
-        self.bits = (logits - self.top).mul_(1 / (LN2 * temperature))
-        mass = self.bits.exp2()
+
+    @cached_property
+    def bits(self) -> Tensor:
+        """The logits in bits, the largest 0."""
+        return self._bits()
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """The probabilities."""
+        return self._probs_and_total[0]
+
+    @cached_property
+    def log_total(self) -> Tensor:
+        """The logarithm of what the exponentials of a row add up to, `[r, 1]`."""
+        return self._probs_and_total[1].log()
+
+    @cached_property
+    def _probs_and_total(self) -> tuple[Tensor, Tensor]:
+        mass = self.bits.exp2() if "bits" in vars(self) else self._bits().exp2_()
         # The small differences of large sums that a divergence is need more digits than float32 has.
         total = self.sum(mass)
-        self.log_total = total.log()
-        self.probs = mass.mul_(total.reciprocal().to(mass.dtype))
+        return mass.mul_(total.reciprocal().to(mass.dtype)), total
+
+    def _bits(self) -> Tensor:
+        # The largest leaves before the division, which then rounds small numbers, not large ones.
+        return (self.logits - self.top).mul_(1 / (LN2 * self.temperature))
 
     def sum(self, rows: Tensor) -> Tensor:
         """Sums over all classes `[r, 1]`, in float64 where there is one."""
@@ -82,7 +102,7 @@ class Side:
     def carefully(self, rows: Tensor) -> "Side":
         """Some rows, to be compared term by term as at a high temperature."""
         some = object.__new__(Side)
-        vars(some).update({x: y[rows] if x in _BY_ROW else y for x, y in vars(self).items()}, like=torch.inf)
+        vars(some).update(vars(self), like=torch.inf, **{name: getattr(self, name)[rows] for name in _BY_ROW})
         return some
 
     @property
@@ -91,6 +111,10 @@ class Side:
         multiplies.
         """
         return bool(self.like > 8)
+
+    def smooth_bits(self) -> Tensor:
+        """The bits of probabilities of which none is 0."""
+        return torch.maximum(self.bits, once(((self.log_total + NO_MASS) / LN2).to(self.bits.dtype)))
 
     def smooth(self) -> Tensor:
         """Probabilities of which none is 0, so that every ratio and logarithm is finite."""
@@ -112,10 +136,9 @@ def wide_sum(rows: Tensor) -> Tensor:
     """Sums over the last dimension `[..., 1]`: pieces of it as they are, then those, or a few numbers, in float64."""
     if rows.dtype == torch.float64:
         return rows.sum(-1, keepdim=True)
-    wide = widest(rows.device)
-    whole = rows.shape[-1] // PIECE * PIECE
-    if rows.dtype == wide or not whole:
+    wide, classes = widest(rows.device), rows.shape[-1]
+    rest = classes % PIECE
+    if rows.dtype == wide or rest == classes:
         return rows.to(wide).sum(-1, keepdim=True)
-    pieces = rows[..., :whole].view(*rows.shape[:-1], -1, PIECE)
-    total = pieces.sum(-1).sum(-1, keepdim=True, dtype=wide)
-    return total if whole == rows.shape[-1] else total + rows[..., whole:].sum(-1, keepdim=True)
+    total = rows.unfold(-1, PIECE, PIECE).sum(-1).sum(-1, keepdim=True, dtype=wide)
+    return total + rows[..., classes - rest :].sum(-1, keepdim=True) if rest else total

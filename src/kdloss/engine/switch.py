@@ -16,8 +16,8 @@ def set_compile(mode: Mode) -> None:
     Compiled, the logits are read once for all sums and once for the gradient. Values and gradients are the same up to
     rounding. The first step takes some seconds longer, and needs a C++ compiler on CPUs and Triton on CUDA devices.
     What was compiled is compared with the uncompiled work where it is used first: where they differ, or compiling
-    fails, a warning is logged, and the work is done uncompiled. Functions of your own, top-k teachers and logits
-    sharded over processes are never compiled.
+    fails, a warning is logged, and the work is done uncompiled. Functions of your own and logits sharded over processes
+    are never compiled, nor is what has a top-k teacher on a CPU, or one with tail="uniform".
 
     - `mode`: holds for the whole process, in place of the environment variable `KDLOSS_COMPILE` ("auto", "1", "0").
 

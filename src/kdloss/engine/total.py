@@ -14,6 +14,7 @@ class Total:
     def __init__(self, like: Tensor, place: Tensor | None = None) -> None:
         self.like, self.place = like, place
         self.rows: Tensor | None = None
+        self.late: tuple[Tensor, Tensor] | None = None
 
     @property
     def empty_place(self) -> Tensor | None:
@@ -34,14 +35,31 @@ class Total:
 
     def at(self, indices: Tensor, by: Tensor, classes: Classes = None) -> None:
         """Add numbers at some of the classes of each row."""
-        rows = self._there()
+        rows, compiling, alone = self._there(), torch.compiler.is_compiling(), indices.shape[-1] == 1
+        if compiling and not alone:  # an empty slot repeats the largest index, with a 0: both get the sum
+            again = indices == indices.amax(-1, keepdim=True)
+            by = torch.where(again, torch.where(again, by, 0).sum(-1, keepdim=True), by)
         if isinstance(classes, Tensor):
             indices = classes[indices]
-        if torch.compiler.is_compiling() and indices.shape[-1] == 1:  # so that it is written once
+        if compiling and alone:  # so that it is written once
             here = torch.arange(rows.shape[-1], device=rows.device) == indices
             self.rows = rows + torch.where(here, once(by.to(rows.dtype)), 0)
+        elif compiling:
+            if self.late is not None:
+                self.rows = rows.scatter(-1, *self._late(rows))
+            self.late = indices, by
         elif rows.shape[-1]:
             rows.scatter_add_(-1, indices, by.to(rows.dtype).expand(indices.shape))
+
+    @property
+    def left(self) -> tuple[Tensor, Tensor] | None:
+        """What a compiler would write in a sweep of its own: some classes of each row, and their numbers in the sum."""
+        return None if self.late is None else self._late(self._there())
+
+    def _late(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.late is not None
+        indices, by = self.late
+        return indices, rows.gather(-1, indices) + by.to(rows.dtype)
 
     def _some(self, rows: Tensor, by: Tensor, classes: slice | Tensor) -> None:
         if isinstance(classes, slice):

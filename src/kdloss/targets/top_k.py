@@ -197,8 +197,8 @@ def right_rows(
     log_probs: Tensor,
     tail: Tail,
     temperature: float,
-    log_rest: Tensor,
-    vocabulary: int,
+    log_rest: Tensor | None,
+    vocabulary: int | None,
     classes: tuple[str, ...] | None = None,
 ) -> TopKLogits:
     """Rows that can't be wrong, as they were made here, and aren't looked at."""
