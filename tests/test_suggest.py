@@ -4,6 +4,7 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -285,9 +286,20 @@ def test_a_parametrized_weight_counts_once():
     assert size(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))) == 4 * 4 + 4
 
 
+def test_any_kind_of_number_is_a_size():
+    assert kdloss.suggest(np.int64(4), np.float32(9)).smaller == 2.25
+
+
 def size(model):
     reason = kdloss.suggest(model, 1).reasons["smaller"]
     return int(re.match(r"([\d,]+) parameters", reason)[1].replace(",", ""))
+
+
+def test_a_graph_has_a_size_and_no_blocks():
+    graph = torch.jit.trace(ResNet().eval(), torch.randn(2, 3, 8, 8))
+    advice = kdloss.suggest(ResNet(), graph, goal="quality")
+    assert (advice.method, advice.smaller) == ("vanilla", 1.0)
+    assert advice.reasons["smaller"].endswith("whether architectures are alike is not known")
 
 
 def test_models_are_only_looked_at():
@@ -299,6 +311,59 @@ def test_models_are_only_looked_at():
     assert student.training
     assert not teacher.training
     assert all(torch.equal(a, before[name]) for name, a in student.state_dict().items())
+
+
+# What was measured.
+
+
+def perplexity(study, row):
+    """As the tables of docs/results have it, rounded."""
+    return cell(study, row, 2)
+
+
+def cell(study, row, column):
+    (line,) = (x for x in (RESULTS / f"{study}.md").read_text().splitlines() if x.startswith(f"| {row} "))
+    number = float(re.match(r" *-?([\d.]+)", line.split("|")[column])[1])
+    return str(int(number + 0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "study", "rows"),
+    [
+        ("method", {}, "demo", "feature; vanilla"),
+        ("method", {"goal": "quality"}, "smollm2-20-little", "both; vanilla"),
+        ("method", {"goal": "quality"}, "smollm2-15-little", "both; vanilla"),
+        ("method", {"goal": "speed"}, "demo", "feature; vanilla"),
+        ("temperature", {}, "output", "*temperature 0.5; vanilla; *temperature 2; *temperature 4; *temperature 8"),
+        ("alpha", {}, "output", "*alpha 0; vanilla; *alpha 0.3; *alpha 0.5"),
+        ("alpha", {"teacher_quality": "weak"}, "weak-teacher", "*alpha 0.9; none"),
+        ("alpha", {"goal": "quality"}, "features", "*alpha 0.1; feature; *alpha 0.5; *alpha 0.7"),
+        ("layers", {"goal": "quality"}, "features", "*layers last; *layers late; feature; *layers all; *layers key"),
+        ("pairing", {"goal": "quality"}, "features", "*pairing random; *pairing same"),  # the least and the most
+        ("distance", {"goal": "quality"}, "features", "feature; *distance mse; *distance cosine; *distance norm"),
+    ],
+)
+def test_the_measured_numbers_are_those_of_the_results(name, said, study, rows):
+    method = "feature" if study == "features" else "vanilla"
+    found = [
+        perplexity(study, row.replace("*", f"{method}, ").replace("norm", "normalized_mse")) for row in rows.split("; ")
+    ]
+    reason = kdloss.suggest(10, 25, **said).reasons[name]
+    numbers = re.findall(r"[\d.]*\d", reason.partition("measured on text: ")[2])
+    assert found in [numbers[i : i + len(found)] for i in range(len(numbers))]
+
+
+def test_the_gain_at_other_sizes_is_that_of_the_results():
+    (warning,) = kdloss.suggest(10, 250).warnings
+    rows = ["vanilla", *(f"vanilla, student-width {n}" for n in (64, 32, 16))]
+    assert "by {}, {}, {} and {} %".format(*(cell("size", row, 3) for row in rows)) in warning
+
+
+def test_what_kept_blocks_came_to_is_that_of_the_results():
+    teacher = gpt2(depth=4)
+    reasons = kdloss.suggest(kdloss.keep_blocks(teacher, [0, 2]), teacher, goal="quality").reasons
+    came, alone = perplexity("smollm2-15-little", "both"), perplexity("smollm2-15-little", "none")
+    assert all(f"15 of 30 blocks {came}, against {alone} alone" in reasons[name] for name in ("layers", "distance"))
 
 
 # Criteria.

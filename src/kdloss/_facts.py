@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from kdloss import _checks
 from kdloss.layers import find_blocks
@@ -38,7 +40,7 @@ def facts(whose: str, model: object) -> Facts:
     Raises: TypeError for anything else; ValueError for a size that is none.
     """
     if not isinstance(model, nn.Module):
-        if isinstance(model, bool) or not isinstance(model, (int, float)):
+        if isinstance(model, bool) or not isinstance(model, Real):
             raise TypeError(
                 f"{whose} is a model or its number of parameters, got {type(model).__name__}; of a kdloss.Teacher "
                 "give its .module"
@@ -48,11 +50,7 @@ def facts(whose: str, model: object) -> Facts:
     if not (size := parameters(inner)):
         raise ValueError(f"the {whose}, {type(inner).__name__}, has no parameters; give their number in its place")
     config: Any = attribute(inner, "config")
-    try:
-        blocks = list(map(unwrapped_block, find_blocks(model)))
-        kept = kept_blocks(model)
-    except ValueError:  # none, or several lists to choose from
-        blocks, kept = [], None
+    blocks, kept = _blocks(inner)
     head: Any = attribute(inner, "get_output_embeddings")
     head = head() if callable(head) else None
     classes = attribute(head, "out_features") if isinstance(head, nn.Module) else None
@@ -118,6 +116,16 @@ class Pair:
         if any(a & b for a, b in kinds):
             return True
         return False if any(a and b for a, b in kinds) else None
+
+
+def _blocks(model: nn.Module) -> tuple[list[nn.Module], list[int] | None]:
+    """A model's blocks, and those of another that they were; none where there are several lists to choose from."""
+    if any(isinstance(module, ScriptModule) for module in model.modules()):  # whose parts can't be captured
+        return [], None
+    try:
+        return list(map(unwrapped_block, find_blocks(model))), kept_blocks(model)
+    except ValueError:
+        return [], None
 
 
 def parameters(model: nn.Module) -> int:
