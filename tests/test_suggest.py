@@ -98,7 +98,13 @@ def gpt2(**more):
 @pytest.mark.parametrize(
     ("pair", "goal", "method", "reason", "warns"),
     [
-        ("like", "safe", "vanilla", "rule: features, where architectures are alike; measured on text: vanilla", None),
+        (
+            "like",
+            "safe",
+            "vanilla",
+            "rule: features, where architectures are alike; measured on text: vanilla was ahead",
+            None,
+        ),
         ("like", "quality", "both", "rule: features and output", None),
         ("like", "speed", "feature", "rule: features, whose teacher stops early", None),
         ("unlike", "safe", "vanilla", "rule: the output, where architectures are unlike", None),

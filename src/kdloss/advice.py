@@ -87,8 +87,8 @@ def suggest(
       model or of its blocks.
     - `teacher_quality`: what the teacher is worth on this task; a weak one is hardly better than the student alone.
     - `task`: "easy" or "hard" for the student.
-    - `goal`: "safe" is what was ahead of no teacher wherever it was measured, "quality" as much as can be had, "speed"
-      where time or memory is short.
+    - `goal`: "safe" is what was ahead of training alone wherever the teacher was strong, "quality" as much as can be
+      had, "speed" where time or memory is short.
 
     Returns an `Advice`; its `criterion()` is a recipe ready to use. Widths that differ get their projection where
     the criterion meets the models, in `kdloss.Distillation`, before the optimizer.
