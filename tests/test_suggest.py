@@ -341,6 +341,7 @@ def cell(study, row, column):
         ("method", {"goal": "quality"}, "smollm2-15-little", "both; vanilla"),
         ("method", {"goal": "speed"}, "demo", "feature; vanilla"),
         ("temperature", {}, "output", "*temperature 0.5; vanilla; *temperature 2; *temperature 4; *temperature 8"),
+        ("temperature", {"teacher": 110}, "gap", "vanilla; *temperature 2; *temperature 4; *temperature 8"),
         ("alpha", {}, "output", "*alpha 0; vanilla; *alpha 0.3; *alpha 0.5"),
         ("alpha", {"teacher_quality": "weak"}, "weak-teacher", "*alpha 0.9; none"),
         ("alpha", {"goal": "quality"}, "features", "*alpha 0.1; feature; *alpha 0.5; *alpha 0.7"),
@@ -354,7 +355,7 @@ def test_the_measured_numbers_are_those_of_the_results(name, said, study, rows):
     found = [
         perplexity(study, row.replace("*", f"{method}, ").replace("norm", "normalized_mse")) for row in rows.split("; ")
     ]
-    reason = kdloss.suggest(10, 25, **said).reasons[name]
+    reason = kdloss.suggest(10, **{"teacher": 25} | said).reasons[name]
     numbers = re.findall(r"[\d.]*\d", reason.partition("measured on text: ")[2])
     assert found in [numbers[i : i + len(found)] for i in range(len(numbers))]
 
@@ -478,6 +479,15 @@ def test_every_word_of_reasons_and_warnings_is_printed():
     shown = str(advice).split()
     words = [word for text in (*advice.reasons.values(), *advice.warnings) for word in text.split()]
     assert sorted(set(words) - set(shown)) == []
+
+
+def test_the_session_in_the_docs_shows_the_table_of_its_models():
+    def model(layers, width, heads):
+        shape = {"n_layer": layers, "n_embd": width, "n_head": heads}
+        return hf.GPT2LMHeadModel(hf.GPT2Config(**shape, vocab_size=2048, n_positions=64))
+
+    page = (RESULTS.parent / "cli.md").read_text()
+    assert f"\n\n{kdloss.suggest(model(2, 96, 3), model(4, 128, 4))}\n\n? method" in page
 
 
 def test_advice_is_frozen():
