@@ -43,7 +43,7 @@ STUDIES = {  # name: flags of compare.py
     "weak-teacher": f"{SMALL} --methods none vanilla --teacher-samples 600 --vary alpha 0.3 0.5 0.7 0.9",
     "size": f"{SMALL} --methods none vanilla --student-heads 2 --vary student-width 16 32 64 128",
     "gap": f"{SMALL} --methods none vanilla --student-heads 2 --student-width 32 --vary temperature 2 4 8",
-    "unlike": f"{SMALL} --methods none vanilla --vary temperature 2 4 8",
+    "unlike": f"{SMALL} --methods none vanilla feature --vary temperature 2 4 8",
 }
 EXAMPLES = [  # as they stand
     "distributed", "multi_teacher", "chain", "phases", "summarise", "offline_teacher",

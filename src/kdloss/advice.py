@@ -91,7 +91,8 @@ def suggest(
       had, "speed" where time or memory is short.
 
     Returns an `Advice`; its `criterion()` is a recipe ready to use. Widths that differ get their projection where
-    the criterion meets the models, in `kdloss.Distillation`, before the optimizer.
+    the criterion meets the models, in `kdloss.Distillation`, before the optimizer; of models without a configuration
+    that tells them by its `prepare(**batch)`.
 
     Raises: TypeError for what is no model and no number; ValueError for a size that isn't above 0, a model without
     parameters, and words other than these.
