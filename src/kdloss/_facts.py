@@ -82,11 +82,6 @@ class Pair:
         return self.teacher.parameters / self.student.parameters
 
     @property
-    def built(self) -> bool:
-        """Whether both are models, not sizes."""
-        return self.student.built and self.teacher.built
-
-    @property
     def text(self) -> bool:
         """Whether both predict tokens, as far as they are known."""
         return all(one.tokens or not one.built for one in (self.student, self.teacher))
