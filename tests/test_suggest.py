@@ -341,7 +341,9 @@ def cell(study, row, column):
         ("method", {"goal": "quality"}, "smollm2-15-little", "both; vanilla"),
         ("method", {"goal": "speed"}, "demo", "feature; vanilla"),
         ("temperature", {}, "output", "*temperature 0.5; vanilla; *temperature 2; *temperature 4; *temperature 8"),
-        ("temperature", {"teacher": 110}, "gap", "vanilla; *temperature 2; *temperature 4; *temperature 8"),
+        ("temperature", {}, "gap", "vanilla; *temperature 2; *temperature 4; *temperature 8"),
+        ("temperature", {}, "unlike", "vanilla; *temperature 2; *temperature 4; *temperature 8"),
+        ("method", {}, "unlike", "none; vanilla; feature"),
         ("alpha", {}, "output", "*alpha 0; vanilla; *alpha 0.3; *alpha 0.5"),
         ("alpha", {"teacher_quality": "weak"}, "weak-teacher", "*alpha 0.9; none"),
         ("alpha", {"goal": "quality"}, "features", "*alpha 0.1; feature; *alpha 0.5; *alpha 0.7"),
@@ -355,7 +357,8 @@ def test_the_measured_numbers_are_those_of_the_results(name, said, study, rows):
     found = [
         perplexity(study, row.replace("*", f"{method}, ").replace("norm", "normalized_mse")) for row in rows.split("; ")
     ]
-    reason = kdloss.suggest(10, **{"teacher": 25} | said).reasons[name]
+    pair = {"gap": (10, 110), "unlike": (Net(1), Other(1))}.get(study, (10, 25))
+    reason = kdloss.suggest(*pair, **said).reasons[name]
     numbers = re.findall(r"[\d.]*\d", reason.partition("measured on text: ")[2])
     assert found in [numbers[i : i + len(found)] for i in range(len(numbers))]
 

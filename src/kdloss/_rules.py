@@ -43,7 +43,8 @@ def sizes(pair: Pair) -> str:
 def method(pair: Pair, goal: Goal) -> Reasoned:
     """What to learn from."""
     if pair.alike is False:
-        return Reasoned("vanilla", "rule: the output, where architectures are unlike")
+        measured = "a Llama under a GPT-2: alone 237, vanilla 137, features of the last block 194"
+        return _beside("vanilla", "the output, where architectures are unlike", measured)
     if not pair.found:
         return Reasoned("vanilla", "rule: the output, where hidden states are out of reach")
     measured = {
@@ -65,7 +66,7 @@ def temperature(pair: Pair) -> Reasoned:
     high: float
     if pair.alike is False:
         low, high, gap = 7, 10, "unlike architectures"
-        measured = "1 was best for like ones"
+        measured = "1 was best for a Llama under a GPT-2: 1, 2, 4, 8 gave 137, 161, 205, 201"
     elif pair.smaller < 2:
         low, high, gap = 1, 1.5, "a student less than 2x smaller"
         measured = "1 was best at 2.5x"
@@ -139,7 +140,10 @@ def warnings(pair: Pair, goal: Goal) -> Iterator[str]:
             "chain of assistants ended behind the direct way (203 against 187, one seed)"
         )
     if goal != "safe" and pair.alike is False:
-        yield "features across unlike families are not suggested: their blocks have no common meaning"
+        yield (
+            "features across unlike families are not suggested. The rule is that they want models of one family; "
+            "measured on text they gained less than half of what vanilla did, and nothing was measured of both together"
+        )
     elif goal != "safe" and not pair.found:
         yield (
             "features were not suggested, as no list of blocks was found, or several: kdloss.layers.find_blocks(model) "
