@@ -43,8 +43,8 @@ def sizes(pair: Pair) -> str:
 def method(pair: Pair, goal: Goal) -> Reasoned:
     """What to learn from."""
     if pair.alike is False:
-        measured = "a Llama under a GPT-2: alone 237, vanilla 137, features of the last block 194"
-        return _beside("vanilla", "the output, where architectures are unlike", measured)
+        llama = "a Llama under a GPT-2: alone 237, vanilla 137, features of the last block 194"
+        return _beside("vanilla", "the output, where architectures are unlike", llama)
     if not pair.found:
         return Reasoned("vanilla", "rule: the output, where hidden states are out of reach")
     measured = {
