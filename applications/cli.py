@@ -5,7 +5,8 @@
     python applications/cli.py --yes                                      # asks nothing
 
 Every question is a flag, most of them those of distill_lm.py, whose functions do the work. An empty
-answer takes the flag's default. Killed at any instant, the same command and answers go on.
+answer takes the default, which for method, temperature, alpha and layers is what kdloss.suggest says of
+student and teacher. Killed at any instant, the same command and answers go on.
 """
 
 import io
@@ -86,11 +87,11 @@ def trainable(args: Settings, seen: SimpleNamespace) -> None:
 
 
 GROUPS = [  # what belongs together, and has to pass together before the next questions
-    (["method"], None),
     (["data", "data_config", "split"], readable),
     (["teacher"], loadable),
     (["samples", "heldout_samples", "max_length"], teachable),
     (["student"], makeable),
+    (["method"], None),
     (["temperature", "alpha"], mixable),
     (["layers", "pairing", "distance"], distillable),
     (["epochs", "batch_size"], None),
@@ -98,6 +99,7 @@ GROUPS = [  # what belongs together, and has to pass together before the next qu
     (["baseline"], None),
 ]
 PATHS = {"data", "teacher", "student"}
+GOALS = {"vanilla": "safe", "feature": "speed", "both": "quality"}  # of kdloss.suggest, which lead to these methods
 STYLE = questionary.Style([("selected", "noreverse"), ("highlighted", "bold")])  # the arrow marks one line
 
 
@@ -128,13 +130,13 @@ def flag(name: str, answer: str | bool) -> list[str]:
     return [f"--{dashed}={answer}"]
 
 
-def words(name: str) -> str:
+def words(name: str, default: Any) -> str:
     """A question: what its flag says of itself, and the default."""
     said = {n: next(x.documentation for x in get_args(TYPES[n]) if isinstance(x, Doc)) for n in (name, "keep_blocks")}
     also = f"; or {said['keep_blocks']}" if name == "student" else ""
-    default = getattr(DEFAULTS, name)
+    here = said[name] if default is None else said[name].partition("; else")[0]
     shown = "" if default is None or isinstance(default, bool) else f" ({default})"
-    whole = f"{name.replace('_', ' ')}: {said[name]}{shown}{also}"
+    whole = f"{name.replace('_', ' ')}: {here}{shown}{also}"
     return textwrap.fill(whole, shutil.get_terminal_size().columns - 24, subsequent_indent="  ")
 
 
@@ -149,9 +151,9 @@ class Interview:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments, self.answers = list(arguments), {}
-        asks_nothing = self.settings().yes
+        self.defaults, self.advice = DEFAULTS, None
         self.given = {question(part) for part in self.arguments if part.startswith("--")}
-        self.asks = sys.stdin.isatty() and not asks_nothing
+        self.asks = sys.stdin.isatty() and not self.settings().yes
 
     def command(self, whole: bool) -> str:
         """What makes the same run again, without any questions if they were all answered."""
@@ -172,13 +174,34 @@ class Interview:
 
     def settings(self) -> Settings:
         """What was said so far, defaults for the rest."""
-        return options.read(DEFAULTS, self.flags(), __doc__)
+        args = options.read(self.defaults, self.flags(), __doc__)
+        said = "layers" in self.given or self.answers.get("layers")
+        return args if said or isinstance(args.pairing, str) else replace(args, layers=None)  # pairs are all the layers
+
+    def advise(self, seen: SimpleNamespace) -> None:
+        """Show what is suggested for the method, and make it the defaults."""
+        method = self.settings().method
+        if method == "none":
+            return
+        advice = kdloss.suggest(seen.student, seen.setup.teacher, goal=GOALS[method])
+        if advice == self.advice:
+            return
+        print(f"\n{advice}\n")
+        self.advice, names = advice, ["temperature"]
+        if advice.method == method:
+            names += ["alpha", "layers", "pairing", "distance"]
+        found = {name: value for name in names if (value := getattr(advice, name)) is not None}
+        if callable(found.get("distance")):
+            found["distance"] = found["distance"].__name__
+        self.defaults = replace(DEFAULTS, method=advice.method, **found)
 
     def hold(self) -> tuple[Settings, SimpleNamespace]:
         """Ask for what no flag said, until it passes; returns it with the models that passed."""
         seen = SimpleNamespace()
         for names, check in GROUPS:
             refused = False
+            if names[0] in ("method", "temperature"):  # before the method is asked for, and when it is known
+                self.advise(seen)
             while True:
                 for name in names:
                     said = name in self.given
@@ -198,15 +221,16 @@ class Interview:
     def ask(self, name: str) -> None:
         """Ask one question until its flag takes the answer."""
         self.forget(name)
-        kind, default, before = get_args(TYPES[name])[0], getattr(DEFAULTS, name), self.answers.pop(name, "")
+        kind, default, before = get_args(TYPES[name])[0], getattr(self.defaults, name), self.answers.pop(name, "")
+        asking = words(name, default)
         while True:
             if get_origin(kind) is Literal:
-                asked = questionary.select(words(name), list(get_args(kind)), before or default, style=STYLE)
+                asked = questionary.select(asking, list(get_args(kind)), before or default, style=STYLE)
             elif kind is bool:
-                asked = questionary.confirm(words(name), default)
+                asked = questionary.confirm(asking, default)
             else:
                 paths = PathCompleter() if name in PATHS else None
-                asked = questionary.text(words(name), before, completer=paths, complete_while_typing=False)
+                asked = questionary.text(asking, before, completer=paths, complete_while_typing=False)
             before = self.answers[name] = asked.unsafe_ask()
             try:
                 self.settings()

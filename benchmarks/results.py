@@ -11,7 +11,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -26,6 +26,7 @@ SMOLLM2 = (
     "--max-length 128 --batch-size 2 --steps 24 --points 1 --heldout-samples 20 --continuations 6 "
     "--samples 1000 --student-samples 300 --save-every 600"
 )
+LLAMA = "runs/results/llama"
 SMALL = "--samples 6000 --points 2 --one-by-one"
 STUDIES = {  # name: flags of compare.py
     "demo": "--samples 6000",
@@ -41,6 +42,8 @@ STUDIES = {  # name: flags of compare.py
     ),
     "weak-teacher": f"{SMALL} --methods none vanilla --teacher-samples 600 --vary alpha 0.3 0.5 0.7 0.9",
     "size": f"{SMALL} --methods none vanilla --student-heads 2 --vary student-width 16 32 64 128",
+    "gap": f"{SMALL} --methods none vanilla --student-heads 2 --student-width 32 --vary temperature 2 4 8",
+    "unlike": f"{SMALL} --methods none vanilla feature --vary temperature 2 4 8",
 }
 EXAMPLES = [  # as they stand
     "distributed", "multi_teacher", "chain", "phases", "summarise", "offline_teacher",
@@ -52,7 +55,8 @@ ALL = (*STUDIES, *EXAMPLES)
 def flags(study: str) -> list[str]:
     """The whole command line of a study but its seeds."""
     teacher = [] if "smollm2" not in study else ["--teacher", str(smollm2())]
-    return [*STUDIES[study].split(), *teacher, "--output", f"runs/results/{study}"]
+    student = [] if study != "unlike" else ["--student", LLAMA]
+    return [*STUDIES[study].split(), *teacher, *student, "--output", f"runs/results/{study}"]
 
 
 def smollm2() -> Path:
@@ -61,6 +65,28 @@ def smollm2() -> Path:
     if spec is None or spec.origin is None:
         raise SystemExit("SmolLM2 is not installed: make results")
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def llama(setup: Any) -> None:
+    """Keep an untrained Llama of the teacher's tokens, as wide and as deep as the demo's GPT-2 student."""
+    import torch
+    from parts import models
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        vocab_size=setup.teacher.config.vocab_size,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=setup.tokenizer.bos_token_id,
+        eos_token_id=setup.tokenizer.eos_token_id,
+    )
+    models.save(LlamaForCausalLM(config), setup.tokenizer, Path(LLAMA))
 
 
 def work(study: str, seeds: list[str]) -> None:
@@ -81,7 +107,10 @@ def teacher(study: str) -> None:
     import distill_lm
 
     args = compare.options.read(compare.DEFAULTS, flags(study), None)
-    distill_lm.teacher_measured(args, distill_lm.prepare(args, distill_lm.train))
+    setup = distill_lm.prepare(args, distill_lm.train)
+    distill_lm.teacher_measured(args, setup)
+    if args.student == LLAMA:
+        llama(setup)
 
 
 def main(only: tuple[Literal[ALL], ...] = ALL, workers: int = 2) -> None:

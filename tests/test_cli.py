@@ -80,7 +80,6 @@ def session(tmp_path_factory):
     flags = tiny.flags(file, folder / "runs", folder / "teachers")
     said = [part for pair in zip(flags[::2], flags[1::2], strict=True) if pair[0] not in ASKED for part in pair]
     terminal = Terminal(*said)
-    terminal.answer("method: ", f"{DOWN}{DOWN}\r")
     terminal.answer("data: ", "missing.jsonl\r")
     terminal.shows("there is no file 'missing.jsonl'")
     terminal.answer("data: ", f"{ERASE}{file}\r")
@@ -97,6 +96,9 @@ def session(tmp_path_factory):
     terminal.answer("student: ", "0,9\r")
     terminal.shows("block 9 does not exist: 3 blocks")
     terminal.answer("student: ", f"{ERASE}\r")
+    terminal.shows("method       vanilla")
+    terminal.answer("method: ", f"{DOWN}{DOWN}\r")
+    terminal.shows("method       both")
     terminal.answer("temperature: ", "-1\r")
     terminal.answer("alpha: ", "0.4\r")
     terminal.shows("temperature must be finite and above 0, got -1.0")
@@ -177,13 +179,13 @@ def test_the_command_shown_repeats_the_run_after_sigkill_too_without_a_terminal(
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-def test_control_c_at_a_question_ends_calmly_and_keeps_the_answers():
+def test_control_c_at_a_question_ends_calmly_and_keeps_the_answers(tmp_path):
     terminal = Terminal("--epochs", 3)
-    terminal.answer("method: ", f"{DOWN}\r")
-    terminal.answer("data: ", "\x03")
+    terminal.answer("data: ", f"{tiny.data(tmp_path)}\r")
+    terminal.answer("teacher: ", "\x03")
     assert terminal.ends() == 130
     assert "Traceback" not in terminal.text
-    assert terminal.text.strip().endswith("cli.py --epochs 3 --method=feature")
+    assert terminal.text.strip().endswith(f"cli.py --epochs 3 --data={tmp_path / 'numbers.jsonl'}")
 
 
 # In this process: what is asked, and what is refused where nobody can be asked.
@@ -228,10 +230,31 @@ def test_only_what_matters_and_no_flag_said_is_asked(asked, tmp_path, method, of
     flags = said(tiny.data(tmp_path), tmp_path, "--lr")
     settings, models = cli.Interview(flags).hold()
     baseline = [] if method == "none" else ["baseline"]
-    assert seen == ["method", "teacher", "student", *of_method, "batch size", "lr", *baseline]
+    assert seen == ["teacher", "student", "method", *of_method, "batch size", "lr", *baseline]
     assert (settings.method, settings.keep_blocks, settings.lr) == (method, [0, -1], 1e-3)
     assert settings.baseline is (method == "none")
     assert models.student.config.kept_blocks == {"transformer.h": [0, 2]}
+
+
+def test_what_is_not_answered_is_as_suggested_for_the_method_that_was_chosen(asked, tmp_path, capsys):
+    _, answers = asked
+    answers |= {"method": "both", "student": "0,-1", "baseline": False, "alpha": "0.6"}
+    settings, models = cli.Interview(said(tiny.data(tmp_path), tmp_path)).hold()
+    safe, both = (cli.kdloss.suggest(models.student, models.setup.teacher, goal=goal) for goal in ("safe", "quality"))
+    assert capsys.readouterr().out == f"\n{safe}\n\n\n{both}\n\n"
+    chosen = settings.temperature, settings.alpha, settings.layers, settings.pairing, settings.distance
+    assert chosen == (1.0, 0.6, "auto", "kept", "normalized_mse")
+
+
+def test_pairs_of_layers_leave_no_layers_to_suggest(tmp_path):
+    flags = said(tiny.data(tmp_path), tmp_path)
+    settings, _ = cli.Interview([*flags, "--method=feature", "--pairing=0:1,1:2"]).hold()
+    assert (settings.layers, settings.pairing, settings.alpha) == (None, [(0, 1), (1, 2)], 0.3)
+
+
+def test_nothing_is_suggested_for_a_student_without_a_teacher(tmp_path, capsys):
+    cli.Interview([*said(tiny.data(tmp_path), tmp_path), "--method=none"]).hold()
+    assert capsys.readouterr().out == ""
 
 
 def test_a_dataset_by_name_has_a_configuration_and_a_split(asked, tmp_path):
@@ -241,7 +264,7 @@ def test_a_dataset_by_name_has_a_configuration_and_a_split(asked, tmp_path):
     (tmp_path / "set" / "README.md").write_text("---\nlanguage: en\n---\n")
     answers |= {"method": "none", "data": str(tmp_path / "set"), "split": "test"}
     settings, _ = cli.Interview(said(None, tmp_path, "--data")).hold()
-    assert seen[:5] == ["method", "data", "data config", "split", "teacher"]
+    assert seen[:4] == ["data", "data config", "split", "teacher"]
     assert (settings.data, settings.split) == (str(tmp_path / "set"), "test")
 
 
@@ -250,7 +273,7 @@ def test_a_flag_that_is_refused_is_asked(asked, tmp_path):
     answers |= {"method": "none", "data": str(tiny.data(tmp_path))}
     (tmp_path / "texts.md").write_text("# Texts")
     settings, _ = cli.Interview(said(tmp_path / "texts.md", tmp_path)).hold()
-    assert seen[:3] == ["method", "data", "teacher"]  # nor does anything ask for a .md file's split
+    assert seen[:2] == ["data", "teacher"]  # nor does anything ask for a .md file's split
     assert settings.data == answers["data"]
 
 
@@ -259,7 +282,7 @@ def test_an_answer_takes_the_place_of_a_flag_that_was_refused(asked, tmp_path):
     answers |= {"method": "none", "student": "0,-1", "lr": ""}
     flags = [*said(tiny.data(tmp_path), tmp_path, "--lr"), "--student", str(tmp_path / "missing"), "--lr=-1"]
     settings, _ = cli.Interview(flags).hold()
-    assert seen == ["method", "teacher", "student", "batch size", "lr"]
+    assert seen == ["teacher", "student", "method", "batch size", "lr"]
     assert (settings.student, settings.keep_blocks, settings.lr) == (None, [0, -1], 1e-3)
 
 

@@ -15,6 +15,7 @@ from kdloss import (
 )
 from kdloss._capture import Captured, capture
 from kdloss._cross_entropy import cross_entropy
+from kdloss.advice import suggest
 from kdloss.bases import base_of
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.distillation import Distillation
@@ -63,6 +64,7 @@ __all__ = [
     "resize",
     "schedules",
     "set_compile",
+    "suggest",
     "targets",
     "terms",
     "truncate",
