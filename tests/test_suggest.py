@@ -13,7 +13,7 @@ from torch import nn
 
 import kdloss
 from kdloss import distances
-from kdloss.advice import WIDTH, Advice
+from kdloss.advice.advice import WIDTH, Advice
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 

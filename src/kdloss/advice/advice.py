@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from kdloss import _checks, _rules
-from kdloss._facts import Pair, facts
-from kdloss._rules import Goal, Method, Quality, Task
+from kdloss import _checks
+from kdloss.advice import rules
+from kdloss.advice.facts import Pair, facts
+from kdloss.advice.rules import Goal, Method, Quality, Task
 from kdloss.criteria import FeatureKD, VanillaKD
 
 SETTINGS = ("method", "temperature", "alpha", "layers", "pairing", "distance")
@@ -110,18 +111,18 @@ def suggest(
     _checks.choice("task", task, ("easy", "hard"))
     _checks.choice("goal", goal, ("safe", "quality", "speed"))
     pair = Pair(facts("student", student), facts("teacher", teacher))
-    method = _rules.method(pair, goal)
+    method = rules.method(pair, goal)
     chosen = {"method": method}
     if method.value != "feature":
-        chosen["temperature"] = _rules.temperature(pair)
-    chosen["alpha"] = _rules.alpha(pair, teacher_quality, task, features=method.value != "vanilla")
+        chosen["temperature"] = rules.temperature(pair)
+    chosen["alpha"] = rules.alpha(pair, teacher_quality, task, features=method.value != "vanilla")
     if method.value != "vanilla":
-        chosen |= _rules.features(pair)
+        chosen |= rules.features(pair)
     values: dict[str, Any] = dict.fromkeys(SETTINGS)
     values |= {name: setting.value for name, setting in chosen.items()}
     return Advice(
         **values,
         smaller=pair.smaller,
-        reasons={"smaller": _rules.sizes(pair)} | {name: setting.reason for name, setting in chosen.items()},
-        warnings=tuple(_rules.warnings(pair, goal)),
+        reasons={"smaller": rules.sizes(pair)} | {name: setting.reason for name, setting in chosen.items()},
+        warnings=tuple(rules.warnings(pair, goal)),
     )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from kdloss._facts import Pair
+from kdloss.advice.facts import Pair
 from kdloss.distances import layer_norm_mse, mse, normalized_mse
 
 Goal = Literal["safe", "quality", "speed"]
