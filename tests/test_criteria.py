@@ -668,6 +668,16 @@ def test_what_is_no_function_is_refused_with_what_to_write(wrong):
         kdloss.FeatureKD(distance=wrong)
 
 
+def test_a_divergence_without_a_temperature_is_refused_when_it_is_given():
+    def gap(student, teacher):
+        return (student - teacher).square().sum(-1)
+
+    with pytest.raises(TypeError, match=r"def gap\(student, teacher, \*, temperature=1.0\)"):
+        kdloss.Logits(gap)
+    with pytest.raises(TypeError, match="temperature"):
+        kdloss.VanillaKD(divergence=gap)
+
+
 def test_a_divergence_by_labels_asks_for_them():
     student, teacher, labels, _ = batch()
     for divergence in (

@@ -60,7 +60,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 def unwrapped_block(module: nn.Module) -> nn.Module:
     """A block inside what is put around single blocks: compilation, checkpointing, FSDP."""
-    while len(module._modules) == 1 and (name := next(iter(module._modules))) in _WRAPPERS:
+    while len(module._modules) == 1 and (name := next(iter(module._modules.keys()))) in _WRAPPERS:
         inner = module._modules[name]
         if inner is None:
             break

@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import EllipsisType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from kdloss import _checks, schedules
@@ -13,7 +14,7 @@ from kdloss._classes import predicts_tokens
 from kdloss.divergences.forward_kl import forward_kl
 from kdloss.engine import Divergence, TeacherTask, Vocabulary
 from kdloss.engine.task import unwrapped
-from kdloss.reduction import takes
+from kdloss.reduction import parameters, passes_on, takes
 from kdloss.schedules import Setting
 from kdloss.targets import Mixture
 from kdloss.targets.kinds import AnyLogits
@@ -73,6 +74,8 @@ class Logits(Term):
     ) -> None:
         super().__init__(name=name, teacher=teacher, positions=positions)
         _checks.function("divergence", divergence, "divergences.forward_kl")
+        if not torch.compiler.is_compiling():
+            _refuse_without_temperature(divergence)
         if vocabulary is not None:
             _checks.function("vocabulary", vocabulary, "truncate")
         _checks.choice("average", average, ("probabilities", "logits"))
@@ -151,3 +154,12 @@ class Logits(Term):
     def __repr__(self) -> str:
         name = getattr(self.divergence, "__name__", repr(self.divergence))
         return f"Logits({name}, temperature={self._temperature})"
+
+
+def _refuse_without_temperature(divergence: Divergence) -> None:
+    if parameters(unwrapped(divergence)[0]) and not takes(divergence, "temperature") and not passes_on(divergence):
+        word = getattr(divergence, "__name__", type(divergence).__name__)
+        raise TypeError(
+            f"a divergence is called with temperature=..., which {word} has no parameter for; write "
+            f"def {word}(student, teacher, *, temperature=1.0)"
+        )
