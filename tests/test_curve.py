@@ -187,6 +187,7 @@ def test_layers_and_factors_stand_below_the_terms():
 N = 400
 LEARNED = noisy(decay(N, 3, 1, 80), 0.1)
 STUCK = noisy(np.ones(N), 0.05, seed=1)
+LOUD = noisy(np.ones(N), 0.5, seed=2)
 ONE_NAN = np.where(np.arange(N) == 120, np.nan, LEARNED)
 ILL = {
     "features that stay": ({"ce": LEARNED, "feature": STUCK}, "feature", "hardly falls, .*while ce learned"),
@@ -201,6 +202,7 @@ ILL = {
     "kd that stays": ({"ce": LEARNED, "kd": STUCK}, "kd", "hardly falls, from 1"),
     "kd that rises": ({"ce": LEARNED, "kd": STUCK * np.linspace(1, 2, N)}, "kd", "rises, from 1"),
     "labels ignored": ({"ce": noisy(np.linspace(2, 3, N), 0.1), "kd": LEARNED}, "ce", "rises, .*while kd learned"),
+    "labels unlearned": ({"ce": STUCK * np.linspace(1, 1.3, N), "kd": LOUD}, "ce", "rises, from 1[.0-9]* to 1[.0-9]*$"),
     "labels not learned": ({"ce": noisy(np.full(N, 2.0), 0.01), "kd": LEARNED}, "ce", "hardly falls, .*kd learned"),
     "not finite": ({"ce": LEARNED, "kd": ONE_NAN}, "kd", "kd is nan at step 120$"),
     "no label": ({"ce": np.zeros(N), "kd": LEARNED}, "ce", "ce is 0 throughout"),
@@ -239,6 +241,10 @@ HEALTHY = {
         "mine": flat(n),
         "lr": flat(n),
         "kd/balance": flat(n),
+    },
+    "labels that drop, then give way a little": lambda n: {
+        "ce": decay(n, 3, 1, 2) * np.linspace(1, 1.3, n),
+        "kd": decay(n, 2, 1, n / 4),
     },
     "labels with little to gain": lambda n: {"ce": decay(n, 1.05, 1, n / 10), "kd": decay(n, 2, 1, n / 4)},
     "little learned, nothing of one layer": lambda n: {"feature": decay(n, 1.2, 1, n / 5), "feature/0-1": flat(n)},

@@ -45,6 +45,10 @@ class Trend:
         """By how much the means surely fell."""
         return self.fall - SURE * self.error
 
+    def rose_by(self, share: float) -> bool:
+        """Whether the means surely rose by more than this share, with no drop before."""
+        return -self.fall - SURE * self.error > share and not self.drop
+
     def fell_less_than(self, share: float) -> bool:
         """Whether it surely did not fall by this share, nor drop; false also where noise would hide such a fall."""
         return self.fall + SURE * self.error < share and self.drop < share
@@ -54,6 +58,6 @@ class Trend:
         """falls, rises, stays, or unclear where noise hides it; 1 % is a move, below 5 % is none."""
         if max(self.sure, self.drop) > 0.01:
             return "falls"
-        if -self.fall - SURE * self.error > 0.01:
+        if self.rose_by(0.01):
             return "rises"
         return "stays" if abs(self.fall) + SURE * self.error < 0.05 else "unclear"
