@@ -311,6 +311,12 @@ def test_a_criterion_tells_what_terms_are_and_which_change_by_themselves():
     assert [term for term, _ in told(curve, criterion=Sum(terms[0], cooling))] == []
 
 
+def test_a_model_is_no_criterion():
+    model = kdloss.Distillation(nn.Linear(4, 3), nn.Linear(4, 3), kdloss.VanillaKD())
+    with pytest.raises(TypeError, match=r"kdloss\.Sum.*got Distillation; write model\.criterion"):
+        Curve().symptoms(model)
+
+
 @pytest.mark.parametrize(
     ("weight", "drowns"), [(1.0, True), (0.01, False), (kdloss.schedules.constant(0.02), True), (0.0, False)]
 )

@@ -14,7 +14,7 @@ from kdloss.analysis.symptoms import Symptom, find
 from kdloss.reduction import widest
 from kdloss.terms import Sum
 
-MOST = 2000  # points: more than a picture shows, and read in some milliseconds
+MOST = 2000  # points: more than a picture shows
 
 
 class Curve:
@@ -22,7 +22,8 @@ class Curve:
 
     `add(out.components)` in the loop, once a step. Nothing waits for a device: numbers are looked at when they are
     asked for. Any mapping of names to numbers will do, `criterion.components` or a line of a Trainer's `log_history`.
-    At most 2000 points are kept: of more, neighbours become their mean, all but the first.
+    At most 2000 points are kept: of more, neighbours become their mean, all but the first. Of several processes each
+    follows its own batches.
 
     `print(curve)` shows of each name the first value, the last (the mean of the last tenth), the lowest and the trend.
     Where noise hides that it is "unclear", with fewer than 50 values "short". A pickle holds the numbers alone.
@@ -87,12 +88,17 @@ class Curve:
     def symptoms(self, criterion: Sum | None = None, teacher_loss: float | None = None) -> list[Symptom]:
         """What looks wrong, each with causes and cures; nothing where noise may be all there is.
 
-        - `criterion`: tells what each term is and weighs. Without it "ce", "kd" and "feature" are taken for what they
-          are called in the named recipes, other names for what they may be, and no weight is known.
-        - `teacher_loss`: the teacher's own cross-entropy, measured once on text like this: `teacher(**batch).loss`.
+        - `criterion`: tells what each term is and weighs. Without it the terms are "ce", "task", "kd" and "feature", as
+          they are called by default, and no weight is known.
+        - `teacher_loss`: the teacher's own cross-entropy, measured once on data like these: `teacher(**batch).loss`.
 
-        Each rule and its thresholds are in `kdloss.analysis.symptoms`. None is applied below 50 values of a term.
+        What falls and what doesn't is told from 50 values of a term on. The guide has each rule with its thresholds.
+
+        Raises: TypeError for a `criterion` that is no `kdloss.Sum`.
         """
+        if criterion is not None and not isinstance(criterion, Sum):
+            what = type(criterion).__name__
+            raise TypeError(f"the criterion is the kdloss.Sum that was trained, got {what}; write model.criterion")
         return find(self.steps, self.values, criterion, None if teacher_loss is None else float(teacher_loss))
 
     def draw(self, target: Any) -> None:
