@@ -33,8 +33,11 @@ def emd():
 def heat_map():
     kdloss.analysis.CKAMatrix(torch.ones(2, 2)).heatmap("map.png")
 
+def picture():
+    kdloss.analysis.Curve().draw("curve.png")
+
 said = {{}}
-for needs in (cache, hf, emd, heat_map):
+for needs in (cache, hf, emd, heat_map, picture):
     try:
         needs()
     except ImportError as error:
@@ -61,6 +64,7 @@ def said():
         ("hf", "kdloss.hf needs safetensors; write: pip install 'kdloss[hf]'"),
         ("emd", "pair_by_emd needs scipy; write: pip install 'kdloss[emd]'"),
         ("heat_map", "a heat map needs matplotlib; write: pip install 'kdloss[plot]'"),
+        ("picture", "a picture of a curve needs matplotlib; write: pip install 'kdloss[plot]'"),
     ],
 )
 def test_what_needs_an_extra_says_which(said, what, words):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 
 from kdloss._capture import Captured, Located, Request, record
 from kdloss._decoder_inputs import DecoderInputs
-from kdloss._extras import extra
 from kdloss._inputs import named, of_student, of_teacher
 from kdloss._layout import Patterns
 from kdloss._masks import Padding, mask_of_features
 from kdloss._own_loss import own_loss
 from kdloss._towers import Towers
 from kdloss.adapter import evaluating, without_cache
+from kdloss.analysis._matplotlib import matplotlib
 from kdloss.layers import find_blocks, select
 from kdloss.layers.select import Layers
 from kdloss.reduction import widest
@@ -70,7 +69,7 @@ class CKAMatrix:
         if isinstance(target, (str, Path)):
             students, teachers = self.values.shape
             size = (2.5 + 0.3 * min(teachers, 40), 2 + 0.3 * min(students, 40))
-            figure = _matplotlib("figure").Figure(size, layout="constrained")
+            figure = matplotlib("figure", "a heat map").Figure(size, layout="constrained")
             self.heatmap(figure.subplots())
             figure.savefig(target, dpi=150)
             return
@@ -79,7 +78,7 @@ class CKAMatrix:
         target.plot(partners, range(len(partners)), "o", color="white", markeredgecolor="black")
         target.set(xlabel="teacher block", ylabel="student block")
         for axis in (target.xaxis, target.yaxis):
-            axis.set_major_locator(_matplotlib("ticker").MaxNLocator(integer=True))
+            axis.set_major_locator(matplotlib("ticker", "a heat map").MaxNLocator(integer=True))
         target.figure.colorbar(image, ax=target, label="CKA")
 
 
@@ -224,8 +223,3 @@ def _u_centred(features: Tensor, number: int) -> Tensor:
     rows = kernel.sum(0) / (n - 2)
     centred = kernel - rows - rows[:, None] + kernel.sum() / ((n - 1) * (n - 2))
     return centred.fill_diagonal_(0).flatten()
-
-
-def _matplotlib(part: str) -> Any:
-    with extra("plot", "a heat map"):
-        return import_module(f"matplotlib.{part}")

@@ -1,0 +1,7 @@
+"""What to look at: how alike the blocks of two models are, and how the terms go over the steps of a training."""
+
+from kdloss.analysis.cka import CKAMatrix, cka_matrix
+from kdloss.analysis.curve import Curve
+from kdloss.analysis.symptoms import Symptom
+
+__all__ = ["CKAMatrix", "Curve", "Symptom", "cka_matrix"]
