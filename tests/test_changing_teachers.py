@@ -5,6 +5,7 @@ import gc
 import weakref
 from collections import Counter
 
+import changing_teachers as application
 import numpy as np
 import pytest
 import readme
@@ -13,6 +14,7 @@ from families import batch, build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import TrainingArguments
 
 import kdloss
 
@@ -179,6 +181,31 @@ def test_a_function_lets_an_average_keep_its_own_noise():
         kdloss.Distillation(student, teacher, kdloss.VanillaKD())(X, labels=LABELS).loss.backward()
     assert seen == [False, True]
     assert average.module[1].weight.grad is None
+
+
+@hugging_face
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_an_average_follows_its_student_in_a_trainer(tmp_path, monkeypatch):
+    seen, update = [], AveragedModel.update_parameters
+
+    def seeing(average, model):
+        seen.append(model.lm_head.weight.detach().double().clone())
+        update(average, model)
+
+    monkeypatch.setattr(AveragedModel, "update_parameters", seeing)
+    small = {"max_steps": 3, "use_cpu": True, "dataloader_pin_memory": False, "report_to": "none"}
+    arguments = TrainingArguments(str(tmp_path), learning_rate=0.1, **small)
+    data = [{name: x[0] for name, x in batch("gpt2").items()}] * 24
+    page = readme.recipe(
+        PAGE, "A moving average in a Trainer", arguments=arguments, data=data, student=build("gpt2", depth=4)
+    )
+    expected = seen[0]
+    for weight in seen[1:]:
+        expected = 0.999 * expected + 0.001 * weight
+    assert len(seen) == 3
+    assert not torch.equal(seen[0], seen[2])
+    torch.testing.assert_close(page.average.module.lm_head.weight.double(), expected, rtol=1e-6, atol=1e-6)
+    assert all(p.grad is None for p in page.average.parameters())
 
 
 # --- students that teach each other
@@ -370,3 +397,42 @@ def test_the_papers_consistency_is_the_squared_difference_of_probabilities_under
         slope = 2 * (p - q) / p.size  # of the mean by p; then through the softmax
         gradient = gradient + ramp * (p * (slope - (slope * p).sum(-1, keepdims=True))).T @ x
         np.testing.assert_allclose(student.weight.grad.numpy(), gradient, rtol=1e-8, atol=1e-14)
+
+
+# --- the measurement
+
+
+def test_the_application_measures_every_way_beside_a_student_alone_and_goes_on(tmp_path, monkeypatch, capsys):
+    small = ["--steps=3", "--width=4", "--assistant-width=5", "--teacher-width=6", f"--output={tmp_path}"]
+    found = application.main([*small, "--seeds", "0", "1"])
+    assert list(found) == [
+        "alone", "large teacher", "by the large teacher", "its assistant", "by the assistant",
+        "generation 1", "generation 2", "generation 3", "by its moving average", "the moving average",
+        "by each other", "by the average of 3",
+    ]  # fmt: skip
+    assert all(len(seeds) == 2 and 0 < error < 100 for seeds in found.values() for error, _ in seeds)
+    assert [seeds[0][1] for seeds in found.values()] == [1, 1, 2, 2, 3, 2, 3, 4, 1, 1, 2, 3]
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert set(lines[1]) == {"|", "-"}
+    alone, other = ([error for error, _ in found[row]] for row in ("alone", "by each other"))
+    gained = np.subtract(other, alone)
+    cells = [cell.strip() for cell in lines[12].split("|")[1:-1]]
+    mean, deviation = np.mean(other), np.std(other, ddof=1)
+    beside = f"{np.mean(gained):+.1f} ± {np.std(gained, ddof=1):.1f}"
+    assert cells == ["by each other", f"{mean:.1f} ± {deviation:.1f}", beside, "2"]
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(application.Digits, "fit", lambda *_: pytest.fail("this was done before"))
+    assert application.main([*small, "--seeds", "1", "0"])["alone"] == found["alone"][::-1]
+
+
+def test_all_students_of_a_seed_see_the_same_images_and_start_alike():
+    digits, again, other = (application.Digits(application.Settings(steps=2), seed) for seed in (0, 0, 1))
+    assert len(digits.x) == 300
+    assert len(digits.x) + len(digits.test_x) == 1797
+    for (x, y), (same, labels), (more, _) in zip(digits.batches(), again.batches(), other.batches(), strict=True):
+        assert torch.equal(x, same)
+        assert torch.equal(y, labels)
+        assert not torch.equal(x, more)
+    first, twin, apart = digits.model(), again.model(), digits.model(start=1)
+    assert torch.equal(first[0].weight, twin[0].weight)
+    assert not torch.equal(first[0].weight, apart[0].weight)
