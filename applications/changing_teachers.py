@@ -39,6 +39,7 @@ class Settings:
     batch_size: Annotated[int, options.COUNT, Doc("images in a step")] = 64
     lr: Annotated[float, Doc("learning rate")] = 1e-2
     temperature: Annotated[float, Doc("of the large teacher, the assistant and the ensemble")] = 3.0
+    smoothing: Annotated[float, Doc("of the labels, where they are smoothed")] = 0.1
     decay: Annotated[float, Doc("of the moving average")] = 0.99
     generations: Annotated[int, options.COUNT, Doc("how often a student is born again")] = 3
     students: Annotated[int, options.COUNT, Doc("how many learn from their average")] = 3
@@ -90,10 +91,16 @@ class Digits:
         return 100 * (model(self.test_x).argmax(-1) != self.test_y).float().mean().item()
 
 
-def by_teacher(digits: Digits, temperature: float, alpha: float) -> Callable[[nn.Module, nn.Module | None], float]:
-    """A function that trains a student by a teacher and measures it; alone with alpha = 1."""
+def by_labels(digits: Digits, student: nn.Module, smoothing: float = 0.0) -> float:
+    """Train a student without a teacher, and measure it."""
+    digits.fit(student, lambda x, y: nn.functional.cross_entropy(student(x), y, label_smoothing=smoothing))
+    return digits.error(student)
 
-    def train(student: nn.Module, teacher: nn.Module | None) -> float:
+
+def by_teacher(digits: Digits, temperature: float, alpha: float) -> Callable[[nn.Module, nn.Module], float]:
+    """A function that trains a student by a teacher, and measures it."""
+
+    def train(student: nn.Module, teacher: nn.Module) -> float:
         model = kdloss.Distillation(student, teacher, kdloss.VanillaKD(temperature, alpha)).train()
         digits.fit(model, lambda x, y: model(x, labels=y).loss)
         return digits.error(student)
@@ -101,21 +108,26 @@ def by_teacher(digits: Digits, temperature: float, alpha: float) -> Callable[[nn
     return train
 
 
+def by_nobody(digits: Digits) -> Found:
+    """The labels as they are, and smoothed: what a teacher has to be better than."""
+    smoothed = by_labels(digits, digits.model(), digits.args.smoothing)
+    return {"alone": (by_labels(digits, digits.model()), 1), "alone, labels smoothed": (smoothed, 1)}
+
+
 def by_large_teacher(digits: Digits) -> Found:
-    """A teacher that doesn't change, directly and by an assistant; and no teacher."""
+    """A teacher that doesn't change, directly and by an assistant."""
     teacher, assistant = digits.model(digits.args.teacher_width), digits.model(digits.args.assistant_width)
-    alone = by_teacher(digits, 1.0, alpha=1.0)
-    taught = by_teacher(digits, digits.args.temperature, alpha=0.5)
-    found = {"alone": (alone(digits.model(), None), 1), "large teacher": (alone(teacher, None), 1)}
-    found["by the large teacher"] = taught(digits.model(), teacher), 2
-    errors = kdloss.chain([teacher, assistant, digits.model()], taught)
+    train = by_teacher(digits, digits.args.temperature, alpha=0.5)
+    found = {"large teacher": (by_labels(digits, teacher), 1)}
+    found["by the large teacher"] = train(digits.model(), teacher), 2
+    errors = kdloss.chain([teacher, assistant, digits.model()], train)
     return found | {"its assistant": (errors[0], 2), "by the assistant": (errors[1], 3)}
 
 
 def by_generations(digits: Digits) -> Found:
     """Born again: from a new start each time, by the predictions of the one before."""
     models = [digits.model(start=k) for k in range(digits.args.generations + 1)]
-    by_teacher(digits, 1.0, alpha=1.0)(models[0], None)
+    by_labels(digits, models[0])
     errors = kdloss.chain(models, by_teacher(digits, 1.0, alpha=0.0))
     return {f"generation {k}": (error, k + 1) for k, error in enumerate(errors, start=1)}
 
@@ -189,7 +201,7 @@ def picture(found: Mapping[str, Sequence[tuple[float, int]]]) -> Figure:
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[tuple[float, int]]]:
     """Train every kind of student for every seed, and write what came of it."""
     args = options.read(Settings(), arguments, __doc__)
-    kinds = [by_large_teacher, by_generations, by_average, by_each_other, by_ensemble]
+    kinds = [by_nobody, by_large_teacher, by_generations, by_average, by_each_other, by_ensemble]
     found: dict[str, list[tuple[float, int]]] = {}
     settings = {name: x for name, x in vars(args).items() if name not in ("seeds", "output")}
     for seed, kind in tqdm([(seed, kind) for seed in args.seeds for kind in kinds], "students", leave=False):

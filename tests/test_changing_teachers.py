@@ -406,17 +406,18 @@ def test_the_application_measures_every_way_beside_a_student_alone_and_goes_on(t
     small = ["--steps=3", "--width=4", "--assistant-width=5", "--teacher-width=6", f"--output={tmp_path}"]
     found = application.main([*small, "--seeds", "0", "1"])
     assert list(found) == [
-        "alone", "large teacher", "by the large teacher", "its assistant", "by the assistant",
+        "alone", "alone, labels smoothed",
+        "large teacher", "by the large teacher", "its assistant", "by the assistant",
         "generation 1", "generation 2", "generation 3", "by its moving average", "the moving average",
         "by each other", "by the average of 3",
     ]  # fmt: skip
     assert all(len(seeds) == 2 and 0 < error < 100 for seeds in found.values() for error, _ in seeds)
-    assert [seeds[0][1] for seeds in found.values()] == [1, 1, 2, 2, 3, 2, 3, 4, 1, 1, 2, 3]
+    assert [seeds[0][1] for seeds in found.values()] == [1, 1, 1, 2, 2, 3, 2, 3, 4, 1, 1, 2, 3]
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert set(lines[1]) == {"|", "-"}
     alone, other = ([error for error, _ in found[row]] for row in ("alone", "by each other"))
     gained = np.subtract(other, alone)
-    cells = [cell.strip() for cell in lines[12].split("|")[1:-1]]
+    cells = [cell.strip() for cell in lines[13].split("|")[1:-1]]
     mean, deviation = np.mean(other), np.std(other, ddof=1)
     beside = f"{np.mean(gained):+.1f} ± {np.std(gained, ddof=1):.1f}"
     assert cells == ["by each other", f"{mean:.1f} ± {deviation:.1f}", beside, "2"]
