@@ -47,7 +47,7 @@ STUDIES = {  # name: flags of compare.py
 }
 EXAMPLES = [  # as they stand
     "distributed", "multi_teacher", "chain", "phases", "summarise", "offline_teacher",
-    "on_policy",
+    "on_policy", "changing_teachers",
 ]  # fmt: skip
 ALL = (*STUDIES, *EXAMPLES)
 

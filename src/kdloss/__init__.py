@@ -23,7 +23,7 @@ from kdloss.distilled import Distilled
 from kdloss.distiller import Distiller
 from kdloss.engine import set_compile
 from kdloss.reduction import masked, reduce
-from kdloss.students import keep_blocks
+from kdloss.students import chain, keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
 from kdloss.teacher import Teacher
 from kdloss.terms import CrossEntropy, Features, Logits, Sum, Task
@@ -53,6 +53,7 @@ __all__ = [
     "balancing",
     "base_of",
     "capture",
+    "chain",
     "cross_entropy",
     "distances",
     "divergences",

@@ -1,7 +1,7 @@
-"""Smaller models made of a teacher's own blocks."""
+"""Smaller models made of a teacher's own blocks, and students that teach the next one."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from kdloss.layers.names import unwrap
 from kdloss.layers.select import Layers, select
 
 Model = TypeVar("Model", bound=nn.Module)
+Result = TypeVar("Result")
 
 
 def keep_blocks(teacher: Model, blocks: Layers) -> Model:
@@ -71,6 +72,49 @@ def keep_blocks(teacher: Model, blocks: Layers) -> Model:
         student.generation_config = copy.deepcopy(teacher.generation_config)
     example = next(teacher.parameters())
     return student.to(device=example.device, dtype=example.dtype).train(teacher.training)
+
+
+def chain(models: Iterable[Model], train: Callable[[Model, Model], Result]) -> list[Result]:
+    r"""Train models one after the other, each by the one before, and return what `train` gave at each stage.
+
+    $r_i = \mathrm{train}(m_i, m_{i-1})$ for i = 1, 2, ...: a teacher, its assistants and the student are a chain, and
+    so are generations of one size (born-again networks).
+
+    - `models`: from a teacher that knows its task already to the last student. They are asked for one by one, so a
+      generator that makes or loads them has two of them in memory at a time.
+    - `train`: a function of (student, teacher) that trains the student in place, by whatever loop, and returns what is
+      worth knowing of it. What it raises ends the chain; the stages before are trained.
+
+    Raises: ValueError for fewer than two models and for one that is to teach itself; TypeError for a model in place of
+    several, and for a `train` that is no function.
+
+    >>> teacher, assistant, student = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+    >>> chain([teacher, assistant, student], lambda student, teacher: teacher is assistant)
+    [False, True]
+
+    Mirzadeh et al. 2020, "Improved Knowledge Distillation via Teacher Assistant", arXiv:1902.03393; Furlanello et al.
+    2018, "Born-Again Neural Networks", arXiv:1805.04770.
+    """
+    if not callable(train):
+        raise TypeError(f"train is a function of (student, teacher), got {train!r}; write chain(models, train)")
+    if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
+        one = type(models).__name__
+        raise TypeError(f"chain takes several models, got one {one}; write chain([teacher, ..., student], train)")
+    rest = iter(models)
+    teacher: Any = next(rest, None)
+    results: list[Result] = []
+    for student in rest:
+        if student is teacher:
+            raise ValueError(
+                f"model {len(results) + 2} of the chain is the one before it once more and would be its own teacher; "
+                "give each stage a model of its own: [make() for _ in range(3)], not [model] * 3"
+            )
+        results.append(train(student, teacher))
+        teacher = student
+    if not results:
+        one = "none" if teacher is None else f"one {type(teacher).__name__}"
+        raise ValueError(f"a chain is a teacher and at least one student, got {one}; write [teacher, student]")
+    return results
 
 
 def _smaller(config: Any, kept: Mapping[str, list[int]]) -> Any:
