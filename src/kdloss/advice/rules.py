@@ -50,7 +50,7 @@ def method(pair: Pair, goal: Goal) -> Reasoned:
     measured = {
         "safe": "vanilla was ahead of training alone under every strong teacher; features gave less (179 against 140)",
         "quality": "equal to vanilla with 20 of 30 blocks kept (134 against 136), ahead with 15 (1026 against 1195)",
-        "speed": "a step took 0.76 of vanilla's time, 0.86 of its memory; features alone gave less (179 against 140)",
+        "speed": "a step took 0.74 of vanilla's time, 0.85 of its memory; features alone gave less (179 against 140)",
     }
     rule = {
         "safe": "features, where architectures are alike",
