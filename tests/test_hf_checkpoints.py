@@ -8,6 +8,7 @@ import pytest
 import torch
 from hf_runs import make, pair, seven_steps, trained
 from safetensors.torch import load_file
+from torch import nn
 from transformers import Trainer
 
 import kdloss
@@ -73,7 +74,16 @@ def scheduled():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("criterion", [kdloss.VanillaKD, lambda: kdloss.FeatureKD(logit_weight=1.0), scheduled])
+def weighed():
+    """One trained number weighs all terms, one weighting two of them, and the sum is balanced."""
+    taught = kdloss.weighting.Learned(1) * (kdloss.Logits() + kdloss.Features("last"))
+    terms = nn.Parameter(torch.ones(())) * (kdloss.CrossEntropy() + taught)
+    return kdloss.Sum(terms, balance=kdloss.balancing.RunningMagnitude())
+
+
+@pytest.mark.parametrize(
+    "criterion", [kdloss.VanillaKD, lambda: kdloss.FeatureKD(logit_weight=1.0), scheduled, weighed]
+)
 def test_resumed_training_ends_with_the_same_weights(criterion, tmp_path):
     def go(**resumed):
         student, teacher, of = pair(criterion=criterion(), dropout=0.1)

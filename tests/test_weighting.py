@@ -235,6 +235,7 @@ def test_learned_weights_follow_the_labels_and_not_the_student():
         weights = 0.8 * weights + 0.2 * (known / known.sum(0)).mean(1)
         torch.testing.assert_close(learned.weights, weights)
     assert not weights.isclose(torch.tensor(0.5).double()).any()
+    assert [*criterion.state_dict()] == ["weightings.0.weights"]
     again = Learned(2).double() * several(2)
     again.load_state_dict(criterion.state_dict())
     torch.testing.assert_close(next(iter(again.weights.values())).weighting.weights, weights)

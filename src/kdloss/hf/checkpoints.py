@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,7 +26,10 @@ class WholeCheckpoints(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student as ever, what the criterion learned beside it, nothing of a teacher."""
         super().save_model(output_dir, _internal_call)
-        weights = {name: value.contiguous() for name, value in self.criterion.state_dict().items()}
+        weights = {
+            name: value.clone(memory_format=torch.contiguous_format)
+            for name, value in self.criterion.state_dict().items()
+        }
         if self.args.should_save and weights:
             save_file(weights, Path(output_dir or str(self.args.output_dir), FILE))
 

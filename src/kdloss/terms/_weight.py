@@ -24,7 +24,9 @@ class Weight(nn.Module):
             )
         if len(by_teacher) > 1:
             raise ValueError(f"a term is weighed by one weighting of teachers, got {by_teacher}; write one of them")
-        self.weighting = by_teacher[0] if by_teacher else None
+        self._weighting = tuple(
+            by_teacher
+        )  # in no state dict here: several weights may have it, and the sum has it once
         self.number = math.prod([1.0, *[_checks.weight("a weight", f) for f in factors if not _varies(f)]])
         self.schedules = tuple(f for f in factors if _varies(f) and not isinstance(f, Tensor))
         self.tensors = tuple(_scalar(f) for f in factors if isinstance(f, Tensor) and not _trained(f))
@@ -32,10 +34,14 @@ class Weight(nn.Module):
         self.fixed = not any(map(_varies, factors))
 
     @property
+    def weighting(self) -> Weighting | None:
+        """What teachers say of their weight, if anything."""
+        return self._weighting[0] if self._weighting else None
+
+    @property
     def factors(self) -> tuple[Factor, ...]:
         """What it is a product of."""
-        weightings = () if self.weighting is None else (self.weighting,)
-        return (self.number, *self.schedules, *self.tensors, *self.learned, *weightings)
+        return (self.number, *self.schedules, *self.tensors, *self.learned, *self._weighting)
 
     def at(self, step: int) -> float | Tensor:
         """The weight of this step without the weighting: a number of 0 or more, or a tensor, which nobody looks at."""

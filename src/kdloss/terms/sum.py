@@ -110,6 +110,7 @@ class Sum(nn.Module):
         self.weights = cast(MutableMapping[str, Weight], nn.ModuleDict())
         for term, factors in _flat(terms):
             self._add(term, factors)
+        self._hold_weightings()
         self.balance = _balance_of(balance, terms, list(self.terms))
         self.step = max([0, *(term.step for term in terms if isinstance(term, Sum))])
         self.components: dict[str, Tensor] = {}
@@ -258,6 +259,11 @@ class Sum(nn.Module):
             )
         self.terms[term.name], self.weights[term.name] = term, _weight_of(term, factors)
 
+    def _hold_weightings(self) -> None:
+        """Each weighting once, however many terms it weighs: what it learns is saved with the sum."""
+        every = [weight.weighting for weight in self.weights.values()]
+        self.weightings = nn.ModuleList(dict.fromkeys(w for w in every if w is not None))
+
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), property):  # nn.Module would register a module beside it
             object.__setattr__(self, name, value)
@@ -268,6 +274,7 @@ class Sum(nn.Module):
         product = Sum(self)
         for name, old in self.weights.items():
             product.weights[name] = _weight_of(self.terms[name], (weight, *old.factors))
+        product._hold_weightings()
         return product
 
     __rmul__ = __mul__
