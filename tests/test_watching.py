@@ -16,6 +16,7 @@ from watching import Waited, as_on_an_accelerator, may_wait, never_waiting
 import kdloss
 from kdloss import CrossEntropy, LazyLogits, Mixture, TokenMap, TopKLogits, VanillaKD, divergences
 from kdloss.terms._ahead import Ahead
+from kdloss.weighting import confidence, entropy
 
 X = torch.arange(6.0)
 MASK = X > 2
@@ -147,6 +148,11 @@ STEPS = {  # the criterion, whether both give logits, what else becomes of the t
     "learned and scheduled": (nn.Parameter(torch.ones(())) * CrossEntropy() + RISING * REVERSE, False, None, {}),
     "by the mask": (CrossEntropy() + kdloss.Logits(positions="mask"), False, None, MASKED),
     "padding on the left": (VanillaKD(causal=True), False, None, {"attention_mask": MASKED["mask"]}),
+    "weighed": (CrossEntropy() + confidence * (kdloss.Logits() + REVERSE), False, None, {}),
+    "weighed causal values": (kdloss.Sum(entropy * kdloss.Logits(), causal=True, reduction="none"), True, None, MASKED),
+    "learned weights": (kdloss.weighting.Learned(1) * kdloss.Logits(), False, None, {}),
+    "trained balance": (kdloss.Sum(VanillaKD(), balance=kdloss.balancing.Uncertainty()), False, None, {}),
+    "running balance": (kdloss.Sum(VanillaKD(), balance=kdloss.balancing.RunningMagnitude()), True, None, {}),
     "values": (VanillaKD(reduction="none"), False, None, {}),
     "causal values": (VanillaKD(reduction="none", causal=True), True, None, MASKED),
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdloss.engine.rows import equal_blocks
 from kdloss.engine.run import block_rows
-from kdloss.reduction import precise
+from kdloss.reduction import on_cpu, precise
 from kdloss.targets import LazyLogits
 from kdloss.targets.kinds import at, dense
 from kdloss.terms._positions import Positions
@@ -104,7 +104,7 @@ def _checked(weighting: Weighting, shares: Tensor, scores: Tensor) -> Tensor:
             f"{weighting} makes shares {tuple(shares.shape)} of scores {tuple(scores.shape)}; return one for each"
         )
     shares = shares.detach()
-    if shares.device.type == "cpu" and not torch.compiler.is_compiling():
+    if on_cpu(shares.device) and not torch.compiler.is_compiling():
         wrong = (shares < 0).any() | ((shares.sum(0) - 1).abs() > 1e-4).any()
         if bool(wrong):
             raise ValueError(
