@@ -277,6 +277,18 @@ def test_a_teacher_that_is_not_drawn_does_not_run():
     assert 4 < seen.count(teachers[0]) < 16
 
 
+@pytest.mark.parametrize("weighting", [confidence, entropy, Learned(2)], ids=str)
+def test_a_weighed_sum_compiles_as_a_whole(weighting):
+    student, *teachers = (x.float() for x in logits(3, 2, 4, V))
+    labels = torch.randint(0, V, (2, 4))
+    labels[0, 1] = IGNORED
+    student.requires_grad_()
+    criterion = kdloss.Sum(CrossEntropy() + weighting * several(2), causal=True)
+    compiled = torch.compile(lambda s, *t: criterion(s, [*t], labels), fullgraph=True, backend="eager")
+    criterion.eval()  # so that both see the same weights
+    same(compiled(student, *teachers), criterion(student, teachers, labels), student)
+
+
 def test_draws_follow_their_probabilities():
     first, second, third = drawn([0.7, 0.3, 0.0])
     count = sum(first(step) for step in range(2000))

@@ -75,6 +75,10 @@ def _score(weighting: Weighting, logits: Any, rename: Any, where: Positions) -> 
         )
     if where.labels is None and weighting.labels:
         raise ValueError(f"{weighting} compares teachers by the labels, and there are none: pass labels=...")
+    if torch.compiler.is_compiling():  # which knows of no numbers: all at once, and zeros where nothing counts
+        z = precise(dense(where.take(logits))).detach().flatten(0, -2)
+        y = z.new_zeros(len(z)).long() if where.labels is None else where.labels.reshape(-1)
+        return where.fill(weighting.score(z, y if rename is None else rename(y)).reshape(where.shifted))
     places, index = where.counted(logits.device)
     labels = where.labels
     if labels is not None:
