@@ -364,6 +364,8 @@ def test_confidence_without_labels_and_of_top_k_logits_is_refused():
     student, *teachers = logits(3, N, V)
     with pytest.raises(ValueError, match="needs labels"):
         (confidence * several(2))(student, teachers)
+    with pytest.raises(ValueError, match="labels that are classes"):
+        (confidence * several(2))(student, teachers, student.softmax(-1))
     stored = [kdloss.TopKLogits.of(t, k=2) for t in teachers]
     with pytest.raises(TypeError, match="all classes"):
         (confidence * several(2))(student, stored, torch.zeros(N, dtype=torch.long))

@@ -74,7 +74,9 @@ def _score(weighting: Weighting, logits: Any, rename: Any, where: Positions) -> 
             f"{tuple(where.shape)}; they have to stand at the same positions"
         )
     if where.labels is None and weighting.labels:
-        raise ValueError(f"{weighting} compares teachers by the labels, and there are none: pass labels=...")
+        raise ValueError(
+            f"{weighting} compares teachers by labels that are classes, and there are none: pass labels=..."
+        )
     if torch.compiler.is_compiling():  # which knows of no numbers: all at once, and zeros where nothing counts
         z = precise(dense(where.take(logits))).detach().flatten(0, -2)
         y = z.new_zeros(len(z)).long() if where.labels is None else where.labels.reshape(-1)

@@ -25,7 +25,7 @@ class Weighting(nn.Module):
 
     Scores are made of a block of positions at a time. Where no label stands they are 0 for all teachers. A
     label that a teacher has no class for costs it log V, as if it knew nothing; where `Logits` has a `kdloss.TokenMap`,
-    labels are translated.
+    labels are translated. Soft labels are no classes, and `entropy` alone weighs by none.
 
     Raises: ValueError for shares of another shape, negative or of another sum; TypeError for a teacher of top-k logits,
     which don't tell what is asked.
