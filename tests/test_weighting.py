@@ -344,6 +344,11 @@ def test_what_cannot_be_weighed_is_refused_when_it_is_made(make, words):
         make()
 
 
+def test_a_weighting_in_place_of_numbers_is_told_where_it_belongs():
+    with pytest.raises(TypeError, match=r"kdloss.weighting.confidence \* \(kdloss.Logits"):
+        kdloss.MultiTeacherKD(confidence)
+
+
 @pytest.mark.parametrize(
     ("weighting", "error", "words"),
     [

@@ -22,6 +22,7 @@ from kdloss.terms._outputs import logits_of
 from kdloss.terms.reads import Reads
 from kdloss.terms.step import Step
 from kdloss.terms.term import Teachers, Term, Where
+from kdloss.weighting import Weighting
 
 READS = Reads(logits="any")
 
@@ -78,6 +79,11 @@ class Logits(Term):
             _refuse_without_temperature(divergence)
         if vocabulary is not None:
             _checks.function("vocabulary", vocabulary, "truncate")
+        if isinstance(weights, Weighting):
+            raise TypeError(
+                f"weights are one number per teacher, got {weights!r}, which weighs terms: write {weights!r} * "
+                "(kdloss.Logits(teacher=0) + kdloss.Logits(teacher=1, name='second'))"
+            )
         _checks.choice("average", average, ("probabilities", "logits"))
         self.divergence = divergence
         self.temperature = temperature
