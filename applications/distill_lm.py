@@ -160,7 +160,11 @@ def fit(
     if students is not None:
         models.save(student, setup.tokenizer, students)
     batch = next(text.batches(blocks, args.batch_size, 1, args.seed))
-    teachers = [teacher.module for teacher in distill.teachers] if distill.criterion.alpha < 1 else []
+    teachers = (
+        [teacher.module for teacher in distill.teachers]
+        if distill.criterion.plan(len(distill.teachers)).last_teacher >= 0
+        else []
+    )
     in_use = [student, distill.criterion, *teachers]
     held = memory.held(optimizer, *in_use)
     peak = memory.training_memory(lambda: distill(student, **batch).loss.backward(), held)

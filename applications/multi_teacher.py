@@ -1,8 +1,8 @@
-"""Average several teachers, beside each of them alone and beside no teacher.
+"""Average several teachers, or weigh them position by position, beside each of them alone and beside no teacher.
 
 As it stands, two small GPT-2s learn two halves of the text, and students learn from one or both:
 
-    python applications/multi_teacher.py --weights 0.5,0.5 0.8,0.2
+    python applications/multi_teacher.py --weights 0.5,0.5 0.8,0.2 --by confidence learned
     python applications/multi_teacher.py --several my/first my/second --student my/student
 
 Teachers need one vocabulary. Killed at any instant, the same command goes on.
@@ -11,7 +11,7 @@ Teachers need one vocabulary. Killed at any instant, the same command goes on.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import distill_lm
 from parts import models, options, report, setup
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Doc
 
 import kdloss
+from kdloss import weighting
 
 
 def numbers(value: str) -> list[float]:
@@ -36,6 +37,7 @@ class Settings(distill_lm.Settings):
     several: Annotated[list[str], Doc("folders or hub names; else two trained on half of the text")]
     weights: Annotated[list[Annotated[list[float], WEIGHTS]], Doc("one for each teacher, as often as you like")]
     average: Annotated[list[Literal["probabilities", "logits"]], Doc("what is averaged")]
+    by: Annotated[list[Literal["confidence", "entropy", "learned"]], Doc("weighed at each token by what teachers say")]
 
 
 DEFAULTS = Settings(
@@ -44,6 +46,7 @@ DEFAULTS = Settings(
     several=[],
     weights=[[0.5, 0.5], [0.8, 0.2]],
     average=["probabilities", "logits"],
+    by=["confidence", "entropy", "learned"],
 )
 
 
@@ -63,6 +66,13 @@ def teachers_of(args: Settings) -> tuple[setup.Setup, list[PreTrainedModel]]:
         args.teacher_samples = None
         rest = [setup.teacher_of(args, second_half, distill_lm.train, first.tokenizer)[0]]
     return first, [first.teacher, *(model.to(args.device).eval() for model in rest)]
+
+
+def weighed(by: str, teachers: int, alpha: float, loss: dict[str, Any]) -> kdloss.Sum:
+    """Each teacher's own term, weighed at every token."""
+    factor = weighting.Learned(teachers) if by == "learned" else getattr(weighting, by)
+    terms = [kdloss.Logits(**loss, teacher=k, name=f"kd{k + 1}") for k in range(teachers)]
+    return alpha * kdloss.CrossEntropy() + (1 - alpha) * (factor * sum(terms))
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
@@ -89,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
             several = kdloss.MultiTeacherKD(weights, average=average, **loss)
             name = f"{average}-{'-'.join(map(str, weights))}"
             distillers[name] = kdloss.Distiller(teachers, several)
+    loss.pop("alpha")
+    for by in args.by:
+        distillers[by] = kdloss.Distiller(teachers, weighed(by, count, alpha, loss))
 
     keys, kept = [one.key for one in each], args.output / "students"
     settings = options.some(distill_lm.Settings, args)  # what is asked for besides changes no row

@@ -30,7 +30,7 @@ def test_several_teachers_are_averaged_by_their_weights(data, teachers, tmp_path
     arguments = [*tiny.flags(data, tmp_path, teachers), *weights]
     runs = multi_teacher.main(arguments)
     found = {row: x[0] for row, x in runs.items()}
-    assert len(found) == 5 + 3 * 2
+    assert len(found) == 5 + 3 * 2 + 3
     assert not close(found["teacher"], found["teacher 2"])  # each saw its own half
     assert close(found["probabilities-1.0-0.0"], found["of-teacher-1"])
     assert close(found["logits-1.0-0.0"], found["of-teacher-1"])
@@ -40,6 +40,8 @@ def test_several_teachers_are_averaged_by_their_weights(data, teachers, tmp_path
         "probabilities-0.5-0.5",
         "logits-0.5-0.5",
         "probabilities-0.3-0.7",
+        "confidence",
+        "entropy",
     ]
     assert len({found[row]["perplexity"] for row in distinct}) == len(distinct)
     assert found["none"]["perplexity"] > found["probabilities-0.5-0.5"]["perplexity"]
@@ -57,7 +59,8 @@ def test_given_teachers_are_used_and_need_a_weight_each(data, teachers, tmp_path
     arguments = [*tiny.flags(data, tmp_path, teachers, steps=3), *given]
     found = {row: x[0] for row, x in multi_teacher.main([*arguments, "--weights", "0.5,0.5"]).items()}
     assert close(found["teacher"], found["teacher 2"])
-    assert close(found["probabilities-0.5-0.5"], found["of-teacher-1"])
+    for row in ("probabilities-0.5-0.5", "confidence", "entropy", "learned"):  # of two that say the same
+        assert close(found[row], found["of-teacher-1"])
     with pytest.raises(ValueError, match="--weights need one number for each of 2 teachers"):
         multi_teacher.main([*arguments, "--weights", "0.5,0.3,0.2"])
 
