@@ -139,14 +139,14 @@ class Evaluation:
     def _score(self, k: int, output: Any) -> None:
         """What weightings think of teacher k, by the logits which a term of its reads, if one does."""
         term = next((t for t in self.terms.values() if isinstance(t, Logits) and t.teacher == (k,)), None)
-        if term is None:
+        if term is not None:
+            own = self.held[term.name][0]
+        else:
             named = output.classes if isinstance(output, Captured) else None
             own = logits_of(output, "teacher")
             own = own if named is None else named.in_students_order(own)
-        else:
-            own = self.held[term.name][0]
-        if self.teacher_layout is not None and term is None:
-            own = classes_last(own, self.teacher_layout, self.stands.logits.known, "teacher", "teacher_layout")
+            if self.teacher_layout is not None:
+                own = classes_last(own, self.teacher_layout, self.stands.logits.known, "teacher", "teacher_layout")
         rename = None if term is None else getattr(term.vocabulary, "to_teacher", None)
         self.shares.taught(k, own, rename, self.stands.wheres.of("labels"))
 
