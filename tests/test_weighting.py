@@ -119,6 +119,16 @@ def test_shares_hold_under_every_reduction(reduction):
     assert value.shape == ((2, 4) if reduction == "none" else ())
 
 
+def test_maps_are_weighed_where_their_classes_are():
+    student, *teachers = logits(3, 2, V, 3, 2)
+    labels = torch.randint(0, V, (2, 3, 2))
+    labels[0, 0, 0] = V - 1  # more than the map is wide
+    value = kdloss.Sum(confidence * several(2), layout="b c h w")(student, teachers, labels)
+    last = [x.movedim(1, -1) for x in (student, *teachers)]
+    w = ca_mkd(last[1:], labels).reshape(2, 2, 3, 2)
+    torch.testing.assert_close(value, sum(w[k] * kl(last[0], t, 1.0) for k, t in enumerate(last[1:])).mean())
+
+
 def test_micro_batches_add_up_to_one_batch():
     student, *teachers = logits(3, N, V)
     labels = torch.randint(0, V, (N,))
@@ -336,6 +346,7 @@ def test_a_teacher_that_is_weighed_by_its_logits_runs_to_its_end():
         (lambda: drawn([0.5, 0.6]), "sum to 1"),
         (lambda: drawn([1.5, -0.5]), "non-negative"),
         (lambda: drawn([]), "no teacher"),
+        (lambda: Learned(0), "one teacher at least"),
         (lambda: drawn([0.0, 0.0]), "sum to 1"),
     ],
 )
@@ -371,6 +382,8 @@ def test_confidence_without_labels_and_of_top_k_logits_is_refused():
         (confidence * several(2))(student, teachers)
     with pytest.raises(ValueError, match="labels that are classes"):
         (confidence * several(2))(student, teachers, student.softmax(-1))
+    with pytest.raises(ValueError, match="label"):
+        (confidence * several(2))(student, teachers, torch.full((N,), V))
     stored = [kdloss.TopKLogits.of(t, k=2) for t in teachers]
     with pytest.raises(TypeError, match="all classes"):
         (confidence * several(2))(student, stored, torch.zeros(N, dtype=torch.long))

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdloss import _checks
 from kdloss._capture import Captured
 from kdloss._layout import classes_last
+from kdloss.reduction import on_cpu
 from kdloss.terms._ahead import Ahead
 from kdloss.terms._feature_masks import check_given
 from kdloss.terms._outputs import find_logits, logits_of, returned
@@ -147,8 +149,14 @@ class Evaluation:
             own = own if named is None else named.in_students_order(own)
             if self.teacher_layout is not None:
                 own = classes_last(own, self.teacher_layout, self.stands.logits.known, "teacher", "teacher_layout")
+        where, student = self.stands.wheres.of("labels"), find_logits(returned(self.student))
+        labels = None if torch.compiler.is_compiling() or (term is not None and term.take is not None) else where.labels
+        if labels is not None and student is not None and on_cpu(labels.device):  # whom no teacher can be blamed for
+            keep = torch.ones_like(labels, dtype=torch.bool) if where.keep is None else where.keep
+            shape = student.shape if self.layout is None else self.layout.shape(student.shape)
+            _checks.label_range(labels, keep, shape[-1], shift=where.causal)
         rename = None if term is None else getattr(term.vocabulary, "to_teacher", None)
-        self.shares.taught(k, own, rename, self.stands.wheres.of("labels"))
+        self.shares.taught(k, own, rename, where)
 
     def _share(self) -> None:
         """Weigh what was computed by the shares, which are known when all teachers have run."""

@@ -33,6 +33,8 @@ class Learned(Weighting):
 
     def __init__(self, teachers: int, momentum: float = 0.99) -> None:
         super().__init__(of_label, torch.ones_like, name="Learned")
+        if teachers < 1:
+            raise ValueError(f"Learned weighs one teacher at least, got {teachers}; write Learned(2) for two")
         self.momentum = _checks.fraction("momentum", momentum)
         self.register_buffer("weights", torch.full((teachers,), 1 / teachers))
 
