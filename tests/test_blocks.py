@@ -10,8 +10,7 @@ from test_engine import multiplications
 import kdloss
 from kdloss import LazyLogits, Mixture, VanillaKD
 from kdloss.engine import LabelTask, Problem, TeacherTask, fused, gradients
-from kdloss.engine.rows import equal_blocks
-from kdloss.engine.run import block_rows
+from kdloss.engine.block_sizes import block_rows, equal_blocks
 
 N, V, D, T = 7, 11, 3, 2.0
 INF = float("inf")
@@ -25,8 +24,8 @@ def cut(monkeypatch):
     """Sets how many rows are made, and worked on, at a time."""
 
     def sizes(block, scratch):
-        monkeypatch.setattr("kdloss.engine.run.block_rows", lambda *_: block)
-        monkeypatch.setattr("kdloss.engine.run.scratch_rows", lambda *_: scratch)
+        monkeypatch.setattr("kdloss.engine.block_sizes.block_rows", lambda *_: block)
+        monkeypatch.setattr("kdloss.engine.block_sizes.scratch_rows", lambda *_: scratch)
 
     sizes(3, 2)
     return sizes

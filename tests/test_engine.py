@@ -48,9 +48,8 @@ def cut(monkeypatch):
     """Sets how many rows are made, and worked on, at a time."""
 
     def sizes(block, scratch):
-        monkeypatch.setattr("kdloss.engine.run.block_rows", lambda *_: block)
-        for place in ("run", "at_once"):
-            monkeypatch.setattr(f"kdloss.engine.{place}.scratch_rows", lambda *_: scratch)
+        monkeypatch.setattr("kdloss.engine.block_sizes.block_rows", lambda *_: block)
+        monkeypatch.setattr("kdloss.engine.block_sizes.scratch_rows", lambda *_: scratch)
 
     sizes(3, 2)
     return sizes

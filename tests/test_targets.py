@@ -53,7 +53,7 @@ def agrees(ours, oracle, student, tolerance=1e-10):
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_lazy_logits_are_scaled_then_capped_and_gradients_go_back_through_both(softcap, scale, with_bias, monkeypatch):
-    monkeypatch.setattr("kdloss.engine.run.block_rows", lambda *_: 2)
+    monkeypatch.setattr("kdloss.engine.block_sizes.block_rows", lambda *_: 2)
     leaves = [rows(5, 4), rows(9, 4, seed=1), rows(9, seed=2)][: 3 if with_bias else 2]
     teacher, labels = rows(5, 9, seed=3), torch.tensor([1, 0, 8, 3, 3])
 

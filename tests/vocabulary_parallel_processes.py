@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import kdloss
-import kdloss.engine.run
+import kdloss.engine.block_sizes
 from kdloss.engine import LabelTask, Problem, TeacherTask, fused
 
 try:
@@ -46,7 +46,7 @@ def gradients(criterion, student, leaves, teacher, labels):
 
 def main():
     dist.init_process_group("gloo")
-    kdloss.engine.run.block_rows = lambda device, row_bytes: 1 + row_bytes // 8 % 3  # cut, and everywhere alike
+    kdloss.engine.block_sizes.block_rows = lambda device, row_bytes: 1 + row_bytes // 8 % 3  # cut, and everywhere alike
     rank, world = dist.get_rank(), dist.get_world_size()
     x, labels = data()
     start = sum(SIZES[world][:rank])

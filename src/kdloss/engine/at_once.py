@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdloss.engine import block_sizes
 from kdloss.engine.gradients import OfHead
 from kdloss.engine.kernel import Few, compute
 from kdloss.engine.plan import Plan
@@ -15,7 +16,6 @@ from kdloss.engine.run import (
     Student,
     read_by_rows,
     run,
-    scratch_rows,
     sized,
     slopes,
     switched_off,
@@ -47,7 +47,7 @@ def at_once(problem: Problem, plan: Plan, x: Student) -> bool:
     """Whether all rows are one block on a CPU, of tensors or lazy logits and closed forms alone."""
     if not on_cpu(x.device) or problem.overwrite or problem.shard is not None or plan.by_autograd or plan.top_k:
         return False
-    if x.shape.numel() > AT_ONCE or problem.rows > scratch_rows(x.device, x.shape[-1]) or wanted(x.device):
+    if x.shape.numel() > AT_ONCE or problem.rows > block_sizes.scratch_rows(x.device, x.shape[-1]) or wanted(x.device):
         return False
     groups = all(group.classes is None for group in plan.groups)
     return groups and all(type(read.x) in KINDS and read.x.shape == x.shape for read in read_by_rows(problem.tasks))

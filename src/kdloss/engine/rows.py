@@ -1,6 +1,6 @@
 """The rows of logits that count, of any kind, some at a time."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -56,13 +56,6 @@ class Rows:
             return flat[start:stop] if self.index is None else flat[self.index[start:stop]]
         index = torch.arange(shape.numel(), device=t.device) if self.index is None else self.index
         return t[torch.unravel_index(index[start:stop], shape)]
-
-
-def equal_blocks(rows: int, most: int, first: int = 0) -> Iterator[tuple[int, int]]:
-    """Blocks of at most so many rows, of equal size but for one row, the largest in front."""
-    blocks = -(-rows // most) if rows else 0
-    for k in range(blocks):
-        yield first - (-rows * k // blocks), first - (-rows * (k + 1) // blocks)
 
 
 def identity(x: Any) -> Hashable:

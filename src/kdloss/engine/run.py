@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdloss.engine import block_sizes
+from kdloss.engine.block_sizes import equal_blocks
 from kdloss.engine.compiled import Block, block_of
 from kdloss.engine.gradients import Gradients, OfHead, OfLogits
 from kdloss.engine.kernel import Few, MakeSide, compute
 from kdloss.engine.plan import Plan, check_sharded
-from kdloss.engine.rows import Rows, equal_blocks
+from kdloss.engine.rows import Rows
 from kdloss.engine.side import Side
 from kdloss.engine.task import LabelTask, Task, TeacherTask
 from kdloss.engine.teachers import Read, Teachers
@@ -75,15 +77,15 @@ def run(problem: Problem, plan: Plan, x: Student, weights: Tensor | None) -> Fou
     gradients: Gradients | None = None
     if weights is not None:
         gradients = OfHead(x, student, shard) if isinstance(x, LazyLogits) else OfLogits(x, student, problem.overwrite)
-    few = scratch_rows(device, classes, plan.coarseness)
-    many, theirs = made_rows(device, n, student, teachers)
+    few = block_sizes.scratch_rows(device, classes, plan.coarseness)
+    many, theirs = block_sizes.made_rows(device, n, student.row_bytes, *teachers.row_bytes)
     if shard is not None:  # every process cuts alike, and seldom: collectives
-        few = many = theirs = max(block_rows(device, 8 * max(shard.sizes)) // 2, 1)
+        few = many = theirs = max(block_sizes.block_rows(device, 8 * max(shard.sizes)) // 2, 1)
     wide = any(map(is_double, (x, *(task.teacher for task in tasks if isinstance(task, TeacherTask)))))
     dtype = torch.float64 if wide else torch.float32
     block = None if shard is not None else block_of(plan, tasks, x, dtype)
     if block is not None:
-        few = compiled_rows(device, classes, n, plan.top_k)
+        few = block_sizes.compiled_rows(device, classes, n, plan.top_k)
     by = None if weights is None else slopes(plan, weights, dtype)
     side = partial(Side, shard=shard) if shard is not None else Side
     found = []
@@ -195,41 +197,6 @@ def switched_off(
         return list(off), off.all(0)
     some = off.flatten(1).any(1).tolist()
     return [o if there else None for o, there in zip(off, some, strict=True)], off.all(0) if all(some) else None
-
-
-def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int:
-    """How many rows are worked on at a time: what stays in a CPU's cache, or fills an accelerator."""
-    entries = 2**19 * coarseness * torch.get_num_threads() if device.type == "cpu" else 2**25 * min(coarseness, 2)
-    return max(1, entries // max(classes, 1))
-
-
-def compiled_rows(device: torch.device, classes: int, rows: int, top_k: Sequence[int] = ()) -> int:
-    """The same for compiled work, where every block costs some Python: an eighth of all rows, as few forms keep
-    something as large as their block on the way, within bounds; on an accelerator what leaves indices small, and a
-    quarter of it where the classes that were not kept are written on the way.
-    """
-    most = 2**20 * torch.get_num_threads() if device.type == "cpu" else 2**27 if top_k else 2**29
-    few = max(most // 4, classes * rows // 8) if device.type == "cpu" else most
-    return max(2, min(most, few) // max(classes, 1))
-
-
-def made_rows(device: torch.device, rows: int, student: Rows, teachers: Teachers) -> tuple[int, int]:
-    """How many rows of the student's logits are made at a time, and of the teachers': fewer, where several are kept,
-    so that all of them take the memory of one.
-    """
-    mine, (largest, kept) = student.row_bytes, teachers.row_bytes
-    if mine + kept == 0:
-        return max(rows, 1), max(rows, 1)
-    most = min(block_rows(device, 2 * max(mine, largest)), max(rows, 1))
-    return most, most if kept == largest else max(most * largest // kept, min(most, 64))
-
-
-def block_rows(device: torch.device, row_bytes: int) -> int:
-    """How many rows of student and one teacher are made at a time: those of 2^27 bytes, on an accelerator at least as
-    many as it takes to be bound by arithmetic, not by reading heads.
-    """
-    rows = 2**27 // max(row_bytes, 1) // 128 * 128
-    return min(max(rows, 128), 1024) if device.type == "cpu" else max(rows, 1024)
 
 
 def _local(x: AnyLogits) -> AnyLogits:

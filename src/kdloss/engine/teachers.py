@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdloss.engine.rows import Rows, equal_blocks, identity
+from kdloss.engine.block_sizes import equal_blocks
+from kdloss.engine.rows import Rows, identity
 from kdloss.targets import LazyLogits, Mixture
 from kdloss.targets.kinds import AnyLogits, Classes, chosen_classes, is_double
 

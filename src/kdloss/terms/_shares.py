@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdloss.engine.rows import equal_blocks
-from kdloss.engine.run import block_rows
+from kdloss.engine.block_sizes import block_rows, equal_blocks
 from kdloss.reduction import on_cpu, precise
 from kdloss.targets import LazyLogits
 from kdloss.targets.kinds import at, dense
