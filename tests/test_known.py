@@ -159,6 +159,15 @@ def test_a_lazy_step_like_the_last_goes_straight_to_the_sweep_and_one_of_another
         torch.testing.assert_close(found, VanillaKD()(student.dense(), teacher.dense(), labels))
 
 
+def test_terms_that_read_different_teachers_do_so_in_every_step():
+    student, first, second = torch.randn(3, 6, 5)
+    criterion = kdloss.Logits(teacher=1, name="second") + kdloss.CrossEntropy() + kdloss.Logits()
+    expected = {name: VanillaKD(1.0, alpha=0.0)(student, x) for name, x in (("kd", first), ("second", second))}
+    for _ in range(3):
+        criterion(student, [first, second], torch.zeros(6, dtype=torch.long))
+        torch.testing.assert_close({name: criterion.components[name] for name in expected}, expected)
+
+
 @pytest.mark.parametrize("kind", ["classes", "ignored"])
 def test_nothing_of_a_step_is_held_behind_it(kind):
     criterion = VanillaKD()

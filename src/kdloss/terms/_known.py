@@ -26,7 +26,7 @@ _KINDS = (Tensor, LazyLogits)
 
 
 class Known:
-    """The last step of a sum in which all terms were one sweep over logits that are tensors or lazy.
+    """The last step of a sum in which all terms were one sweep over logits, of one teacher at most, tensors or lazy.
 
     It is known by all that decides that, and whether inputs fit: settings, shapes, dtypes and devices. Numbers, like
     weights and temperatures, labels and masks are read anew in every step. Copies and pickles know nothing.
@@ -84,6 +84,8 @@ class Known:
             return
         soft = labels is not None and labels.is_floating_point()
         soft = soft or bool(evaluation.plan.weightings) or criterion.balance is not None
+        if any(one.term.teacher not in ((), (0,)) for one in swept):
+            return
         if not soft and contract.layouts == (None, None) and all(map(_plain, criterion.terms.values())):
             self._taught = next((_form(x) for x in taught if x is not None), None)
             self._key = _key(criterion, contract, evaluation.plan.weights, evaluation.student, logits, labels)
