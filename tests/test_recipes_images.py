@@ -133,7 +133,7 @@ def test_dkd_warms_up_over_twenty_epochs(step, weight):
         q, p = (x.exp() for x in log_probs(4, s, t))
         is_label = F.one_hot(LABELS, CLASSES).bool()
         binary = [torch.stack([x[is_label], 1 - x[is_label]], 1) for x in (p, q)]
-        others = [x[~is_label].view(B, -1) / (1 - x[is_label, None]) for x in (p, q)]
+        others = [x[~is_label].view(B, -1) / (1 - x[is_label].unsqueeze(1)) for x in (p, q)]
         target, non_target = (kl(*(x.log() for x in both)).mean() for both in (binary, others))
         return ce(s) + weight * 16 * (target + 8 * non_target)
 
