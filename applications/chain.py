@@ -6,8 +6,8 @@ As it stands, a teacher of 4 blocks teaches 3 x 112, which teaches 2 x 96, which
     python applications/chain.py --teacher gpt2-xl --stages gpt2-large gpt2-medium gpt2 --data my.jsonl
 
 The last student is also trained by the first teacher directly, for the steps of its own stage and
-for the CPU time of the whole chain, and alone. Killed at any instant, the same command goes on with
-the stage it was in.
+for the floating-point operations of the whole chain, and alone. Killed at any instant, the same command
+goes on with the stage it was in.
 """
 
 from collections.abc import Sequence
@@ -47,21 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     students = args.output / "students"
     best = distill_lm.teacher_measured(args, first)
     runs = {"teacher": [report.beside(best, best)]}
-    taught, path, seconds = first, [], 0.0
+    taught, path, teraflop = first, [], 0.0
     for name in args.stages:
         path.append(Path(name).name)
         found = distill_lm.measured(stage(args, name), taught, name="-".join(path), students=students)
         runs[" > ".join(path)] = [report.beside(found, best)]
-        seconds += found["seconds"]
+        teraflop += found["teraflop"]
         model = models.load(found["student"])[0].to(args.device).eval()
         taught = replace(first, teacher=model, key=cells.key({"text": first.key, "teacher": found["student"]}))
 
     last = stage(args, args.stages[-1])
     direct = distill_lm.measured(last, first, name="direct", students=students)
-    longer = replace(last, steps=round(direct["steps"] * seconds / direct["seconds"]))
+    longer = replace(last, steps=round(direct["steps"] * teraflop / direct["teraflop"]))
     others = {
         "direct": direct,
-        "direct, the chain's time": distill_lm.measured(longer, first, name="direct-longer", students=students),
+        "direct, the chain's compute": distill_lm.measured(longer, first, name="direct-longer", students=students),
         "none": distill_lm.measured(replace(last, method="none"), first, students=students),
     }
     runs |= {row: [report.beside(found, best, others["none"])] for row, found in others.items()}

@@ -4,9 +4,10 @@
     python applications/compare.py --vary temperature 1 2 4 --vary alpha 0.1 0.5     # all pairs: a grid
     python applications/compare.py --one-by-one --vary temperature 1 2 --vary layers last all
 
-All start from the same student and see the same batches; none-same-time trains without a teacher for
-the CPU time of the slowest distilled student. Killed at any instant, the same command goes on with
-the cells that are missing. All other flags are those of distill_lm.py, which trains the best one.
+All start from the same student and see the same batches; none-same-compute trains without a teacher
+for as many floating-point operations, counted, as the dearest distilled student and its teacher took.
+Killed at any instant, the same command goes on with the cells that are missing. All other flags are
+those of distill_lm.py, which trains the best one.
 """
 
 import itertools
@@ -20,9 +21,9 @@ from parts import cells, options, report
 from typing_extensions import Doc
 from tyro.conf import UseAppendAction
 
-NONE, SAME_TIME = "none", "none-same-time"
+NONE, SAME_COMPUTE = "none", "none-same-compute"
 DISTILLED = ["vanilla", "feature", "both"]
-METHODS = [NONE, *DISTILLED, SAME_TIME]
+METHODS = [NONE, *DISTILLED, SAME_COMPUTE]
 
 
 @dataclass(kw_only=True)
@@ -54,7 +55,7 @@ def changes(args: Settings) -> Iterator[dict[str, str]]:
 
 def label(method: str, change: dict[str, str]) -> str:
     """A row's name: the method and what it changes, without what it doesn't use."""
-    unused = distill_lm.UNUSED[method.removesuffix("-same-time")]
+    unused = distill_lm.UNUSED[method.removesuffix("-same-compute")]
     used = [f"{flag} {value}" for flag, value in change.items() if flag.replace("-", "_") not in unused]
     return ", ".join([method, *used])
 
@@ -77,7 +78,7 @@ def plan(args: Settings) -> list[Cell]:
         row = label(method, change)
         if method not in args.methods or (row, seed) in planned:  # it varies what this method doesn't use
             continue
-        base = options.some(distill_lm.Settings, args, seed=seed, method=method.removesuffix("-same-time"))
+        base = options.some(distill_lm.Settings, args, seed=seed, method=method.removesuffix("-same-compute"))
         chosen = options.read(base, [f"--{flag}={value}" for flag, value in change.items()], __doc__)
         distill_lm.criterion_for(chosen)
         planned[row, seed] = Cell(row, change, method, seed, chosen)
@@ -88,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Run all cells that are missing, and write what came of all of them."""
     args = options.read(DEFAULTS, arguments, __doc__)
     distilled = [method for method in args.methods if method in DISTILLED]
-    if SAME_TIME in args.methods and not (NONE in args.methods and distilled):
-        raise ValueError(f"{SAME_TIME!r} needs {NONE!r} and a method that distils for its time: --methods")
+    if SAME_COMPUTE in args.methods and not (NONE in args.methods and distilled):
+        raise ValueError(f"{SAME_COMPUTE!r} needs {NONE!r} and a method that distils to be like: --methods")
     todo, setups = plan(args), {}
     runs: dict[str, list[dict[str, Any]]] = {"teacher": [], **{cell.row: [] for cell in todo}}
     found: dict[tuple[str, int], dict[str, Any]] = {}
@@ -101,9 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         teacher = distill_lm.teacher_measured(cell.args, setup)
         runs["teacher"] = runs["teacher"] or [report.beside(teacher, teacher)]
         alone = found.get((label(NONE, cell.change), cell.seed))
-        if cell.method == SAME_TIME:
-            slowest = max(found[label(m, cell.change), cell.seed]["seconds"] for m in distilled)
-            cell.args.steps = round(alone["steps"] * slowest / alone["seconds"])
+        if cell.method == SAME_COMPUTE:
+            dearest = max(found[label(m, cell.change), cell.seed]["teraflop"] for m in distilled)
+            cell.args.steps = round(alone["steps"] * dearest / alone["teraflop"])
         found[cell.row, cell.seed] = distill_lm.measured(cell.args, setup)
         runs[cell.row].append(report.beside(found[cell.row, cell.seed], teacher, alone))
     print(report.write(runs, vars(args), args.output, distill_lm.NOTES))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import cells, evaluation, memory, models, options, report, text
+from parts import cells, evaluation, memory, models, operations, options, report, text
 from parts.checkpoint import Checkpoint
 from parts.setup import Setup, prepare, student_of
 from torch import Tensor, nn
@@ -28,9 +28,10 @@ import kdloss
 
 NOTES = """\
 Perplexity and ROUGE-L (greedy continuations against the real ones) on texts no model has seen.
-Retention: the teacher's perplexity over the student's. CPU seconds and tokens/s count the time of
-all cores together, evaluation left out. Train MB: tensors alive at the peak of one training step
-(weights of student and teacher, gradients, optimizer state, activations)."""
+Retention: the teacher's perplexity over the student's. TFLOP: floating-point operations of training,
+in 10^12, those of the teacher's passes included: counted products and attention. Seconds: CPU time of
+training with one thread, the wall's clock with more or on a GPU. Train MB: tensors alive at the peak of
+one training step (weights of student and teacher, gradients, optimizer state, activations)."""
 
 ELSEWHERE = {"output", "teachers", "save_every", "device"}  # settings that change no result
 FEATURES = {"layers", "pairing", "distance"}
@@ -168,7 +169,11 @@ def fit(
     in_use = [student, distill.criterion, *teachers]
     held = memory.held(optimizer, *in_use)
     peak = memory.training_memory(lambda: distill(student, **batch).loss.backward(), held)
-    return {**outcome(student, args, setup, curve, steps, peak), "student": str(students)}
+    teraflop = operations.of_training(
+        lambda batch: distill(student, **batch).loss.backward(),
+        text.batches(blocks, args.batch_size, steps, args.seed),
+    )
+    return {**outcome(student, args, setup, curve, steps, peak, teraflop), "student": str(students)}
 
 
 def outcome(
@@ -178,6 +183,7 @@ def outcome(
     curve: list[dict[str, float]],
     steps: int,
     peak: int,
+    teraflop: float,
 ) -> dict[str, Any]:
     """What a trained student is worth and what it cost."""
     last = curve[-1]
@@ -186,6 +192,7 @@ def outcome(
         **evaluation.evaluate(student, setup.tokenizer, setup.prompts, setup.reference),
         "seed": args.seed,
         "steps": steps,
+        "teraflop": teraflop,
         "seconds": last["seconds"],
         "trained_tokens_per_second": last["tokens"] / last["seconds"],
         "lowest_perplexity": min(point["perplexity"] for point in curve),

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import datasets
 import distill_lm
 import torch
-from parts import cells, evaluation, memory, models, options, report, text
+from parts import cells, evaluation, memory, models, operations, options, report, text
 from parts.setup import Setup, prepare, student_of
 from torch import Tensor
 from torch.optim import AdamW
@@ -93,7 +93,10 @@ def fit(cache: kdloss.cache.Cache, args: Settings, setup: Setup, folder: Path) -
     models.save(student, setup.tokenizer, args.output / "students" / "cached")
     held = memory.held(optimizer, student)
     peak = memory.training_memory(lambda: distill(student, **first).loss.backward(), held)
-    return {**distill_lm.outcome(student, args, setup, curve, steps, peak), **losses}
+    teraflop = operations.of_training(
+        lambda batch: distill(student, **batch).loss.backward(), batches(setup, args, steps)
+    )
+    return {**distill_lm.outcome(student, args, setup, curve, steps, peak, teraflop), **losses}
 
 
 @torch.no_grad()

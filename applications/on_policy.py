@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 
 import distill_lm
 import torch
-from parts import models, options, report
-from parts.setup import Setup, prepare
+from parts import operations, options, report, text
+from parts.setup import Setup, prepare, student_of
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import Doc
@@ -31,8 +31,9 @@ import kdloss
 
 NOTES = f"""\
 {distill_lm.NOTES}
-Samples: the teacher's perplexity on what a student writes after the prompts, at random. All students but
-the first begin as the first; losses count at the second half of every block."""
+What the student does to write is in TFLOP, too: of as many steps as lambda says. Samples: the teacher's
+perplexity on what a student writes after the prompts, at random. All students but the first begin as the
+first; losses count at the second half of every block."""
 
 
 @dataclass(kw_only=True)
@@ -100,6 +101,19 @@ def judged(student: PreTrainedModel, setup: Setup) -> float:
     return kdloss.cross_entropy(logits, written[:, prompts.shape[1] :]).mean().exp().item()
 
 
+def teraflop(loop: OnPolicy, student: PreTrainedModel, steps: int, args: Settings, setup: Setup) -> float:
+    """Floating-point operations of training if exactly its share of the steps is sampled, in 10^12."""
+    blocks = text.draw(setup.blocks, args.student_blocks, args.seed)
+    student.train()
+
+    def if_all(sampled: float) -> float:
+        of_one_kind = OnPolicy(loop.distill, sampled)
+        batches = text.batches(blocks, args.batch_size, steps, args.seed)
+        return operations.of_training(lambda batch: of_one_kind(student, **batch).loss.backward(), batches)
+
+    return (1 - loop.sampled) * if_all(0.0) + loop.sampled * if_all(1.0)
+
+
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
     """Train the start, then from there the baseline and one student for every lambda."""
     args = options.read(DEFAULTS, arguments, __doc__)
@@ -126,8 +140,11 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         runs[row] = [distill_lm.measured(plain, setup, loop, name, students=kept, row=row, **more)]
     for row in [row for row in runs if row != "teacher"]:
         found = runs[row][0]
-        student = models.load(found["student"])[0].to(args.device)
+        kept_one = replace(plain, keep_blocks=None, student=found["student"])
+        student = student_of(kept_one, setup.teacher, setup.tokenizer)
         found["samples"] = judged(student, setup)
+        if row.startswith("lambda"):  # the batches that were counted were sampled or not by chance
+            found["teraflop"] = teraflop(rows[row][0], student, found["steps"], args, setup)
         against = runs["cross-entropy goes on"][0] if row.startswith("lambda") else None
         runs[row] = [report.beside(found, best, against)]
     print(report.write(runs, vars(args), args.output, NOTES))

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import distill_lm
 import torch
-from parts import cells, evaluation, models, options, report, setup, text
+from parts import cells, evaluation, models, operations, options, report, setup, text
 from torch import Tensor
 from torch.optim import AdamW
 from tqdm import tqdm
@@ -31,7 +31,9 @@ import kdloss
 ARROW = " =>"  # no space behind it: tokens begin with theirs
 NOTES = """\
 ROUGE-1/2/L (F1, percent) of greedy summaries of documents no model has seen, and perplexity of the
-real ones. Retention: the teacher's perplexity over the student's. CPU seconds leave evaluation out."""
+real ones. Retention: the teacher's perplexity over the student's. TFLOP: floating-point operations of
+training, in 10^12, those of the teacher's passes included: products and attention, counted on eight batches,
+for each has a length of its own. Seconds: CPU time of training with one thread, else the wall's clock."""
 Pair = tuple[list[int], list[int]]  # tokens of a document, and of the arrow and its summary
 
 
@@ -184,10 +186,13 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
             title=method,
         )
         models.save(model, tokenizer, args.output / "students" / method)
+        some = [*batches(pairs, tokenizer.pad_token_id, steps, args)][:: -(-steps // 8)]
+        teraflop = operations.of_training(lambda batch: distill(model, **batch).loss.backward(), some)
         found = evaluate(model, tokenizer, unseen, args.summary_length)
         return found | {
             "seed": args.seed,
             "steps": steps,
+            "teraflop": teraflop * steps / len(some),
             "seconds": curve[-1]["seconds"],
             "curve": curve,
         }

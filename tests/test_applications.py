@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import distill_lm
 import pytest
@@ -104,6 +105,13 @@ def test_a_student_deeper_than_its_teacher_is_distilled(demo, tmp_path):
     more = "--student-layers 5 --layers all --method both --steps 2"
     runs = distill_lm.main([*demo[0], *more.split(), "--output", str(tmp_path)])
     assert runs["both"][0]["perplexity"] < runs["both"][0]["curve"][0]["perplexity"]
+
+
+@pytest.mark.parametrize(("threads", "seconds"), [(1, 1.0), (2, 2.0)])
+def test_seconds_are_the_cpu_time_of_one_thread_or_the_walls_of_several(monkeypatch, threads, seconds):
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(process_time=lambda: 1.0, perf_counter=lambda: 2.0))
+    torch.set_num_threads(threads)
+    assert evaluation.clock(torch.device("cpu")) == seconds
 
 
 def test_a_new_student_has_all_of_its_teachers_vocabulary_which_may_be_padded():

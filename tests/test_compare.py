@@ -30,13 +30,42 @@ def test_all_methods_start_from_one_student_and_learn(study):
     assert runs["none"][0]["curve"][0] != runs["none"][1]["curve"][0]  # nor two seeds one student
 
 
-def test_training_alone_gets_the_seconds_of_the_slowest_distilled(study):
+def test_training_alone_gets_the_operations_of_the_dearest_distilled(study):
     _, runs, _ = study
     for alone, longer, *distilled in zip(
-        *(runs[m] for m in ("none", "none-same-time", "vanilla", "feature", "both")), strict=True
+        *(runs[m] for m in ("none", "none-same-compute", "vanilla", "feature", "both")), strict=True
     ):
-        slowest = max(found["seconds"] for found in distilled)
-        assert longer["steps"] == round(alone["steps"] * slowest / alone["seconds"])
+        assert all(found["teraflop"] > alone["teraflop"] for found in distilled)  # the teacher's passes
+        dearest = max(found["teraflop"] for found in distilled)
+        assert longer["teraflop"] == pytest.approx(dearest, abs=alone["teraflop"] / alone["steps"])
+    assert len({longer["steps"] for longer in runs["none-same-compute"]}) == 1
+
+
+def test_a_slow_machine_changes_nothing_but_the_seconds(study, tmp_path, monkeypatch):
+    arguments, runs, output = study
+    now, ends = [0.0], []
+    schedule = distill_lm.get_linear_schedule_with_warmup
+
+    def clock(device):
+        now[0] += 1 + now[0] / 100  # ever slower
+        return now[0]
+
+    def recorded(optimizer, warmup, steps):
+        ends.append(steps)
+        return schedule(optimizer, warmup, steps)
+
+    monkeypatch.setattr(distill_lm.evaluation, "clock", clock)
+    monkeypatch.setattr(distill_lm, "get_linear_schedule_with_warmup", recorded)
+    given = ["--teachers", str(output / "teachers"), "--output", str(tmp_path)]
+    slow = compare.main([*arguments, "--seeds", "0", "1", *given])
+    timed = ("seconds", "tokens_per_second", "student", "curve")
+    for row, seeds in runs.items():
+        for found, ours in zip(slow[row], seeds, strict=True):
+            assert {k: x for k, x in found.items() if not k.endswith(timed)} == {
+                k: x for k, x in ours.items() if not k.endswith(timed)
+            }
+    of_each_seed = [runs[method][0]["steps"] for method in compare.METHODS]
+    assert ends == 2 * of_each_seed  # the learning rate falls to 0 at a run's own end
 
 
 def test_means_and_deviations_are_over_the_seeds(study):
@@ -59,10 +88,9 @@ def test_a_killed_study_repeats_no_finished_cell(study, tmp_path, monkeypatch):
     trained, fit = [], distill_lm.fit
     monkeypatch.setattr(distill_lm, "fit", lambda *a: trained.append(a[-1]) or fit(*a))
     again = compare.main([*arguments, "--seeds", "0", "1", "--output", str(tmp_path)])
-    # How long the same time is follows from the slowest method, which may be the one that is trained again.
-    assert [title for title in trained if not title.startswith("none")] == ["feature (0)", "feature (1)"]
+    assert trained == ["feature (0)", "feature (1)"]
     assert all((tmp_path / "cells" / cell.name).read_bytes() == cell.read_bytes() for cell in kept)
-    for row in set(runs) - {"none-same-time"}:
+    for row in runs:
         assert [x["perplexity"] for x in again[row]] == [x["perplexity"] for x in runs[row]]
 
 
@@ -71,7 +99,7 @@ def test_a_grid_has_every_pair_of_values_and_trains_nothing_twice(data, study, t
 
     def fit(distill, student, args, setup, checkpoints, students, title):
         asked.append((args.method, args.temperature, args.alpha))
-        return {"perplexity": 2.0, "parameters": 1, "seed": args.seed, "steps": 1, "seconds": 1.0,
+        return {"perplexity": 2.0, "parameters": 1, "seed": args.seed, "steps": 1, "seconds": 1.0, "teraflop": 1.0,
                 "curve": [{"step": 1, "seconds": 1.0, "perplexity": 2.0}]}  # fmt: skip
 
     monkeypatch.setattr(distill_lm, "fit", fit)
@@ -95,9 +123,9 @@ def test_one_by_one_changes_one_flag_at_a_time():
     assert list(compare.changes(args)) == [{}, *alone]
 
 
-def test_the_same_time_needs_something_to_take_it_from(study):
-    with pytest.raises(ValueError, match="'none-same-time' needs 'none' and a method that distils"):
-        compare.main([*study[0], "--methods", "none-same-time"])
+def test_the_same_compute_needs_something_to_take_it_from(study):
+    with pytest.raises(ValueError, match="'none-same-compute' needs 'none' and a method that distils"):
+        compare.main([*study[0], "--methods", "none-same-compute"])
 
 
 @pytest.mark.parametrize(("vary", "said"), [("alpha 0.1 1.5", "alpha"), ("layers last lats", "lats")])

@@ -12,14 +12,14 @@ import kdloss
 
 
 def clock(device: torch.device) -> float:
-    """Seconds of all CPU cores together; of the wall on a GPU.
+    """Seconds of CPU time where there is one thread (OMP_NUM_THREADS=1), which other programs disturb little.
 
-    With OMP_NUM_THREADS=1 other programs disturb them little. Of several threads, those that wait
-    spin, which counts as work: measure on an idle machine then.
+    Else the wall's: of several threads, those that wait spin, which would count as work.
     """
-    if device.type == "cpu":
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    elif torch.get_num_threads() == 1:
         return time.process_time()
-    torch.accelerator.synchronize()
     return time.perf_counter()
 
 

@@ -26,7 +26,8 @@ COLUMNS = {  # heading: (key, format)
     "ROUGE-2": ("rouge_2", "{:.2f}"),
     "ROUGE-L": ("rouge_l", "{:.2f}"),
     "steps": ("steps", "{:.0f}"),
-    "CPU s": ("seconds", "{:.0f}"),
+    "TFLOP": ("teraflop", "{:,.2f}"),
+    "seconds": ("seconds", "{:.0f}"),
     "train tok/s": ("trained_tokens_per_second", "{:.0f}"),
     "generate tok/s": ("generated_tokens_per_second", "{:.0f}"),
     "parameters": ("parameters", "{:,.0f}"),
@@ -114,7 +115,7 @@ def picture(runs: Runs) -> Figure:
     panels = 3 if len(students) <= 8 else 1
     figure = Figure(figsize=(5 * panels if panels > 1 else 9, max(4.6, 0.35 * len(runs))), layout="constrained")
     *over, bars = figure.subplots(1, panels, squeeze=False)[0]
-    for axes, unit in zip(over, ("step", "seconds"), strict=False):
+    for axes, unit in zip(over, ("steps", "teraflop"), strict=False):
         _learning_curves(axes, {row: runs[row] for row in students}, unit)
     heights = [summary(runs[row])["perplexity"] for row in students]
     drawn = bars.barh(students, [m for m, _ in heights], xerr=[d for _, d in heights])
@@ -135,10 +136,11 @@ def _learning_curves(axes: Axes, students: Runs, unit: str) -> None:
     for i, (row, seeds) in enumerate(students.items()):
         for nth, run in enumerate(seeds):
             style = {"color": f"C{i}", "marker": ".", "label": row if nth == 0 else None}
-            style["linestyle"] = "--" if "time" in row else "-"
+            style["linestyle"] = "--" if "compute" in row else "-"
             seen = [point for point in run["curve"] if point["step"] > 0]
-            axes.plot([point[unit] for point in seen], [point["perplexity"] for point in seen], **style)
-    axes.set(xlabel={"step": "training steps", "seconds": "CPU seconds of training"}[unit])
+            reached = [point["step"] / run["steps"] * run[unit] for point in seen]
+            axes.plot(reached, [point["perplexity"] for point in seen], **style)
+    axes.set(xlabel={"steps": "training steps", "teraflop": "TFLOP of training, the teacher's passes included"}[unit])
     axes.set(ylabel="held-out perplexity", yscale="log")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
