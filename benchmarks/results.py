@@ -120,7 +120,7 @@ def main(only: tuple[Literal[ALL], ...] = ALL, workers: int = 2) -> None:
         only: Which of them.
         workers: How many at a time.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # waiting threads would count as CPU time
+    os.environ["OMP_NUM_THREADS"] = "1"  # seconds are CPU time then, which a study beside it disturbs little
     spawn = get_context("spawn")
     studies = [name for name in only if name in STUDIES]
     tasks = [(study, [seed]) for seed in SEEDS for study in studies]
