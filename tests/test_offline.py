@@ -45,6 +45,7 @@ def test_from_the_cache_a_student_learns_what_it_learns_live_with_no_teacher_in_
     assert runs["cached"]["perplexity"] == pytest.approx(runs["live"]["perplexity"], rel=1e-3)
     assert runs["none"]["perplexity"] != pytest.approx(runs["live"]["perplexity"], rel=1e-2)
     assert runs["cached"]["kd_from_cache"] == pytest.approx(runs["cached"]["kd_live"], rel=1e-3)
+    assert runs["cached"]["teraflop"] == runs["none"]["teraflop"] < runs["live"]["teraflop"]  # no teacher's passes
     monkeypatch.setattr(distill_lm, "train", never)
     again = offline_teacher.main(arguments)
     assert {row: found[0] for row, found in again.items()} == runs
@@ -59,12 +60,15 @@ def test_a_student_goes_on_by_its_own_text_and_the_same_command_trains_nothing_a
     data, teachers, tmp_path, monkeypatch
 ):
     settings = {"start_epochs": 2, "divergence": "reverse_kl"}
-    arguments = [*tiny.flags(data, tmp_path, teachers, **settings), "--lambdas", "0", "1"]
+    arguments = [*tiny.flags(data, tmp_path, teachers, **settings), "--lambdas", "0", "0.5", "1"]
     runs = {row: found[0] for row, found in on_policy.main(arguments).items()}
-    assert list(runs) == ["teacher", "start", "cross-entropy goes on", "lambda 0", "lambda 1"]
-    for row in ("cross-entropy goes on", "lambda 0", "lambda 1"):
+    assert list(runs) == ["teacher", "start", "cross-entropy goes on", "lambda 0", "lambda 0.5", "lambda 1"]
+    for row in list(runs)[2:]:
         assert runs[row]["curve"][0]["perplexity"] == pytest.approx(runs["start"]["perplexity"])
-    assert len({round(found["perplexity"], 3) for found in runs.values()}) == 5
+    assert len({round(found["perplexity"], 3) for found in runs.values()}) == 6
+    never_writes, half, always = (runs[f"lambda {x}"]["teraflop"] for x in ("0", "0.5", "1"))
+    assert runs["cross-entropy goes on"]["teraflop"] < never_writes < always
+    assert half == pytest.approx((never_writes + always) / 2)
     assert runs["lambda 1"]["samples"] < runs["start"]["samples"]  # the teacher likes them better
     monkeypatch.setattr(distill_lm, "train", never)
     again = on_policy.main(arguments)

@@ -144,6 +144,7 @@ def test_a_summarising_student_learns_and_is_measured(teachers, tmp_path, monkey
         assert 0 <= found["rouge_2"] <= found["rouge_1"] <= 100
         assert found["examples"][0]["real"].startswith("Number")
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/students" / method).config.n_layer == 2
+    assert 0 < runs["none"][0]["teraflop"] < runs["both"][0]["teraflop"]
     monkeypatch.setattr(distill_lm, "train", never)
     assert summarise.main([*flags, *task.split()]) == runs
 
