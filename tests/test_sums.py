@@ -461,6 +461,15 @@ def test_two_teachers_that_are_one_at_half_a_weight_each_give_that_one_exactly()
         close(together(batch.student, [batch.teacher, batch.teacher], batch.labels, mask=batch.mask), value, batch)
 
 
+def test_weights_are_those_of_the_teachers_in_the_order_in_which_they_are_named():
+    batch, second = Batch(), Batch(seed=1).teacher
+    other = torch.where(batch.mask & (batch.labels != -100), 1.0, 0.0)
+    t = 0.25 * second.logits + 0.75 * batch.teacher.logits
+    expected = (kl(batch.logits, t, 2.0) * other).sum() / other.sum()
+    criterion = 1.0 * Logits(temperature=2.0, teacher=(1, 0), weights=[0.25, 0.75], average="logits")
+    close(criterion(batch.student, [batch.teacher, second], batch.labels, mask=batch.mask), expected, batch)
+
+
 # -- what doesn't count, and copies --
 
 

@@ -49,7 +49,7 @@ class Evaluation:
         self.losses: list[Tensor] = []
         self.means: dict[str, Tensor] = {}
         self.swept: list[Swept] = []
-        self.held: dict[str, list[Any]] = {}
+        self.held: dict[str, dict[int, Any]] = {}
         self.shares = Shares(plan.weightings, plan.teachers)
         self.shared: list[tuple[str, Tensor, Positions]] = []
         self.plain = contract.reduction == "mean" and items is None  # a term's total is its mean
@@ -71,13 +71,14 @@ class Evaluation:
             own = term.retain(view(output, name))
             if self.teacher_layout is not None and isinstance(term, Logits):
                 own = classes_last(own, self.teacher_layout, self.stands.logits.known, "teacher", "teacher_layout")
-            self.held.setdefault(name, []).append(own)
+            self.held.setdefault(name, {})[k] = own
         if k in self.shares.teacher.values():
             self._score(k, output)
         del output
         for name in self.plan.complete_with(k):
             held = self.held.pop(name)
-            self.reach(name, held if self.terms[name].several else held[0])
+            several = [held[k] for k in self.plan.teachers[name]]  # in the order of the weights, not in that they ran
+            self.reach(name, several if self.terms[name].several else several[0])
 
     def reach(self, name: str, teacher: Any) -> None:
         """Compute a term, or put it down for the sweep."""
@@ -142,7 +143,7 @@ class Evaluation:
         """What weightings think of teacher k, by the logits which a term of its reads, if one does."""
         term = next((t for t in self.terms.values() if isinstance(t, Logits) and t.teacher == (k,)), None)
         if term is not None:
-            own = self.held[term.name][0]
+            own = self.held[term.name][k]
         else:
             named = output.classes if isinstance(output, Captured) else None
             own = logits_of(output, "teacher")
