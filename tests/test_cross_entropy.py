@@ -30,6 +30,19 @@ def test_value_and_gradient_agree_with_the_float64_oracle(dtype):
     np.testing.assert_allclose(slope.double(), exact, rtol=rounding, atol=tolerance)
 
 
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_logits_in_float64_keep_their_digits_beside_class_weights_in_float32(smoothing):
+    logits, _ = sample(3, 4, 5, dtype=torch.float64)
+    weight = torch.tensor([0.1, 1.0, 0.7, 3.0, 0.0])
+    criterion = 1.0 * kdloss.CrossEntropy(label_smoothing=smoothing, class_weights=weight)
+    value = criterion(logits, None, LABELS)
+    z, w = logits.detach().numpy(), weight.double().numpy()
+    exact = oracles.cross_entropy(z, LABELS.numpy(), smoothing, w)
+    assert value.item() == pytest.approx(exact.mean(), rel=1e-12)
+    slope = oracles.gradient(lambda x: oracles.cross_entropy(x, LABELS.numpy(), smoothing, w), z) / exact.size
+    np.testing.assert_allclose(grad(value, logits), slope, rtol=1e-12, atol=1e-15)
+
+
 def test_gradcheck_and_gradgradcheck_hold():
     logits, _ = sample(3, 4, 5, dtype=torch.float64)
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):

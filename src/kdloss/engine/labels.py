@@ -81,7 +81,7 @@ def _spread(task: LabelTask, q: Side, one: Unsoftened) -> tuple[Tensor, Tensor, 
     else:
         start = 0 if q.shard is None else q.shard.offset
         weights = task.class_weights[start : start + q.logits.shape[-1]]
-        share = (weights * (task.smoothing / classes)).to(q.logits.dtype).unsqueeze(0)
+        share = (weights.to(one.total.dtype) * (task.smoothing / classes)).to(q.logits.dtype).unsqueeze(0)
         total = task.class_weights.sum(dtype=one.total.dtype).reshape(1, 1) * (task.smoothing / classes)
         bits = q.sum((q.bits * share).nan_to_num_(0.0, neginf=-torch.inf))
     return total * one.log_total - q.temperature * LN2 * bits, total, share
