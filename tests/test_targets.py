@@ -640,6 +640,18 @@ def test_a_mixture_is_the_weighted_average_whatever_kinds_it_is_of(weights, aver
     assert criterion(student, teachers).item() == pytest.approx(ours[0].mean().item(), rel=1e-12)
 
 
+def test_a_mixture_of_logits_far_from_0_rounds_their_small_gaps_and_not_where_they_are():
+    student, first, second = 1e4 + torch.randint(0, 200, (3, 4, 11)) / 1024  # exact in float32
+    exact = oracles.log_softmax(np.stack([x.double().numpy() for x in (first, second)]), 0.3)
+    mixed = 0.3 * np.log(0.25 * np.exp(exact[0]) + 0.75 * np.exp(exact[1]))
+    mixture = Mixture([first, second], [0.25, 0.75])
+    for some in (student, torch.cat([student] * 500)):
+        many = mixture if len(some) == 4 else Mixture([torch.cat([x] * 500) for x in mixture.teachers], [0.25, 0.75])
+        value = kdloss.divergences.forward_kl(some, many, temperature=0.3)
+        exact = oracles.forward_kl(student.double().numpy(), mixed, 0.3)
+        np.testing.assert_allclose(value[:4], exact, rtol=1e-5)
+
+
 def test_mixtures_that_make_no_sense_are_refused():
     a, b = torch.zeros(2, 5), torch.zeros(2, 5)
     cases = [
