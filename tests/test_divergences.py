@@ -7,6 +7,7 @@ from functools import partial
 
 import mpmath
 import numpy as np
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,13 @@ def test_adaptive_kl_weighs_by_the_difference_in_head_and_tail():
     for head, share in ((0.5, 0.3 / 0.6), (0.1, 0.3 / 0.6), (0.91, 0.5 / 0.6)):
         exact = share * forward + (1 - share) * reverse
         assert kdloss.divergences.adaptive_kl(student, teacher, head=head).item() == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("teacher", [[0.0, -8000.0, -8000.0], [0.0, -8.0, -9000.0]])
+def test_head_and_tail_that_hardly_differ_weigh_with_all_digits_where_a_divergence_is_large(teacher):
+    student, teacher = torch.tensor([[0.0, -8.1, -12.0]]), torch.tensor([teacher])
+    exact = oracles.adaptive_kl(student.double().numpy(), teacher.double().numpy())
+    np.testing.assert_allclose(kdloss.divergences.adaptive_kl(student, teacher), exact, rtol=1e-5)
 
 
 def test_the_weights_of_adaptive_kl_are_constants_for_the_gradient():

@@ -7,6 +7,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss.divergences._log_probs import kl, log_probs
 from kdloss.engine import any_logits
+from kdloss.reduction import widest
 
 
 @any_logits()
@@ -41,14 +42,27 @@ def adaptive_kl(
     """
     _checks.fraction("head", head)
     log_q, log_p = log_probs(student, teacher, temperature)
-    p, order = log_p.exp().sort(dim=-1, descending=True, stable=True)
-    gap = (p - log_q.detach().exp().gather(-1, order)).abs()
-    in_head = p.cumsum(-1) <= head
-    in_head[..., 0] = True
-    total = gap.sum(-1)
-    share = torch.where(total > 0, (gap * in_head).sum(-1) / total.masked_fill(total == 0, 1), 0.5)
-    values = _times(share, kl(log_p, log_q)) + _times(1 - share, kl(log_q, log_p))
+    in_head, in_tail = _shares(student.detach(), teacher, temperature, head)
+    values = _times(in_head.to(log_q.dtype), kl(log_p, log_q)) + _times(in_tail.to(log_q.dtype), kl(log_q, log_p))
     return values * temperature**2 if t_squared else values
+
+
+def _shares(student: Tensor, teacher: Tensor, temperature: float, head: float) -> tuple[Tensor, Tensor]:
+    """How much of where they differ is in the head, and how much in the tail.
+
+    In float64 throughout: one minus a probability next to 1 has few digits, and what it weighs may be large.
+    """
+    wide = widest(student.device)
+    log_q, log_p = log_probs(student.to(wide), teacher.to(wide), temperature)
+    p, order = log_p.exp().sort(dim=-1, descending=True, stable=True)
+    gap = (p - log_q.exp().gather(-1, order)).abs()
+    inside = p.cumsum(-1) <= head
+    inside[..., 0] = True
+    total = gap.sum(-1)
+    none, total = total == 0, total.masked_fill(total == 0, 1)
+    parts = ((gap * where).sum(-1) / total for where in (inside, ~inside))
+    in_head, in_tail = (part.masked_fill(none, 0.5) for part in parts)
+    return in_head, in_tail
 
 
 def _times(weight: Tensor, value: Tensor) -> Tensor:
