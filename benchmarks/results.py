@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+import questions
 import tyro
 
 HERE = Path(__file__).parent.parent
@@ -41,6 +42,8 @@ STUDIES = {  # name: flags of compare.py
         "--vary pairing same first last reverse random --vary distance normalized_mse cosine mse"
     ),
     "weak-teacher": f"{SMALL} --methods none vanilla --teacher-samples 600 --vary alpha 0.3 0.5 0.7 0.9",
+    "defaults": f"{SMALL} --methods none vanilla --temperature 2 --alpha 0.5",
+    "data": f"{SMALL} --methods none vanilla feature --steps 576 --vary student-blocks 96 192 384 1536 3072",
     "size": f"{SMALL} --methods none vanilla --student-heads 2 --vary student-width 16 32 64 128",
     "gap": f"{SMALL} --methods none vanilla --student-heads 2 --student-width 32 --vary temperature 2 4 8",
     "unlike": f"{SMALL} --methods none vanilla feature --vary temperature 2 4 8",
@@ -137,6 +140,7 @@ def main(only: tuple[Literal[ALL], ...] = ALL, workers: int = 2) -> None:
         work(study, SEEDS)  # everything is there: this writes table and picture over all seeds
         for kind in ("md", "png"):
             shutil.copy(f"runs/results/{study}/results.{kind}", folder / f"{study}.{kind}")
+    questions.main([name for name in questions.QUESTIONS if questions.measured(name)])
 
 
 if __name__ == "__main__":

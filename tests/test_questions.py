@@ -1,0 +1,60 @@
+"""The pictures of docs/results.md show what was measured, each row where it belongs."""
+
+import json
+
+import pytest
+import questions
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Writes what a study would have found: perplexities of two seeds by row."""
+    monkeypatch.setattr(questions, "RUNS", tmp_path)
+    monkeypatch.setattr(questions, "PICTURES", tmp_path)
+
+    def write(name, rows, **more):
+        found = {row: [{"perplexity": p, **more.get(row, {})} for p in seeds] for row, seeds in rows.items()}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"runs": found}))
+
+    return write
+
+
+def drawn(axes):
+    """Every line's points, by the name at it."""
+    names = [text.get_text() for text in axes.texts]
+    return dict(zip(names, [container[0].get_xydata().tolist() for container in axes.containers], strict=False))
+
+
+def test_a_temperature_stands_in_percent_of_the_same_seeds_student_alone(study):
+    rows = {"none": [100, 200], "vanilla": [50, 120], "vanilla, temperature 4": [70, 140], "vanilla, alpha 0.5": [1, 1]}
+    for name in ("output", "gap", "unlike"):
+        study(name, rows)
+    assert drawn(questions.temperature().axes[0])["2.5 times smaller"] == [[1, 55], [4, 70]]
+
+
+def test_the_size_is_the_row_s_own_compression(study):
+    rows = {"teacher": [10], "none": [90, 90], "vanilla": [60, 60], "none, student-width 16": [200, 200]}
+    rows |= {"vanilla, student-width 16": [120, 120]}
+    sizes = {row: {"compression": 20.0 if "16" in row else 2.0} for row in rows}
+    study("size", rows, **sizes)
+    assert drawn(questions.size().axes[0]) == {"alone": [[2, 90], [20, 200]], "distilled": [[2, 60], [20, 120]]}
+
+
+def test_bars_stand_beside_the_names_of_their_rows_with_the_teacher_as_a_line(study):
+    study("demo", {"teacher": [7], "none": [5], "none-same-compute": [4], "feature": [3], "vanilla": [2], "both": [1]})
+    axes = questions.kinds().axes[0]
+    found = dict(
+        zip([t.get_text() for t in axes.get_yticklabels()], [bar.get_width() for bar in axes.patches], strict=True)
+    )
+    assert found == {"alone": 5, "alone, as many operations": 4, "features": 3, "logits": 2, "both": 1}
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [7]
+
+
+def test_what_was_not_measured_is_not_drawn(study):
+    assert not any(map(questions.measured, questions.QUESTIONS))
+    study("weak-teacher", {"none": [2], "vanilla": [3]})
+    study("output", {"none": [2], "vanilla": [1]})
+    assert [name for name in questions.QUESTIONS if questions.measured(name)] == ["alpha"]
+    questions.main(["alpha"])
+    assert (questions.PICTURES / "question-alpha.png").read_bytes().startswith(b"\x89PNG")
