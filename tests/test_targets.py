@@ -303,6 +303,8 @@ SURE = [
     [[1e4, 9999.0, -1e4, -9990.0]],  # and far from each other, too
     [[1e4, 1e4 - 2, 9997.0, 9999.5]],  # or all are large
     [[0.25, -1e4, -1e4 - 2, -INF]],
+    [[0.0, 0.5, 50.0, -0.3]],  # or sure of what was not kept
+    [[0.0, 0.5, -0.3, 1e4]],
 ]
 
 
@@ -340,6 +342,8 @@ def test_a_student_sure_of_what_was_kept_still_tells_the_others_apart(sure, tail
     divergence = getattr(kdloss.divergences, name)
     for k, temperature in ((1, 1.0), (2, 0.3), (2, 4.0)):
         kept = TopKLogits.of(torch.tensor([teacher], dtype=torch.float64), k, tail=tail, temperature=temperature)
+        if dtype != torch.float64:
+            kept = dataclasses.replace(kept, log_probs=kept.log_probs.float(), log_rest=kept.log_rest.float())
         exact, slope = few_by_mpmath(student[0].double().tolist(), teacher, k, temperature, name, tail)
         z = student.clone().requires_grad_()
         plain = divergence(*kept.against(z), temperature=temperature)

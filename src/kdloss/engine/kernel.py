@@ -11,7 +11,7 @@ from torch import Tensor
 from kdloss.engine.closed_forms import ClosedForm
 from kdloss.engine.labels import Unsoftened, of_classes, of_probabilities
 from kdloss.engine.plan import Group, Plan
-from kdloss.engine.side import Side
+from kdloss.engine.side import ExactSide, Side
 from kdloss.engine.task import LabelTask, TeacherTask
 from kdloss.engine.top_k import among_few, others_in_place, others_of_side
 from kdloss.engine.total import Total
@@ -105,12 +105,15 @@ def by_top_k(k: int, few: Few, side: MakeSide) -> None:
     task, wanted = few.task(k), few.gradient is not None
     classes = task.student_classes
     z = chosen(few.z, classes)
+    dtype = z.dtype
     if few.given is None:
+        if on_cpu(z.device) and dtype == torch.float32:  # a few numbers, as in `at_once`
+            dtype, side = torch.float64, ExactSide
         place = None if few.gradient is None or classes is not None else few.gradient.empty_place
         rest = partial(others_in_place, z, place)
     else:
         rest = partial(others_of_side, side, chosen(few.given, classes), z.dtype)
-    of = among_few(partial(_compare, task, side, wanted), rest, z, task.teacher)
+    of = among_few(partial(_compare, task, side, wanted), rest, z, task.teacher, dtype)
     few.values[k] = of.value
     if few.gradient is None or of.slope is None:
         return

@@ -1,6 +1,8 @@
 """Rows against a teacher of which the k most probable classes were kept."""
 
+import struct
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +12,10 @@ from kdloss.engine.once import behind
 from kdloss.engine.side import LN2, Side, finite, wide_sum
 from kdloss.reduction import on_cpu
 from kdloss.targets import TopKLogits
-from kdloss.targets.few_classes import base, logits, slots
+from kdloss.targets.few_classes import base, filled, logits, says_nothing, slots
 
-ENOUGH = 2.0**-40
-"""The least mass, in exponentials of which the largest is 1, whose logarithm is as exact as float32 can say it."""
+LEAST, MOST = 2.0**-40, 2.0**20
+"""Between these a mass, beside the largest exponential of the classes kept, has as many digits as float32 can say."""
 AmongFew = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """Student's and teacher's logits of a few classes `[r, k + 1]` -> values `[r, 1]` and, if wanted, their slopes."""
 
@@ -29,67 +31,93 @@ class TopK(NamedTuple):
 
 
 class Others(NamedTuple):
-    """The classes that were not kept: their mass, its sum, its logarithm as a logit, and what they are relative to.
-
-    That is their own largest, as beside the classes kept they may be too small for a number.
+    """The classes that were not kept: their mass, its sum (1 in place of 0), and its logarithm as a logit, which is
+    relative to `low` `[r, 1]`, as those of the classes kept shall be.
     """
 
     mass: Tensor
     total: Tensor
     size: Tensor
-    top: Tensor
+    low: Tensor
 
 
-def among_few(compare: AmongFew, rest: Callable[..., Others], z: Tensor, teacher: TopKLogits) -> TopK:
-    """Compared among the k classes and a bucket, at the temperature the teacher's were kept at.
+def among_few(
+    compare: AmongFew, rest: Callable[..., Others], z: Tensor, teacher: TopKLogits, dtype: torch.dtype
+) -> TopK:
+    """Compared among the k classes and a bucket, at the temperature the teacher's were kept at, in a `dtype`.
 
     In the student's logits the bucket's gradient goes to the classes in it by their share of its mass.
     """
     indices, empty = slots(teacher)
-    nothing = empty.all(-1, keepdim=True)
-    kept = z.gather(-1, indices).masked_fill(empty, -torch.inf)
+    nothing, k = says_nothing(empty), indices.shape[-1]
+    at = z.gather(-1, indices)
     if teacher.tail == "renormalise":
-        few, others = kept - base(kept), None
+        kept, others = filled(at, empty, -torch.inf), None
+        few = kept - base(kept)
     else:
-        others = rest(indices, teacher.temperature)
-        low = base(kept, others.top)
-        few = torch.cat([kept - low, others.size + (finite(others.top) - low)], -1)
-    theirs = logits(teacher, empty, z.shape[-1]).to(few.dtype)
-    value, slope = compare(behind(few.masked_fill(nothing, 0)), behind(theirs))
-    value, k = value.masked_fill(nothing, 0), indices.shape[-1]
+        others = rest(at, indices, teacher.temperature)
+        few = torch.cat([filled(at - others.low, empty, -torch.inf), others.size], -1)
+    few, theirs = filled(few.to(dtype), nothing, 0), logits(teacher, empty, z.shape[-1]).to(dtype)
+    value, slope = compare(behind(few), behind(theirs))
+    value = filled(value, nothing, 0)
     if slope is None:
         return TopK(value, None, value, indices, None)
     slope = behind(slope)
-    slope_at = slope[:, :k].masked_fill(empty | nothing, 0)
+    slope_at = filled(slope[:, :k], empty, 0)
     if others is None:
         return TopK(value, None, value, indices, slope_at)
-    share = slope[:, k:] / others.total.masked_fill(others.total == 0, 1)
-    return TopK(value, others.mass, share, indices, slope_at)
+    return TopK(value, others.mass, slope[:, k:] / others.total, indices, slope_at)
 
 
-def others_in_place(z: Tensor, place: Tensor | None, indices: Tensor, temperature: float) -> Others:
-    """Those of rows `[r, V]`; their mass is made in `place`, if there is one.
+def others_in_place(z: Tensor, place: Tensor | None, at: Tensor, indices: Tensor, temperature: float) -> Others:
+    """Those of rows `[r, V]`, whose classes kept have the logits `at`; their mass is made in `place`, if there is one.
 
-    Relative to the largest of all classes, which takes a sweep less, where a look that waits for nothing shows that
-    no digit is lost.
+    Relative to the largest of the classes kept, which takes a sweep less, where a look that waits for nothing shows
+    that no digit is lost. Else to their own largest, as beside the classes kept they may be too small for a number.
     """
     per_bit = 1 / (LN2 * temperature)
     if on_cpu(z.device) and not torch.compiler.is_compiling():
-        top = z.amax(-1, keepdim=True)
-        mass = torch.sub(z, finite(top), out=place).mul_(per_bit).scatter_(-1, indices, -torch.inf).exp2_()
+        low = finite(at.amax(-1, keepdim=True))
+        bits, off = bits_above(z, low, per_bit, place)
+        mass = bits.scatter_(-1, indices, -torch.inf).exp2_()
         total = wide_sum(mass)
-        if not bool((total < ENOUGH).any()):
-            return Others(mass, total, (total.log() * temperature).to(z.dtype), top)
+        least, most = total.aminmax()
+        if least.item() >= LEAST and most.item() <= MOST:
+            return Others(mass, total, (total.log2() - off) / per_bit, low)
     found = torch.scatter(z, -1, indices, -torch.inf, out=place)
-    top = found.amax(-1, keepdim=True)
-    mass = found.sub_(finite(top)).mul_(per_bit).exp2_()
+    top = finite(found.amax(-1, keepdim=True))
+    mass = found.sub_(top).mul_(per_bit).exp2_()
     total = wide_sum(mass)
-    return Others(mass, total, (total.log() * temperature).to(z.dtype), top)
+    return _beside(at, mass, total, total.log(), top, temperature)
 
 
 def others_of_side(
-    side: Callable[..., Side], given: Tensor, dtype: torch.dtype, indices: Tensor, temperature: Any
+    side: Callable[..., Side], given: Tensor, dtype: torch.dtype, at: Tensor, indices: Tensor, temperature: Any
 ) -> Others:
     """The same for a compiler, by sums that a side has; what is written on the way has no more digits than `given`."""
     q = side(torch.scatter(given, -1, indices, -torch.inf).to(dtype), temperature)
-    return Others(q.bits.exp2(), q.log_total.exp(), q.log_total * temperature, q.top)
+    return _beside(at, q.bits.exp2(), q.log_total.exp(), q.log_total, q.top, temperature)
+
+
+def _beside(at: Tensor, mass: Tensor, total: Tensor, log_total: Tensor, top: Tensor, temperature: Any) -> Others:
+    """Others relative to `top`, beside the classes kept."""
+    low = base(at, top)
+    return Others(mass, total.masked_fill(total == 0, 1), log_total * temperature + (top - low), low)
+
+
+def bits_above(z: Tensor, low: Tensor, per_bit: float, place: Tensor | None) -> tuple[Tensor, Tensor | float]:
+    """(z - low) times a number, and by how much it is off in all classes of a row alike: in one sweep, where that
+    rounds once.
+    """
+    if z.dtype != torch.float32 or not rounds_once():
+        return torch.sub(z, low, out=place).mul_(per_bit), 0.0
+    (per_bit,) = struct.unpack("f", struct.pack("f", per_bit))  # as it is there
+    start = low * -per_bit
+    return torch.add(start, z, alpha=per_bit, out=place), start.double().add_(low.double(), alpha=per_bit)
+
+
+@cache
+def rounds_once() -> bool:
+    """Whether PyTorch rounds a product and a sum once on this CPU: where large numbers meet, twice leaves no digit."""
+    x = torch.full((1, 67), 1 + 2.0**-12)
+    return bool(torch.add(-x * x, x, alpha=1 + 2.0**-12).all())

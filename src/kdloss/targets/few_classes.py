@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kdloss.reduction import alike, precise
+from kdloss.targets.looks import free_to_look
 
 if TYPE_CHECKING:
     from kdloss.targets.top_k import TopKLogits
@@ -17,11 +18,11 @@ def against(teacher: "TopKLogits", student: Float[Tensor, "*batch vocab"]) -> tu
     student, _ = alike(student, teacher.log_probs)
     vocab, t = student.shape[-1], teacher.temperature
     indices, empty = slots(teacher)
-    nothing = empty.all(-1, keepdim=True)
-    student = student.masked_fill(nothing, 0)
+    nothing = says_nothing(empty)
+    student = filled(student, nothing, 0)
     if teacher.tail == "uniform":
-        return student, spread(teacher, indices, empty, vocab).masked_fill(nothing, 0).expand(student.shape)
-    kept = student.gather(-1, indices).masked_fill(empty & ~nothing, -torch.inf)
+        return student, filled(spread(teacher, indices, vocab), nothing, 0).expand(student.shape)
+    kept = filled(filled(student.gather(-1, indices), empty, -torch.inf), nothing, 0)
     if teacher.tail == "renormalise":
         return kept - base(kept), logits(teacher, empty, vocab)
     # Relative to the largest of their own: beside the classes kept, the others may be too small for a number.
@@ -32,26 +33,45 @@ def against(teacher: "TopKLogits", student: Float[Tensor, "*batch vocab"]) -> tu
     return torch.cat([kept - low, log_mass(mass) * t + (top - low)], -1), logits(teacher, empty, vocab)
 
 
-def slots(teacher: "TopKLogits") -> tuple[Tensor, Tensor]:
-    """Indices as int64, an empty slot repeating a full one, and which slots are empty."""
+def slots(teacher: "TopKLogits") -> tuple[Tensor, Tensor | None]:
+    """Indices as int64, an empty slot repeating a full one, and which slots are empty: None where none is, if looking
+    for some waits for nothing.
+    """
     indices = teacher.ids()
+    if indices.numel() and free_to_look(indices) and indices.min().item() >= 0:
+        return indices, None
     empty = indices < 0
     full = indices.amax(-1, keepdim=True).clamp_min(0)
     return indices.where(~empty, full), empty
 
 
-def logits(teacher: "TopKLogits", empty: Tensor, vocab: int) -> Tensor:
+def says_nothing(empty: Tensor | None) -> Tensor | None:
+    """The rows `[..., 1]` of which all slots are empty."""
+    return None if empty is None else empty.all(-1, keepdim=True)
+
+
+def filled(x: Tensor, where: Tensor | None, number: float) -> Tensor:
+    """With a number in some places; None is no place."""
+    return x if where is None else x.masked_fill(where, number)
+
+
+def logits(teacher: "TopKLogits", empty: Tensor | None, vocab: int) -> Tensor:
     """The teacher's logits of the k classes, and of the bucket if there is one."""
-    kept = precise(teacher.log_probs).masked_fill(empty, -torch.inf)
+    kept = filled(precise(teacher.log_probs), empty, -torch.inf)
     if teacher.tail == "bucket":
-        everything = (~empty).sum(-1) == vocab
-        kept = torch.cat([kept, rest_of(teacher).masked_fill(everything, -torch.inf).unsqueeze(-1)], -1)
-    return (kept * teacher.temperature).masked_fill(empty.all(-1, keepdim=True), 0)
+        rest = rest_of(teacher)
+        if empty is not None:
+            rest = rest.masked_fill((~empty).sum(-1) == vocab, -torch.inf)
+        elif kept.shape[-1] == vocab:
+            rest = torch.full_like(rest, -torch.inf)
+        kept = torch.cat([kept, rest.unsqueeze(-1)], -1)
+    return filled(kept * teacher.temperature, says_nothing(empty), 0)
 
 
-def spread(teacher: "TopKLogits", indices: Tensor, empty: Tensor, vocab: int) -> Tensor:
+def spread(teacher: "TopKLogits", indices: Tensor, vocab: int) -> Tensor:
     """The teacher's logits of all classes, with an equal share of the rest for each that was left out."""
     log_probs, rest = alike(teacher.log_probs, rest_of(teacher))
+    empty = teacher.ids() < 0
     left = (vocab - (~empty).sum(-1)).clamp_min(1).to(log_probs.dtype).log()
     repeated = log_probs.gather(-1, teacher.ids().argmax(-1, keepdim=True))
     shares = (rest - left).unsqueeze(-1).repeat_interleave(vocab, -1)

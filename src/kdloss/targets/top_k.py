@@ -164,6 +164,8 @@ class TopKLogits:
 
     def detach(self) -> "TopKLogits":
         """Without gradients."""
+        if not any(x is not None and x.requires_grad for x in (self.log_probs, self.log_rest)):
+            return self
         rest = None if self.log_rest is None else self.log_rest.detach()
         return self._with(log_probs=self.log_probs.detach(), log_rest=rest)
 
