@@ -43,6 +43,13 @@ def test_logits_in_float64_keep_their_digits_beside_class_weights_in_float32(smo
     np.testing.assert_allclose(grad(value, logits), slope, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.0, 1.0])])
+def test_smoothing_of_1_leaves_the_label_no_part_even_where_its_class_is_excluded(weight):
+    logits = torch.tensor([[0.5, -float("inf"), 1.0]])
+    value = (1.0 * kdloss.CrossEntropy(label_smoothing=1.0, class_weights=weight))(logits, None, torch.tensor([1]))
+    assert value.item() == (float("inf") if weight is None else pytest.approx(0.482718, rel=1e-5))
+
+
 def test_gradcheck_and_gradgradcheck_hold():
     logits, _ = sample(3, 4, 5, dtype=torch.float64)
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):

@@ -68,7 +68,9 @@ def of_classes(task: LabelTask, z: Tensor, q: Side, one: Unsoftened) -> Target:
     if task.smoothing == 0:
         return Target(value, y, None, mine, at_label_here)
     spread, total, share = _spread(task, q, one)
-    return Target((1 - task.smoothing) * value + spread, at_label + total, share, mine, at_label_here)
+    if task.smoothing < 1:  # else the label counts for nothing, even where it is excluded
+        spread = spread + (1 - task.smoothing) * value
+    return Target(spread, at_label + total, share, mine, at_label_here)
 
 
 def _spread(task: LabelTask, q: Side, one: Unsoftened) -> tuple[Tensor, Tensor, Tensor]:
