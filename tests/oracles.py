@@ -109,7 +109,8 @@ def renyi(s, t, temperature=1.0, order=0.5):
 
 def triangular(s, t, temperature=1.0):
     p, q = np.exp(log_softmax(t, temperature)), np.exp(log_softmax(s, temperature))
-    return temperature**2 * ((p - q) ** 2 / np.where(p + q == 0, 1, p + q)).sum(-1)
+    nothing = (p + q).real < 1e-300  # of which the square is 0
+    return temperature**2 * np.where(nothing, 0, (p - q) ** 2 / np.where(nothing, 1, p + q)).sum(-1)
 
 
 def with_teacher_temperature(s, t, temperature=1.0):

@@ -1,0 +1,194 @@
+"""How far a right answer may be from the reference: what dtypes can't say, and what rounding decides.
+
+Float32 keeps 1e-5 of a value and of a row's gradient, float64 1e-9; 16-bit inputs are computed in float32, and their
+gradients rounded once. More is allowed where a formula itself makes little of much.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import oracles
+import torch
+from cases import Case, Leaf, Logits, Term
+
+FAR = 1e8
+"""What stands for infinity among logits, times a temperature."""
+NEAR = 1e-5
+"""Probabilities nearer than this may come in the other order."""
+EPS = np.finfo(np.float32).eps
+
+
+class OfLogits:
+    """Of a term's values and slopes at the rows that count; `here` has both sides' logits, z are the student's."""
+
+    def __init__(self, case: Case, term: Term, here: Any, z: Any, values: Any, further: Any) -> None:
+        self.case, self.term, self.here, self.z = case, term, here, z
+        self.infinite = ~np.isclose(values, further, rtol=1e-6, atol=1e-6)  # it goes with what stands for infinity
+        self.size = np.where(self.infinite, 0, abs(values))
+        self.digits = digits(case, term)
+        self.temperature = term.temperature if term.kind == "kd" else 1.0
+
+    def values(self, g: Any, by: Any) -> Any:
+        """Of the values, whose slopes by these weights are g."""
+        g = abs(g) / np.maximum(abs(by[:, None]), 1e-300)
+        low = abs(self.z - self.z.max(-1, keepdims=True)) * (self.digits > 1e-9)  # far below digits are lost
+        found = self.digits * (self.size + self.scale / 10) + (g * (2 * EPS * low + self._capped)).sum(-1)
+        found[self._nearly_infinite] = np.inf
+        return found
+
+    def slopes(self, g: Any, by: Any) -> Any:
+        """Of the slopes."""
+        around = self.digits * (self.size[:, None] + self.scale / 10) + self._capped * self.scale / self.temperature
+        by = abs(by[:, None])
+        if self.term.function == "dist":  # rows are in each other's values
+            by = by.max(initial=0)
+        return self.digits * abs(g).max(-1, keepdims=True, initial=0) + by * around / self.temperature
+
+    @property
+    def blind(self) -> bool:
+        """Whether gradients can't be compared."""
+        return bool((self.infinite | self._nearly_infinite).any()) or self._kinked
+
+    @property
+    def vague(self) -> bool:
+        """Whether rounding decides the value."""
+        name = self.term.function
+        if name in ("dkd", "nkd"):
+            labels = self.here._labels()[:, None] == np.arange(self.z.shape[-1])
+            return any(bool((np.where(labels, -np.inf, x).max(-1) < -FAR / 2).any()) for x in self._both(slice(None)))
+        for both in self._pairs if name in ("hard_labels", "adaptive_kl") else ():
+            p = np.sort(np.exp(oracles.log_softmax(both[1], self.temperature)))[::-1]
+            if name == "hard_labels" and len(p) > 1 and p[0] - p[1] < NEAR:
+                return True
+            if name == "adaptive_kl":
+                mass, head = p.cumsum(), self.term.loss.settings["head"]
+                last = max(int((mass <= head).sum()), 1)  # the first class of the tail
+                if (abs(mass - head) < NEAR).any() or (last < len(p) and p[last - 1] - p[last] < NEAR):
+                    return True
+        return False
+
+    @cached_property
+    def scale(self) -> float:
+        """What roundings are measured in: T², and more where small differences are divided by each other."""
+        term = self.term
+        if term.kind == "ce":
+            return 1.0
+        beta = term.loss.settings.get("beta", 8.0 if term.function == "dkd" else 1.0)
+        scale = max(1.0, term.temperature**2) * max(1.0, beta)
+        if term.function == "dist":
+            scale *= max(1.0, 1 / max(self._varies, 1e-9))
+        if term.function.startswith("standardized"):
+            scale *= max(1.0, 10 / max(min(x.std(-1).min() for x in self._both(slice(None))), 1e-9))
+        return scale
+
+    @property
+    def _capped(self) -> float:
+        """By how much a soft cap moves logits."""
+        student = self.case.student
+        double = student.leaves[0].base.dtype == torch.float64
+        return 8 * EPS * student.softcap if student.softcap and not double else 0.0
+
+    def _both(self, i: Any) -> Any:
+        return self.here.both(i, self.z)
+
+    @cached_property
+    def _pairs(self) -> list[Any]:
+        if self.term.kind == "ce":
+            return []
+        return [both for i in range(len(self.z)) if (both := self._both(i)) is not None]
+
+    @cached_property
+    def _varies(self) -> float:
+        """How much probabilities do, that are correlated."""
+        p = [np.exp(oracles.log_softmax(x, self.temperature)) for x in self._both(slice(None))]
+        axes = (0, 1) if self.term.loss.settings["gamma"] else (1,)
+        return float(min(x.std(axis).min(initial=1) for x in p for axis in axes))
+
+    @property
+    def _kinked(self) -> bool:
+        """Whether rounding decides on which side of a kink probabilities are."""
+        name = self.term.function
+        if name == "dist":  # classes that don't vary correlate with nothing
+            return self._varies < 1e-4
+        for both in self._pairs if name in ("uld", "total_variation") else ():
+            q, p = (np.exp(oracles.log_softmax(x, self.temperature)) for x in both)
+            if name == "uld":
+                q, p = np.sort(q), np.sort(p)
+                if (np.diff(q) < NEAR).any():
+                    return True
+            if (abs(q - p) < NEAR).any():
+                return True
+        return False
+
+    @cached_property
+    def _nearly_infinite(self) -> Any:
+        """Rows where one side excludes a class to which the other gives less than float64 can say, but not nothing."""
+        found = np.zeros(len(self.z), bool)
+        excluded = (self.z < -FAR / 2).any() or any((t < -FAR / 2).any() for t in self.here.teachers)
+        for i in range(len(self.z)) if self.term.kind == "kd" and (excluded or self.here.kept is not None) else ():
+            if (both := self._both(i)) is None:
+                continue
+            gaps = [x - x.max() for x in both]
+            gone = [gap < -FAR / 2 for gap in gaps]
+            low = [gap * max(1.0, 1 / self.temperature) < -20 for gap in gaps]
+            found[i] = any((gone[a] & ~gone[b] & low[b]).any() for a, b in ((0, 1), (1, 0)))
+        return found
+
+
+class OfFeatures:
+    """Of a distance's values and slopes."""
+
+    def __init__(self, case: Case, term: Term) -> None:
+        self.term, self.digits = term, 1e-9 if case.hidden[0][0].base.dtype == torch.float64 else 2e-5
+
+    def values(self, values: Any) -> Any:
+        """Of the values."""
+        return self.digits * (abs(values) + 1)
+
+    def slopes(self, g: Any, by: Any, features: Any) -> Any:
+        """Of the slopes g, by the features that are compared."""
+        scale = 0.1
+        if self.term.function == "layer_norm_mse":
+            scale = 10 / max(features.std(-1).min(), 1e-9)
+        return np.full_like(g, self.digits * (abs(g).max() + scale * abs(by).max()))
+
+    def projections(self, g: Any, weight: Any) -> Any:
+        """Of a gradient of the projection, whose weight has this one."""
+        return np.full_like(g, 10 * self.digits * (abs(weight).max() + 1))
+
+
+def digits(case: Case, term: Term) -> float:
+    """What may be lost of a value, relative to it."""
+
+    def double(x: Logits) -> bool:
+        return x.leaves[0].base.dtype == torch.float64
+
+    own, kept = double(case.student), case.teachers[0].kept
+    if term.kind == "ce":
+        return 1e-9 if own else 1e-5
+    if kept is not None:
+        return 1e-9 if own and kept.log_probs.dtype == torch.float64 else 1e-5
+    if isinstance(term.teacher, int):
+        teacher = case.teachers[term.teacher]
+        capped = teacher.softcap is not None and not double(teacher)
+        return 1e-9 if (own or double(teacher)) and not capped else 1e-5
+    largest = max(abs(np.nan_to_num(t.leaves[0].numpy(), posinf=0, neginf=0)).max(initial=0) for t in case.teachers)
+    more = max(1, largest / 10) if term.average == "logits" else 1  # of large logits small gaps are lost
+    return (1e-9 if all(map(double, case.teachers)) else 1e-5) * more
+
+
+def overflows(case: Case, slope: Any) -> bool:
+    """Whether a gradient is more than float16 can say."""
+    return any(x.base.dtype == torch.float16 for x in case.student.leaves) and bool((abs(slope) > 3e4).any())
+
+
+def of_dtype(leaf: Leaf, g: Any) -> Any:
+    """What a leaf's dtype can't say of a gradient."""
+    info = torch.finfo(leaf.base.dtype)
+    return 2 * info.eps * abs(g) + info.smallest_normal * info.eps
+
+
+def of_head(student: Logits, slope: Any) -> Any:
+    """What is lost of the slopes that are multiplied with a head, in its dtype and behind its soft cap."""
+    return 2 * max(torch.finfo(student.leaves[0].base.dtype).eps, 1e-6 if student.softcap else 0) * abs(slope)
