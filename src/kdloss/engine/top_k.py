@@ -119,5 +119,5 @@ def bits_above(z: Tensor, low: Tensor, per_bit: float, place: Tensor | None) -> 
 @cache
 def rounds_once() -> bool:
     """Whether PyTorch rounds a product and a sum once on this CPU: where large numbers meet, twice leaves no digit."""
-    x = torch.full((1, 67), 1 + 2.0**-12)
+    x = torch.full((1, 67), 1 + 2.0**-12, dtype=torch.float32, device="cpu")
     return bool(torch.add(-x * x, x, alpha=1 + 2.0**-12).all())
