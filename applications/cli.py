@@ -265,7 +265,7 @@ def run(args: distill_lm.Settings, setup: Setup, baseline: bool) -> dict[str, An
 
     def untrained(_: Path) -> dict[str, Any]:
         student = student_of(args, setup.teacher, setup.tokenizer)
-        found = evaluation.evaluate(student, setup.tokenizer, setup.prompts, setup.reference)
+        found = evaluation.evaluate(student, setup.tokenizer, setup.prompts, setup.reference, setup.judge)
         return found | {"perplexity": evaluation.perplexity(student, setup.heldout)}
 
     before = cells.cell(args.output / "cells", "before", distill_lm.settings_of(args, setup), untrained)

@@ -28,6 +28,9 @@ import kdloss
 
 NOTES = """\
 Perplexity and ROUGE-L (greedy continuations against the real ones) on texts no model has seen.
+Samples: the (first) teacher's perplexity on what a model writes after the same beginnings, each token drawn from
+its predictions; distinct-2: different pairs of neighbouring tokens among all pairs of what it wrote. A model that
+writes the same again and again is low in both.
 Retention: the teacher's perplexity over the student's. TFLOP: floating-point operations of training,
 in 10^12, those of the teacher's passes included: counted products and attention. Seconds: CPU time of
 training with one thread, the wall's clock with more or on a GPU. Train MB: tensors alive at the peak of
@@ -189,7 +192,7 @@ def outcome(
     last = curve[-1]
     return {
         "perplexity": last["perplexity"],
-        **evaluation.evaluate(student, setup.tokenizer, setup.prompts, setup.reference),
+        **evaluation.evaluate(student, setup.tokenizer, setup.prompts, setup.reference, setup.judge),
         "seed": args.seed,
         "steps": steps,
         "teraflop": teraflop,
@@ -235,7 +238,7 @@ def teacher_measured(args: Settings, setup: Setup) -> dict[str, Any]:
     """What the teacher itself is worth on the same held-out text."""
 
     def work(_: Path) -> dict[str, Any]:
-        found = evaluation.evaluate(setup.teacher, setup.tokenizer, setup.prompts, setup.reference)
+        found = evaluation.evaluate(setup.teacher, setup.tokenizer, setup.prompts, setup.reference, setup.judge)
         return found | {"perplexity": evaluation.perplexity(setup.teacher, setup.heldout)}
 
     settings = {"text": setup.key, "continuations": args.continuations}

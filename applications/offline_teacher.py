@@ -2,8 +2,8 @@
 
 As it stands, a small GPT-2 is asked once about all of the student's text, and is gone from then on:
 
-    python applications/offline_teacher.py --k 256
-    python applications/offline_teacher.py --teacher my/teacher --data texts.jsonl --seed 1   # asked no more
+    python applications/offline_teacher.py --ks 16 64 256 --seeds 0 1 2
+    python applications/offline_teacher.py --teacher my/teacher --data texts.jsonl
 
 Beside it stand the same student without a teacher, and with the teacher in memory at every step. All
 other flags are those of distill_lm.py. Killed at any instant, the same command goes on.
@@ -33,10 +33,15 @@ import kdloss.cache
 class Settings(distill_lm.Settings):
     """Those of distill_lm.py, and how much of the teacher is kept."""
 
-    k: Annotated[int, options.COUNT, Doc("classes kept at every position")] = 256
+    ks: Annotated[list[int], Doc("classes kept at every position: a cache and a row for each")]
+    seeds: Annotated[list[int], Doc("repeat for these")]
 
 
-DEFAULTS = Settings(output=Path("runs/offline_teacher"), samples=6000)
+DEFAULTS = Settings(output=Path("runs/offline_teacher"), samples=6000, ks=[256], seeds=[0])
+NOTES = f"""\
+{distill_lm.NOTES}
+Live: the teacher is there at every step. k: what it said once is read from disk, so many classes at every
+position and the probability of all others together."""
 
 
 class FromCache:
@@ -51,17 +56,17 @@ class FromCache:
         return self.distill(student, input_ids=input_ids, labels=labels, teacher=self.cache[ids])
 
 
-def write(args: Settings, setup: Setup) -> Path:
+def write(k: int, args: distill_lm.Settings, setup: Setup) -> Path:
     """Ask the teacher about every block of the student's text, whose number is its id."""
     data = {"id": range(len(setup.blocks)), "input_ids": setup.blocks.tolist()}
-    settings = {"k": args.k, "temperature": args.temperature}
+    settings = {"k": k, "temperature": args.temperature}
     folder = args.output / "cache" / cells.key(settings | {"text": setup.key})
     rows = datasets.Dataset.from_dict(data)
     kdloss.cache.write(folder, setup.teacher, rows, tokenizer=setup.tokenizer, **settings)
     return folder
 
 
-def batches(setup: Setup, args: Settings, steps: int) -> Iterator[dict[str, Any]]:
+def batches(setup: Setup, args: distill_lm.Settings, steps: int) -> Iterator[dict[str, Any]]:
     """The batches of distill_lm.py, with the ids of their blocks."""
     drawn = text.draw(torch.arange(len(setup.blocks)), args.student_blocks, args.seed)
     for batch in text.batches(drawn, args.batch_size, steps, args.seed):
@@ -69,13 +74,16 @@ def batches(setup: Setup, args: Settings, steps: int) -> Iterator[dict[str, Any]
         yield {"ids": ids.tolist(), "input_ids": setup.blocks[ids], "labels": setup.blocks[ids]}
 
 
-def fit(cache: kdloss.cache.Cache, args: Settings, setup: Setup, folder: Path) -> dict[str, Any]:
-    """Train a student from the cache; the teacher is dropped before the first step."""
+def fit(k: int, args: distill_lm.Settings, setup: Setup, folder: Path) -> dict[str, Any]:
+    """Train a student from a cache; the teacher is dropped before the first step, and is back at the end."""
+    kept = write(k, args, setup)
+    cache = kdloss.cache.open(kept, tokenizer=setup.tokenizer, device=args.device)
     student = student_of(args, setup.teacher, setup.tokenizer)
     distill = FromCache(cache, distill_lm.criterion_for(args, causal=True))
     first = next(batches(setup, args, 1))
     losses = compared(distill, student, setup.teacher, first)
-    setup.teacher = None
+    source = args.teacher or setup.teacher.name_or_path
+    setup.teacher = setup.judge = None
     optimizer = AdamW(student.parameters(), lr=args.lr)
     steps = args.steps or args.epochs * -(-(args.student_blocks or len(setup.blocks)) // args.batch_size)
     curve = distill_lm.train(
@@ -90,13 +98,16 @@ def fit(cache: kdloss.cache.Cache, args: Settings, setup: Setup, folder: Path) -
         points=args.points,
         title="from the cache",
     )
-    models.save(student, setup.tokenizer, args.output / "students" / "cached")
+    models.save(student, setup.tokenizer, args.output / "students" / f"k-{k}-{args.seed}")
     held = memory.held(optimizer, student)
     peak = memory.training_memory(lambda: distill(student, **first).loss.backward(), held)
     teraflop = operations.of_training(
         lambda batch: distill(student, **batch).loss.backward(), batches(setup, args, steps)
     )
-    return {**distill_lm.outcome(student, args, setup, curve, steps, peak, teraflop), **losses}
+    setup.teacher = setup.judge = models.load(source)[0].to(args.device).eval()
+    size = sum(file.stat().st_size for file in kept.iterdir()) / 2**20
+    found = distill_lm.outcome(student, args, setup, curve, steps, peak, teraflop)
+    return {**found, **losses, "cache_megabytes": size}
 
 
 @torch.no_grad()
@@ -113,29 +124,26 @@ def compared(
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
-    """Train alone, with the teacher, and from the cache, and write what came of it."""
+    """Train alone, with the teacher, and from the caches, and write what came of it."""
     args = options.read(DEFAULTS, arguments, __doc__)
     if args.method != "vanilla":
         raise ValueError(f"a cache holds predictions, no features: --method {args.method} needs the teacher")
     setup = prepare(args, distill_lm.train)
     best = distill_lm.teacher_measured(args, setup)
-    shared = options.some(distill_lm.Settings, args)
-    alone = distill_lm.measured(replace(shared, method="none"), setup, students=args.output / "students")
-    live = distill_lm.measured(shared, setup, students=args.output / "students")
-    folder = write(args, setup)
-    cache = kdloss.cache.open(folder, tokenizer=setup.tokenizer, device=args.device)
-    settings = {name: x for name, x in vars(args).items() if name not in distill_lm.ELSEWHERE}
-    work = partial(fit, cache, args, setup)
-    found = cells.cell(args.output / "cells", "cached", settings | {"text": setup.key}, work)
-    runs = {"teacher": [report.beside(best, best)], "none": [report.beside(alone, best)]}
-    runs |= {"live": [report.beside(live, best, alone)], "cached": [report.beside(found, best, alone)]}
-    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-    classes, positions = cache.manifest["vocabulary"], setup.blocks.numel()
-    said = f"""\
-Live: the teacher is there at every step. Cached: what it said once is read from disk, {args.k} of
-{classes} classes at {positions} positions, {size:.1f} MB. Divergence of the untrained student on the
-first batch: {found["kd_live"]:.4f} from the teacher, {found["kd_from_cache"]:.4f} from the cache."""
-    print(report.write(runs, vars(args), args.output, f"{distill_lm.NOTES}\n{said}"))
+    rows = ["none", "live", *(f"k {k}" for k in args.ks)]
+    runs: dict[str, list[dict[str, Any]]] = {"teacher": [report.beside(best, best)], **{row: [] for row in rows}}
+    for seed in args.seeds:
+        shared = options.some(distill_lm.Settings, args, seed=seed)
+        alone = distill_lm.measured(replace(shared, method="none"), setup, students=args.output / "students")
+        live = distill_lm.measured(shared, setup, students=args.output / "students")
+        settings = distill_lm.settings_of(shared, setup)
+        cached = [
+            cells.cell(args.output / "cells", f"k-{k}", settings | {"k": k}, partial(fit, k, shared, setup))
+            for k in args.ks
+        ]
+        for row, found in zip(rows, [alone, live, *cached], strict=True):
+            runs[row].append(report.beside(found, best, alone))
+    print(report.write(runs, vars(args), args.output, NOTES))
     return runs
 
 

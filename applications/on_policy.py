@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 import distill_lm
 import torch
-from parts import operations, options, report, text
+from parts import evaluation, operations, options, report, text
 from parts.setup import Setup, prepare, student_of
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,9 +31,8 @@ import kdloss
 
 NOTES = f"""\
 {distill_lm.NOTES}
-What the student does to write is in TFLOP, too: of as many steps as lambda says. Samples: the teacher's
-perplexity on what a student writes after the prompts, at random. All students but the first begin as the
-first; losses count at the second half of every block."""
+What the student does to write is in TFLOP, too: of as many steps as lambda says. All students but the first
+begin as the first; losses count at the second half of every block."""
 
 
 @dataclass(kw_only=True)
@@ -56,21 +55,6 @@ def divergence(args: Settings) -> Callable[..., Tensor]:
     return partial(chosen, beta=args.beta) if args.divergence == "jsd" else chosen
 
 
-@torch.no_grad()
-def sample(student: PreTrainedModel, prompts: Tensor, length: int) -> Tensor:
-    """Prompts and what the student writes after them, each token drawn from its predictions."""
-    was_training = student.training
-    student.eval()
-    tokens, seen = prompts, None
-    while tokens.shape[1] < length:
-        new = tokens if seen is None else tokens[:, -1:]
-        out = student(input_ids=new, past_key_values=seen, use_cache=True)
-        drawn = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1)
-        tokens, seen = torch.cat([tokens, drawn], 1), out.past_key_values
-    student.train(was_training)
-    return tokens
-
-
 class OnPolicy:
     """Stands in the loop of distill_lm.py for a `kdloss.Distiller`: the student may write the text."""
 
@@ -86,19 +70,10 @@ class OnPolicy:
         """One step; the first half of every block is a prompt, its labels count nowhere."""
         length, prompt = input_ids.shape[1], input_ids.shape[1] // 2
         if torch.rand(()) < self.sampled:
-            input_ids = labels = sample(student, input_ids[:, :prompt], length)
+            input_ids = labels = evaluation.sample(student, input_ids[:, :prompt], length)
         labels = labels.clone()
         labels[:, :prompt] = -100
         return self.distill(student, input_ids=input_ids, labels=labels)
-
-
-def judged(student: PreTrainedModel, setup: Setup) -> float:
-    """The teacher's perplexity on what the student writes after held-out prompts; always the same draws."""
-    torch.manual_seed(0)
-    prompts = setup.prompts.to(student.device)
-    written = sample(student, prompts, prompts.shape[1] + setup.reference.shape[1])
-    logits = setup.teacher(input_ids=written).logits[:, prompts.shape[1] - 1 : -1]
-    return kdloss.cross_entropy(logits, written[:, prompts.shape[1] :]).mean().exp().item()
 
 
 def teraflop(loop: OnPolicy, student: PreTrainedModel, steps: int, args: Settings, setup: Setup) -> float:
@@ -140,10 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         runs[row] = [distill_lm.measured(plain, setup, loop, name, students=kept, row=row, **more)]
     for row in [row for row in runs if row != "teacher"]:
         found = runs[row][0]
-        kept_one = replace(plain, keep_blocks=None, student=found["student"])
-        student = student_of(kept_one, setup.teacher, setup.tokenizer)
-        found["samples"] = judged(student, setup)
         if row.startswith("lambda"):  # the batches that were counted were sampled or not by chance
+            kept_one = replace(plain, keep_blocks=None, student=found["student"])
+            student = student_of(kept_one, setup.teacher, setup.tokenizer)
             found["teraflop"] = teraflop(rows[row][0], student, found["steps"], args, setup)
         against = runs["cross-entropy goes on"][0] if row.startswith("lambda") else None
         runs[row] = [report.beside(found, best, against)]

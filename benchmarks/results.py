@@ -44,14 +44,19 @@ STUDIES = {  # name: flags of compare.py
     "weak-teacher": f"{SMALL} --methods none vanilla --teacher-samples 600 --vary alpha 0.3 0.5 0.7 0.9",
     "defaults": f"{SMALL} --methods none vanilla --temperature 2 --alpha 0.5",
     "data": f"{SMALL} --methods none vanilla feature --steps 576 --vary student-blocks 96 192 384 1536 3072",
+    "divergences": (
+        "--samples 6000 --points 2 --methods none vanilla --vary divergence forward_kl reverse_kl jsd "
+        "skewed_forward_kl skewed_reverse_kl adaptive_kl total_variation --vary alpha 0.1 0"
+    ),
     "size": f"{SMALL} --methods none vanilla --student-heads 2 --vary student-width 16 32 64 128",
     "gap": f"{SMALL} --methods none vanilla --student-heads 2 --student-width 32 --vary temperature 2 4 8",
     "unlike": f"{SMALL} --methods none vanilla feature --vary temperature 2 4 8",
 }
-EXAMPLES = [  # as they stand
-    "distributed", "multi_teacher", "chain", "phases", "summarise", "offline_teacher",
-    "on_policy", "changing_teachers",
-]  # fmt: skip
+EXAMPLES = {  # name: flags
+    "distributed": "", "multi_teacher": "", "chain": "", "phases": "", "summarise": "",
+    "offline_teacher": "--ks 16 32 64 128 256 --seeds 0 1 2",
+    "on_policy": "", "changing_teachers": "",
+}  # fmt: skip
 ALL = (*STUDIES, *EXAMPLES)
 
 
@@ -99,7 +104,8 @@ def work(study: str, seeds: list[str]) -> None:
 
     torch.set_num_threads(1)
     if study in EXAMPLES:
-        importlib.import_module(study).main(["--output", f"runs/results/{study}"])
+        flagged = [*EXAMPLES[study].split(), "--output", f"runs/results/{study}"]
+        importlib.import_module(study).main(flagged)
     else:
         compare.main([*flags(study), "--seeds", *seeds])
 

@@ -1,6 +1,7 @@
 """The plain loop in small, and what the parts that examples share promise."""
 
 import copy
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -414,6 +415,21 @@ def test_rouge_by_hand():
     assert first == pytest.approx({"rouge_1": 400 / 7, "rouge_2": 200 / 5, "rouge_l": 400 / 7})
     second = evaluation.rouge(["cat the sat"], ["the cat ran off"])  # 2 of 3 and 4; none; 1
     assert second == pytest.approx({"rouge_1": 400 / 7, "rouge_2": 0, "rouge_l": 200 / 7})
+
+
+def test_what_a_model_writes_is_judged_by_another_token_by_token():
+    writer, judge = new_model().eval(), new_model(3, 24).eval()
+    prompts, reference = torch.randint(0, 11, (5, 4)), torch.randint(0, 11, (5, 6))
+    tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: [" ".join(f"w{i}" for i in row) for row in ids.tolist()])
+    found, again = (evaluation.evaluate(writer, tokenizer, prompts, reference, judge) for _ in range(2))
+    assert found["samples"] == again["samples"]
+    written = evaluation.sample(writer, prompts, 10, torch.Generator().manual_seed(0))
+    logs = judge(input_ids=written).logits.double().log_softmax(-1)[:, 3:9]  # those at 3 to 8 predict 4 to 9
+    said = logs.gather(-1, written[:, 4:, None]).mean()
+    assert found["samples"] == pytest.approx(math.exp(-said.item()), rel=1e-5)
+    pairs = [pair for row in written[:, 4:].tolist() for pair in itertools.pairwise(row)]
+    assert found["distinct_2"] == 100 * len(set(pairs)) / 25
+    assert "samples" not in evaluation.evaluate(writer, tokenizer, prompts, reference)
 
 
 def test_a_table_shows_means_deviations_and_only_columns_that_are_known():

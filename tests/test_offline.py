@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from families import build
+from parts import evaluation
 from safetensors.torch import load_file
 
 import kdloss
@@ -38,14 +39,17 @@ def test_from_the_cache_a_student_learns_what_it_learns_live_with_no_teacher_in_
 
     monkeypatch.setattr(offline_teacher, "prepare", watched)
     monkeypatch.setattr(distill_lm, "train", training)
-    arguments = [*tiny.flags(data, tmp_path, teachers, k=300), "--student-blocks", "40"]  # all classes
+    arguments = [*tiny.flags(data, tmp_path, teachers), "--student-blocks", "40", "--ks", "300", "4"]  # all, few
     runs = {row: found[0] for row, found in offline_teacher.main(arguments).items()}
-    assert list(runs) == ["teacher", "none", "live", "cached"]
-    assert runs["cached"]["curve"][0]["perplexity"] == runs["live"]["curve"][0]["perplexity"]
-    assert runs["cached"]["perplexity"] == pytest.approx(runs["live"]["perplexity"], rel=1e-3)
+    assert list(runs) == ["teacher", "none", "live", "k 300", "k 4"]
+    assert runs["k 300"]["curve"][0]["perplexity"] == runs["live"]["curve"][0]["perplexity"]
+    assert runs["k 300"]["perplexity"] == pytest.approx(runs["live"]["perplexity"], rel=1e-3)
     assert runs["none"]["perplexity"] != pytest.approx(runs["live"]["perplexity"], rel=1e-2)
-    assert runs["cached"]["kd_from_cache"] == pytest.approx(runs["cached"]["kd_live"], rel=1e-3)
-    assert runs["cached"]["teraflop"] == runs["none"]["teraflop"] < runs["live"]["teraflop"]  # no teacher's passes
+    assert runs["k 300"]["kd_from_cache"] == pytest.approx(runs["k 300"]["kd_live"], rel=1e-3)
+    assert runs["k 4"]["kd_from_cache"] < runs["k 4"]["kd_live"]  # of fewer classes, and never more
+    assert runs["k 4"]["cache_megabytes"] < 0.1 * runs["k 300"]["cache_megabytes"]
+    assert runs["k 4"]["samples"] > 1
+    assert runs["k 300"]["teraflop"] == runs["none"]["teraflop"] < runs["live"]["teraflop"]  # no teacher's passes
     monkeypatch.setattr(distill_lm, "train", never)
     again = offline_teacher.main(arguments)
     assert {row: found[0] for row, found in again.items()} == runs
@@ -81,7 +85,7 @@ def test_a_sample_follows_the_students_predictions_and_begins_with_the_prompt():
         student.transformer.wte.weight.mul_(12)
     prompts = torch.tensor([[3, 4, 5]]).expand(4000, 3)
     torch.manual_seed(0)
-    written = on_policy.sample(student, prompts, 5)
+    written = evaluation.sample(student, prompts, 5)
     assert written.shape == (4000, 5)
     assert torch.equal(written[:, :3], prompts)
     assert student.training
@@ -112,7 +116,7 @@ def test_the_loss_of_a_step_is_the_divergence_on_the_continuations_alone(sampled
     if sampled:
         torch.manual_seed(5)
         torch.rand(())  # whether to sample
-        written = on_policy.sample(student, tokens[:, :4], 8)
+        written = evaluation.sample(student, tokens[:, :4], 8)
         assert not torch.equal(written, tokens)
         tokens = written
     with torch.no_grad():  # logits at 3 to 6 predict the tokens at 4 to 7
@@ -142,15 +146,15 @@ def test_interrupted_while_it_writes_its_own_text_it_ends_as_if_it_never_had_bee
 
     undisturbed = on_policy.main(command("undisturbed"))["lambda 1"][0]
     with monkeypatch.context() as patched:
-        original, calls = on_policy.sample, []
+        original, calls = evaluation.sample, []
 
         def interrupted(*args):
-            calls.append(args)
-            if len(calls) == 3:
+            calls.append(len(args) == 3)  # of training: evaluation has a generator of its own
+            if sum(calls) == 3 and calls[-1]:
                 raise KeyboardInterrupt
             return original(*args)
 
-        patched.setattr(on_policy, "sample", interrupted)
+        patched.setattr(evaluation, "sample", interrupted)
         with pytest.raises(KeyboardInterrupt):
             on_policy.main(command("interrupted"))
     assert list((tmp_path / "interrupted/cells").glob("lambda-1*.checkpoints/*.pt"))

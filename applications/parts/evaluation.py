@@ -1,4 +1,4 @@
-"""What a language model is worth: perplexity, ROUGE-L of its continuations, speed, size."""
+"""What a language model is worth: perplexity, what it writes, speed, size."""
 
 import math
 import time
@@ -55,6 +55,34 @@ def generate(model: PreTrainedModel, prompts: Tensor, tokens: int) -> tuple[Tens
     return ids[:, prompts.shape[1] :], prompts.shape[0] * tokens / seconds
 
 
+@torch.no_grad()
+def sample(model: PreTrainedModel, prompts: Tensor, length: int, generator: torch.Generator | None = None) -> Tensor:
+    """Prompts and what a model writes after them, up to this length, each token drawn from its predictions."""
+    was_training = model.training
+    model.eval()
+    tokens, seen = prompts, None
+    while tokens.shape[1] < length:
+        new = tokens if seen is None else tokens[:, -1:]
+        out = model(input_ids=new, past_key_values=seen, use_cache=True)
+        drawn = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+        tokens, seen = torch.cat([tokens, drawn], 1), out.past_key_values
+    model.train(was_training)
+    return tokens
+
+
+@torch.no_grad()
+def judged(judge: PreTrainedModel, written: Tensor, prompt: int) -> float:
+    """The judge's perplexity on what follows prompts of so many tokens."""
+    logits = judge(input_ids=written).logits[:, prompt - 1 : -1]
+    return kdloss.cross_entropy(logits, written[:, prompt:]).mean().exp().item()
+
+
+def distinct(written: Tensor) -> float:
+    """Different pairs of neighbouring tokens among all pairs, percent."""
+    pairs = written.unfold(1, 2, 1).flatten(0, 1)
+    return 100 * len(pairs.unique(dim=0)) / len(pairs)
+
+
 def rouge(written: Sequence[str], real: Sequence[str]) -> dict[str, float]:
     """Mean ROUGE-1, -2 and -L: shared words, word pairs, longest common subsequence; F1, percent."""
     from rouge_score.rouge_scorer import RougeScorer  # its imports take longer than torch's
@@ -79,12 +107,18 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Tensor,
     reference: Tensor,
+    judge: PreTrainedModel | None = None,
 ) -> dict[str, float]:
-    """Continuations held against the real ones, generation speed and size."""
+    """Greedy continuations held against the real ones, random ones judged by a model, speed and size."""
     ids, speed = generate(model, prompts, reference.shape[1])
-    written, real = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (ids, reference))
-    return {
-        "rouge_l": rouge(written, real)["rouge_l"],
+    texts, real = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (ids, reference))
+    prompts = prompts.to(model.device)
+    always_the_same = torch.Generator(model.device).manual_seed(0)
+    written = sample(model, prompts, prompts.shape[1] + reference.shape[1], always_the_same)
+    found = {
+        "rouge_l": rouge(texts, real)["rouge_l"],
+        "distinct_2": distinct(written[:, prompts.shape[1] :]),
         "generated_tokens_per_second": speed,
         "parameters": model.num_parameters(),
     }
+    return found if judge is None else found | {"samples": judged(judge, written, prompts.shape[1])}

@@ -27,6 +27,7 @@ class Setup:
     prompts: Tensor
     reference: Tensor
     key: str
+    judge: PreTrainedModel  # of what students write: the first teacher, whoever teaches
 
 
 def prepare(args: Any, train: Train) -> Setup:
@@ -45,7 +46,8 @@ def prepare(args: Any, train: Train) -> Setup:
     unseen = text.pack(token_ids, args.max_length)
     made_of = {"teacher": str(teacher.name_or_path), "blocks": blocks.tolist(), "heldout": token_ids}
     teacher.to(args.device).eval()
-    return Setup(teacher, tokenizer, seen, blocks.to(args.device), unseen, prompts, reference, cells.key(made_of))
+    key = cells.key(made_of)
+    return Setup(teacher, tokenizer, seen, blocks.to(args.device), unseen, prompts, reference, key, teacher)
 
 
 def teacher_of(
