@@ -143,17 +143,22 @@ def fit(
     checkpoints: Path,
     students: Path | None = None,
     title: str = "student",
+    batches: Callable[[int], Iterable[dict[str, Tensor]]] | None = None,
 ) -> dict[str, Any]:
-    """Train one student, keep it if there is a folder for it, and say what came of it."""
+    """Train one student, keep it if there is a folder for it, and say what came of it.
+
+    `batches` gives so many of them; without it they are blocks of the setup's text.
+    """
     distill.prepare(student)
     optimizer = AdamW([*student.parameters(), *distill.criterion.parameters()], lr=args.lr)
     blocks = text.draw(setup.blocks, args.student_blocks, args.seed)
+    batches = batches or (lambda count: text.batches(blocks, args.batch_size, count, args.seed))
     steps = args.steps or args.epochs * -(-len(blocks) // args.batch_size)
     curve = train(
         distill,
         student,
         optimizer,
-        text.batches(blocks, args.batch_size, steps, args.seed),
+        batches(steps),
         steps,
         partial(evaluation.perplexity, blocks=setup.heldout),
         checkpoints,
@@ -163,7 +168,7 @@ def fit(
     )
     if students is not None:
         models.save(student, setup.tokenizer, students)
-    batch = next(text.batches(blocks, args.batch_size, 1, args.seed))
+    batch = next(iter(batches(1)))
     teachers = (
         [teacher.module for teacher in distill.teachers]
         if distill.criterion.plan(len(distill.teachers)).last_teacher >= 0
@@ -172,10 +177,7 @@ def fit(
     in_use = [student, distill.criterion, *teachers]
     held = memory.held(optimizer, *in_use)
     peak = memory.training_memory(lambda: distill(student, **batch).loss.backward(), held)
-    teraflop = operations.of_training(
-        lambda batch: distill(student, **batch).loss.backward(),
-        text.batches(blocks, args.batch_size, steps, args.seed),
-    )
+    teraflop = operations.of_training(lambda batch: distill(student, **batch).loss.backward(), batches(steps))
     return {**outcome(student, args, setup, curve, steps, peak, teraflop), "student": str(students)}
 
 

@@ -22,12 +22,14 @@ class Setup:
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     texts: list[str]
+    texts_of_student: int
+    unseen: list[str]
     blocks: Tensor
     heldout: Tensor
     prompts: Tensor
     reference: Tensor
     key: str
-    judge: PreTrainedModel  # of what students write: the first teacher, whoever teaches
+    judge: PreTrainedModel | None  # of what students write: the first teacher, whoever teaches
 
 
 def prepare(args: Any, train: Train) -> Setup:
@@ -43,11 +45,22 @@ def prepare(args: Any, train: Train) -> Setup:
     blocks = text.pack(text.tokenize(tokenizer, seen[:student_samples]), args.max_length)
     token_ids = text.tokenize(tokenizer, heldout)
     prompts, reference = evaluation.continuations(token_ids, args.continuations, args.max_length)
-    unseen = text.pack(token_ids, args.max_length)
+    unseen_blocks = text.pack(token_ids, args.max_length)
     made_of = {"teacher": str(teacher.name_or_path), "blocks": blocks.tolist(), "heldout": token_ids}
     teacher.to(args.device).eval()
-    key = cells.key(made_of)
-    return Setup(teacher, tokenizer, seen, blocks.to(args.device), unseen, prompts, reference, key, teacher)
+    return Setup(
+        teacher=teacher,
+        tokenizer=tokenizer,
+        texts=seen,
+        texts_of_student=student_samples,
+        unseen=heldout,
+        blocks=blocks.to(args.device),
+        heldout=unseen_blocks,
+        prompts=prompts,
+        reference=reference,
+        key=cells.key(made_of),
+        judge=teacher,
+    )
 
 
 def teacher_of(

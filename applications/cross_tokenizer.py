@@ -1,0 +1,225 @@
+"""Learn from a teacher with another tokenizer: both read the same text, each in its own tokens.
+
+    python applications/cross_tokenizer.py --seeds 0 1 2
+    python applications/cross_tokenizer.py --teacher my/teacher --student-tokenizer my/other --data texts.jsonl
+
+Where a token of the student and one of the teacher end at the same character, both have read the same, and their
+predictions of what comes next are held against each other in three ways: over the tokens that both vocabularies
+have ("shared": the others' probability is left out on both sides), over all of the student's, where a token of the
+teacher counts as the one with which the student's tokenizer begins to write it ("begun"), and as sorted
+probabilities, whatever the tokens are ("uld"). Everywhere else the student has its labels alone.
+
+Beside them stands the same student without a teacher, for as many steps and for as many operations. Killed at
+any instant, the same command goes on.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Annotated, Any
+
+import distill_lm
+import torch
+from parts import cells, evaluation, models, options, report, text
+from parts.setup import Setup, prepare
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Doc
+
+import kdloss
+
+NOTES = f"""\
+{distill_lm.NOTES}
+Student and teacher have other tokens: compare perplexities of students with each other, and bits per
+character with the teacher's."""
+SAME_COMPUTE = "none-same-compute"
+
+
+@dataclass(kw_only=True)
+class Settings(options.Evaluation, options.Training, options.Student, options.Teacher, options.Text):
+    """Those of distill_lm.py that fit, and the student's tokenizer."""
+
+    student_tokenizer: Annotated[
+        str | None, Doc("folder or hub name; else that of --student, or one trained on Python's documentation")
+    ] = None
+    student_vocabulary: Annotated[int, options.COUNT, Doc("tokens of a trained one")] = 1024
+    alpha: Annotated[float, Doc("share of cross-entropy beside a KL; ULD has its paper's weights")] = 0.1
+    seeds: Annotated[list[int], Doc("repeat for these")]
+
+
+DEFAULTS = Settings(output=Path("runs/cross_tokenizer"), samples=6000, seeds=[0])
+
+
+def read(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokens of all texts end to end, and where each one ends, counted in characters from the beginning of all."""
+    ids, ends, start = [], [], 0
+    found = tokenizer(list(texts), add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    for words, tokens, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
+        ids += [*tokens, tokenizer.eos_token_id]
+        ends += [*(start + end for _, end in offsets), start + len(words) + 1]
+        start = ends[-1]
+    return torch.tensor(ids), torch.tensor(ends)
+
+
+def aligned(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], length: int, context: int) -> Any:
+    """Blocks of the student's tokens, and beside each one the teacher's tokens of the same text.
+
+    - `input_ids` `[blocks, length]`; `teacher_ids` `[blocks, n]`, from the first token that begins in the block.
+    - `teacher_at` `[blocks, length]`: the last of these that ends where the student's token does.
+    - `mask` `[blocks, length]`: which tokens are predicted by both, from the same characters.
+    """
+    (ids, ends), (their_ids, their_ends) = student, teacher
+    count = len(ids) // length
+    at = torch.searchsorted(their_ends, ends, right=True) - 1
+    whole = ends != torch.cat([ends[1:], ends[-1:] + 1])  # else the next token is of the same character
+    both = whole & (at >= 0) & (their_ends[at] == ends)
+    at, both = (x[: count * length].view(count, length) for x in (at, both))
+    begins = torch.cat([ends.new_zeros(1), ends[length - 1 : count * length - 1 : length]])
+    first = torch.searchsorted(their_ends, begins, right=True)
+    first += (first > 0) & (their_ends[first - 1] != begins)  # one that begins before the block
+    at = at - first[:, None]
+    both &= (at >= 0) & (at < context)
+    at = at.where(both, 0)
+    window = first[:, None] + torch.arange(int(at.max()) + 1)
+    return {
+        "input_ids": ids[: count * length].view(count, length),
+        "teacher_ids": their_ids[window.clamp(max=len(their_ids) - 1)],
+        "teacher_at": at,
+        "mask": torch.cat([both.new_zeros(count, 1), both[:, :-1]], 1),
+    }
+
+
+class AtTheSame(nn.Module):
+    """The teacher's predictions at the student's positions."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, at: Tensor) -> Tensor:
+        """Logits `[batch, length, classes]`."""
+        logits = self.model(input_ids=ids).logits
+        return logits.gather(1, at[..., None].expand(*at.shape, logits.shape[-1]))
+
+
+def beside(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the teacher reads of a batch."""
+    return {"ids": batch["teacher_ids"], "at": batch["teacher_at"]}
+
+
+def begun(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Callable[..., tuple[Any, Tensor]]:
+    """A `vocabulary`: each of the teacher's tokens as the student's token that its characters begin with."""
+    words = [teacher.decode([i]) for i in range(len(teacher))]
+    ids = student(words, add_special_tokens=False)["input_ids"]
+    both = enumerate(zip(words, ids, strict=True))
+    pairs = {i: found[0] for i, (word, found) in both if found and "\ufffd" not in word}  # no part of a character
+    pairs[teacher.eos_token_id] = student.eos_token_id
+    known, first = torch.tensor([*pairs]), torch.tensor([*pairs.values()])
+
+    def over_all_of_the_students(s: Any, t: Tensor) -> tuple[Any, Tensor]:
+        mass = t.float().softmax(-1)[..., known.to(t.device)]
+        found = mass.new_zeros(*mass.shape[:-1], len(student)).index_add_(-1, first.to(t.device), mass)
+        return s, found.log()
+
+    return over_all_of_the_students
+
+
+def criteria(args: Settings, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A loss for each row. `Task()` is the student's own: it counts at all tokens, whatever the batch's mask."""
+    shared, all_begun = kdloss.TokenMap.of(student, teacher), begun(student, teacher)
+    kl = {"shared": kdloss.Logits(vocabulary=shared), "begun": kdloss.Logits(vocabulary=all_begun)}
+    mixed = {row: args.alpha * kdloss.Task() + (1 - args.alpha) * term for row, term in kl.items()}
+    return {
+        "none": 1.0 * kdloss.Task(),
+        **mixed,
+        "uld": 1.0 * kdloss.Task() + 1.5 * kdloss.Logits(kdloss.divergences.uld),
+    }
+
+
+def tokenizer_of(args: Settings) -> PreTrainedTokenizerBase:
+    """The student's."""
+    if args.student_tokenizer or args.student:
+        return AutoTokenizer.from_pretrained(args.student_tokenizer or args.student)
+    return text.train_tokenizer([*topics.values()], args.student_vocabulary)
+
+
+def student_of(args: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A student before training: the same one for the same seed."""
+    torch.manual_seed(args.seed)
+    if args.student:
+        return models.load(args.student)[0].to(args.device)
+    shape = (args.student_layers, args.student_width, args.student_heads)
+    return models.gpt2(*shape, dropout=args.dropout, tokenizer=tokenizer, length=args.max_length).to(args.device)
+
+
+def of_student(args: Settings, teachers: Setup) -> tuple[Setup, dict[str, Tensor]]:
+    """What a student is trained and measured on: the teacher's texts in tokens of its own, and these beside its."""
+    tokenizer, words = tokenizer_of(args), teachers.texts[: teachers.texts_of_student]
+    context = getattr(teachers.teacher.config, "max_position_embeddings", math.inf)
+    blocks = aligned(read(tokenizer, words), read(teachers.tokenizer, words), args.max_length, context)
+    token_ids = text.tokenize(tokenizer, teachers.unseen)
+    prompts, reference = evaluation.continuations(token_ids, args.continuations, args.max_length)
+    heldout = text.pack(token_ids, args.max_length)
+    key = cells.key({"text": teachers.key, "words": tokenizer.get_vocab()})
+    own = {"tokenizer": tokenizer, "blocks": blocks["input_ids"], "heldout": heldout, "key": key, "judge": None}
+    return replace(teachers, prompts=prompts, reference=reference, **own), blocks
+
+
+def batches(blocks: dict[str, Tensor], args: Settings, steps: int) -> Iterator[dict[str, Tensor]]:
+    """Those of distill_lm.py, with the teacher's tokens."""
+    drawn = text.draw(torch.arange(len(blocks["mask"])), args.student_blocks, args.seed)
+    for batch in text.batches(drawn, args.batch_size, steps, args.seed):
+        batch = {name: x[batch["input_ids"]].to(args.device) for name, x in blocks.items()}
+        yield batch | {"labels": batch["input_ids"]}
+
+
+def bits(found: dict[str, Any], setup: Setup) -> dict[str, float]:
+    """Bits to write a character of the held-out texts, their ends included: perplexity by all tokens, not by one."""
+    tokens = sum(map(len, text.tokenize(setup.tokenizer, setup.unseen)))
+    per_token = math.log2(found["perplexity"])
+    return {"bits_per_character": per_token * tokens / sum(len(words) + 1 for words in setup.unseen)}
+
+
+def main(arguments: Sequence[str] | None = None) -> report.Runs:
+    """Train without the teacher and in each of the ways, and write what came of it."""
+    args = options.read(DEFAULTS, arguments, __doc__)
+    if args.keep_blocks is not None:
+        raise ValueError("a student of the teacher's blocks has the teacher's tokenizer: leave out --keep-blocks")
+    teachers = prepare(args, distill_lm.train)
+    best = distill_lm.teacher_measured(args, teachers)
+    setup, blocks = of_student(args, teachers)
+    teacher = kdloss.Teacher(AtTheSame(teachers.teacher), inputs=beside)
+    losses = criteria(args, setup.tokenizer, teachers.tokenizer)
+    elsewhere = {*distill_lm.ELSEWHERE, "seeds"}
+    runs: dict[str, list[dict[str, Any]]] = {"teacher": [report.beside(best | bits(best, teachers), best)]}
+
+    def measured(row: str, loss: Any, args: Settings) -> dict[str, Any]:
+        settings = {name: x for name, x in vars(args).items() if name not in elsewhere} | {"text": setup.key}
+        kept = args.output / "students" / f"{row}-{args.seed}"
+
+        def work(folder: Path) -> dict[str, Any]:
+            distill, student = kdloss.Distiller(teacher, loss), student_of(args, setup.tokenizer)
+            order = partial(batches, blocks, args)
+            return distill_lm.fit(distill, student, args, setup, folder, kept, f"{row} ({args.seed})", order)
+
+        found = cells.cell(args.output / "cells", row, settings, work, kept)
+        return found | bits(found, setup)
+
+    for seed in args.seeds:
+        seeded = replace(args, seed=seed)
+        found = {row: measured(row, loss, seeded) for row, loss in losses.items()}
+        alone, dearest = found["none"], max(x["teraflop"] for x in found.values())
+        longer = replace(seeded, steps=round(alone["steps"] * dearest / alone["teraflop"]))
+        found[SAME_COMPUTE] = measured(SAME_COMPUTE, losses["none"], longer)
+        for row, x in found.items():
+            runs.setdefault(row, []).append(report.beside(x, best, alone))
+            runs[row][-1].pop("retention")  # of perplexities of other tokens
+    print(report.write(runs, vars(args), args.output, NOTES))
+    return runs
+
+
+if __name__ == "__main__":
+    main()

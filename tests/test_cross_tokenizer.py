@@ -1,0 +1,137 @@
+"""A teacher and a student that cut the same text into other tokens."""
+
+import math
+
+import cross_tokenizer
+import distill_lm
+import numpy as np
+import oracles
+import pytest
+import tiny
+import torch
+from families import build
+from parts import options, text
+
+import kdloss
+
+WORDS = ["The naïve café: 12 → 13 😀 numbers follow.", "Even, odd, and even again…", "x"]
+WHOLE = "".join(f"{words}\0" for words in WORDS * 3).encode()
+PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in PRINTED} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in PRINTED)
+}  # GPT-2's: a byte that is no letter to print is written as one of the letters from 256 on
+
+
+def never(*args, **settings):
+    raise AssertionError("this was done before")
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """The student's, of hardly more than single bytes, and the teacher's, of longer pieces."""
+    return text.train_tokenizer(WORDS, 265), text.train_tokenizer([*tiny.SENTENCES, *WORDS], 400)
+
+
+def written(tokenizer, ids):
+    """The bytes of these tokens; the end of a text as 0."""
+    end = tokenizer.eos_token_id
+    pieces = ([0] if i == end else map(BYTES.get, tokenizer.convert_ids_to_tokens(i)) for i in ids.tolist())
+    return b"".join(map(bytes, pieces))
+
+
+def test_both_are_together_where_they_have_read_the_same_whole_characters(tokenizers):
+    mine, theirs = tokenizers
+    context = 9
+    both = (cross_tokenizer.read(tokenizer, WORDS * 3) for tokenizer in tokenizers)
+    found = cross_tokenizer.aligned(*both, length=12, context=context)
+    read, counted = 0, 0
+    starts = [0]
+    for token in cross_tokenizer.read(theirs, WORDS * 3)[0]:
+        starts.append(starts[-1] + len(written(theirs, token[None])))
+    for ids, beside, at, mask in zip(*found.values(), strict=True):
+        block = written(mine, ids)
+        assert WHOLE[read : read + len(block)] == block
+        whole_before = read == 0 or WHOLE[read : read + 1].decode(errors="ignore") != "" or WHOLE[read] >= 0xC0
+        begin = next(s for s in starts if s >= read and (whole_before or s > read) and not 0x80 <= WHOLE[s] < 0xC0)
+        assert (WHOLE[begin:] + bytes(99)).startswith(written(theirs, beside[:3]))
+        assert not mask[0]
+        for j in range(len(ids) - 1):
+            end = read + len(written(mine, ids[: j + 1]))
+            ends = [begin + len(written(theirs, beside[: i + 1])) for i in range(min(context, len(beside)))]
+            whole = end == len(WHOLE) or not 0x80 <= WHOLE[end] < 0xC0  # else the character has more bytes
+            assert mask[j + 1].item() == (whole and end in ends)
+            if mask[j + 1]:
+                assert ends[at[j]] == end
+                counted += 1
+        read += len(block)
+    assert counted > 30
+
+
+def test_a_token_of_the_teacher_counts_as_the_students_that_it_begins_with():
+    student, teacher = text.train_tokenizer(["ab ab ab"], 258), text.train_tokenizer(["abc abc abc abd abd"], 262)
+    words = {i: teacher.decode([i]) for i in range(len(teacher))}
+    over = cross_tokenizer.begun(student, teacher)
+    logits = torch.randn(3, len(teacher), dtype=torch.float64)
+    s, found = over("the student's, as they are", logits)
+    assert s == "the student's, as they are"
+    p, expected = logits.softmax(-1).numpy(), np.zeros((3, len(student)))
+    for i, word in words.items():
+        if i == teacher.eos_token_id:
+            expected[:, student.eos_token_id] += p[:, i]
+        elif "\ufffd" not in word:
+            longest = max(n for n in range(1, len(word) + 1) if token_of(student, word[:n]) is not None)
+            expected[:, token_of(student, word[:longest])] += p[:, i]
+    assert token_of(student, "ab") is not None
+    np.testing.assert_allclose(found.exp().numpy(), expected, rtol=1e-5)
+
+
+def token_of(tokenizer, word):
+    """The one token that is this word, if there is one."""
+    letters = {byte: letter for letter, byte in BYTES.items()}
+    return tokenizer.get_vocab().get("".join(letters[byte] for byte in word.encode()))
+
+
+def test_labels_count_everywhere_and_the_teacher_where_both_have_read_the_same(tokenizers):
+    student, teacher = build("gpt2", depth=2, seed=1).eval(), build("gpt2", width=24).eval()
+    ids, theirs = torch.randint(0, 61, (2, 6)), torch.randint(0, 61, (2, 5))
+    at, mask = torch.tensor([[0, 1, 1, 3, 4, 0], [2, 0, 0, 0, 0, 0]]), torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, [2, 5]] = mask[1, 1] = True  # predicted at 1 and 4, and at 0
+    given = kdloss.Teacher(cross_tokenizer.AtTheSame(teacher), inputs=cross_tokenizer.beside)
+    shared = kdloss.Logits(vocabulary=kdloss.TokenMap(torch.arange(40), torch.arange(20, 60)))
+    distill = kdloss.Distiller(given, 0.25 * kdloss.Task() + 0.75 * shared)
+    loss = distill(student, input_ids=ids, labels=ids, teacher_ids=theirs, teacher_at=at, mask=mask).loss
+    with torch.no_grad():
+        s = student(input_ids=ids).logits.double()
+        t = teacher(input_ids=theirs).logits.double()
+    ce = -s.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()
+    s, t = (torch.stack(x).numpy() for x in ([s[0, 1], s[0, 4], s[1, 0]], [t[0, 1], t[0, 4], t[1, 2]]))
+    kl = oracles.forward_kl(s[:, :40], t[:, 20:60]).mean()
+    assert loss.item() == pytest.approx(0.25 * ce + 0.75 * kl, rel=1e-5)
+
+
+def test_students_learn_across_tokenizers_and_the_same_command_trains_nothing_again(
+    data, teachers, tmp_path, monkeypatch
+):
+    arguments = [*tiny.flags(data, tmp_path, teachers, student_vocabulary=280), "--seeds", "0", "1"]
+    runs = cross_tokenizer.main(arguments)
+    assert list(runs) == ["teacher", "none", "shared", "begun", "uld", "none-same-compute"]
+    for row, found in runs.items():
+        assert len(found) == (1 if row == "teacher" else 2)
+        if row != "teacher":
+            assert found[0]["perplexity"] < 0.9 * found[0]["curve"][0]["perplexity"]
+    first = {row: found[0] for row, found in runs.items()}
+    assert len({round(x["perplexity"], 4) for x in first.values()}) == 6
+    dearest = max(first[row]["teraflop"] for row in ("shared", "begun", "uld"))
+    assert first["none-same-compute"]["teraflop"] == pytest.approx(dearest, rel=0.05)
+    texts = text.read_texts(str(data))[-40:]
+    tokenizer = cross_tokenizer.tokenizer_of(options.read(cross_tokenizer.DEFAULTS, arguments, None))
+    tokens = sum(len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+    expected = math.log2(first["none"]["perplexity"]) * tokens / sum(len(x) + 1 for x in texts)
+    assert first["none"]["bits_per_character"] == pytest.approx(expected)
+    monkeypatch.setattr(distill_lm, "train", never)
+    assert cross_tokenizer.main(arguments) == runs
+
+
+def test_a_student_of_the_teachers_blocks_is_refused(data, teachers, tmp_path):
+    with pytest.raises(ValueError, match="has the teacher's tokenizer: leave out --keep-blocks"):
+        cross_tokenizer.main([*tiny.flags(data, tmp_path, teachers), "--keep-blocks", "auto"])
