@@ -24,17 +24,17 @@ TWENTY = "0,1,2,3,5,6,8,9,11,12,14,15,17,18,20,21,23,25,27,29"
 FIFTEEN = "0,2,4,6,8,10,12,14,16,18,20,22,24,27,29"
 SMOLLM2 = (
     "--freeze-embeddings --layers auto --pairing kept --distance normalized_mse --alpha 0.3 --lr 3e-4 "
-    "--max-length 128 --batch-size 2 --steps 24 --points 1 --heldout-samples 20 --continuations 6 "
-    "--samples 1000 --student-samples 300 --save-every 600"
+    "--max-length 128 --batch-size 2 --steps 200 --points 4 --heldout-samples 60 --continuations 16 "
+    "--samples 1000 --student-samples 600 --save-every 100"
 )
 LLAMA = "runs/results/llama"
 SMALL = "--samples 6000 --points 2 --one-by-one"
 STUDIES = {  # name: flags of compare.py
     "demo": "--samples 6000",
     "smollm2-20-fresh": f"{SMOLLM2} --keep-blocks {TWENTY}",
-    "smollm2-20-little": f"{SMOLLM2} --keep-blocks {TWENTY} --student-blocks 6",
+    "smollm2-20-little": f"{SMOLLM2} --keep-blocks {TWENTY} --student-blocks 50",
     "smollm2-15-fresh": f"{SMOLLM2} --keep-blocks {FIFTEEN}",
-    "smollm2-15-little": f"{SMOLLM2} --keep-blocks {FIFTEEN} --student-blocks 6",
+    "smollm2-15-little": f"{SMOLLM2} --keep-blocks {FIFTEEN} --student-blocks 50",
     "output": (f"{SMALL} --methods none vanilla --vary temperature 0.5 2 4 8 --vary alpha 0 0.3 0.5 0.7 0.9"),
     "features": (
         f"{SMALL} --methods none feature --epochs 3 --teacher-layers 8 --student-layers 6 "
@@ -52,19 +52,26 @@ STUDIES = {  # name: flags of compare.py
     "gap": f"{SMALL} --methods none vanilla --student-heads 2 --student-width 32 --vary temperature 2 4 8",
     "unlike": f"{SMALL} --methods none vanilla feature --vary temperature 2 4 8",
 }
-EXAMPLES = {  # name: flags
-    "distributed": "", "multi_teacher": "", "chain": "", "phases": "", "summarise": "",
-    "offline_teacher": "--ks 16 32 64 128 256 --seeds 0 1 2",
-    "on_policy": "", "changing_teachers": "",
+THREE = "--seeds 0 1 2"
+EXAMPLES = {  # script, or script-variant: flags
+    "distributed": "", "multi_teacher": "", "chain": "", "phases": "", "summarise": "", "on_policy": "",
+    "changing_teachers": "",
+    "offline_teacher": f"--ks 16 32 64 128 256 --points 2 {THREE}",
+    "cross_tokenizer": f"--points 2 {THREE}",
+    "forgetting": f"--points 2 {THREE}",
+    "forgetting-smollm2": (
+        f"--max-length 128 --batch-size 2 --student-blocks 120 --lr 1e-3 --points 1 --samples 1000 "
+        f"--heldout-samples 40 --new-samples 400 --continuations 16 --save-every 100 {THREE}"
+    ),
 }  # fmt: skip
 ALL = (*STUDIES, *EXAMPLES)
 
 
 def flags(study: str) -> list[str]:
-    """The whole command line of a study but its seeds."""
+    """The whole command line of an example, or of a study but its seeds."""
     teacher = [] if "smollm2" not in study else ["--teacher", str(smollm2())]
     student = [] if study != "unlike" else ["--student", LLAMA]
-    return [*STUDIES[study].split(), *teacher, *student, "--output", f"runs/results/{study}"]
+    return [*(STUDIES | EXAMPLES)[study].split(), *teacher, *student, "--output", f"runs/results/{study}"]
 
 
 def smollm2() -> Path:
@@ -104,8 +111,7 @@ def work(study: str, seeds: list[str]) -> None:
 
     torch.set_num_threads(1)
     if study in EXAMPLES:
-        flagged = [*EXAMPLES[study].split(), "--output", f"runs/results/{study}"]
-        importlib.import_module(study).main(flagged)
+        importlib.import_module(study.partition("-")[0]).main(flags(study))
     else:
         compare.main([*flags(study), "--seeds", *seeds])
 

@@ -17,6 +17,7 @@ from parts import files
 
 COLUMNS = {  # heading: (key, format)
     "held-out perplexity": ("perplexity", "{:.1f}"),
+    "old perplexity": ("old_perplexity", "{:.1f}"),
     "against none %": ("against_none", "{:+.1f}"),
     "lowest on the way": ("lowest_perplexity", "{:.1f}"),
     "retention %": ("retention", "{:.1f}"),
