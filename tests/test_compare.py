@@ -1,5 +1,6 @@
 """applications/compare.py in small: equal terms, the cells of a grid, and what a killed study keeps."""
 
+import importlib
 import json
 
 import compare
@@ -140,3 +141,10 @@ def test_what_make_results_runs_can_be_planned(study):
     args = compare.options.read(compare.DEFAULTS, results.STUDIES[study].split(), None)
     rows = {cell.row for cell in compare.plan(args)}
     assert len(rows) == len(compare.plan(args)) >= len(args.methods)
+
+
+@pytest.mark.parametrize("name", [name for name, flags in results.EXAMPLES.items() if flags])
+def test_the_flags_of_examples_in_make_results_can_be_read(name):
+    defaults = importlib.import_module(name.partition("-")[0]).DEFAULTS
+    args = compare.options.read(defaults, results.EXAMPLES[name].split(), None)
+    assert args.seeds == [0, 1, 2]
