@@ -28,9 +28,9 @@ import kdloss
 
 NOTES = """\
 Perplexity and ROUGE-L (greedy continuations against the real ones) on texts no model has seen.
-Samples: the (first) teacher's perplexity on what a model writes after the same beginnings, each token drawn from
-its predictions; distinct-2: different pairs of neighbouring tokens among all pairs of what it wrote. A model that
-writes the same again and again is low in both.
+Distinct-2: different pairs of neighbouring tokens among all pairs of the greedy continuations; repetition is low.
+Samples: the (first) teacher's perplexity on what a model writes after the same beginnings, each token drawn from its
+predictions; own: the model's, which is below that of real text where it leaves out much of what could be written.
 Retention: the teacher's perplexity over the student's. TFLOP: floating-point operations of training,
 in 10^12, those of the teacher's passes included: counted products and attention. Seconds: CPU time of
 training with one thread, the wall's clock with more or on a GPU. Train MB: tensors alive at the peak of

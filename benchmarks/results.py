@@ -61,7 +61,7 @@ EXAMPLES = {  # script, or script-variant: flags
     "forgetting": f"--points 2 {THREE}",
     "forgetting-smollm2": (
         f"--max-length 128 --batch-size 2 --student-blocks 120 --lr 1e-3 --points 1 --samples 1000 "
-        f"--heldout-samples 40 --new-samples 400 --continuations 16 --save-every 100 {THREE}"
+        f"--heldout-samples 40 --new-samples 200 --continuations 16 --save-every 100 {THREE}"
     ),
 }  # fmt: skip
 ALL = (*STUDIES, *EXAMPLES)

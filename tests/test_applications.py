@@ -418,16 +418,19 @@ def test_rouge_by_hand():
 
 
 def test_what_a_model_writes_is_judged_by_another_token_by_token():
-    writer, judge = new_model().eval(), new_model(3, 24).eval()
+    writer, judge = (model.train() for model in (new_model(), new_model(3, 24)))
+    writer.transformer.drop.p = judge.transformer.drop.p = 0.5  # which nobody writes or reads with
     prompts, reference = torch.randint(0, 11, (5, 4)), torch.randint(0, 11, (5, 6))
     tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: [" ".join(f"w{i}" for i in row) for row in ids.tolist()])
     found, again = (evaluation.evaluate(writer, tokenizer, prompts, reference, judge) for _ in range(2))
     assert found["samples"] == again["samples"]
     written = evaluation.sample(writer, prompts, 10, torch.Generator().manual_seed(0))
-    logs = judge(input_ids=written).logits.double().log_softmax(-1)[:, 3:9]  # those at 3 to 8 predict 4 to 9
-    said = logs.gather(-1, written[:, 4:, None]).mean()
-    assert found["samples"] == pytest.approx(math.exp(-said.item()), rel=1e-5)
-    pairs = [pair for row in written[:, 4:].tolist() for pair in itertools.pairwise(row)]
+    for column, model in {"samples": judge, "own": writer}.items():
+        logs = model.eval()(input_ids=written).logits.double().log_softmax(-1)[:, 3:9]  # at 3 to 8, of 4 to 9
+        said = logs.gather(-1, written[:, 4:, None]).mean()
+        assert found[column] == pytest.approx(math.exp(-said.item()), rel=1e-5)
+    greedy = evaluation.generate(writer, prompts, 6)[0].tolist()
+    pairs = [pair for row in greedy for pair in itertools.pairwise(row)]
     assert found["distinct_2"] == 100 * len(set(pairs)) / 25
     assert "samples" not in evaluation.evaluate(writer, tokenizer, prompts, reference)
 

@@ -73,7 +73,10 @@ def sample(model: PreTrainedModel, prompts: Tensor, length: int, generator: torc
 @torch.no_grad()
 def judged(judge: PreTrainedModel, written: Tensor, prompt: int) -> float:
     """The judge's perplexity on what follows prompts of so many tokens."""
+    was_training = judge.training
+    judge.eval()
     logits = judge(input_ids=written).logits[:, prompt - 1 : -1]
+    judge.train(was_training)
     return kdloss.cross_entropy(logits, written[:, prompt:]).mean().exp().item()
 
 
@@ -109,16 +112,17 @@ def evaluate(
     reference: Tensor,
     judge: PreTrainedModel | None = None,
 ) -> dict[str, float]:
-    """Greedy continuations held against the real ones, random ones judged by a model, speed and size."""
+    """Greedy continuations beside the real ones, drawn ones as judged by others and by itself, speed and size."""
     ids, speed = generate(model, prompts, reference.shape[1])
     texts, real = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (ids, reference))
-    prompts = prompts.to(model.device)
+    prompts, length = prompts.to(model.device), prompts.shape[1]
     always_the_same = torch.Generator(model.device).manual_seed(0)
-    written = sample(model, prompts, prompts.shape[1] + reference.shape[1], always_the_same)
-    found = {
+    drawn = sample(model, prompts, length + reference.shape[1], always_the_same)
+    judges = {"own": model} | ({} if judge is None else {"samples": judge})
+    return {
         "rouge_l": rouge(texts, real)["rouge_l"],
-        "distinct_2": distinct(written[:, prompts.shape[1] :]),
+        "distinct_2": distinct(ids),
+        **{name: judged(one, drawn, length) for name, one in judges.items()},
         "generated_tokens_per_second": speed,
         "parameters": model.num_parameters(),
     }
-    return found if judge is None else found | {"samples": judged(judge, written, prompts.shape[1])}
