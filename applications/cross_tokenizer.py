@@ -7,7 +7,7 @@ Where a token of the student and one of the teacher end at the same character, b
 predictions of what comes next are held against each other in three ways: over the tokens that both vocabularies
 have ("shared": the others' probability is left out on both sides), over all of the student's, where a token of the
 teacher counts as the one with which the student's tokenizer begins to write it ("begun"), and as sorted
-probabilities, whatever the tokens are ("uld"). Everywhere else the student has its labels alone.
+probabilities, whatever the tokens are ("uld"). That is added to cross-entropy, which counts at every token.
 
 Beside them stands the same student without a teacher, for as many steps and for as many operations. Killed at
 any instant, the same command goes on.
@@ -46,7 +46,7 @@ class Settings(options.Evaluation, options.Training, options.Student, options.Te
         str | None, Doc("folder or hub name; else that of --student, or one trained on Python's documentation")
     ] = None
     student_vocabulary: Annotated[int, options.COUNT, Doc("tokens of a trained one")] = 1024
-    alpha: Annotated[float, Doc("share of cross-entropy beside a KL; ULD has its paper's weights")] = 0.1
+    weight: Annotated[float, Doc("of a KL beside cross-entropy; ULD has its paper's, 1.5")] = 1.0
     seeds: Annotated[list[int], Doc("repeat for these")]
 
 
@@ -130,13 +130,12 @@ def begun(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) ->
 def criteria(args: Settings, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A loss for each row. `Task()` is the student's own: it counts at all tokens, whatever the batch's mask."""
     shared, all_begun = kdloss.TokenMap.of(student, teacher), begun(student, teacher)
-    kl = {"shared": kdloss.Logits(vocabulary=shared), "begun": kdloss.Logits(vocabulary=all_begun)}
-    mixed = {row: args.alpha * kdloss.Task() + (1 - args.alpha) * term for row, term in kl.items()}
-    return {
-        "none": 1.0 * kdloss.Task(),
-        **mixed,
-        "uld": 1.0 * kdloss.Task() + 1.5 * kdloss.Logits(kdloss.divergences.uld),
+    terms = {
+        "shared": args.weight * kdloss.Logits(vocabulary=shared),
+        "begun": args.weight * kdloss.Logits(vocabulary=all_begun),
+        "uld": 1.5 * kdloss.Logits(kdloss.divergences.uld),
     }
+    return {"none": 1.0 * kdloss.Task()} | {row: 1.0 * kdloss.Task() + term for row, term in terms.items()}
 
 
 def tokenizer_of(args: Settings) -> PreTrainedTokenizerBase:
