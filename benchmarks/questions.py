@@ -191,10 +191,32 @@ def real() -> Figure:
     return figure
 
 
+def divergences() -> Figure:
+    """Which divergence? What a student predicts, and what it writes."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    found = runs("divergences")
+    rows = {"alone": found["none"]}
+    for row, seeds in found.items():
+        if row.startswith("vanilla, divergence ") and row.endswith(", alpha 0.1"):
+            rows[row.removeprefix("vanilla, divergence ").removesuffix(", alpha 0.1")] = seeds
+    asked = {
+        "perplexity": "held-out perplexity (less is better)",
+        "samples": "teacher's perplexity on what it writes\n(less is more likely)",
+        "own": "its own perplexity on what it writes\n(less is more certain, and less varied)",
+    }
+    for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), asked.items(), strict=True):
+        bars(axes, {name: numbers(seeds, key) for name, seeds in rows.items()})
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xlabel=label)
+        axes.margins(x=0.15)
+    return figure
+
+
 QUESTIONS: dict[str, Callable[[], Figure]] = {
     "temperature": temperature,
     "alpha": alpha,
     "kinds": kinds,
+    "divergences": divergences,
     "size": size,
     "data": data,
     "real": real,

@@ -51,6 +51,17 @@ def test_bars_stand_beside_the_names_of_their_rows_with_the_teacher_as_a_line(st
     assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [7]
 
 
+def test_divergences_are_those_of_one_alpha_each_with_what_it_writes(study):
+    rows = {"none": [9], "vanilla, divergence forward_kl, alpha 0.1": [4], "vanilla, divergence jsd, alpha 0.1": [5]}
+    rows |= {"vanilla, divergence jsd, alpha 0": [7]}
+    written = {row: {"samples": 10 * p[0], "own": 100 * p[0]} for row, p in rows.items()}
+    study("divergences", rows, **written)
+    for axes, times in zip(questions.divergences().axes, (1, 10, 100), strict=True):
+        assert [bar.get_width() for bar in axes.patches] == [5 * times, 4 * times, 9 * times]  # from below
+    names = [text.get_text() for text in questions.divergences().axes[0].get_yticklabels()]
+    assert names == ["jsd", "forward_kl", "alone"]
+
+
 def test_what_was_not_measured_is_not_drawn(study):
     assert not any(map(questions.measured, questions.QUESTIONS))
     study("weak-teacher", {"none": [2], "vanilla": [3]})
