@@ -23,8 +23,8 @@ from reference import Expected, expected
 import kdloss
 
 at_once = importlib.import_module("kdloss.engine.at_once")
-run = importlib.import_module("kdloss.engine.run")
-OWN = {"FEW": at_once.FEW, "AT_ONCE": at_once.AT_ONCE, "rows": run.scratch_rows}
+block_sizes = importlib.import_module("kdloss.engine.block_sizes")
+OWN = {"FEW": at_once.FEW, "AT_ONCE": at_once.AT_ONCE, "rows": block_sizes.scratch_rows}
 
 
 def paths(case: Case) -> None:
@@ -32,7 +32,7 @@ def paths(case: Case) -> None:
     at_once.FEW = case.engine.get("FEW", OWN["FEW"])
     at_once.AT_ONCE = case.engine.get("AT_ONCE", OWN["AT_ONCE"])
     rows = case.engine.get("rows")
-    run.scratch_rows = OWN["rows"] if rows is None else lambda *_: rows
+    block_sizes.scratch_rows = OWN["rows"] if rows is None else lambda *_: rows
 
 
 class Output:

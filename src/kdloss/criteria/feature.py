@@ -33,10 +33,10 @@ class FeatureKD(Sum):
 
     - `alpha`: the weight of cross-entropy; `logit_weight`, `temperature`, `divergence`, `vocabulary`: the optional
       output term, see `kdloss.Logits`.
-      For the language models that we measured (docs/results.md) `layers="last"` with
-      `distance=kdloss.distances.layer_norm_mse` was better than the defaults, which are the original recipe's.
     - `layers`, `pairing`, `distance`, `projection`, `project`, `shared`, `resize`, `blocks`, `take`, `teacher_take`,
-      `layout`, `teacher_layout`, `depths`, `widths`: those of `kdloss.Features`.
+      `layout`, `teacher_layout`, `depths`, `widths`: those of `kdloss.Features`. The defaults are the original
+      recipe's. For the language models that we measured (docs/results.md) `layers="last"` with
+      `distance=kdloss.distances.layer_norm_mse` was better.
     - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`: the contract, see `kdloss.Sum`, whose
       `layout` is called `logit_layout` here.
 
