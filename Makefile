@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTO := install --quiet --disable-pip-version-check --no-compile
 EMPTY := venv --clear --without-pip  # for what runs a few seconds: the pip of .venv installs, and nothing is compiled before
+PEERS := torchdistill==1.1.3 sentence-transformers==6.2.0 timm==1.0.31 liger-kernel==0.8.5
 PYTHONS := 3.10 3.11 3.12 3.13
 export HF_HUB_OFFLINE ?= 1
 export PYTHONPATH :=
@@ -19,12 +20,13 @@ NEWER := applications% benchmarks cli compare distributed hf_checkpoints interru
 	sweep templates vocabulary_parallel workflows
 OLDEST := $(filter-out $(NEWER:%=tests/test_%.py),$(wildcard tests/test_*.py))
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
+LAWS := $(addprefix tests/test_,laws.py extremes.py engine.py lazy_head.py targets.py criteria.py masks.py sums.py)
 ON_A_CARD := $(addprefix tests/test_,on_a_device.py laws.py extremes.py engine.py lazy_head.py)
 MATHJAX := 3.2.2
 SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft pillow psutil pytorch-lightning
 
-.PHONY: test test-oldest check static typed package pythons demo demo-pretrained results examples bench gpu docs clean
+.PHONY: test test-oldest check static typed package pythons demo demo-pretrained results examples bench gpu nightly docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -125,6 +127,17 @@ gpu: .venv/liger  ## on a machine with a card: the laws on it, then time and pea
 		echo "there is no card here that torch.cuda can use, so nothing was run"; \
 	fi
 
+.venv-peers/ready: .venv/ready  # other projects' losses alone; all else that they want .venv has, or it isn't needed
+	$(PYTHON) -m venv --clear .venv-peers
+	echo $(CURDIR)/.venv/lib/python3*/site-packages > $$(echo .venv-peers/lib/python3*/site-packages)/kdloss.pth
+	.venv-peers/bin/pip $(INTO) --no-deps $(PEERS)
+	touch $@
+
+nightly: .venv-peers/ready  ## 200 000 random cases against float64, other projects' losses, 1000 steps, laws on NaN memory
+	PYTHONPATH=tests $(BIN)/python nightly/fuzz.py $(ARGS)
+	PYTHONPATH=src .venv-peers/bin/python -m pytest --quiet nightly
+	PYTHONPATH=nightly $(BIN)/pytest --quiet --numprocesses 2 -p nan_memory $(LAWS)
+
 .venv/mathjax/tex-chtml.js: .venv/ready  # it draws the formulas, and would else come from somewhere on the web
 	@command -v npm >/dev/null || { echo "make docs takes MathJax from its npm package; install npm" >&2; exit 1; }
 	mkdir -p .venv/mathjax
@@ -139,4 +152,4 @@ docs: .venv/mathjax/tex-chtml.js  ## the pages, into site/; a warning is an erro
 	! grep -rE --include=*.html '<(script|link|img|iframe)[^>]* (src|href)=.?https?:' site
 
 clean:  ## back to a fresh clone
-	rm -rf .venv .venv-oldest .venv-package* dist runs site .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-oldest .venv-peers .venv-package* dist runs site .mypy_cache .ruff_cache .benchmarks

@@ -97,6 +97,7 @@ class Case:
     terms: list[Term] = field(default_factory=list)
     upstream: Any = 1.0
     recipe: str | None = None
+    nan_memory: bool = False
 
     @property
     def kds(self) -> list[Term]:

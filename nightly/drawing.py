@@ -347,3 +347,4 @@ def _contract(d: Draw, case: Case, dtype: torch.dtype) -> None:
     case.upstream = d.r.choice([1.0, 0.5, 100.0])
     if case.reduction == "none":
         case.upstream = d.r.choice([0.0, 1.0, -2.0, 0.3], case.stands.shape)
+    case.nan_memory = d.chance(0.5, "NaN in fresh memory")
