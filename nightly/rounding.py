@@ -165,19 +165,18 @@ def digits(case: Case, term: Term) -> float:
         return x.leaves[0].base.dtype == torch.float64
 
     own, kept = double(case.student), case.teachers[0].kept
-    if case.student.softcap and not own:
-        return 1e-5  # its logits are made in float32, and their roundings weigh, too
+    capped = bool(case.student.softcap) and not own  # its logits are made in float32, and their roundings weigh, too
     if term.kind == "ce":
         return 1e-9 if own else 1e-5
     if kept is not None:
         return 1e-9 if own and kept.log_probs.dtype == torch.float64 else 1e-5
     if isinstance(term.teacher, int):
         teacher = case.teachers[term.teacher]
-        capped = teacher.softcap is not None and not double(teacher)
+        capped = capped or (teacher.softcap is not None and not double(teacher))
         return 1e-9 if (own or double(teacher)) and not capped else 1e-5
     largest = max(abs(np.nan_to_num(t.leaves[0].numpy(), posinf=0, neginf=0)).max(initial=0) for t in case.teachers)
     more = max(1, largest / 10) if term.average == "logits" else 1  # of large logits small gaps are lost
-    return (1e-9 if all(map(double, case.teachers)) else 1e-5) * more
+    return (1e-9 if all(map(double, case.teachers)) and not capped else 1e-5) * more
 
 
 def overflows(case: Case, slope: Any) -> bool:
