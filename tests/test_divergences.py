@@ -355,7 +355,16 @@ def test_a_setting_out_of_its_range_is_refused_by_name(loss, options, words):
         loss(torch.zeros(2, 3), torch.zeros(2, 3), **options)
 
 
-KLS = ("symmetric_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "bernoulli_kl")
+KLS = (
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "jsd",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "adaptive_kl",
+    "bernoulli_kl",
+)
 
 
 @pytest.mark.parametrize("name", KLS)
@@ -366,3 +375,6 @@ def test_t_squared_is_one_flag(name):
     plain = loss(student, teacher, temperature=3.0, t_squared=False)
     torch.testing.assert_close(value, 9 * plain)
     torch.testing.assert_close(grad(value, student)[0], 9 * grad(plain, student)[0])
+    twice = [loss(student, teacher, temperature=3.0, t_squared=flag).sum() for flag in (True, False)]
+    slopes = [torch.autograd.grad(value, student, create_graph=True)[0] for value in twice]
+    torch.testing.assert_close(slopes[0], 9 * slopes[1])  # what is differentiated again is the function, too
