@@ -623,6 +623,12 @@ def test_rows_of_another_form_are_refused():
         TopKLogits.from_served([None, {1: 3.5, 2: 1.0}])
 
 
+def test_an_index_below_minus_1_is_refused_whether_or_not_it_is_known_how_many_classes_there_are():
+    for vocabulary, words in ((None, "classes"), (5, "5 classes, 0 to 4")):
+        with pytest.raises(ValueError, match=f"is -3, outside the {words}; an empty slot has an index of -1"):
+            TopKLogits(torch.tensor([[0, -3]]), torch.tensor([[-1.0, -2.0]]), vocabulary=vocabulary)
+
+
 # -- mixtures --
 
 
