@@ -59,7 +59,8 @@ def _shares(student: Tensor, teacher: Tensor, temperature: float, head: float) -
     inside = p.cumsum(-1) <= head
     inside[..., 0] = True
     total = gap.sum(-1)
-    none, total = total == 0, total.masked_fill(total == 0, 1)
+    none = ~(total > 0)  # nor where it is no number, which the divergences then say
+    total = total.masked_fill(none, 1)
     parts = ((gap * where).sum(-1) / total for where in (inside, ~inside))
     in_head, in_tail = (part.masked_fill(none, 0.5) for part in parts)
     return in_head, in_tail
