@@ -76,6 +76,8 @@ class OfLogits:
             return 1.0
         beta = term.loss.settings.get("beta", 8.0 if term.function == "dkd" else 1.0)
         scale = max(1.0, term.temperature**2) * max(1.0, beta)
+        if term.function == "jsd" and self.digits > 1e-9:
+            scale *= 10  # log(p/q) + log(q/m), of up to 80 each, cancel
         if term.function == "dist":
             scale *= max(1.0, 1 / max(self._varies, 1e-9))
         if term.function.startswith("standardized"):
