@@ -173,15 +173,9 @@ def table(found: Mapping[str, Sequence[tuple[float, int]]]) -> str:
     lines = [["", "misread, %", "against alone", "trainings"]]
     for row, seeds in found.items():
         gained = [error - without for (error, _), without in zip(seeds, alone, strict=True)]
-        beside = spread(gained, "{:+.1f}") if row != "alone" else "-"
-        lines.append([row, spread([error for error, _ in seeds], "{:.1f}"), beside, str(seeds[0][1])])
+        beside = report.spread(gained, "{:+.1f}") if row != "alone" else "-"
+        lines.append([row, report.spread([error for error, _ in seeds], "{:.1f}"), beside, str(seeds[0][1])])
     return report.aligned(lines, box.MARKDOWN)
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Mean and standard deviation, if there are several."""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return form.format(statistics.mean(values)) + deviation
 
 
 def picture(found: Mapping[str, Sequence[tuple[float, int]]]) -> Figure:
@@ -209,13 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[tuple[float, 
         rows = cells.cell(args.output / "seeds", kind.__name__, settings | {"seed": seed}, work)
         for row, (error, trainings) in rows.items():
             found.setdefault(row, []).append((error, trainings))
-    shown = table(found)
     files.save_json({"settings": vars(args), "found": found}, args.output / "results.json")
-    with files.replacing(args.output / "results.md") as partial:
-        partial.write_text(shown + "\n", encoding="utf-8")
-    with files.replacing(args.output / "results.png") as partial:
-        picture(found).savefig(partial, dpi=110, format="png")
-    print(f"\n{shown}\n\nwritten: {args.output}/results.json, results.md, results.png")
+    print(report.put(table(found), picture(found), args.output))
     return found
 
 

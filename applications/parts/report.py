@@ -74,6 +74,12 @@ def aligned(rows: Sequence[Sequence[str]], lines: box.Box | None = None) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())
 
 
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and standard deviation, if there are several."""
+    deviation = f" ± {form.format(stdev(values)).lstrip('+')}" if len(values) > 1 else ""
+    return form.format(mean(values)) + deviation
+
+
 def _cell(value: tuple[float, float] | None, form: str, several: bool) -> str:
     if value is None:
         return "-"
@@ -90,10 +96,10 @@ def write(runs: Runs, settings: Mapping[str, Any], folder: Path, notes: str) -> 
     }
     shown = "\n".join([table(runs), "", notes])
     files.save_json({"settings": settings, "summary": means, "runs": runs}, folder / "results.json")
-    return _shown(shown, picture(runs), folder)
+    return put(shown, picture(runs), folder)
 
 
-def _shown(shown: str, figure: Figure, folder: Path) -> str:
+def put(shown: str, figure: Figure, folder: Path) -> str:
     """Write results.md and results.png; returns what to print."""
     with files.replacing(folder / "results.md") as partial:
         partial.write_text(shown + "\n", encoding="utf-8")
@@ -165,4 +171,4 @@ def curves(perplexities: Mapping[str, float], curves: Mapping[str, Curve], folde
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.legend()
-    return _shown(aligned(rows, box.MARKDOWN), figure, folder)
+    return put(aligned(rows, box.MARKDOWN), figure, folder)
