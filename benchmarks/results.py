@@ -1,6 +1,6 @@
-"""The measurements of docs/results.md and docs/applications.md: tables and pictures in docs/results.
+"""The measurements of the pages of results and of docs/applications.md: tables and pictures in docs/results.
 
-Two or three hours on two cores; run again after an interruption it goes on. `--only` runs some of them.
+Three or four hours on two cores; run again after an interruption it goes on. `--only` runs some of them.
 """
 
 import importlib
@@ -55,7 +55,7 @@ STUDIES = {  # name: flags of compare.py
 THREE = "--seeds 0 1 2"
 EXAMPLES = {  # script, or script-variant: flags
     "distributed": "", "multi_teacher": "", "chain": "", "phases": "", "summarise": "", "on_policy": "",
-    "changing_teachers": "",
+    "changing_teachers": "", "published_mnist": "", "vision_pair": "",
     "offline_teacher": f"--ks 16 32 64 128 256 --points 2 {THREE}",
     "cross_tokenizer": f"--points 2 {THREE}",
     "forgetting": f"--points 2 {THREE}",
