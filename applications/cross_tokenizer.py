@@ -7,7 +7,7 @@ Where a token of the student and one of the teacher end at the same character, b
 predictions of what comes next are held against each other in three ways: over the tokens that both vocabularies
 have ("shared": the others' probability is left out on both sides), over all of the student's, where a token of the
 teacher counts as the one with which the student's tokenizer begins to write it ("begun"), and as sorted
-probabilities, whatever the tokens are ("uld"). That is added to cross-entropy, which counts at every token.
+probabilities, whatever the tokens are ("uld"). Everywhere else the student has its labels alone.
 
 Beside them stands the same student without a teacher, for as many steps and for as many operations. Killed at
 any instant, the same command goes on.
@@ -46,7 +46,9 @@ class Settings(options.Evaluation, options.Training, options.Student, options.Te
         str | None, Doc("folder or hub name; else that of --student, or one trained on Python's documentation")
     ] = None
     student_vocabulary: Annotated[int, options.COUNT, Doc("tokens of a trained one")] = 1024
-    weight: Annotated[float, Doc("of a KL beside cross-entropy; ULD has its paper's, 1.5")] = 1.0
+    alpha: Annotated[float, Doc("share of cross-entropy where a KL counts; ULD has its paper's weights, 1 and 1.5")] = (
+        0.1
+    )
     seeds: Annotated[list[int], Doc("repeat for these")]
 
 
@@ -105,9 +107,38 @@ class AtTheSame(nn.Module):
         return logits.gather(1, at[..., None].expand(*at.shape, logits.shape[-1]))
 
 
-def beside(batch: dict[str, Any]) -> dict[str, Any]:
-    """What the teacher reads of a batch."""
-    return {"ids": batch["teacher_ids"], "at": batch["teacher_at"]}
+class WhereItSpeaks:
+    """Stands in the loop of distill_lm.py for a `kdloss.Distiller`: every token counts once.
+
+    Those of the mask by the criterion, with the teacher, all others by their labels.
+    """
+
+    def __init__(self, teacher: AtTheSame, criterion: kdloss.Sum) -> None:
+        self.criterion, self.teachers = criterion, [kdloss.Teacher(teacher)]
+        self.by_labels = kdloss.Sum(kdloss.CrossEntropy(), causal=True)
+        self.asks = criterion.plan(1).last_teacher >= 0
+
+    def prepare(self, student: PreTrainedModel) -> None:
+        """Nothing is trained beside the student."""
+
+    def __call__(
+        self,
+        student: PreTrainedModel,
+        input_ids: Tensor,
+        labels: Tensor,
+        teacher_ids: Tensor,
+        teacher_at: Tensor,
+        mask: Tensor,
+    ) -> kdloss.Distilled:
+        """One step."""
+        out, told = student(input_ids=input_ids), None
+        if self.asks:
+            with torch.no_grad():
+                told = self.teachers[0].module(teacher_ids, teacher_at)
+        of_all = {"num_items_in_batch": labels[:, 1:].numel()}
+        loss = self.criterion(out.logits, told, labels, mask=mask, **of_all)
+        rest = self.by_labels(out.logits, None, labels, mask=~mask, **of_all)
+        return kdloss.Distilled.of(loss + rest, out, self.criterion.components)
 
 
 def begun(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Callable[..., tuple[Any, Tensor]]:
@@ -128,14 +159,13 @@ def begun(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) ->
 
 
 def criteria(args: Settings, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A loss for each row. `Task()` is the student's own: it counts at all tokens, whatever the batch's mask."""
+    """A loss for each row, at the tokens where the teacher speaks."""
     shared, all_begun = kdloss.TokenMap.of(student, teacher), begun(student, teacher)
-    terms = {
-        "shared": args.weight * kdloss.Logits(vocabulary=shared),
-        "begun": args.weight * kdloss.Logits(vocabulary=all_begun),
-        "uld": 1.5 * kdloss.Logits(kdloss.divergences.uld),
-    }
-    return {"none": 1.0 * kdloss.Task()} | {row: 1.0 * kdloss.Task() + term for row, term in terms.items()}
+    kl = {"shared": kdloss.Logits(vocabulary=shared), "begun": kdloss.Logits(vocabulary=all_begun)}
+    mixed = {row: args.alpha * kdloss.CrossEntropy() + (1 - args.alpha) * term for row, term in kl.items()}
+    uld = 1.0 * kdloss.CrossEntropy() + 1.5 * kdloss.Logits(kdloss.divergences.uld)
+    rows = {"none": kdloss.CrossEntropy(), **mixed, "uld": uld}
+    return {row: kdloss.Sum(loss, causal=True) for row, loss in rows.items()}
 
 
 def tokenizer_of(args: Settings) -> PreTrainedTokenizerBase:
@@ -190,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     teachers = prepare(args, distill_lm.train)
     best = distill_lm.teacher_measured(args, teachers)
     setup, blocks = of_student(args, teachers)
-    teacher = kdloss.Teacher(AtTheSame(teachers.teacher), inputs=beside)
+    teacher = AtTheSame(teachers.teacher)
     losses = criteria(args, setup.tokenizer, teachers.tokenizer)
     elsewhere = {*distill_lm.ELSEWHERE, "seeds"}
     runs: dict[str, list[dict[str, Any]]] = {"teacher": [report.beside(best | bits(best, teachers), best)]}
@@ -200,9 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         kept = args.output / "students" / f"{row}-{args.seed}"
 
         def work(folder: Path) -> dict[str, Any]:
-            distill, student = kdloss.Distiller(teacher, loss), student_of(args, setup.tokenizer)
+            loop, student = WhereItSpeaks(teacher, loss), student_of(args, setup.tokenizer)
             order = partial(batches, blocks, args)
-            return distill_lm.fit(distill, student, args, setup, folder, kept, f"{row} ({args.seed})", order)
+            return distill_lm.fit(loop, student, args, setup, folder, kept, f"{row} ({args.seed})", order)
 
         found = cells.cell(args.output / "cells", row, settings, work, kept)
         return found | bits(found, setup)

@@ -92,22 +92,24 @@ def token_of(tokenizer, word):
     return tokenizer.get_vocab().get("".join(letters[byte] for byte in word.encode()))
 
 
-def test_labels_count_everywhere_and_the_teacher_where_both_have_read_the_same(tokenizers):
+def test_every_token_counts_once_by_its_label_or_where_both_have_read_the_same_by_the_teacher_too():
     student, teacher = build("gpt2", depth=2, seed=1).eval(), build("gpt2", width=24).eval()
     ids, theirs = torch.randint(0, 61, (2, 6)), torch.randint(0, 61, (2, 5))
     at, mask = torch.tensor([[0, 1, 1, 3, 4, 0], [2, 0, 0, 0, 0, 0]]), torch.zeros(2, 6, dtype=torch.bool)
     mask[0, [2, 5]] = mask[1, 1] = True  # predicted at 1 and 4, and at 0
-    given = kdloss.Teacher(cross_tokenizer.AtTheSame(teacher), inputs=cross_tokenizer.beside)
     shared = kdloss.Logits(vocabulary=kdloss.TokenMap(torch.arange(40), torch.arange(20, 60)))
-    distill = kdloss.Distiller(given, 0.25 * kdloss.Task() + 0.75 * shared)
-    loss = distill(student, input_ids=ids, labels=ids, teacher_ids=theirs, teacher_at=at, mask=mask).loss
+    criterion = kdloss.Sum(0.25 * kdloss.CrossEntropy() + 0.75 * shared, causal=True)
+    loop = cross_tokenizer.WhereItSpeaks(cross_tokenizer.AtTheSame(teacher), criterion)
+    loss = loop(student, ids, ids, theirs, at, mask).loss
     with torch.no_grad():
         s = student(input_ids=ids).logits.double()
         t = teacher(input_ids=theirs).logits.double()
-    ce = -s.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()
+    ce = -s.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    share = torch.ones(2, 5, dtype=torch.float64)
+    share[0, [1, 4]] = share[1, 0] = 0.25
     s, t = (torch.stack(x).numpy() for x in ([s[0, 1], s[0, 4], s[1, 0]], [t[0, 1], t[0, 4], t[1, 2]]))
-    kl = oracles.forward_kl(s[:, :40], t[:, 20:60]).mean()
-    assert loss.item() == pytest.approx(0.25 * ce + 0.75 * kl, rel=1e-5)
+    kl = oracles.forward_kl(s[:, :40], t[:, 20:60]).sum()
+    assert loss.item() == pytest.approx(((share * ce).sum().item() + 0.75 * kl) / 10, rel=1e-5)
 
 
 def test_students_learn_across_tokenizers_and_the_same_command_trains_nothing_again(
