@@ -14,7 +14,7 @@ any instant, the same command goes on.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,9 @@ from typing import Annotated, Any
 
 import distill_lm
 import torch
-from parts import cells, evaluation, models, options, report, text
+from parts import alignment, cells, evaluation, models, options, report, text
 from parts.setup import Setup, prepare
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Doc
 
@@ -46,65 +46,11 @@ class Settings(options.Evaluation, options.Training, options.Student, options.Te
         str | None, Doc("folder or hub name; else that of --student, or one trained on Python's documentation")
     ] = None
     student_vocabulary: Annotated[int, options.COUNT, Doc("tokens of a trained one")] = 1024
-    alpha: Annotated[float, Doc("share of cross-entropy where a KL counts; ULD has its paper's weights, 1 and 1.5")] = (
-        0.1
-    )
+    alpha: Annotated[float, Doc("share of cross-entropy where a KL counts; uld has its paper's 1 and 1.5")] = 0.1
     seeds: Annotated[list[int], Doc("repeat for these")]
 
 
 DEFAULTS = Settings(output=Path("runs/cross_tokenizer"), samples=6000, seeds=[0])
-
-
-def read(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Tokens of all texts end to end, and where each one ends, counted in characters from the beginning of all."""
-    ids, ends, start = [], [], 0
-    found = tokenizer(list(texts), add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    for words, tokens, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
-        ids += [*tokens, tokenizer.eos_token_id]
-        ends += [*(start + end for _, end in offsets), start + len(words) + 1]
-        start = ends[-1]
-    return torch.tensor(ids), torch.tensor(ends)
-
-
-def aligned(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], length: int, context: int) -> Any:
-    """Blocks of the student's tokens, and beside each one the teacher's tokens of the same text.
-
-    - `input_ids` `[blocks, length]`; `teacher_ids` `[blocks, n]`, from the first token that begins in the block.
-    - `teacher_at` `[blocks, length]`: the last of these that ends where the student's token does.
-    - `mask` `[blocks, length]`: which tokens are predicted by both, from the same characters.
-    """
-    (ids, ends), (their_ids, their_ends) = student, teacher
-    count = len(ids) // length
-    at = torch.searchsorted(their_ends, ends, right=True) - 1
-    whole = ends != torch.cat([ends[1:], ends[-1:] + 1])  # else the next token is of the same character
-    both = whole & (at >= 0) & (their_ends[at] == ends)
-    at, both = (x[: count * length].view(count, length) for x in (at, both))
-    begins = torch.cat([ends.new_zeros(1), ends[length - 1 : count * length - 1 : length]])
-    first = torch.searchsorted(their_ends, begins, right=True)
-    first += (first > 0) & (their_ends[first - 1] != begins)  # one that begins before the block
-    at = at - first[:, None]
-    both &= (at >= 0) & (at < context)
-    at = at.where(both, 0)
-    window = first[:, None] + torch.arange(int(at.max()) + 1)
-    return {
-        "input_ids": ids[: count * length].view(count, length),
-        "teacher_ids": their_ids[window.clamp(max=len(their_ids) - 1)],
-        "teacher_at": at,
-        "mask": torch.cat([both.new_zeros(count, 1), both[:, :-1]], 1),
-    }
-
-
-class AtTheSame(nn.Module):
-    """The teacher's predictions at the student's positions."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, at: Tensor) -> Tensor:
-        """Logits `[batch, length, classes]`."""
-        logits = self.model(input_ids=ids).logits
-        return logits.gather(1, at[..., None].expand(*at.shape, logits.shape[-1]))
 
 
 class WhereItSpeaks:
@@ -113,7 +59,7 @@ class WhereItSpeaks:
     Those of the mask by the criterion, with the teacher, all others by their labels.
     """
 
-    def __init__(self, teacher: AtTheSame, criterion: kdloss.Sum) -> None:
+    def __init__(self, teacher: alignment.AtTheSame, criterion: kdloss.Sum) -> None:
         self.criterion, self.teachers = criterion, [kdloss.Teacher(teacher)]
         self.by_labels = kdloss.Sum(kdloss.CrossEntropy(), causal=True)
         self.asks = criterion.plan(1).last_teacher >= 0
@@ -141,26 +87,9 @@ class WhereItSpeaks:
         return kdloss.Distilled.of(loss + rest, out, self.criterion.components)
 
 
-def begun(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Callable[..., tuple[Any, Tensor]]:
-    """A `vocabulary`: each of the teacher's tokens as the student's token that its characters begin with."""
-    words = [teacher.decode([i]) for i in range(len(teacher))]
-    ids = student(words, add_special_tokens=False)["input_ids"]
-    both = enumerate(zip(words, ids, strict=True))
-    pairs = {i: found[0] for i, (word, found) in both if found and "\ufffd" not in word}  # no part of a character
-    pairs[teacher.eos_token_id] = student.eos_token_id
-    known, first = torch.tensor([*pairs]), torch.tensor([*pairs.values()])
-
-    def over_all_of_the_students(s: Any, t: Tensor) -> tuple[Any, Tensor]:
-        mass = t.float().softmax(-1)[..., known.to(t.device)]
-        found = mass.new_zeros(*mass.shape[:-1], len(student)).index_add_(-1, first.to(t.device), mass)
-        return s, found.log()
-
-    return over_all_of_the_students
-
-
 def criteria(args: Settings, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A loss for each row, at the tokens where the teacher speaks."""
-    shared, all_begun = kdloss.TokenMap.of(student, teacher), begun(student, teacher)
+    shared, all_begun = kdloss.TokenMap.of(student, teacher), alignment.begun(student, teacher)
     kl = {"shared": kdloss.Logits(vocabulary=shared), "begun": kdloss.Logits(vocabulary=all_begun)}
     mixed = {row: args.alpha * kdloss.CrossEntropy() + (1 - args.alpha) * term for row, term in kl.items()}
     uld = 1.0 * kdloss.CrossEntropy() + 1.5 * kdloss.Logits(kdloss.divergences.uld)
@@ -170,8 +99,10 @@ def criteria(args: Settings, student: PreTrainedTokenizerBase, teacher: PreTrain
 
 def tokenizer_of(args: Settings) -> PreTrainedTokenizerBase:
     """The student's."""
-    if args.student_tokenizer or args.student:
-        return AutoTokenizer.from_pretrained(args.student_tokenizer or args.student)
+    if args.student_tokenizer:
+        return AutoTokenizer.from_pretrained(args.student_tokenizer)
+    if args.student:
+        return models.load(args.student)[1]
     return text.train_tokenizer([*topics.values()], args.student_vocabulary)
 
 
@@ -179,16 +110,21 @@ def student_of(args: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     """A student before training: the same one for the same seed."""
     torch.manual_seed(args.seed)
     if args.student:
-        return models.load(args.student)[0].to(args.device)
-    shape = (args.student_layers, args.student_width, args.student_heads)
-    return models.gpt2(*shape, dropout=args.dropout, tokenizer=tokenizer, length=args.max_length).to(args.device)
+        student = models.load(args.student)[0]
+    else:
+        shape = (args.student_layers, args.student_width, args.student_heads)
+        student = models.gpt2(*shape, dropout=args.dropout, tokenizer=tokenizer, length=args.max_length)
+    models.check_length(student, args.max_length, "student")
+    student.get_input_embeddings().requires_grad_(not args.freeze_embeddings)
+    return student.to(args.device)
 
 
 def of_student(args: Settings, teachers: Setup) -> tuple[Setup, dict[str, Tensor]]:
     """What a student is trained and measured on: the teacher's texts in tokens of its own, and these beside its."""
     tokenizer, words = tokenizer_of(args), teachers.texts[: teachers.texts_of_student]
     context = getattr(teachers.teacher.config, "max_position_embeddings", math.inf)
-    blocks = aligned(read(tokenizer, words), read(teachers.tokenizer, words), args.max_length, context)
+    both = (alignment.read(one, words) for one in (tokenizer, teachers.tokenizer))
+    blocks = alignment.aligned(*both, args.max_length, context)
     token_ids = text.tokenize(tokenizer, teachers.unseen)
     prompts, reference = evaluation.continuations(token_ids, args.continuations, args.max_length)
     heldout = text.pack(token_ids, args.max_length)
@@ -220,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     teachers = prepare(args, distill_lm.train)
     best = distill_lm.teacher_measured(args, teachers)
     setup, blocks = of_student(args, teachers)
-    teacher = AtTheSame(teachers.teacher)
+    teacher = alignment.AtTheSame(teachers.teacher)
     losses = criteria(args, setup.tokenizer, teachers.tokenizer)
     elsewhere = {*distill_lm.ELSEWHERE, "seeds"}
     runs: dict[str, list[dict[str, Any]]] = {"teacher": [report.beside(best | bits(best, teachers), best)]}

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from families import build
-from parts import options, text
+from parts import alignment, options, text
 
 import kdloss
 
@@ -42,11 +42,11 @@ def written(tokenizer, ids):
 def test_both_are_together_where_they_have_read_the_same_whole_characters(tokenizers):
     mine, theirs = tokenizers
     context = 9
-    both = (cross_tokenizer.read(tokenizer, WORDS * 3) for tokenizer in tokenizers)
-    found = cross_tokenizer.aligned(*both, length=12, context=context)
+    both = (alignment.read(tokenizer, WORDS * 3) for tokenizer in tokenizers)
+    found = alignment.aligned(*both, length=12, context=context)
     read, counted = 0, 0
     starts = [0]
-    for token in cross_tokenizer.read(theirs, WORDS * 3)[0]:
+    for token in alignment.read(theirs, WORDS * 3)[0]:
         starts.append(starts[-1] + len(written(theirs, token[None])))
     for ids, beside, at, mask in zip(*found.values(), strict=True):
         block = written(mine, ids)
@@ -71,7 +71,7 @@ def test_a_token_of_the_teacher_counts_as_the_students_that_it_begins_with():
     student, teacher = text.train_tokenizer(["ab ab ab"], 258), text.train_tokenizer(["abc abc abc abd abd"], 262)
     student.add_special_tokens({"eos_token": "<end>"})  # another name for the same
     words = {i: teacher.decode([i]) for i in range(len(teacher))}
-    over = cross_tokenizer.begun(student, teacher)
+    over = alignment.begun(student, teacher)
     logits = torch.randn(3, len(teacher), dtype=torch.float64)
     s, found = over("the student's, as they are", logits)
     assert s == "the student's, as they are"
@@ -99,7 +99,7 @@ def test_every_token_counts_once_by_its_label_or_where_both_have_read_the_same_b
     mask[0, [2, 5]] = mask[1, 1] = True  # predicted at 1 and 4, and at 0
     shared = kdloss.Logits(vocabulary=kdloss.TokenMap(torch.arange(40), torch.arange(20, 60)))
     criterion = kdloss.Sum(0.25 * kdloss.CrossEntropy() + 0.75 * shared, causal=True)
-    loop = cross_tokenizer.WhereItSpeaks(cross_tokenizer.AtTheSame(teacher), criterion)
+    loop = cross_tokenizer.WhereItSpeaks(alignment.AtTheSame(teacher), criterion)
     loss = loop(student, ids, ids, theirs, at, mask).loss
     with torch.no_grad():
         s = student(input_ids=ids).logits.double()
