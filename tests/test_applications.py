@@ -4,16 +4,26 @@ import copy
 import itertools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import distill_lm
+import encoder
 import pytest
 import tiny
 import torch
 from parts import cells, evaluation, files, memory, models, options, report, setup, text
 from parts.checkpoint import Checkpoint
 from tiny import SENTENCES
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import kdloss
 
@@ -442,3 +452,79 @@ def test_a_table_shows_means_deviations_and_only_columns_that_are_known():
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["", "held-out perplexity"]
     assert "9.0 " in teacher
     assert "12.0 ± 2.8" in none  # sqrt(((10-12)² + (14-12)²) / (2-1))
+
+
+# --- an encoder of some blocks
+
+
+@pytest.fixture
+def tiny_encoder(tmp_path):
+    """Flags of a run in seconds: a new BERT of four blocks, and texts of two topics."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *(f"w{i}" for i in range(20))]
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    sizes = {"vocab_size": len(words), "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 4}
+    torch.manual_seed(0)
+    BertModel(BertConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "bert")
+    BertTokenizer(str(tmp_path / "words.txt")).save_pretrained(tmp_path / "bert")
+    entries = [{"extract": f"W{i % 20} w{i // 20}. W{i // 20} it is.", "topic": "ab"[i % 2]} for i in range(60)]
+    entries += [{"extract": "W1. W2.", "topic": "Uncategorized"}]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    more = "--heldout-samples 16 --batch-size 6 --steps 4 --teacher-steps 2 --relation-heads 2 --lrs 1e-3 1e-2"
+    files = [f"--encoder={tmp_path / 'bert'}", f"--data={tmp_path / 'texts.jsonl'}", f"--output={tmp_path / 'runs'}"]
+    return [*files, *more.split(), "--keep", "0,3", "--seeds", "0"]
+
+
+def test_an_encoders_students_stand_beside_one_without_a_teacher_at_equal_steps_and_operations(
+    tiny_encoder, tmp_path, monkeypatch
+):
+    runs = encoder.main(tiny_encoder)
+    rows = {
+        "topics": ["labels", "labels, equal operations", "logits", "hidden", "relations", "logits and hidden"],
+        "sentences": ["pairs", "pairs, equal operations", "embedding", "hidden", "relations", "embedding and hidden"],
+    }
+    for task, measure in (("topics", "accuracy"), ("sentences", "mrr")):
+        trained = [f"2 blocks: {row}" for row in rows[task]]
+        assert list(runs[task]) == ["teacher, 4 blocks", "2 blocks as cut", *trained]
+        alone, longer, *distilled = (runs[task][row][0] for row in trained)
+        assert longer["steps"] > alone["steps"] == 4
+        dearest, one = max(x["teraflop"] for x in distilled), alone["teraflop"] / 4
+        assert longer["teraflop"] == pytest.approx(dearest, abs=one)
+        assert longer["share"] == pytest.approx(100 * longer[measure] / runs[task]["teacher, 4 blocks"][0][measure])
+        assert longer["lr"] == alone["lr"]
+        for row, found in zip(trained, (alone, longer, *distilled), strict=True):
+            same = (tmp_path / "runs" / task).glob(f"2-{row.removeprefix('2 blocks: ').replace(' ', '-')}-*.json")
+            tried = [x["result"] for x in map(json.loads, map(Path.read_text, same)) if x["result"]["steps"] == 4]
+            assert found is longer or found["validation"] == max(x["validation"] for x in tried)
+    assert "| 2 blocks: relations " in (tmp_path / "runs" / "results.md").read_text()
+    assert (tmp_path / "runs" / "results.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(encoder.encoders, "train", never)
+    assert encoder.main(tiny_encoder) == runs
+
+
+def test_each_kept_block_is_held_against_the_teachers_last_one_before_the_next_kept():
+    hidden = encoder.criteria("topics", [0, 2, 5], 6, 4)["hidden"].terms["hidden"]
+    assert [(s, t) for s, t, _ in hidden.layer_map.pairs((3, 6))] == [(0, 1), (1, 4), (2, 5)]
+    relations = encoder.criteria("sentences", [0, 5], 6, 4)["relations"].terms["relations"]
+    ((student, teacher, _),) = relations.layer_map.pairs()
+    assert student == tuple(f"bert.encoder.layer.1.attention.self.{x}" for x in ("query", "key", "value"))
+    assert teacher == tuple(f"bert.encoder.layer.5.attention.self.{x}" for x in ("query", "key", "value"))
+
+
+def test_what_belongs_together_is_ranked_by_likeness():
+    """A text is an angle, in degrees, so that the nearest is the most alike."""
+
+    class Circle(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            angle = torch.deg2rad(input_ids[:, 0].double())
+            return torch.stack([angle.cos(), angle.sin()], -1)
+
+    pairs = [([10], [12]), ([50], [90]), ([82], [70])]  # their own rest is first, third and second
+    found = encoder.Sentences.measure(None, Circle(), pairs)
+    assert found == pytest.approx({"mrr": 100 * (1 + 1 / 3 + 1 / 2) / 3, "recall_1": 100 / 3, "recall_10": 100.0})
+
+
+def test_a_contrast_is_the_surprise_at_ones_own_rest_by_hand():
+    """Likenesses are 1, 0 and 0.6, 0.8: log(1 + exp(-20)) and log(1 + exp(20 (0.6 - 0.8)))."""
+    first, rest = [[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, 1.0]]
+    found = encoder.contrast(torch.tensor([*first, *rest]), None)
+    assert found.item() == pytest.approx((math.log1p(math.exp(-20)) + math.log1p(math.exp(-4))) / 2, rel=1e-5)

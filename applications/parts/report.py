@@ -16,6 +16,11 @@ from rich.table import Column, Table
 from parts import files
 
 COLUMNS = {  # heading: (key, format)
+    "right %": ("accuracy", "{:.1f}"),
+    "MRR %": ("mrr", "{:.1f}"),
+    "first %": ("recall_1", "{:.1f}"),
+    "among ten %": ("recall_10", "{:.1f}"),
+    "of the teacher's %": ("share", "{:.1f}"),
     "held-out perplexity": ("perplexity", "{:.1f}"),
     "old perplexity": ("old_perplexity", "{:.1f}"),
     "against none %": ("against_none", "{:+.1f}"),
@@ -38,6 +43,7 @@ COLUMNS = {  # heading: (key, format)
     "parameters": ("parameters", "{:,.0f}"),
     "smaller": ("compression", "{:.2f}x"),
     "train MB": ("training_megabytes", "{:.0f}"),
+    "learning rate": ("lr", "{:g}"),
 }
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]

