@@ -168,8 +168,13 @@ class Study:
     def untrained(self, kepts: Sequence[list[int]]) -> Runs:
         """What the teacher is worth, and the students before any training."""
         models = {f"teacher, {self.depth} blocks": self.teacher}
-        models |= {f"{len(kept)} blocks as cut": self.task.student(kept) for kept in kepts}
+        models |= {f"{size(kept)} as cut": self.task.student(kept) for kept in kepts}
         return {row: [self.task.measure(model, self.task.test)] for row, model in models.items()}
+
+
+def size(kept: list[int]) -> str:
+    """A student's blocks, in words."""
+    return f"blocks {', '.join(map(str, kept))}"
 
 
 def beside(runs: Runs, measure: str) -> Runs:
@@ -184,15 +189,15 @@ def picture(runs: Mapping[str, Runs], sizes: Sequence[str]) -> Figure:
     panels = figure.subplots(len(runs), len(sizes), squeeze=False)
     for (name, rows), line in zip(runs.items(), panels, strict=True):
         heights = {row: report.summary(seeds)[TASKS[name].chosen_by] for row, seeds in rows.items()}
-        for size, axes in zip(sizes, line, strict=True):
-            bars = {row.removeprefix(f"{size}: "): x for row, x in heights.items() if row.startswith(f"{size}: ")}
+        for kept, axes in zip(sizes, line, strict=True):
+            bars = {row.removeprefix(f"{kept}: "): x for row, x in heights.items() if row.startswith(f"{kept}: ")}
             means, deviations = zip(*bars.values(), strict=True)
             colors = ["C7" if row.startswith(TASKS[name].alone) else "C0" for row in bars]
             axes.barh([*bars], means, xerr=deviations, color=colors)
-            (teacher, best), cut = next(iter(heights.items())), heights[f"{size} as cut"]
+            (teacher, best), cut = next(iter(heights.items())), heights[f"{kept} as cut"]
             axes.axvline(best[0], color="black", linewidth=1, label=teacher)
             axes.axvline(cut[0], color="black", linewidth=1, linestyle=":", label="as cut")
-            axes.set(title=f"{name}, {size}", xlabel=HEADINGS[name], xlim=(max(0, min(*means, cut[0]) - 5), None))
+            axes.set(title=f"{name}, {kept}", xlabel=HEADINGS[name], xlim=(max(0, min(*means, cut[0]) - 5), None))
             axes.legend(fontsize="small", loc="lower left")
             axes.invert_yaxis()
     return figure
@@ -208,14 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Runs]:
     lrs = {study.name: study.learning_rates(min(kepts, key=len)) for study in studies}
     for seed, study, kept in itertools.product(args.seeds, studies, kepts):
         for row, found in study.students(kept, lrs[study.name], seed).items():
-            runs[study.name].setdefault(f"{len(kept)} blocks: {row}", []).append(found)
+            runs[study.name].setdefault(f"{size(kept)}: {row}", []).append(found)
     runs = {name: beside(rows, TASKS[name].chosen_by) for name, rows in runs.items()}
     shown = "\n\n".join([*(f"**{name}**\n\n{report.table(rows)}" for name, rows in runs.items()), NOTES])
     files.save_json({"settings": vars(args), "runs": runs}, args.output / "results.json")
     with files.replacing(args.output / "results.md") as partial:
         partial.write_text(shown + "\n", encoding="utf-8")
     with files.replacing(args.output / "results.png") as partial:
-        picture(runs, [f"{len(kept)} blocks" for kept in kepts]).savefig(partial, dpi=110, format="png")
+        picture(runs, [*map(size, kepts)]).savefig(partial, dpi=110, format="png")
     print(f"\n{shown}\n\nwritten: {args.output}/results.json, results.md, results.png")
     return runs
 

@@ -58,7 +58,7 @@ STUDIES = {  # name: flags of compare.py
 THREE = "--seeds 0 1 2"
 EXAMPLES = {  # script, or script-variant: flags
     "distributed": "", "multi_teacher": "", "chain": "", "phases": "", "summarise": "", "on_policy": "",
-    "changing_teachers": "", "published_mnist": "", "vision_pair": "",
+    "changing_teachers": "", "published_mnist": "", "vision_pair": "", "encoder": "",
     "offline_teacher": f"--ks 16 32 64 128 256 --points 2 {THREE}",
     "cross_tokenizer": f"--points 2 {THREE}",
     "cross_tokenizer-smollm2": f"--samples 1000 --student-samples 320 --heldout-samples 100 --points 2 {THREE}",

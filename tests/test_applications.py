@@ -482,15 +482,15 @@ def test_an_encoders_students_stand_beside_one_without_a_teacher_at_equal_steps_
         "sentences": ["pairs", "pairs, equal operations", "embedding", "hidden", "relations", "embedding and hidden"],
     }
     for task, measure in (("topics", "accuracy"), ("sentences", "mrr")):
-        trained = [f"2 blocks: {row}" for row in rows[task]]
-        assert list(runs[task]) == ["teacher, 4 blocks", "2 blocks as cut", *trained]
+        trained = [f"blocks 0, 3: {row}" for row in rows[task]]
+        assert list(runs[task]) == ["teacher, 4 blocks", "blocks 0, 3 as cut", *trained]
         alone, longer, *distilled = (runs[task][row][0] for row in trained)
         assert longer["steps"] > alone["steps"] == 4
         dearest, one = max(x["teraflop"] for x in distilled), alone["teraflop"] / 4
         assert longer["teraflop"] == pytest.approx(dearest, abs=one)
         assert longer["share"] == pytest.approx(100 * longer[measure] / runs[task]["teacher, 4 blocks"][0][measure])
         assert longer["lr"] == alone["lr"]
-    assert "| 2 blocks: relations " in (tmp_path / "runs" / "results.md").read_text()
+    assert "| blocks 0, 3: relations " in (tmp_path / "runs" / "results.md").read_text()
     assert (tmp_path / "runs" / "results.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(encoder.encoders, "train", never)
     assert encoder.main(tiny_encoder) == runs

