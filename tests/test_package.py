@@ -23,6 +23,7 @@ ALLOWED = {
     "examples": {".py": 10, ".md": 10},
     "applications": {".py": 20, ".yaml": 2},
     "benchmarks": {".py": 20},
+    "nightly": {".py": 20},
     "docs": {".md": 60, ".png": 200, ".py": 5, ".js": 1},
     ".ci": {"": 2},
 }
@@ -30,7 +31,7 @@ TOP = {
     ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt",
     "constraints-oldest.txt", "mkdocs.yml", "pyproject.toml",
 }  # fmt: skip
-SHIPPED = {"src", "tests", "examples", "applications", "benchmarks", "docs"} | TOP
+SHIPPED = {"src", "tests", "examples", "applications", "benchmarks", "nightly", "docs"} | TOP
 
 
 class Built(NamedTuple):

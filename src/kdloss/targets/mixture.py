@@ -103,8 +103,9 @@ class Mixture:
         z = precise(logits)
         if self.average == "logits":
             return torch.mul(z, weight, out=out) if total is None else torch.add(total, z, alpha=weight, out=out)
-        # The maximum leaves before the division, which then rounds small numbers, not large ones.
-        part = ((z - z.detach().amax(-1, keepdim=True)) / temperature).log_softmax(-1)
+        with torch.no_grad():  # the largest leaves before the division, which then rounds small numbers, not large ones
+            top = z.amax(-1, keepdim=True)
+        part = (z - top).div_(temperature).log_softmax(-1)
         if total is None:
             return torch.add(part, math.log(weight), out=out)
         part = part + math.log(weight)
