@@ -33,8 +33,8 @@ import kdloss
 
 NOTES = f"""\
 {distill_lm.NOTES}
-Student and teacher have other tokens: compare perplexities of students with each other, and bits per
-character with the teacher's."""
+Student and teacher have other tokens, so that a perplexity of the teacher's would compare with nothing here:
+bits per character do."""
 SAME_COMPUTE = "none-same-compute"
 
 
@@ -180,9 +180,15 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         longer = replace(seeded, steps=round(alone["steps"] * dearest / alone["teraflop"]))
         found[SAME_COMPUTE] = measured(SAME_COMPUTE, losses["none"], longer)
         for row, x in found.items():
-            runs.setdefault(row, []).append(report.beside(x, best, alone))
-            runs[row][-1].pop("retention")  # of perplexities of other tokens
-    print(report.write(runs, vars(args), args.output, NOTES))
+            runs.setdefault(row, []).append(report.beside(x, best, None if row == "none" else alone))
+    for x in (x for found in runs.values() for x in found):
+        x.pop("retention")  # of perplexities of other tokens
+        x.pop("samples", None)
+    del runs["teacher"][0]["perplexity"]
+    together = blocks["mask"][:, 1:].float().mean()
+    both = len(kdloss.TokenMap.of(setup.tokenizer, teachers.tokenizer).student_ids)
+    said = f"Both have read the same before {together:.0%} of the student's tokens; {both} are in both vocabularies."
+    print(report.write(runs, vars(args), args.output, f"{NOTES}\n{said}"))
     return runs
 
 

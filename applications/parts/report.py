@@ -128,7 +128,11 @@ def beside(found: dict[str, Any], teacher: Mapping[str, Any], alone: Mapping[str
 def picture(runs: Runs) -> Figure:
     """What each row came to, teachers as levels; beside learning curves, while colours tell them apart."""
     students = [row for row, found in runs.items() if "curve" in found[0]]
-    levels = {row: summary(runs[row])["perplexity"][0] for row in runs if row not in students}
+    levels = {
+        row: summary(found)["perplexity"][0]
+        for row, found in runs.items()
+        if row not in students and "perplexity" in found[0]
+    }
     panels = 3 if len(students) <= 8 else 1
     figure = Figure(figsize=(5 * panels if panels > 1 else 9, max(4.6, 0.35 * len(runs))), layout="constrained")
     *over, bars = figure.subplots(1, panels, squeeze=False)[0]
@@ -143,7 +147,8 @@ def picture(runs: Runs) -> Figure:
         for axes in over:
             axes.axhline(level, color="black", linewidth=1, linestyle=style, label=row)
         bars.axvline(level, color="black", linewidth=1, linestyle=style, label=row)
-    (over or [bars])[0].legend(fontsize="small")
+    if over or levels:
+        (over or [bars])[0].legend(fontsize="small")
     bars.invert_yaxis()
     bars.set(xlabel="held-out perplexity at the end (less is better)")
     return figure
