@@ -110,7 +110,7 @@ demo-pretrained: .venv/smollm2  ## the same script: 20 of SmolLM2-135M's 30 bloc
 
 mnist: .venv/mnist  ## what applications/published_mnist.py and vision_pair.py read
 
-results: .venv/smollm2 .venv/minilm .venv/mnist  ## the measurements of the pages of results, three or four hours
+results: .venv/smollm2 .venv/minilm .venv/mnist  ## the measurements of the pages of results, twelve hours
 	$(BIN)/python benchmarks/results.py $(ARGS)
 
 examples: .venv/text .venv/minilm  ## every template in full, what each prints into docs/results/examples; some by ARGS="lora"

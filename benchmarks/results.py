@@ -1,6 +1,7 @@
 """The measurements of the pages of results and of docs/applications.md: tables and pictures in docs/results.
 
-Three or four hours on two cores; run again after an interruption it goes on. `--only` runs some of them.
+Those of SmolLM2 take some nine hours on two quiet cores, all others three; run again after an interruption it
+goes on. `--only` runs some of them.
 """
 
 import importlib
