@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
             for k in args.ks
         ]
         for row, found in zip(rows, [alone, live, *cached], strict=True):
-            runs[row].append(report.beside(found, best, alone))
+            runs[row].append(report.beside(found, best, None if row == "none" else alone))
     print(report.write(runs, vars(args), args.output, NOTES))
     return runs
 
