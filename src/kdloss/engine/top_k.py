@@ -57,13 +57,13 @@ def among_few(
     else:
         others = rest(at, indices, teacher.temperature)
         few = torch.cat([filled(at - others.low, empty, -torch.inf), others.size], -1)
-    few, theirs = filled(few.to(dtype), nothing, 0), logits(teacher, empty, z.shape[-1]).to(dtype)
+    few, theirs = filled(few.to(dtype), nothing, 0.0), logits(teacher, empty, z.shape[-1]).to(dtype)
     value, slope = compare(behind(few), behind(theirs))
-    value = filled(value, nothing, 0)
+    value = filled(value, nothing, 0.0)
     if slope is None:
         return TopK(value, None, value, indices, None)
     slope = behind(slope)
-    slope_at = filled(slope[:, :k], empty, 0)
+    slope_at = filled(slope[:, :k], empty, 0.0)
     if others is None:
         return TopK(value, None, value, indices, slope_at)
     return TopK(value, others.mass, slope[:, k:] / others.total, indices, slope_at)

@@ -19,10 +19,10 @@ def against(teacher: "TopKLogits", student: Float[Tensor, "*batch vocab"]) -> tu
     vocab, t = student.shape[-1], teacher.temperature
     indices, empty = slots(teacher)
     nothing = says_nothing(empty)
-    student = filled(student, nothing, 0)
+    student = filled(student, nothing, 0.0)
     if teacher.tail == "uniform":
-        return student, filled(spread(teacher, indices, vocab), nothing, 0).expand(student.shape)
-    kept = filled(filled(student.gather(-1, indices), empty, -torch.inf), nothing, 0)
+        return student, filled(spread(teacher, indices, vocab), nothing, 0.0).expand(student.shape)
+    kept = filled(filled(student.gather(-1, indices), empty, -torch.inf), nothing, 0.0)
     if teacher.tail == "renormalise":
         return kept - base(kept), logits(teacher, empty, vocab)
     # Relative to the largest of their own: beside the classes kept, the others may be too small for a number.
@@ -65,7 +65,7 @@ def logits(teacher: "TopKLogits", empty: Tensor | None, vocab: int) -> Tensor:
         elif kept.shape[-1] == vocab:
             rest = torch.full_like(rest, -torch.inf)
         kept = torch.cat([kept, rest.unsqueeze(-1)], -1)
-    return filled(kept * teacher.temperature, says_nothing(empty), 0)
+    return filled(kept * teacher.temperature, says_nothing(empty), 0.0)
 
 
 def spread(teacher: "TopKLogits", indices: Tensor, vocab: int) -> Tensor:
