@@ -217,11 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Runs]:
     runs = {name: beside(rows, TASKS[name].chosen_by) for name, rows in runs.items()}
     shown = "\n\n".join([*(f"**{name}**\n\n{report.table(rows)}" for name, rows in runs.items()), NOTES])
     files.save_json({"settings": vars(args), "runs": runs}, args.output / "results.json")
-    with files.replacing(args.output / "results.md") as partial:
-        partial.write_text(shown + "\n", encoding="utf-8")
-    with files.replacing(args.output / "results.png") as partial:
-        picture(runs, [*map(size, kepts)]).savefig(partial, dpi=110, format="png")
-    print(f"\n{shown}\n\nwritten: {args.output}/results.json, results.md, results.png")
+    print(report.put(shown, picture(runs, [*map(size, kepts)]), args.output))
     return runs
 
 
