@@ -5,6 +5,7 @@ import math
 import shutil
 
 import losses
+import measure
 import numpy as np
 import oracles
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import kdloss
 from kdloss import LazyLogits, TokenMap, TopKLogits, VanillaKD
-from kdloss.engine import LabelTask, Problem, TeacherTask, compiled, fused, switch
+from kdloss.engine import LabelTask, Problem, TeacherTask, closed_forms, compiled, fused, switch
 
 FORMS = {x.oracle.__name__: x.function for x in losses.DIVERGENCES if getattr(x.function, "closed_form", None)}
 CLASSES = 150  # a piece of 128, and what is left of another
@@ -198,6 +199,23 @@ def test_on_a_cpu_what_has_a_top_k_teacher_is_not_compiled():
     switch.set_compile(True)
     VanillaKD()(student.requires_grad_(), TopKLogits.of(teacher, 9), LABELS).backward()
     assert not compiled._blocks
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("form", sorted(closed_forms.WITHOUT_SCRATCH, key=lambda form: form.__name__))
+def test_what_needs_no_scratch_writes_a_gradient_over_the_logits_in_next_to_no_memory(form):
+    student, teacher = torch.randn(2, 64, 8192)
+    criterion = VanillaKD(2.0, 0.5, divergence=getattr(kdloss.divergences, form.__name__), overwrite_logits=True)
+    labels = torch.randint(8192, (64,))
+    switch.set_compile(True)
+
+    def step():
+        criterion(student.requires_grad_(), teacher, labels).backward()
+        student.grad = None
+
+    step()
+    assert [block.given_up for block in compiled._blocks.values()] == [False]
+    assert measure.peak(step) < 0.15 * student.nbytes
 
 
 def test_a_temperature_that_moves_and_other_numbers_of_rows_are_not_compiled_anew(monkeypatch):

@@ -18,13 +18,18 @@ def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int
     return max(1, entries // max(classes, 1))
 
 
-def compiled_rows(device: torch.device, classes: int, rows: int, top_k: Sequence[int] = ()) -> int:
-    """The same for compiled work, where every block costs some Python: an eighth of all rows, as few forms keep
-    something as large as their block on the way, within bounds; on an accelerator what leaves indices small, and a
+def compiled_rows(
+    device: torch.device, classes: int, rows: int, top_k: Sequence[int] = (), scratch: bool = True
+) -> int:
+    """The same for compiled work, where every block costs some Python: all rows, where that takes no `scratch` as
+    large as they are, and else an eighth of them, within bounds; on an accelerator what leaves indices small, and a
     quarter of it where the classes that were not kept are written on the way.
     """
-    most = 2**20 * torch.get_num_threads() if device.type == "cpu" else 2**27 if top_k else 2**29
-    few = max(most // 4, classes * rows // 8) if device.type == "cpu" else most
+    if device.type == "cpu":
+        most = (2**20 if scratch else 2**24) * torch.get_num_threads()
+        few = max(most // 4, classes * rows // 8) if scratch else most
+    else:
+        most = few = 2**27 if top_k else 2**29
     return max(2, min(most, few) // max(classes, 1))
 
 

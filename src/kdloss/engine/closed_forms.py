@@ -117,3 +117,7 @@ def hard_labels(q: Side, p: Side) -> Form:
     value = q.log_total - q.bits.gather(-1, label).to(q.log_total.dtype) * LN2 + nan(q, p)
     slope = q.probs.clone()
     return value, slope.scatter_add_(-1, label, slope.new_full(label.shape, -1)), None
+
+
+WITHOUT_SCRATCH = {forward_kl, reverse_kl, symmetric_kl, skewed_forward_kl, total_variation}
+"""Those that a compiler computes in sweeps over the logits, with nothing as large as they are in between."""

@@ -2,9 +2,10 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
-from kdloss.engine.closed_forms import ClosedForm
+from kdloss.engine.closed_forms import WITHOUT_SCRATCH, ClosedForm
 from kdloss.engine.rows import identity
 from kdloss.engine.task import LabelTask, Task, TeacherTask
 from kdloss.targets import TopKLogits
@@ -51,6 +52,14 @@ class Plan:
     def coarseness(self) -> int:
         """How much more is to be done for a few rows however few they are."""
         return 4 if self.top_k and not (self.groups or self.by_autograd) else 1  # nearly all made in the gradient
+
+    @property
+    def scratch(self) -> bool:
+        """Whether compiled work on some rows keeps something as large as they are."""
+        if self.top_k or len(self.groups) != 1 or self.groups[0].classes is not None:
+            return True
+        forms: list[Any] = [closed.form for closed in chain(*self.groups[0].closed.values())]
+        return len(forms) > 1 or any(form.func not in WITHOUT_SCRATCH for form in forms)
 
     @classmethod
     def of(cls, tasks: Sequence[Task]) -> "Plan":

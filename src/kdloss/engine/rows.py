@@ -48,6 +48,11 @@ class Rows:
         return at(self.x, lambda t: self._take(t, start, stop))
 
     @property
+    def in_memory(self) -> bool:
+        """Whether all rows are there, so that none is copied to be read."""
+        return self.flat is not None and self.index is None
+
+    @property
     def row_bytes(self) -> int:
         """How much memory a row takes that is made."""
         return self.lazy.shape[-1] * self.lazy.hidden.dtype.itemsize if isinstance(self.x, LazyLogits) else 0

@@ -85,7 +85,8 @@ def run(problem: Problem, plan: Plan, x: Student, weights: Tensor | None) -> Fou
     dtype = torch.float64 if wide else torch.float32
     block = None if shard is not None else block_of(plan, tasks, x, dtype)
     if block is not None:
-        few = block_sizes.compiled_rows(device, classes, n, plan.top_k)
+        scratch = plan.scratch or not (student.in_memory and teachers.in_memory)
+        few = block_sizes.compiled_rows(device, classes, n, plan.top_k, scratch)
     by = None if weights is None else slopes(plan, weights, dtype)
     side = partial(Side, shard=shard) if shard is not None else Side
     found = []

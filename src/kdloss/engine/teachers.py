@@ -34,9 +34,11 @@ class Teachers:
         self.of: dict[Hashable, Callable[[int, int], Any]] = {}
         self.averages: list[Average] = []
         self.buffer: Tensor | None = None
+        self.chosen = False
         mixed: dict[Hashable, dict[Hashable, list[Read]]] = {}
         for read in reads:
             x = read.x
+            self.chosen = self.chosen or read.classes is not None or isinstance(x, Mixture)
             if isinstance(x, Mixture) and len(x.teachers) > 1:
                 how = read.temperature if x.of_probabilities else None, identity(read.classes)
                 mixed.setdefault(identity(x), {}).setdefault(how, []).append(read)
@@ -67,6 +69,11 @@ class Teachers:
             self.averages += [average] * passing
             for read in reads:
                 self.of[_key(*read)] = average.made if passing else average.few
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all rows are there, so that none is copied to be read."""
+        return not self.chosen and all(rows.in_memory for rows in self.rows.values())
 
     @property
     def row_bytes(self) -> tuple[int, int]:
