@@ -68,7 +68,8 @@ on-%: package
 	[ "$$(python$* -V)" != "$$($(BIN)/python -V)" ] || exit 0; \
 	set -x; python$* -m $(EMPTY) .venv-package-$* && \
 	$(BIN)/pip --python .venv-package-$* $(INTO) "$$(grep ^torch== constraints.txt)" dist/*.whl && \
-	cd dist && ../.venv-package-$*/bin/python ../tests/installed.py
+	(cd dist && ../.venv-package-$*/bin/python ../tests/installed.py) && \
+	rm -r .venv-package-$*  # each takes a gigabyte
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
