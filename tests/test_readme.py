@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 import kdloss
 
 ROOT = readme.ROOT
-BLOCKS = readme.blocks(ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCKS = readme.blocks(ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")

@@ -100,7 +100,7 @@ def test_a_template_runs_and_gives_what_it_prints(path, tmp_path, monkeypatch, c
 
 
 def test_the_page_of_templates_shows_lines_of_the_templates():
-    page = (ROOT / "docs" / "examples.md").read_text()
+    page = (ROOT / "docs" / "tasks" / "index.md").read_text()
     sections = re.findall(r"^`(\w+)\.py`.*?```py\n(.*?)```", page, re.MULTILINE | re.DOTALL)
     assert len(sections) == page.count("```py\n")
     assert {name for name, _ in sections} == {path.stem for path in TEMPLATES}
