@@ -2,7 +2,7 @@
 
     python applications/published_mnist.py --seeds 0 1 2 3 4
 
-wants all of MNIST (`make mnist` installs it, or --mnist). About half an hour on one quiet core; killed at any instant,
+wants all of MNIST (`make mnist` installs it, or --mnist). About four hours on one quiet core; killed at any instant,
 the same command goes on with what is missing. The large net is one, as in the paper; seeds are those of the small nets.
 """
 
@@ -40,8 +40,8 @@ class Settings:
         default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 8.0, 20.0]
     )
     alpha: Annotated[float, Doc("weight of the labels, where every digit is in the transfer set")] = 0.1
-    teacher_epochs: Annotated[int, options.COUNT, Doc("how often the large net sees its images")] = 40
-    epochs: Annotated[int, options.COUNT, Doc("how often a small one does")] = 12
+    teacher_epochs: Annotated[int, options.COUNT, Doc("how often the large net sees its images")] = 100
+    epochs: Annotated[int, options.COUNT, Doc("how often a small one does")] = 60
     batch_size: Annotated[int, options.COUNT, Doc("images in a step")] = 250
     lr: Annotated[float, Doc("Adam's learning rate, which falls as a cosine")] = 1e-3
     jitter: Annotated[int, Doc("pixels that the large net's images are moved by at most")] = 2

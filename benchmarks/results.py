@@ -1,7 +1,7 @@
 """The measurements of the pages of results and of docs/applications.md: tables and pictures in docs/results.
 
-Those of SmolLM2 take some nine hours on two quiet cores, all others three; run again after an interruption it
-goes on. `--only` runs some of them.
+Those of SmolLM2 take some five hours on two quiet cores, MNIST's two, all others four; run again after an
+interruption it goes on. `--only` runs some of them.
 """
 
 import importlib
@@ -28,15 +28,14 @@ TWENTY = "0,1,2,3,5,6,8,9,11,12,14,15,17,18,20,21,23,25,27,29"
 FIFTEEN = "0,2,4,6,8,10,12,14,16,18,20,22,24,27,29"
 SMOLLM2 = (
     "--freeze-embeddings --layers auto --pairing kept --distance normalized_mse --alpha 0.3 --lr 3e-4 "
-    "--max-length 128 --batch-size 2 --steps 200 --points 4 --heldout-samples 60 --continuations 16 "
-    "--samples 1000 --student-samples 600 --save-every 100"
+    "--max-length 128 --batch-size 2 --steps 100 --points 4 --heldout-samples 60 --continuations 16 "
+    "--samples 1000 --student-samples 600 --save-every 50"
 )
 LLAMA, GPT2 = "runs/results/llama", "runs/results/gpt2-tokenizer"
 SMALL = "--samples 6000 --points 2 --one-by-one"
 STUDIES = {  # name: flags of compare.py
     "demo": "--samples 6000",
     "smollm2-20-fresh": f"{SMOLLM2} --keep-blocks {TWENTY}",
-    "smollm2-20-little": f"{SMOLLM2} --keep-blocks {TWENTY} --student-blocks 50",
     "smollm2-15-fresh": f"{SMOLLM2} --keep-blocks {FIFTEEN}",
     "smollm2-15-little": f"{SMOLLM2} --keep-blocks {FIFTEEN} --student-blocks 50",
     "output": (f"{SMALL} --methods none vanilla --vary temperature 0.5 2 4 8 --vary alpha 0 0.3 0.5 0.7 0.9"),
