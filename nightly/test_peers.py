@@ -230,6 +230,14 @@ def test_torchtune_s_chunks_have_the_value_of_the_whole_and_no_number_where_no_l
         assert nothing.isnan() == (name != "ForwardKL")
 
 
+def test_torchtune_s_forward_kl_leaves_out_a_class_that_the_student_excludes_where_kl_is_infinite():
+    student, teacher = drawn(N, C)
+    student = student.detach().clone()
+    student[:, 1] = -torch.inf
+    assert torchtune("ForwardKLLoss")(student, teacher).isfinite()
+    assert divergences.forward_kl(student, teacher).isinf().all()
+
+
 # -- TextBrewer --
 
 
