@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTO := install --quiet --disable-pip-version-check --no-compile
 EMPTY := venv --clear --without-pip  # for what runs a few seconds: the pip of .venv installs, and nothing is compiled before
-PEERS := torchdistill==1.1.3 sentence-transformers==6.2.0 timm==1.0.31 liger-kernel==0.8.5
+PEERS := torchdistill==1.1.3 sentence-transformers==6.2.0 timm==1.0.31 liger-kernel==0.8.5 torchtune==0.6.1 \
+	textbrewer==0.2.1.post1 nemo-automodel==0.7.0
 PYTHONS := 3.10 3.11 3.12 3.13
 export HF_HUB_OFFLINE ?= 1
 export PYTHONPATH :=

@@ -4,7 +4,10 @@ Their packages come into an environment of their own by `make nightly`; what isn
 float64, with batches of which all positions count unless labels say otherwise.
 """
 
+import importlib
 import importlib.util
+import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -54,6 +57,12 @@ def alone(package: str, path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def entropy(teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """By how much a soft cross-entropy is more than the divergence, at every position."""
+    p = (teacher / temperature).softmax(-1)
+    return -torch.special.xlogy(p, p).sum(-1)
 
 
 def mean(loss: Any, **options: Any) -> Loss:
@@ -161,6 +170,125 @@ def test_trl_s_generalised_jsd_is_ours_without_t_squared(beta):
     ours = kdloss.Sum(kdloss.Logits(jsd, temperature=T))
     for more in ({}, {"num_items_in_batch": 9}):
         same(lambda s, t, m=more: ours(s, t, labels, **m), partial(theirs, **more), (2, 3, C))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_trl_s_chunked_divergence_of_heads_is_our_lazy_one_without_t_squared(beta):
+    trainer = pytest.importorskip("trl.trainer.distillation_trainer", exc_type=ImportError)
+    torch.manual_seed(1)
+    head, other = torch.randn(2, 11, C)  # its kernel computes in float32
+    labels = LABELS.reshape(2, 3)
+    ours = kdloss.Sum(kdloss.Logits(partial(divergences.jsd, beta=beta, t_squared=False), temperature=T))
+
+    def theirs(s: Tensor, t: Tensor) -> Tensor:
+        given = (s.float(), t.float(), head, other, (labels != -100).long(), beta)
+        value: Tensor = trainer._chunked_divergence_loss(*given, temperature=T)[0]
+        return value.double()
+
+    def lazily(s: Tensor, t: Tensor) -> Tensor:
+        value: Tensor = ours(LazyLogits(s, head.double()), LazyLogits(t, other.double()), labels)
+        return value
+
+    same(lazily, theirs, (2, 3, C), rtol=1e-4)
+
+
+# -- torchtune --
+
+
+def torchtune(name: str, **options: Any) -> Loss:
+    """One of its losses with labels, which computes in float32."""
+    loss = getattr(alone("torchtune", "modules/loss/kd_losses.py"), name)(**options)
+    return lambda s, t: loss(s, t, LABELS).double()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.0])
+def test_torchtune_s_kl_is_ours_and_the_forward_share_has_the_teacher_s_entropy_on_top(share):
+    forward = kdloss.Logits(divergences.forward_kl, name="forward_kl")
+    ours = share * forward + (1 - share) * kdloss.Logits(divergences.reverse_kl, name="reverse_kl")
+
+    def more(s: Tensor, t: Tensor) -> Tensor:
+        value: Tensor = ours(s, t, LABELS) + share * entropy(t)[LABELS != -100].mean()
+        return value
+
+    same(more, torchtune("SymmetricKLLoss", sym_kd_ratio=share), (N, C), rtol=1e-5)
+    if share in (0, 1):
+        same(more, torchtune("ForwardKLLoss" if share else "ReverseKLLoss"), (N, C), rtol=1e-5)
+
+
+def test_torchtune_s_chunks_have_the_value_of_the_whole_and_no_number_where_no_label_counts():
+    for name in ("ForwardKL", "ReverseKL", "SymmetricKL"):
+        whole, labels = torchtune(f"{name}Loss"), LABELS.unsqueeze(0)
+        loss = getattr(alone("torchtune", "modules/loss/kd_losses.py"), f"{name}WithChunkedOutputLoss")(3)
+
+        def chunked(s: Tensor, t: Tensor, loss: Any = loss, labels: Tensor = labels) -> Tensor:
+            value: Tensor = loss(*([x.unsqueeze(0) for x in z.chunk(3)] for z in (s, t)), labels)
+            return value.double()
+
+        same(whole, chunked, (N, C), rtol=1e-5)
+        student, teacher = drawn(1, N, C)
+        nothing = loss(list(student.chunk(3, 1)), list(teacher.chunk(3, 1)), torch.full_like(labels, -100))
+        assert nothing.isnan() == (name != "ForwardKL")
+
+
+def test_torchtune_s_forward_kl_leaves_out_a_class_that_the_student_excludes_where_kl_is_infinite():
+    student, teacher = drawn(N, C)
+    student = student.detach().clone()
+    student[:, 1] = -torch.inf
+    assert torchtune("ForwardKLLoss")(student, teacher).isfinite()
+    assert divergences.forward_kl(student, teacher).isinf().all()
+
+
+# -- TextBrewer --
+
+
+def textbrewer(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One of its losses, without its trainers, which want TensorBoard."""
+    found = importlib.util.find_spec("textbrewer")
+    if found is None or found.origin is None:
+        pytest.skip("textbrewer is not installed")
+    package = ModuleType("textbrewer")
+    package.__path__, package.__spec__ = [str(Path(found.origin).parent)], found
+    monkeypatch.setitem(sys.modules, "textbrewer", package)
+    with warnings.catch_warnings(action="ignore"):  # of its docstrings' backslashes
+        return getattr(importlib.import_module("textbrewer.losses"), name)
+
+
+def test_textbrewer_s_soft_cross_entropy_is_ours_without_t_squared_and_with_the_teacher_s_entropy(monkeypatch):
+    theirs = partial(textbrewer("kd_ce_loss", monkeypatch), temperature=T)
+    ours = mean(divergences.forward_kl, temperature=T, t_squared=False)
+    same(lambda s, t: ours(s, t) + entropy(t, T).mean(), theirs, (N, C))
+    mse = partial(textbrewer("kd_mse_loss", monkeypatch), temperature=T)
+    same(lambda s, t: divergences.logit_mse(s, t).mean() / T**2, mse, (N, C))
+
+
+def test_textbrewer_s_losses_of_hidden_states_are_ours_but_fsp_which_is_a_mean(monkeypatch):
+    mask = torch.tensor([[True, True, True, False], [True] * 4])
+
+    def counted(distance: Any) -> Loss:
+        return lambda s, t: kdloss.reduce(distance(s, t), mask)
+
+    for name, distance in (("hid_mse_loss", distances.mse), ("cos_loss", distances.cosine)):
+        theirs = partial(textbrewer(name, monkeypatch), mask=mask)
+        same(counted(distance), theirs, (2, 4, C))
+    pkd = textbrewer("pkd_loss", monkeypatch)
+    same(lambda s, t: distances.pkd(s[:, 0], t[:, 0]).mean(), pkd, (2, 4, C))
+    fsp = textbrewer("fsp_loss", monkeypatch)
+    same(mean(distances.fsp), lambda s, t: C**2 * fsp(s.split(C, -1), t.split(C, -1)), (2, 4, 2 * C))
+
+
+# -- NeMo AutoModel --
+
+
+def test_nemo_automodel_s_kd_is_forward_kl_with_t_squared():
+    loss = alone("nemo_automodel", "components/loss/kd_loss.py").KDLoss(temperature=T)
+    ours = 1.0 * kdloss.Logits(temperature=T)
+    for theirs, more in (({}, {}), ({"num_batch_labels": 9}, {"num_items_in_batch": 9})):
+        same(
+            lambda s, t, m=more: ours(s, t, LABELS, **m),
+            lambda s, t, m=theirs: loss(s, t, LABELS, **m).double(),
+            (N, C),
+            rtol=1e-5,
+        )
 
 
 # -- Liger --
