@@ -231,7 +231,7 @@ def table(found: Found) -> str:
     for mapping, rows in found.items():
         counts = [sum(what == state for _, what, _ in rows) for state in ("right", "refused", "not run")]
         _, title, auto = MAPPINGS[mapping]
-        lines.append(f"| {title} | `AutoModelFor{auto}` | {' | '.join(map(str, counts))} |")
+        lines.append(f"| {title} | AutoModelFor{auto} | {' | '.join(map(str, counts))} |")
     lines += ["", "### Right", ""]
     for title, rows in of_state(found, "right"):
         lines += [f'??? success "{title}: {len(rows)}"', "", *by_letter([name for name, _ in rows])]
