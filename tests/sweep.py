@@ -1,13 +1,14 @@
 """Every class of transformers' mappings as a tiny random model, and what becomes of it.
 
-`python tests/sweep.py` writes the table of docs/models.md. A class is *right* where its loss at alpha = 1 is the
-model's own and its distillation is the divergence of the logits where the model predicts a label, both computed here;
-*refused* where kdloss raises a ValueError or TypeError of its own; *unsupported* where transformers itself can't build
-or run so small a model. Anything else is a fault.
+`python tests/sweep.py` writes the tables of docs/models.md. A class is *right* if its loss at alpha = 1 is the model's
+own and its distillation term is the divergence of the logits at the positions where the model predicts a label, both
+computed here. It is *refused* if kdloss raises a ValueError or TypeError of its own. It is *not run* if transformers
+itself can't build or run a model so small. Anything else is a fault.
 """
 
 import contextlib
 import copy
+import itertools
 import re
 import traceback
 import warnings
@@ -26,19 +27,19 @@ import kdloss
 VOCAB, CLASSES = 61, 3
 BEGIN, END = "<!-- by tests/sweep.py -->", "<!-- end -->"
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-MAPPINGS = {
-    "CAUSAL_LM": "text",
-    "IMAGE_TEXT_TO_TEXT": "text",
-    "MULTIMODAL_LM": "text",
-    "SEQ_TO_SEQ_CAUSAL_LM": "text",
-    "MASKED_LM": "text",
-    "TOKEN_CLASSIFICATION": "tags",
-    "SEQUENCE_CLASSIFICATION": "class",
-    "IMAGE_CLASSIFICATION": "class",
-    "VIDEO_CLASSIFICATION": "class",
-    "AUDIO_CLASSIFICATION": "class",
-    "SPEECH_SEQ_2_SEQ": "text",
-    "CTC": "transcript",
+MAPPINGS = {  # name of the mapping: kind of labels, what the models are called, the class that loads them
+    "CAUSAL_LM": ("text", "Causal language models", "CausalLM"),
+    "IMAGE_TEXT_TO_TEXT": ("text", "Vision-language models", "ImageTextToText"),
+    "MULTIMODAL_LM": ("text", "Multimodal language models", "MultimodalLM"),
+    "SEQ_TO_SEQ_CAUSAL_LM": ("text", "Encoder-decoders", "Seq2SeqLM"),
+    "MASKED_LM": ("text", "Masked language models", "MaskedLM"),
+    "TOKEN_CLASSIFICATION": ("tags", "Token classifiers", "TokenClassification"),
+    "SEQUENCE_CLASSIFICATION": ("class", "Sequence classifiers", "SequenceClassification"),
+    "IMAGE_CLASSIFICATION": ("class", "Image classifiers", "ImageClassification"),
+    "VIDEO_CLASSIFICATION": ("class", "Video classifiers", "VideoClassification"),
+    "AUDIO_CLASSIFICATION": ("class", "Audio classifiers", "AudioClassification"),
+    "SPEECH_SEQ_2_SEQ": ("text", "Speech to text", "SpeechSeq2Seq"),
+    "CTC": ("transcript", "Speech to text by CTC", "CTC"),
 }
 SIZES = {  # what widths, depths and lengths are called
     16: "hidden_size d_model n_embd embed_dim dim emb_dim word_embed_proj_dim d_embed model_dim embedding_size out_dim "
@@ -64,7 +65,7 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_star
 def classes() -> Iterator[tuple[str, str, str, str]]:
     """Mapping, kind, model type and class, each class once."""
     seen = set()
-    for mapping, kind in MAPPINGS.items():
+    for mapping, (kind, *_) in MAPPINGS.items():
         for model_type, names in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").items():
             name = names[0] if isinstance(names, tuple | list) else names
             if name not in seen:
@@ -188,7 +189,7 @@ def verdict(kind: str, model_type: str, name: str) -> tuple[str, str]:
         if not own.loss.isfinite():
             raise ValueError("its loss is not finite")
     except Exception as error:
-        return "unsupported", f"{type(error).__name__}: {error}".splitlines()[0][:90]
+        return "not run", f"{type(error).__name__}: {error}".splitlines()[0][:90]
     labels = inputs["labels"]
     task = kdloss.CrossEntropy() if kind != "transcript" else kdloss.Task(name="ce")
     try:
@@ -221,41 +222,65 @@ def compared(kind: str, own: Any, theirs: Any, labels: Tensor, loss: float) -> t
     return s, t, labels != -100
 
 
-def table(found: dict[str, list[tuple[str, str, str]]]) -> str:
+Found = dict[str, list[tuple[str, str, str]]]  # by mapping: class, what became of it, why
+
+
+def table(found: Found) -> str:
     """The page's part for transformers."""
-    lines = ["| mapping | right | refused | unsupported |", "|---|---|---|---|"]
+    lines = ["| models | loaded by | right | refused | not run |", "|---|---|---|---|---|"]
     for mapping, rows in found.items():
-        counts = [sum(what == state for _, what, _ in rows) for state in ("right", "refused", "unsupported")]
-        lines.append(f"| {mapping} | {' | '.join(map(str, counts))} |")
-    every = [row for rows in found.values() for row in rows]
-    joined = {name: why for name, what, why in every if what == "right" and why}
-    lines += ["", "### Right", "", ", ".join(f"`{name}`" for name, what, _ in every if what == "right") + ".", ""]
-    lines += [
-        "With terms of their own beside cross-entropy: " + ", ".join(f"`{n}` ({w})" for n, w in joined.items()) + "."
-    ]
-    for state, title in (("refused", "Refused"), ("unsupported", "Unsupported: transformers doesn't run it so small")):
-        lines += ["", f"### {title}", "", "| class | message |", "|---|---|"]
-        lines += [f"| `{name}` | {why.replace('|', '/')} |" for name, what, why in every if what == state]
-    return "\n".join(lines) + "\n"
+        counts = [sum(what == state for _, what, _ in rows) for state in ("right", "refused", "not run")]
+        _, title, auto = MAPPINGS[mapping]
+        lines.append(f"| {title} | AutoModelFor{auto} | {' | '.join(map(str, counts))} |")
+    lines += ["", "### Right", ""]
+    for title, rows in of_state(found, "right"):
+        lines += [f'??? success "{title}: {len(rows)}"', "", *by_letter([name for name, _ in rows])]
+    every = sorted((row for rows in found.values() for row in rows), key=lambda row: row[0].lower())
+    joined = [f"`{name}` ({why})" for name, what, why in every if what == "right" and why]
+    lines += ["### With a loss term of their own", "", "The loss of these models has a term beside cross-entropy:"]
+    lines += [", ".join(joined) + ".", "", "### Refused", "", "| class | message |", "|---|---|"]
+    lines += [f"| `{name}` | {why} |" for name, what, why in every if what == "refused"]
+    lines += ["", "### Not run", ""]
+    for title, rows in of_state(found, "not run"):
+        lines += [f'??? note "{title}: {len(rows)}"', "", "    | class | message |", "    |---|---|"]
+        lines += [*(f"    | `{name}` | {why} |" for name, why in rows), ""]
+    return "\n".join(lines)
 
 
-def stated() -> dict[str, str]:
-    """What the page says of every class."""
+def of_state(found: Found, state: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """For every mapping that has some: its title, then classes and reasons, in the alphabet's order."""
+    for mapping, every in found.items():
+        rows = sorted(((name, why) for name, what, why in every if what == state), key=lambda row: row[0].lower())
+        if rows:
+            yield MAPPINGS[mapping][1], rows
+
+
+def by_letter(names: list[str]) -> list[str]:
+    """A paragraph for each initial letter, indented as a collapsed block wants it."""
+    lines = []
+    for letter, group in itertools.groupby(names, key=lambda name: name[0].upper()):
+        lines += [f"    **{letter}**  " + ", ".join(f"`{name}`" for name in group), ""]
+    return lines
+
+
+def stated() -> dict[str, tuple[str, str]]:
+    """What the page says of every class, and why."""
     text = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
-    states = {"Right": "right", "Refused": "refused", "Unsupported": "unsupported"}
-    found = {}
-    for part in text.split("### ")[1:]:
-        title = part.split(":")[0].split("\n")[0]
-        names = re.findall(r"`(\w+)`", part.split("With terms of their own")[0])
-        found |= dict.fromkeys(names, states[title])
+    parts = dict(re.findall(r"^### (.+)\n((?:(?!### ).*\n)*)", text, re.MULTILINE))
+    joined = dict(re.findall(r"`(\w+)` \((.+?)\)", parts["With a loss term of their own"]))
+    found = {name: ("right", joined.get(name, "")) for name in re.findall(r"`(\w+)`", parts["Right"])}
+    for state in ("Refused", "Not run"):
+        rows = re.findall(r"^ *\| `(\w+)` \| (.*) \|$", parts[state], re.MULTILINE)
+        found |= {name: (state.lower(), why) for name, why in rows}
     return found
 
 
 def main() -> None:
-    """Write the table."""
-    found: dict[str, list[tuple[str, str, str]]] = {}
+    """Write the tables."""
+    found: Found = {}
     for mapping, kind, model_type, name in classes():
-        found.setdefault(mapping, []).append((name, *verdict(kind, model_type, name)))
+        what, why = verdict(kind, model_type, name)
+        found.setdefault(mapping, []).append((name, what, why.replace("|", "/")))
         print(*found[mapping][-1], sep=" | ", flush=True)
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{table(found)}\n{END}{rest.partition(END)[2]}")

@@ -1,8 +1,9 @@
 """What `FeatureKD()` does with the models of timm and torchvision: `python tests/sweep_vision.py [name ...]`.
 
 Run by hand, in an environment of its own (`pip install torch==2.14.1 torchvision==0.29.1 timm einops jaxtyping`, with
-`src` in PYTHONPATH); prints the table of docs/models.md. No weights are loaded. Each pair takes one step as a newcomer
-would write it; where kdloss refuses, what its error says to write is written, at most three times.
+`src` in PYTHONPATH); prints the tables of docs/models.md. No weights are loaded. Each pair takes one step as a newcomer
+would write it. If kdloss refuses it, the pair takes the step again with the setting that the error names, at most three
+times.
 
 A row is "right" where the feature loss equals one computed beside it, from plain hooks and in float64, over blocks that
 are the model's trunk: they run once and in order, everything that reaches the logits goes through each that was
@@ -256,14 +257,39 @@ def written(settings):
     return ", ".join(f"`{k}={names.get(v, repr(v))}`" for k, v in settings.items())
 
 
+def tables(rows):
+    """The page's part for vision models, of rows: source, student, teacher, outcome, setting or reason, blocks."""
+    parts = {
+        "right": ("Right", '??? success "{}"', "| model | teacher | blocks |"),
+        "refused, right as told": ("Right with a setting", None, "| model | teacher | add | blocks |"),
+        "refused": ("Refused by default", None, "| model | teacher | why |"),
+    }
+    for outcome in dict.fromkeys(row[3] for row in rows):
+        parts.setdefault(outcome, (outcome, None, "| model | teacher | why | blocks |"))  # a fault
+    lines = []
+    for outcome, (title, closed, head) in parts.items():
+        body = [
+            "| " + " | ".join([f"{source} `{student}`", f"`{teacher}`", *(x for x in (why, blocks) if x)]) + " |"
+            for source, student, teacher, what, why, blocks in rows
+            if what == outcome
+        ]
+        if body:
+            body = [head, "|---" * (head.count("|") - 1) + "|", *body]
+            if closed:
+                body = [closed.format(f"{len(body) - 2} pairs"), "", *(f"    {line}" for line in body)]
+            lines += [f"#### {title}", "", *body, ""]
+    return "\n".join(lines)
+
+
 def main(chosen):
     warnings.simplefilter("ignore")
-    print("| model | teacher | outcome | written, or why not | blocks |\n|---|---|---|---|---|")
+    rows = []
     for source, text in (("timm", TIMM), ("torchvision", TORCHVISION)):
         for names in pairs(text):
             if not chosen or source in chosen or names[0] in chosen:
-                word, why, depth = verdict(source, names)
-                print(f"| {source} `{names[0]}` | `{names[1]}` | {word} | {why} | {depth} |", flush=True)
+                rows.append((source, *names, *verdict(source, names)))
+                print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+    print(tables(rows))
 
 
 if __name__ == "__main__":
