@@ -146,7 +146,7 @@ def test_a_page_says_what_its_template_printed_and_how_to_run_it(page):
 def test_the_flags_that_a_page_tells_are_the_templates_with_their_defaults(page):
     for name in SHOWN[page.stem]:
         flags = inspect.signature(loaded(ROOT / "examples" / f"{name}.py").main).parameters
-        rows = re.findall(r"^\| `--([\w-]+)` \| (.*?) \| ", PAGES[page], re.MULTILINE)
+        rows = re.findall(r"^- `--([\w-]+)` \((.*?)\): ", PAGES[page], re.MULTILINE)
         assert rows
         given = {flag.replace("-", "_"): WORDS.get(value, value) for flag, value in rows}
         assert given == {flag: shown(flags[flag].default, given[flag]) for flag in given}
@@ -155,7 +155,7 @@ def test_the_flags_that_a_page_tells_are_the_templates_with_their_defaults(page)
 
 
 def shown(default, like):
-    """A default as a table writes it."""
+    """A default as a page writes it."""
     if default is None or isinstance(default, bool):
         return default
     if isinstance(default, tuple):
