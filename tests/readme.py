@@ -1,6 +1,7 @@
 """Blocks of Python in pages of text, and what the text says their reader has."""
 
 import re
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def blocks(*pages: Path) -> list[tuple[str, int, str]]:
-    """Page, number and code."""
+    """Page, number and code; a block may stand in a tab, and mark lines of its own."""
     return [
-        (page.name, number, code)
+        (page.name, number, textwrap.dedent(code))
         for page in pages
-        for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+        for number, code in enumerate(re.findall(r"```python(?: [^\n]*)?\n(.*?)```", page.read_text(), re.DOTALL))
     ]
 
 

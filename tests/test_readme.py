@@ -15,6 +15,7 @@ BLOCKS = readme.blocks(ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")
 
 
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft's own
 @pytest.mark.parametrize(("page", "number", "code"), BLOCKS, ids=[f"{p}-{n}" for p, n, _ in BLOCKS])
 def test_a_block_of_python_runs(page, number, code, tmp_path):
     teacher, student = build("gpt2", width=24, depth=8), build("gpt2", depth=4, seed=1)

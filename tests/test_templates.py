@@ -99,13 +99,71 @@ def test_a_template_runs_and_gives_what_it_prints(path, tmp_path, monkeypatch, c
     assert {file.parent.name for file in tmp_path.rglob("*.png")} <= {"runs"}
 
 
-def test_the_page_of_templates_shows_lines_of_the_templates():
-    page = (ROOT / "docs" / "tasks" / "index.md").read_text()
-    sections = re.findall(r"^`(\w+)\.py`.*?```py\n(.*?)```", page, re.MULTILINE | re.DOTALL)
-    assert len(sections) == page.count("```py\n")
-    assert {name for name, _ in sections} == {path.stem for path in TEMPLATES}
-    for name, block in sections:
-        there = {line.strip() for line in (ROOT / "examples" / f"{name}.py").read_text().splitlines()}
-        assert [line for line in block.splitlines() if line.strip() not in there] == []
-        assert MARKER in block
-        assert f'"docs/results/examples/{name}.md"' in page
+# --- the pages that show them ---------------------------------------------------------------------
+
+PAGES = {path: path.read_text() for path in sorted((ROOT / "docs" / "tasks").glob("*.md"))}
+SOURCE = re.compile(r'^    --8<-- "examples/(\w+)\.py"$', re.MULTILINE)
+SHOWN = {page.stem: SOURCE.findall(text) for page, text in PAGES.items()}
+every_page = pytest.mark.parametrize("page", PAGES, ids=list(SHOWN))
+WORDS = {"none": None, "off": False}
+
+
+def test_every_template_has_one_page_and_every_page_one_template_at_most():
+    assert sorted(name for names in SHOWN.values() for name in names) == [path.stem for path in TEMPLATES]
+    assert max(map(len, SHOWN.values())) == 1
+    assert {page for page, names in SHOWN.items() if not names} == {"index", "tokenizers", "detection"}
+
+
+def test_the_table_of_tasks_has_every_page_with_its_template_and_the_nav_has_every_page():
+    rows = dict(
+        re.findall(r"^\| .* \| \[.*\]\((\w+)\.md\) \| (.*?) ?\|$", PAGES[ROOT / "docs/tasks/index.md"], re.MULTILINE)
+    )
+    assert rows == {page: "".join(f"`{name}.py`" for name in names) for page, names in SHOWN.items() if page != "index"}
+    nav = re.findall(r"tasks/(\w+)\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(nav) == sorted(SHOWN)
+
+
+@every_page
+def test_the_lines_that_a_page_shows_are_in_its_template(page):
+    blocks = re.findall(r"^```py\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+    text = "".join((ROOT / "examples" / f"{name}.py").read_text() for name in SHOWN[page.stem])
+    there = {line.strip() for line in text.splitlines()}
+    assert [line for block in blocks for line in block.splitlines() if line.strip() not in there] == []
+    assert any(MARKER in block for block in blocks) or not SHOWN[page.stem]
+
+
+@every_page
+def test_a_page_says_what_its_template_printed_and_how_to_run_it(page):
+    for name in SHOWN[page.stem]:
+        results = {f"docs/results/examples/{name}.md"} | {
+            f"../results/examples/{path.name}" for path in (ROOT / "docs/results/examples").glob(f"{name}.png")
+        }
+        assert [result for result in results if result not in PAGES[page]] == []
+        assert f"\npython examples/{name}.py\n" in PAGES[page]
+
+
+@every_page
+def test_the_flags_that_a_page_tells_are_the_templates_with_their_defaults(page):
+    for name in SHOWN[page.stem]:
+        flags = inspect.signature(loaded(ROOT / "examples" / f"{name}.py").main).parameters
+        rows = re.findall(r"^- `--([\w-]+)` \((.*?)\): ", PAGES[page], re.MULTILINE)
+        assert rows
+        given = {flag.replace("-", "_"): WORDS.get(value, value) for flag, value in rows}
+        assert given == {flag: shown(flags[flag].default, given[flag]) for flag in given}
+        run = re.findall(rf"examples/{name}\.py (.*)$", PAGES[page], re.MULTILINE)
+        assert [flag for flag in re.findall(r"--([\w-]+)", " ".join(run)) if flag.replace("-", "_") not in flags] == []
+
+
+def shown(default, like):
+    """A default as a page writes it."""
+    if default is None or isinstance(default, bool):
+        return default
+    if isinstance(default, tuple):
+        return " ".join(map(str, default))
+    return like if isinstance(like, str) and float(like) == default else str(default)
+
+
+def test_the_page_on_tokenizers_has_the_studys_numbers():
+    row = re.compile(r"^\| ([\w-]+) +\| +([\d.]+) \|", re.MULTILINE)
+    printed = dict(row.findall((ROOT / "docs" / "results" / "cross_tokenizer.md").read_text()))
+    assert dict(row.findall(PAGES[ROOT / "docs" / "tasks" / "tokenizers.md"])) == printed
