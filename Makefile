@@ -17,13 +17,14 @@ TYPED := tests/test_laws.py tests/test_criteria.py tests/test_models.py tests/te
 # On the oldest versions that pyproject.toml allows: every test but those of scripts and of the package, which need more,
 # of resuming, which transformers does from torch 2.6 on, and of vocabularies over processes, which may hang as they end
 # under torch 2.4; and what these versions warn of by themselves.
-NEWER := applications% benchmarks cli compare distributed hf_checkpoints image_studies interrupted offline operations package \
-	questions sweep templates vocabulary_parallel workflows
+NEWER := applications% benchmarks cli compare distributed hf_checkpoints image_studies interrupted notebooks offline operations \
+	package questions release sweep templates vocabulary_parallel workflows
 OLDEST := $(filter-out $(NEWER:%=tests/test_%.py),$(wildcard tests/test_*.py))
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
 LAWS := $(addprefix tests/test_,laws.py extremes.py engine.py lazy_head.py targets.py criteria.py masks.py sums.py)
 ON_A_CARD := $(addprefix tests/test_,on_a_device.py laws.py extremes.py engine.py lazy_head.py)
 MATHJAX := 3.2.2
+SEARCHED := vllm wandb tensorboard trackio lightning resnet T5 BERT version LoRA FSDP bf16 tokenizer torchdistill  # what users look for
 SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft pillow psutil pytorch-lightning
 
@@ -157,6 +158,8 @@ nightly: .venv-peers/ready  ## 200 000 random cases against float64, other proje
 docs: .venv/mathjax/tex-chtml.js  ## the pages, into site/; a warning is an error, and nothing is loaded from elsewhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	cp -r .venv/mathjax site/mathjax
+	@for word in $(SEARCHED); do grep -qiw $$word site/search/search_index.json || \
+		{ echo "no page has the word $$word" >&2; exit 1; }; done
 	! grep -rE --include=*.html '<(script|link|img|iframe)[^>]* (src|href)=.?https?:' site
 
 clean:  ## back to a fresh clone

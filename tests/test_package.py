@@ -24,12 +24,13 @@ ALLOWED = {
     "applications": {".py": 20, ".yaml": 2},
     "benchmarks": {".py": 20},
     "nightly": {".py": 20},
-    "docs": {".md": 60, ".png": 200, ".svg": 10, ".py": 5, ".js": 1},
+    "docs": {".md": 60, ".png": 200, ".svg": 10, ".py": 5, ".js": 1, ".css": 1, ".ipynb": 10},
     ".ci": {"": 2},
+    ".github": {".yml": 5, ".md": 2},
 }
 TOP = {
-    ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt",
-    "constraints-oldest.txt", "mkdocs.yml", "pyproject.toml",
+    ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile",
+    "README.md", "SECURITY.md", "constraints.txt", "constraints-oldest.txt", "mkdocs.yml", "pyproject.toml",
 }  # fmt: skip
 SHIPPED = {"src", "tests", "examples", "applications", "benchmarks", "nightly", "docs"} | TOP
 
