@@ -10,7 +10,7 @@ from kdloss._capture.why import dropped
 from kdloss.layers import find_blocks
 from kdloss.layers.drop import layer_drop
 from kdloss.layers.layer_map import Name
-from kdloss.layers.names import at_path, part, resolve
+from kdloss.layers.names import at_path, resolve, split_name
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 
@@ -54,7 +54,7 @@ class Located:
         known.update(asked)
 
     def _named(self, model: nn.Module, name: str) -> nn.Module:
-        name, _ = part(name)
+        name, _ = split_name(name)
         known = self._modules.setdefault(model, {})
         if name in known and (there := at_path(model, known[name])) is not None:
             return there

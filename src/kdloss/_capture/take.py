@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from kdloss.layers.names import part
+from kdloss.layers.names import split_name
 
 Key = int | str
 Take = Key | tuple[Key, ...] | Callable[[Any], Any] | None
@@ -22,7 +22,7 @@ def taken(name: Key, output: Any, take: Take = None) -> Tensor:
     >>> taken("attn", (None, {"values": torch.ones(2)}), (1, "values"))
     tensor([1., 1.])
     """
-    module, path = part(name) if isinstance(name, str) else (name, ())
+    module, path = split_name(name) if isinstance(name, str) else (name, ())
     if take is None and not path and isinstance(output, Tensor):
         return output
     if path and (inside := follow(output, path)) is None:
