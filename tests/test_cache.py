@@ -404,7 +404,7 @@ def test_other_examples_of_the_same_number_are_refused(copy):
             "'c' has 3 input_ids and an attention_mask of 1",
         ),
         ({"id": [], "input_ids": []}, {}, ValueError, "the dataset is empty"),
-        ({}, {"k": 41}, ValueError, "k=41 of 40 classes"),
+        ({}, {"k": 41}, ValueError, "k=41, but the teacher has 40 classes"),
         ({}, {"k": 0}, ValueError, "k must be a whole number of 1 or more, got 0"),
         ({}, {"shard_size": 2.5}, ValueError, "shard_size must be a whole number of 1 or more, got 2.5"),
         ({}, {"temperature": 0.0}, ValueError, "temperature must be finite and above 0"),
