@@ -340,7 +340,7 @@ def test_another_tokenizer_is_refused(folder):
         kdloss.cache.open(folder, tokenizer=caching.tokenizer(VOCAB + 1))
 
 
-def test_what_a_batch_may_not_ask_for(folder):
+def test_invalid_requests_for_a_batch_are_refused(folder):
     cache = opened(folder)
     n = len(caching.tokens()[0])
     with pytest.raises(ValueError, match=r"no example 'another' among its 10, whose ids look like 'example 0'"):

@@ -153,7 +153,7 @@ def test_the_angle_of_a_right_triangle_by_hand():
     torch.testing.assert_close(kdloss.distances.rkd_angle(even, right), torch.tensor(by_hand, dtype=torch.float64))
 
 
-def test_far_apart_relations_are_in_the_linear_part():
+def test_very_different_relations_are_in_the_linear_part_of_smooth_l1():
     """Distances (3, 0, 3) and (0, 3, 3) over their mean 2: gaps of 1.5 cost 1."""
     teacher = torch.tensor([[0.0], [0.0], [3.0]])
     student = torch.tensor([[0.0], [3.0], [3.0]])

@@ -435,7 +435,7 @@ def test_crd_a_row_of_no_known_class_is_held_against_all():
     torch.testing.assert_close(module(student, teacher, labels=torch.tensor([-100, -1])), plain)
 
 
-def test_crd_refuses_indices_that_are_none_of_each_row():
+def test_crd_refuses_indices_that_are_not_one_integer_for_each_row():
     module = kdloss.distances.CRD(3, 3, negatives=6)
     for wrong in (torch.zeros(2), torch.tensor([1]), torch.tensor([[1, 2]])):
         with pytest.raises(ValueError, match=r"CRD's index is an integer for each of the rows \(2,\)"):

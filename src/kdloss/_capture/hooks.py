@@ -43,7 +43,7 @@ def capture(
       `ReLU(inplace=True)`.
     - `which` selects one run of a module that runs several times: "first", "last", "all" (gives a list), or the index
       of a run, where negative ones count from the end. By default several runs are an error.
-    - `take` and `which` may each be a mapping from some of the names.
+    - `take` and `which` may also be mappings with entries for some of the names.
     - `stop=True` ends the forward pass as soon as everything is captured. The rest of the `with` block is skipped.
 
     The hooks are removed when the `with` ends, also after an exception; after an exception the features are dropped
