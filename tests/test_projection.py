@@ -101,9 +101,11 @@ def test_tokens_without_a_stated_grid_are_refused_even_if_their_number_is_a_squa
     for teacher in (torch.zeros(2, 64, 3), torch.zeros(2, 3, 4, 9)):
         with pytest.raises(ValueError, match=r"student.*16 positions behind prefix=0.*partial\(.*size=\(H, W\)\)"):
             resize(torch.zeros(2, 16, 3), teacher)
-    with pytest.raises(ValueError, match=r"teacher.*63 positions behind prefix=1, which are no grid of size=\(8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"teacher.*63 positions behind prefix=1, which don't fit a grid of size=\(8, 8\)"
+    ):
         resize(torch.zeros(2, 3, 4, 9), torch.zeros(2, 64, 3), prefix=(0, 1), size=(8, 8))
-    with pytest.raises(ValueError, match=r"student.*36 positions, which are no grid of size=\(6, 6\)"):
+    with pytest.raises(ValueError, match=r"student.*36 positions, which don't fit a grid of size=\(6, 6\)"):
         resize(torch.zeros(2, 3, 4, 9), torch.zeros(2, 64, 3), size=((6, 6), (8, 8)))
     with pytest.raises(ValueError, match="of different kinds"):
         resize(torch.zeros(2, 3, 4, 9), torch.zeros(2, 3, 4, 9, 2))

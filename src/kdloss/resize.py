@@ -87,10 +87,10 @@ def _on_grids(
         found = [grid or own for grid in found]
     for side, grid in zip(sides, found, strict=True):
         if grid is None:
-            raise ValueError(f"{side}, and which grid they stand on isn't said; {_SAY}")
+            raise ValueError(f"{side}, and their grid isn't given; {_SAY}")
     grids = [grid for grid in found if grid is not None]
     if len(grids[0]) != len(grids[1]):
-        raise ValueError(f"student and teacher stand on grids {grids[0]} and {grids[1]} of different kinds; {_SAY}")
+        raise ValueError(f"student and teacher have grids of different kinds, {grids[0]} and {grids[1]}; {_SAY}")
     maps = both(*(precise(side.on(grid)) for side, grid in zip(sides, grids, strict=True)))
     if student.ndim == teacher.ndim > 3:
         return maps
@@ -128,7 +128,7 @@ class _Side:
             return own
         found = _checks.grid(tuple(size), self.count)
         if found is None or own not in (None, found):
-            raise ValueError(f"{self}, which are no grid of size={tuple(size)}; {_SAY}")
+            raise ValueError(f"{self}, which don't fit a grid of size={tuple(size)}; {_SAY}")
         return found
 
     def on(self, grid: Grid) -> Tensor:

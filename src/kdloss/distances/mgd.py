@@ -76,10 +76,10 @@ class MGD(nn.Module):
         size = told if self.size is None else self.size
         where = None if size is None or len(size) != 2 else _checks.grid(size, s.shape[1])
         if where is None or (told is not None and where != told):
-            stand = f", of a map {told}" if told else ""
-            asked = "which grid they stand on isn't said" if size is None else f"which are no grid of size={size}"
+            origin = f", of a map {told}" if told else ""
+            problem = "and their grid isn't given" if size is None else f"which don't fit a grid of size={size}"
             raise ValueError(
-                f"MGD got {s.shape[1]} positions{stand}, {asked}; write functools.partial(kdloss.distances.MGD, "
+                f"MGD got {s.shape[1]} positions{origin}, {problem}; write functools.partial(kdloss.distances.MGD, "
                 "size=(H, W)), or size=(1, -1) for text"
             )
         height, width = where

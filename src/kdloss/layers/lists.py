@@ -16,12 +16,12 @@ Modules = list[nn.Module] | nn.ModuleList | nn.Sequential
 
 
 class Found(NamedTuple):
-    """A list of modules. `of_stage`: it may be one of several stages. `beside`: the modules are attributes."""
+    """A list of modules. `of_stage`: it may be one of several stages. `attributes`: its modules are attributes."""
 
     name: str
     blocks: Modules
     of_stage: bool = False
-    beside: bool = False
+    attributes: bool = False
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -42,11 +42,11 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     {'encoder.block': 3, 'decoder.block': 3}
     """
     found = [one for one in _lists(unwrap(model), "") if _one_class(one.blocks)]
-    lists = _grouped(one for one in found if not one.beside)
+    lists = _grouped(one for one in found if not one.attributes)
     composed = {name: blocks for name, blocks in lists.items() if any(map(_composed, blocks))}
     most = max(map(size, composed.values()), default=-1)
-    beside = {one.name: nn.ModuleList(one.blocks) for one in found if one.beside}
-    composed |= {name: blocks for name, blocks in beside.items() if size(blocks) > most}
+    attributes = {one.name: nn.ModuleList(one.blocks) for one in found if one.attributes}
+    composed |= {name: blocks for name, blocks in attributes.items() if size(blocks) > most}
     return composed or {name: blocks for name, blocks in lists.items() if _has_parts(blocks[0])} or lists
 
 
@@ -94,15 +94,15 @@ def _lists(module: nn.Module, name: str) -> Iterator[Found]:
             main = _main_class(blocks) if isinstance(module, nn.Sequential) else []
             yield Found(f"{name}.*".lstrip("."), main) if main else Found(name, module)
             return  # lists further inside belong to its items
-    beside = list(_beside(module, name))
-    yield from beside
-    inside = set(chain.from_iterable(one.blocks for one in beside))
+    attributes = list(_attribute_blocks(module, name))
+    yield from attributes
+    inside = set(chain.from_iterable(one.blocks for one in attributes))
     for key, child in module.named_children():
         if child not in inside:
             yield from _lists(child, f"{name}.{key}".lstrip("."))
 
 
-def _beside(module: nn.Module, name: str) -> Iterator[Found]:
+def _attribute_blocks(module: nn.Module, name: str) -> Iterator[Found]:
     """Blocks that are attributes whose names differ in a number, not entries of a list."""
     groups: dict[str, list[nn.Module]] = {}
     for key, child in module.named_children():
@@ -110,7 +110,7 @@ def _beside(module: nn.Module, name: str) -> Iterator[Found]:
             groups.setdefault(re.sub(r"\d+[a-z]?(?![a-z])", "*", key), []).append(child)
     for pattern, blocks in groups.items():
         if len(blocks) > 2:
-            yield Found(f"{name}.{pattern}".lstrip("."), _main_class(blocks) or blocks, beside=True)
+            yield Found(f"{name}.{pattern}".lstrip("."), _main_class(blocks) or blocks, attributes=True)
 
 
 def _holds_stage(block: nn.Module) -> bool:
