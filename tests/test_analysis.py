@@ -83,7 +83,7 @@ def test_features_that_never_vary_resemble_nothing(number):
     assert found.values.tolist() == [[0.0]]
 
 
-def test_of_vectors_the_examples_are_compared():
+def test_cka_of_vectors_compares_the_examples():
     torch.manual_seed(0)
     model, x = (
         nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(2)]),
@@ -143,7 +143,7 @@ def test_positions_that_count_are_those_of_feature_kd():
 
 
 @pytest.mark.parametrize("student", [ResNet((1, 2), width=6), ResNet((2, 1))])
-def test_of_a_cnn_examples_are_compared_flattened(student):
+def test_cka_of_a_cnn_compares_flattened_examples(student):
     teacher, images = ResNet((1, 1, 1)).eval(), torch.randn(5, 3, 8, 8)
     student.eval()
     found = kdloss.analysis.cka_matrix(student, teacher, [{"x": images}, images + 1])

@@ -340,7 +340,7 @@ def test_another_tokenizer_is_refused(folder):
         kdloss.cache.open(folder, tokenizer=caching.tokenizer(VOCAB + 1))
 
 
-def test_what_a_batch_may_not_ask_for(folder):
+def test_invalid_requests_for_a_batch_are_refused(folder):
     cache = opened(folder)
     n = len(caching.tokens()[0])
     with pytest.raises(ValueError, match=r"no example 'another' among its 10, whose ids look like 'example 0'"):
@@ -404,7 +404,7 @@ def test_other_examples_of_the_same_number_are_refused(copy):
             "'c' has 3 input_ids and an attention_mask of 1",
         ),
         ({"id": [], "input_ids": []}, {}, ValueError, "the dataset is empty"),
-        ({}, {"k": 41}, ValueError, "k=41 of 40 classes"),
+        ({}, {"k": 41}, ValueError, "k=41, but the teacher has 40 classes"),
         ({}, {"k": 0}, ValueError, "k must be a whole number of 1 or more, got 0"),
         ({}, {"shard_size": 2.5}, ValueError, "shard_size must be a whole number of 1 or more, got 2.5"),
         ({}, {"temperature": 0.0}, ValueError, "temperature must be finite and above 0"),

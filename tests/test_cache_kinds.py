@@ -179,7 +179,7 @@ def test_a_classifier_has_no_lengths_and_no_packed_rows(tmp_path):
     with pytest.raises(TypeError, match="one row of classes for each example, of a classifier"):
         cache.batch(["a"], length=7)
     rows = {"id": ["a", "b"], "input_ids": DOCUMENTS[:2], "seq_lengths": [[5], [2, 1]]}
-    with pytest.raises(ValueError, match="says one thing of an example, and 'b' holds several documents"):
+    with pytest.raises(ValueError, match="one row of logits for each example, and 'b' holds several documents"):
         written(tmp_path / "b", teacher, k=2, **rows)
 
 

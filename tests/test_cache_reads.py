@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import kdloss
 import kdloss.cache
-from kdloss.cache import _files, _whole
+from kdloss.cache import _files, _intact
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def marks(monkeypatch, tmp_path_factory):
     """Where it is remembered what was found whole, in a folder of each test's own, and of files just written, too."""
     folder = tmp_path_factory.mktemp("marks")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(_whole, "_SETTLED", -1.0)
+    monkeypatch.setattr(_intact, "_SETTLED", -1.0)
     return folder
 
 
@@ -179,7 +179,7 @@ def test_a_manifest_of_another_cache_in_the_same_place_is_not_taken_for_the_firs
 
 
 def test_a_file_that_may_change_again_in_the_same_instant_is_not_remembered(tmp_path, tested, monkeypatch, marks):
-    monkeypatch.setattr(_whole, "_SETTLED", 60.0)
+    monkeypatch.setattr(_intact, "_SETTLED", 60.0)
     caching.write(tmp_path)
     tested.clear()
     for _ in range(2):
@@ -203,7 +203,7 @@ def test_where_nothing_can_be_remembered_every_reader_tests_anew(tmp_path, teste
 
 def test_what_another_user_noted_counts_for_nothing(tmp_path, tested, monkeypatch):
     caching.write(tmp_path)
-    monkeypatch.setattr(_whole, "_user", lambda: 2**31 - 5)  # whose are files that we make, then?
+    monkeypatch.setattr(_intact, "_user", lambda: 2**31 - 5)  # whose are files that we make, then?
     tested.clear()
     for _ in range(2):
         opened(tmp_path)[["example 0"]]
@@ -213,7 +213,7 @@ def test_what_another_user_noted_counts_for_nothing(tmp_path, tested, monkeypatc
 def test_a_machine_that_was_started_again_tests_anew(tmp_path, tested, monkeypatch):
     caching.write(tmp_path)
     opened(tmp_path)[["example 0"]]
-    monkeypatch.setattr(_whole, "_machine", lambda: "another")
+    monkeypatch.setattr(_intact, "_machine", lambda: "another")
     tested.clear()
     opened(tmp_path)[["example 0"]]
     assert tested == ["shard-00000.safetensors"]

@@ -727,7 +727,7 @@ def test_a_model_without_features_to_capture_stays_compiled(graphs, caplog):
     assert not [record for record in caplog.records if record.name == "kdloss"]
 
 
-def test_a_backend_that_makes_its_own_backward_too():
+def test_compile_backends_with_a_backward_of_their_own_give_what_eager_models_do():
     torch._dynamo.reset()
     model, x = Net(block=Block), torch.randn(2, 4)
     compile_blocks(model, "aot_eager")

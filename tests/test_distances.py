@@ -111,7 +111,7 @@ def test_distances_of_near_duplicates_keep_their_digits():
     """|a|² + |b|² - 2ab has none left in float32: it is off by all of the distance here."""
     base = torch.full((3, 4), 100.0)
     near = base + torch.tensor([0.0, 2**-13, 2**-12]).unsqueeze(-1)
-    found = _relations.distances(near.unsqueeze(0))[0]
+    found = _relations.pairwise_distances(near.unsqueeze(0))[0]
     step = 2.0**-12  # 2 · 2^-13: four equal gaps
     torch.testing.assert_close(found, torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]]) * step, rtol=1e-6, atol=0)
 
@@ -120,7 +120,7 @@ def test_distances_of_wide_rows_keep_their_digits():
     """Added up one number after the other in float32 they are off by 1e-5."""
     rows = torch.randn(1, 8, 50_000) ** 4
     exact = np.linalg.norm(gaps(rows[0].double().numpy()), axis=-1)
-    np.testing.assert_allclose(_relations.distances(rows)[0], exact, rtol=1e-6)
+    np.testing.assert_allclose(_relations.pairwise_distances(rows)[0], exact, rtol=1e-6)
 
 
 def test_slopes_of_near_duplicates_among_far_rows_keep_their_digits():
@@ -129,7 +129,7 @@ def test_slopes_of_near_duplicates_among_far_rows_keep_their_digits():
     rows[0, 1] = rows[0, 0] + 2.0**-10 * torch.randint(1, 9, (5,))
     rows.requires_grad_()
     weight = torch.rand(1, 6, 6, dtype=torch.float64)
-    slope = torch.autograd.grad((_relations.distances(rows) * weight).sum(), rows)[0]
+    slope = torch.autograd.grad((_relations.pairwise_distances(rows) * weight).sum(), rows)[0]
     both = (weight + weight.mT).numpy()[0, :, :, None]
     exact = -(both * units(gaps(rows.detach().double().numpy()[0]))).sum(1)
     np.testing.assert_allclose(slope[0], exact, rtol=1e-5, atol=1e-6)
@@ -153,7 +153,7 @@ def test_the_angle_of_a_right_triangle_by_hand():
     torch.testing.assert_close(kdloss.distances.rkd_angle(even, right), torch.tensor(by_hand, dtype=torch.float64))
 
 
-def test_far_apart_relations_are_in_the_linear_part():
+def test_very_different_relations_are_in_the_linear_part_of_smooth_l1():
     """Distances (3, 0, 3) and (0, 3, 3) over their mean 2: gaps of 1.5 cost 1."""
     teacher = torch.tensor([[0.0], [0.0], [3.0]])
     student = torch.tensor([[0.0], [3.0], [3.0]])

@@ -72,7 +72,7 @@ def test_every_distance_trains_a_narrower_student_blind_to_what_is_padded(name):
 
 # CRD's memory fills with this very batch, so that its negatives grow harder: see test_module_distances.
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"CRD"}))
-def test_an_optimizer_lowers_it(name):
+def test_an_optimizer_lowers_every_distance(name):
     teacher, student = models()
     data = batch("bert")
     distill = kdloss.Distiller(teacher, criterion_for(name)).prepare(student, **data)

@@ -61,7 +61,7 @@ def test_a_student_that_drops_blocks_at_random_is_refused_at_its_first_step(make
 
 
 @pytest.mark.parametrize(("make", "batch", "said"), SAID)
-def test_the_line_it_says_ends_it(make, batch, said):
+def test_the_line_in_the_message_turns_layer_drop_off(make, batch, said):
     model, teacher = make().train(), make().eval()
     distill = kdloss.Distiller(teacher, criterion())
     with pytest.raises(ValueError, match=r"; write (model\.\S+ = 0\.0)$") as raised:

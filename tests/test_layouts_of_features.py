@@ -124,7 +124,7 @@ def test_resizing_gets_maps_with_their_channels_second_and_volumes_and_tokens_as
     )
     coarse = s.unflatten(3, (3, 2)).unflatten(2, (2, 2)).mean((3, 5))
     same(criterion(seen(s), seen(t)), (coarse.movedim(-1, 1) - t).square().mean(), s)
-    with pytest.raises(ValueError, match=r"^stage-stage: teacher features.*97 positions.*no grid of size=\(8, -1\)"):
+    with pytest.raises(ValueError, match=r"^stage-stage: teacher features.*97 positions.*fit a grid of size=\(8, -1\)"):
         FeatureKD(["stage"], pairing="same", alpha=0.0, resize=watched)(
             seen(torch.randn(2, 5, 4, 6)), seen(torch.randn(2, 97, 5))
         )
@@ -139,7 +139,7 @@ def test_a_generator_of_maps_is_told_their_grid_and_that_of_tokens_has_to_be_sai
     made = module.second(module.first(s.movedim(-1, 1)).relu()).flatten(2).mT
     same(criterion(seen(s), seen(t)), (made - others).square().mean(), s)
     tokens = FeatureKD(["stage"], distance=build, **settings | {"layout": None}).double()
-    with pytest.raises(ValueError, match=r"16 positions, which grid they stand on isn't said"):
+    with pytest.raises(ValueError, match=r"16 positions, and their grid isn't given"):
         tokens(*(seen(torch.randn(3, 16, 5).double()) for _ in range(2)))
 
 

@@ -213,7 +213,7 @@ def test_logits_of_other_kinds_have_their_classes_last():
         (["b", "c"], TypeError, "in a string like 'b c h w'"),
     ],
 )
-def test_patterns_that_are_none_are_refused_where_they_are_written(pattern, error, words):
+def test_invalid_patterns_are_refused_where_they_are_written(pattern, error, words):
     for make in (
         lambda: kdloss.VanillaKD(layout=pattern),
         lambda: Sum(CrossEntropy(), teacher_layout=pattern),

@@ -267,9 +267,9 @@ def test_mgd_with_a_mask_is_that_of_the_cut_map():
 
 
 def test_mgd_refuses_positions_that_do_not_fit_a_grid():
-    with pytest.raises(ValueError, match=r"9 positions, which grid they stand on isn't said.*size=\(1, -1\)"):
+    with pytest.raises(ValueError, match=r"9 positions, and their grid isn't given.*size=\(1, -1\)"):
         kdloss.distances.MGD(2, 2)(torch.zeros(9, 2), torch.zeros(9, 2))
-    with pytest.raises(ValueError, match=r"6 positions, of a map \(3, 2\), which are no grid of size=\(2, 3\)"):
+    with pytest.raises(ValueError, match=r"6 positions, of a map \(3, 2\), which don't fit a grid of size=\(2, 3\)"):
         kdloss.distances.MGD(2, 2, size=(2, 3))(torch.zeros(6, 2), torch.zeros(6, 2), grid=(3, 2))
     for size in ((2, 2), (4, -1), (-1, -1), (0, 6)):
         with pytest.raises(ValueError, match=rf"6 positions.*size=\({size[0]}, {size[1]}\)"):
@@ -435,7 +435,7 @@ def test_crd_a_row_of_no_known_class_is_held_against_all():
     torch.testing.assert_close(module(student, teacher, labels=torch.tensor([-100, -1])), plain)
 
 
-def test_crd_refuses_indices_that_are_none_of_each_row():
+def test_crd_refuses_indices_that_are_not_one_integer_for_each_row():
     module = kdloss.distances.CRD(3, 3, negatives=6)
     for wrong in (torch.zeros(2), torch.tensor([1]), torch.tensor([[1, 2]])):
         with pytest.raises(ValueError, match=r"CRD's index is an integer for each of the rows \(2,\)"):

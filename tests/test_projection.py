@@ -97,13 +97,15 @@ def test_equal_positions_stay_as_they_are_and_gradients_pass(resize):
 
 
 @pytest.mark.parametrize("resize", [kdloss.resize.pool, kdloss.resize.interpolate])
-def test_tokens_whose_grid_is_not_said_are_refused_be_they_a_square_number(resize):
+def test_tokens_without_a_stated_grid_are_refused_even_if_their_number_is_a_square(resize):
     for teacher in (torch.zeros(2, 64, 3), torch.zeros(2, 3, 4, 9)):
         with pytest.raises(ValueError, match=r"student.*16 positions behind prefix=0.*partial\(.*size=\(H, W\)\)"):
             resize(torch.zeros(2, 16, 3), teacher)
-    with pytest.raises(ValueError, match=r"teacher.*63 positions behind prefix=1, which are no grid of size=\(8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"teacher.*63 positions behind prefix=1, which don't fit a grid of size=\(8, 8\)"
+    ):
         resize(torch.zeros(2, 3, 4, 9), torch.zeros(2, 64, 3), prefix=(0, 1), size=(8, 8))
-    with pytest.raises(ValueError, match=r"student.*36 positions, which are no grid of size=\(6, 6\)"):
+    with pytest.raises(ValueError, match=r"student.*36 positions, which don't fit a grid of size=\(6, 6\)"):
         resize(torch.zeros(2, 3, 4, 9), torch.zeros(2, 64, 3), size=((6, 6), (8, 8)))
     with pytest.raises(ValueError, match="of different kinds"):
         resize(torch.zeros(2, 3, 4, 9), torch.zeros(2, 3, 4, 9, 2))
@@ -151,7 +153,7 @@ def feature_kd(**settings):
     return kdloss.FeatureKD(pairing=[(0, 0)], alpha=0.0, depths=(1, 1), **settings)
 
 
-def test_without_a_word_only_distances_that_need_equal_widths_get_a_projection():
+def test_by_default_only_distances_that_need_equal_widths_get_a_projection():
     kinds = {
         kdloss.distances.mse: (1, 0),
         kdloss.distances.cka: (0, 0),

@@ -84,14 +84,14 @@ def mobilenet():
 
 
 @pytest.mark.parametrize("last", [conv(4, 6), nn.Conv2d(4, 6, 1)])
-def test_a_sequentials_blocks_are_those_that_most_of_it_are(last):
+def test_the_blocks_of_a_sequential_are_the_modules_of_its_most_common_class(last):
     model = Attributes(features=nn.Sequential(conv(3, 4), *(Residual() for _ in range(3)), last))
     assert list(find_blocks(model)) == list(model.features[1:4])
     assert list(find_blocks(model, "features.*")) == list(model.features[1:4])
     assert list(find_blocks(model, "features")) == list(model.features)
 
 
-def test_layers_without_weights_between_blocks_are_none():
+def test_layers_without_weights_between_blocks_are_no_blocks():
     fire = [Branches() for _ in range(4)]
     model = Attributes(features=nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *fire[:2], nn.MaxPool2d(2), *fire[2:]))
     assert list(find_blocks(model)) == fire

@@ -11,7 +11,7 @@ from kdloss._capture import Captured, Located, Request, record
 from kdloss._layout import ends
 from kdloss._virtual import without_virtual_tokens
 from kdloss.adapter import without_cache
-from kdloss.layers.layer_map import parts
+from kdloss.layers.layer_map import flat_names
 from kdloss.lazy_head import LazyHeads
 from kdloss.teacher import moved
 from kdloss.terms import Reads
@@ -66,7 +66,7 @@ def requests(reads: Mapping[str, Reads], side: str) -> Requests:
         if not r.pairs:
             continue
         take = r.take if side == "student" else r.teacher_take
-        for name in parts([s if side == "student" else t for s, t, _ in r.pairs]):
+        for name in flat_names([s if side == "student" else t for s, t, _ in r.pairs]):
             one = take.get(name) if isinstance(take, Mapping) else take
             found[term, name] = Request(name, r.blocks, take=one, shape_alone=r.shapes)
     return found

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdloss._capture import Captured, Request
 from kdloss._capture.located import Located
 from kdloss.adapter import is_encoder_decoder, measuring
-from kdloss.layers.layer_map import Layer, parts
+from kdloss.layers.layer_map import Layer, flat_names
 from kdloss.layers.names import unwrap
 
 Again = Callable[[], Captured]
@@ -54,7 +54,7 @@ class Towers:
         encoder = self._encoders[student]
 
         def side(term: str, layer: Layer) -> Side:
-            keys = [(term, name) for name in parts([layer]) if (term, name) in asked]
+            keys = [(term, name) for name in flat_names([layer]) if (term, name) in asked]
             if text is not None and not all(known[key] for key in keys):
                 return "unknown" if any(known[key] is None for key in keys) else "elsewhere"
             if not encoder:

@@ -1,4 +1,4 @@
-"""From one side's width to the other's."""
+"""Projections from the student's width to the teacher's."""
 
 import torch
 from torch import nn
@@ -9,8 +9,8 @@ __all__ = ["conv1x1", "linear", "mlp"]
 def linear(student_width: int, teacher_width: int, *, orthogonal: bool = False, frozen: bool = False) -> nn.Module:
     """A linear map from `student_width` to `teacher_width`, for `FeatureKD(projection=...)`.
 
-    On maps it is the 1x1 convolution. `orthogonal` starts it with orthonormal rows or columns and no shift, so that
-    distances survive as far as the widths allow; `frozen` leaves it as it starts.
+    On maps it acts as a 1x1 convolution. `orthogonal` initialises it with orthonormal rows or columns and zero bias,
+    so that it preserves distances as far as the widths allow. `frozen` keeps it from being trained.
 
     >>> linear(64, 96)
     Linear(in_features=64, out_features=96, bias=True)
@@ -25,8 +25,8 @@ def conv1x1(student_width: int, teacher_width: int, *, orthogonal: bool = False,
 
     `orthogonal` and `frozen` are those of `linear`.
 
-    Any module with an `nn.Conv2d` in it is given maps channels first, one with an `nn.Conv1d` or `nn.Conv3d` features
-    of one or three axes of positions, and every other its positions, width last.
+    A projection that contains an `nn.Conv2d` gets maps with channels first; one with an `nn.Conv1d` or `nn.Conv3d` gets
+    features with one or three axes of positions after the channels. Every other projection gets the width last.
 
     >>> conv1x1(64, 96)
     Conv2d(64, 96, kernel_size=(1, 1), stride=(1, 1))
@@ -39,7 +39,7 @@ def conv1x1(student_width: int, teacher_width: int, *, orthogonal: bool = False,
 def mlp(student_width: int, teacher_width: int, *, hidden: int | None = None) -> nn.Module:
     """Two linear maps with a GELU between them, from `student_width` to `teacher_width`.
 
-    `hidden` is the width between them, the teacher's by default.
+    `hidden` is the width between them, by default the teacher's.
 
     >>> mlp(64, 96, hidden=128)
     Sequential(
@@ -49,14 +49,14 @@ def mlp(student_width: int, teacher_width: int, *, hidden: int | None = None) ->
     )
 
     Chen, Kornblith, Norouzi, Hinton 2020, "A Simple Framework for Contrastive Learning of Visual
-    Representations", arXiv:2002.05709, for projection heads of this form.
+    Representations", arXiv:2002.05709, use projection heads of this form.
     """
     hidden = hidden or teacher_width
     return nn.Sequential(nn.Linear(student_width, hidden), nn.GELU(), nn.Linear(hidden, teacher_width))
 
 
 def convolves(module: nn.Module) -> int:
-    """The axes of positions that a projection convolves; 0 for one that wants the width last."""
+    """The number of axes that a projection convolves over; 0 for one that takes the width last."""
     axes = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
     return next((n for part in module.modules() for kind, n in axes.items() if isinstance(part, kind)), 0)
 

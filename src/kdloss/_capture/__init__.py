@@ -1,4 +1,4 @@
-"""Names in, outputs out: what chosen modules return during one forward pass."""
+"""Capture what modules, chosen by name, return during one forward pass."""
 
 from kdloss._capture.compiled import eagerly
 from kdloss._capture.hooks import capture, record

@@ -1,4 +1,4 @@
-"""What `torch.compile` would keep from a hook, run without it."""
+"""Run compiled models eagerly where `torch.compile` would bypass hooks."""
 
 import logging
 import threading
@@ -20,10 +20,10 @@ _stance: Any = None
 
 
 def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> AbstractContextManager[None]:
-    """Run everything eagerly inside the `with` if a hooked module is a part of a compiled one.
+    """Run everything eagerly inside the `with` if a hooked module is inside a compiled one.
 
-    A graph made before the hooks doesn't know them, and nothing tells whether there is one. A hook on the
-    compiled module itself runs beside the graph.
+    A graph compiled before the hooks were registered ignores them, and there is no way to ask whether such a graph
+    exists. A hook on the compiled module itself works: it runs outside the graph.
     """
     compiled = [m for m in modules_of(model) if m._compiled_call_impl is not None or "_orig_mod" in m._modules]
     around = next((m for m in compiled if _holds(m, hooked)), None)
@@ -54,9 +54,9 @@ def _holds(module: nn.Module, hooked: Collection[nn.Module]) -> bool:
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Inside the `with` nothing is compiled, nor runs compiled, in torch that can turn it off.
+    """Inside the `with` nothing is compiled or runs compiled, if this torch has `torch.compiler.set_stance`.
 
-    The stance is the whole process's: the first thread to come sets it, the last to go restores it.
+    The stance is global to the process: the first thread that enters sets it, and the last that leaves restores it.
     """
     global _running, _stance
     if not hasattr(torch.compiler, "set_stance"):

@@ -1,4 +1,4 @@
-"""`capture`, and the `record` it is made of: hooks for as long as a `with`."""
+"""`capture` and the `record` behind it: hooks that exist only inside a `with`."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -31,31 +31,31 @@ def capture(
     which: Which | Mapping[Name, Which] = "once",
     take: Take | Mapping[Name, Take] = None,
 ) -> Iterator[Captured]:
-    """Record the outputs of chosen modules during the one forward pass made inside the `with`.
+    """Record the outputs of chosen modules of a `model` during one forward pass inside the `with`.
 
-    `names` are module names, or integers for a model's blocks (found by themselves, or in the list
-    that `blocks` names). Prefixes of DDP, torch.compile and peft may be left out. "fpn[0]" is the part of
-    what `fpn` returned at an index, "backbone[out]" at a key, of which there may be several.
+    `names` are module names, or integers for the model's blocks (in the list that `blocks` names, else in the one
+    that `kdloss.layers.find_blocks` finds). Prefixes of DDP, torch.compile and peft may be left out. A name may select
+    a part of the module's output in brackets, by index ("fpn[0]") or key ("backbone[out]"), also nested.
 
-    - `take` is what counts of an output: an index, a key, a path like `(1, "values")`, or a function
-      of the output. By default it is the output, or its first tensor, which a list or dict of several
-      features hasn't. `take=torch.clone` keeps a feature that the model changes in place afterwards, like
-      the input of a `ReLU(inplace=True)`.
-    - `which` says what counts of a module that is used several times: "first", "last", "all" (a
-      list), or the number of one, negative from the end. By default that is an error.
-    - Either may be a mapping from some of the names.
-    - `stop=True` ends the pass when all is captured, and what follows it inside the `with` is skipped.
+    - `take` selects a tensor of the output: an index, a key, a path like `(1, "values")`, or a function of the output.
+      By default it is the output itself or its first tensor; a list or dict of several features has no default and
+      raises. `take=torch.clone` copies a feature that the model changes in place later, like the input of a
+      `ReLU(inplace=True)`.
+    - `which` selects one run of a module that runs several times: "first", "last", "all" (gives a list), or the index
+      of a run, where negative ones count from the end. By default several runs are an error.
+    - `take` and `which` may also be mappings with entries for some of the names.
+    - `stop=True` ends the forward pass as soon as everything is captured. The rest of the `with` block is skipped.
 
-    The hooks are gone when the `with` ends, after an exception too, and with one the features. Only
-    the thread that opened it is recorded, and not what activation checkpointing runs again in
-    `backward()`. Copies made of the model inside carry hooks that do nothing. A model that was
-    compiled as a whole runs eagerly inside the `with`; compiled blocks stay compiled. Under
-    `inference_mode` features are copies, as tensors from there can't enter a loss.
+    The hooks are removed when the `with` ends, also after an exception; after an exception the features are dropped
+    too. Only the thread that opened the `with` is recorded. What activation checkpointing recomputes in `backward()` is
+    not recorded. If you copy the model inside the `with`, the hooks of the copy do nothing. A model that was compiled
+    as a whole runs eagerly inside the `with`; compiled blocks stay compiled. Under `inference_mode` the features are
+    copies, because inference tensors can't enter a loss.
 
-    Raises: ValueError for a name that does not exist or options that don't fit; RuntimeError when a
-    module ran not at all or more than once, changed its output in place afterwards, or gave a tensor
-    without gradient although its parameters are trained (it ran under `torch.no_grad()`, or in
-    reentrant checkpointing); TypeError where `take` finds no tensor, and for TorchScript.
+    Raises: ValueError for a name that does not exist or options that don't fit; RuntimeError if a module did not run or
+    ran more than once, if its output was changed in place later, or if it returned a tensor without gradient although
+    its parameters are trained (it ran under `torch.no_grad()` or in reentrant checkpointing); TypeError if `take` finds
+    no tensor, and for TorchScript.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
     >>> with capture(model, ["0"]) as seen:
@@ -79,10 +79,10 @@ def record(
     located: Located | None = None,
     given: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
 ) -> Iterator[Captured]:
-    """`capture` by any keys: several requests may want different things of one module in the same pass.
+    """`capture` with arbitrary keys: several requests may ask for different things of one module in the same pass.
 
-    `located`, kept from step to step, spares looking for the modules again. `given` are the inputs of the pass, by
-    position and by keyword, from whoever runs it and keeps its output: then nothing has to be hooked to the model.
+    Keep `located` from step to step to avoid looking up the modules again. `given` are the positional and keyword
+    inputs of the pass; a caller that passes them keeps the model's output itself, and the model needs no hooks.
     """
     if requests:
         _refuse_torchscript(model)
@@ -125,7 +125,7 @@ def record(
 
 
 class _Hook:
-    """A hook whose copies and pickles do nothing, where `kdloss` isn't installed too."""
+    """A hook whose copies and pickles do nothing, even where `kdloss` isn't installed."""
 
     def __init__(self, run: Callable[..., None]) -> None:
         self.run = run
@@ -139,13 +139,13 @@ class _Hook:
 
 @cache
 def _hook() -> type[_Hook]:
-    """Its like beside compiled code, never a part of it; made late, as it imports the compiler."""
-    beside: Callable[[Callable[..., None]], Callable[..., None]] = torch.compiler.disable
-    return type("_Hook", (_Hook,), {"__call__": beside(_Hook.__call__)})
+    """A `_Hook` that `torch.compile` never traces. Made on first use, because it imports the compiler."""
+    untraced: Callable[[Callable[..., None]], Callable[..., None]] = torch.compiler.disable
+    return type("_Hook", (_Hook,), {"__call__": untraced(_Hook.__call__)})
 
 
 def _refuse_torchscript(module: nn.Module) -> None:
-    """TorchScript runs where no hook is seen."""
+    """Raise for TorchScript, which ignores hooks."""
     if isinstance(module, ScriptModule):
         raise TypeError(
             f"features are captured by hooks, and TorchScript ({type(module).__name__}) has none: its outputs can be "
@@ -176,19 +176,19 @@ def _per_name(
 
 
 def _resharded(model: nn.Module) -> None:
-    """A pass that ends early leaves a model under FSDP2 gathered, in torch that can undo it."""
+    """Reshard a model under FSDP2: a pass that ends early leaves its parameters gathered. Needs a torch that can."""
     sharded: Any = next((m for m in modules_of(model) if hasattr(type(m), "reset_iter_state")), None)
     if sharded is not None:
         sharded.reset_iter_state()
 
 
 def _refuse_unsynchronised(model: nn.Module, seen: Captured) -> None:
-    """DDP makes ready for a backward after its forward, which was cut off."""
+    """Raise for a trained DDP model: it prepares the backward pass after its forward, which was cut off."""
     if not any(t.requires_grad for t in seen.features.values()):
         return
     if any(isinstance(m, DistributedDataParallel) and m.require_backward_grad_sync for m in modules_of(model)):
         raise RuntimeError(
-            "stop=True ends the pass before DistributedDataParallel makes ready to synchronise gradients, "
-            "and these features lead to some; write stop=False for a model that is trained, "
-            "torch.no_grad() around one that isn't"
+            "stop=True ends the pass before DistributedDataParallel prepares to synchronise gradients, and these "
+            "features need gradients; write stop=False for a model that is trained, or torch.no_grad() around one "
+            "that isn't"
         )

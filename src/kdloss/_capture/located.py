@@ -1,4 +1,4 @@
-"""Where modules are, looked up once per model."""
+"""Look up modules once per model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,25 +10,25 @@ from kdloss._capture.why import dropped
 from kdloss.layers import find_blocks
 from kdloss.layers.drop import layer_drop
 from kdloss.layers.layer_map import Name
-from kdloss.layers.names import at_path, part, resolve
+from kdloss.layers.names import at_path, resolve, split_name
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def find(model: nn.Module, name: Name, blocks: str | None = None) -> nn.Module:
-    """The module of this name, or block of this number in the list that `blocks` names.
+    """The module with this name, or the block with this index in the list that `blocks` names.
 
-    Raises: ValueError for one that does not exist.
+    Raises: ValueError if it does not exist.
     """
     return resolve(model, name) if isinstance(name, str) else _numbered(find_blocks(model, blocks), name)
 
 
 class Located:
-    """`find` that remembers, for every model, the path of a module, and of the lists that blocks are in, or of the
-    blocks where lists hold other things, too.
+    """`find` with a memory: for every model it keeps the paths of modules and of the lists that contain the blocks.
 
-    What stands at a path now is what counts, be it wrapped, replaced or inserted since; a path that
-    leads nowhere any more is looked for again. Models are held weakly, and copies begin empty.
+    If a list also contains other modules, it keeps the paths of the blocks instead. It returns the module that is at a
+    path now, even if that was wrapped, replaced or inserted since. A path that no longer exists is looked up again.
+    Models are referenced weakly, and copies of a `Located` start empty.
     """
 
     def __init__(self) -> None:
@@ -40,11 +40,11 @@ class Located:
         return Located, ()
 
     def find(self, model: nn.Module, name: Name, blocks: str | None = None) -> nn.Module:
-        """The same module as `find`'s."""
+        """The module that the function `find` would return."""
         return self._named(model, name) if isinstance(name, str) else _numbered(self._blocks(model, blocks), name)
 
     def refuse_dropped(self, model: nn.Module, asked: Mapping[tuple[Name, str | None], nn.Module]) -> None:
-        """Once for each name: raise for a block that the model, as it trains now, leaves out at random."""
+        """Raise for a block that the model skips at random in training mode (LayerDrop); checked once for each name."""
         known = self._steady.setdefault(model, set())
         if not model.training or known.issuperset(asked):
             return
@@ -54,13 +54,13 @@ class Located:
         known.update(asked)
 
     def _named(self, model: nn.Module, name: str) -> nn.Module:
-        name, _ = part(name)
+        name, _ = split_name(name)
         known = self._modules.setdefault(model, {})
         if name in known and (there := at_path(model, known[name])) is not None:
             return there
         found = resolve(model, name)
         paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is found]
-        # One module at several places is the one at the name's: another place may be given away tomorrow.
+        # A module at several paths is remembered at the one that ends in its name: the others may change later.
         if paths := [p for p in paths if f".{p}".endswith(f".{name}")] or (paths if len(paths) == 1 else []):
             known[name] = paths[0]
         return found
@@ -74,7 +74,7 @@ class Located:
         found = list(find_blocks(model, blocks))
         ours = set(found)
         lists = {p: m for p, m in model.named_modules() if isinstance(m, _LISTS) and len(m) and ours.issuperset(m)}
-        if _items(lists.values()) == found:  # not so where a block is in two lists
+        if _items(lists.values()) == found:  # not equal if a block is in two lists
             known[blocks] = list(lists), True
         elif not lists:
             places = {m: p for p, m in model.named_modules()}
@@ -83,14 +83,14 @@ class Located:
 
 
 def _at(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
-    """What stands at these paths; nothing where one of them leads nowhere."""
+    """The modules at these paths; an empty list if one of them no longer exists."""
     found = [at_path(model, path) for path in paths]
     there = [module for module in found if module is not None]
     return there if len(there) == len(found) else []
 
 
 def _items(lists: Iterable[nn.Module]) -> list[nn.Module]:
-    """What is in the lists, in order; nothing where one of them is no list any more."""
+    """The modules in the lists, in order; an empty list if one of them is no list any more."""
     found: list[nn.Module] = []
     for one in lists:
         if not isinstance(one, _LISTS):

@@ -1,4 +1,4 @@
-"""The state behind one `capture`: what ran, what is kept of it, and what speaks against it."""
+"""The state of one `capture`: what ran, what is kept, and what went wrong."""
 
 import threading
 from collections import deque
@@ -23,9 +23,10 @@ _NOTHING = Evidence()
 
 @dataclass(frozen=True)
 class Request:
-    """What counts of one module: see `capture`, whose options these are.
+    """What to record of one module; the fields are options of `capture`.
 
-    `shape_alone` keeps features without data: nothing is held, and a change in place afterwards doesn't matter.
+    `shape_alone` keeps the shape of a feature without its data: no memory is held, and later changes in place don't
+    matter.
     """
 
     name: Name
@@ -36,18 +37,18 @@ class Request:
 
 
 class Captured(Mapping[Any, Any]):
-    """The features of one forward pass, by the names asked for, and the model's own output."""
+    """The features of one forward pass, by the requested names, and the model's own output as `output`."""
 
     def __init__(self) -> None:
         self.features: dict[Hashable, Any] = {}
         self.output: Any = None
-        self.classes: Any = None  # names of the student's classes and of this teacher's, where they have some
+        self.classes: Any = None  # names of the student's and this teacher's classes, if they have names
         self.views: dict[str, Captured] = {}
         self.tells: dict[Hashable, Tells] = {}
         self.head = _NOTHING
 
     def of(self, term: str) -> "Captured":
-        """What was captured for one term of a sum, where they asked for different things."""
+        """What was captured for one term of a sum, if the terms requested different things."""
         return self.views.get(term, self)
 
     def __getitem__(self, name: Hashable) -> Any:
@@ -62,7 +63,7 @@ class Captured(Mapping[Any, Any]):
         return len(self.features)
 
     def empty(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
         self.features.clear()
         self.views.clear()
         self.tells.clear()
@@ -70,14 +71,14 @@ class Captured(Mapping[Any, Any]):
 
 
 class Stop(BaseException):
-    """Ends a pass that nobody needs the rest of, or that went wrong; no model's `except` is meant."""
+    """Ends a pass that is no longer needed or went wrong. A `BaseException`, so that no model's `except` catches it."""
 
     def __init__(self, recorder: "Recorder") -> None:
         self.recorder = recorder
 
 
 class Recorder:
-    """Fills one `Captured` from the hooks of the thread that made it."""
+    """Fills one `Captured` from hooks, in the thread that created it."""
 
     def __init__(
         self,
@@ -101,14 +102,14 @@ class Recorder:
         self.batch: int | None = None
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before the model runs."""
+        """Called before the model runs."""
         if self._ours():
             self.begun, self.grad = True, torch.is_grad_enabled()
             firsts = {x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim}
             self.batch = firsts.pop() if len(firsts) == 1 else None
 
     def record(self, module: nn.Module, _module: nn.Module, args: object, output: Any) -> None:
-        """After a module has run; `module` is the one asked for, `_module` may be its replica."""
+        """Called after a module has run; `module` is the requested one, `_module` may be its replica."""
         if not self._ours():
             return
         self.runs[module] += 1
@@ -122,29 +123,29 @@ class Recorder:
             raise Stop(self)
 
     def finish(self, model: nn.Module, args: object, output: Any) -> None:
-        """After the model has run."""
+        """Called after the model has run."""
         if self._ours():
             self.captured.output, self.captured.head = output, ends(model)
 
     def check(self) -> None:
-        """Raise for what went wrong, and for what didn't happen."""
+        """Raise for errors in hooks, for modules that did not run and for outputs that were changed in place."""
         if self.error is not None:
             try:
                 raise self.error from None
             finally:
-                self.error = None  # its traceback leads here, a cycle that would hold features
+                self.error = None  # its traceback refers to this object: a cycle that would keep features alive
         if len(self.captured.features) < len(self.kept):
             self._refuse_missing()
         for key, kept in self.kept.items():
             if any(tensor._version != version for tensor, version in kept):
                 raise RuntimeError(
                     f"the output of {self.requests[key].name!r} was changed in place after it was captured, as by "
-                    "ReLU(inplace=True) or +=; write take=torch.clone to have it as it was before, "
-                    "inplace=False, or capture the module that changes it"
+                    "ReLU(inplace=True) or +=; write take=torch.clone to keep the value before the "
+                    "change, write inplace=False, or capture the module that changes it"
                 )
 
     def _refuse_missing(self) -> None:
-        """Raise for what didn't happen, and say why."""
+        """Raise for modules that were not captured, with the reason."""
         for module, keys in self.asked.items():
             missing = self._missing(keys)
             if missing and self.runs[module]:
@@ -159,7 +160,7 @@ class Recorder:
             raise RuntimeError(not_run(self.model, absent, self.begun))
 
     def _tells(self, request: Request, module: nn.Module, output: Any, tensor: Tensor) -> Tells:
-        """What is known of a feature's axes; of what a function made of it, the inputs' batch alone."""
+        """What is known about a feature's axes. If `take` computed it, only the inputs' batch is known."""
         found = evidence_of(module, self.model)
         if not _by_itself(request, output, tensor):
             part = request.take is None or (not callable(request.take) and levels(output))
@@ -168,11 +169,11 @@ class Recorder:
         return Tells(found, configured, inputs=self.batch)
 
     def _missing(self, keys: Iterable[Hashable]) -> list[Name]:
-        """Names of what wasn't captured, each once."""
+        """The names that were not captured, each once."""
         return list(dict.fromkeys(self.requests[key].name for key in keys if key not in self.captured))
 
     def _ours(self) -> bool:
-        """Whether this is the recorded pass: not another thread's, nor recomputed within a backward() since."""
+        """Whether this is the recorded pass: not in another thread, and not recomputed inside a later backward()."""
         here = threading.get_ident() == self.thread
         self.elsewhere |= not here
         return here and torch._C._current_graph_task_id() == self.backward
@@ -196,7 +197,7 @@ class Recorder:
         if request.shape_alone:
             tensor = torch.empty_like(tensor, device="meta")
         if tensor.is_inference():
-            # Nothing tells of changes to these in place, and no loss can save them for backward.
+            # Changes in place are not tracked for these tensors, and no loss can save them for backward.
             with torch.inference_mode(False):
                 tensor = tensor.clone()
         kept = self.kept[key]
@@ -208,18 +209,18 @@ class Recorder:
 
 
 def _by_itself(request: Request, output: Any, tensor: Tensor) -> bool:
-    """Whether this is what counts of the module's output where nothing is said."""
+    """Whether this is the tensor that is taken from the output by default."""
     if isinstance(output, Tensor):
         return tensor is output or request.take is torch.clone
     return isinstance(output, tuple) and len(output) > 0 and tensor is output[0]
 
 
 def known_at_the_end(which: Which) -> bool:
-    """Whether every run of the module counts, or might."""
+    """Whether all runs of the module are needed to know which of them is captured."""
     number = _number(which)
     return number is None or number < 0
 
 
 def _number(which: Which) -> int | None:
-    """Which run counts, None for all of them."""
+    """The index of the run that is captured; None for all runs."""
     return None if which == "all" else _NUMBERS[which] if isinstance(which, str) else which

@@ -1,4 +1,4 @@
-"""Which tensor of a module's output counts."""
+"""Select the tensor of a module's output to capture."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
@@ -7,22 +7,22 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from kdloss.layers.names import part
+from kdloss.layers.names import split_name
 
 Key = int | str
 Take = Key | tuple[Key, ...] | Callable[[Any], Any] | None
 
 
 def taken(name: Key, output: Any, take: Take = None) -> Tensor:
-    """The tensor at an index, a key or a path of these, or what a function gives; else the first.
+    """The tensor of `output` at an index, a key or a path of these, or the result of a function; by default the first.
 
-    Of a name in brackets, "fpn[0]", `output` is that part of what the module returned.
+    If `name` has brackets, as "fpn[0]", `take` applies to that part of the output.
 
     >>> import torch
     >>> taken("attn", (None, {"values": torch.ones(2)}), (1, "values"))
     tensor([1., 1.])
     """
-    module, path = part(name) if isinstance(name, str) else (name, ())
+    module, path = split_name(name) if isinstance(name, str) else (name, ())
     if take is None and not path and isinstance(output, Tensor):
         return output
     if path and (inside := follow(output, path)) is None:
@@ -33,9 +33,9 @@ def taken(name: Key, output: Any, take: Take = None) -> Tensor:
         return found
     if isinstance(found, PackedSequence) or (take is None and _packed(output)):
         raise TypeError(
-            f"{_called(name)} returned a PackedSequence, whose rows are positions of several examples by turns; write "
-            "take=lambda output: torch.nn.utils.rnn.pad_packed_sequence(output[0], batch_first=True)[0], of a packed "
-            "sequence by itself without the [0], and feature_mask=... for what is padding then"
+            f"{_called(name)} returned a PackedSequence, whose rows mix positions of several examples; write "
+            "take=lambda output: torch.nn.utils.rnn.pad_packed_sequence(output[0], batch_first=True)[0] (or "
+            "output in place of output[0], if it is the packed sequence itself), and feature_mask=... for the padding"
         )
     if several := levels(found):
         raise TypeError(
@@ -50,7 +50,7 @@ def taken(name: Key, output: Any, take: Take = None) -> Tensor:
 
 
 def described(output: Any) -> str:
-    """What an output holds.
+    """Describe the contents of an output, for error messages.
 
     >>> described((None, {"hidden": Tensor()}))
     "a tuple of [None, a dict of {'hidden': a Tensor of shape (0,)}]"
@@ -68,9 +68,10 @@ def described(output: Any) -> str:
 
 
 def levels(output: Any) -> list[Key]:
-    """Where several features stand in a list or dict, or in a tuple of maps, of which none is the first by right.
+    """The indices or keys of several features in a list, a dict or a tuple of maps, where none is the obvious one.
 
-    What begins with hidden states, as a block's tuple or a Hugging Face output, goes on with other things.
+    It is empty for outputs that begin with hidden states and go on with other tensors, as a block's tuple or a
+    Hugging Face output.
 
     >>> import torch
     >>> levels([torch.ones(2, 3, 8, 8), torch.ones(2, 3, 4, 4)]), levels((torch.ones(2, 5, 8), torch.ones(2, 5, 5)))
@@ -87,8 +88,8 @@ def levels(output: Any) -> list[Key]:
 
 
 def _each(name: Key, several: list[Key]) -> str:
-    parts = ", ".join(repr(f"{name}[{key}]") for key in several)
-    return f"name its parts as layers, {parts}, or say by take=... which one counts"
+    names = ", ".join(repr(f"{name}[{key}]") for key in several)
+    return f"name its parts as layers, {names}, or choose one with take=..."
 
 
 def _packed(output: Any) -> bool:
@@ -98,18 +99,18 @@ def _packed(output: Any) -> bool:
 def _first(name: Key, output: Any) -> Any:
     if several := levels(output):
         raise TypeError(
-            f"{_called(name)} returned {described(output)}: several features, of which none is the first by right; "
+            f"{_called(name)} returned {described(output)}: several features, and it is not clear which one to take; "
             f"{_each(name, several)}"
         )
     if _packed(output):
         return None
-    parts = output.values() if isinstance(output, Mapping) else output
-    parts = (parts,) if isinstance(parts, Tensor) or not hasattr(parts, "__iter__") else parts
-    return next((part for part in parts if isinstance(part, Tensor)), None)
+    values = output.values() if isinstance(output, Mapping) else output
+    values = (values,) if isinstance(values, Tensor) or not hasattr(values, "__iter__") else values
+    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 def follow(output: Any, path: Key | tuple[Key, ...]) -> Any:
-    """What stands at an index, a key or a path of these; None where nothing does."""
+    """The value at an index, a key or a path of these; None if there is none."""
     for key in path if isinstance(path, tuple) else (path,):
         if isinstance(output, Tensor):
             return None  # an index would choose an example of the batch

@@ -1,4 +1,4 @@
-"""Why a module gave nothing that can be learned from, in words that are true of the model at hand."""
+"""Error texts: why a module returned nothing that can be trained on, for the model at hand."""
 
 import sys
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from kdloss.layers.layer_map import Name
 
 
 def not_run(model: nn.Module, absent: Mapping[Name, nn.Module], begun: bool) -> str:
-    """Why modules of these names did not run in the one pass."""
+    """Why the modules with these names did not run in the forward pass."""
     missing = f"{list(absent)} did not run inside the `with`"
     if not begun:
         return (
@@ -43,7 +43,7 @@ def not_run(model: nn.Module, absent: Mapping[Name, nn.Module], begun: bool) -> 
 
 
 def dropped(model: nn.Module, rate: float, line: str) -> str:
-    """What LayerDrop does to features, and how it ends."""
+    """What LayerDrop does to features, and how to turn it off."""
     return (
         f"{type(model).__name__} leaves blocks out of its training passes at random (LayerDrop, here {rate:g}), and "
         f"one that did not run has no features to learn from; write {line}"
@@ -51,7 +51,7 @@ def dropped(model: nn.Module, rate: float, line: str) -> str:
 
 
 def no_gradient() -> str:
-    """Why the output of a module that is trained has no gradient; asked while its hook runs."""
+    """Why the output of a trained module has no gradient. Call it while the module's hook runs."""
     frozen = (
         "Freeze it by module.requires_grad_(False) if it is not to be trained, or capture a part that is; take the "
         "no_grad() away if it is"
@@ -67,7 +67,7 @@ def no_gradient() -> str:
 
 
 def _checkpointed() -> bool:
-    """Whether a reentrant checkpoint of torch's is on the stack."""
+    """Whether the call stack contains a reentrant checkpoint of torch."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Which axis of a tensor is what: said by a pattern, told by modules and numbers, or refused."""
+"""The meaning of a tensor's axes: stated by a pattern, inferred from modules and shapes, or refused."""
 
 from kdloss._layout.classes import classes_last
 from kdloss._layout.decide import Tells, check_batch, decide, standard, width_last

@@ -1,4 +1,4 @@
-"""Logits with their classes last."""
+"""Move the classes of logits to the last axis."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +17,13 @@ def classes_last(
     argument: str,
     head: Evidence | None = None,
 ) -> Any:
-    """A view `[B, positions, classes]` of logits; `positions` are the shapes of labels and mask, as far as there are.
+    """A view `[B, positions, classes]` of logits. `positions` are the shapes of the labels and the mask, if given.
 
-    `head` is what the model's last layer tells.
+    `head` is the evidence from the model's last layer.
 
-    Raises: ValueError for a layout with another number of axes, for logits that labels or mask show to have their
-    classes elsewhere, and for four axes or more of which nothing tells; TypeError for logits of another kind than a
-    tensor in another layout than their own.
+    Raises: ValueError for a layout with another number of axes, if labels or mask show that the classes are at another
+    axis, and if there are four axes or more and nothing shows which one is the classes; TypeError for a layout whose
+    classes are not last, if the logits are no plain tensor.
     """
     shape = tuple(logits.shape)
     if said is not None:
@@ -46,7 +46,7 @@ def classes_last(
 
 
 def _refuse_other(shape: tuple[int, ...], positions: Sequence[Size], whose: str, argument: str, head: Evidence) -> None:
-    """Raise for logits whose classes are not last, or might not be."""
+    """Raise for logits whose classes are not last, or possibly not last."""
     last, second = shape[:-1], (shape[0], *shape[2:])
     fits_last, fits_second = ([tuple(p) == form for p in positions] for form in (last, second))
     names = {3: "t", 4: "h w", 5: "d h w"}.get(len(shape), " ".join(f"x{i}" for i in range(1, len(shape) - 1)))

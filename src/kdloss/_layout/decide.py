@@ -1,4 +1,4 @@
-"""Which axis of a layer's features is what: as it was said, else the default where nothing speaks against it."""
+"""Decide the layout of a layer's features: the stated one, else the default unless there is evidence against it."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,11 @@ OTHERS |= {(3, LAST): "b t d", (4, LAST): "b h w c", (5, LAST): "b d h w c"}
 
 @dataclass(frozen=True)
 class Tells:
-    """What is known of a captured feature beside its shape.
+    """What is known about a captured feature besides its shape.
 
-    - `module`: what its module tells; `width`: that of the model's configuration.
-    - `inputs`: the number of examples that the model's inputs tell.
+    - `module`: the evidence from its module.
+    - `width`: the width in the model's configuration.
+    - `inputs`: the number of examples in the model's inputs.
     """
 
     module: Evidence
@@ -33,12 +34,12 @@ def decide(
     argument: str,
     alone: int | str | None = None,
 ) -> Layout:
-    """The layout of features of this shape; `layer` and `argument` are what an error calls them.
+    """The layout of features of this shape. `layer` and `argument` are their names in error messages.
 
-    `alone` is the layer's name, where what an error recommends is for it and not for the others.
+    `alone` is the layer's name if the fix in the error message applies to this layer only.
 
-    Raises: ValueError for a layout that the shape, or the module, contradicts, and where nothing was said and nothing
-    decides.
+    Raises: ValueError if the shape or the module contradicts the stated layout, and if no layout was stated and the
+    evidence does not decide.
 
     >>> decide((2, 8, 5, 5), None, None, "layer 'stem'", "layout").pattern
     'b c h w'
@@ -69,7 +70,7 @@ def check_batch(
     layer: str,
     argument: str,
 ) -> None:
-    """Raise for features whose batch is at another axis, or nowhere; `batch` is what labels or logits tell."""
+    """Raise for features whose batch is at another axis or at none; `batch` is the size of labels or logits."""
     here = shape[layout.batch]
     if tells is not None and not said and len(shape) == 3:
         second, undecided = tells.module.batch == 1, batch is None or here != batch or shape[1] == batch
@@ -121,7 +122,7 @@ def _default(shape: tuple[int, ...], tells: Tells | None, layer: str, argument: 
 
 
 def _fits(shape: tuple[int, ...], tells: Tells | None) -> list[int]:
-    """Where the width can be, FIRST or LAST; both where it is open."""
+    """The axes where the width can be: FIRST, LAST, or both if the evidence does not decide."""
     default = LAST if len(shape) == 3 else FIRST
     if tells is None:
         return [FIRST, LAST]
@@ -132,20 +133,22 @@ def _fits(shape: tuple[int, ...], tells: Tells | None) -> list[int]:
     fits = [axis for axis in (FIRST, LAST) if shape[axis] == width]
     if len(fits) == 1:
         against = len(shape) > 3 and fits != [default] and not told.sure and told.axis not in (None, *fits)
-        return [FIRST, LAST] if against else fits  # as long as a width inside, but not where its layers have theirs
+        return (
+            [FIRST, LAST] if against else fits
+        )  # the length fits, but the layers inside have their width at the other axis
     kind = told.maps if maps and not told.sure else told.axis
     if kind is not None and (fits or len(shape) < 5 or width is None):
         return [kind]
-    return [FIRST, LAST] if len(shape) == 5 or (len(shape) == 4 and told.mixed) else [default]
+    return [FIRST, LAST] if len(shape) == 5 or (len(shape) == 4 and told.conflicting) else [default]
 
 
 def standard(x: Tensor) -> Tensor:
-    """Features `[B, positions, width]` as `resize` gets them: of several axes of positions `[B, C, ...]`."""
+    """Features `[B, positions, width]` as `resize` takes them: `[B, C, ...]` for several axes of positions."""
     return x.movedim(-1, 1) if x.ndim > 3 else x
 
 
 def width_last(x: Tensor) -> Tensor:
-    """`standard`, undone."""
+    """The inverse of `standard`."""
     return x.movedim(1, -1) if x.ndim > 3 else x
 
 

@@ -1,4 +1,4 @@
-"""What a module tells of the axes of its output."""
+"""Evidence from modules about the axes of their outputs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,30 +9,31 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-FIRST, LAST = 1, -1  # where the width stands: behind the batch, or behind everything
+FIRST, LAST = 1, -1  # the axis of the width: right after the batch, or the last one
 _KEEP = tuple(f"torch.nn.modules.{name}" for name in ("activation", "dropout", "pooling"))
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a module tells; None is what it doesn't.
+    """What a module shows about the axes of its output; None where it shows nothing.
 
-    - `width`: how many channels its output has, and `axis` where: FIRST or LAST.
+    - `width`: the number of channels of its output; `axis`: the axis of the channels, FIRST or LAST.
     - `batch`: the axis of the examples.
-    - `sure`: the module itself says so; else it is what its last parts do, which may be turned around behind them.
-    - `mixed`: it has parts of both kinds, so that `axis` isn't known.
-    - `maps`: where the width of maps is in its model, as timm's models say by `output_fmt`.
+    - `sure`: the module itself defines them. Otherwise they are those of its last layers, and the module may permute
+      axes after these.
+    - `conflicting`: its layers disagree about the axis, so `axis` isn't known.
+    - `maps`: the axis of the channels of maps in its model, as timm's models state in `output_fmt`.
     """
 
     width: int | None = None
     axis: int | None = None
     batch: int | None = None
     sure: bool = False
-    mixed: bool = False
+    conflicting: bool = False
     maps: int | None = None
 
     def of_part(self) -> "Evidence":
-        """What holds of one of several tensors that a module returns."""
+        """What also holds for one of several tensors that a module returns."""
         return replace(self, width=None, batch=None, sure=False)
 
 
@@ -42,7 +43,7 @@ _ends: WeakKeyDictionary[nn.Module, Evidence] = WeakKeyDictionary()
 
 
 def evidence_of(module: nn.Module, model: nn.Module | None = None) -> Evidence:
-    """What a module tells, looked at once; what it doesn't know of its axes its model may.
+    """The evidence from a module, cached. If it says nothing about its axes, its model may.
 
     >>> evidence_of(nn.Conv1d(3, 8, 1)).axis, evidence_of(nn.LSTM(3, 8)).batch
     (1, 1)
@@ -56,10 +57,10 @@ def evidence_of(module: nn.Module, model: nn.Module | None = None) -> Evidence:
 
 
 def ends(model: nn.Module) -> Evidence:
-    """What the last layer of a model tells, which makes its logits where it is a head."""
+    """The evidence from the last layer of a model, which makes the logits if it is a head."""
     known = _ends.get(model)
     if known is None:
-        known = _ends[model] = _own(model) or next(iter([*_parts(model)][-1:]), Evidence())
+        known = _ends[model] = _own(model) or next(iter([*_layers(model)][-1:]), Evidence())
     return known
 
 
@@ -67,24 +68,24 @@ def _of(module: nn.Module) -> Evidence:
     own = _own(module)
     if own is not None:
         return own
-    if isinstance(module, nn.Sequential):  # it returns what its last part does
+    if isinstance(module, nn.Sequential):  # its output is that of its last module
         last = next((m for m in reversed(module) if not _keeps_axes(m)), None)
         if last is not None and (found := _of(last)).sure:
             return found
-    parts = list(_parts(module))
-    widths = [e.width for e in parts if e.width is not None]
-    axes = {e.axis for e in parts if e.axis is not None}
-    batches = {e.batch for e in parts if e.batch is not None}
+    layers = list(_layers(module))
+    widths = [e.width for e in layers if e.width is not None]
+    axes = {e.axis for e in layers if e.axis is not None}
+    batches = {e.batch for e in layers if e.batch is not None}
     return Evidence(
         widths[-1] if widths else None,
         axes.pop() if len(axes) == 1 else None,
         batches.pop() if len(batches) == 1 else None,
-        mixed=len(axes) > 1,
+        conflicting=len(axes) > 1,
     )
 
 
 def _beside(module: nn.Module, model: nn.Module) -> Evidence:
-    """Of a module without weights, as an activation, what stands before it tells."""
+    """For a module without weights, like an activation: the evidence from the module before it."""
     for parent in model.modules():
         children = list(parent.children())
         if any(child is module for child in children):
@@ -95,18 +96,18 @@ def _beside(module: nn.Module, model: nn.Module) -> Evidence:
     return Evidence()
 
 
-def _parts(module: nn.Module) -> Iterator[Evidence]:
-    """What the innermost parts tell, in the order they are in."""
+def _layers(module: nn.Module) -> Iterator[Evidence]:
+    """The evidence from the innermost layers, in the order of the modules."""
     for child in module.children():
         own = _own(child)
         if own is not None:
             yield own
         else:
-            yield from _parts(child)
+            yield from _layers(child)
 
 
 def _own(module: Any) -> Evidence | None:
-    """What a layer of PyTorch's is by its definition."""
+    """The evidence that follows from the definition of a PyTorch layer; None for other modules."""
     width: Any
     axis, batch = LAST, None
     if isinstance(module, _ConvNd):
@@ -137,7 +138,7 @@ def _own(module: Any) -> Evidence | None:
 
 
 def _of_gpt2(module: Any) -> Any:
-    """The width of transformers' `Conv1D`, a linear layer under another name."""
+    """The width of transformers' `Conv1D`, which is a linear layer."""
     return getattr(module, "nf", None) if type(module).__name__ == "Conv1D" else None
 
 

@@ -1,4 +1,4 @@
-"""Patterns: a name for each axis of a tensor, as in einops."""
+"""Layout patterns: a name for each axis of a tensor, as in einops."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ Patterns = Pattern | Mapping[int | str, Pattern]
 
 @dataclass(frozen=True)
 class Layout:
-    """The axes of a tensor: b is the batch, c the width or classes (else d), all others are positions, in order."""
+    """The axes of a tensor: b is the batch, c (or d) the width or the classes; all others are positions, in order."""
 
     axes: tuple[str, ...]
 
     @property
     def pattern(self) -> str:
-        """As it is written."""
+        """The pattern as a string."""
         return " ".join(self.axes)
 
     @property
@@ -27,39 +27,39 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """The axis of the width, or of the classes."""
+        """The axis of the width or the classes."""
         return self.axes.index("c" if "c" in self.axes else "d")
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The axes with the batch first and the width last."""
+        """The order of axes that puts the batch first and the width last."""
         ends = self.batch, self.width
         return self.batch, *(i for i in range(len(self.axes)) if i not in ends), self.width
 
     @property
     def plain(self) -> bool:
-        """Whether the batch is first and the width last."""
+        """Whether the batch is already first and the width last."""
         return self.order == tuple(range(len(self.axes)))
 
     def width_last(self, x: Tensor) -> Tensor:
-        """A view `[B, positions, width]`."""
+        """A view of `x` as `[B, positions, width]`."""
         return x if self.plain else x.permute(self.order)
 
     def shape(self, shape: Size | tuple[int, ...]) -> Size:
-        """That of the view."""
+        """The shape of that view."""
         return Size(shape[i] for i in self.order)
 
     def swapped(self, axis: int) -> str:
-        """The pattern whose batch is at another axis."""
+        """The pattern with the batch moved to another axis, in exchange for that one."""
         axes = list(self.axes)
         axes[axis], axes[self.batch] = "b", axes[axis]
         return " ".join(axes)
 
 
 def read(pattern: str, argument: str = "layout") -> Layout:
-    """The layout that a pattern says.
+    """The layout of a pattern.
 
-    Raises: TypeError for what is no string; ValueError for a pattern without a batch or a width, or with a name twice.
+    Raises: TypeError unless it is a string; ValueError for a pattern without a batch or a width, or with a name twice.
 
     >>> read("b c h w").order
     (0, 2, 3, 1)
@@ -87,7 +87,7 @@ def read(pattern: str, argument: str = "layout") -> Layout:
 
 
 def read_each(patterns: Patterns, argument: str) -> Layout | Mapping[int | str, Layout | None] | None:
-    """One layout for all, or one by name."""
+    """One layout for all layers, or one for each name."""
     if isinstance(patterns, Mapping):
         return {name: None if one is None else read(one, argument) for name, one in patterns.items()}
     return None if patterns is None else read(patterns, argument)

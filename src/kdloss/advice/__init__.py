@@ -1,4 +1,4 @@
-"""The guide to choosing as a function."""
+"""Choose a method and its settings for two models: the guide as a function."""
 
 from kdloss.advice.advice import Advice, suggest
 

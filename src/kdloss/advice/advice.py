@@ -1,4 +1,4 @@
-"""The guide to choosing (docs/guide.md) as a function: two models in, a criterion and its reasons out."""
+"""The guide to choosing (docs/guide.md) as a function: give two models, get a criterion with reasons."""
 
 import textwrap
 from collections.abc import Callable, Mapping
@@ -20,12 +20,12 @@ NOTE = "What was measured are held-out perplexities of small language models, le
 
 @dataclass(frozen=True)
 class Advice:
-    """What `kdloss.suggest` suggests. Printed, it is a table with the reason of each.
+    """The result of `kdloss.suggest`. Printed, it is a table of settings with reasons.
 
-    - `method`: "vanilla", "feature" or "both"; `smaller`: how many times smaller the student is.
-    - `temperature`, `alpha`: of both models' predictions, and the share of cross-entropy; `layers`, `pairing`,
-      `distance`: those of `kdloss.FeatureKD`. What the method doesn't use is None.
-    - `reasons`: a sentence for each of these, by its name; `warnings`: what else to know.
+    - `method`: "vanilla", "feature" or "both". `smaller`: how many times smaller the student is.
+    - `temperature`: applied to both models' logits. `alpha`: the share of cross-entropy. `layers`, `pairing` and
+      `distance`: settings of `kdloss.FeatureKD`. Settings that the method doesn't use are None.
+    - `reasons`: a sentence for each setting, by name. `warnings`: further advice.
     """
 
     method: Method
@@ -39,7 +39,7 @@ class Advice:
     warnings: tuple[str, ...]
 
     def criterion(self, **settings: Any) -> VanillaKD | FeatureKD:
-        """The recipe, `kdloss.VanillaKD` or `kdloss.FeatureKD`; `settings` are its own, beside or in place of these."""
+        """Build the suggested `kdloss.VanillaKD` or `kdloss.FeatureKD`; `settings` add to or replace its own."""
         said = {name: value for name in SETTINGS[1:] if (value := getattr(self, name)) is not None}
         if self.method == "vanilla":
             return VanillaKD(**said | settings)
@@ -69,34 +69,37 @@ def suggest(
     task: Task = "hard",
     goal: Goal = "safe",
 ) -> Advice:
-    r"""Method, temperature, alpha, layers, pairing and distance for a student and its teacher, with reasons.
+    r"""Suggest a method, temperature, alpha, layers, pairing and distance for a student and its teacher, with reasons.
 
-    The rules of thumb of docs/guide.md, by r = the teacher's parameters over the student's:
+    It follows the rules of thumb in docs/guide.md, where r is the teacher's parameters divided by the student's:
 
-    - $T$ is 1 to 1.5 for $r < 2$, 2 to 3 for $2 \le r \le 4$, 4 to 6 for $r > 4$, and 7 to 10 where architectures
-      are unlike.
-    - $\alpha$ is 0.2 to 0.3 for a strong teacher and an easy task, 0.4 to 0.5 for a strong one and a hard task, 0.5
-      to 0.6 and 0.6 to 0.7 for a moderate one, 0.7 to 0.9 for a weak one, 0.2 to 0.4 where features are compared.
-    - Features are for models of one family; beyond $r = 10$ little is to be had.
+    - $T$ is 1 to 1.5 for $r < 2$, 2 to 3 for $2 \le r \le 4$, 4 to 6 for $r > 4$, and 7 to 10 if the architectures
+      differ.
+    - $\alpha$ is 0.2 to 0.3 for a strong teacher and an easy task and 0.4 to 0.5 for a strong teacher and a hard
+      task. For a moderate teacher it is 0.5 to 0.6 (easy) and 0.6 to 0.7 (hard), for a weak teacher 0.7 to 0.9, and
+      0.2 to 0.4 if features are compared.
+    - Features are for models of one family. Beyond $r = 10$ there is little to gain.
 
-    What we measured (docs/results.md) was measured on small language models, and goes before the rule for them and
-    where only sizes are known. For others the rule holds, and of its range the end that is nearer to the measured.
+    Our measurements (docs/results.md) are of small language models. For these, and if only sizes are known, the
+    measurements override the rules. For other models the rules apply, with the end of each range that is nearer to the
+    measurements.
 
-    - `student`, `teacher`: models, before they are sharded, or their numbers of parameters. Tied weights count
-      once, all experts of a mixture, and quantised ones as many as they stand for. Families go by
-      `config.model_type`, where one name may hold the other (bert, distilbert); without it by the class of the
-      model or of its blocks.
-    - `teacher_quality`: what the teacher is worth on this task; a weak one is hardly better than the student alone.
+    - `student`, `teacher`: models, before they are sharded, or numbers of parameters. Tied weights count once, all
+      experts of a mixture count, and a quantised weight counts as many parameters as it represents. Two models are of
+      one family if one `config.model_type` contains the other (bert, distilbert); without it, if the models or their
+      blocks are of the same class.
+    - `teacher_quality`: how good the teacher is on this task: "strong", "moderate" or "weak". A weak teacher is hardly
+      better than the student alone.
     - `task`: "easy" or "hard" for the student.
-    - `goal`: "safe" is what was ahead of training alone wherever the teacher was strong, "quality" as much as can be
-      had, "speed" where time or memory is short.
+    - `goal`: "safe" is the method that beat training alone under every strong teacher, "quality" the best result, and
+      "speed" the choice if time or memory is short.
 
-    Returns an `Advice`; its `criterion()` is a recipe ready to use. Widths that differ get their projection where
-    the criterion meets the models, in `kdloss.Distillation`, before the optimizer; of models without a configuration
-    that tells them by its `prepare(**batch)`.
+    Returns an `Advice`. Its `criterion()` is a recipe ready to use. If widths differ, `kdloss.Distillation` builds the
+    projection when it is created, before the optimizer; for models whose configuration doesn't give the widths, call
+    its `prepare(**batch)`.
 
-    Raises: TypeError for what is no model and no number; ValueError for a size that isn't above 0, a model without
-    parameters, and words other than these.
+    Raises: TypeError for an argument that is neither a model nor a number; ValueError for a size that isn't above 0, a
+    model without parameters, and other words than these.
 
     >>> import kdloss
     >>> advice = suggest(1.1e9, 7e9, goal="quality")

@@ -1,4 +1,4 @@
-"""What a model tells of itself before it runs: its size, family, blocks, width and classes."""
+"""What is known about a model before it runs: its size, family, blocks, width and classes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from kdloss.layers.names import attribute, unwrap, unwrapped_block
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model; of one that only its size is known of, nothing else.
+    """What is known about a model. If only a size was given, `parameters` is set and `built` is False.
 
-    `kinds` are the classes of the model and of its blocks, `tokens` whether it predicts tokens, `maps` whether its
-    blocks convolve.
+    `kinds` are the Python classes of the model and of its blocks. `tokens`: it predicts tokens. `maps`: its blocks
+    contain convolutions.
     """
 
     parameters: float
@@ -35,9 +35,9 @@ class Facts:
 
 
 def facts(whose: str, model: object) -> Facts:
-    """Of a model, or of a number of parameters.
+    """The facts about a model, or about a number of parameters.
 
-    Raises: TypeError for anything else; ValueError for a size that is none.
+    Raises: TypeError for anything else; ValueError for a size that is not positive.
     """
     if not isinstance(model, nn.Module):
         if isinstance(model, bool) or not isinstance(model, Real):
@@ -55,7 +55,7 @@ def facts(whose: str, model: object) -> Facts:
     head = head() if callable(head) else None
     classes = attribute(head, "out_features") if isinstance(head, nn.Module) else None
     said = (attribute(inner, name) for name in ("num_labels", "num_classes"))
-    parts = [module for block in blocks for module in block.modules()]
+    inside = [module for block in blocks for module in block.modules()]
     return Facts(
         size,
         getattr(config, "model_type", None) or None,
@@ -64,14 +64,14 @@ def facts(whose: str, model: object) -> Facts:
         width(model),
         classes or next((n for n in said if isinstance(n, int)), None),
         tokens=head is not None,
-        maps=width(model) is None and any(isinstance(part, nn.Conv2d) for part in parts),
+        maps=width(model) is None and any(isinstance(module, nn.Conv2d) for module in inside),
         kept=None if kept is None else tuple(kept),
     )
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What is known of a student and its teacher."""
+    """What is known about a student and its teacher."""
 
     student: Facts
     teacher: Facts
@@ -83,26 +83,26 @@ class Pair:
 
     @property
     def text(self) -> bool:
-        """Whether both predict tokens, as far as they are known."""
+        """Whether both predict tokens; a model that is only a size counts as one that does."""
         return all(one.tokens or not one.built for one in (self.student, self.teacher))
 
     @property
     def found(self) -> bool:
-        """Whether both have blocks to compare, as far as they are known."""
+        """Whether both have blocks to compare; a model that is only a size counts as one that does."""
         return all(one.depth is not None or not one.built for one in (self.student, self.teacher))
 
     @property
     def kept(self) -> bool:
-        """Whether the student was made of this teacher's blocks, as far as their numbers tell."""
+        """Whether the student was made of this teacher's blocks, judged by the numbers of blocks."""
         kept = self.student.kept
         return kept is not None and len(kept) == self.student.depth and max(kept) < (self.teacher.depth or 0)
 
     @property
     def alike(self) -> bool | None:
-        """Whether both are of one family; None where nothing tells.
+        """Whether both are of one family; None if that is unknown.
 
-        Families go by `config.model_type`, where one name may hold the other (bert, distilbert); without it by the
-        class of the model or of its blocks.
+        They are if one `config.model_type` contains the other (bert, distilbert); without it, if the models or their
+        blocks are of the same class.
         """
         ours, theirs = self.student.family, self.teacher.family
         if ours and theirs:
@@ -114,8 +114,8 @@ class Pair:
 
 
 def _blocks(model: nn.Module) -> tuple[list[nn.Module], list[int] | None]:
-    """A model's blocks, and those of another that they were; none where there are several lists to choose from."""
-    if any(isinstance(module, ScriptModule) for module in model.modules()):  # whose parts can't be captured
+    """A model's blocks, and the teacher's blocks they were made from; empty if several lists could be meant."""
+    if any(isinstance(module, ScriptModule) for module in model.modules()):  # whose modules can't be captured
         return [], None
     try:
         return list(map(unwrapped_block, find_blocks(model))), kept_blocks(model)
@@ -124,7 +124,7 @@ def _blocks(model: nn.Module) -> tuple[list[nn.Module], list[int] | None]:
 
 
 def parameters(model: nn.Module) -> int:
-    """The weights of a model: tied ones once, all experts, and quantised ones as many as they stand for."""
+    """Count a model's parameters: tied ones once, all experts, quantised ones as many as they represent."""
     packed = list(_packed(model))
     inside = {id(p) for module in packed for p in module.parameters() if not p.is_floating_point()}
     plain = sum(p.numel() for p in model.parameters() if id(p) not in inside)
@@ -132,7 +132,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def _packed(model: nn.Module) -> Iterator[Any]:
-    """Linear layers whose weight is no matrix of floating numbers: several to a byte, or a buffer."""
+    """Linear layers whose weight is not a floating-point matrix: quantised, packed into bytes, or a buffer."""
     for module in model.modules():
         sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
         matrices = (p for p in module.parameters() if p.is_floating_point() and p.ndim > 1)
@@ -141,5 +141,5 @@ def _packed(model: nn.Module) -> Iterator[Any]:
 
 
 def _own(*modules: nn.Module) -> frozenset[type]:
-    """Classes but those of torch's own containers and layers, which are everybody's."""
+    """The classes of modules, without those of torch itself, which all models share."""
     return frozenset(kind for kind in map(type, modules) if not kind.__module__.startswith("torch."))

@@ -1,4 +1,4 @@
-"""The rules of docs/guide.md, each beside what we measured (docs/results.md)."""
+"""The rules of docs/guide.md, each with our measurements (docs/results.md)."""
 
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -22,14 +22,14 @@ SHARES = {  # alpha by teacher and task
 
 
 class Reasoned(NamedTuple):
-    """A setting and why."""
+    """A setting and the reason for it."""
 
     value: Any
     reason: str
 
 
 def sizes(pair: Pair) -> str:
-    """How large both are, and of what family."""
+    """The sizes and families of both models, in words."""
     ours, theirs = pair.student, pair.teacher
     named = " and ".join(dict.fromkeys(filter(None, (ours.family, theirs.family))))
     related = {
@@ -41,7 +41,7 @@ def sizes(pair: Pair) -> str:
 
 
 def method(pair: Pair, goal: Goal) -> Reasoned:
-    """What to learn from."""
+    """Choose what the student learns from: the output, features or both."""
     if pair.alike is False:
         llama = "a Llama under a GPT-2: alone 237, vanilla 137, features of the last block 194"
         return _beside("vanilla", "the output, where architectures are unlike", llama)
@@ -62,7 +62,7 @@ def method(pair: Pair, goal: Goal) -> Reasoned:
 
 
 def temperature(pair: Pair) -> Reasoned:
-    """Of both models' predictions."""
+    """Choose the temperature."""
     high: float
     if pair.alike is False:
         low, high, gap = 7, 10, "unlike architectures"
@@ -80,7 +80,7 @@ def temperature(pair: Pair) -> Reasoned:
 
 
 def alpha(pair: Pair, quality: Quality, task: Task, *, features: bool) -> Reasoned:
-    """The share of cross-entropy."""
+    """Choose alpha, the share of cross-entropy."""
     low, high = SHARES[quality, task]
     rule = f"{low} to {high} for a {quality} teacher and {'an easy' if task == 'easy' else 'a hard'} task"
     if quality == "weak":
@@ -95,7 +95,7 @@ def alpha(pair: Pair, quality: Quality, task: Task, *, features: bool) -> Reason
 
 
 def features(pair: Pair) -> dict[str, Reasoned]:
-    """Which layers, with which of the teacher's, by what distance."""
+    """Choose layers, pairing and distance."""
     ours, theirs = pair.student, pair.teacher
     if ours.maps and theirs.maps:
         return {
@@ -126,7 +126,7 @@ def features(pair: Pair) -> dict[str, Reasoned]:
 
 
 def warnings(pair: Pair, goal: Goal) -> Iterator[str]:
-    """What else to know of a pair."""
+    """Warnings about a pair of models."""
     ours, theirs = pair.student, pair.teacher
     if pair.smaller < 1:
         yield (

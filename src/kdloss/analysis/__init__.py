@@ -1,4 +1,4 @@
-"""What to look at: how alike the blocks of two models are, and how the terms go over the steps of a training."""
+"""Analysis: how similar the blocks of two models are, and how the loss terms develop over a training."""
 
 from kdloss.analysis.cka import CKAMatrix, cka_matrix
 from kdloss.analysis.curve import Curve

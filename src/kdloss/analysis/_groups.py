@@ -1,4 +1,4 @@
-"""Which names of a curve belong together."""
+"""Group the names of a curve."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ FACTORS = ("share", "balance")  # what a term is multiplied by
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """The terms, what each is multiplied by, and the parts of each, by a title; titles without names are left out."""
+    """Names by group: the terms, their factors, and the layers of each term. Empty groups are left out."""
     found: dict[str, list[str]] = {"terms": [], "share": [], "balance": []}
     for name in names:
         term, _, part = name.partition("/")

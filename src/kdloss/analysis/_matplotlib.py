@@ -1,4 +1,4 @@
-"""What draws, imported late."""
+"""Import matplotlib only when something is drawn."""
 
 from importlib import import_module
 from typing import Any
@@ -7,6 +7,6 @@ from kdloss._extras import extra
 
 
 def matplotlib(part: str, what: str) -> Any:
-    """A module of matplotlib; `what` needs it."""
+    """Import a module of matplotlib; `what` is named in the error if it is missing."""
     with extra("plot", what):
         return import_module(f"matplotlib.{part}")

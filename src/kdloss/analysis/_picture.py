@@ -1,4 +1,4 @@
-"""A curve as a picture."""
+"""Draw a curve."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from kdloss.analysis._matplotlib import matplotlib
 
 
 def draw(steps: Mapping[str, Sequence[float]], values: Mapping[str, Sequence[float]], target: Any) -> None:
-    """A panel for the terms, and one for each group of what belongs to them."""
+    """Draw one panel for the terms and one for each other group of names."""
     panels = groups(values)
     if isinstance(target, (str, Path)):
         figure = matplotlib("figure", "a picture of a curve").Figure((7, 3 * max(1, len(panels))), layout="constrained")
@@ -28,6 +28,6 @@ def draw(steps: Mapping[str, Sequence[float]], values: Mapping[str, Sequence[flo
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Means of a fortieth of all values to either side."""
+    """A moving average over a fortieth of all values to each side."""
     reach = len(values) // 40
     return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

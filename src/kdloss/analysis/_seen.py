@@ -1,4 +1,4 @@
-"""What the rules for symptoms look at."""
+"""The data that the rules for symptoms read."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -6,14 +6,14 @@ from kdloss.analysis._groups import FACTORS
 from kdloss.analysis._trend import Trend
 from kdloss.terms import CrossEntropy, Features, Logits, Sum, Task
 
-NAMES = {"ce": "labels", "task": "labels", "kd": "logits", "feature": "features"}  # what terms are called by default
+NAMES = {"ce": "labels", "task": "labels", "kd": "logits", "feature": "features"}  # default names of terms
 KINDS = {CrossEntropy: "labels", Task: "labels", Logits: "logits", Features: "features"}
 
 Numbers = Mapping[str, Sequence[float]]
 
 
 class Seen:
-    """A curve, what its terms are, and how they go."""
+    """A curve with the kinds, weights and trends of its terms."""
 
     def __init__(self, steps: Numbers, values: Numbers, criterion: Sum | None) -> None:
         self.steps, self.values = steps, values
@@ -31,20 +31,20 @@ class Seen:
         return {name: self.trends[name] for name, kind in self.kinds.items() if kind in kinds and name in self.trends}
 
     def from_the_start(self, kind: str) -> Iterable[tuple[str, Trend]]:
-        """The terms of a kind and their trends; none where the run goes on from one that may have learned all."""
+        """The terms of a kind and their trends; empty for a resumed run, which may have learned everything before."""
         return () if self.late else self.of(kind).items()
 
     def learned(self, *kinds: str) -> dict[str, float]:
-        """By how much the terms of these kinds surely fall, of those that do by more than 5 %."""
+        """The fall of each term of these kinds, less two standard errors, if it is more than 5 %."""
         return {name: trend.sure for name, trend in self.of(*kinds).items() if trend.sure > 0.05}
 
-    def parts(self, term: str) -> dict[str, Trend]:
-        """The trends of a term's layers, by what they are called."""
+    def layers(self, term: str) -> dict[str, Trend]:
+        """The trends of a term's layers, by name."""
         names = ((name, name.partition("/")[2]) for name in self.trends if name.startswith(f"{term}/"))
-        return {part: self.trends[name] for name, part in names if part not in FACTORS}
+        return {layer: self.trends[name] for name, layer in names if layer not in FACTORS}
 
     def sizes(self) -> dict[str, tuple[float, float]]:
-        """What terms with their weights add to the loss, in the first tenth and in the last."""
+        """The weighted contribution of each term to the loss, in the first and in the last tenth of the steps."""
         found = {}
         for name, weight in self.weights.items():
             if weight and name in self.trends:

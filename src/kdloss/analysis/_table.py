@@ -1,4 +1,4 @@
-"""A curve in words and numbers."""
+"""Print a curve as a table."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ HEAD = ["term", "values", "first", "last", "lowest", "trend"]
 
 
 def table(values: Mapping[str, Sequence[float]]) -> str:
-    """A line for each name; what belongs to a term stands under it."""
+    """One line for each name, grouped by term."""
     lines = [HEAD, *(_line(name, values[name]) for there in groups(values).values() for name in there)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

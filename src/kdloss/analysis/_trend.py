@@ -1,22 +1,22 @@
-"""Whether numbers with noise fall, told apart from chance."""
+"""Whether noisy values fall, beyond chance."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
-LEAST = 50  # values: five in each tenth, below which a scatter isn't known
-SURE = 2  # standard errors: one stationary term in forty looks as if it moved
-HIGH = 3  # standard deviations that the first values stand above the last: one noisy term in seven hundred does
+LEAST = 50  # values: five in each tenth, the least to estimate a variance from
+SURE = 2  # standard errors: one stationary term in forty seems to move
+HIGH = 3  # standard deviations of the first values above the last: one noisy term in seven hundred exceeds it
 
 
 @dataclass(frozen=True)
 class Trend:
-    """From the mean of the first tenth of some values to the mean of the last.
+    """The change from the mean of the first tenth of the values to the mean of the last tenth.
 
-    `fall` is the difference and `error` its standard error, by the scatter within both tenths. `drop` is how far the
-    first value, or the mean of the first five, stands above the last tenth where that is no chance, else 0: what has
-    converged within the first tenth has fallen, too. All three are shares of the larger side.
+    `fall` is the difference, and `error` its standard error, from the variance within both tenths. `drop` is how far
+    the first value, or the mean of the first five, is above the last tenth, or 0 if that may be chance: it detects
+    terms that converge within the first tenth. All three are relative to the larger mean.
     """
 
     first: float
@@ -27,7 +27,7 @@ class Trend:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Trend | None":
-        """That of the values which are finite; None for fewer than 50."""
+        """The trend of the finite values; None for fewer than 50."""
         finite = [value for value in values if math.isfinite(value)]
         if len(finite) < LEAST:
             return None
@@ -42,20 +42,20 @@ class Trend:
 
     @property
     def sure(self) -> float:
-        """By how much the means surely fell."""
+        """The fall of the means, less two standard errors."""
         return self.fall - SURE * self.error
 
     def rose_by(self, share: float) -> bool:
-        """Whether the means surely rose by more than this share, with no drop before."""
+        """Whether the means rose by more than this share, beyond two standard errors and without an early drop."""
         return -self.fall - SURE * self.error > share and not self.drop
 
     def fell_less_than(self, share: float) -> bool:
-        """Whether it surely did not fall by this share, nor drop; false also where noise would hide such a fall."""
+        """Whether the values neither fell nor dropped by this share. False if noise could hide such a fall."""
         return self.fall + SURE * self.error < share and self.drop < share
 
     @property
     def word(self) -> str:
-        """falls, rises, stays, or unclear where noise hides it; 1 % is a move, below 5 % is none."""
+        """falls, rises, stays, or unclear if noise hides it. Over 1 % is a move; surely below 5 % is none."""
         if max(self.sure, self.drop) > 0.01:
             return "falls"
         if self.rose_by(0.01):

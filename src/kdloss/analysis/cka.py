@@ -1,4 +1,4 @@
-"""How much the blocks of two models resemble each other, to look at before pairing them."""
+"""Similarity of the blocks of two models, to look at before you pair them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,16 +31,16 @@ LEAST = 4  # the unbiased estimator divides by n - 3
 
 @dataclass(frozen=True, eq=False)
 class CKAMatrix:
-    """What `kdloss.analysis.cka_matrix` measured: `values[s, t]` for student block s and teacher block t."""
+    """The result of `kdloss.analysis.cka_matrix`: `values[s, t]` is the CKA of student block s and teacher block t."""
 
     values: Tensor
 
     def pairing(self, layers: Layers = "auto") -> list[tuple[int, int, float]]:
-        """The teacher block that each selected student block resembles most, in ascending order.
+        """Pair each selected student block with the teacher block that it resembles most, in ascending order.
 
-        `layers` selects student blocks, as in `kdloss.layers.select`. Of all assignments whose teacher
-        blocks never descend, the one with the largest sum of values; several student blocks may share a teacher
-        block. Each of N pairs weighs 1/N: give the list to `FeatureKD(pairing=...)`.
+        `layers` selects student blocks, as in `kdloss.layers.select`. Among all assignments whose teacher blocks never
+        descend, this is the one with the largest sum of values. Several student blocks may share a teacher block. Each
+        of N pairs has the weight 1/N. Give the list to `FeatureKD(pairing=...)`.
 
         >>> CKAMatrix(torch.tensor([[0.9, 0.8, 0.1], [0.3, 0.2, 0.7]])).pairing("all")
         [(0, 0, 0.5), (1, 2, 0.5)]
@@ -48,7 +48,7 @@ class CKAMatrix:
         chosen = sorted(select(layers, len(self.values)))
         best, partners = torch.zeros_like(self.values[0]), []
         for values in self.values[chosen]:
-            before, partner = best.cummax(0)  # of the blocks up to each one, the best for those so far
+            before, partner = best.cummax(0)  # for each teacher block: the best sum so far that ends at or before it
             best = before + values
             partners.append(partner)
         t = int(best.argmax())
@@ -92,29 +92,29 @@ def cka_matrix(
     layout: Patterns = None,
     teacher_layout: Patterns | EllipsisType = ...,
 ) -> CKAMatrix:
-    r"""Centred kernel alignment between all blocks of two models, over some batches.
+    r"""Measure the centred kernel alignment (CKA) between all blocks of two models on some batches.
 
     $\frac{\sum_b \mathrm{HSIC}_1(K_b, L_b)}{\sqrt{\sum_b \mathrm{HSIC}_1(K_b, K_b)}
-    \sqrt{\sum_b \mathrm{HSIC}_1(L_b, L_b)}}$ with $K_b = X_b X_b^\top$ of a student block's and $L_b$ of
-    a teacher block's features on batch b, and the unbiased
+    \sqrt{\sum_b \mathrm{HSIC}_1(L_b, L_b)}}$ with $K_b = X_b X_b^\top$ for a student block's features
+    on batch b, $L_b$ likewise for a teacher block's, and the unbiased
     $\mathrm{HSIC}_1(K, L) = \frac{1}{n(n-3)} \left(\mathrm{tr}(\tilde K \tilde L) +
     \frac{1^\top \tilde K 1\; 1^\top \tilde L 1}{(n-1)(n-2)} - \frac{2}{n-2} 1^\top \tilde K \tilde L 1
-    \right)$, $\tilde K$ without its diagonal. 1 for a block and itself, about 0 for unrelated ones
-    (slightly negative by chance), blind to shifts, rotations and scale. Computed in float64.
+    \right)$, $\tilde K$ is K without its diagonal. The value is 1 for a block and itself and about 0
+    for unrelated blocks (slightly negative by chance). Shifts, rotations and scale do not change it. It is computed
+    in float64.
 
-    The n samples of a batch are the tokens that count where the features of all blocks are `[B, T, D]`
-    with one T: `attention_mask` (or `mask`) and labels of -100 take them out as in `FeatureKD`. Of more
-    than `samples`, as many are drawn, the same in every run. Otherwise, as for a CNN's maps, the
-    samples are the examples, their features side by side. `layout` and `teacher_layout` are those of
-    `kdloss.Features`.
+    The n samples of a batch are its tokens if the features of all blocks are `[B, T, D]` with the same T.
+    `attention_mask` (or `mask`) and labels of -100 exclude tokens as in `FeatureKD`. If more than `samples` tokens are
+    left, `samples` of them are drawn, the same ones in every run. Otherwise, for example for a CNN's maps, the samples
+    are the examples, with their features flattened. `layout` and `teacher_layout` are those of `kdloss.Features`.
 
-    A batch is a mapping of inputs, of which each model is given those that its forward names, or a tuple of them, on
-    the models' device.
-    Both run in eval mode without gradient, once a batch, up to their last block, and are left as they
-    were. Memory does not grow with the number of batches. For a progress bar pass `tqdm(batches)`.
+    `batches` yields mappings of inputs, from which `student` and `teacher` each get the inputs that their forward
+    names, or tuples of inputs, on the models' device. Both models run once for each batch, in eval mode, without
+    gradient and only up to their last block. Afterwards they are as they were. Memory does not grow with the number of
+    batches. For a progress bar pass `tqdm(batches)`.
 
-    Raises: ValueError for no batch, one of fewer than 4 samples, models whose blocks are not found
-    (`blocks` names the list), or features in another layout.
+    Raises: ValueError for no batch, a batch of fewer than 4 samples, a model whose blocks are not found (`blocks` names
+    the list), or features in another layout.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9))
@@ -134,7 +134,7 @@ def cka_matrix(
     causal: bool | None = None
     towers = Towers()
     for number, batch in enumerate(batches):
-        args, inputs, labels, mask = _parts(batch)
+        args, inputs, labels, mask = _split_batch(batch)
         own = of_student(student, [Teacher(teacher)], inputs)
         if labels is not None and causal is None:
             causal = getattr(own_loss(student, args, own, labels), "causal", None) or False
@@ -156,8 +156,8 @@ def cka_matrix(
     return CKAMatrix(torch.where(scale > 0, both / scale, 0.0))
 
 
-def _parts(batch: Any) -> tuple[Any, dict[str, Any], Any, Any]:
-    """A batch's positional inputs, those by keyword, labels and mask."""
+def _split_batch(batch: Any) -> tuple[Any, dict[str, Any], Any, Any]:
+    """A batch's positional inputs, keyword inputs, labels and mask."""
     inputs = dict(batch) if isinstance(batch, Mapping) else {}
     args = () if inputs else batch if isinstance(batch, (tuple, list)) else (batch,)
     return args, inputs, inputs.pop("labels", None), inputs.pop("mask", None)
@@ -175,7 +175,7 @@ def _features(
     towers: Towers,
     axes: tuple[Axes, Axes],
 ) -> tuple[list[list[Tensor]], Tensor | None]:
-    """The features of every block of both models, and which tokens count; None where examples do."""
+    """The features of all blocks of both models, and the mask of tokens; None if samples are examples."""
     fed = DecoderInputs()
     read = ((student, named(student, inputs)), (teacher, of_teacher(teacher, inputs)))
     both = [fed.of(model, args, own, labels) for model, own in read]
@@ -209,7 +209,7 @@ def _run(model: nn.Module, args: Any, inputs: dict[str, Any], blocks: str | None
 
 
 def _u_centred(features: Tensor, number: int) -> Tensor:
-    """The kernel `[n n]` of features `[n, D]`, centred without its diagonal."""
+    """The Gram matrix `[n, n]` of features `[n, D]`, centred without its diagonal, flattened."""
     n = len(features)
     if n < LEAST:
         raise ValueError(
@@ -217,8 +217,8 @@ def _u_centred(features: Tensor, number: int) -> Tensor:
             "batches, or DataLoader(..., drop_last=True)"
         )
     x = features.to(widest(features.device))
-    size, x = x.abs().amax(), x - x.mean(0)  # centring changes nothing but the rounding
-    x = torch.where(x.abs() > 1e-12 * size, x, 0.0)  # and that of constant features is not seen
+    size, x = x.abs().amax(), x - x.mean(0)  # centring changes only the rounding
+    x = torch.where(x.abs() > 1e-12 * size, x, 0.0)  # and the rounding of constant features is removed
     kernel = (x @ x.T).fill_diagonal_(0)
     rows = kernel.sum(0) / (n - 2)
     centred = kernel - rows - rows[:, None] + kernel.sum() / ((n - 1) * (n - 2))

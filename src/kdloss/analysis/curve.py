@@ -1,4 +1,4 @@
-"""The terms of a training over its steps."""
+"""The loss terms of a training over its steps."""
 
 from collections.abc import Mapping
 from numbers import Real
@@ -18,15 +18,16 @@ MOST = 2000  # points: more than a picture shows
 
 
 class Curve:
-    """Follows the terms of a training, draws them, and tells usual pitfalls by what they look like.
+    """Record the loss terms of a training, draw them and detect common problems.
 
-    `add(out.components)` in the loop, once a step. Nothing waits for a device: numbers are looked at when they are
-    asked for. Any mapping of names to numbers will do, `criterion.components` or a line of a Trainer's `log_history`.
-    At most 2000 points are kept: of more, neighbours become their mean, all but the first. Of several processes each
-    follows its own batches.
+    Call `add(out.components)` in the loop, once a step. It does not wait for the device: tensors are read only when
+    you ask for values. Any mapping of names to numbers works, for example `criterion.components` or a line of a
+    Trainer's `log_history`. At most 2000 points are kept; beyond that, neighbouring points are averaged, except the
+    first. With several processes each one records its own batches.
 
-    `print(curve)` shows of each name the first value, the last (the mean of the last tenth), the lowest and the trend.
-    Where noise hides that it is "unclear", with fewer than 50 values "short". A pickle holds the numbers alone.
+    `print(curve)` shows for each name the first value, the last one (the mean of the last tenth), the lowest and the
+    trend. The trend is "unclear" if noise hides it, and "short" with fewer than 50 values. A pickle contains only
+    numbers.
 
     >>> curve = Curve()
     >>> for step in range(100):
@@ -41,16 +42,16 @@ class Curve:
 
     def __init__(self) -> None:
         self._points: list[_Point] = []
-        self._width = 1  # steps to a point
+        self._width = 1  # steps per point
 
     def add(self, numbers: Mapping[str, Any], step: int | None = None) -> None:
-        """Note the `numbers` of a step: `out.components`, or any mapping of names to numbers.
+        """Record the `numbers` of a step: `out.components`, or any mapping of names to numbers.
 
-        `step` is the one after the last unless it is given, as `criterion.step` where a run goes on. What is added
-        to one step several times, as by micro-batches, becomes a mean. An earlier step than the last means that the run
-        went back to it: what was noted from there on is forgotten.
+        `step` is by default the one after the last. Give it where a run resumes, as `criterion.step`. If you add to a
+        step several times, as with micro-batches, it keeps the mean. A step before the last one means that the run went
+        back to it: everything recorded from that step on is dropped.
 
-        Raises: TypeError for what is no number.
+        Raises: TypeError for a value that is not a number.
         """
         sums = {name: _number(name, value) for name, value in numbers.items()}
         last = self._points[-1].last if self._points else -1
@@ -69,7 +70,7 @@ class Curve:
 
     @property
     def values(self) -> dict[str, list[float]]:
-        """The numbers of each name so far: `values["kd"]`."""
+        """The values of each name so far: `values["kd"]`."""
         found: dict[str, list[float]] = {}
         for point in self._read():
             for name, total in point.sums.items():
@@ -78,7 +79,7 @@ class Curve:
 
     @property
     def steps(self) -> dict[str, list[float]]:
-        """The steps at which the `values` of each name stand; of a mean, the one in the middle."""
+        """The step of each entry of `values`; for an average, the step in the middle."""
         found: dict[str, list[float]] = {}
         for point in self._points:
             for name in point.sums:
@@ -86,15 +87,15 @@ class Curve:
         return found
 
     def symptoms(self, criterion: Sum | None = None, teacher_loss: float | None = None) -> list[Symptom]:
-        """What looks wrong, each with causes and cures; nothing where noise may be all there is.
+        """Find common problems, each with likely causes and what to do. Differences that noise can explain are ignored.
 
-        - `criterion`: tells what each term is and weighs. Without it the terms are "ce", "task", "kd" and "feature", as
-          they are called by default, and no weight is known.
-        - `teacher_loss`: the teacher's own cross-entropy, measured once on data like these: `teacher(**batch).loss`.
+        - `criterion`: gives the kind and the weight of each term. Without it the default names "ce", "task", "kd" and
+          "feature" are assumed, and no weights are known.
+        - `teacher_loss`: the teacher's own cross-entropy, measured once on similar data: `teacher(**batch).loss`.
 
-        What falls and what doesn't is told from 50 values of a term on. The guide has each rule with its thresholds.
+        Trends need at least 50 values of a term. The guide lists the rules with their thresholds.
 
-        Raises: TypeError for a `criterion` that is no `kdloss.Sum`.
+        Raises: TypeError for a `criterion` that is not a `kdloss.Sum`.
         """
         if criterion is not None and not isinstance(criterion, Sum):
             what = type(criterion).__name__
@@ -104,14 +105,14 @@ class Curve:
     def draw(self, target: Any) -> None:
         """Draw all terms on a `target`: a matplotlib figure, or the path of a file to write.
 
-        The terms stand in the first panel; the layers of each, and what it is multiplied by, in panels of their own.
+        The terms are in the first panel. The layers of each term, and its factors, have panels of their own.
 
         Raises: ImportError without matplotlib (`pip install 'kdloss[plot]'`).
         """
         draw(self.steps, self.values, target)
 
     def _read(self) -> "list[_Point]":
-        """The points, their tensors read: one wait for each device."""
+        """The points, with tensors read as numbers. It waits once for each device."""
         waiting: dict[torch.device, list[tuple[dict[str, Any], str]]] = {}
         for point in self._points:
             for name, total in point.sums.items():
@@ -132,7 +133,7 @@ class Curve:
 
 
 class _Point:
-    """Some steps: the sum of each number, and of how many it is."""
+    """One or more steps: the sum and the count of each number."""
 
     def __init__(self, step: int) -> None:
         self.first, self.last, self.steps = step, step - 1, 0
@@ -142,7 +143,7 @@ class _Point:
     def add(self, sums: Mapping[str, Any], counts: Mapping[str, int], last: int, steps: int) -> None:
         self.last, self.steps = last, self.steps + steps
         for name, total in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + total  # a new tensor: the one given may be written to
+            self.sums[name] = self.sums.get(name, 0.0) + total  # a new tensor: the caller may write to the old one
             self.counts[name] = self.counts.get(name, 0) + counts[name]
 
 

@@ -1,7 +1,7 @@
-"""The usual pitfalls by what they look like on a curve: the guide's table as code.
+"""Rules that detect common problems on a curve: the guide's table as code.
 
-A rule speaks only where two standard errors, of the means of the first and the last tenth, leave no doubt. Where noise
-could hide that all is well it is silent.
+A rule reports only differences between the means of the first and the last tenth that exceed two standard errors. If
+noise could explain what it sees, it reports nothing.
 """
 
 import math
@@ -15,10 +15,10 @@ from kdloss.terms import Sum
 
 @dataclass(frozen=True)
 class Symptom:
-    """What `kdloss.analysis.Curve.symptoms` found.
+    """A problem that `kdloss.analysis.Curve.symptoms` found.
 
-    - `term`: its name. `text`: what it looks like, in a sentence.
-    - `causes`: likely ones, each with what to do about it.
+    - `term`: the name of the term. `text`: the observation, in a sentence.
+    - `causes`: likely causes, each with what to do about it.
 
     >>> print(Symptom("ce", "ce is 0 throughout", {"no position counts": "look at the labels of one batch"}))
     ce is 0 throughout
@@ -34,7 +34,7 @@ class Symptom:
 
 
 def find(steps: Numbers, values: Numbers, criterion: Sum | None, teacher_loss: float | None) -> list[Symptom]:
-    """What the rules find; of a term whose numbers are broken, or 0, nothing else."""
+    """Apply all rules. A term that is not finite, or 0, gets no other symptom."""
     seen = Seen(steps, values, criterion)
     broken = [*_not_finite(seen), *_zero(seen)]
     found = [*_features(seen), *_logits(seen), *_labels(seen), *_teacher(seen, teacher_loss), *_drowning(seen)]
@@ -43,13 +43,13 @@ def find(steps: Numbers, values: Numbers, criterion: Sum | None, teacher_loss: f
 
 
 def _not_finite(seen: Seen) -> Iterator[Symptom]:
-    """One number is enough: no loss of ours is NaN by itself."""
-    told = set()
+    """A value is not finite. One is enough: no loss of this library is NaN by itself."""
+    reported = set()
     for name, values in seen.values.items():
         term = name.partition("/")[0]
         bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-        if bad is not None and term not in told:
-            told.add(term)
+        if bad is not None and term not in reported:
+            reported.add(term)
             yield Symptom(
                 term,
                 f"{name} is {values[bad]} at step {seen.steps[name][bad]:g}",
@@ -62,7 +62,7 @@ def _not_finite(seen: Seen) -> Iterator[Symptom]:
 
 
 def _zero(seen: Seen) -> Iterator[Symptom]:
-    """Exactly 0 in 50 values and more: losses between models that differ never are."""
+    """All of at least 50 values are exactly 0, which a loss between different models never is."""
     nothing = {"no position counts: labels of -100, or a mask of False": "look at the labels of one batch"}
     copy = {"the teacher is the student, or its copy": "another teacher; of a LoRA student kdloss.base_of(student)"}
     for name in seen.kinds:
@@ -73,18 +73,19 @@ def _zero(seen: Seen) -> Iterator[Symptom]:
 
 
 def _features(seen: Seen) -> Iterator[Symptom]:
-    """A term of features falls by less than 5 %, or by less than 0.4 of what labels or logits fall by, up to 25 %.
+    """A feature term falls by less than 5 %, or by less than 0.4 times the fall of labels or logits (at most 25 %).
 
-    In small trainings (200 steps, five distances, two widths and rates, five seeds each) with trained projections
-    features fell by 0.6 of that and more. With projections that no optimizer had they fell, too, as the student learns
-    some of it without: by -8 to 21 % at a fifth of the teacher's width, by up to 28 % at half of it, but there by 26
-    to 48 % under layer_norm_mse and cosine, and in a GPT-2 by 53 to 67 %: no curve tells these apart, the logger
-    "kdloss" does. Layers are told of where they fall by less than 5 % and their term by more than 25 %.
+    Measured in small trainings (200 steps, five distances, two widths and learning rates, five seeds each): with
+    trained projections features fell by at least 0.6 times that. With projections that no optimizer had they fell too,
+    because the student learns some of it without: by -8 to 21 % at a fifth of the teacher's width, by up to 28 % at
+    half of it, but by 26 to 48 % there under layer_norm_mse and cosine, and by 53 to 67 % in a GPT-2. No curve can
+    show that; the warning of the logger "kdloss" does. Layers are reported if they fall by less than 5 % and their
+    term by more than 25 %.
     """
     for name, trend in seen.from_the_start("features"):
         learned = seen.learned("labels", "logits")
         limit = max(0.05, min(0.25, 0.4 * max(learned.values(), default=0.0)))
-        stuck = [part for part, its in seen.parts(name).items() if its.fell_less_than(0.05)]
+        stuck = [layer for layer, its in seen.layers(name).items() if its.fell_less_than(0.05)]
         if trend.fell_less_than(limit):
             yield Symptom(
                 name,
@@ -107,7 +108,7 @@ def _features(seen: Seen) -> Iterator[Symptom]:
 
 
 def _logits(seen: Seen) -> Iterator[Symptom]:
-    """A term of logits falls by less than 5 %; not one with a temperature that is scheduled, which moves it."""
+    """A logit term falls by less than 5 %. Terms with a scheduled temperature are skipped, since that moves them."""
     for name, trend in seen.from_the_start("logits"):
         if trend.fell_less_than(0.05) and name not in seen.scheduled:
             yield Symptom(
@@ -117,16 +118,16 @@ def _logits(seen: Seen) -> Iterator[Symptom]:
                     "T or alpha too high": "T = 1, alpha = 0.1",
                     "a learning rate too low, or so high that nothing is learned": "the best one for the student alone",
                     "a teacher that is given something else": "the same inputs, or kdloss.Teacher(inputs=...)",
-                    "a teacher worse than its student, whom labels lead away": "symptoms(teacher_loss=...) tells",
+                    "a teacher worse than its student, taught by labels": "measure it: symptoms(teacher_loss=...)",
                     "a student too small for this teacher": "a larger student, or a smaller teacher between them",
                 },
             )
 
 
 def _labels(seen: Seen) -> Iterator[Symptom]:
-    """Cross-entropy falls by less than 1 % and logits by 5 %; or it rises by 5 %.
+    """Cross-entropy falls by less than 1 % while logits fall by 5 %, or it rises by 5 %.
 
-    No more than 1 % of a fall is asked, as a student that starts well has little to gain.
+    The threshold is only 1 %, because a student that starts well has little to gain.
     """
     learned = seen.learned("logits")
     for name, trend in seen.from_the_start("labels"):
@@ -137,14 +138,14 @@ def _labels(seen: Seen) -> Iterator[Symptom]:
                 {
                     "labels that weigh too little": "a larger alpha, or Sum(..., balance=...)",
                     "a teacher that disagrees with the labels": "measure it: symptoms(teacher_loss=...)",
-                    "labels that stand elsewhere than their logits": "causal=True or False; look at one batch",
+                    "labels at other positions than their logits": "causal=True or False; look at one batch",
                     "a learning rate too high": "the best one for the student alone",
                 },
             )
 
 
 def _teacher(seen: Seen, teacher_loss: float | None) -> Iterator[Symptom]:
-    """Cross-entropy ends below the teacher's by more than 1 %."""
+    """Cross-entropy ends more than 1 % below the teacher's."""
     for name, trend in seen.of("labels").items():
         if teacher_loss is None:
             return
@@ -154,16 +155,16 @@ def _teacher(seen: Seen, teacher_loss: float | None) -> Iterator[Symptom]:
                 name,
                 f"{name} ends at {trend.last:.4g}, and the teacher's is {teacher_loss:.4g}",
                 {
-                    "a teacher worse than its student": "a better one; alpha = 0.9 does no harm until then",
-                    "text known by heart": "compare both on held-out text; fewer passes",
+                    "a teacher worse than its student": "a better one; until then alpha = 0.9",
+                    "a student that memorised its text": "compare both on held-out text; fewer passes",
                 },
             )
 
 
 def _drowning(seen: Seen) -> Iterator[Symptom]:
-    """A term of features with its weight is more than ten times all others, in the first tenth and in the last.
+    """A weighted feature term is more than ten times all other terms, in the first tenth and in the last.
 
-    In the last alone it is what remains when the others are learned. Weights are the criterion's.
+    In the last tenth alone it could be what remains once the others are learned. Weights come from the criterion.
     """
     sizes = seen.sizes()
     for name in seen.of("features"):
@@ -181,7 +182,7 @@ def _drowning(seen: Seen) -> Iterator[Symptom]:
 
 
 def _heldout(seen: Seen) -> Iterator[Symptom]:
-    """Of five values and more the last two are 2 % above the lowest: at a loss of 3 the perplexity is 6 % higher."""
+    """Of at least five values the last two are 2 % above the lowest: 6 % in perplexity at a loss of 3."""
     labels = {"loss", *(name for name, kind in seen.kinds.items() if kind == "labels")}
     for name in (f"eval_{name}" for name in sorted(labels)):
         values = seen.values.get(name, ())

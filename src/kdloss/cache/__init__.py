@@ -1,4 +1,4 @@
-"""A teacher's most probable classes on disk: run it once, train from it without the teacher."""
+"""Store a teacher's most probable classes on disk: run the teacher once, then train without it."""
 
 from kdloss._extras import extra
 

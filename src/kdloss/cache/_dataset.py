@@ -1,4 +1,4 @@
-"""Examples as they come from a dataset: ids, tokens without padding, and what else the teacher reads."""
+"""Read examples from a dataset: ids, tokens without padding, and other columns that the teacher reads."""
 
 import hashlib
 import json
@@ -17,28 +17,28 @@ _OF_THE_TOKENS = {"input_ids", "attention_mask", *_documents.COLUMNS}
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples as they are given to the teacher: without padding, and one document of a packed row after the other.
+    """Examples as the teacher reads them: without padding, and packed rows split into documents.
 
-    `documents` are the lengths of each row's documents; `beside` what else the teacher reads, by column: `by_token`
-    are those with an entry for each token.
+    `documents` are the lengths of each row's documents. `extra` holds the other columns that the teacher reads, by
+    name; `by_token` names those with one entry for each token. `of_tokens` is False for a teacher without `input_ids`.
     """
 
     ids: list[Id]
     tokens: list[list[int]]
     documents: list[list[int]]
-    beside: dict[str, list[Any]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
     by_token: frozenset[str] = frozenset()
     of_tokens: bool = True
 
     def digest(self) -> str:
-        """What tells these examples from others."""
+        """A checksum of these examples."""
         packed = [self.documents] if any(len(lengths) > 1 for lengths in self.documents) else []
-        content = [self.ids, self.tokens, *packed, *([self.beside] if self.beside else [])]
+        content = [self.ids, self.tokens, *packed, *([self.extra] if self.extra else [])]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def checked_ids(dataset: Any, id_column: str, of_tokens: bool = True) -> list[Id]:
-    """All ids, none twice."""
+    """All ids, checked to be unique strings or integers."""
     columns = getattr(dataset, "column_names", None)
     if not hasattr(dataset, "with_format") or not hasattr(dataset, "__len__"):
         raise TypeError(f"dataset must be a datasets.Dataset, which has a length, got {type(dataset).__name__}")
@@ -61,8 +61,8 @@ def checked_ids(dataset: Any, id_column: str, of_tokens: bool = True) -> list[Id
     return ids
 
 
-def beside(dataset: Any, id_column: str, names: Collection[str], of_tokens: bool) -> list[str]:
-    """The columns that a teacher names, but for those of the tokens and the labels."""
+def extra_columns(dataset: Any, id_column: str, names: Collection[str], of_tokens: bool) -> list[str]:
+    """The columns that the teacher's forward names, except ids, tokens and labels."""
     left_out = {id_column, "labels", *_OF_THE_TOKENS}
     found = [column for column in dataset.column_names if column in names and column not in left_out]
     if not of_tokens and not found:
@@ -72,7 +72,7 @@ def beside(dataset: Any, id_column: str, names: Collection[str], of_tokens: bool
 
 
 def read(dataset: Any, rows: slice, id_column: str, columns: Collection[str] = (), of_tokens: bool = True) -> Examples:
-    """Some examples without their padding."""
+    """Read some examples and remove their padding."""
     found = dataset.with_format(None)[rows]
     ids = list(found[id_column])
     if not of_tokens:
@@ -81,7 +81,7 @@ def read(dataset: Any, rows: slice, id_column: str, columns: Collection[str] = (
         )
     tokens = found["input_ids"]
     masks = found.get("attention_mask") or [[1] * len(row) for row in tokens]
-    spans = [real(*row) for row in zip(ids, tokens, masks, strict=True)]
+    spans = [unpadded(*row) for row in zip(ids, tokens, masks, strict=True)]
     cut = {name: found[name] for name in columns}
     by_token = frozenset(name for name, x in cut.items() if _by_token(x, tokens))
     for name in by_token:
@@ -94,8 +94,8 @@ def read(dataset: Any, rows: slice, id_column: str, columns: Collection[str] = (
     return Examples(ids, kept, documents, cut, by_token)
 
 
-def real(id: Id, tokens: list[int], mask: list[int]) -> slice:
-    """Where the tokens are that a mask, with zeros at the beginning or the end only, leaves."""
+def unpadded(id: Id, tokens: list[int], mask: list[int]) -> slice:
+    """The span of tokens that the mask keeps. It may have zeros only at the beginning and the end."""
     if len(tokens) != len(mask):
         raise ValueError(f"example {id!r} has {len(tokens)} input_ids and an attention_mask of {len(mask)}")
     start = next((i for i, there in enumerate(mask) if there), 0)
@@ -106,7 +106,7 @@ def real(id: Id, tokens: list[int], mask: list[int]) -> slice:
 
 
 def _by_token(rows: list[Any], tokens: list[list[int]]) -> bool:
-    """Whether a column has a whole number, or a list of some, for each token."""
+    """Whether a column has an integer, or a list of integers, for each token."""
     if any(not isinstance(x, list) or len(x) != len(row) for x, row in zip(rows, tokens, strict=True)):
         return False
     first: Any = next((x[0] for x in rows if x), 0)

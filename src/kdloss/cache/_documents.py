@@ -1,4 +1,4 @@
-"""Documents packed into one row, as positions, numbers or lengths tell them."""
+"""Find the documents packed into one row, from position ids, sequence numbers or lengths."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -10,10 +10,10 @@ COLUMNS = ("position_ids", "seq_idx", "seq_lengths")
 def lengths(id: Any, columns: Mapping[str, Any], mask: Sequence[int], span: slice) -> list[int]:
     """The lengths of a row's documents, without its padding.
 
-    They begin where `position_ids` start anew, where `seq_idx` or an `attention_mask` that numbers them has another
-    number, or after `seq_lengths`.
+    A document begins where `position_ids` are 0 again, where the number in `seq_idx` or in the `attention_mask`
+    changes, or as `seq_lengths` states.
 
-    Raises: ValueError where positions are none of 0, 1, 2, ... in each document, or lengths don't add up.
+    Raises: ValueError if positions are not 0, 1, 2, ... in each document, or if lengths don't add up.
 
     >>> lengths("a", {"position_ids": [0, 1, 2, 0, 1]}, [1, 1, 1, 1, 0], slice(0, 4))
     [3, 1]

@@ -1,4 +1,4 @@
-"""Files that are whole whenever they are there, and checksums that say whether they still are."""
+"""Write files atomically, so that a file that exists is complete; and compute checksums."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 @contextmanager
 def replacing(path: Path, rank: int) -> Iterator[Path]:
-    """A temporary name to write a file under; once it is on the disk, it takes the place of `path`."""
+    """Yield a temporary path to write to; after a sync to disk it replaces `path`."""
     partial = path.with_name(f"{path.name}.{rank}.partial")
     try:
         yield partial
@@ -29,8 +29,8 @@ def replacing(path: Path, rank: int) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def sweep(folder: Path, rank: int, world: int) -> None:
-    """Remove what this process, or one that this run doesn't have, left when it was killed."""
+def remove_partials(folder: Path, rank: int, world: int) -> None:
+    """Remove partial files that a killed process left: those of this rank, and of ranks this run doesn't have."""
     for partial in folder.glob("*.partial"):
         of = int(partial.name.split(".")[-2])
         if of == rank or of >= world:
@@ -44,7 +44,7 @@ def save_json(content: Any, path: Path, rank: int) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file, read in pieces."""
+    """The SHA-256 of a file, read in pieces."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""What a cache was made of: manifest.json, complete once all of its shards are there."""
+"""manifest.json: the settings of a cache, and the checksums once all of its shards are written."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ FORMAT = 1
 
 
 def begin(folder: Path, settings: dict[str, Any], rank: int) -> None:
-    """Note the settings of a new cache; one that was begun with others is refused."""
+    """Write the settings of a new cache, or raise if the folder was begun with other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / NAME).exists():
         _files.save_json(settings, folder / NAME, rank)
@@ -26,7 +26,7 @@ def begin(folder: Path, settings: dict[str, Any], rank: int) -> None:
 
 
 def complete(folder: Path, settings: dict[str, Any], rank: int) -> None:
-    """Add the checksums, if the last shard is there; whoever finishes last does it."""
+    """Add the checksums if all shards are there; the process that finishes last does it."""
     names = _shard.names(shard_count(settings))
     if missing(folder, settings):
         return
@@ -41,7 +41,7 @@ def complete(folder: Path, settings: dict[str, Any], rank: int) -> None:
 
 
 def shard_count(settings: dict[str, Any]) -> int:
-    """How many shards there will be."""
+    """The number of shards of the complete cache."""
     return -(-int(settings["examples"]) // int(settings["shard_size"]))
 
 
@@ -52,7 +52,7 @@ def missing(folder: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest as it stands."""
+    """Read the manifest."""
     try:
         found: dict[str, Any] = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except FileNotFoundError as error:

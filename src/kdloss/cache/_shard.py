@@ -1,4 +1,4 @@
-"""Some examples' classes in one file, end to end without padding, and an index of their ids beside it."""
+"""A shard: one file with the classes of some examples, concatenated without padding, and an index of their ids."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _TYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "U8": "u1", "F16": "<f2"}
 
 
 class Kept(NamedTuple):
-    """What is kept of a batch: its positions end to end, in stored types, and how many each example has."""
+    """What is stored of a batch: its positions, concatenated, in stored types, and the length of each example."""
 
     lengths: list[int]
     indices: Tensor
@@ -29,7 +29,7 @@ class Kept(NamedTuple):
 
     @classmethod
     def of(cls, documents: Sequence[TopKLogits], lengths: list[int], ids: Sequence[Id]) -> "Kept":
-        """Of several documents' classes, brought to the CPU; NaN among them is refused, naming the example."""
+        """Concatenate the classes of documents on the CPU. NaN raises, with the id of the example."""
         vocabulary = documents[0].vocabulary
         assert vocabulary is not None
         indices = torch.cat([x.indices for x in documents]).to(index_dtype(vocabulary)).cpu()
@@ -43,22 +43,22 @@ class Kept(NamedTuple):
 
 
 def names(count: int) -> list[str]:
-    """What so many shards are called."""
+    """The names of `count` shards."""
     return [f"shard-{i:05d}" for i in range(count)]
 
 
 def data_file(folder: Path, name: str) -> Path:
-    """Where the numbers are."""
+    """The file with a shard's numbers."""
     return folder / f"{name}.safetensors"
 
 
 def index_file(folder: Path, name: str) -> Path:
-    """Where the ids are; it is written last, so a shard with an index is finished."""
+    """The file with a shard's ids. It is written last, so a shard with an index is finished."""
     return folder / f"{name}.json"
 
 
 def finished(folder: Path, name: str, examples: Examples) -> bool:
-    """Whether the shard is there, as it was written; one of other examples is refused."""
+    """Whether the shard exists and is unchanged. Raises if it was written from other examples."""
     try:
         index = json.loads(index_file(folder, name).read_text(encoding="utf-8"))
         if _files.sha256(data_file(folder, name)) != index["sha256"]:
@@ -88,7 +88,7 @@ def save(folder: Path, name: str, examples: Examples, kept: Sequence[Kept], rank
 
 
 def tensors(kept: Sequence[Kept]) -> dict[str, Tensor]:
-    """All positions end to end; example i is those from offsets[i] to offsets[i + 1]."""
+    """All positions, concatenated; example i is from offsets[i] to offsets[i + 1]."""
     return {
         "offsets": torch.tensor([0, *(n for batch in kept for n in batch.lengths)]).cumsum(0),
         "indices": torch.cat([batch.indices for batch in kept]),
@@ -98,38 +98,38 @@ def tensors(kept: Sequence[Kept]) -> dict[str, Tensor]:
 
 
 def index_dtype(vocabulary: int) -> torch.dtype:
-    """The narrowest integers that hold so many classes."""
+    """The narrowest integer dtype for this many classes."""
     sizes = {2**8: torch.uint8, 2**16: torch.uint16, 2**31: torch.int32}
     return next(dtype for size, dtype in sizes.items() if vocabulary <= size)
 
 
 def mapped(file: Path) -> tuple[list[int], list[Any]]:
-    """A shard's offsets; and its indices, log_probs and log_rest as they lie in the file, to be read only.
+    """A shard's offsets, and read-only views of its indices, log_probs and log_rest in the mapped file.
 
-    What nobody asks for isn't read from the disk. A file is its header's length, the header, and the numbers.
+    Only pages that are used are read from the disk. A file is the length of its header, the header, and the numbers.
     """
     with file.open("rb") as opened:
         start = 8 + int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(start - 8))
-    # numpy's own maps keep a file open each, of which a process may have as few as a thousand
+    # each numpy.memmap keeps a file open, and a process may be limited to a thousand open files
     content = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8).numpy()[start:]
-    offsets, *parts = (
+    offsets, *arrays = (
         content[slice(*header[name]["data_offsets"])].view(_TYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
         for name in _TENSORS
     )
-    return offsets.tolist(), parts
+    return offsets.tolist(), arrays
 
 
-def laid(rows: Sequence[Sequence[Any]], places: Sequence[Any], length: int, vocabulary: int) -> list[Tensor]:
-    """The numbers of some examples, each at its places of `length` ones, and empty slots elsewhere: a copy."""
-    ids = str(index_dtype(vocabulary + 1)).removeprefix("torch.")  # one that has a number for an empty slot
+def padded_batch(rows: Sequence[Sequence[Any]], places: Sequence[Any], length: int, vocabulary: int) -> list[Tensor]:
+    """Copy the numbers of some examples into a batch of `length`, each at its places, with empty slots elsewhere."""
+    ids = str(index_dtype(vocabulary + 1)).removeprefix("torch.")  # a dtype with room for the empty slot
     padded = sum(len(log_rest) for *_, log_rest in rows) < len(rows) * length
     found = []
-    for part, dtype, empty in zip(zip(*rows, strict=True), (ids, "<f2", "<f2"), (-1, -np.inf, 0), strict=True):
-        there = np.empty((len(rows), length, *part[0].shape[1:]), dtype)
+    for arrays, dtype, empty in zip(zip(*rows, strict=True), (ids, "<f2", "<f2"), (-1, -np.inf, 0), strict=True):
+        there = np.empty((len(rows), length, *arrays[0].shape[1:]), dtype)
         if padded:
             there.fill(np.array(empty).astype(dtype))
-        for i, (row, place) in enumerate(zip(part, places, strict=True)):
+        for i, (row, place) in enumerate(zip(arrays, places, strict=True)):
             there[i, place] = row
         found.append(torch.from_numpy(there))
     return found

@@ -1,4 +1,4 @@
-"""The teacher's pass over a shard's examples."""
+"""Run the teacher over a shard's examples."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from kdloss.targets import TopKLogits
 
 @dataclass(frozen=True)
 class Piece:
-    """A document: where it is, and what the teacher reads of it."""
+    """A document: the id of its example, its tokens and the other columns that the teacher reads."""
 
     id: Id
     tokens: list[int]
-    beside: dict[str, Any]
+    extra: dict[str, Any]
 
 
 def top_k(teacher: nn.Module, examples: Examples, batch_size: int, k: int, temperature: float) -> Iterator[Kept]:
-    """The k most probable classes at every position of every example (or of the example), a batch at a time."""
+    """Yield the k most probable classes at every position, or of every example, one batch at a time."""
     for start in range(0, len(examples.ids), batch_size):
         rows = range(start, min(start + batch_size, len(examples.ids)))
         pieces = [pieces_of(examples, i) for i in rows]
@@ -35,33 +35,37 @@ def top_k(teacher: nn.Module, examples: Examples, batch_size: int, k: int, tempe
         found: list[TopKLogits] = []
         for first in range(0, len(flat), batch_size):
             some = flat[first : first + batch_size]
-            said = pass_of(teacher, some, examples)
-            found += [TopKLogits.of(logits, k, temperature=temperature) for logits in apart(said, some)]
-            if said.ndim == 2 and len(flat) > len(pieces):
+            batch = pass_of(teacher, some, examples)
+            found += [TopKLogits.of(x, k, temperature=temperature) for x in split_logits(batch, some)]
+            if batch.ndim == 2 and len(flat) > len(pieces):
                 packed = next(row[0].id for row in pieces if len(row) > 1)
-                raise ValueError(f"the teacher says one thing of an example, and {packed!r} holds several documents")
+                raise ValueError(
+                    f"the teacher returns one row of logits for each example, and {packed!r} holds several documents; "
+                    "give each document as an example of its own"
+                )
         documents = iter(found)
         lengths = [sum(next(documents).shape[0] for _ in row) for row in pieces]
         yield Kept.of(found, lengths, examples.ids[start : start + batch_size])
 
 
 def pieces_of(examples: Examples, i: int) -> list[Piece]:
-    """The documents of one row, each to be read by itself, so that none is another's context."""
+    """The documents of one row. The teacher reads each one by itself, so that none is the context of another."""
     tokens, at, found = examples.tokens[i], 0, []
     for length in examples.documents[i]:
         span = slice(at, at + length)
-        beside = {n: x[i][span] if n in examples.by_token else x[i] for n, x in examples.beside.items()}
-        found.append(Piece(examples.ids[i], tokens[span], beside))
+        extra = {n: x[i][span] if n in examples.by_token else x[i] for n, x in examples.extra.items()}
+        found.append(Piece(examples.ids[i], tokens[span], extra))
         at += length
-    if len(found) > 1 and (whole := [n for n in examples.beside if n not in examples.by_token]):
+    if len(found) > 1 and (shared := [n for n in examples.extra if n not in examples.by_token]):
         raise ValueError(
-            f"example {examples.ids[i]!r} holds {len(found)} documents and one {whole[0]!r} for all of them"
+            f"example {examples.ids[i]!r} holds {len(found)} documents and only one {shared[0]!r} for all of them; "
+            "give each document as an example of its own"
         )
     return found
 
 
 def pass_of(teacher: nn.Module, pieces: list[Piece], examples: Examples) -> Any:
-    """What a teacher returns, in eval mode, of documents padded at the right."""
+    """The teacher's logits for some documents, padded at the right, in eval mode."""
     inputs, device = _inputs(teacher, pieces, examples), device_of(teacher)
     with evaluating(teacher), torch.no_grad():
         out = teacher(**without_cache(teacher, {name: x.to(device) for name, x in inputs.items()}))
@@ -69,32 +73,32 @@ def pass_of(teacher: nn.Module, pieces: list[Piece], examples: Examples) -> Any:
     return getattr(out, "logits", out)
 
 
-def apart(logits: Any, pieces: list[Piece]) -> list[Tensor]:
-    """The logits of each document, `[its length, classes]`, of a classifier `[1, classes]`."""
+def split_logits(logits: Any, pieces: list[Piece]) -> list[Tensor]:
+    """Split logits by document: `[its length, classes]` each, or `[1, classes]` for a classifier."""
     longest = max(1, *(len(piece.tokens) for piece in pieces))
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3) or len(logits) != len(pieces):
         raise ValueError(
             "a cache keeps logits [batch, time, classes] or [batch, classes], and the teacher returned "
-            f"{described(logits)} of {len(pieces)} examples; give a module of your own that returns such"
+            f"{described(logits)} for {len(pieces)} examples; wrap the teacher in a module that returns such logits"
         )
     if logits.ndim == 2:
         return list(logits.unsqueeze(1))
     if logits.shape[1] != longest:
         raise ValueError(
-            f"the teacher's logits stand at {logits.shape[1]} positions and the tokens at {longest}; a cache keeps "
-            "what is said at each token, or one thing of each example"
+            f"the teacher's logits have {logits.shape[1]} positions and its tokens {longest}; a cache keeps one row of "
+            "logits for each token, [batch, time, classes], or for each example, [batch, classes]"
         )
     return [row[: len(piece.tokens)] for row, piece in zip(logits, pieces, strict=True)]
 
 
 def _inputs(teacher: nn.Module, pieces: list[Piece], examples: Examples) -> dict[str, Tensor]:
-    longest = max(1, *(len(piece.tokens) for piece in pieces))  # one may be empty
+    longest = max(1, *(len(piece.tokens) for piece in pieces))  # an example may be empty
     inputs: dict[str, Tensor] = {}
     if examples.of_tokens:
         padding = getattr(getattr(unwrap(teacher), "config", None), "pad_token_id", None)
         ids = _padded([piece.tokens for piece in pieces], longest)
         mask = _padded([[1] * len(piece.tokens) for piece in pieces], longest)
-        if isinstance(padding, int) and padding >= 0:  # classifiers look for the last token before it
+        if isinstance(padding, int) and padding >= 0:  # classifiers read the last token before the padding
             ids = ids.where(mask > 0, padding)
         inputs |= {"input_ids": ids, "attention_mask": mask}
         names, anything = taken_by(teacher)
@@ -103,14 +107,14 @@ def _inputs(teacher: nn.Module, pieces: list[Piece], examples: Examples) -> dict
                 f"the teacher takes {names} and no attention_mask, and would read padding as if it were text; "
                 "write batch_size=1"
             )
-    for name in examples.beside:
-        values = [piece.beside[name] for piece in pieces]
+    for name in examples.extra:
+        values = [piece.extra[name] for piece in pieces]
         inputs[name] = _padded(values, longest) if name in examples.by_token else _stacked(name, values)
     return inputs
 
 
 def _padded(rows: list[list[Any]], longest: int) -> Tensor:
-    """Rows of a number, or of several, for each token, with zeros behind them."""
+    """Stack rows with one or several numbers for each token, padded with zeros at the right."""
     each = next((torch.tensor(row).shape[1:] for row in rows if row), ())
     padded = torch.zeros(len(rows), longest, *each, dtype=torch.int64)
     for i, row in enumerate(rows):
@@ -123,7 +127,7 @@ def _stacked(name: str, values: list[Any]) -> Tensor:
     tensors = [torch.as_tensor(x) for x in values]
     if len({x.shape for x in tensors}) > 1:
         raise ValueError(
-            f"the column {name!r} has {tuple(tensors[0].shape)} in one example and others elsewhere, and a number for "
-            "each token in none; make them of one size, or write batch_size=1"
+            f"the column {name!r} has shape {tuple(tensors[0].shape)} in one example and another elsewhere, and not "
+            "one number for each token; give all examples one shape, or write batch_size=1"
         )
     return torch.stack(tensors)

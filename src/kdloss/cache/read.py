@@ -1,4 +1,4 @@
-"""A teacher read from disk, by the ids of a batch."""
+"""Read a teacher's classes from disk, by the ids of a batch."""
 
 import hashlib
 import json
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from kdloss.cache import _manifest, _shard
 from kdloss.cache._dataset import Id
-from kdloss.cache._whole import refuse_other, whole
+from kdloss.cache._intact import check_checksum, check_intact
 from kdloss.cache.tokenizer import tokenizer_hash
 from kdloss.targets import TopKLogits
 from kdloss.targets.top_k import Tail, right_rows
 
 
 def open(folder: str | Path, *, tokenizer: Any, tail: Tail = "bucket", device: torch.device | str = "cpu") -> "Cache":
-    """A cache that `kdloss.cache.write` made, ready to give batches; only its ids are read now.
+    """Open the cache that `kdloss.cache.write` made in `folder`. This reads only the ids; batches are read later.
 
-    `tokenizer` is the one that makes the training batches (None where no tokens were read); `tail` says how the
-    classes left out are treated (see `kdloss.TopKLogits`); batches are put on `device`.
+    `tokenizer` is the one that makes the training batches (None if the teacher reads no tokens). `tail` says how the
+    classes that are not stored are treated (see `kdloss.TopKLogits`). Batches are moved to `device`.
 
-    Raises: ValueError for a folder without a cache, an incomplete one, an index that was cut or altered,
-    another tokenizer.
+    Raises: ValueError for a folder without a cache, an incomplete cache, an index that was cut or altered, and another
+    tokenizer than the teacher's.
     """
     folder = Path(folder)
     manifest = _manifest.read(folder)
@@ -47,18 +47,19 @@ def open(folder: str | Path, *, tokenizer: Any, tail: Tail = "bucket", device: t
 
 
 class Cache:
-    """Stored classes by example id, whatever the order or the batch; made by `kdloss.cache.open`.
+    """A teacher's stored classes, by example id, in any order and any batches. Made by `kdloss.cache.open`.
 
-    `cache[ids]` are `TopKLogits` `[B, T, k]`, T being the longest example's length, with empty slots
-    behind the shorter ones, to stand in a criterion where the teacher's logits would: position t holds
-    what the teacher said at t, which a causal criterion shifts with the student's. Of a classifier they are
-    `[B, k]`. Numbers are in the types they have on the disk, where a DataLoader pins them and `batch.to(device)` moves
-    them, and become int64 and float32 in the loss. Files are mapped into memory and only what a batch needs is read; a
-    shard's checksum is tested when it is first needed on this machine, and again after the file changed. `folder` and
-    `manifest` are what `open` found on disk, `tail` and `device` what it was told.
+    `cache[ids]` returns `TopKLogits` `[B, T, k]`, where T is the length of the longest example and shorter ones are
+    padded with empty slots. Pass it to a criterion in place of the teacher's logits. Position t holds the teacher's
+    prediction at t; a causal criterion shifts it together with the student's. For a classifier it is `[B, k]`.
 
-    Raises: ValueError for an id that is not there, a length that doesn't fit, a shard that was cut or
-    altered, naming it; TypeError for ids that are no list or 1-D tensor.
+    Numbers keep their on-disk types while a DataLoader pins them and `batch.to(device)` moves them; the loss converts
+    them to int64 and float32. Files are mapped into memory, and only what a batch needs is read. A shard's checksum is
+    tested when the shard is first needed on this machine, and again if the file changes. `folder` and `manifest` are
+    what `open` found on disk; `tail` and `device` are its arguments.
+
+    Raises: ValueError for an unknown id, a length that doesn't fit, and a shard that was cut or altered, with its name;
+    TypeError for ids that are not a list or a 1-D tensor.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], tail: Tail, device: torch.device) -> None:
@@ -69,21 +70,21 @@ class Cache:
         self._set(ids)
 
     def _set(self, ids: list[Id]) -> None:
-        self._numbers = {id: number for number, id in enumerate(ids)}  # whole numbers take the least memory
+        self._numbers = {id: number for number, id in enumerate(ids)}  # integers take the least memory
         self._names = [*self.manifest["shards"]]
         self._classes = tuple(self.manifest["classes"]) if "classes" in self.manifest else None
         self._open: dict[int, tuple[list[int], list[Any]]] = {}
 
     def __len__(self) -> int:
-        """How many examples there are."""
+        """The number of examples."""
         return len(self._numbers)
 
     def __contains__(self, id: object) -> bool:
-        """Whether there is an example of this id."""
+        """Whether there is an example with this `id`."""
         return id in self._numbers
 
     def __getitem__(self, ids: Sequence[Id] | Int[Tensor, " batch"]) -> TopKLogits:
-        """The classes of the examples with these `ids`, padded at the right to the longest one."""
+        """The classes of the examples with these `ids`, padded at the right to the longest example."""
         return self.batch(ids)
 
     def batch(
@@ -93,7 +94,7 @@ class Cache:
         *,
         attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"] | None = None,
     ) -> TopKLogits:
-        """As `cache[ids]`, but padded at the right to `length`, or laid where an `attention_mask` isn't 0."""
+        """As `cache[ids]`, but padded at the right to `length`, or placed where `attention_mask` isn't 0."""
         ids = ids.tolist() if isinstance(ids, Tensor) and ids.ndim == 1 else ids
         if isinstance(ids, (str, int, Tensor)) or not len(ids):
             raise TypeError(f"ids must be a list or a 1-D tensor, as cache[[id]], got {ids!r}")
@@ -114,16 +115,16 @@ class Cache:
             self._check_lengths(ids, lengths, [min(n, length) for n in lengths])
             longest = length
         vocabulary, temperature = self.manifest["vocabulary"], self.manifest["temperature"]
-        indices, log_probs, log_rest = _shard.laid(rows, places, longest, vocabulary)
+        indices, log_probs, log_rest = _shard.padded_batch(rows, places, longest, vocabulary)
         if one_each:
             indices, log_probs, log_rest = indices.squeeze(1), log_probs.squeeze(1), log_rest.squeeze(1)
         found = right_rows(indices, log_probs, self.tail, temperature, log_rest, vocabulary, self._classes)
         return found.to(self.device)
 
     def verify(self) -> None:
-        """Test every shard's checksum now, whatever was tested before."""
+        """Test the checksums of all shards now, even those that were tested before."""
         for name, sums in self.manifest["shards"].items():
-            whole(_shard.data_file(self.folder, name), sums["sha256"], again=True)
+            check_intact(_shard.data_file(self.folder, name), sums["sha256"], again=True)
 
     def _check_lengths(self, ids: Sequence[Id], stored: list[int], asked: list[int]) -> None:
         if len(asked) != len(ids):
@@ -137,7 +138,7 @@ class Cache:
                 )
 
     def _read(self, id: Id) -> list[Any]:
-        """An example's indices, log_probs and log_rest, as they lie in the file."""
+        """An example's indices, log_probs and log_rest, as views of the file."""
         if id not in self._numbers:
             some = next(iter(self._numbers))
             raise ValueError(
@@ -148,30 +149,30 @@ class Cache:
         if shard not in self._open:
             name = self._names[shard]
             file = _shard.data_file(self.folder, name)
-            whole(file, self.manifest["shards"][name]["sha256"])
+            check_intact(file, self.manifest["shards"][name]["sha256"])
             self._open[shard] = _shard.mapped(file)
-        offsets, parts = self._open[shard]
+        offsets, arrays = self._open[shard]
         at = slice(offsets[row], offsets[row + 1])
-        return [part[at] for part in parts]
+        return [array[at] for array in arrays]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, so that workers of a DataLoader can be given it."""
-        told = {name: getattr(self, name) for name in ("folder", "manifest", "tail", "device")}
-        return told | {"ids": [*self._numbers]}
+        """The state without open files, so that a DataLoader can pass the cache to its workers."""
+        settings = {name: getattr(self, name) for name in ("folder", "manifest", "tail", "device")}
+        return settings | {"ids": [*self._numbers]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Files are opened where they are needed."""
+        """Restore the settings and ids; files are opened when they are needed."""
         ids = state.pop("ids")
         vars(self).update(state)
         self._set(ids)
 
 
 def _ids(file: Path, expected: str) -> list[Id]:
-    """The ids in an index that is as it was written."""
+    """Read the ids from an index, after a check of its checksum."""
     try:
         content = file.read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"{file} is gone; the same call of kdloss.cache.write writes it again") from error
-    refuse_other(file, hashlib.sha256(content).hexdigest(), expected)
+    check_checksum(file, hashlib.sha256(content).hexdigest(), expected)
     ids: list[Id] = json.loads(content)["ids"]
     return ids

@@ -1,4 +1,4 @@
-"""Which tokenizer it was, by content."""
+"""Identify a tokenizer by its content."""
 
 import hashlib
 import json
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A SHA-256 of a tokenizer's vocabulary, and of its merges where it has them.
+    """A SHA-256 of the vocabulary of a `tokenizer`, and of its merges if it has some.
 
-    The same wherever the tokenizer was saved, and in every process. Tokenizers of one hash give
-    ids the same meaning; pre-tokenisation and templates are not part of it.
+    It does not depend on the process or on where the tokenizer was saved. In tokenizers with the same hash, ids have
+    the same meaning. Pre-tokenisation and templates are not part of the hash.
 
-    Raises: TypeError for what has no `get_vocab()`.
+    Raises: TypeError for an object without `get_vocab()`.
 
     >>> from tokenizers import Tokenizer, models
     >>> one, two = ({"a": 0, "b": 1}, {"b": 0, "a": 1})

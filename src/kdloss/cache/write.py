@@ -1,4 +1,4 @@
-"""A teacher run once over a dataset, its most probable classes kept on disk."""
+"""Run a teacher once over a dataset and store its most probable classes on disk."""
 
 import os
 from collections.abc import Iterator
@@ -30,32 +30,33 @@ def write(
     batch_size: int = 8,
     shard_size: int = 1024,
 ) -> None:
-    r"""Run a teacher once over a dataset and keep its k most probable classes at every position.
+    r"""Run a teacher once over a dataset and store its k most probable classes at every position.
 
-    Kept are the k largest $\log p_v$ of $p = \mathrm{softmax}(t/T)$ in float16, their indices in the
-    narrowest integers that hold the vocabulary, and the log-probability of all the other classes
-    together; T is the temperature you will train with. `kdloss.cache.open` reads them by id.
+    It stores the k largest $\log p_v$ of $p = \mathrm{softmax}(t/T)$ in float16, their indices in the narrowest
+    integer type that holds the vocabulary, and the log-probability of all other classes together. T is `temperature`:
+    use the one that you will train with. `kdloss.cache.open` reads the files in `folder` by example id.
 
-    `dataset` is a `datasets.Dataset` with a column of ids, `id_column` (strings or integers, none twice),
-    `input_ids` (lists), and maybe `attention_mask`; what that masks is padding, at an example's
-    beginning or end, and neither read by the teacher nor stored. Every other column that the teacher's
-    forward names is given to it, too: those with whole numbers for each token (`token_type_ids`) cut like
-    the tokens, others (`pixel_values`) as they are. Where `position_ids` start anew, or `seq_idx`, `seq_lengths` or
-    an `attention_mask` that numbers them say that a row is packed, the teacher reads each document by itself.
-    Of a classifier, whose logits are `[B, C]`, one row is kept for each example. A teacher of images
-    needs no `input_ids`, and tokenizer=None. The teacher runs on the device it is
-    on, offloaded or quantised as it may be, in eval mode; its modes are restored. The manifest
-    calls it `teacher_name`, by default its `name_or_path` or its class.
+    - `dataset`: a `datasets.Dataset` with unique ids (strings or integers) in the column `id_column`, `input_ids`
+      (lists) and optionally `attention_mask`. Masked tokens are padding at the beginning or the end of an example; the
+      teacher does not read them and they are not stored. All other columns that the teacher's forward names
+      are passed to it too. Those with integers for each token (`token_type_ids`) are cut like the tokens; others
+      (`pixel_values`) are passed as they are.
+    - Packed rows: if `position_ids` restart, or if `seq_idx`, `seq_lengths` or a numbered `attention_mask` mark several
+      documents in a row, the teacher reads each document by itself.
+    - `teacher`: it runs in eval mode on its own device, also if it is offloaded or quantised; its modes are restored
+      afterwards. For a classifier with logits `[B, C]` one row is stored for each example. An image model needs no
+      `input_ids`; for it write `tokenizer=None`. `teacher_name` is its name in the manifest, by default its
+      `name_or_path` or its class.
 
-    A file is there only when it is whole. Killed at any instant, the same call goes on: shards that
-    are finished, by their checksum, are skipped. Batches never cross shards and follow from the
-    dataset's order, `batch_size` and `shard_size` alone, so that on one kind of machine, with one
-    number of threads, every way to the end gives the same bytes: interrupted or not, by one process
-    or several. Under torch.distributed or torchrun each process writes every world-size-th shard.
+    You can interrupt it at any time: repeat the same call and it continues. Files are written atomically, and shards
+    that are finished, by their checksum, are skipped. Batches never cross shards and depend only on the dataset's
+    order, `batch_size` and `shard_size`. On one kind of machine and with one number of threads, every run therefore
+    writes the same bytes, interrupted or not, with one process or several. Under torch.distributed or torchrun each
+    process writes every world-size-th shard.
 
-    Raises: ValueError or TypeError for a folder begun with other settings, naming them, for other
-    examples than were there before, for duplicate ids, k beyond the vocabulary, a mask with holes, NaN,
-    positions that are no packing, logits of other shapes; OSError for a full disk.
+    Raises: ValueError or TypeError for a folder that was begun with other settings (with their names) or from other
+    examples, for duplicate ids, k larger than the vocabulary, a mask with holes, NaN, positions that are not those of
+    packed documents, and logits of other shapes; OSError for a full disk.
 
     >>> import datasets, tempfile, torch
     >>> from tokenizers import Tokenizer, models
@@ -80,13 +81,13 @@ def write(
             raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
     temperature = _checks.temperature(temperature)
     tokens_of = tokenizer_hash(tokenizer) if of_tokens or tokenizer is not None else None
-    columns = _dataset.beside(dataset, id_column, names, of_tokens)
+    columns = _dataset.extra_columns(dataset, id_column, names, of_tokens)
     first = _dataset.read(dataset, slice(0, 1), id_column, columns, of_tokens)
     document = _teacher.pieces_of(first, 0)[:1]
     logits = _teacher.pass_of(teacher, document, first)
-    vocabulary = _teacher.apart(logits, document)[0].shape[-1]
+    vocabulary = _teacher.split_logits(logits, document)[0].shape[-1]
     if k > vocabulary:
-        raise ValueError(f"k={k} of {vocabulary} classes; k lies between 1 and their number")
+        raise ValueError(f"k={k}, but the teacher has {vocabulary} classes; k must be between 1 and {vocabulary}")
     settings = {
         "format": _manifest.FORMAT,
         "teacher": teacher_name or getattr(teacher, "name_or_path", "") or type(teacher).__name__,
@@ -108,7 +109,7 @@ def write(
     if logits.ndim == 2:
         settings["positions"] = "examples"
     _manifest.begin(folder, settings, rank)
-    _files.sweep(folder, rank, world)
+    _files.remove_partials(folder, rank, world)
     mine = [*enumerate(_shard.names(_manifest.shard_count(settings)))][rank::world]
     with progress(sum(len(ids[i * shard_size :][:shard_size]) for i, _ in mine), rank) as bar:
         for i, name in mine:
@@ -128,7 +129,7 @@ def write(
 
 
 def place() -> tuple[int, int]:
-    """The rank of this process and the number of processes: torch.distributed's, else torchrun's."""
+    """The rank of this process and the number of processes, from torch.distributed or else from torchrun."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -136,7 +137,7 @@ def place() -> tuple[int, int]:
 
 @contextmanager
 def progress(total: int, rank: int) -> Iterator[Any]:
-    """Called with the number of examples done; a bar where tqdm is installed."""
+    """Yield a function to call with the number of examples done; it moves a progress bar if tqdm is installed."""
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:

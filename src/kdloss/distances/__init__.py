@@ -1,11 +1,13 @@
-"""Features against features: `(student [..., D], teacher [..., D]) -> [...]`.
+"""Distances between features: `(student [..., D], teacher [..., D]) -> [...]`.
 
-A distance with a parameter `mask` compares positions (rows) with each other; one marked `any_width` needs
-no projection. Each row's value is such that the mean over the rows that count is the published loss.
+A distance with a `mask` parameter compares positions (rows) with each other. One marked `any_width` needs no
+projection. Every distance returns one value for each row, scaled so that the mean over the rows that count is the
+published loss.
 
-A distance with parameters is a class, built as `Distance(student_width, teacher_width)` for the widths of
-the features it will be called with: the models' own if the class is marked `any_width`, else both are the
-teacher's, where the student's features come projected. Options are keywords (`functools.partial`).
+A distance with trained parameters is a class. It is built as `Distance(student_width, teacher_width)`, with the widths
+of the features it will be called with: the models' own widths if the class is marked `any_width`, else the teacher's
+width twice, because the student's features are projected first. Options are keyword arguments; set them with
+`functools.partial`.
 """
 
 from kdloss.distances import examples

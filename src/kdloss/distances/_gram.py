@@ -1,4 +1,4 @@
-"""The products of rows with each other."""
+"""Gram matrices."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from kdloss.distances._rows import product
 
 
 def gram(x: Tensor) -> Tensor:
-    """Of every row with every row of the same `[..., N, D]`: one product as the gradient, where `x @ x.mT` has two."""
+    """The Gram matrix of rows `[..., N, D]`. Its gradient takes one matrix product; that of `x @ x.mT` takes two."""
     if torch.compiler.is_compiling() or not x.requires_grad:
         return product(x, x)
     found: Tensor = _Gram.apply(x)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Layers of distances with parameters: computed in the features' own dtype, under autocast too."""
+"""Trained layers inside distances, computed in the dtype of the features even under autocast."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,13 +7,13 @@ from kdloss.distances._rows import own_precision
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Features `[..., D]` through a linear layer."""
+    """Apply a linear layer to features `[..., D]`."""
     with own_precision(x):
         return F.linear(x, *_weights(layer, x))
 
 
 def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Maps `[B, C, H, W]` through a convolution that keeps their size."""
+    """Apply a convolution that keeps the size of maps `[B, C, H, W]`."""
     with own_precision(x):
         return F.conv2d(x, *_weights(layer, x), padding="same")
 

@@ -1,4 +1,4 @@
-"""Relations of rows with each other: distances, angles, distributions over them."""
+"""Relations between rows: Euclidean distances, angles, and distributions over rows."""
 
 from collections.abc import Callable
 from functools import partial, reduce
@@ -13,18 +13,18 @@ from kdloss.distances._gram import gram
 from kdloss.divergences import forward_kl
 from kdloss.reduction import fill
 
-# Numbers held for each side and step: 1 MiB in float32.
+# Numbers computed at a time for each side: 1 MiB in float32.
 AT_A_TIME = 2**18
-# Up to so many are kept: 16 MiB in float32.
+# Up to this many are kept for the backward pass: 16 MiB in float32.
 KEPT = 2**22
-# Of which a distance is added up in float32 without losing digits.
+# Columns whose squares float32 adds up without losing digits.
 COLUMNS = 128
 
 
 def by_vertex(relations: Callable[..., Tensor], vertices: int, each: int, *tensors: Tensor | None) -> Tensor:
-    """`relations(start, stop, *tensors)` of all vertices, side by side along dimension 1; each takes so many numbers.
+    """Call `relations(start, stop, *tensors)` for a few vertices at a time and concatenate along dimension 1.
 
-    Where there are many, nothing of it is kept for the backward pass, which computes it once more.
+    One vertex takes `each` numbers. Where all of them together are too many to keep, the backward pass recomputes them.
     """
     step = max(1, AT_A_TIME // max(1, each))
     again = partial(checkpoint, relations, use_reentrant=False, preserve_rng_state=False)
@@ -32,16 +32,16 @@ def by_vertex(relations: Callable[..., Tensor], vertices: int, each: int, *tenso
     return torch.cat([run(k, min(k + step, vertices), *tensors) for k in range(0, max(vertices, 1), step)], 1)
 
 
-def distances(x: Tensor) -> Tensor:
-    """From every row to every row, `[B, N, N]`, from their differences: exact for near duplicates."""
+def pairwise_distances(x: Tensor) -> Tensor:
+    """Euclidean distances between all rows, `[B, N, N]`. They come from differences: exact for near duplicates."""
     if torch.compiler.is_compiling() or not x.requires_grad:
         return _cdist(x)
-    found: Tensor = _Distances.apply(x)  # type: ignore[no-untyped-call]
+    found: Tensor = _PairwiseDistances.apply(x)  # type: ignore[no-untyped-call]
     return found
 
 
 def _cdist(x: Tensor) -> Tensor:
-    """By `torch.cdist`, which adds up one number after the other: a few columns at a time, or wide rows lose digits."""
+    """`torch.cdist`, a few columns at a time: it adds up numbers one by one, so wide rows would lose digits."""
     if x.shape[-1] <= COLUMNS:
         return _of_columns(x)
     return root(reduce(torch.add, (_of_columns(part).square() for part in torch.split(x, COLUMNS, -1))))
@@ -51,8 +51,8 @@ def _of_columns(x: Tensor) -> Tensor:
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-class _Distances(torch.autograd.Function):
-    """`torch.cdist` of one tensor with itself: one gradient instead of two, which can be differentiated again."""
+class _PairwiseDistances(torch.autograd.Function):
+    """`torch.cdist` of a tensor with itself: one gradient instead of two, and it can be differentiated twice."""
 
     generate_vmap_rule = True
 
@@ -73,13 +73,13 @@ class _Distances(torch.autograd.Function):
             return slope
 
         def slopes(start: int, stop: int, x: Tensor, both: Tensor) -> Tensor:
-            return -(both[:, start:stop].unsqueeze(-1) * unit(seen_from(x, start, stop))).sum(2)
+            return -(both[:, start:stop].unsqueeze(-1) * unit(relative_to(x, start, stop))).sum(2)
 
         return by_vertex(slopes, x.shape[1], x.numel(), x, both)
 
 
 def kl_over(student: Tensor, teacher: Tensor, there: Tensor | None, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of distributions over the rows that are there (None: all); 0 where there is none."""
+    """KL(teacher || student) of softmax distributions over the rows in `there` (None: all); 0 if it holds none."""
     if not student.shape[-1]:
         return student.sum(-1)
     if there is None:
@@ -91,14 +91,15 @@ def kl_over(student: Tensor, teacher: Tensor, there: Tensor | None, temperature:
     return fill(values, there.any(-1).expand(values.shape))
 
 
-def angles(seen: Tensor, keep: Tensor | None) -> Tensor:
-    """Cosines of the angles between any two of the rows `[B, V, N, D]` that are seen from a vertex, `[B, V, N, N]`.
+def angles(offsets: Tensor, keep: Tensor | None) -> Tensor:
+    """Cosines of the angles at each vertex between any two rows, `[B, V, N, N]`.
 
-    0 where one of the two is at the vertex, or does not count (keep `[B, V, N]`; None: all).
+    `offsets` are the rows relative to each vertex, `[B, V, N, D]`; `keep` says which count, `[B, V, N]` (None: all).
+    The cosine is 0 where one of the two rows is at the vertex or does not count.
     """
-    return gram(fill(unit(seen), keep))
+    return gram(fill(unit(offsets), keep))
 
 
-def seen_from(x: Tensor, start: int, stop: int) -> Tensor:
-    """All rows as seen from these, `[B, V, N, D]`."""
+def relative_to(x: Tensor, start: int, stop: int) -> Tensor:
+    """All rows relative to the vertices from start to stop, `[B, V, N, D]`."""
     return x.unsqueeze(1) - x[:, start:stop].unsqueeze(2)

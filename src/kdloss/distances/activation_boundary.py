@@ -1,4 +1,4 @@
-"""Activation boundaries."""
+"""Activation boundaries: which neurons are on."""
 
 import torch
 from jaxtyping import Float
@@ -13,14 +13,15 @@ def activation_boundary(
     *,
     margin: float = 1.0,
 ) -> Float[Tensor, "*batch"]:
-    r"""Whether each neuron is on: squared hinge of the student's activation at the teacher's sign.
+    r"""Squared hinge loss that moves each student neuron to the side of 0 where the teacher's neuron is.
 
     $\frac1D \sum_d \max(0,\, m - \sigma_d s_d)^2$ with $\sigma_d = 1$ where the teacher's activation is
-    above 0, and −1 elsewhere: both before the ReLU. The authors' margin form; they sum over features and
-    positions with weights of their own. Only the side of 0 counts and how far the student is within the
-    margin of it, so that it is 0 for a student beyond the margin, and not at a teacher whose activations
-    are smaller than it. Neuron by neuron and position by position, where `nst` holds patterns over
-    positions against each other, whichever neuron has them.
+    above 0, and −1 elsewhere. Give the activations before the ReLU, for both sides. This is the authors'
+    margin form; they sum over features and positions with weights of their own. Only the teacher's side of 0
+    counts, and how far the student is from being `margin` (m) beyond it. The loss is therefore 0 for a
+    student beyond the margin, and not 0 at a teacher whose activations are smaller than the margin. It
+    compares neuron with neuron and position with position; `nst` compares patterns over positions, whichever
+    neuron shows them.
 
     Shapes: student and teacher `[..., D]`. Returns `[...]`, in float32 or better. The teacher is detached.
 

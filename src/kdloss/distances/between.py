@@ -1,4 +1,4 @@
-"""What is compared with what: all positions of a batch, or its examples."""
+"""Change what a distance compares: all positions of a batch, or its examples."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ Distance = Callable[..., Tensor]
 
 
 def tokens(features: Tensor) -> Tensor:
-    """A map `[B, C, H, W]` as the positions `[B, H·W, C]` it is made of, a volume too; other features as they are.
+    """Flatten a map `[B, C, H, W]` to positions `[B, H·W, C]`, a volume too; return other `features` as they are.
 
     >>> import torch
     >>> tokens(torch.zeros(2, 3, 4, 4)).shape
@@ -24,10 +24,10 @@ def tokens(features: Tensor) -> Tensor:
 
 
 def between_tokens(distance: Distance) -> Distance:
-    """Compare all positions of a batch with each other, whichever example they stand in.
+    """Make a distance that compares all positions of a batch with each other, across examples.
 
-    Any distance with a `mask` compares the rows of one example `[N, D]`; this one sees `[B, N, D]` as
-    `[B·N, D]`. Shapes, options and what it raises are the distance's.
+    A `distance` with a `mask` compares the rows of one example `[N, D]`. The new one reshapes `[B, N, D]` to
+    `[B·N, D]` first. Shapes, options and errors are those of the distance.
 
     >>> import kdloss, torch
     >>> student, teacher = torch.randn(2, 4, 3, 8)
@@ -38,12 +38,12 @@ def between_tokens(distance: Distance) -> Distance:
 
 
 def between_examples(distance: Distance, *, mean: bool = False) -> Distance:
-    """Compare the examples of a batch with each other.
+    """Make a distance that compares the examples of a batch with each other.
 
-    This sees features `[B, N, D]` as one vector for each example `[B, ...]`: all of its numbers side by side, in the
-    order of both sides' memory where that is one, or the mean over the positions that count with `mean=True` (for text,
-    whose positions don't correspond). An example's value stands at each of its positions. Shapes, options and what it
-    raises are the distance's.
+    It turns features `[B, N, D]` into one vector for each example before it calls `distance`. The vector is the
+    flattened features (in memory order, if that is the same on both sides). With `mean=True` it is the mean over the
+    positions that count: use that for text, whose positions don't correspond. Every position gets the value of its
+    example. Shapes, options and errors are those of the distance.
 
     >>> import kdloss, torch
     >>> student, teacher = torch.randn(2, 4, 3, 8)
@@ -79,7 +79,7 @@ def _between_examples(
     if mean:
         sides = [(x.sum(-2, keepdim=True) / count(mask, x)).squeeze(-2) for x in sides]
     else:
-        stacked = all(x.mT.is_contiguous() for x in sides)  # maps: so they need no copy
+        stacked = all(x.mT.is_contiguous() for x in sides)  # maps: this order needs no copy
         sides = [(x.mT if stacked else x).flatten(1) for x in sides]
     values = distance(*sides, mask=there, **options)
     return fill(values.unsqueeze(-1).expand(shape), mask)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kdloss.distances._features import squared_gap
 from kdloss.distances._gram import gram
-from kdloss.distances._rows import any_width, at_least_one, count, others, pairs, rows, spread
+from kdloss.distances._rows import any_width, at_least_one, count, off_diagonal_mask, pair_mask, prepare_rows, spread
 from kdloss.reduction import fill
 
 
@@ -18,23 +18,23 @@ def cka(
     mask: Bool[Tensor, "*batch rows"] | None = None,
     unbiased: bool = False,
 ) -> Float[Tensor, "*batch rows"]:
-    r"""One minus the linear centred kernel alignment of the rows, as a share for each row.
+    r"""One minus the linear centred kernel alignment (CKA) of the rows, split into one value for each row.
 
     $1 - \frac{\langle \hat K, \hat L\rangle}{\|\hat K\|_F \|\hat L\|_F} = \tfrac12 \left\|
     \frac{\hat K}{\|\hat K\|} - \frac{\hat L}{\|\hat L\|}\right\|_F^2$ with $K = X_s X_s^\top$, $L = X_t
-    X_t^\top$, centred, computed in the second form: exactly 0 at the teacher, and 1/2 where the rows of one
-    side are all alike. Row i has N times its part of the sum, so that the mean over rows is the whole.
-    Blind to shifts, rotations and scale of either side.
+    X_t^\top$, centred. It is computed in the second form: exactly 0 at the teacher, and 1/2 where the rows of
+    one side are all equal. The value of row i is N times its part of the sum, so the mean over rows is the loss.
+    Shifts, rotations and the scale of either side do not change it.
 
-    `unbiased=True` centres without the diagonal (U-centring, the $\mathrm{HSIC}_1$ of Song et al.), which
-    does not grow with the width when N is small: the form for minibatches. It needs 4 rows.
+    `unbiased=True` centres without the diagonal (U-centring, the $\mathrm{HSIC}_1$ of Song et al.). Use it for
+    minibatches: it does not grow with the width when N is small. It needs 4 rows.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares
     examples, `[B, N, D]` the positions of each example. `mask` is `[..., N]` (True = counts). Returns
-    `[..., N]`, in float32 or better. The teacher is detached. Rows are compared with each other:
-    micro-batches of rows don't add up to one batch.
+    `[..., N]`, in float32 or better. The teacher is detached. Rows are compared with each other,
+    so micro-batches don't add up to one batch.
 
-    Raises: ValueError for too few rows, positions or devices that differ, or maps that are not rows;
+    Raises: ValueError for too few rows, for positions or devices that differ, and for maps (call `tokens` first);
     TypeError for integer features.
 
     >>> import torch
@@ -46,7 +46,7 @@ def cka(
     Nguyen, Raghu, Kornblith 2021, arXiv:2010.15327; Song et al. 2012, "Feature Selection via Dependence
     Maximization".
     """
-    s, t, keep = rows("cka", student, teacher, mask, least=4 if unbiased else 2)
+    s, t, keep = prepare_rows("cka", student, teacher, mask, least=4 if unbiased else 2)
     centre = _u_centred if unbiased else _centred
     s, t = (_unit(centre(_gram_of_gaps(x, keep), keep)) for x in (s, t))
     values = squared_gap(s, t).sum(-1) / 2
@@ -54,23 +54,23 @@ def cka(
 
 
 def _gram_of_gaps(x: Tensor, keep: Tensor | None) -> Tensor:
-    """The Gram matrix of rows less their mean, as it is rounded: a constant, for all that is left is centred again."""
+    """The Gram matrix of the rows minus their mean. The mean needs no gradient, since the result is centred again."""
     mean = x.detach().sum(-2, keepdim=True) / count(keep, x)
     x = fill(x - mean, keep)
     return gram(x)
 
 
 def _centred(gram: Tensor, keep: Tensor | None) -> Tensor:
-    """Every row's and column's sum 0."""
+    """Centre a Gram matrix: every row and column sums to 0."""
     n = count(keep, gram)
     sums = gram.sum(-1, keepdim=True) / n
     sums = sums - sums.sum(-2, keepdim=True) / (2 * n)
-    return fill(gram - sums - sums.mT, pairs(keep))
+    return fill(gram - sums - sums.mT, pair_mask(keep))
 
 
 def _u_centred(gram: Tensor, keep: Tensor | None) -> Tensor:
-    """The same without the diagonal (Székely and Rizzo 2014)."""
-    n, there = count(keep, gram), others(keep, gram)
+    """Centre a Gram matrix without its diagonal (Székely and Rizzo 2014)."""
+    n, there = count(keep, gram), off_diagonal_mask(keep, gram)
     gram = fill(gram, there)
     sums = gram.sum(-1, keepdim=True) / at_least_one(n - 2)
     total = sums.sum(-2, keepdim=True) / at_least_one(n - 1)

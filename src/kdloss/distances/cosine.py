@@ -16,8 +16,8 @@ def cosine(
     r"""One minus the cosine of the angle between the features, at every position.
 
     $1 - \cos(s, t) = \tfrac12 \left\| \frac{s}{\|s\|} - \frac{t}{\|t\|} \right\|^2$, computed in
-    the second form: exactly 0, with zero gradient, at the teacher, and never negative. Norms below
-    `eps` count as `eps`, so that a zero vector is 0 from itself and 1/2 from any other.
+    the second form: exactly 0 with zero gradient at the teacher, and never negative. Norms below `eps`
+    count as `eps`, so the distance of a zero vector is 0 from itself and 1/2 from any other vector.
 
     Shapes: student and teacher `[..., D]`. Returns `[...]` between 0 and 2, in float32 or better.
     The teacher is detached.

@@ -9,40 +9,41 @@ from torch import Tensor, nn
 
 from kdloss import _checks
 from kdloss.distances._layers import linear
-from kdloss.distances._rows import product, rows, spread, whole
+from kdloss.distances._rows import full_mask, prepare_rows, product, spread
 
 
 class CRD(nn.Module):
-    r"""Tell a row's own teacher from the teachers of other rows, and its own student from other students.
+    r"""Contrastive loss: match each row of the student with its own row of the teacher, among rows of earlier batches.
 
-    $\sum_{\text{anchor}} \left( -\log h(s, t) - \sum_{j=1}^N \log (1 - h(s, t_j)) \right)$, the anchor once
-    the student among remembered teachers $t_j$, once the teacher among remembered students, with
+    $\sum_{\text{anchor}} \left( -\log h(s, t) - \sum_{j=1}^N \log (1 - h(s, t_j)) \right)$. The anchor is
+    once the student, against remembered teacher rows $t_j$, and once the teacher, against remembered student rows.
 
-    $h(s, t) = \frac{e^{g_s(s) \cdot g_t(t) / \tau}}{e^{g_s(s) \cdot g_t(t) / \tau} + N z}$: two linear
-    heads g to unit vectors of length `width`, and $\tau$ = `temperature`. It is the authors' code, whose
-    constant Z, estimated on the first batch against a random memory, makes of the paper's N/M (M examples in the
-    data set) this N z, with z the mean of $e^{\cdot/\tau}$ over random directions. Here z is $e^{1/(2 D \tau^2)}$,
-    that mean's value for a large D = `width`.
+    $h(s, t) = \frac{e^{g_s(s) \cdot g_t(t) / \tau}}{e^{g_s(s) \cdot g_t(t) / \tau} + N z}$ with two linear
+    heads g that map to unit vectors of length `width`, and $\tau$ = `temperature`. This follows the authors' code.
+    Their constant Z, estimated on the first batch against a random memory, replaces the paper's N/M (M examples in
+    the data set) by N z, where z is the mean of $e^{\cdot/\tau}$ over random directions. Here z is
+    $e^{1/(2 D \tau^2)}$, the value of that mean for a large D = `width`.
 
-    The last N = `negatives` embeddings of both sides are remembered, in buffers: `state_dict()` holds
-    them, `to()` moves them, they never grow. Rows that count enter after each call in training mode,
-    without gradient; `eval()` reads only. At first the memory holds random directions, as the authors'
-    does. Theirs has a place for each example of the data set, a moving average; here a positive is the row's own
-    pair in the batch, through which both heads learn. It takes N numbers per row and side.
+    The last N = `negatives` embeddings of both sides are the negatives. They are kept in buffers of fixed size, so
+    `state_dict()` saves them and `to()` moves them. In training mode each call adds the rows that count, without
+    gradient; in `eval()` mode the memory does not change. It starts with random directions, as in the authors' code.
+    Their memory has one slot for each example of the data set, a moving average. Here the positive of a row is
+    its own pair in the batch, so both heads learn from it. The loss takes N numbers per row and side.
 
-    What is remembered of the row itself is no negative of it: `index`, an integer for each row, says which row it
-    is, in the data set say. `labels` leaves out all that is remembered of the row's class, as the authors do where
-    there are classes. Without both, a row seen again while it is remembered is held against itself.
+    `index` and `labels` exclude remembered rows that are no true negatives. `index` is an integer for each row that
+    identifies it, for example its index in the data set: a row is then never its own negative. `labels` excludes all
+    remembered rows of the same class, as the authors do for classification. Without both, a row that comes back while
+    it is still remembered is its own negative.
 
-    `CRD(student_width, teacher_width)`: widths may differ, no projection is needed. Shapes: student
-    `[..., N, D]` and teacher `[..., N, D']`; `[N, D]` are examples (the paper's, pooled
-    features), of `[B, N, D]` every position is a row of its own. `mask` is `[..., N]` (True = counts), index and
-    labels `[..., N]` (integers from 0). Returns `[..., N]`, in float32 or better. The teacher is detached; the heads
-    hold parameters: give them to the optimizer. It is not 0 at the teacher. In a criterion `labels` are the step's,
-    where it has class indices for these rows, and `index` is what the call was given as `index=`.
+    Build it as `CRD(student_width, teacher_width)`. Widths may differ; no projection is needed. Shapes: student
+    `[..., N, D]` and teacher `[..., N, D']`. `[N, D]` are examples (as in the paper: pooled features); in
+    `[B, N, D]` every position is a row. `mask` is `[..., N]` (True = counts), `index` and `labels` are `[..., N]`
+    (integers from 0). Returns `[..., N]`, in float32 or better. The teacher is detached. The heads have parameters:
+    give them to the optimizer. The loss is not 0 at the teacher. In a criterion `labels` are those of the step, if
+    it has class indices for these rows, and `index` is what the call was given as `index=`.
 
-    Raises: ValueError for positions or devices that differ, maps that are not rows, and indices or labels that are
-    none of each row; TypeError for integer features.
+    Raises: ValueError for positions or devices that differ, for maps (call `tokens` first), and for indices or labels
+    that are not one integer for each row; TypeError for integer features.
 
     >>> crd = CRD(8, 12, negatives=64)
     >>> crd(torch.randn(4, 8), torch.randn(4, 12)).shape, crd.teachers.shape
@@ -75,7 +76,7 @@ class CRD(nn.Module):
         self.teacher = nn.Linear(teacher_width, width)
         self.register_buffer("students", F.normalize(torch.randn(negatives, width), dim=-1))
         self.register_buffer("teachers", F.normalize(torch.randn(negatives, width), dim=-1))
-        for name in ("indices", "labels"):  # below 0 where it isn't known
+        for name in ("indices", "labels"):  # -1: unknown
             self.register_buffer(name, torch.full((negatives,), -1))
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
 
@@ -89,30 +90,30 @@ class CRD(nn.Module):
         labels: Int[Tensor, "*batch rows"] | None = None,
     ) -> Float[Tensor, "*batch rows"]:
         """The value at every row; see the class."""
-        s, t, mask = rows("CRD", student, teacher, mask, least=1)
-        keep = whole(mask, s)
+        s, t, mask = prepare_rows("CRD", student, teacher, mask, least=1)
+        keep = full_mask(mask, s)
         s = F.normalize(linear(s, self.student), dim=-1)
         t = F.normalize(linear(t, self.teacher), dim=-1)
         # -log h and -log(1 - h) are softplus of the gap to log(N z)
         bar = math.log(len(self.students)) + 1 / (2 * s.shape[-1] * self.temperature**2)
         own = 2 * F.softplus(bar - (s * t).sum(-1) / self.temperature)
-        # In training copies, since the memory changes before backward.
+        # Copies in training mode, because the memory changes before the backward pass.
         teachers, students = (x.to(s.dtype, copy=self.training) for x in (self.teachers, self.students))
         others = (s / self.temperature, teachers), (t / self.temperature, students)
         given = ("index", index, self.indices), ("labels", labels, self.labels)
         whose = [_known(name, numbers, student.shape[:-1], keep) for name, numbers, _ in given]
         same = [_alike(x, memory) for x, (_, numbers, memory) in zip(whose, given, strict=True) if numbers is not None]
-        values = own + sum(_apart(product(*x) - bar, same) for x in others)
+        values = own + sum(_loss_of_negatives(product(*x) - bar, same) for x in others)
         if self.training:
             self._remember(keep.flatten(), s, t, *whose)
         return spread(values, mask, student.shape[:-1])
 
     @torch.no_grad()
     def _remember(self, keep: Tensor, *rows: Tensor) -> None:
-        """Write the rows that count over the oldest, without a shape that depends on how many do."""
+        """Overwrite the oldest memory with the rows that count. No shape depends on how many rows count."""
         places, total = len(self.students), keep.sum()
         latest = keep & (keep.cumsum(0) > total - places)
-        # Those that enter come first; where others would, what stands there is written once more.
+        # Rows that enter come first; the slots of all others are overwritten with their own content.
         order = (~latest).int().argsort(stable=True)[:places]
         enters = latest[order]
         first = self.next + (total - places).clamp_min(0)
@@ -129,7 +130,7 @@ class CRD(nn.Module):
 
 
 def _known(name: str, numbers: Tensor | None, shape: torch.Size, keep: Tensor) -> Tensor:
-    """What each row is `[B, N]`, -1 where it isn't known."""
+    """The index or label of each row, `[B, N]`; -1 if unknown."""
     if numbers is None:
         return torch.full_like(keep, -1, dtype=torch.int64)
     if numbers.is_floating_point() or numbers.shape != shape:
@@ -140,8 +141,8 @@ def _known(name: str, numbers: Tensor | None, shape: torch.Size, keep: Tensor) -
     return numbers.reshape(keep.shape).to(torch.int64)
 
 
-def _apart(gaps: Tensor, same: list[Tensor]) -> Tensor:
-    """The sum of -log(1 - h) over what is remembered and is not the same."""
+def _loss_of_negatives(gaps: Tensor, same: list[Tensor]) -> Tensor:
+    """The sum of -log(1 - h) over the remembered rows, except those excluded as the same row or class."""
     values = F.softplus(gaps)
     for one in same:
         values = values.masked_fill(one, 0)
@@ -149,5 +150,5 @@ def _apart(gaps: Tensor, same: list[Tensor]) -> Tensor:
 
 
 def _alike(rows: Tensor, remembered: Tensor) -> Tensor:
-    """Which of the remembered are the same as the rows, `[B, N, M]`, as far as both are known."""
+    """Which remembered rows have the index or label of each row, `[B, N, M]`; an unknown one matches none."""
     return (rows.unsqueeze(-1) == remembered) & (remembered >= 0)

@@ -1,7 +1,7 @@
-"""Relations between the examples of a batch, as the papers on images compare them.
+"""Distances that compare the examples of a batch, as the papers on images do.
 
-Each is the distance of its name under `kdloss.distances.between_examples`: an example is one vector, a map flattened
-or pooled features as they are. docs/recipes_images.md has the papers' weights.
+Each is the distance of the same name under `kdloss.distances.between_examples`: every example is one vector, either
+a flattened map or pooled features. docs/recipes_images.md lists the papers' weights.
 
 >>> import torch
 >>> maps = torch.randn(2, 4, 9, 8)  # student and teacher: 4 images, 9 positions, 8 channels

@@ -13,11 +13,11 @@ def layer_norm_mse(
     *,
     eps: float = 1e-5,
 ) -> Float[Tensor, "*batch"]:
-    r"""Mean squared error at every position after layer normalisation of both sides.
+    r"""Mean squared error after layer normalisation of both sides, at every position.
 
     $\frac{1}{D}\sum_d (\mathrm{LN}(s)_d - \mathrm{LN}(t)_d)^2$ with
     $\mathrm{LN}(x) = (x - \bar x) / \sqrt{\mathrm{var}(x) + \epsilon}$, without learned scale; $\epsilon$ is `eps`.
-    Blind to a shift or a positive scale of either side; about 2 for unrelated features, 4 at most.
+    A shift or a positive scale of either side does not change it. It is about 2 for unrelated features, and at most 4.
 
     Shapes: student and teacher `[..., D]`. Returns `[...]`, in float32 or better. The teacher is
     detached.

@@ -9,32 +9,32 @@ from torch import Tensor, nn
 from kdloss import _checks
 from kdloss.distances._features import mean, squared_gap
 from kdloss.distances._layers import convolution
-from kdloss.distances._rows import rows, spread
+from kdloss.distances._rows import prepare_rows, spread
 from kdloss.reduction import fill
 
 
 class MGD(nn.Module):
-    r"""Squared error of the teacher's features as generated from what is left of the student's.
+    r"""Squared error of the teacher's features, generated from randomly masked student features.
 
-    $\frac1D \| G(m \odot s)_n - t_n \|^2$ at every position n: in training a random `ratio` of the
-    positions is set to zero, all channels alike (m, from torch's generator), and a generator of two 3x3
-    convolutions with a ReLU between makes the teacher's features of the rest. In `eval()` nothing is set
-    to zero, as in a dropout. The authors sum the squares and divide by the number of examples, with a
-    weight of 2e-5: this is their mean over positions and channels. The ratio is that of their detectors,
-    0.65; their classifiers leave out whole channels instead.
+    $\frac1D \| G(m \odot s)_n - t_n \|^2$ at every position n. In training mode m sets a random `ratio` of the
+    positions to zero, in all channels (drawn from torch's generator). G, two 3x3 convolutions with a ReLU
+    between them, generates the teacher's features from the rest. In `eval()` mode nothing is set to zero, as in
+    dropout. The authors sum the squares and divide by the number of examples, with a weight of 2e-5; this
+    is the mean over positions and channels instead. The default ratio, 0.65, is that of their detectors; their
+    classifiers drop whole channels instead.
 
-    Positions come as rows (`kdloss.distances.tokens` of a map) and are put on the grid `size` = (H, W) again;
-    one of the two may be -1. Text stands in one line: `size=(1, -1)`. The grid of maps is told by
-    `kdloss.Features` (`grid`, beside student and teacher), that of tokens has to be said. Positions that the `mask`
-    takes out are zeros to both convolutions, like what lies outside the grid.
+    Positions come as rows (`kdloss.distances.tokens` of a map) and are put back on the grid `size` = (H, W); one of
+    the two may be -1. For text write `size=(1, -1)`. For maps `kdloss.Features` passes the grid (as `grid`, beside
+    student and teacher); for tokens you have to give `size`. Positions that the `mask` excludes are zeros to both
+    convolutions, like everything outside the grid.
 
-    `MGD(student_width, teacher_width)`: the widths of the features it is called with, which are equal
-    (after `FeatureKD`'s projection). Shapes: student and teacher `[..., N, D]`, mask `[..., N]` (True =
-    counts). Returns `[..., N]`, in float32 or better. The teacher is detached; the generator holds
-    parameters: give them to the optimizer. It is not 0 at the teacher.
+    Build it as `MGD(student_width, teacher_width)` with the widths of the features it is called with; they are equal,
+    after `FeatureKD`'s projection. Shapes: student and teacher `[..., N, D]`, mask `[..., N]` (True = counts).
+    Returns `[..., N]`, in float32 or better. The teacher is detached. The generator has parameters: give them to the
+    optimizer. The loss is not 0 at the teacher.
 
-    Raises: ValueError for no grid, or one that doesn't hold N positions, widths, positions or devices that differ, or
-    maps that are not rows; TypeError for integer features.
+    Raises: ValueError for a missing grid or one that doesn't hold N positions, for widths, positions or devices that
+    differ, and for maps (call `tokens` first); TypeError for integer features.
 
     >>> student, teacher = torch.randn(2, 16, 8), torch.randn(2, 16, 8)
     >>> MGD(8, 8, size=(2, 8))(student, teacher).shape
@@ -67,7 +67,7 @@ class MGD(nn.Module):
         grid: tuple[int, ...] | None = None,
     ) -> Float[Tensor, "*batch rows"]:
         """The value at every position; see the class."""
-        s, t, keep = rows("MGD", student, teacher, mask, same_width=True, least=1)
+        s, t, keep = prepare_rows("MGD", student, teacher, mask, same_width=True, least=1)
         if s.numel():
             s = self._generate(s, keep, grid)
         return spread(mean(squared_gap(s, t)), keep, student.shape[:-1])
@@ -76,10 +76,10 @@ class MGD(nn.Module):
         size = told if self.size is None else self.size
         where = None if size is None or len(size) != 2 else _checks.grid(size, s.shape[1])
         if where is None or (told is not None and where != told):
-            stand = f", of a map {told}" if told else ""
-            asked = "which grid they stand on isn't said" if size is None else f"which are no grid of size={size}"
+            origin = f", of a map {told}" if told else ""
+            problem = "and their grid isn't given" if size is None else f"which don't fit a grid of size={size}"
             raise ValueError(
-                f"MGD got {s.shape[1]} positions{stand}, {asked}; write functools.partial(kdloss.distances.MGD, "
+                f"MGD got {s.shape[1]} positions{origin}, {problem}; write functools.partial(kdloss.distances.MGD, "
                 "size=(H, W)), or size=(1, -1) for text"
             )
         height, width = where

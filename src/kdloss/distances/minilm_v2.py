@@ -21,22 +21,22 @@ def minilm_v2(
     r"""KL of the relations among queries, among keys and among values, for every position.
 
     $\sum_{X \in \{Q, K, V\}} \frac{1}{r} \sum_a \mathrm{KL}(R^t_{Xai} \,\|\, R^s_{Xai})$ with $R_{Xa} =
-    \mathrm{softmax}(X_a X_a^\top / \sqrt{d_r})$: all heads' vectors side by side, cut anew into r =
-    `relation_heads` of width $d_r$. Its mean over the positions i is the paper's loss, whose weights of the three
-    relations are 1. The number of heads may differ between student and teacher, so may widths. The paper
-    takes 48 relation heads (64 for large teachers), the student's last block and an upper-middle one of a
-    large teacher.
+    \mathrm{softmax}(X_a X_a^\top / \sqrt{d_r})$. The vectors of all heads are concatenated and split again
+    into r = `relation_heads` of width $d_r$. Its mean over the positions i is the paper's loss with weight 1 for
+    each of the three relations. The number of attention heads may differ between student and teacher, and so may the
+    widths. The paper uses 48 relation heads (64 for large teachers), the student's last block and, for a large
+    teacher, an upper-middle block.
 
-    Student and teacher are their query, key and value projections side by side, `[Q, K, V]`: see `minilm`.
-    With `parts=1` they are one of these alone: for grouped-query attention, whose keys and values are
-    narrower than its queries, sum three calls. `causal=True` for decoders: every position sees itself and
-    what came before. Rotary embeddings come after the projections: relations are those of the content.
+    `student` and `teacher` are the concatenated query, key and value projections, `[Q, K, V]`: see `minilm`.
+    With `parts=1` they are one of these alone. Grouped-query attention has keys and values that are narrower than
+    its queries: there, sum three calls. Set `causal=True` for decoders: every position then sees itself and earlier
+    ones. Rotary embeddings are applied after the projections, so relations depend on the content alone.
 
     Shapes: student `[..., N, parts·D]` and teacher `[..., N, parts·D']`, mask `[..., N]` (True = counts).
     Returns `[..., N]` in nats, in float32 or better. The teacher is detached.
 
-    Raises: ValueError for widths that relation heads don't divide, positions or devices that differ, or
-    features that are not rows; TypeError for integer features.
+    Raises: ValueError for widths that relation heads don't divide, for positions or devices that differ, and for
+    features that are not `[..., N, D]`; TypeError for integer features.
 
     >>> import torch
     >>> student, teacher = torch.randn(2, 5, 3 * 8), torch.randn(2, 5, 3 * 12)

@@ -1,4 +1,4 @@
-"""Mean squared error in units of the teacher's mean square."""
+"""Mean squared error divided by the teacher's mean square."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,10 +12,10 @@ def normalized_mse(
     *,
     eps: float = 1e-6,
 ) -> Float[Tensor, "*batch"]:
-    r"""Mean squared error at every position, over the teacher's mean square there.
+    r"""Mean squared error divided by the mean square of the teacher's features, at every position.
 
-    $\frac{\sum_d (s_d - t_d)^2}{\sum_d t_d^2 + D\,\epsilon}$: 0 at the teacher, 1 for a student
-    that gives zeros, whatever the size of the teacher's features. $\epsilon$ is `eps`.
+    $\frac{\sum_d (s_d - t_d)^2}{\sum_d t_d^2 + D\,\epsilon}$: 0 at the teacher, and 1 for a student
+    that returns zeros, whatever the size of the teacher's features. $\epsilon$ is `eps`.
 
     Shapes: student and teacher `[..., D]`. Returns `[...]`, in float32 or better. The teacher is
     detached.

@@ -7,11 +7,11 @@ from kdloss.distances._features import features, squared_gap, unit
 
 
 def pkd(student: Float[Tensor, "*batch width"], teacher: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
-    r"""Squared distance between the features at length 1, at every position.
+    r"""Squared distance between the features scaled to length 1, at every position.
 
     $\left\| \frac{s}{\|s\|} - \frac{t}{\|t\|} \right\|^2$: the paper's sum over the width (their code takes
-    the mean, D times less), which is twice `cosine`. The paper has it of BERT's [CLS] at each pair of
-    layers: a mask with that position alone. A zero vector stays zero.
+    the mean, which is D times smaller). It is twice `cosine`. The paper applies it to BERT's [CLS] token at each
+    pair of layers: for that, give a mask that keeps that position alone. A zero vector stays zero.
 
     Shapes: student and teacher `[..., D]`. Returns `[...]` between 0 and 4, in float32 or better. The
     teacher is detached.

@@ -6,7 +6,7 @@ from torch import Tensor
 from kdloss.distances._features import unit
 from kdloss.distances._gram import gram
 from kdloss.distances._relations import kl_over
-from kdloss.distances._rows import any_width, count, pairs, rows, spread
+from kdloss.distances._rows import any_width, count, pair_mask, prepare_rows, spread
 from kdloss.reduction import widest
 
 
@@ -18,20 +18,20 @@ def pkt(
     mask: Bool[Tensor, "*batch rows"] | None = None,
     eps: float = 1e-7,
 ) -> Float[Tensor, "*batch rows"]:
-    r"""Each row's neighbours as a distribution: KL(teacher || student), over the number of rows.
+    r"""KL(teacher || student) between the distributions of each row over its neighbours, divided by the number of rows.
 
     $\frac1N \sum_j p_{j|i} \log \frac{p_{j|i}}{q_{j|i}}$ with $p_{j|i}$ proportional to
     $\frac12 (\cos(t_i, t_j) + 1) + \epsilon$, and q the student's. As in the authors' code, a row is a
-    neighbour of itself, and the mean goes over all N² pairs (the paper leaves the row out and sums). Their
-    code adds epsilon within the logarithm only; here it belongs to the distributions, which keeps the
-    value from being negative; it is `eps`. A zero vector is at cosine 0 from all.
+    neighbour of itself, and the mean is over all N² pairs (the paper leaves the row itself out and sums). Their
+    code adds $\epsilon$ (`eps`) inside the logarithm only. Here it is part of the distributions, so the
+    value is never negative. The cosine of a zero vector with any other is 0.
 
     Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ): `[N, D]` compares examples
-    (the paper's), `[B, N, D]` the positions of each example. `mask` is `[..., N]` (True = counts). Returns
-    `[..., N]`, in float32 or better. The teacher is detached. Rows are compared with each other:
-    micro-batches of rows don't add up to one batch.
+    (as in the paper), `[B, N, D]` the positions of each example. `mask` is `[..., N]` (True = counts). Returns
+    `[..., N]`, in float32 or better. The teacher is detached. Rows are compared with each other,
+    so micro-batches don't add up to one batch.
 
-    Raises: ValueError for one row alone, positions or devices that differ, or maps that are not rows;
+    Raises: ValueError for a single row, for positions or devices that differ, and for maps (call `tokens` first);
     TypeError for integer features.
 
     >>> import torch
@@ -41,14 +41,14 @@ def pkt(
     Passalis and Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer",
     arXiv:1803.10837, and their code.
     """
-    s, t, keep = rows("pkt", student, teacher, mask)
-    # Where rows look away from each other, 1 + cos is a small difference, of which the logarithm is taken.
+    s, t, keep = prepare_rows("pkt", student, teacher, mask)
+    # For rows in opposite directions 1 + cos is the small difference of two numbers, and its logarithm is taken.
     wide = widest(s.device)
-    values = kl_over(_neighbours(s.to(wide), eps), _neighbours(t.to(wide), eps), pairs(keep)).to(s.dtype)
+    values = kl_over(_neighbours(s.to(wide), eps), _neighbours(t.to(wide), eps), pair_mask(keep)).to(s.dtype)
     return spread(values / count(keep, values), keep, student.shape[:-1])
 
 
 def _neighbours(x: Tensor, eps: float) -> Tensor:
-    """Logits of the neighbours of every row."""
+    """Logits of each row's distribution over its neighbours."""
     x = unit(x)
     return (((gram(x) + 1) / 2).clamp_min(0) + eps).log()

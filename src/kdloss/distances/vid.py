@@ -1,4 +1,4 @@
-"""Variational information distillation."""
+"""Variational information distillation (VID)."""
 
 import math
 
@@ -12,19 +12,19 @@ from kdloss.distances._features import features
 
 
 class VID(nn.Module):
-    r"""How unlikely the teacher's features are around the student's, with a learned variance per channel.
+    r"""Negative log-likelihood of the teacher's features, a Gaussian around the student's with a learned variance.
 
     $\frac1D \sum_d \tfrac12 \left( \frac{(s_d - t_d)^2}{\sigma_d^2} + \log \sigma_d^2 \right)$ with
-    $\sigma_d^2 = \log(1 + e^{\alpha_d}) + \epsilon$: the authors' code, which leaves out the constant
-    $\tfrac12 \log 2\pi$ and averages over channels where the paper sums. A lower bound of the information
-    that student and teacher share, its sign changed: it may be negative, and is not 0 at the teacher.
-    Channels that the student can't predict end up with a large variance and a small gradient. The mean's
-    predictor is `FeatureKD`'s projection; `variance` is the initial $\sigma^2$, the authors' 5, and `eps` is
-    $\epsilon$, below which it never falls.
+    $\sigma_d^2 = \log(1 + e^{\alpha_d}) + \epsilon$, one variance for each channel. This is the authors' code,
+    which leaves out the constant $\tfrac12 \log 2\pi$ and averages over channels where the paper sums. It is the
+    negative of a lower bound of the information that student and teacher share, so it may be negative, and it is
+    not 0 at the teacher. Channels that the student can't predict get a large variance and a small gradient.
+    `FeatureKD`'s projection predicts the mean. `variance` is the initial $\sigma^2$ (5, as in the authors' code),
+    and `eps` is $\epsilon$, the smallest variance.
 
-    `VID(student_width, teacher_width)`: the widths of the features it is called with, which are equal
-    (after the projection). Shapes: student and teacher `[..., D]`. Returns `[...]`, in float32 or better.
-    The teacher is detached; the variances are parameters: give them to the optimizer.
+    Build it as `VID(student_width, teacher_width)` with the widths of the features it is called with; they are equal,
+    after the projection. Shapes: student and teacher `[..., D]`. Returns `[...]`, in float32 or better. The teacher
+    is detached. The variances are parameters: give them to the optimizer.
 
     Raises: ValueError for widths, shapes or devices that differ; TypeError for integer features.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdloss.distances._features import squared_gap, unit
 from kdloss.distances._gram import gram
 from kdloss.distances._relations import angles, by_vertex, kl_over
-from kdloss.distances._rows import any_width, at_least_one, count, others, rows, spread, whole
+from kdloss.distances._rows import any_width, at_least_one, count, full_mask, off_diagonal_mask, prepare_rows, spread
 
 
 @any_width
@@ -22,25 +22,25 @@ def word_relation(
     window: int = 21,
     triple_weight: float = 1.0,
 ) -> Float[Tensor, "*batch rows"]:
-    r"""How each word of a sentence stands to the others, in pairs and in triples.
+    r"""Relations of each word of a sentence to the others: KL over pairs plus squared error over triples.
 
     Pairs: $\frac1N \mathrm{KL}(p_{\cdot|i} \,\|\, q_{\cdot|i})$ with $p_{\cdot|i}$ the softmax of the
     cosines of word i with all other words. Triples, `triple_weight` times: the mean of $(\cos^s_{jik} -
-    \cos^t_{jik})^2$ over words j and k of the window around word i (`window` words, i in the middle), the
-    cosines being those of `rkd_angle`. Both as the authors' code has them by default, the mean over all
-    N² pairs included; it repeats the first and last words where a window reaches beyond the sentence, and
-    looks at padding in it, while here a window ends there.
+    \cos^t_{jik})^2$ over words j and k of the window around word i (`window` words, i in the middle), with the
+    cosines of `rkd_angle`. Both are the defaults of the authors' code, including the mean over all N² pairs.
+    One difference: where a window reaches beyond the sentence, their code repeats the first and last words and
+    reads padding; here the window ends there.
 
-    The paper's layer transforming relation is the same across the layers of one word: give its layers as
-    rows, `torch.stack(layers, 2).flatten(0, 1)` of shape `[B·T, L, D]`, to this with an odd window of
-    2 L − 1, or to `rkd_distance` and `rkd_angle`.
+    The paper's layer transforming relation is the same loss across the layers of one word. Give the layers as
+    rows, `torch.stack(layers, 2).flatten(0, 1)` of shape `[B·T, L, D]`, to this function with a window of
+    2 L − 1 (which is odd), or to `rkd_distance` and `rkd_angle`.
 
-    Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ), a sentence in each
-    example. `mask` is `[..., N]` (True = counts); a window goes over the words that count. Returns `[..., N]`,
+    Shapes: student `[..., N, D]` and teacher `[..., N, D']` (widths may differ), one sentence for each
+    example. `mask` is `[..., N]` (True = counts); a window spans the words that count. Returns `[..., N]`,
     in float32 or better. The teacher is detached.
 
-    Raises: ValueError for one row alone, a window that is not odd and positive, positions or devices that
-    differ, or maps that are not rows; TypeError for integer features.
+    Raises: ValueError for a single row, a window that is not odd and positive, positions or devices that
+    differ, and maps (call `tokens` first); TypeError for integer features.
 
     >>> import torch
     >>> words = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
@@ -52,8 +52,8 @@ def word_relation(
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window counts the word in its middle too: an odd number, got {window}")
-    s, t, keep = rows("word_relation", student, teacher, mask)
-    values = kl_over(_cosines(s), _cosines(t), others(keep, s))
+    s, t, keep = prepare_rows("word_relation", student, teacher, mask)
+    values = kl_over(_cosines(s), _cosines(t), off_diagonal_mask(keep, s))
     values = values / count(keep, values)
     if s.shape[1]:
         values = values + triple_weight * _triples(s, t, keep, min(window // 2, s.shape[1] - 1))
@@ -61,9 +61,9 @@ def word_relation(
 
 
 def _triples(s: Tensor, t: Tensor, keep: Tensor | None, reach: int) -> Tensor:
-    """The mean squared difference of the angles at each word, `[B, N]`, among those within reach."""
-    there = whole(keep, s)
-    if keep is not None:  # the words that count stand beside each other, before the others
+    """The mean squared difference of the cosines at each word between words within `reach`, `[B, N]`."""
+    there = full_mask(keep, s)
+    if keep is not None:  # move the words that count to the front, in order
         order = (~keep).int().argsort(stable=True, dim=-1)
         s, t = (torch.take_along_dim(x, order.unsqueeze(-1), 1) for x in (s, t))
         there = keep.take_along_dim(order, 1)

@@ -1,4 +1,4 @@
-"""Which blocks (select), against which (pair), and where they are (find_blocks)."""
+"""Find a model's blocks (find_blocks), select some (select) and pair student with teacher blocks (pair)."""
 
 from kdloss.layers.attention import pair_by_attention
 from kdloss.layers.blocks import find_blocks

@@ -1,4 +1,4 @@
-"""Layers paired by attention."""
+"""Pair layers by attention."""
 
 from collections.abc import Mapping
 
@@ -15,23 +15,23 @@ def pair_by_attention(
     *,
     scale: float = 1.0,
 ) -> list[tuple[int, int, Tensor]]:
-    r"""Every pair, weighted by the student block's attention over the teacher's, anew at every position.
+    r"""Weight all pairs by the student block's attention over the teacher blocks, computed at every position.
 
     $w_{st} = \frac1S\,\mathrm{softmax}_t(\text{scale}\cdot\langle h_s, h_t\rangle)$ for S student blocks,
-    so that the weights sum to 1. The dot product is the paper's; products of wide features pick one
-    block nearly always, and $1/\sqrt D$ as `scale` softens them.
+    so the weights sum to 1. The dot product is the paper's. With wide features it nearly always picks a
+    single block; `scale` $= 1/\sqrt D$ makes the weights softer.
 
-    A pairing for `FeatureKD(pairing=kdloss.layers.pair_by_attention)`. The paper takes the distance to the
-    mixture of teacher features; here it is the mixture of distances. For `mse` and weights that are
-    constants the gradient is the same, since
-    $\sum_t a_t \|h_s - h_t\|^2 = \|h_s - \sum_t a_t h_t\|^2 + \text{const}$ where $\sum_t a_t = 1$, and
-    other distances need no meaning for a mixture. As in any learned pairing weights are constants: the
-    student can't lower the loss by looking elsewhere.
+    Use it as `FeatureKD(pairing=kdloss.layers.pair_by_attention)`. The paper takes the distance to the weighted
+    mean of teacher features; here it is the weighted mean of the distances. For `mse` and constant weights the
+    gradient is the same, because
+    $\sum_t a_t \|h_s - h_t\|^2 = \|h_s - \sum_t a_t h_t\|^2 + \text{const}$ where $\sum_t a_t = 1$. For
+    other distances the mean of features need not have a meaning. The weights are constants for the gradient, as in
+    every learned pairing: the student can't lower the loss by attending to other blocks.
 
-    Shapes: features `[..., D]`, of one width. Returns a weight `[...]` for each pair; `distances` is
-    named by what is asked of any learned pairing, and says only which pairs there are.
+    Shapes: `student` and `teacher` hold features `[..., D]` of one width, by block. Returns a weight `[...]` for each
+    pair. Every learned pairing has the parameter `distances`; here only its keys, the pairs, are used.
 
-    Raises: ValueError for student features of another width than the teacher's.
+    Raises: ValueError if the student's features are not as wide as the teacher's.
 
     >>> student, teacher = {0: torch.tensor([1.0, 0.0])}, {0: torch.zeros(2), 1: torch.tensor([2.0, 0.0])}
     >>> pairs = pair_by_attention(student, teacher, {(0, 0): torch.zeros(()), (0, 1): torch.zeros(())})

@@ -1,4 +1,4 @@
-"""Finding the list of blocks a model is made of."""
+"""Find the list of blocks of a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,18 +7,18 @@ from torch import nn
 
 from kdloss.layers.graph import called, is_graph
 from kdloss.layers.lists import LISTS, block_lists, sequences, size, unequal_lists
-from kdloss.layers.names import part, resolve, unwrap
+from kdloss.layers.names import resolve, split_name, unwrap
 
 
 def find_blocks(model: nn.Module, blocks: str | None = None) -> nn.ModuleList:
-    """The list of blocks of a model, in the order they run; block i is its i-th entry.
+    """Find the blocks of a `model`, in the order they run; block i is entry i (0-based).
 
-    Found are an `nn.ModuleList` of blocks of one class, the blocks of one class in an `nn.Sequential`, and
-    the residual blocks of a CNN's stages. Of a Hugging Face model with several stacks it is that of the
-    decoder, which the logits come from: of an encoder-decoder, of the language model behind an image's or
-    audio's encoder. `blocks` names another list, or one of unequal modules.
+    It finds an `nn.ModuleList` of blocks of one class, the blocks of one class in an `nn.Sequential`, and the
+    residual blocks in a CNN's stages. If a Hugging Face model has several stacks, it returns the blocks of the
+    decoder, which the logits come from: the decoder of an encoder-decoder, or the language model behind an image or
+    audio encoder. `blocks` names another list, or a list of modules of different classes.
 
-    Raises: ValueError when there is none, or more than one to choose from, with what there is.
+    Raises: ValueError if the model has no list of blocks, or several to choose from; the message lists what it has.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> len(find_blocks(GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9))))
@@ -41,9 +41,9 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> nn.ModuleList:
 
 
 def chosen_list(model: nn.Module, found: Mapping[str, nn.ModuleList]) -> str:
-    """The name of the one list of blocks, or of the decoder's.
+    """The name of the only list of blocks, or of the decoder's list.
 
-    Raises: ValueError when there is none, or more than one to choose from, the likeliest first.
+    Raises: ValueError if there is none, or several to choose from; the message names the likeliest one first.
     """
     kind, unequal = type(unwrap(model)).__name__, unequal_lists(model)
     if not found:
@@ -63,7 +63,7 @@ def chosen_list(model: nn.Module, found: Mapping[str, nn.ModuleList]) -> str:
 
 
 def decoder_lists(model: nn.Module, found: Mapping[str, nn.ModuleList]) -> list[str]:
-    """The lists inside the module that a Hugging Face model calls its decoder, where logits are made of its output."""
+    """The lists inside a Hugging Face model's decoder (`get_decoder()`), if the logits are made from its output."""
     model = unwrap(model)
     ask: Any = getattr(model, "get_decoder", None)
     head: Any = getattr(model, "get_output_embeddings", None)
@@ -75,7 +75,7 @@ def decoder_lists(model: nn.Module, found: Mapping[str, nn.ModuleList]) -> list[
 
 
 def _what_else(model: nn.Module, unequal: Mapping[str, nn.ModuleList]) -> str:
-    """What a model without a list of equal blocks has, and how to use it."""
+    """For an error: what a model without a list of equal blocks has instead, and how to use it."""
     if is_graph(model):
         names = called(model, model)
         return (
@@ -83,11 +83,11 @@ def _what_else(model: nn.Module, unequal: Mapping[str, nn.ModuleList]) -> str:
             f"of {names}"
         )
     names = [name for name, _ in model.named_children()]
-    mixed = {name: len(found) for name, found in sorted(unequal.items(), key=lambda named: -size(named[1]))}
-    if mixed:
+    lengths = {name: len(found) for name, found in sorted(unequal.items(), key=lambda named: -size(named[1]))}
+    if lengths:
         there, how = (
-            f"{names} and lists of unequal modules, {mixed}",
-            f"a list as it is by blocks={next(iter(mixed))!r}",
+            f"{names} and lists of unequal modules, {lengths}",
+            f"a list as it is by blocks={next(iter(lengths))!r}",
         )
     elif layers := sequences(model):
         there, how = f"{names} and layers in a row, {layers}", f"a row of layers by blocks={next(iter(layers))!r}"
@@ -98,19 +98,19 @@ def _what_else(model: nn.Module, unequal: Mapping[str, nn.ModuleList]) -> str:
 
 
 def block_indices(model: nn.Module, names: Sequence[str], blocks: str | None = None) -> list[int]:
-    """Indices of blocks given by name; empty when one of the names is not a block."""
+    """The block indices of named modules; empty if one of the names is not a block."""
     try:
         found = list(find_blocks(model, blocks))
     except ValueError:
         return []
     modules = [resolve(model, name) for name in names]
-    if any(part(name)[1] for name in names):
+    if any(split_name(name)[1] for name in names):
         return []
     return [found.index(m) for m in modules] if all(m in found for m in modules) else []
 
 
 def kept_blocks(model: nn.Module, blocks: str | None = None) -> list[int] | None:
-    """The teacher's blocks that a student was made of by `kdloss.keep_blocks`."""
+    """The indices of the teacher's blocks from which `kdloss.keep_blocks` made this student; None for other models."""
     kept = getattr(getattr(unwrap(model), "config", None), "kept_blocks", None)
     if kept is None:
         return None

@@ -1,4 +1,4 @@
-"""LayerDrop: blocks that a model leaves out of its training passes at random (Fan et al. 2020, arXiv:1909.11556)."""
+"""LayerDrop: models that skip blocks at random in training mode (Fan et al. 2020, arXiv:1909.11556)."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ SETTINGS = ("layerdrop", "speech_encoder_layerdrop")
 
 
 def layer_drop(model: nn.Module, block: nn.Module) -> tuple[float, str] | None:
-    """How often a block is left out in the mode the model is in now, and the line that ends it; None if it never is.
+    """The rate at which a block is skipped in the model's current mode, and the line that turns it off; None if never.
 
-    The module that runs a list of blocks has the rate itself, as Hugging Face's BART does, or in its
-    configuration, as Wav2Vec2 does.
+    The module that runs the list of blocks stores the rate as its own attribute, as Hugging Face's BART does, or in
+    its configuration, as Wav2Vec2 does.
     """
     model = unwrap(model)
     for path, holder in model.named_modules():

@@ -1,4 +1,4 @@
-"""Layers paired by optimal transport."""
+"""Pair layers by optimal transport."""
 
 import math
 from collections.abc import Mapping
@@ -16,22 +16,21 @@ Distances = Mapping[tuple[int, int], Tensor]
 def pair_by_emd(
     student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], distances: Distances
 ) -> list[tuple[int, int, float]]:
-    r"""Pairs weighted by the cheapest transport from student to teacher blocks, anew at every step.
+    r"""Weight pairs by the cheapest transport from student to teacher blocks, computed at every step.
 
     $w = \arg\min_{f \ge 0} \sum_{st} f_{st}\, d_{st}$ with $\sum_t f_{st} = 1/S$ for each of S student
-    and $\sum_s f_{st} = 1/T$ for each of T teacher blocks: no block is left out, and the loss
-    $\sum w d$ is the earth mover's distance between the models. Solved exactly, for any S and T.
+    and $\sum_s f_{st} = 1/T$ for each of T teacher blocks. Every block takes part, and the loss
+    $\sum w d$ is the earth mover's distance between the models. It is solved exactly, for any S and T.
 
-    A pairing for `FeatureKD(pairing=kdloss.layers.pair_by_emd)`. The paper divides by the total flow, which is
-    1 here. It also moves the blocks' own shares 1/S and 1/T towards cheap blocks after every step,
-    a state that would have to be saved and synchronised; shares stay equal here, as in its first step.
+    Use it as `FeatureKD(pairing=kdloss.layers.pair_by_emd)`. The paper divides by the total flow, which is
+    1 here. After every step the paper also moves the shares 1/S and 1/T towards cheap blocks. That state
+    would have to be saved and synchronised, so here the shares stay equal, as in the paper's first step.
 
-    Shapes: `distances` holds one number for every pair of a student and a teacher block. `student` and
-    `teacher` are named by what is asked of any learned pairing, and not used. Numbers are read on the
-    CPU: a GPU waits for them.
+    Shapes: `distances` holds one number for every pair of a student and a teacher block. `student` and `teacher`
+    are parameters of every learned pairing; they are not used here. The solver reads the distances on the CPU, so a
+    GPU has to wait at every step.
 
-    Raises: ImportError without SciPy (`pip install 'kdloss[emd]'`); ValueError for a distance that is
-    not finite.
+    Raises: ImportError without SciPy (`pip install 'kdloss[emd]'`); ValueError for a distance that is not finite.
 
     >>> distances = {(0, 0): 0.1, (0, 1): 0.2, (0, 2): 9.0, (1, 0): 5.0, (1, 1): 0.3, (1, 2): 0.4}
     >>> pairs = pair_by_emd({}, {}, {pair: torch.tensor(d) for pair, d in distances.items()})
@@ -46,7 +45,7 @@ def pair_by_emd(
     if not cost.isfinite().all():
         wrong = {pair: d.item() for pair, d in distances.items() if not d.isfinite()}
         raise ValueError(f"no transport for distances that are not finite: {wrong}")
-    # Equal shares are whole parcels of size 1 / lcm(S, T), each of which goes to one place.
+    # Equal shares are made of parcels of size 1 / lcm(S, T), and each parcel goes to one block.
     parcels = math.lcm(len(students), len(teachers))
     grid = cost.view(len(students), len(teachers))
     for side in (0, 1):

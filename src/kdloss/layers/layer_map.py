@@ -1,4 +1,4 @@
-"""A choice of layers and of their partners, before and after the models are known."""
+"""The user's `layers` and `pairing`, before and after the models are known."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import nn
 
 from kdloss.layers.blocks import block_indices, find_blocks, kept_blocks
 from kdloss.layers.names import resolve
-from kdloss.layers.pair import distinct, known, pair, weighted
+from kdloss.layers.pair import check_distinct, check_pairing, pair, with_weights
 from kdloss.layers.resolution import pair_by_resolution
 from kdloss.layers.select import select, strategy
 
@@ -16,8 +16,8 @@ Name = int | str
 Layer = Name | tuple[Name, ...]
 
 
-def parts(layers: Iterable[Layer]) -> list[Name]:
-    """The modules behind layers, each once; those of a tuple stand side by side along the width."""
+def flat_names(layers: Iterable[Layer]) -> list[Name]:
+    """All module names in `layers`, each once. A tuple stands for modules whose outputs are concatenated."""
     flat = (name for layer in layers for name in (layer if isinstance(layer, tuple) else (layer,)))
     return list(dict.fromkeys(flat))
 
@@ -26,9 +26,9 @@ def parts(layers: Iterable[Layer]) -> list[Name]:
 class LayerMap:
     """`layers` and `pairing` as the user gave them, and what was found in the models.
 
-    Blocks are named by index, other modules by name; a tuple of names is their outputs side by side.
-    `depths` are the numbers of blocks of student and teacher, `kept` the teacher's blocks that the
-    student was made of, `sizes` those of the maps that student's and teacher's blocks give.
+    Blocks are given by index and other modules by name; a tuple of names stands for their outputs, concatenated.
+    `depths` are the numbers of blocks of student and teacher, `kept` the teacher's blocks from which the student
+    was made, and `sizes` the sizes of the maps that the blocks of student and teacher return.
     """
 
     layers: Any
@@ -44,7 +44,7 @@ class LayerMap:
         elif not callable(self.layers) and not len(self.layers):
             raise ValueError("layers is empty; write layers='auto', or name some")
         if isinstance(self.pairing, str):
-            known(self.pairing)
+            check_pairing(self.pairing)
         if (self._explicit() or self.by_resolution) and self.layers != "auto":
             raise ValueError(
                 f"layers={self.layers!r} and pairing={self.pairing!r} both choose student layers; "
@@ -52,7 +52,7 @@ class LayerMap:
             )
 
     def locate(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Find the blocks of two models."""
+        """Find the blocks or named modules in both models."""
         if _has_names(self.layers) and all(isinstance(name, str) for name in self.layers):
             self.layers = block_indices(student, self.layers, self.blocks) or self.layers
         if self._by_name():
@@ -72,26 +72,26 @@ class LayerMap:
 
     @property
     def by_resolution(self) -> bool:
-        """Whether pairs go by the sizes of maps."""
+        """Whether pairs are chosen by the sizes of maps."""
         return isinstance(self.pairing, str) and self.pairing == "resolution"
 
     @property
     def known(self) -> bool:
-        """Whether pairs can be told without the models' outputs."""
+        """Whether the pairs are known without the models' outputs."""
         return self.depths is not None or self._by_name()
 
     @property
     def unmeasured(self) -> bool:
-        """Whether pairs wait for the sizes of maps."""
+        """Whether the sizes of maps still have to be measured before pairs are known."""
         return self.by_resolution and self.sizes is None
 
     def candidates(self) -> list[tuple[Layer, Layer, float]]:
-        """Every pair of blocks."""
+        """All pairs of a student and a teacher block."""
         students, teachers = self.depths or (0, 0)
         return [(s, t, 1.0) for s in range(students) for t in range(teachers)]
 
     def pairs(self, depths: tuple[int, int] | None = None) -> list[tuple[Layer, Layer, float]]:
-        """Pairs (student, teacher, weight) of block indices or module names; weight 0 drops out."""
+        """Pairs (student, teacher, weight) of block indices or module names, without those of weight 0."""
         if self._by_name():
             return [p for p in self._named_pairs() if p[2] > 0]
         depths = self.depths or depths
@@ -109,11 +109,11 @@ class LayerMap:
 
     @property
     def names(self) -> list[Name]:
-        """The modules that are named, on either side."""
-        return parts([layer for s, t, _ in self._named_pairs() for layer in (s, t)]) if self._by_name() else []
+        """The names of all modules on both sides; empty if layers are blocks."""
+        return flat_names([layer for s, t, _ in self._named_pairs() for layer in (s, t)]) if self._by_name() else []
 
     def __str__(self) -> str:
-        """The choice, negative indices counted from the start once the depths are known."""
+        """The settings, with negative indices resolved once the depths are known."""
         layers, pairing = self.layers, self.pairing
         if self.depths is not None and not self._by_name():
             if self._explicit():
@@ -124,7 +124,7 @@ class LayerMap:
 
     def _named_pairs(self) -> list[tuple[Layer, Layer, float]]:
         if self._explicit():
-            return distinct(weighted(self.pairing), self.pairing)
+            return check_distinct(with_weights(self.pairing), self.pairing)
         if self.pairing != "same":
             raise ValueError(
                 f"layers={self.layers!r} are not blocks of the student, so pairing={self.pairing!r} "
@@ -132,7 +132,7 @@ class LayerMap:
                 f"pairing=[({self.layers[0]!r}, 'name in the teacher'), ...]"
             )
         pairs = [(name, name) for name in self.layers]
-        return distinct(weighted(pairs), pairs)
+        return check_distinct(with_weights(pairs), pairs)
 
     def _explicit(self) -> bool:
         return not isinstance(self.pairing, str) and not callable(self.pairing)
@@ -152,8 +152,8 @@ def _has_names(layers: Any) -> bool:
 
 
 def _exists(model: nn.Module, layer: Layer, blocks: str | None) -> None:
-    for part in parts([layer]):
-        if isinstance(part, str):
-            resolve(model, part)
+    for name in flat_names([layer]):
+        if isinstance(name, str):
+            resolve(model, name)
         else:
-            select([part], len(find_blocks(model, blocks)))
+            select([name], len(find_blocks(model, blocks)))

@@ -1,4 +1,4 @@
-"""Names of modules, whatever a model is wrapped in."""
+"""Look up modules by name, also inside DDP, torch.compile, FSDP and peft wrappers."""
 
 import re
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def attribute(model: nn.Module, name: str) -> Any:
-    """`getattr(model, name, None)` for what is no module: that a plain one lacks it takes `nn.Module` long to say."""
+    """`getattr(model, name, None)` for non-modules, faster: `nn.Module` is slow to report a missing attribute."""
     kind = type(model)
     if name in vars(model) or hasattr(kind, name) or kind.__getattr__ is not nn.Module.__getattr__:
         return getattr(model, name, None)
@@ -36,10 +36,10 @@ def attribute(model: nn.Module, name: str) -> Any:
 
 
 def at_path(model: nn.Module, path: str) -> nn.Module | None:
-    """What stands at a path that `named_modules` gives; None where it leads nowhere any more."""
+    """The module at a path from `named_modules`; None if there is none any more."""
     found = model
     for name in filter(None, path.split(".")):
-        children = found._modules  # TorchScript's have no `get`
+        children = found._modules  # TorchScript's `_modules` have no `get`
         inner = children[name] if name in children else None  # noqa: SIM401
         if inner is None:
             return None
@@ -48,7 +48,7 @@ def at_path(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model, each once, as `model.modules()` has them but level by level: every step asks for them."""
+    """All modules of a model, each once, level by level: faster than `model.modules()`, since every step needs them."""
     found, seen = [model], {model}
     for module in found:
         for inner in module._modules.values():
@@ -59,7 +59,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def unwrapped_block(module: nn.Module) -> nn.Module:
-    """A block inside what is put around single blocks: compilation, checkpointing, FSDP."""
+    """The block inside wrappers of single blocks: compilation, checkpointing, FSDP."""
     while len(module._modules) == 1 and (name := next(iter(module._modules.keys()))) in _WRAPPERS:
         inner = module._modules[name]
         if inner is None:
@@ -69,10 +69,10 @@ def unwrapped_block(module: nn.Module) -> nn.Module:
 
 
 @lru_cache(maxsize=1024)
-def part(name: str) -> tuple[str, tuple[int | str, ...]]:
-    """The module that a name names, and the path of the part of its output, in brackets.
+def split_name(name: str) -> tuple[str, tuple[int | str, ...]]:
+    """Split a name into the module's name and the path into its output, given in brackets.
 
-    >>> part("fpn"), part("fpn[0]"), part("net.backbone[out][-1]")
+    >>> split_name("fpn"), split_name("fpn[0]"), split_name("net.backbone[out][-1]")
     (('fpn', ()), ('fpn', (0,)), ('net.backbone', ('out', -1)))
     """
     match = _PART.fullmatch(name)
@@ -82,11 +82,11 @@ def part(name: str) -> tuple[str, tuple[int | str, ...]]:
 
 
 def resolve(model: nn.Module, name: str) -> nn.Module:
-    """The module of this name, wrapper prefixes seen through; of a part of its output, the module itself.
+    """The module of this name. Wrapper prefixes may be left out, and a path into its output is ignored.
 
-    Raises: ValueError with the nearest names when there is none.
+    Raises: ValueError, with the nearest names, if there is none.
     """
-    name, _ = part(name)
+    name, _ = split_name(name)
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if name in modules and name:
         return modules[name]

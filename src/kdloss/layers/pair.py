@@ -1,4 +1,4 @@
-"""Which teacher blocks each chosen student block is held against, and with what weight."""
+"""Pair each selected student block with teacher blocks, with weights."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,29 +27,30 @@ def pair(
 ) -> list[tuple[int, int, float]]:
     r"""Pairs (student block, teacher block, weight) for the selected student blocks.
 
-    Each of N pairs weighs 1/N, so that the sum $\sum_i w_i d_i$ of their distances is the mean, unless
-    the pairs say otherwise.
+    Each of N pairs has the weight 1/N, so that the sum $\sum_i w_i d_i$ of their distances is the mean, unless
+    the pairs come with weights of their own. `pairing` is one of:
 
-    - "uniform": the same relative depth, last to last: block i of n against round(i (m-1)/(n-1)).
+    - "uniform": equal relative depth, last to last. Block i of n student blocks is paired with teacher block
+      round(i (m-1)/(n-1)) of m.
     - "same": the same index. "first", "last": the teacher's first or last blocks, in order.
-    - "reverse": the partners of "uniform" in reverse order, a control experiment.
-    - "random": teacher blocks drawn anew at every call, in ascending order, from torch's generator: the
-      draw of Haidar et al. 2022, "RAIL-KD", arXiv:2109.10164, at every step rather than every epoch,
-      and without their pooling over positions and normalisation, which are the distance's business.
-    - "all_to_one": every selected block against the teacher's last.
-    - "kept": for a student made of the teacher's own blocks `kept`: each against the teacher's
-      block just before the next kept one, the last against the teacher's last.
+    - "reverse": the partners of "uniform" in reverse order, for a control experiment.
+    - "random": teacher blocks drawn at every call, in ascending order, from torch's generator. This is the draw of
+      Haidar et al. 2022, "RAIL-KD", arXiv:2109.10164, at every step instead of every epoch. Their pooling over
+      positions and their normalisation are not part of it; choose a distance for these.
+    - "all_to_one": every selected block with the teacher's last block.
+    - "kept": for a student that was made from the teacher's own blocks `kept`. Each block is paired with the
+      teacher's block just before the next kept one, and the last with the teacher's last.
     - "resolution": for CNNs, by the size of the maps; see `kdloss.layers.pair_by_resolution`.
     - a list of pairs, or a callable `(selected, student_depth, teacher_depth) -> pairs`. Pairs are
-      (student, teacher), or (student, teacher, weight) with weights taken as they are, whatever their
-      sum. One student block may then have several teachers.
+      (student, teacher) or (student, teacher, weight). Weights are used as they are, whatever their sum; with
+      weights one student block may have several teacher blocks.
     - a learned pairing, like `kdloss.layers.pair_by_emd`: a callable with a parameter called `distances`, which
-      `FeatureKD` asks at every step. Here it gives all pairs that it may choose from.
+      `FeatureKD` calls at every step. For it this function returns all pairs that it may choose from.
 
-    Raises: ValueError for an unknown pairing, a block out of range, a pair given twice, a student block
-    given twice without weights, weights that are negative, not finite or all 0, a teacher too shallow
-    for the pairing, or "kept" without fitting `kept` blocks; TypeError for pairs that are not pairs of
-    integers, or only some of which have weights.
+    Raises: ValueError for an unknown pairing, a block out of range, a pair given twice, a student block given twice
+    without weights, weights that are negative, not finite or all 0, a teacher with too few blocks for the pairing, or
+    "kept" without `kept` blocks that fit; TypeError for pairs that are not pairs of integers, or if only some of them
+    have weights.
 
     >>> pair([0, 1, 2, 3], 4, 12)
     [(0, 0, 0.25), (1, 4, 0.25), (2, 7, 0.25), (3, 11, 0.25)]
@@ -59,23 +60,23 @@ def pair(
     [(3, 10, 0.2), (3, 11, 0.8)]
     """
     if learned(pairing):
-        return _evenly(*zip(*[(s, t) for s in selected for t in range(teacher_depth)], strict=True))
+        return _equal_weights(*zip(*[(s, t) for s in selected for t in range(teacher_depth)], strict=True))
     if not isinstance(pairing, str):
         plain: Any = pairing
         given = list(plain(selected, student_depth, teacher_depth) if callable(plain) else plain)
-        return distinct(
+        return check_distinct(
             [
                 (index(s, student_depth, "student "), index(t, teacher_depth, "teacher "), w)
-                for s, t, w in weighted(given)
+                for s, t, w in with_weights(given)
             ],
             given,
         )
-    known(pairing)
+    check_pairing(pairing)
     if pairing == "kept":
-        return _evenly(selected, _after(selected, student_depth, teacher_depth, kept))
+        return _equal_weights(selected, _before_next_kept(selected, student_depth, teacher_depth, kept))
     if pairing == "resolution":
         raise ValueError(
-            "pairing='resolution' goes by the sizes of maps, which a batch tells: write "
+            "pairing='resolution' needs the sizes of maps, which are measured on a batch: write "
             "distill.prepare(student, **batch) with a kdloss.Distiller, or give the pairs of "
             "kdloss.layers.pair_by_resolution(student_sizes, teacher_sizes)"
         )
@@ -99,16 +100,16 @@ def pair(
         "random": lambda: sorted(torch.randperm(teacher_depth)[:count].tolist()),
         "all_to_one": lambda: [teacher_depth - 1] * count,
     }
-    return _evenly(selected, partners[pairing]())
+    return _equal_weights(selected, partners[pairing]())
 
 
 def learned(pairing: Any) -> bool:
-    """Whether a pairing is asked at every step, with the features and their distances."""
+    """Whether a pairing is learned: called at every step with the features and their distances."""
     return callable(pairing) and takes(pairing, "distances")
 
 
-def known(pairing: str) -> None:
-    """A pairing by its name."""
+def check_pairing(pairing: str) -> None:
+    """Raise for an unknown name of a pairing."""
     if pairing not in PAIRINGS:
         raise ValueError(
             f"pairing={pairing!r} is unknown; choose one of {list(PAIRINGS)}, or give (student, "
@@ -116,8 +117,8 @@ def known(pairing: str) -> None:
         )
 
 
-def weighted(given: Sequence[Any]) -> list[tuple[Any, Any, float]]:
-    """Pairs as they were given, each with its weight; 1/N where they come without."""
+def with_weights(given: Sequence[Any]) -> list[tuple[Any, Any, float]]:
+    """The given pairs, each with its weight; 1/N if they have none."""
     lengths = {len(p) if isinstance(p, (tuple, list)) else 0 for p in given}
     if lengths == {2}:
         return [(s, t, 1 / len(given)) for s, t in given]
@@ -134,8 +135,8 @@ def weighted(given: Sequence[Any]) -> list[tuple[Any, Any, float]]:
     return [(s, t, float(w)) for s, t, w in given]
 
 
-def distinct(pairs: list[tuple[Any, Any, float]], given: Sequence[Any]) -> list[tuple[Any, Any, float]]:
-    """Pairs of which none stands twice, nor a student layer unless weights say that it is meant."""
+def check_distinct(pairs: list[tuple[Any, Any, float]], given: Sequence[Any]) -> list[tuple[Any, Any, float]]:
+    """Raise for a pair given twice, and for a student layer given twice without weights; else return the pairs."""
     if len({(s, t) for s, t, _ in pairs}) < len(pairs):
         raise ValueError(f"pairing={given} names a pair twice; give it once, with the sum of the weights")
     if len(given[0]) == 2 and len({s for s, _, _ in pairs}) < len(pairs):
@@ -147,7 +148,7 @@ def distinct(pairs: list[tuple[Any, Any, float]], given: Sequence[Any]) -> list[
     return pairs
 
 
-def _evenly(students: Sequence[int], teachers: Sequence[int]) -> Pairs:
+def _equal_weights(students: Sequence[int], teachers: Sequence[int]) -> Pairs:
     return [(s, t, 1 / len(students)) for s, t in zip(students, teachers, strict=True)]
 
 
@@ -158,7 +159,9 @@ def _relative(i: int, student_depth: int, teacher_depth: int) -> int:
     return (2 * i * (teacher_depth - 1) + steps) // (2 * steps)  # rounds halves up, in integers
 
 
-def _after(selected: list[int], student_depth: int, teacher_depth: int, kept: Sequence[int] | None) -> list[int]:
+def _before_next_kept(
+    selected: list[int], student_depth: int, teacher_depth: int, kept: Sequence[int] | None
+) -> list[int]:
     if kept is None:
         raise ValueError(
             "pairing='kept' is for a student made of this teacher's own blocks by "

@@ -1,4 +1,4 @@
-"""Which of a model's blocks to use."""
+"""Select blocks of a model."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,14 +14,14 @@ STRATEGIES: dict[str, Callable[[int], list[int]]] = {
 
 
 def select(layers: Layers, depth: int) -> list[int]:
-    """Indices of the chosen blocks of a model that has `depth` of them.
+    """The indices of the selected blocks, for a model with `depth` blocks.
 
     `layers` is "auto" (4 evenly spaced), "all", "key" (first, middle, last), "late" (last third),
-    "last", a list of indices (negative ones count from the end), or any callable from the depth to
-    such a list.
+    "last", a list of indices (negative ones count from the end), or any callable that takes the depth
+    and returns such a list.
 
-    Raises: ValueError for an unknown strategy, an empty list, an index out of range or given
-    twice; TypeError for an index that is not an integer.
+    Raises: ValueError for an unknown strategy, an empty list, an index that is out of range or
+    given twice; TypeError for an index that is not an integer.
 
     >>> select("auto", 12), select("key", 12), select("late", 12), select([0, -1], 12)
     ([0, 3, 6, 9], [0, 5, 11], [8, 9, 10, 11], [0, 11])
@@ -40,7 +40,7 @@ def select(layers: Layers, depth: int) -> list[int]:
 
 
 def strategy(name: str) -> Callable[[int], list[int]]:
-    """A selection by its name."""
+    """The selection with this name."""
     if name not in STRATEGIES:
         raise ValueError(
             f"layers={name!r} is unknown; choose one of {list(STRATEGIES)}, or give a list of indices "
@@ -50,7 +50,7 @@ def strategy(name: str) -> Callable[[int], list[int]]:
 
 
 def index(i: int, depth: int, whose: str = "") -> int:
-    """A block's index counted from the start."""
+    """Check a block's index and count it from the start."""
     if isinstance(i, bool) or not isinstance(i, int):
         raise TypeError(f"a {whose}block is named by an integer, got {type(i).__name__}: {i!r}")
     if not -depth <= i < depth:

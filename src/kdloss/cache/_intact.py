@@ -1,4 +1,4 @@
-"""Whether files are as they were written; what was found whole on this machine isn't read for it again."""
+"""Check that files are unchanged. The result is remembered on this machine, so a file is not read again for it."""
 
 import hashlib
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from kdloss.cache import _files
 
-_SETTLED = 2.0  # seconds after which a file that changes again has another time, on any file system
+_SETTLED = 2.0  # seconds after which another change surely gets another time stamp, on any file system
 
 
-def whole(file: Path, expected: str, *, again: bool = False) -> None:
-    """Raise unless a file has this checksum; `again` computes it whatever is remembered."""
+def check_intact(file: Path, expected: str, *, again: bool = False) -> None:
+    """Raise unless a file has this checksum. `again` computes it even if a result is remembered."""
     try:
         before = file.stat()
     except FileNotFoundError as error:
@@ -22,15 +22,15 @@ def whole(file: Path, expected: str, *, again: bool = False) -> None:
     mark = _mark(file, before, expected)
     if not again and _is_mine(mark):
         return
-    refuse_other(file, _files.sha256(file), expected)
+    check_checksum(file, _files.sha256(file), expected)
     if mark == _mark(file, file.stat(), expected) and time.time() - before.st_ctime > _SETTLED:
-        with suppress(OSError):  # where nothing can be written nothing is remembered
+        with suppress(OSError):  # if nothing can be written, nothing is remembered
             mark.parent.mkdir(mode=0o700, exist_ok=True)
             mark.touch()
 
 
-def refuse_other(file: Path, found: str, expected: str) -> None:
-    """Raise where a checksum is not the one there was."""
+def check_checksum(file: Path, found: str, expected: str) -> None:
+    """Raise if two checksums differ."""
     if found != expected:
         raise ValueError(
             f"{file} was cut or altered: its checksum is not the manifest's; the same call of "
@@ -39,14 +39,14 @@ def refuse_other(file: Path, found: str, expected: str) -> None:
 
 
 def _mark(file: Path, now: os.stat_result, expected: str) -> Path:
-    """An empty file whose name says that this file, as it is now, has this checksum."""
+    """The path of an empty file that records that this file, in its present state, has this checksum."""
     state = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
-    said = repr((_machine(), str(file.resolve()), state, expected))
+    record = repr((_machine(), str(file.resolve()), state, expected))
     try:
         place = tempfile.gettempdir()
     except FileNotFoundError:
-        place = os.devnull  # in which nothing is, nor can be made
-    return Path(place, f"kdloss-{_user()}", hashlib.sha256(said.encode()).hexdigest())
+        place = os.devnull  # no file can exist in there
+    return Path(place, f"kdloss-{_user()}", hashlib.sha256(record.encode()).hexdigest())
 
 
 def _is_mine(mark: Path) -> bool:
@@ -58,12 +58,12 @@ def _is_mine(mark: Path) -> bool:
 
 
 def _user() -> int:
-    """Who this is; 0 where there are no numbers for it."""
+    """The user's id; 0 on systems without user ids."""
     return getattr(os, "getuid", int)()
 
 
 def _machine() -> str:
-    """The machine since it was started: what a power cut took from a file is not remembered as being there."""
+    """Identify the machine since its last boot, because data may be lost in a power cut."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     except OSError:
