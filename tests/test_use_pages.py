@@ -5,6 +5,7 @@ import io
 import re
 import runpy
 
+import elsewhere
 import measure
 import memory
 import pytest
@@ -22,7 +23,8 @@ PICTURE = readme.ROOT / "docs" / "pictures" / "what_counts.py"
 
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 @pytest.mark.parametrize(("page", "number", "code"), PRINTS, ids=[f"{p}-{n}" for p, n, _ in PRINTS])
-def test_what_a_block_prints_stands_behind_it(page, number, code):
+def test_what_a_block_prints_stands_behind_it(page, number, code, monkeypatch, tmp_path):
+    elsewhere.go_there(monkeypatch, tmp_path)
     said = re.findall(r"^ *print\(.*\)  +# (.*)$", code, re.MULTILINE)
     out = io.StringIO()
     teacher, student = build("gpt2", width=24, depth=8), build("gpt2", depth=4, seed=1)
