@@ -8,6 +8,7 @@ import torch
 from families import batch, build
 from torch import nn
 from torch.optim import SGD
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.modeling_outputs import CausalLMOutput
 
 import kdloss
@@ -44,6 +45,37 @@ class Pair(nn.Module):
 
     def forward(self, x):
         return {"start_logits": self.first(x), "end_logits": self.second(x)}
+
+
+class Named(Net):
+    """A classifier whose first class has this name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.config = SimpleNamespace(id2label={0: name, 1: "horse", 2: "cow"})
+
+
+class Several(Net):
+    """A backbone that gives a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Module()
+        self.body.forward = lambda x: [x, 2 * x]
+
+    def forward(self, x):
+        return self.head(sum(self.body(x)))
+
+
+class Channels(nn.Module):
+    """A net whose features are `[B, C, T]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv1d(4, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean(-1))
 
 
 class NoMask(nn.Module):
@@ -147,6 +179,19 @@ def its_own_teacher():
 
 def images_with(**more):
     kdloss.Distillation(Net(), Net(), kdloss.VanillaKD())(torch.randn(2, 4), labels=torch.zeros(2).long(), **more)
+
+
+def drops_blocks():
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    convolutions = {"conv_dim": (8,), "conv_stride": (4,), "conv_kernel": (8,), "num_conv_pos_embedding_groups": 2}
+    student = Wav2Vec2ForCTC(Wav2Vec2Config(**shape, **convolutions, vocab_size=9)).train()
+    kdloss.Distillation(student, student, 1.0 * Features("all"))(torch.randn(2, 400))
+
+
+def another_width():
+    criterion = CrossEntropy() + Features(["body"], pairing="same")
+    for width in (5, 6):
+        kdloss.Distiller(Net(7), criterion).prepare(Net(width), torch.randn(2, 4))
 
 
 def packed():
@@ -276,7 +321,8 @@ CASES = {
     "mask must be": lambda: kd(LOGITS, LOGITS, mask=LABELS),
     "mask has shape": lambda: kd(LOGITS, LOGITS, mask=torch.ones(2, 2).bool()),
     "student is on": lambda: kd(LOGITS, LOGITS.to("meta")),
-    "classes and the teacher": lambda: kd(LOGITS, LOGITS[..., :4]),
+    "by config.id2label": lambda: images(Named("cat"), Named("dog"), kdloss.VanillaKD()),
+    "classes and the teacher … (": lambda: kd(LOGITS, LOGITS[..., :4]),
     "they must stand at the same positions": lambda: kd(LOGITS, LOGITS[:, :2]),
     "are of one class": lambda: kd(LOGITS[..., :1], LOGITS[..., :1]),
     "nothing tells which axis": lambda: maps(1.0 * Logits()),
@@ -299,6 +345,10 @@ CASES = {
     "lists of blocks": lambda: kdloss.Distillation(Net(blocks=3), Net(blocks=3), kdloss.FeatureKD()),
     "has no nn.ModuleList": lambda: kdloss.Distillation(Net(), Net(), kdloss.FeatureKD()),
     "ran more than once": lambda: images(Twice(), Twice(), CrossEntropy() + Features(["act"], pairing="same")),
+    "LayerDrop": drops_blocks,
+    "several features": lambda: images(Several(), Several(), BODY, (2, 3, 4)),
+    "where nothing else is said": lambda: images(Channels(), Channels(), BODY, (2, 4, 5)),
+    "and now come": another_width,
     "without gradient although": frozen_backbone,
     "changed in place": twice_in_place,
     "it is its own teacher": its_own_teacher,
