@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import ModuleType
 
+import elsewhere
 import pytest
 import readme
 from families import batch, build
@@ -46,3 +47,8 @@ def test_the_top_has_about_twenty_names_and_no_package_hides_behind_a_function()
     assert len(names) <= 28
     files = {path.stem for path in Path(kdloss.__file__).parent.iterdir()}
     assert [n for n in names if n in files] == []
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch, tmp_path):
+    elsewhere.go_there(monkeypatch, tmp_path)
