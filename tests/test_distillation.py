@@ -743,7 +743,7 @@ def test_loading_before_projections_are_there_says_what_to_do():
     whole = nn.ModuleDict({"model": fresh})  # as in a LightningModule
     state = module.state_dict()
     key = "criterion.terms.feature.projections.body.weight"
-    with pytest.raises(RuntimeError, match=rf"'{key}' was learned .*model\.prepare\(\*\*batch\) before"):
+    with pytest.raises(RuntimeError, match=rf"the parameter '{key}', .*model\.prepare\(\*\*batch\) before"):
         fresh.load_state_dict(state)
     with pytest.raises(RuntimeError, match=rf'Unexpected key.*"model\.{key}"'):
         whole.load_state_dict({f"model.{name}": value for name, value in state.items()})

@@ -405,7 +405,7 @@ def test_a_feature_mask_that_no_term_reads_is_an_error():
     own = torch.ones(2, 8).bool()
     with pytest.raises(ValueError, match=r"feature_mask has \['features'\], and the terms are \['feature'\]"):
         Distiller(teacher, 1.0 * Features(**FIRST))(student, **batch, feature_mask={"features": own})
-    with pytest.raises(ValueError, match=r"feature_mask \(2, 8\) is of features, and none of the terms \['ce', 'kd'\]"):
+    with pytest.raises(ValueError, match=r"\(2, 8\) is a mask of features, and none of the terms \['ce', 'kd'\]"):
         Distiller(teacher, kdloss.VanillaKD())(student, **batch, feature_mask=own)
 
 

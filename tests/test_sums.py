@@ -584,7 +584,7 @@ def test_a_task_reads_the_part_of_the_output_that_it_takes():
 
 def test_a_divergence_by_labels_does_not_count_unlabelled_positions():
     criterion = 1.0 * Logits(divergences.dkd, positions="mask")
-    with pytest.raises(ValueError, match=r"'kd' compares by the labels.*positions='labels'"):
+    with pytest.raises(ValueError, match=r"divergence of the term 'kd' reads labels.*positions='labels'"):
         criterion(*torch.randn(2, 4, 5), torch.tensor([0, 1, -100, 2]))
 
 
@@ -597,5 +597,5 @@ def test_numbers_of_numpy_are_weights():
 @pytest.mark.parametrize("side", ["take", "teacher_take"])
 def test_a_part_of_hidden_states_is_refused_rather_than_not_taken(side):
     states = SimpleNamespace(hidden_states=[torch.randn(2, 3, 4) for _ in range(3)])
-    with pytest.raises(TypeError, match="hidden_states are no modules' outputs"):
+    with pytest.raises(TypeError, match="hidden_states aren't outputs of modules"):
         (1.0 * Features("last", **{side: 0}))(states, states)
