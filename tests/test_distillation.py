@@ -441,10 +441,10 @@ def test_a_stored_teacher_says_what_it_said(inputs):
 
 
 def test_what_no_stored_teacher_said_is_refused(module, inputs):
-    with pytest.raises(TypeError, match=r"of 1 teachers 0 are stored.*leave it out, or write None"):
+    with pytest.raises(TypeError, match=r"0 of the 1 teachers are stored.*leave it out, or write None"):
         module(**inputs, teacher=torch.zeros(4, 8, 61))
     stored = kdloss.Distillation(module.student, None, kdloss.VanillaKD())
-    with pytest.raises(TypeError, match=r"what 2 stored teachers said, and of 1 teachers 1 are stored"):
+    with pytest.raises(TypeError, match=r"the outputs of 2 stored teachers, but 1 of the 1 teachers are stored"):
         stored(**inputs, teacher=[torch.zeros(4, 8, 61)] * 2)
 
 
