@@ -625,4 +625,4 @@ def test_a_trainer_with_a_loss_of_its_own_is_told_that_the_criterion_takes_its_p
         pass
 
     make(tmp_path, *pair(), of=Both)
-    assert "takes the place of the loss of Penalised" in caplog.text
+    assert "replaces the loss of Penalised" in caplog.text
