@@ -25,7 +25,7 @@ class Step:
     - `where`: the positions that count. `where.take(x)` gives `x` at these positions, `[*positions, ...]`, with zeros
       where a position doesn't count; `where.keep` is the mask (None: all count).
     - `feature_mask(layer, positions)`: the mask of a layer's features at these positions (None: all count), and
-      whether they stand elsewhere than the labels although there are as many.
+      whether these are other positions than those of the labels although there are as many.
     - `reads`: what the term's `reads` returned. `number`: how many steps were taken before this one.
     - `report(name, values)`: adds a component `name`, the mean of `values` over the positions that count.
     - `index`: which example of the data set each example of the batch is.

@@ -64,8 +64,8 @@ class Sum(nn.Module):
     - `mask`: boolean, shaped like the labels, True = keep.
     - `attention_mask`: boolean, True = a token. It takes positions out as `mask` does. With `causal` it also takes out
       positions whose logits belong to padding, except in `CrossEntropy` and `Task`, whose label there is real.
-    - `feature_mask`: which features count where they stand elsewhere than the labels; a dict by term name where terms
-      differ.
+    - `feature_mask`: which features count, for features at other positions than the labels; a dict by term name if
+      terms differ.
     - `num_items_in_batch`: divides every term in place of the number of positions; see `kdloss.reduce`.
     - `index`: which example of the data set each example of the batch is, for distances that need it
       (`kdloss.distances.CRD`).
@@ -205,7 +205,7 @@ class Sum(nn.Module):
         return self
 
     def candidates(self, teachers: int = 1) -> Plan:
-        """The plan of the pass that captures what is needed to build all trained modules, with so many `teachers`."""
+        """The plan of the pass that captures what is needed to build trained modules, for so many `teachers`."""
         reads = {name: r for name, term in self.terms.items() if (r := term.candidates()) is not None}
         return Plan({}, reads, {name: self.terms[name].teachers(teachers) for name in reads})
 
