@@ -48,8 +48,9 @@ class Features(Term):
       parameter `distances`, such as `kdloss.layers.pair_by_emd`, is called at every step: see below.
     - `distance`: any function like `kdloss.distances.mse`. A distance with a parameter `mask` gets the positions that
       count, one with `labels` their classes, one with `index` their examples. A module class, such as
-      `kdloss.distances.VID` or a `functools.partial` of it, is built once per student layer for the widths that
-      it gets, after projection. A distance whose attribute `any_width` is True gets features of different widths as they are.
+      `kdloss.distances.VID` or a `functools.partial` of it, is built once per student layer for the widths that it
+      gets, after projection. A distance whose attribute `any_width` is True gets features of different widths as they
+      are.
     - `projection`: a function of two widths that makes each projection (`kdloss.projections.linear`, `mlp`, `conv1x1`
       or your own), used for equal widths too. Without it a linear projection is made where the widths differ and the
       distance needs equal ones. Projections are parameters of this term.
