@@ -39,7 +39,7 @@ def _check(chosen: list[Any], compared: Mapping[tuple[Layer, Layer], Compared]) 
     pairs = [(s, t) for s, t, _ in chosen]
     if unknown := [pair for pair in pairs if pair not in compared]:
         raise ValueError(
-            f"a learned pairing returned {unknown}, which are not among the pairs it was given: {list(compared)}"
+            f"a learned pairing chose {unknown}, which are not among the pairs it was given: {list(compared)}"
         )
     if len(set(pairs)) < len(pairs):
         raise ValueError(f"a learned pairing chose a pair twice: {pairs}")
