@@ -73,7 +73,7 @@ def ids():
 @pytest.mark.filterwarnings("ignore:Model with .tie_word_embeddings=True")  # of peft with transformers 4
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("criterion", [kdloss.VanillaKD(alpha=0.0), kdloss.FeatureKD("all", alpha=0.0)], ids=repr)
-def test_the_base_under_adapters_teaches_what_a_base_loaded_apart_teaches(config, criterion):
+def test_the_base_under_adapters_teaches_the_same_as_a_base_loaded_separately(config, criterion):
     plain, student = plain_and(config)
     student.eval()  # no dropout, so that both steps are the same
     found = []
@@ -108,7 +108,7 @@ def test_the_base_stays_the_same_teacher_while_its_student_trains():
 
 
 @pytest.mark.parametrize("where", ["the variable", "get_base_model", "the student", "a method", "a wrapper"])
-def test_a_student_under_adapters_is_not_its_own_teacher_unseen(where):
+def test_a_student_with_adapters_that_is_its_own_teacher_is_noticed(where):
     class Wrapper(nn.Module):
         def __init__(self, model):
             super().__init__()
@@ -141,7 +141,7 @@ def test_weights_that_teacher_and_student_share_are_refused_where_they_are_train
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0))
     with pytest.raises(ValueError, match=r"'0\.weight'.*copy\.deepcopy\(student\).*kdloss\.Teacher\(lambda"):
         distill(student, torch.ones(2, 4))
-    with pytest.raises(ValueError, match="it is its own"):
+    with pytest.raises(ValueError, match="the student is its own teacher"):
         kdloss.Distiller(student, kdloss.VanillaKD(1.0, 0.0))(student, torch.ones(2, 4))
     trunk.requires_grad_(False)
     distill(student, torch.ones(2, 4)).loss.backward()
@@ -150,7 +150,7 @@ def test_weights_that_teacher_and_student_share_are_refused_where_they_are_train
     assert kdloss.Distiller(itself, kdloss.VanillaKD(1.0, 0.0))(student, torch.ones(2, 4)).loss.item() == 0
 
 
-def test_weights_held_and_not_used_are_no_matter():
+def test_shared_weights_that_the_teacher_does_not_use_are_allowed():
     class Without(nn.Module):
         def __init__(self, model):
             super().__init__()

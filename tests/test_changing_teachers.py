@@ -343,7 +343,7 @@ def test_chains_without_a_student_and_models_that_would_teach_themselves_are_ref
         kdloss.chain([], train)
     with pytest.raises(ValueError, match=r"got one Linear; write \[teacher, student\]"):
         kdloss.chain([model], train)
-    with pytest.raises(ValueError, match=r"model 2 of the chain is the one before it .* not \[model\] \* 3"):
+    with pytest.raises(ValueError, match=r"model 2 of the chain is the same as the one before .* not \[model\] \* 3"):
         kdloss.chain([model] * 3, train)
     with pytest.raises(TypeError, match="got one Sequential; write chain"):
         kdloss.chain(nn.Sequential(linear(), linear()), train)

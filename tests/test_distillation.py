@@ -100,7 +100,7 @@ def test_readmes_loop_trains_student_and_projections_and_leaves_the_teacher():
 
 
 @since_torch(2, 6)
-def test_two_processes_come_to_what_one_does(tmp_path):
+def test_two_processes_give_the_result_of_one(tmp_path):
     """One test, for processes are slow to start: DDP, FSDP2, Accelerate and Lightning; see distillation_processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     said = subprocess.run(
@@ -178,7 +178,7 @@ def test_fsdp_in_one_process_changes_nothing(whole_only):
     equal(stored["weights"], stored["resumed"])
 
 
-def test_what_zero_3_has_in_shards_is_left_alone_by_a_term_without_weight(inputs):
+def test_a_term_of_weight_zero_leaves_parameters_sharded_by_zero_3_alone(inputs):
     """There a parameter is empty outside of its module, and so would its gradient be."""
     module = runs.made(runs.switched_off)
     waited_for, sharded = list(module.criterion.parameters())[:2]
@@ -359,7 +359,7 @@ def test_a_step_goes_through_pytrees_pickles_and_copies(module, inputs):
         assert twin.components == step.components
 
 
-def test_labels_stand_in_the_signature_for_those_who_look():
+def test_labels_is_a_named_parameter_of_forward():
     assert "labels" in inspect.signature(kdloss.Distillation.forward).parameters
 
 
@@ -412,7 +412,7 @@ def test_training_and_evaluation_leave_the_teacher_alone(module, inputs):
     equal(teacher.state_dict(), before)
 
 
-def test_what_learns_is_student_and_criterion(module):
+def test_trained_parameters_are_those_of_student_and_criterion(module):
     assert [name for name, _ in module.named_children()] == ["student", "criterion"]
     theirs = {p.data_ptr() for p in teacher_of(module).parameters()}
     for mine in (module.parameters(), module.state_dict().values(), module.buffers()):
@@ -426,7 +426,7 @@ def test_what_learns_is_student_and_criterion(module):
 # A stored teacher
 
 
-def test_a_stored_teacher_says_what_it_said(inputs):
+def test_a_stored_teacher_gives_the_loss_of_the_live_one(inputs):
     teacher, student = build("gpt2", depth=4).eval(), build("gpt2", depth=2, seed=1)
     live = kdloss.Distillation(student, teacher, kdloss.VanillaKD())
     stored = kdloss.Distillation(student, None, kdloss.VanillaKD())
@@ -440,11 +440,11 @@ def test_a_stored_teacher_says_what_it_said(inputs):
     assert set(stored(**inputs, teacher=logits).components) == {"ce", "kd"}
 
 
-def test_what_no_stored_teacher_said_is_refused(module, inputs):
-    with pytest.raises(TypeError, match=r"of 1 teachers 0 are stored.*leave it out, or write None"):
+def test_stored_outputs_without_a_stored_teacher_are_refused(module, inputs):
+    with pytest.raises(TypeError, match=r"0 of the 1 teachers are stored.*leave it out, or write None"):
         module(**inputs, teacher=torch.zeros(4, 8, 61))
     stored = kdloss.Distillation(module.student, None, kdloss.VanillaKD())
-    with pytest.raises(TypeError, match=r"what 2 stored teachers said, and of 1 teachers 1 are stored"):
+    with pytest.raises(TypeError, match=r"the outputs of 2 stored teachers, but 1 of the 1 teachers are stored"):
         stored(**inputs, teacher=[torch.zeros(4, 8, 61)] * 2)
 
 
@@ -525,7 +525,7 @@ class OnGpu(torch.Tensor):
 
 
 @pytest.mark.parametrize("placed", [quantised, dispatched, hooked, offloaded, in_shards, spread])
-def test_teachers_with_a_place_of_their_own_stay_there(module, placed, monkeypatch):
+def test_teachers_that_cannot_be_moved_stay_where_they_are(module, placed, monkeypatch):
     teacher = teacher_of(module)
     placed(teacher)
     monkeypatch.setattr("kdloss.teacher.place", lambda module: torch.device("cuda:7"))
@@ -643,7 +643,7 @@ def test_a_teacher_sees_another_resolution():
 # Copies, files
 
 
-def test_copies_share_the_teacher_and_train_apart(module, inputs):
+def test_copies_share_the_teacher_and_train_separately(module, inputs):
     twin = copy.deepcopy(module)
     assert twin.teachers[0] is module.teachers[0]
     mine = {p.data_ptr() for p in module.parameters()}
@@ -680,7 +680,7 @@ def test_a_moving_average_follows_student_and_projections(module, inputs):
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_a_pickle_goes_on_where_it_was(module, inputs, used):
+def test_training_continues_from_a_pickle(module, inputs, used):
     if used:
         module(**inputs)
     module.criterion.advance()
@@ -743,7 +743,7 @@ def test_loading_before_projections_are_there_says_what_to_do():
     whole = nn.ModuleDict({"model": fresh})  # as in a LightningModule
     state = module.state_dict()
     key = "criterion.terms.feature.projections.body.weight"
-    with pytest.raises(RuntimeError, match=rf"'{key}' was learned .*model\.prepare\(\*\*batch\) before"):
+    with pytest.raises(RuntimeError, match=rf"the parameter '{key}', .*model\.prepare\(\*\*batch\) before"):
         fresh.load_state_dict(state)
     with pytest.raises(RuntimeError, match=rf'Unexpected key.*"model\.{key}"'):
         whole.load_state_dict({f"model.{name}": value for name, value in state.items()})

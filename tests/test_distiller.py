@@ -231,7 +231,7 @@ def test_what_is_captured_is_hooked_and_nothing_else(logit_weight):
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 3)])
-def test_a_batch_without_masks_counts_as_one_whose_features_are_all_said_to(shape):
+def test_without_masks_all_features_count(shape):
     torch.manual_seed(0)
     x, labels = torch.randn(2, 3, 3), torch.randint(0, 5, shape)
     student, teacher = Counted(), Counted()

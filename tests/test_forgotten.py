@@ -33,7 +33,7 @@ def distilled(criterion):
     return student, kdloss.Distiller(net(8), criterion).prepare(student, X)
 
 
-def test_an_optimizer_without_the_projections_is_told_of_once(warned):
+def test_an_optimizer_without_the_projections_is_warned_of_once(warned):
     student, distill = distilled(criterion := features())
     before = [p.clone() for p in criterion.parameters()]
     optimizer = AdamW(student.parameters())
@@ -50,7 +50,7 @@ def test_an_optimizer_without_the_projections_is_told_of_once(warned):
 
 
 @pytest.mark.parametrize("optimizers", ["one of both", "one for each", "of the module"])
-def test_a_loop_that_trains_and_zeroes_everything_hears_nothing(optimizers, warned):
+def test_a_loop_that_trains_and_zeroes_everything_gets_no_warning(optimizers, warned):
     student, distill = distilled(criterion := features())
     model = kdloss.Distillation(student, distill.teachers[0], criterion)
     groups = {
@@ -68,7 +68,7 @@ def test_a_loop_that_trains_and_zeroes_everything_hears_nothing(optimizers, warn
     assert warned() == []
 
 
-def test_projections_that_are_trained_and_never_zeroed_are_told_of_once(warned):
+def test_projections_that_are_trained_and_never_zeroed_are_warned_of_once(warned):
     student, distill = distilled(criterion := features())
     optimizer = SGD([*student.parameters(), *criterion.parameters()], lr=0.1)
     for _ in range(3):
@@ -99,7 +99,7 @@ SCHEDULED = {
 
 
 @pytest.mark.parametrize("scheduled", SCHEDULED)
-def test_a_step_that_nobody_counts_is_told_of_once_where_something_is_scheduled(scheduled, warned):
+def test_a_forgotten_advance_is_warned_of_once_where_something_is_scheduled(scheduled, warned):
     student, distill = distilled(criterion := SCHEDULED[scheduled]())
     optimizer = SGD(student.parameters(), lr=0.1)
     for _ in range(4):
@@ -112,7 +112,7 @@ def test_a_step_that_nobody_counts_is_told_of_once_where_something_is_scheduled(
 
 
 @pytest.mark.parametrize("scheduled", [*SCHEDULED, None])
-def test_a_loop_that_counts_its_steps_or_has_none_to_count_hears_nothing(scheduled, warned):
+def test_a_loop_that_counts_its_steps_or_has_none_to_count_gets_no_warning(scheduled, warned):
     student, distill = distilled(criterion := SCHEDULED[scheduled]() if scheduled else kdloss.VanillaKD())
     optimizer = SGD(student.parameters(), lr=0.1)
     for _ in range(3):

@@ -116,7 +116,7 @@ def test_a_graph_made_in_training_mode_is_refused(make):
             return (program if make == "export" else program.run_decompositions()).module()
 
         kdloss.Teacher(graph(layer.eval()))
-        with pytest.raises(ValueError, match=r"graph was made in training mode .* make it of model\.eval"):
+        with pytest.raises(ValueError, match=r"graph was made in training mode .* make it from model\.eval"):
             kdloss.Teacher(graph(layer.train()))
 
 

@@ -590,7 +590,7 @@ def test_another_loss_beside_the_criterions_is_refused_and_named_in_its_words(tm
 
 
 @pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_what_the_criterion_learns_is_not_left_out_of_shards_in_silence(sharding, tmp_path, monkeypatch):
+def test_a_trained_criterion_is_refused_under_fsdp_and_deepspeed(sharding, tmp_path, monkeypatch):
     processed = Trainer.create_accelerator_and_postprocess
     monkeypatch.setattr(
         Trainer, "create_accelerator_and_postprocess", lambda self: processed(self) or setattr(self, sharding, True)
@@ -611,7 +611,7 @@ def test_an_optimizer_without_what_the_criterion_learns_is_refused(tmp_path):
     assert not any(map(torch.equal, before, trained(student, criterion)))
 
 
-def test_a_count_that_is_none_is_refused(tmp_path):
+def test_an_unknown_count_is_refused(tmp_path):
     with pytest.raises(ValueError, match="count"):
         make(tmp_path, *pair(), distilling={"count": "labels"})
 
@@ -625,4 +625,4 @@ def test_a_trainer_with_a_loss_of_its_own_is_told_that_the_criterion_takes_its_p
         pass
 
     make(tmp_path, *pair(), of=Both)
-    assert "takes the place of the loss of Penalised" in caplog.text
+    assert "replaces the loss of Penalised" in caplog.text

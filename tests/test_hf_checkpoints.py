@@ -118,7 +118,7 @@ def test_the_best_students_projections_come_back_with_it(tmp_path):
     assert any(not torch.equal(held[name], last[name]) for name in held)
 
 
-def test_a_checkpoint_that_is_overwritten_is_not_whole_on_the_way(tmp_path, monkeypatch):
+def test_a_checkpoint_is_incomplete_while_it_is_overwritten(tmp_path, monkeypatch):
     def train():
         make(tmp_path, *pair(), save_strategy="steps", save_steps=2).train()
 
@@ -184,7 +184,7 @@ def undisturbed(run, tmp_path_factory):
         ("end", 1, 7),
     ],
 )
-def test_killed_anywhere_it_goes_on_and_ends_the_same(where, at, goes_on_from, run, undisturbed, tmp_path):
+def test_a_run_killed_anywhere_resumes_to_the_same_end(where, at, goes_on_from, run, undisturbed, tmp_path):
     reference, calls = undisturbed
     at = max(1, int(at * calls)) if isinstance(at, float) else at
     assert run(seven_steps, str(tmp_path), where, at) == -signal.SIGKILL

@@ -111,7 +111,7 @@ def test_an_input_of_a_teachers_own_is_kept_from_models_that_take_any():
 
 @since_torch(2, 6)  # before, transformers reads a packed row as one document
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
-def test_packed_rows_are_told_apart_by_both_models_or_refused():
+def test_packed_rows_are_read_by_both_models_or_refused():
     teacher, student = build("llama", depth=2).eval(), build("llama", depth=1, seed=1).eval()
     docs = [torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[9, 8, 7]])]
     packed = {"input_ids": torch.cat(docs, 1), "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])}
@@ -123,7 +123,7 @@ def test_packed_rows_are_told_apart_by_both_models_or_refused():
     assert out.loss.item() == pytest.approx((sum(apart) / 6).item(), rel=1e-4)
     bloom = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=61, hidden_size=8, n_layer=1, n_head=2))
     for blind in (bloom, lambda input_ids: bloom(input_ids)):  # the first takes any keyword, and reads none
-        with pytest.raises(ValueError, match=r"teacher \(.* takes no position_ids, by which packed rows"):
+        with pytest.raises(ValueError, match=r"teacher \(.* takes no position_ids, .* a packed row"):
             kdloss.Distiller(blind, kdloss.VanillaKD())(student, **packed, labels=labels)
     with pytest.raises(ValueError, match=r"student \(BloomForCausalLM takes .* takes no position_ids"):
         kdloss.Distiller(teacher, kdloss.VanillaKD())(bloom, **packed, labels=labels)
@@ -132,7 +132,7 @@ def test_packed_rows_are_told_apart_by_both_models_or_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
-def test_a_teacher_that_cannot_be_told_of_padding_gets_rows_without():
+def test_a_teacher_without_attention_mask_gets_no_padded_rows():
     student, net = build("bert", depth=1).eval(), build("bert", depth=1, seed=1).eval()
 
     def teacher(input_ids):

@@ -107,7 +107,7 @@ def outcome(criterion, batch):
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), BATCHES), min_size=1, max_size=4))
-def test_a_criterion_that_has_seen_steps_gives_or_raises_what_one_that_has_seen_none_does(steps):
+def test_a_used_criterion_gives_or_raises_the_same_as_a_new_one(steps):
     criterion = VanillaKD(temperature=2.0, alpha=0.5)
     for change, batch in steps:
         CHANGES[change](criterion)
@@ -135,7 +135,7 @@ def test_labels_of_another_kind_are_looked_at_again():
     torch.testing.assert_close(criterion(student, teacher, labels.tolist()), loss)
 
 
-def test_copies_and_pickles_know_nothing_and_go_on():
+def test_copies_and_pickles_remember_no_step():
     criterion, batch = VanillaKD(), inputs()[:3]
     loss = criterion(*batch)
     assert criterion._known._key is not None

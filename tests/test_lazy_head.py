@@ -92,7 +92,7 @@ def is_lazy(out):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("family", [*CAUSAL, *MORE])
-def test_loss_and_every_gradient_are_those_of_whole_logits(family, dtype):
+def test_loss_and_every_gradient_are_those_of_full_logits(family, dtype):
     student, teacher = model(family, dtype=dtype), model(family, seed=1, dtype=dtype)
     rel = 1e-10 if dtype == torch.float64 else 1e-5
     for alpha in (0.0, 0.5, 1.0):
@@ -148,7 +148,7 @@ def test_behind_the_first_pass_a_models_hooks_see_the_first_positions_logits():
         (lambda z: z * float("nan"), None),
     ],
 )
-def test_scale_and_cap_are_told_from_anything_else(change, found, vocabulary):
+def test_scale_and_soft_cap_are_recognised_and_nothing_else(change, found, vocabulary):
     signal = signal_like(torch.zeros(1, 1, vocabulary))
     answer = shaping(signal, change(signal))
     if found is None:
@@ -324,7 +324,7 @@ REFUSALS = {
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
 @pytest.mark.parametrize("case", REFUSALS)
-def test_where_it_can_not_be_logits_are_made_and_the_reason_logged_once(case, caplog):
+def test_where_lazy_logits_are_impossible_full_ones_are_made_and_the_reason_logged_once(case, caplog):
     caplog.set_level(logging.INFO, logger="kdloss")
     make, reason = REFUSALS[case]
     student = make()
@@ -344,7 +344,7 @@ def test_where_it_can_not_be_logits_are_made_and_the_reason_logged_once(case, ca
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
-def test_a_head_with_lora_is_made_whole(caplog):
+def test_full_logits_are_made_for_a_head_with_lora(caplog):
     from peft import LoraConfig, get_peft_model
 
     caplog.set_level(logging.INFO, logger="kdloss")
@@ -372,7 +372,7 @@ def test_a_step_that_is_compiled_makes_its_logits(caplog):
     assert "the step is being compiled" in caplog.text
 
 
-def test_models_without_data_give_a_loss_without_data():
+def test_models_on_meta_give_a_loss_on_meta():
     net, tokens = Net().to("meta"), batch("llama")["input_ids"].to("meta")
     net.get_output_embeddings = lambda: net.head
     criterion = kdloss.VanillaKD(causal=True)
@@ -432,7 +432,7 @@ def test_criteria_that_may_look_at_all_logits_get_them(criterion, reason, caplog
     assert out.loss.isfinite()
 
 
-def test_one_students_whole_logits_meet_lazy_ones_of_teachers():
+def test_a_students_full_logits_go_with_lazy_ones_of_teachers():
     student, criterion = like(MasksForCausalLM), kdloss.MultiTeacherKD([0.3, 0.5, 0.2], causal=True)
     teachers = [model("llama", seed=1), like(MasksForCausalLM), model("gemma2", seed=2)]
     with torch.no_grad():
@@ -564,7 +564,7 @@ def test_an_empty_batch_teaches_nothing_about_the_model():
     assert out.output.logits.scale == pytest.approx(1 / 6)
 
 
-def test_a_teacher_that_stops_early_has_no_part_in_it(caplog):
+def test_a_teacher_that_stops_early_runs_no_head(caplog):
     caplog.set_level(logging.INFO, logger="kdloss")
     student, teacher, ran = model("llama"), model("llama", seed=1), []
     teacher.lm_head.register_forward_hook(lambda *_: ran.append(1))

@@ -78,7 +78,7 @@ def test_each_towers_term_is_the_same_alone_and_beside_the_other(length):
     same(Distiller(teacher, Sum(terms[0]))(student, **batch).loss, words)
 
 
-def test_the_towers_are_told_apart_once_and_leave_the_students_mode_and_random_numbers_alone():
+def test_towers_are_recognised_once_and_the_students_mode_and_random_numbers_stay():
     student, teacher, batch = clip(2, 0).train(), clip(3, 1), captions(17)
     runs = []
     student.register_forward_hook(lambda m, a, out: runs.append(m.training))
@@ -106,7 +106,7 @@ class Towers(nn.Module):
         return {"words": self.words(embedded), "pictures": self.patches(pictures)}
 
 
-def test_a_model_of_ones_own_is_told_apart_as_well():
+def test_towers_of_a_custom_model_are_recognised_too():
     student, teacher = Towers(), Towers()
     batch = {"input_ids": torch.randint(40, (2, 5)), "pictures": torch.randn(2, 5, 6)}
     batch["attention_mask"] = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
@@ -117,7 +117,7 @@ def test_a_model_of_ones_own_is_told_apart_as_well():
         same(loss, counted.mean())
 
 
-def test_where_nothing_tells_them_apart_the_mask_has_to_be_said():
+def test_a_feature_mask_is_required_where_towers_cannot_be_recognised():
     student, teacher = Towers(embeds=False), Towers(embeds=False)
     batch = {"input_ids": torch.randint(40, (2, 5)), "pictures": torch.randn(2, 5, 6)}
     batch["attention_mask"] = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
@@ -210,7 +210,7 @@ def test_logits_and_features_of_padding_on_the_left_teach_nothing(given, labelle
 @pytest.mark.parametrize("positions", ["labels", "mask"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("first", ["ce", "kd"])
-def test_beside_them_cross_entropy_counts_every_label_as_the_models_own_loss_does(positions, reduction, first):
+def test_with_padding_on_the_left_cross_entropy_counts_the_labels_of_the_models_own_loss(positions, reduction, first):
     (student, teacher), batch = llamas(), padded_left()
     terms = [0.3 * CrossEntropy(), 0.7 * Logits(temperature=2.0, positions=positions)]
     sums = Sum(*(terms if first == "ce" else terms[::-1]), reduction=reduction)
@@ -361,7 +361,7 @@ class Halves(nn.Module):
         return self.embed(input_ids) + self.halves(self.conv(self.embed(input_ids).mT).mT).mean(1, keepdim=True)
 
 
-def test_a_texts_mask_is_brought_nowhere_by_the_lengths_of_sound():
+def test_a_text_mask_is_not_mapped_by_a_length_function_of_sound():
     student, teacher = Halves(), Halves()
     batch = {"input_ids": torch.randint(9, (2, 6)), "attention_mask": torch.ones(2, 6)}
     distill = Distiller(teacher, 1.0 * Features(["halves"], pairing="same"))
@@ -405,7 +405,7 @@ def test_a_feature_mask_that_no_term_reads_is_an_error():
     own = torch.ones(2, 8).bool()
     with pytest.raises(ValueError, match=r"feature_mask has \['features'\], and the terms are \['feature'\]"):
         Distiller(teacher, 1.0 * Features(**FIRST))(student, **batch, feature_mask={"features": own})
-    with pytest.raises(ValueError, match=r"feature_mask \(2, 8\) is of features, and none of the terms \['ce', 'kd'\]"):
+    with pytest.raises(ValueError, match=r"\(2, 8\) is a mask of features, and none of the terms \['ce', 'kd'\]"):
         Distiller(teacher, kdloss.VanillaKD())(student, **batch, feature_mask=own)
 
 
@@ -441,7 +441,7 @@ def unlabelled_examples(student, teacher, batch):
     optimizer.step()
 
 
-def test_examples_without_labels_have_the_teacher_all_the_same():
+def test_examples_without_labels_still_learn_from_the_teacher():
     config = [build("bert", depth=n).config for n in (2, 3)]
     student, teacher = (hf.AutoModelForSequenceClassification.from_config(c).double().eval() for c in config)
     batch = {"input_ids": torch.randint(3, 61, (4, 6)), "labels": torch.tensor([1, -100, 0, -100])}

@@ -130,7 +130,7 @@ def test_the_teacher_is_compared_where_the_model_predicts_a_label(build):
 
 
 @pytest.mark.parametrize("build", [llama, bart], ids=lambda build: build.__name__)
-def test_without_labels_the_inputs_own_ids_show_it(build):
+def test_without_labels_the_input_ids_show_the_shift(build):
     student, teacher, ids = made(build), made(build, 1), tokens()
     s, t = (plainly(m, input_ids=ids).logits for m in (student, teacher))
     upto = -1 if build is llama else None
@@ -170,7 +170,7 @@ def test_it_is_measured_once_in_eval_mode_and_changes_nothing():
 
 @pytest.mark.parametrize("build", [llama, bert, gemma3, xlnet], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("labels", ["all", "none counts", "none"])
-def test_the_same_one_pass_shows_it_whatever_labels_a_rank_has(build, labels):
+def test_every_rank_makes_the_same_pass_whatever_its_labels(build, labels):
     student, ids, ran = made(build), tokens(), []
     given = {"all": {"labels": ids}, "none counts": {"labels": torch.full_like(ids, -100)}, "none": {}}[labels]
     student.register_forward_hook(lambda module, args, output: ran.append(output.loss))
@@ -180,7 +180,7 @@ def test_the_same_one_pass_shows_it_whatever_labels_a_rank_has(build, labels):
     assert ran[0].isfinite()
 
 
-def test_few_positions_of_a_long_text_show_it():
+def test_few_positions_of_a_long_text_show_the_shift():
     student, teacher, ids, widths = made(llama), made(llama, 1), tokens(2, 90), []
     labels = ids.clone()
     labels[:, :50] = -100
@@ -249,7 +249,7 @@ def switch():
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
-def test_a_mixtures_balance_joins_cross_entropy_with_the_models_coefficient(alpha):
+def test_the_aux_loss_of_a_mixture_of_experts_is_added_with_the_models_coefficient(alpha):
     student, teacher, ids = made(mixtral), made(llama, 1), tokens()
     own = student(input_ids=ids, labels=ids)
     kd = divergence(own.logits[:, :-1], teacher(ids).logits[:, :-1], slice(None))
@@ -284,7 +284,7 @@ AROUND = [
 
 
 @pytest.mark.parametrize(("build", "more", "names"), AROUND, ids=lambda x: getattr(x, "__name__", ""))
-def test_every_term_that_a_model_names_joins_wherever_it_is_made(build, more, names):
+def test_every_named_loss_of_a_model_is_added(build, more, names):
     student, ids = made(build), tokens()
     own = student(input_ids=ids, labels=ids, **more).loss
     expected = gradients(own, student)
@@ -296,7 +296,7 @@ def test_every_term_that_a_model_names_joins_wherever_it_is_made(build, more, na
         torch.testing.assert_close(found[name], slope, rtol=1e-3, atol=1e-4)
 
 
-def test_without_cross_entropy_nothing_joins():
+def test_without_cross_entropy_no_named_loss_is_added():
     student, teacher, ids = made(mixtral), made(llama, 1), tokens()
     out = kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=0.0))(student, input_ids=ids, labels=ids)
     assert sorted(out.components) == ["kd"]
@@ -327,7 +327,7 @@ class Unlabelled(nn.Module):
         return SimpleNamespace(logits=self.head(self.embed(input_ids)), **more)
 
 
-def test_logits_that_a_term_takes_elsewhere_have_to_be_said_too():
+def test_causal_is_required_for_logits_found_by_take_too():
     """nanoGPT's models return (logits, loss), and their labels are shifted by whoever loads them."""
 
     class Pair(Unlabelled):
@@ -344,7 +344,7 @@ def test_logits_that_a_term_takes_elsewhere_have_to_be_said_too():
 
 
 @pytest.mark.parametrize("build", [smoothed, undecided, Unlabelled], ids=lambda build: build.__name__)
-def test_where_nothing_tells_it_has_to_be_said(build):
+def test_causal_is_required_where_the_own_loss_shows_nothing(build):
     student, teacher, ids = made(build), made(llama, 1), tokens()
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
     with pytest.raises(ValueError, match=r"causal=True where labels are the input's own ids.*kdloss\.Task\(\)"):
@@ -434,7 +434,7 @@ def test_a_decoder_reads_what_the_models_own_forward_makes_of_labels(build):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("build", [llama, bert], ids=lambda build: build.__name__)
-def test_losses_of_half_precision_show_it_too(build, dtype):
+def test_losses_in_half_precision_show_the_shift(build, dtype):
     student, ids = made(build).to(dtype), tokens(4, 20)
     own = student(input_ids=ids, labels=ids).loss.item()
     out = kdloss.Distiller(None, kdloss.VanillaKD(alpha=1.0))(student, input_ids=ids, labels=ids)

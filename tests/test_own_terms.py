@@ -149,7 +149,7 @@ def test_a_foreign_criterion_works_and_one_warning_says_what_it_misses(caplog):
         outs = [model(**batch, num_items_in_batch=n) for n in (None, 20, 20)]
     (warning,) = caplog.records
     assert (warning.name, warning.levelname) == ("kdloss", "WARNING")
-    for word in ("Foreign", "`plan`", "logits are made whole", "kdloss.Task(function)", "kdloss.terms.Term"):
+    for word in ("Foreign", "`plan`", "full logits are made", "kdloss.Task(function)", "kdloss.terms.Term"):
         assert word in warning.getMessage()
     s, t = (asked(m, batch).logits for m in (student, teacher))
     token = batch["attention_mask"].bool()

@@ -148,7 +148,7 @@ def test_what_makes_no_sense_in_a_sum_is_refused_with_what_to_write():
 @pytest.mark.parametrize(
     "contract", [{"causal": True}, {"ignore_index": -1}, {"reduction": "sum"}, {"check_finite": True}]
 )
-def test_the_contract_that_one_side_says_holds_for_both(contract):
+def test_settings_of_one_added_sum_hold_for_both(contract):
     said, silent = Sum(made("ce"), **contract), made("kd")
     sums = (
         said + silent,
@@ -364,7 +364,7 @@ def test_a_batch_in_which_nothing_counts_anywhere_gives_zero_and_zero_gradients(
         assert all(not g.any() for g in grad(value, batch.inputs))
 
 
-def test_a_scalar_term_of_an_empty_micro_batch_adds_nothing_to_a_batch_of_none():
+def test_a_scalar_term_is_zero_if_the_batch_has_no_items():
     batch = Batch()
     batch.labels = torch.full_like(batch.labels, -100)
     functions = (
@@ -427,7 +427,7 @@ def mean_of_labelled(output, labels):
     return output.logits.square().mean(-1)[labels != -100].mean()
 
 
-def test_a_term_of_one_number_weighs_its_share_so_that_micro_batches_add_up():
+def test_scalar_terms_of_micro_batches_add_up_to_one_batch():
     batch = Batch()
     values = by_hand("task", batch)
     for criterion in (1.0 * Task(mean_of_labelled), made("ce") + Task(mean_of_labelled)):
@@ -448,7 +448,7 @@ def test_a_term_of_one_number_weighs_its_share_so_that_micro_batches_add_up():
         (1.0 * Task(lambda output, labels: output.logits.mean((1, 2))))(*batch.args())
 
 
-def test_two_teachers_that_are_one_at_half_a_weight_each_give_that_one_exactly():
+def test_the_same_teacher_twice_at_half_the_weight_equals_it_once():
     batch = Batch()
     one = 1.0 * made("kd")
     two = 0.5 * Logits(temperature=2.0, name="first") + 0.5 * Logits(temperature=2.0, teacher=1, name="second")
@@ -562,7 +562,7 @@ def test_a_term_by_itself_is_the_sum_of_it_alone():
     torch.testing.assert_close(model(x, labels=y).loss, F.cross_entropy(model.student(x), y))
 
 
-def test_what_stands_in_the_wrong_place_is_refused_with_the_right_order():
+def test_arguments_in_the_wrong_order_are_refused_with_the_right_one():
     net = nn.Linear(4, 3)
     with pytest.raises(TypeError, match=r"Distillation\(student, teacher, criterion\)"):
         kdloss.Distillation(net, kdloss.VanillaKD(), net)
@@ -584,7 +584,7 @@ def test_a_task_reads_the_part_of_the_output_that_it_takes():
 
 def test_a_divergence_by_labels_does_not_count_unlabelled_positions():
     criterion = 1.0 * Logits(divergences.dkd, positions="mask")
-    with pytest.raises(ValueError, match=r"'kd' compares by the labels.*positions='labels'"):
+    with pytest.raises(ValueError, match=r"divergence of the term 'kd' reads labels.*positions='labels'"):
         criterion(*torch.randn(2, 4, 5), torch.tensor([0, 1, -100, 2]))
 
 
@@ -595,7 +595,7 @@ def test_numbers_of_numpy_are_weights():
 
 
 @pytest.mark.parametrize("side", ["take", "teacher_take"])
-def test_a_part_of_hidden_states_is_refused_rather_than_not_taken(side):
+def test_take_with_hidden_states_is_refused(side):
     states = SimpleNamespace(hidden_states=[torch.randn(2, 3, 4) for _ in range(3)])
-    with pytest.raises(TypeError, match="hidden_states are no modules' outputs"):
+    with pytest.raises(TypeError, match="hidden_states aren't outputs of modules"):
         (1.0 * Features("last", **{side: 0}))(states, states)

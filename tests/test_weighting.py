@@ -59,7 +59,7 @@ def test_confidence_weighs_each_example_by_the_teachers_cross_entropies():
         assert torch.isclose(criterion.components[f"kd{k}"], kl(s, ts[k], 2.0).mean())
 
 
-def test_what_stands_where_nothing_counts_reaches_neither_value_nor_gradient():
+def test_masked_positions_reach_neither_value_nor_gradient():
     student, *teachers = logits(3, N, V)
     labels = torch.tensor([0, 1, IGNORED, 3, 4, IGNORED, 1])
     keep = labels != IGNORED
@@ -98,7 +98,7 @@ def test_shares_are_constants_to_the_gradient():
     assert student.grad is not None
 
 
-def test_entropy_weighs_more_who_is_surer_and_needs_no_labels():
+def test_entropy_gives_surer_teachers_larger_weights_and_needs_no_labels():
     student, *teachers = logits(3, N, V)
     student.requires_grad_()
     value = (entropy * several(2))(student, teachers)
@@ -140,7 +140,7 @@ def test_micro_batches_add_up_to_one_batch():
     torch.testing.assert_close(added, whole)
 
 
-def test_features_of_a_position_weigh_what_its_teacher_does():
+def test_features_have_the_share_of_their_position():
     class Output:
         def __init__(self, hidden, logits):
             self.hidden_states, self.logits = [hidden] * 2, logits
@@ -156,7 +156,7 @@ def test_features_of_a_position_weigh_what_its_teacher_does():
     same(value, by_hand, h)
 
 
-def test_one_number_of_a_term_weighs_the_mean_share():
+def test_a_scalar_term_has_the_mean_share():
     student, *teachers = logits(3, N, V)
     labels = torch.randint(0, V, (N,))
 
@@ -195,7 +195,7 @@ def test_scores_of_lazy_teachers_take_the_memory_of_a_block_however_many_there_a
     assert peak(3) < 1.1 * one
 
 
-def test_many_positions_are_scored_as_few_are():
+def test_scores_in_several_blocks_equal_scores_in_one():
     student, *teachers = logits(3, 2500, 3)
     labels = torch.randint(0, 3, (2500,))
     value = (confidence * several(2))(student, teachers, labels)

@@ -1,4 +1,4 @@
-"""What an encoder-decoder's decoder reads where a batch has labels alone, as its own forward makes it."""
+"""The decoder inputs of an encoder-decoder for a batch that has only labels, as its own forward makes them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +15,10 @@ _GIVEN = {"decoder_input_ids", "decoder_inputs_embeds", "decoder_input_values"}
 
 
 class DecoderInputs:
-    """The method that collators call, where it is seen to give the same logits; else the labels themselves.
+    """Makes decoder inputs by `prepare_decoder_input_ids_from_labels` if that gives the same logits, else gives labels.
 
-    Given labels a model makes a loss by itself, at the price of whole logits. Many have no such method (Whisper,
-    M2M100), and some have one that their forward doesn't follow (FSMT, token classifiers of T5Gemma 2).
+    A model that gets labels computes its own loss, which needs full logits. Many models don't have the method (Whisper,
+    M2M100), and in some the forward doesn't do the same (FSMT, token classifiers of T5Gemma 2).
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class DecoderInputs:
         return DecoderInputs, ()
 
     def of(self, model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], labels: Any) -> dict[str, Any]:
-        """The inputs and, for labels that are text, what the decoder needs; classes and boxes are no text."""
+        """The inputs, with decoder inputs (or labels) added if the labels are text, not classes or boxes."""
         text = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
         if not text or not is_encoder_decoder(model):
             return dict(inputs)
@@ -41,12 +41,12 @@ class DecoderInputs:
 
 def _prepared(model: nn.Module, labels: Tensor) -> dict[str, Any]:
     prepare: Any = unwrap(model).prepare_decoder_input_ids_from_labels
-    return {"decoder_input_ids": prepare(labels.clone())}  # some write into what they are given
+    return {"decoder_input_ids": prepare(labels.clone())}  # some models write into their argument
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _follows(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], labels: Tensor) -> bool:
-    """Whether a model's forward reads what its method makes: the same logits, once each way."""
+    """Whether a model gives the same logits for labels as for the decoder inputs that its method makes from them."""
     if not hasattr(unwrap(model), "prepare_decoder_input_ids_from_labels"):
         return False
     with measuring(model):

@@ -1,4 +1,4 @@
-"""What `pip install kdloss` alone doesn't bring."""
+"""The error for a package that only an extra of kdloss installs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(name: str, what: str) -> Iterator[None]:
-    """Imports that need an extra of the package stand in it: an error says which.
+    """Wrap imports that need an extra of the package: if one fails, the error says which extra to install.
 
-    `name` is the extra's in pyproject.toml, `what` is what needs it, as the user wrote it.
+    `name` is the extra's name in pyproject.toml; `what` needs it, written as the user wrote it.
 
     >>> with extra("hf", "kdloss.cache"):
     ...     import no_such_package

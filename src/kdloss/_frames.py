@@ -1,4 +1,4 @@
-"""A padding mask at the positions of what a model makes of its inputs."""
+"""A padding mask mapped to the positions of a model's logits or features."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,13 +11,13 @@ from kdloss.layers.names import unwrap
 
 
 def at_positions(model: nn.Module, mask: Tensor, positions: Size, *, of_text: bool) -> Tensor | None:
-    """A mask `[B, T]` where logits or features stand; None for those that are one per example.
+    """A mask `[B, T]` at the positions of logits or features; None if there is one position per example.
 
-    Where there are fewer positions, as of a speech model's frames, the model's own length function says how many of
-    an example count; not of text, of which it says nothing. An attention map's `[B, T, T]` count where query and key
-    do.
+    If there are fewer positions, such as a speech model's frames, the model's own length function tells how many of
+    each example count; it isn't asked about text. An entry of an attention map `[B, T, T]` counts if its query and its
+    key count.
 
-    Raises: LookupError where nothing brings it there.
+    Raises: LookupError if the mask can't be mapped to the positions.
     """
     if positions == mask.shape:
         return mask
@@ -27,14 +27,14 @@ def at_positions(model: nn.Module, mask: Tensor, positions: Size, *, of_text: bo
         return mask.unsqueeze(-1) & mask.unsqueeze(-2)
     if len(positions) == 2 and positions[0] == len(mask) and not of_text:
         for lengths in _length_functions(model):
-            if lengths(torch.tensor([mask.shape[1]])).tolist() == [positions[1]]:  # no mask's numbers are looked at
+            if lengths(torch.tensor([mask.shape[1]])).tolist() == [positions[1]]:  # without a device sync
                 counted = lengths(mask.sum(-1)).to(mask.device)
                 return torch.arange(positions[1], device=mask.device) < counted.unsqueeze(-1)
     raise LookupError
 
 
 def _length_functions(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Each model's in this one that says how many frames it makes of so many samples, without and with adapters."""
+    """The length functions (samples to frames) of this model and the models inside it, with and without adapters."""
     for module in unwrap(model).modules():
         own: Any = getattr(module, "_get_feat_extract_output_lengths", None)
         if callable(own):
@@ -44,10 +44,10 @@ def _length_functions(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def _each(function: Callable[[Tensor], Any], lengths: Tensor) -> Tensor:
-    """A function of lengths, or of one at a time; of one that gives something else there is no number."""
+    """Call a length function on all lengths, or on one at a time; empty if it returns anything but numbers."""
     try:
         return torch.as_tensor(function(lengths)).expand(lengths.shape)
-    except (RuntimeError, TypeError, ValueError):  # it wants one length, as a number
+    except (RuntimeError, TypeError, ValueError):  # it takes a single number
         pass
     try:
         return torch.tensor([int(function(n)) for n in lengths.cpu()])

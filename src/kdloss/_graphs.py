@@ -1,4 +1,4 @@
-"""Models that came as a graph, by torch.export or torch.jit, and the mode that is written into it."""
+"""Graphs from torch.export or torch.jit, whose mode (training or eval) is fixed in the graph."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.jit import ScriptModule
 
-# What an operation is told of training, and where among its arguments.
+# Operations that depend on the mode, and the position of the argument that sets it.
 _SWITCHES = {
     "dropout": 2,
     "batch_norm": 5,
@@ -19,7 +19,7 @@ _SWITCHES = {
 
 
 def refuse_trained(model: nn.Module) -> None:
-    """Raise for a teacher whose graph drops out, or normalises by the batch, whatever its mode is set to.
+    """Raise for a teacher whose graph uses dropout or batch statistics in eval mode too.
 
     Raises: ValueError.
     """
@@ -28,13 +28,13 @@ def refuse_trained(model: nn.Module) -> None:
         if at is not None and len(arguments) > at and arguments[at] not in (False, 0, None):
             raise ValueError(
                 f"the teacher's graph was made in training mode ({name} is on in it), which eval() can't change: make "
-                "it of model.eval(). If the teacher is to be like that, give a function: lambda *x, **batch: "
+                "it from model.eval(). If you want this teacher as it is, give a function: lambda *x, **batch: "
                 "teacher(*x, **batch)"
             )
 
 
 def _operations(model: nn.Module) -> Iterator[tuple[str, list[Any]]]:
-    """Names and constant arguments (else None) of a graph's operations; none of a model without."""
+    """Names and constant arguments (None for others) of the operations in a model's graphs, if it has any."""
     for module in model.modules():
         if isinstance(module, GraphModule):
             for node in module.graph.nodes:

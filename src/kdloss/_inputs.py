@@ -1,4 +1,4 @@
-"""Which inputs of a batch a model reads: what its forward names, or all, where it says so."""
+"""Which inputs of a batch a model gets: those that its forward names, or all if it takes `**kwargs`."""
 
 import inspect
 import sys
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from kdloss.layers.names import unwrap
 from kdloss.reduction import on_cpu
 
-_PACKING = "position_ids"  # whoever doesn't read these takes the documents of a packed row for one
+_PACKING = "position_ids"  # a model that doesn't read these sees the documents of a packed row as one
 
 
 def taken_by(model: Callable[..., Any]) -> tuple[list[str], bool]:
-    """The keyword inputs that a model, or a function, names, and whether it takes others, too.
+    """The keyword inputs that a model or a function names, and whether it takes others too.
 
     >>> taken_by(nn.Linear(2, 2))
     (['input'], False)
     """
     function = unwrap(model).forward if isinstance(model, nn.Module) else model
     method: Any = getattr(function, "__func__", None)
-    if isinstance(method, FunctionType):  # all models of a class share it; a function of somebody's isn't held
+    if isinstance(method, FunctionType):  # methods are cached by class; other functions would be kept alive
         names, anything = _of_method(method)
         return names[1:], anything
     if isinstance(schema := getattr(function, "schema", None), torch._C.FunctionSchema):  # TorchScript's
@@ -45,7 +45,7 @@ _of_method = lru_cache(maxsize=256)(_parameters)
 
 
 def named(model: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs that a model's forward takes; what begins with "teacher_" has to be named there."""
+    """The inputs that a model's forward takes; one that begins with "teacher_" has to be named there."""
     if not inputs:
         return {}
     names, anything = taken_by(model)
@@ -60,10 +60,10 @@ def of_student(student: nn.Module, teachers: Iterable[Any], inputs: Mapping[str,
     own = named(student, inputs)
     there = [] if len(own) == len(inputs) else [teacher for teacher in teachers if teacher is not None]
     models = [student, *(teacher.module for teacher in there)]
-    rest = {} if any(t.inputs is not None for t in there) else inputs  # of a function of the batch nobody knows
+    rest = {} if any(t.inputs is not None for t in there) else inputs  # what a function of the batch reads isn't known
     if len(own) < len(rest) and (nobody := [k for k in rest if not any(k in named(m, inputs) for m in models)]):
         raise TypeError(
-            f"no model reads {nobody}: {_told(models)}. Leave it out, or say what is made of it: "
+            f"no model reads {nobody}: {_told(models)}. Leave it out, or say what to make of it: "
             "kdloss.Teacher(teacher, inputs=lambda batch: ...)"
         )
     _refuse_unread_packing(student, inputs, "student", "give it padded rows in place of packed ones")
@@ -71,28 +71,28 @@ def of_student(student: nn.Module, teachers: Iterable[Any], inputs: Mapping[str,
 
 
 def of_teacher(teacher: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A teacher's inputs, of those that the student is given.
+    """A teacher's inputs, taken from those of the batch.
 
-    Raises: ValueError where one is left out that changes what all the others mean.
+    Raises: ValueError if the teacher doesn't take an input that changes the meaning of the others.
     """
     own, line = named(teacher, inputs), 'kdloss.Teacher(teacher, inputs=lambda batch: {"input_ids": ...})'
     _refuse_unread_packing(teacher, inputs, "teacher", f"give it padded rows, or say what it reads: {line}")
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and "attention_mask" not in own and not mask.is_meta and not mask.bool().all():
         raise ValueError(
-            f"the teacher ({_told([teacher])}) takes no attention_mask and would read padding as if it were text. Say "
-            f"what it reads, if that is right: {line}"
+            f"the teacher ({_told([teacher])}) takes no attention_mask and would read padding as if it were text. If "
+            f"that is right, say what it reads: {line}"
         )
     return own
 
 
 def of_decoder(model: Callable[..., Any], labels: Any, rename: Callable[[Tensor], Tensor]) -> Any:
-    """The labels of which an encoder-decoder's decoder inputs are made, in its own ids of tokens."""
+    """The labels from which an encoder-decoder makes its decoder inputs, translated to its own token ids."""
     config = getattr(unwrap(model), "config", None) if isinstance(model, nn.Module) else None
     if not getattr(config, "is_encoder_decoder", False) or not isinstance(labels, Tensor) or labels.is_floating_point():
         return labels
     there = labels >= 0
-    if not on_cpu(labels.device):  # how many there are would have to be waited for
+    if not on_cpu(labels.device):  # indexing by `there` would wait for the device
         return rename(labels.where(there, labels.amax())).where(there, labels)
     own = labels.clone()
     own[there] = rename(labels[there])
@@ -105,13 +105,13 @@ def _refuse_unread_packing(model: Callable[..., Any], inputs: Mapping[str, Any],
     names, anything = taken_by(model)
     if _PACKING not in names and (not anything or _ignores_what_it_does_not_name(model)):
         raise ValueError(
-            f"the {whose} ({_told([model])}) takes no position_ids, by which packed rows are told from one document: "
-            f"it would read the others as context. Leave them out where rows aren't packed, or {way}"
+            f"the {whose} ({_told([model])}) takes no position_ids, which separate the documents of a packed row: "
+            f"it would read the others as context. Leave them out if rows aren't packed, or {way}"
         )
 
 
 def _ignores_what_it_does_not_name(model: Callable[..., Any]) -> bool:
-    """Hugging Face's models take any keyword, and pass on few."""
+    """Whether a model may ignore unknown keywords: Hugging Face's models take any, and use few."""
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(model, nn.Module) and isinstance(
         unwrap(model), transformers.PreTrainedModel

@@ -1,4 +1,4 @@
-"""Which positions of a batch count, as far as its masks say: each mask counts where it stands, and nowhere else."""
+"""Which positions count by a batch's masks: each mask is applied only at the positions that it describes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,10 @@ from kdloss.terms._wheres import both
 
 @dataclass(frozen=True)
 class Padding:
-    """What a batch says of padding: of what the model reads, and of what it puts out, `[batch, time]` each."""
+    """A batch's padding masks `[batch, time]`: of the model's inputs, and of its outputs.
+
+    `of_text`: the mask of the inputs belongs to `input_ids`.
+    """
 
     model: nn.Module
     inputs: Tensor | None
@@ -29,7 +32,7 @@ class Padding:
 
     @classmethod
     def of(cls, model: nn.Module, batch: Mapping[str, Any]) -> "Padding":
-        """That of a batch; masks of more dimensions say what attends to what."""
+        """The padding of a batch; masks with more dimensions are attention patterns and not used."""
         inputs = _boolean(batch.get("attention_mask"))
         outputs = _boolean(batch.get("decoder_attention_mask")) if is_encoder_decoder(model) else inputs
         ids = batch.get("input_ids")
@@ -37,7 +40,7 @@ class Padding:
         return cls(model, inputs, outputs, of_text)
 
     def at(self, positions: Size, what: str, instead: str, *, of_inputs: bool = False) -> Tensor | None:
-        """The mask there; None where none is about these positions. Raises for one that can't be brought there."""
+        """The mask at these positions; None if there is none for them. Raises if the mask can't be mapped to them."""
         mask = self.inputs if of_inputs else self.outputs
         if mask is None:
             return None
@@ -47,7 +50,7 @@ class Padding:
             name = "attention_mask" if mask is self.inputs else "decoder_attention_mask"
             raise ValueError(
                 f"{name} {tuple(mask.shape)} doesn't stand at the positions of {what}, {tuple(positions)}, and no "
-                f"length function of {type(unwrap(self.model)).__name__} brings it there; write {instead}"
+                f"length function of {type(unwrap(self.model)).__name__} maps it to them; write {instead}"
             ) from None
 
 
@@ -62,10 +65,10 @@ def all_masks(
     *,
     causal: bool,
 ) -> dict[str, Any]:
-    """`mask`, of labels' and logits' positions, and `feature_mask`, a function for each term on features."""
+    """The masks for the criterion: `mask`, at the positions of labels and logits, and `feature_mask`, by term."""
     positions, own = _label_positions(labels, logits), None
     if positions is not None:
-        own = _of_logits(padding, positions, logits, mask, place.mixed)
+        own = _of_logits(padding, positions, logits, mask, place.beside_text)
     elif mask is not None and on_features:
         own = padding.outputs if padding.outputs is not None and padding.outputs.shape == mask.shape else None
     elif not on_features:
@@ -81,30 +84,30 @@ def all_masks(
 
 
 def _label_positions(labels: Any, logits: Size | None) -> Size | None:
-    """Where labels and logits stand; None where there are none."""
+    """The positions of labels and logits; None if there are neither."""
     classes = class_indices(labels)
     if classes is not None and stand_at(classes, logits):
         return classes.shape
     return None if logits is None else logits[:-1]
 
 
-def _of_logits(padding: Padding, positions: Size, logits: Any, mask: Tensor | None, mixed: bool) -> Tensor | None:
-    """The batch's own mask of labels and logits."""
+def _of_logits(padding: Padding, positions: Size, logits: Any, mask: Tensor | None, beside_text: bool) -> Tensor | None:
+    """The batch's own mask at the positions of labels and logits."""
     if mask is not None:
         _checks.mask(mask, positions, "labels and logits")
     there = positions if logits is None else logits[:-1]
     try:
         return padding.at(there, "the logits", f"mask=..., boolean, {tuple(there)}, True where one counts")
     except ValueError:
-        if mask is None and not mixed:
+        if mask is None and not beside_text:
             raise
-        return None  # the user has said which count; or these are no logits of the text's
+        return None  # the user's mask decides, or these logits don't belong to the text
 
 
 def _of_features(
     padding: Padding, name: str, labels: Size | None, given: Any, place: Place, causal: bool
 ) -> FeatureMask:
-    """The mask of a term's features by layer and positions, and whether they stand elsewhere than labels."""
+    """A function of layer and positions for a term's features: their mask, and whether they are not at the labels'."""
     said, silent = given_to(name, given), isinstance(given, Mapping) and name in given and given[name] is None
 
     def at(layer: Layer, positions: Size) -> tuple[Tensor | None, bool]:
@@ -113,8 +116,8 @@ def _of_features(
         side = place.side(name, layer)
         if side == "unknown" and said is None and padding.inputs is not None:
             raise ValueError(
-                f"nothing tells whether attention_mask {tuple(padding.inputs.shape)} is that of the features of "
-                f"{name!r} at {layer!r}: the batch has something beside text, and no nn.Embedding of the student's "
+                f"nothing tells whether attention_mask {tuple(padding.inputs.shape)} belongs to the features of "
+                f"{name!r} at {layer!r}: the batch has inputs beside text, and no nn.Embedding of the student "
                 f"reads input_ids; write feature_mask={{{name!r}: ...}}, boolean, {tuple(positions)}, or None to count "
                 "all of them"
             )
@@ -138,7 +141,7 @@ def _of_features(
 
 
 def mask_of_features(padding: Padding, place: Place, mask: Tensor | None, positions: Size) -> Tensor | None:
-    """The mask of what stands at these positions, by a user's mask of them and the batch's own."""
+    """The mask of features at these positions, from the user's mask and the batch's own."""
     if mask is not None:
         _checks.mask(mask, positions, "features")
     try:
@@ -148,12 +151,12 @@ def mask_of_features(padding: Padding, place: Place, mask: Tensor | None, positi
             raise ValueError(
                 f"{str(error).partition('; write')[0]}; give the batch a 'mask', boolean, {tuple(positions)}"
             ) from None
-        own = None  # the user has said which count
+        own = None  # the user's mask decides
     return both(mask, own)
 
 
 def _after_real(mask: Tensor | None) -> Tensor | None:
-    """Counted are labels that count behind a position that counts."""
+    """Keep a position if it and the one before it count."""
     return None if mask is None else torch.cat([mask[:, :1], mask[:, 1:] & mask[:, :-1]], 1)
 
 

@@ -1,4 +1,4 @@
-"""How a model's own loss reads its labels, measured: shifted or not, and what it adds to cross-entropy."""
+"""Measure how a model's own loss reads labels: shifted or not, and what it adds to cross-entropy."""
 
 import math
 import warnings
@@ -17,16 +17,16 @@ from kdloss.adapter import measuring, takes_input, without_cache
 from kdloss.layers.names import unwrap
 from kdloss.terms._outputs import find_logits
 
-IGNORED = -100  # of every model of Hugging Face's
-WINDOW = 32  # positions are enough to tell, and no logits of a whole batch have to be made
+IGNORED = -100  # the ignored label of all Hugging Face models
+WINDOW = 32  # this many positions are enough to tell, without the logits of a full batch
 
 
 @dataclass(frozen=True)
 class OwnLoss:
-    """Cross-entropy of logits at t against label t+1 (`causal`) or t, and the model's named terms by coefficient.
+    """How a model's own loss reads labels: logits at t against label t+1 (`causal`) or t, plus named losses.
 
-    `causal` is None where nothing of the model's tells; `seen` are the numbers, where there are some. `of_labels` says
-    that the named terms are there only where the model is given labels.
+    `causal` is None if the model shows neither. `terms` has the coefficient of each named loss, `seen` the measured
+    numbers as text. `of_labels`: the model returns the named losses only if it is given labels.
     """
 
     causal: bool | None = None
@@ -38,7 +38,7 @@ class OwnLoss:
         return self.seen + "".join(f" + {factor:g} * {name}" for name, factor in self.terms.items())
 
     def added(self, output: Any) -> dict[str, Tensor]:
-        """What the model adds to cross-entropy, of one output; without those that the output doesn't have."""
+        """The losses that the model adds to cross-entropy, each times its coefficient, as far as an output has them."""
         if not self.terms:
             return {}
         named = _named_terms(output)
@@ -49,17 +49,17 @@ class OwnLoss:
 def own_loss(
     model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], labels: Any, ignore_index: int = IGNORED
 ) -> OwnLoss | None:
-    """What a batch shows: one pass with labels, in eval mode and without gradient, held against both readings.
+    """Compare the loss of one pass with labels, in eval mode and without gradient, with both readings of the labels.
 
-    Where no label counts, or there are none, a pattern of the first two classes is as good: every rank makes the same
-    one pass, whatever its part of a batch. None where a batch shows nothing: it is empty, or its labels are one for
-    each example.
+    If no label counts, or there are none, a pattern of the first two classes is used, so that every rank makes the same
+    pass whatever its batch holds. None if a batch shows nothing: it is empty, or has one label per example.
     """
     if not takes_input(model, "labels"):
         return OwnLoss()
     ids = inputs.get("input_ids", args[0] if args else None)
     classes_given = isinstance(labels, Tensor) and not labels.is_floating_point()
-    if labels is not None and not classes_given and getattr(labels, "ndim", 0) != 3:  # of examples; soft labels have 3
+    # Soft labels have 3 axes; others are one per example.
+    if labels is not None and not classes_given and getattr(labels, "ndim", 0) != 3:
         return None
     shown = labels if classes_given else ids
     if not isinstance(shown, Tensor) or shown.is_floating_point() or shown.ndim != 2 or not shown.numel():
@@ -67,7 +67,7 @@ def own_loss(
     if shown.is_meta:
         return OwnLoss()
     with measuring(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of labels that are none of this model's
+        warnings.simplefilter("ignore")  # about labels that aren't for this model
         labels = shown.masked_fill(shown == ignore_index, IGNORED) if classes_given else shown
         if not classes_given or not bool((labels[:, 1:] != IGNORED).any()):
             labels = torch.zeros_like(shown) + torch.arange(shown.shape[1], device=shown.device) % 3 // 2
@@ -97,7 +97,7 @@ def _keeps_few(model: nn.Module) -> bool:
 
 
 def _window(model: nn.Module, labels: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """The labels of a few positions, from before the first that counts, and what keeps the model to them."""
+    """The labels of a few positions around the first that counts, and the input that limits the model to them."""
     if not _keeps_few(model) or labels.ndim != 2 or labels.shape[1] <= WINDOW:
         return labels, {}
     first = int((labels[:, 1:] != IGNORED).any(0).nonzero()[0])
@@ -107,12 +107,12 @@ def _window(model: nn.Module, labels: Tensor) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _read(model: nn.Module, output: Any, loss: float, logits: Tensor, labels: Tensor) -> OwnLoss:
-    """The reading, and the coefficients, with which the loss is what it is."""
-    coarse = logits.dtype in (torch.float16, torch.bfloat16)  # in which some models compute their loss, others don't
+    """The reading of the labels, and the coefficients, that reproduce the loss."""
+    coarse = logits.dtype in (torch.float16, torch.bfloat16)  # some models compute their loss in these, others don't
     every = [_readings(z, labels) for z in ([logits.float(), logits] if coarse else [logits])]
     named = {name: value.float().item() for name, value in _named_terms(output).items()}
     fits = [
-        (_apart(loss, value + sum(factors[name] * named[name] for name in named)), causal, factors)
+        (_difference(loss, value + sum(factors[name] * named[name] for name in named)), causal, factors)
         for readings in every
         for causal, value in readings.items()
         for factors in _coefficients(model, named)
@@ -128,15 +128,15 @@ def _read(model: nn.Module, output: Any, loss: float, logits: Tensor, labels: Te
 
 
 def _readings(logits: Tensor, labels: Tensor) -> dict[bool, float]:
-    """Cross-entropy with shifted labels, and without."""
+    """Cross-entropy with shifted labels (True) and without (False)."""
     return {
         True: cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED).item(),
         False: cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).item(),
     }
 
 
-def _apart(x: float, y: float) -> float:
-    """How far apart, relative to their size; two means of nothing are the same."""
+def _difference(x: float, y: float) -> float:
+    """The relative difference of two losses; two NaN, means over no positions, are equal."""
     if math.isnan(x) or math.isnan(y):
         return 0.0 if math.isnan(x) and math.isnan(y) else math.inf
     return abs(x - y) / max(abs(x), abs(y), 1e-3)
@@ -147,7 +147,7 @@ def _field(output: Any, name: str) -> Any:
 
 
 def _named_terms(output: Any) -> dict[str, Tensor]:
-    """Numbers of an output that are called losses, but for the loss itself."""
+    """The output's numbers whose names end in "_loss"."""
     fields = output if isinstance(output, Mapping) else {}
     return {
         name: value
@@ -157,7 +157,7 @@ def _named_terms(output: Any) -> dict[str, Tensor]:
 
 
 def _coefficients(model: nn.Module, named: Mapping[str, Any]) -> Iterator[dict[str, float]]:
-    """Every way to weigh the named terms by what the configuration calls a coefficient, by 1, or not at all."""
+    """Every choice of coefficients for the named losses: one from the configuration, 1, or 0."""
     found = dict(_numbers(getattr(unwrap(model), "config", None)))
     choices = []
     for name in named:
@@ -169,7 +169,7 @@ def _coefficients(model: nn.Module, named: Mapping[str, Any]) -> Iterator[dict[s
 
 
 def _numbers(config: Any) -> Iterator[tuple[str, float]]:
-    """The coefficients and weights of losses in a configuration and those within it."""
+    """The coefficients and weights of losses in a configuration and in the configurations inside it."""
     for key, value in vars(config).items() if config is not None else ():
         if isinstance(value, float) and ("coef" in key or "loss_weight" in key):
             yield key, value
@@ -178,13 +178,13 @@ def _numbers(config: Any) -> Iterator[tuple[str, float]]:
 
 
 def refuse_unread(own: OwnLoss, model: nn.Module, logits: Any, labels: Any) -> None:
-    """Raise where labels or a loss of a language model's form are there, and nothing tells how they are meant."""
+    """Raise if labels `[B, T]` stand at logits `[B, T, V]` and nothing tells whether they are shifted."""
     if logits is None or len(logits.shape) != 3 or not isinstance(labels, Tensor) or labels.shape != logits.shape[:2]:
         return
     name = type(unwrap(model)).__name__
     raise ValueError(
         f"{own.seen or f'{name} makes no loss of labels [B, T] by itself'}: nothing tells whether its logits at t "
-        "learn label t+1 or label t. Say it: causal=True where labels are the input's own ids, causal=False where "
-        "they stand beside their logits. To learn by the student's own loss write kdloss.Task() in place of "
+        "learn label t+1 or label t. Write causal=True where labels are the input's own ids, causal=False where "
+        "they stand beside their logits. To train with the student's own loss write kdloss.Task() in place of "
         "cross-entropy: kdloss.Sum(0.5 * kdloss.Task(), 0.5 * kdloss.Logits(), causal=...)"
     )

@@ -1,4 +1,4 @@
-"""One forward pass of a model, and what the terms of a sum see of it."""
+"""One forward pass of a model, with what the terms of a sum capture."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ Requests = Mapping[Any, Request]
 
 
 class Passes:
-    """Runs models; remembers of each where its modules are, and what it does to its head's output."""
+    """Runs models; remembers for each where its modules are, and what it does to its head's output."""
 
     def __init__(self) -> None:
         self.heads, self.located = LazyHeads(), Located()
@@ -35,16 +35,16 @@ class Passes:
         stop: bool = False,
         why_whole: str | None = None,
     ) -> Captured:
-        """One pass, ended early where `stop` says so; `why_whole` its logits must be a tensor, if they must."""
+        """One pass. `stop` ends it early; `why_whole` is the reason why its logits have to be a tensor, if they do."""
         if inputs.get("labels") is not None:
-            why_whole = "it is given labels, of which it makes a loss by itself"
+            why_whole = "it is given labels, from which it computes its own loss"
         given = args, without_cache(model, inputs)
         recording = record(model, requests, stop=stop, located=self.located, given=given) if requests else nullcontext()
         with (
             recording as recorded,
-            nullcontext() if stop else self.heads.apart(model, why_whole) as head,
+            nullcontext() if stop else self.heads.without_logits(model, why_whole) as head,
         ):
-            # not by the nullcontext, of which torch 2.4 compiles none but the empty one
+            # not nullcontext(Captured()): torch 2.4 compiles only the empty one
             seen = Captured() if recorded is None else recorded
             seen.output = model(*args, **given[1])
         seen.head = ends(model)
@@ -60,7 +60,7 @@ class Passes:
 
 
 def requests(reads: Mapping[str, Reads], side: str) -> Requests:
-    """What is captured of one side, "student" or "teacher", by term and name."""
+    """The requests to capture features of one side, "student" or "teacher", by term and name."""
     found = {}
     for term, r in reads.items():
         if not r.pairs:
@@ -73,7 +73,7 @@ def requests(reads: Mapping[str, Reads], side: str) -> Requests:
 
 
 def brought(seen: Captured, device: torch.device | None) -> Captured:
-    """What a teacher elsewhere gave, on the student's device; None leaves it."""
+    """A teacher's output and features, moved to the student's device; None leaves them where they are."""
     if device is None:
         return seen
     seen.output = moved(seen.output, device)
@@ -83,7 +83,7 @@ def brought(seen: Captured, device: torch.device | None) -> Captured:
 
 
 def _viewed(seen: Captured) -> None:
-    """Have what was captured by name for each term."""
+    """Group what was captured by term, as views."""
     features: Mapping[Any, Any] = seen.features
     for (term, name), feature in features.items():
         view = seen.views.setdefault(term, Captured())

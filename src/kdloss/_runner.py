@@ -1,4 +1,4 @@
-"""A student and its teachers, run once each as far as a plan reads them."""
+"""Run a student and its teachers once each, and only as far as a plan reads them."""
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ _OTHERS = "its criterion may want them"
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is given: inputs by position and by keyword, and labels, or such as are shifted already."""
+    """A step's batch: positional and keyword inputs, and labels, or labels that are shifted already."""
 
     args: tuple[Any, ...]
     inputs: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Batch:
 
 
 class Runner:
-    """Runs models, and remembers of each what its first pass showed."""
+    """Runs the models, and remembers what the first pass of each showed."""
 
     def __init__(self, teachers: Sequence[Teacher | None], plans: bool) -> None:
         self.teachers, self._plans = teachers, plans
@@ -51,7 +51,7 @@ class Runner:
         return vars(self) | {"_student": None, "_compared": set()}
 
     def study(self, student: nn.Module, plan: Plan, batch: Batch, own_loss: bool) -> Captured:
-        """The student's pass; with labels where its own loss is read."""
+        """The student's pass; it gets the labels if its own loss is read."""
         own = of_student(student, self.teachers, batch.inputs)
         inputs = self._decoder_inputs.of(student, batch.args, own, batch.labels)
         if own_loss:
@@ -61,15 +61,15 @@ class Runner:
         return self._pass(student, requests(plan.reads, "student"), batch.args, inputs, why_whole=why)
 
     def outputs(self, student: nn.Module, plan: Plan, batch: Batch, stored: Sequence[Any] = ()) -> Iterator[Any]:
-        """Each teacher's output, made when it is asked for; None for one that nobody reads."""
+        """Each teacher's output, computed when it is asked for; None for a teacher that no term reads."""
         rest = iter(stored)
         for k, teacher in enumerate(self.teachers):
             if teacher is None:
-                said = _beside(student, next(rest, None))
-                yield self._classes.stored(k, student, said) if self._plans else said
+                output = _on_students_device(student, next(rest, None))
+                yield self._classes.stored(k, student, output) if self._plans else output
             elif not self._plans or plan.of_teacher(k):
-                # By no name here: who asks for the output is the only one to hold it.
-                with self._seen_apart(k, student):
+                # Popped from a list, so that only the caller holds the output.
+                with self._refuse_own_weights(k, student):
                     seen = [self._teach(k, teacher, student, plan, batch)]
                 home = None if teacher.device is None else next((p.device for p in student.parameters()), None)
                 yield brought(seen.pop(), home)
@@ -88,11 +88,11 @@ class Runner:
         causal: bool,
         own_loss: bool,
     ) -> dict[str, Any]:
-        """What counts: the user's masks and the batch's own, each where it stands."""
+        """The masks for the criterion, from the user's masks and the batch's own."""
         on_features = [name for name, r in plan.reads.items() if r.pairs]
         said = mask, feature_mask, *map(batch.inputs.get, ("attention_mask", "decoder_attention_mask"))
         if all(x is None for x in said) and not (on_features and is_encoder_decoder(student)):
-            return {"mask": None}  # all features count, and stand where labels do, if they are as many
+            return {"mask": None}  # all features count, at the labels' positions if there are as many
         padding = Padding.of(student, batch.inputs)
         again = partial(self.study, student, plan, batch, own_loss)
         place = self._towers.of(student, requests(plan.reads, "student"), batch.inputs, self._pass.located, again)
@@ -101,8 +101,8 @@ class Runner:
         labels = batch.labels if batch.shift_labels is None else batch.shift_labels
         return all_masks(padding, shape, on_features, labels, mask, feature_mask, place, causal=causal)
 
-    def _seen_apart(self, k: int, student: nn.Module) -> AbstractContextManager[None]:
-        """Once per student: raise for a teacher that ran, inside the `with`, on weights that the student trains."""
+    def _refuse_own_weights(self, k: int, student: nn.Module) -> AbstractContextManager[None]:
+        """Raise if teacher k runs, inside the `with`, on weights that the student trains; once per student."""
         if self._student is None or self._student() is not student:
             self._student, self._compared = weakref.ref(student), set()
         teacher = self.teachers[k]
@@ -138,15 +138,15 @@ class Runner:
                     seen = self._pass(module, asked, args, inputs, stop=stop, why_whole=why)
                 resharded(module)
         seen.output = tensors(seen.output, (args, inputs))
-        if not stop:  # features have no classes
+        if not stop:  # a pass for features only has no classes
             seen.classes = self._classes(k, student, module)
         return seen
 
 
-def _beside(student: nn.Module, said: Any) -> Any:
-    """What a stored teacher said, where the student is, if it was left on the host."""
-    if isinstance(said, KINDS) and on_cpu(said.device):
-        home = next((p.device for p in student.parameters()), said.device)
+def _on_students_device(student: nn.Module, output: Any) -> Any:
+    """A stored teacher's output, moved to the student's device if it is on the host."""
+    if isinstance(output, KINDS) and on_cpu(output.device):
+        home = next((p.device for p in student.parameters()), output.device)
         if not on_cpu(home) and home.type != "meta":
-            return moved(said, home)
-    return said
+            return moved(output, home)
+    return output

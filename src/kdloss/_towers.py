@@ -1,4 +1,4 @@
-"""Which of a model's towers a feature is of: that which reads a batch's mask, or another."""
+"""Which tower of a model a feature belongs to: the one that reads the masked text, or another."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,18 +21,18 @@ Side = Literal["inputs", "outputs", "elsewhere", "unknown"]
 
 @dataclass(frozen=True)
 class Place:
-    """Whose a feature is, by term and layer; `mixed`: whether the batch has something beside the mask's text.
+    """The side of a feature, by term and layer; `beside_text`: the batch has other inputs beside the masked text.
 
-    "inputs": of what the model reads (an encoder's); "outputs": of what it puts out; "elsewhere": of other inputs
-    than those that the mask is about; "unknown": nothing tells.
+    "inputs": at the positions of the model's inputs (an encoder); "outputs": at those of its outputs; "elsewhere": of
+    other inputs than the masked text; "unknown": nothing tells.
     """
 
     side: Callable[[str, Layer], Side]
-    mixed: bool = False
+    beside_text: bool = False
 
 
 class Towers:
-    """Remembers of each student which of its features follow the text that the mask is about."""
+    """Remembers for each student which of its features depend on the text that the mask describes."""
 
     def __init__(self) -> None:
         self._follow: WeakKeyDictionary[nn.Module, dict[Any, bool | None]] = WeakKeyDictionary()
@@ -44,7 +44,7 @@ class Towers:
     def of(
         self, student: nn.Module, asked: Mapping[Any, Request], batch: Mapping[str, Any], located: Located, again: Again
     ) -> Place:
-        """Where features stand, by term and layer. `again` runs the student, where that has to be measured."""
+        """The side of each feature, by term and layer. `again` runs the student, if that has to be measured."""
         known = self._follow.setdefault(student, {})
         text = _text_beside_others(batch)
         if text is not None and any(key not in known for key in asked):
@@ -66,7 +66,7 @@ class Towers:
 
 
 def _text_beside_others(batch: Mapping[str, Any]) -> Tensor | None:
-    """The ids that the mask is about, in a batch that has pictures or sound beside them."""
+    """The text ids that the mask describes, if the batch also has pictures or sound; else None."""
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if not isinstance(mask, Tensor) or not isinstance(ids, Tensor) or ids.shape != mask.shape:
         return None
@@ -75,7 +75,7 @@ def _text_beside_others(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def _measured(student: nn.Module, ids: Tensor, again: Again) -> dict[Any, bool | None]:
-    """Which features change when the embeddings of the text do; None where no `nn.Embedding` reads it."""
+    """Which features change when the text's embeddings change; None if no `nn.Embedding` reads the text."""
     with measuring(student):
         before = _run(student, again)
         with _other_embeddings(student, ids) as changed:
@@ -86,7 +86,7 @@ def _measured(student: nn.Module, ids: Tensor, again: Again) -> dict[Any, bool |
 
 
 def _run(student: nn.Module, again: Again) -> dict[Any, Tensor]:
-    """The features of one pass, whatever it draws."""
+    """The features of one pass, with a fixed random seed."""
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -95,13 +95,13 @@ def _run(student: nn.Module, again: Again) -> dict[Any, Tensor]:
 
 @contextmanager
 def _other_embeddings(student: nn.Module, ids: Tensor) -> Iterator[list[nn.Module]]:
-    """Inside the `with` the text's embeddings are others; gives the modules that made some."""
+    """Change the text's embeddings inside the `with`; gives the list of modules that computed them."""
     changed: list[nn.Module] = []
 
     def change(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not args or not isinstance(args[0], Tensor) or args[0].shape != ids.shape:
             return None
-        same = args[0] == ids  # a model may have put another id for its pictures' places
+        same = args[0] == ids  # a model may have replaced the ids of its pictures' places
         if not same.any() or len(torch.unique(args[0][~same])) > 1:
             return None
         changed.append(module)
@@ -116,7 +116,7 @@ def _other_embeddings(student: nn.Module, ids: Tensor) -> Iterator[list[nn.Modul
 
 
 def encoder_side(model: nn.Module) -> set[nn.Module]:
-    """What of an encoder-decoder stands at its inputs' positions: all but the decoder, what holds it, and the head."""
+    """The modules of an encoder-decoder at its inputs' positions: not decoder and head, nor modules around them."""
     if not is_encoder_decoder(model):
         return set()
     model = unwrap(model)

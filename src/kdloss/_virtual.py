@@ -1,4 +1,4 @@
-"""Virtual tokens: what prompt tuning and p-tuning put in front of the text has no label, and no place in a teacher."""
+"""Remove virtual tokens, which prompt tuning and p-tuning put before the text, from logits and features."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,9 +24,9 @@ def without_virtual_tokens(
     batch: Mapping[str, Any],
     module: Callable[[Any], nn.Module],
 ) -> None:
-    """Cut them off logits and features that are longer than the batch by exactly as many as peft says.
+    """Cut the virtual tokens off logits and features that are longer than the batch by exactly their number.
 
-    `module` gives that of a feature's key.
+    `module` gives the module of a feature's key.
     """
     n = virtual_tokens(model)
     if not n:
@@ -43,15 +43,15 @@ def without_virtual_tokens(
 
 
 def _longer(x: Any, n: int, lengths: set[int]) -> bool:
-    """Whether something has the length of none of these, but of one with n tokens in front."""
+    """Whether the length is none of these, but one of them plus n."""
     return x.shape[1] not in lengths and x.shape[1] - n in lengths
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """How many a peft model's active adapter has; a prefix, which lengthens nothing, has some, too."""
+    """The number of virtual tokens of a peft model's active adapter; prefix tuning has some but lengthens nothing."""
     inner: nn.Module | None = model
     while inner is not None and (configs := attribute(inner, "peft_config")) is None:
-        children = inner._modules  # TorchScript's have no `get`
+        children = inner._modules  # TorchScript's `_modules` have no `get`
         name = next(filter(children.__contains__, _WRAPPED), None)
         inner = None if name is None else children[name]
     if inner is None:

@@ -1,4 +1,4 @@
-"""What `Distiller` reads from a model and its batch; duck-typed, without importing transformers."""
+"""What `Distiller` has to know about a model; duck-typed, without importing transformers."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,26 +15,26 @@ __all__ = ["evaluating", "is_encoder_decoder", "named", "resharded", "takes_inpu
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether labels are the decoder's, and `attention_mask` the encoder's."""
+    """Whether a model is an encoder-decoder: labels belong to the decoder, `attention_mask` to the encoder."""
     return bool(getattr(attribute(unwrap(model), "config"), "is_encoder_decoder", False))
 
 
 def takes_input(model: nn.Module, name: str, *, by_name: bool = False) -> bool:
-    """Whether a model's forward takes this keyword; `by_name` leaves out what `**kwargs` may be for."""
+    """Whether a model's forward takes this keyword; with `by_name` only if it names it, not by `**kwargs`."""
     names, anything = taken_by(model)
     return name in names or (anything and not by_name)
 
 
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs that keep a causal model from storing keys and values for a generation that won't come."""
+    """The inputs with `use_cache=False`, so that a causal model stores no keys and values for a generation."""
     return {"use_cache": False, **inputs} if takes_input(model, "use_cache", by_name=True) else dict(inputs)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module inside the `with`; each one's own mode behind it.
+    """Eval mode for every module inside the `with`; each module's own mode is restored after it.
 
-    What torch.export made has the mode that it was exported in, and frozen TorchScript has none.
+    A model from torch.export keeps the mode in which it was exported, and frozen TorchScript has no mode.
     """
     training = [module for module in modules_of(model) if getattr(module, "training", False)]
     try:
@@ -51,9 +51,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """For passes that show something of a model and leave nothing: in eval mode, without gradient or graph.
+    """For passes that measure a model and change nothing: in eval mode, without gradient and uncompiled.
 
-    Older torch keeps what autocast cast in them, and would take it in the step, where its gradient would end.
+    Older torch keeps the weights that autocast cast in such a pass. In the step it would reuse these copies, which
+    carry no gradient, so the cache is cleared.
     """
     try:
         with evaluating(model), torch.no_grad(), eagerly():
@@ -64,7 +65,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 
 def resharded(model: nn.Module) -> None:
-    """Put a model under FSDP2 back into shards: a pass that ended early, or without backward, doesn't."""
+    """Shard a model under FSDP2 again, after a pass that ended early or had no backward pass."""
     reset = attribute(model, "reset_iter_state")
     if callable(reset):
         reset()

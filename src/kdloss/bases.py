@@ -1,4 +1,4 @@
-"""The model under a student's adapters as its teacher, and teachers that are their own students."""
+"""`base_of`: the model under a student's adapters as its teacher; and an error for teachers that the student trains."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,7 +14,7 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Base(nn.Module):
-    """A model that runs with its adapters off; see `base_of`. Names and blocks are those of the model inside."""
+    """A model that runs with its adapters off; see `base_of`. It has the names and blocks of the model inside."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -27,31 +27,32 @@ class Base(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Base":
         raise TypeError(
-            "base_of(model) has the model's own weights, so it goes where the model goes and has its dtype; move the "
+            "base_of(model) has the model's own weights, so it has the model's device and dtype; move the "
             "model, or load the base a second time to have it elsewhere"
         )
 
 
 def base_of(model: nn.Module) -> Base:
-    """The model under a peft model's adapters, as a teacher of the same weights: no second copy of them.
+    """The model under a peft model's adapters, as a teacher that shares its weights: no second copy in memory.
 
-    `get_peft_model` puts adapters into the model it is given, which is then no teacher any more: it is the student.
-    This one runs the same modules with all adapters off, in eval mode and without gradient, and leaves adapters,
-    modes and `requires_grad` as they were, after an exception too. Its features, by `kdloss.Features`, are the base's.
-    What peft trains beside its adapters (`modules_to_save`) counts as an adapter.
+    `get_peft_model` changes the base model in place: after it, the base has the adapters and is the student, so you
+    can't use it as the teacher. `base_of` runs the same modules with all adapters off, in eval mode and without
+    gradient. Afterwards, also after an exception, adapters, modes and `requires_grad` are as before. `kdloss.Features`
+    reads the features of the base. Modules that peft trains beside its adapters (`modules_to_save`) count as adapters.
 
-    - `model`: what `get_peft_model` returned, or a transformers model after `add_adapter`; DDP and torch.compile
-      around it are taken off.
+    - `model`: what `get_peft_model` returned, or a transformers model after `add_adapter`. DDP and torch.compile
+      around it are removed.
 
-    Raises: TypeError for a model without adapters; ValueError where the base isn't there any more, as adapters are
-    merged into it, begin with a part of it (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) or its biases are trained, too.
+    Raises: TypeError for a model without adapters; ValueError if turning the adapters off doesn't give the base: they
+    are merged into it, they were initialised with a part of its weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), or its
+    biases are trained too.
 
     >>> import kdloss
     >>> from peft import LoraConfig, get_peft_model
     >>> plain = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
     >>> student = get_peft_model(plain, LoraConfig(target_modules=["0"]))
     >>> model = kdloss.Distillation(student, kdloss.base_of(student), kdloss.VanillaKD())
-    >>> model(torch.ones(2, 4), labels=torch.tensor([0, 2])).components["kd"]  # adapters begin at 0
+    >>> model(torch.ones(2, 4), labels=torch.tensor([0, 2])).components["kd"]  # adapters start at 0
     tensor(0.)
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
@@ -66,7 +67,7 @@ def base_of(model: nn.Module) -> Base:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """All adapters off inside the `with`; switches, `requires_grad` and methods as they were behind it."""
+    """Turn all adapters off inside the `with`; switches, `requires_grad` and methods are restored after it."""
     _refuse_changed(model)
     switches = {m: getattr(m, _SWITCH) for m in model.modules() if hasattr(m, _SWITCH)}
     trained = {p: p.requires_grad for p in model.parameters()}
@@ -85,7 +86,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 class Own:
-    """Sees, in one pass of a teacher, whether it runs on weights that its student trains."""
+    """Finds out, in one pass of a teacher, whether it runs on weights that its student trains."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         self.student, self.teacher = student, teacher
@@ -99,7 +100,7 @@ class Own:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Look on at the one pass made inside the `with`."""
+        """Watch the one pass made inside the `with`."""
         handles = [module.register_forward_pre_hook(self._ran) for module in self.watched]
         try:
             yield
@@ -118,37 +119,37 @@ class Own:
         name = next(iter(self.used))
         if isinstance(self.teacher, Base):
             raise ValueError(
-                f"teacher {k} is base_of a model whose base is trained, too ({name!r}): what is trained beside "
+                f"teacher {k} is base_of a model whose base is trained too ({name!r}): training anything but the "
                 "adapters changes the teacher. Freeze it (LoraConfig(bias='none')), or load the base a second time"
             )
         adapters = any(hasattr(module, _SWITCH) for module in self.student.modules())
         way = (
             "get_peft_model changes a model in place: the base with its adapters off is kdloss.base_of(student)"
             if adapters
-            else "give a model of its own: one loaded again, or copy.deepcopy(student) before it is trained"
+            else "Give another model: one loaded again, or copy.deepcopy(student) before it is trained"
         )
         raise ValueError(
-            f"teacher {k} runs on weights that the student trains ({name!r}), and so follows it: it is its own "
-            f"teacher. {way}. A student that is to teach itself is a function: kdloss.Teacher(lambda *x, **batch: "
+            f"teacher {k} runs on weights that the student trains ({name!r}), so the student is its own teacher. "
+            f"{way}. If the student is meant to teach itself, give a function: kdloss.Teacher(lambda *x, **batch: "
             "student(*x, **batch))"
         )
 
 
 def owner(teacher: Any) -> nn.Module | None:
-    """The model that a teacher is, or whose method it is."""
+    """The model of a teacher: the teacher itself, or the model whose method it is."""
     module = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "__self__", None)
     return module if isinstance(module, nn.Module) else None
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """The model inside DDP and torch.compile, which don't know of a second pass."""
+    """The model inside DDP and torch.compile, which don't expect a second pass."""
     while list(model._modules) in (["module"], ["_orig_mod"]) and not model._parameters:
         model = next(iter(model.children()))
     return model
 
 
 def _switched_off(model: nn.Module) -> AbstractContextManager[Any]:
-    """Peft's context, or one of transformers' own methods for adapters."""
+    """The context manager of peft, or one made of transformers' own methods for adapters."""
     disable: Any = getattr(model, "disable_adapter", None)
     if callable(disable):
         found: AbstractContextManager[Any] = disable()
@@ -171,7 +172,7 @@ def _by_methods(model: Any) -> Iterator[None]:
 
 
 def _refuse_changed(model: nn.Module) -> None:
-    """Raise where turning adapters off doesn't lead back to the base."""
+    """Raise if turning the adapters off doesn't give the base."""
     if any(getattr(module, "merged", False) is True for module in model.modules() if hasattr(module, _SWITCH)):
         raise ValueError(
             "adapters are merged into the base, so there is no base to run; write model.unmerge_adapter() before"
@@ -192,14 +193,14 @@ def _refuse_changed(model: nn.Module) -> None:
 
 
 def _runs(model: nn.Module, path: str) -> nn.Module:
-    """The module whose call says that the parameters of the one at this path are used."""
-    parts = path.split(".") if path else []
+    """The module whose call shows that the parameters of the module at this path are used."""
+    names = path.split(".") if path else []
     chain = [model]
-    for part in parts:
-        chain.append(chain[-1]._modules[part])  # type: ignore[arg-type]
-    for i in range(len(parts), -1, -1):
+    for name in names:
+        chain.append(chain[-1]._modules[name])  # type: ignore[arg-type]
+    for i in range(len(names), -1, -1):
         if hasattr(chain[i], _SWITCH):
-            inside = parts[i] if i < len(parts) else ""
+            inside = names[i] if i < len(names) else ""
             return chain[-1] if inside in ("base_layer", "original_module") else chain[i]
     while len(chain) > 1 and isinstance(chain[-1], (nn.ParameterDict, nn.ParameterList)):
         chain.pop()

@@ -1,4 +1,4 @@
-"""Student and criterion as one module to train."""
+"""`kdloss.Distillation`: student and criterion in one module."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -13,28 +13,29 @@ from kdloss.teacher import Teacher, place
 from kdloss.terms._loading import told_to_prepare
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-_uncompiled: Callable[[Method], Method] = torch.compiler.disable  # hooks are seen beside compiled code only
+_uncompiled: Callable[[Method], Method] = torch.compiler.disable  # hooks don't work inside compiled code
 
 
 class Distillation(nn.Module):
-    """Student and criterion in one module, so that whatever trains it sees all that learns, and nothing of a teacher.
+    """Student and criterion in one module: all that is trained, without the teacher.
 
-    Its children are `student` and `criterion`: `model.parameters()` holds the projections, `state_dict()` both, and
-    DDP, FSDP, Accelerate or a Trainer synchronise, shard, clip and save them. Teachers are no children. They follow the
-    student from device to device unless they have one of their own (`kdloss.Teacher`), never to another dtype; a copy
-    of the module shares them, a pickle holds them.
+    The module's children are `student` and `criterion`. `model.parameters()` and `state_dict()` hold the student and
+    the projections, so DDP, FSDP, Accelerate or a Trainer synchronise, shard, clip and save both. Teachers are not
+    children. A teacher follows the student to another device, unless it has a device of its own (`kdloss.Teacher`), and
+    never changes its dtype. A copy of the module shares the teachers; a pickle includes them.
 
-    - `student`: the model to train; `model.student` saves and reloads as ever.
-    - `teacher`: a model, a `kdloss.Teacher`, None for a stored one, or a list of these.
-    - `criterion`: a `kdloss.Sum` or a recipe like `kdloss.FeatureKD()`. Its projections are built here where the
-      models' configurations tell their widths, else by `prepare`; before the optimizer.
-    - `teacher_in_eval`: whether teachers run in eval mode, too. Without them the loss is then the task's own: of the
-      terms that read no teacher, for the named recipes plain cross-entropy whatever alpha; None without labels.
+    - `student`: the model to train. Save and load `model.student` as you would without distillation.
+    - `teacher`: a model, a `kdloss.Teacher`, None for a stored teacher, or a list of these.
+    - `criterion`: a `kdloss.Sum` or a recipe like `kdloss.FeatureKD()`. Its projections are built here if the models'
+      configurations tell the widths. Otherwise call `prepare` before you make the optimizer.
+    - `teacher_in_eval`: True runs the teachers in eval mode too. False runs only the student there, and the loss is
+      that of the terms that read no teacher: for the named recipes plain cross-entropy, whatever alpha is. It is None
+      without labels.
 
-    Called like the student, `model(**batch)` or `model(x, labels=y)`, and with what `kdloss.Distiller` takes beside:
-    `mask`, `feature_mask`, `num_items_in_batch`, and `teacher`, what a stored teacher said of this batch. Returns a
-    `kdloss.Distilled`: `loss`, `logits`, `components`, `output`, as attributes and as keys. Compiled as a whole it runs
-    as it is; what stays fast is compiled blocks of the student.
+    Call it like the student, `model(**batch)` or `model(x, labels=y)`. It also takes `mask`, `feature_mask`,
+    `num_items_in_batch` and `teacher` (a stored teacher's outputs for this batch), as `kdloss.Distiller` does. It
+    returns a `kdloss.Distilled` with `loss`, `logits`, `components` and `output`, as attributes and as keys.
+    `torch.compile(model)` runs it uncompiled; compile blocks of the student instead.
 
     Raises: what `kdloss.Distiller` raises.
 
@@ -61,11 +62,11 @@ class Distillation(nn.Module):
 
     @property
     def teachers(self) -> list[Teacher | None]:
-        """The teachers, which are no children of this module."""
+        """The teachers, which are not children of this module."""
         return self._distiller.teachers
 
     def prepare(self, *args: Any, **batch: Any) -> "Distillation":
-        """Build the projections, of widths measured on a batch, before the optimizer.
+        """Build the projections for widths measured on a batch; call it before making the optimizer.
 
         `args` and `batch` are a batch as the forward takes it: `prepare(**batch)`, `prepare(x)`.
         """
@@ -73,26 +74,26 @@ class Distillation(nn.Module):
         return self
 
     def tie_weights(self) -> None:
-        """Tie the student's weights again, where it ties some: Accelerate asks for it after it has sharded a model."""
+        """Tie the student's weights again, if it ties any; Accelerate calls this after it sharded a model."""
         tie = getattr(self.student, "tie_weights", None)
         if callable(tie):
             tie()
 
-    # `labels` by name: Hugging Face's Trainer looks for it in the signature.
+    # `labels` has its own parameter since Hugging Face's Trainer looks for it in the signature.
     @_uncompiled
     def forward(self, *args: Any, labels: Any = None, teacher: Any = None, **batch: Any) -> Distilled:
-        """One step; `args` and `batch` go to the models, and see the class."""
+        """One step: `args` and `batch` go to the models; see the class."""
         if self._distiller.criterion is not self.criterion:
             raise RuntimeError(
                 "the criterion was replaced after the module was made; write Distillation(model.student, teacher, "
-                "criterion), before the optimizer"
+                "criterion), before you make the optimizer"
             )
         self._gather()
         teach = self.training or self.teacher_in_eval or teacher is not None
         return self._distiller(self.student, *args, labels=labels, teacher=teacher, teach=teach, **batch)
 
     def _gather(self) -> None:
-        """Bring the teachers to the student, who may have been moved without this module."""
+        """Move the teachers to the student's device; the student may have been moved by itself."""
         home = place(self.student)
         for teacher in self.teachers:
             if teacher is not None and home is not None:
@@ -104,9 +105,9 @@ class Distillation(nn.Module):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        """Load student and criterion, by `nn.Module`'s method and with its `args` and `options`.
+        """Load student and criterion; `args` and `options` are those of `nn.Module.load_state_dict`.
 
-        What the criterion has learned, in the `state_dict`, needs its place: call `prepare` before.
+        Call `prepare` first: the projections whose parameters are in `state_dict` have to exist.
         """
         with told_to_prepare(self.criterion, state_dict, "model.prepare(**batch)", "criterion."):
             return super().load_state_dict(state_dict, *args, **options)

@@ -1,4 +1,4 @@
-"""What one step of distillation gives."""
+"""`kdloss.Distilled`: the result of one step."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from kdloss.terms._outputs import find_logits, logits_of
 
 
 class Distilled(dict[str, Any]):
-    """One step: `loss` to backpropagate, `logits`, `components` for logging, and `output`, the student's own.
+    """The result of one step: `loss`, `logits`, `components` for logging, and `output`, what the student returned.
 
-    Each is an attribute and a key. Where the student's logits were never made, `output.logits` is a `LazyLogits`, and
-    asking for `logits` makes them, each time anew; `items()` leaves them lazy.
+    Each is an attribute and a key. If the full logits were never made, `output.logits` is a `LazyLogits`, and `logits`
+    computes them each time you read it; `items()` leaves them lazy.
     """
 
     @classmethod
     def of(cls, loss: Tensor | None, output: Any, components: dict[str, Tensor]) -> "Distilled":
-        """A step whose student returned this."""
+        """The result of a step whose student returned `output`."""
         return cls(loss=loss, logits=find_logits(output), components=components, output=output)
 
     def __getitem__(self, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""Teachers and a criterion, called with the student and its batch."""
+"""`kdloss.Distiller`: runs teachers and student on a batch and computes the criterion's loss."""
 
 import logging
 import weakref
@@ -32,38 +32,45 @@ _NOTHING = Plan({}, {}, {})
 class Distiller:
     """Runs student and teachers once each on a batch and returns the criterion's loss.
 
-    Teachers are run in eval mode without gradient, one after the other, and left as they were found; one ends at the
-    deepest block needed where its logits are not, and is not run at all where no term of weight above 0 reads it. A
-    `Distiller` is no module: nothing of a teacher is in anyone's parameters or state dict.
+    Teachers run one after the other, in eval mode and without gradient; their mode and weights stay as they were. A
+    teacher whose logits aren't needed stops after the deepest block that is read. A teacher that no term of weight
+    above 0 reads isn't run. A `Distiller` is not a module: no parameter list or state dict includes a teacher.
 
-    - `teachers`: a model, a `kdloss.Teacher`, None for a stored one, or a list of these.
-    - `criterion`: a `kdloss.Sum` or a recipe, asked in each step what it reads (`plan`). Any other module is called
+    - `teachers`: a model, a `kdloss.Teacher`, None for a stored teacher, or a list of these.
+    - `criterion`: a `kdloss.Sum` or a recipe, whose `plan` says in each step what it reads. Any other module is called
       with what was captured of student and teacher (`.output` is what the model returned), labels, `mask` and
-      `num_items_in_batch`; the logger "kdloss" warns of what it misses.
+      `num_items_in_batch`; the logger "kdloss" warns of what such a module doesn't get.
 
-    Called as `distill(student, *args, labels=..., **inputs)`, with the inputs that the models take: each is given
-    those that its forward names (all, if it takes any), and one that nobody reads is refused. `labels` go to the
-    criterion (an encoder-decoder's decoder inputs are made from them), or `shift_labels`, which stand beside their
-    logits already; so do `num_items_in_batch` and `index`, which example of the data set each one is. `mask` (True =
-    keep) takes positions of labels and logits out of every term, `feature_mask` those of features, all or by their
-    term's name (None: all count). The batch's own `attention_mask` and `decoder_attention_mask` do so where they stand:
-    brought to a speech model's frames by its own lengths, kept to the tower that reads the text, and under `causal`
-    with the logits of padding on the left. `teacher` is what a stored teacher said of this batch, a list where there
-    are several. Where a term's `vocabulary` is a `TokenMap`, its teacher reads its own ids of the student's tokens.
-    Returns a `Distilled` with `loss`, `logits`, `components` and `output`, without the virtual tokens of prompt tuning.
+    Call it as `distill(student, *args, labels=..., **inputs)` with the inputs of the models. Each model gets the
+    inputs that its forward names (all of them, if it takes `**kwargs`). An input that no model reads is refused.
 
-    Where the criterion doesn't say whether logits at t learn label t+1 (`causal`), the first batch shows it: one pass
-    of the student with labels, in eval mode and without gradient, against its own loss. What the student adds to
-    cross-entropy by name (`aux_loss` of a mixture of experts) joins it, with the student's own coefficient.
+    - `labels`: go to the criterion; an encoder-decoder's decoder inputs are made from them. `shift_labels` are labels
+      that are shifted already.
+    - `mask`: boolean, True = keep; takes positions of labels and logits out of every term.
+    - `feature_mask`: the same for positions of features, for all terms or as a dict by term name (None: all count).
+    - `num_items_in_batch`, `index`: passed to the criterion, see `kdloss.Sum`. `index` is which example of the data
+      set each example is.
+    - `teacher`: the outputs of a stored teacher for this batch; a list if there are several stored teachers.
 
-    Hugging Face's language models make no logits `[B, T, V]`: hidden states and head go to the criterion as
-    `LazyLogits`, with the same loss and gradients. Where that can't be, the logger "kdloss" says why.
+    The batch's own `attention_mask` and `decoder_attention_mask` take positions out too, where they apply: a speech
+    model's mask is mapped to frames by the model's own length function, a text mask applies only to the tower that
+    reads the text, and with `causal` the logits of padding on the left are taken out. If a term's `vocabulary` is a
+    `TokenMap`, its teacher reads the student's tokens translated to its own ids. Returns a `Distilled` with `loss`,
+    `logits`, `components` and `output`, without the virtual tokens of prompt tuning.
 
-    Raises: TypeError for a teacher or an input that nobody reads; ValueError for a term without its teacher, for labels
-    `[B, T]` that may be meant either way where nothing shows how, for packed or padded rows that a model can't tell
-    from others (no `position_ids`, no `attention_mask`), for a mask that fits nothing, and for a teacher that runs on
-    weights which the student trains (`kdloss.base_of` is the base under adapters); whatever criterion and capture
-    raise.
+    If the criterion has no `causal`, the first batch shows whether logits at t learn label t+1: one pass of the student
+    with labels, in eval mode and without gradient, is compared with the student's own loss. Named losses that the
+    student adds to its cross-entropy (`aux_loss` of a mixture of experts) are added here too, with the student's own
+    coefficients.
+
+    Hugging Face language models make no full logits `[B, T, V]`: the criterion gets hidden states and head as
+    `LazyLogits`, with the same loss and gradients. Where that isn't possible, the logger "kdloss" says why.
+
+    Raises: TypeError for a teacher or an input that nothing reads; ValueError for a term whose teacher is missing, for
+    labels `[B, T]` if nothing shows whether they are shifted, for packed or padded rows that a model can't recognise
+    (it takes no `position_ids` or no `attention_mask`), for a mask that fits nothing, and for a teacher that runs on
+    weights that the student trains (use `kdloss.base_of` for the base under adapters). Errors of the criterion and of
+    capture pass through.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> import kdloss
@@ -89,7 +96,7 @@ class Distiller:
         self._plans = _plans(self.criterion)
         if any(t is not None and _plans(t.module) for t in self.teachers):
             raise TypeError(
-                f"a criterion came where a teacher belongs, and {type(criterion).__name__} as the criterion; write "
+                f"got a criterion as the teacher, and {type(criterion).__name__} as the criterion; write "
                 "Distiller(teacher, criterion), Distillation(student, teacher, criterion)"
             )
         if self._plans:
@@ -97,7 +104,7 @@ class Distiller:
             refuse_functions(self.criterion, self.teachers)
         else:
             _log.warning(
-                "%s has no `plan` that says what it reads: logits are made whole, teachers run to their end, no "
+                "%s has no `plan` that says what it reads: full logits are made, teachers run to their end, no "
                 "features are captured and nothing is prepared. A loss of your own gets all of that as a term: "
                 "kdloss.Task(function), or a module that inherits from kdloss.terms.Term",
                 type(criterion).__name__,
@@ -108,11 +115,11 @@ class Distiller:
         self._told = False
 
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
-        """Pair the blocks and build the projections; do it before the optimizer.
+        """Pair the blocks of `student` and teachers and build the projections; call it before making the optimizer.
 
-        `args` and `batch` are a batch as the call takes it: with one, the widths of the features, and the sizes of
-        maps for pairing="resolution", are measured on it with the student; without one widths are read from Hugging
-        Face configurations.
+        `args` and `batch` are a batch as the call takes it. With a batch, the widths of the features, and the sizes of
+        maps for pairing="resolution", are measured on it. Without one, widths are read from Hugging Face
+        configurations.
         """
         self._settle(student)
         if self._plans:
@@ -166,7 +173,7 @@ class Distiller:
         return Distilled.of(loss, seen.output, dict(getattr(self.criterion, "components", {})))
 
     def _warn(self, student: nn.Module) -> None:
-        """Tell once of projections that no optimizer trains, and of some that it trains and nobody zeroes."""
+        """Warn once of projections that no optimizer trains, and of projections whose gradients nothing zeroes."""
         if not _trains(self.criterion):
             return
         _watch.watch(student, self.criterion, _log)
@@ -174,15 +181,15 @@ class Distiller:
             self._told = True
             _log.warning(
                 "the criterion's parameters still have gradients of the step before, the student's have none: they add "
-                "up. Write optimizer.zero_grad() for all parameters, those of the criterion, too, or train a "
-                "kdloss.Distillation, whose zero_grad() reaches both"
+                "up. Write optimizer.zero_grad() for the criterion's parameters too, or train a kdloss.Distillation, "
+                "whose zero_grad() reaches both"
             )
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_prepared_for": None}
 
     def _plan(self, teach: bool) -> Plan:
-        """What this step takes."""
+        """The criterion's plan for this step."""
         if not self._plans:
             return _NOTHING
         plan: Plan = self.criterion.plan(len(self.teachers)) if teach else self.criterion.plan_of_task()
@@ -190,9 +197,9 @@ class Distiller:
 
     @property
     def columns(self) -> list[str] | None:
-        """The inputs that teachers name, which whoever drops what the student doesn't read has to keep; None: all.
+        """The inputs that the teachers read: don't drop these columns, even if the student doesn't read them.
 
-        All where a teacher is given a function of the batch.
+        None means all columns, since a teacher's `inputs` is a function of the whole batch.
         """
         there = [teacher for teacher in self.teachers if teacher is not None]
         if any(teacher.inputs is not None for teacher in there):
@@ -201,12 +208,12 @@ class Distiller:
 
     @property
     def _modules(self) -> list[nn.Module | None]:
-        """The teachers that are models."""
+        """The teachers' models; None for those that are stored or functions."""
         found = (None if t is None else t.module for t in self.teachers)
         return [module if isinstance(module, nn.Module) else None for module in found]
 
     def _settle(self, student: nn.Module) -> None:
-        """Once per student: find out where its blocks are."""
+        """Find the student's blocks, once per student."""
         if self._prepared_for is not None and self._prepared_for() is student:
             return
         if self._plans:
@@ -214,9 +221,10 @@ class Distiller:
         self._prepared_for, self._own = weakref.ref(student), None
 
     def shifts(self, student: nn.Module, *args: Any, labels: Any = None, **inputs: Any) -> bool:
-        """Whether the student's logits at t are held against label t+1.
+        """Whether the student's logits at t are compared with label t+1.
 
-        As the criterion says, else as this batch shows: `args`, `inputs` and `labels`, as the call takes them.
+        The criterion's `causal` decides; if it has none, this batch shows it. `args`, `inputs` and `labels` are those
+        of the call with this `student`.
         """
         self._settle(student)
         said: bool | None = self.criterion.contract.causal if self._plans else False
@@ -224,7 +232,7 @@ class Distiller:
         return bool(self._own_loss(student, args, inputs, labels).causal) if said is None else said
 
     def _own_loss(self, student: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], labels: Any) -> OwnLoss:
-        """How the student's own loss reads labels, measured on the first batch, on every rank alike."""
+        """How the student's own loss reads labels, measured on the first batch, in the same way on every rank."""
         if self._own is None:
             contract = self.criterion.contract if self._plans else Contract()
             inputs = of_student(student, self.teachers, inputs)
@@ -234,14 +242,14 @@ class Distiller:
         return self._own or OwnLoss()
 
     def _stored(self, given: Any) -> list[Any]:
-        """What the stored teachers said."""
+        """The outputs of the stored teachers, as a list."""
         several = given if isinstance(given, list) else [] if given is None else [given]
         places = sum(teacher is None for teacher in self.teachers)
         if len(several) > places:
             raise TypeError(
-                f"teacher={'[...]' if isinstance(given, list) else '...'} is what {len(several)} stored teachers said, "
-                f"and of {len(self.teachers)} teachers {places} are stored, given as None; leave it out, or write None "
-                "in the place of a stored teacher's model"
+                f"teacher={'[...]' if isinstance(given, list) else '...'} has the outputs of {len(several)} stored "
+                f"teachers, but {places} of the {len(self.teachers)} teachers are stored (given as None); leave it "
+                "out, or write None in the place of a stored teacher's model"
             )
         return several
 
@@ -259,7 +267,7 @@ class Distiller:
 
 
 def _causal(contract: Contract, student: nn.Module, own: OwnLoss, plan: Plan, seen: Captured, labels: Any) -> bool:
-    """Whether logits at t are held against label t+1: as the criterion says, else as the student does it."""
+    """Whether logits at t are compared with label t+1: as the criterion says, else as the student's own loss does."""
     if contract.causal is not None:
         return contract.causal
     if own.causal is None and getattr(labels, "ndim", 0) == 2:
@@ -269,18 +277,18 @@ def _causal(contract: Contract, student: nn.Module, own: OwnLoss, plan: Plan, se
 
 
 def _ahead(contract: Contract, own: OwnLoss, labels: Any, shift_labels: Any, mask: Tensor | None) -> Ahead | None:
-    """How many positions count, asked of the device before it has the models' passes to do."""
+    """Ask the device how many positions count, before it starts on the models' passes."""
     causal = own.causal if contract.causal is None else contract.causal
     labels, causal = (labels, causal) if shift_labels is None else (shift_labels, False)
     return Ahead.of(labels, mask, causal=bool(causal), ignore_index=contract.ignore_index)
 
 
 def _plans(module: Any) -> bool:
-    """Whether a criterion says what it reads."""
+    """Whether a criterion has a `plan`, which says what it reads."""
     return callable(getattr(module, "plan", None))
 
 
 def _trains(criterion: nn.Module) -> bool:
-    """Whether it has parameters to train."""
-    parts = (part._parameters for part in modules_of(criterion) if part._parameters)
-    return any(p is not None and p.requires_grad for own in parts for p in own.values())
+    """Whether a criterion has parameters to train."""
+    every = (module._parameters for module in modules_of(criterion) if module._parameters)
+    return any(p is not None and p.requires_grad for own in every for p in own.values())

@@ -1,7 +1,7 @@
-"""Logits of Hugging Face language models that are never made: base model and head, apart, in one pass.
+"""Run Hugging Face language models without making their full logits.
 
-During the pass the head is shown the first position only, so everything around it (DDP, peft, accelerate,
-the model's own scale or soft cap) runs as ever, on logits `[1, 1, V]`. All its input is kept.
+In the pass the head gets only the first position, so everything around it (DDP, peft, accelerate, the model's own scale
+or soft cap) runs as usual, on logits `[1, 1, V]`. The head's full input is kept for `LazyLogits`.
 """
 
 import logging
@@ -25,7 +25,7 @@ _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 
 
 class LazyHeads:
-    """What each model of a `Distiller` does to its head's output, or why its logits are made whole."""
+    """Remembers what each model of a `Distiller` does to its head's output, or why its full logits are made."""
 
     def __init__(self) -> None:
         self._shaping: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
@@ -36,10 +36,11 @@ class LazyHeads:
     def __reduce__(self) -> tuple[Any, ...]:
         return LazyHeads, ()
 
-    def apart(self, model: nn.Module, otherwise: str | None) -> AbstractContextManager["HeadPass | None"]:
-        """Where possible keep the head from making logits, in the one forward pass made inside the `with`.
+    def without_logits(self, model: nn.Module, otherwise: str | None) -> AbstractContextManager["HeadPass | None"]:
+        """Keep the head from making full logits, if possible, in the one forward pass made inside the `with`.
 
-        What the `with` gives is for `finish`; None where logits are made. `otherwise` is the caller's own reason to.
+        The `with` gives a `HeadPass` for `finish`, or None if full logits are made. `otherwise` is the caller's reason
+        to make them, if it has one.
         """
         head = _head(model)
         reason = otherwise or self._failed.get(model) or why_whole(model, head)
@@ -51,8 +52,8 @@ class LazyHeads:
     @contextmanager
     def _hooked(self, ran: "HeadPass", head: nn.Module) -> Iterator["HeadPass"]:
         handles = [
-            head.register_forward_pre_hook(partial(_beside(HeadPass.before), ran)),
-            head.register_forward_hook(partial(_beside(HeadPass.after), ran)),
+            head.register_forward_pre_hook(partial(_uncompiled(HeadPass.before), ran)),
+            head.register_forward_hook(partial(_uncompiled(HeadPass.after), ran)),
         ]
         try:
             yield ran
@@ -61,7 +62,7 @@ class LazyHeads:
                 handle.remove()
 
     def finish(self, model: nn.Module, ran: "HeadPass", output: Any) -> bool:
-        """Put lazy logits into the output; False where the pass has to be made again, with whole logits."""
+        """Put lazy logits into the output; False if the pass has to be made again, with full logits."""
         if not ran.hidden:
             self._say(model, "its head did not run, or where no hook sees it")
             return True
@@ -74,7 +75,7 @@ class LazyHeads:
         return True
 
     def _known(self, model: nn.Module) -> dict[str, Any] | None:
-        """What is known of a head; nothing where checkpointing recomputes, in backward(), the pass that found it."""
+        """What is known of a head; nothing if checkpointing, in backward(), recomputes the pass that found it out."""
         known = self._shaping.get(model)
         if torch._C._current_graph_task_id() == -1:
             self._repeatable[model] = known is not None
@@ -87,7 +88,7 @@ class LazyHeads:
 
 
 class HeadPass:
-    """One forward pass: the head's input, and the model's answer to a test signal where it isn't known."""
+    """One forward pass: the head's input and, if not known yet, what the model makes of a test signal."""
 
     def __init__(self, head: nn.Linear, shaping: dict[str, Any] | None = None) -> None:
         self.head, self.shaping = head, shaping
@@ -97,7 +98,7 @@ class HeadPass:
         self.thread = threading.get_ident()
 
     def before(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Keep the hidden states in the dtype that autocast gives the head, and show it the first."""
+        """Keep the hidden states, in the dtype that autocast gives the head, and pass on only the first position."""
         if threading.get_ident() != self.thread or not args:
             return None
         hidden = args[0]
@@ -105,7 +106,7 @@ class HeadPass:
         return hidden[(slice(1),) * (hidden.ndim - 1)]
 
     def after(self, head: nn.Module, args: object, z: Tensor) -> Tensor:
-        """The head's own output; the first time a test signal in its place, in the same graph (for DDP)."""
+        """The head's own output, or in the first pass a test signal in its place, in the same graph (for DDP)."""
         if threading.get_ident() != self.thread or not self.hidden:
             return z
         self.shown = z.shape
@@ -115,7 +116,7 @@ class HeadPass:
         return torch.where(torch.ones_like(z, dtype=torch.bool), self.signal, z)
 
     def finish(self, output: Any) -> str | None:
-        """Give the output its lazy logits, or say why it can't have them."""
+        """Put lazy logits into the output, or return the reason why that isn't possible."""
         head, answer = self.head, find_logits(output)
         if len(self.hidden) != 1:
             return f"its head ran {len(self.hidden)} times"
@@ -127,8 +128,8 @@ class HeadPass:
             self.shaping = shaping(self.signal, answer.detach())
             if self.shaping is None:
                 return "it does more to its head's output than to scale and soft-cap it"
-        parts = _Alias.apply(self.hidden[0], head.weight, head.bias)  # type: ignore[no-untyped-call]
-        lazy = LazyLogits(*parts, **self.shaping or {})
+        aliases = _Alias.apply(self.hidden[0], head.weight, head.bias)  # type: ignore[no-untyped-call]
+        lazy = LazyLogits(*aliases, **self.shaping or {})
         if isinstance(output, dict):
             output["logits"] = lazy
         else:
@@ -137,14 +138,14 @@ class HeadPass:
 
 
 @cache
-def _beside(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The same beside compiled code, never a part of it; made once and late, as it imports the compiler."""
-    beside: Any = torch.compiler.disable
-    return beside(hook)  # type: ignore[no-any-return]
+def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that always runs outside compiled code; made once and late, since it imports the compiler."""
+    disable: Any = torch.compiler.disable
+    return disable(hook)  # type: ignore[no-any-return]
 
 
 class _Alias(torch.autograd.Function):
-    """The same tensors as results of this pass: FSDP hooks what a model returns, and would hook the weight for ever."""
+    """The same tensors as new results: FSDP puts hooks on what a model returns, and would leave one on the weight."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -156,7 +157,7 @@ class _Alias(torch.autograd.Function):
 
 
 def signal_like(z: Tensor) -> Tensor:
-    """Numbers of every size, exact in every dtype, in place of the logits of one position."""
+    """A test signal in place of the logits of one position: powers of two of all sizes, exact in every dtype."""
     exponents = torch.linspace(-20, 20, z.shape[-1], device=z.device).round()
     signal = torch.exp2(exponents).to(torch.float32 if z.device.type == "mps" else torch.float64)
     signal[..., 1::2] *= -1
@@ -164,7 +165,7 @@ def signal_like(z: Tensor) -> Tensor:
 
 
 def shaping(signal: Tensor, answer: Tensor) -> dict[str, Any] | None:
-    """The scale and soft cap with which the signal became the answer; None where they don't tell all."""
+    """The scale and soft cap that turn the signal into the answer; None if these alone don't."""
     x, y = signal.flatten(), answer.flatten().to(signal.dtype)
     scale = (y[0] / x[0]).item()
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale
@@ -177,7 +178,7 @@ def shaping(signal: Tensor, answer: Tensor) -> dict[str, Any] | None:
 
 
 def why_whole(model: nn.Module, head: nn.Module | None) -> str | None:
-    """What speaks against running a model's head apart, as far as it can be told beforehand."""
+    """The reason why a model's full logits have to be made, as far as it is known before the pass; None if none."""
     if torch.compiler.is_compiling():
         return "the step is being compiled"
     if head is None:
@@ -200,7 +201,7 @@ def why_whole(model: nn.Module, head: nn.Module | None) -> str | None:
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    """A model's head; of one that peft trains in full, the copy that is trained."""
+    """A model's head; if peft trains a copy of it (`modules_to_save`), that copy."""
     inner = unwrap(model)
     find = attribute(inner, "get_output_embeddings")
     head: Any = find() if callable(find) else None
@@ -211,7 +212,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def _around(model: nn.Module, head: nn.Module) -> list[nn.Module]:
-    """The modules in which the head is, and the head; looked for where it isn't at its last place any more."""
+    """The modules around the head, and the head; searched again if the head has moved."""
     found = _along(model, _places.get(model, ""))
     if found[-1] is not head:
         _places[model] = next((name for name, module in model.named_modules() if module is head), "")
@@ -223,11 +224,11 @@ _places: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def _along(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules on a path, as far as it leads."""
+    """The modules along a path, as far as the path exists."""
     found = [model]
     for name in filter(None, path.split(".")):
         children = found[-1]._modules
-        inner = children[name] if name in children else None  # noqa: SIM401 - TorchScript's have no `get`
+        inner = children[name] if name in children else None  # noqa: SIM401 - TorchScript's `_modules` have no `get`
         if inner is None:
             break
         found.append(inner)
@@ -235,6 +236,6 @@ def _along(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def _autocast(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast multiplies it."""
+    """The dtype in which autocast would multiply a tensor."""
     cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if cast else x.dtype

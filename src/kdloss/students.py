@@ -1,4 +1,4 @@
-"""Smaller models made of a teacher's own blocks, and students that teach the next one."""
+"""Smaller models made from a teacher's blocks, and chains of models that teach each other."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -15,15 +15,17 @@ Result = TypeVar("Result")
 
 
 def keep_blocks(teacher: Model, blocks: Layers) -> Model:
-    """A student of the teacher's class made of some of its blocks and all the rest.
+    """Build a student of the teacher's class from some of its blocks and everything around them.
 
-    `blocks` is any selection of `kdloss.layers.select`: "auto", "all", "key", "late", "last", a list of
-    indices or a callable. Of an encoder-decoder both stacks are thinned by it. The student's
-    parameters are copies; its configuration remembers the kept blocks (also when saved), so that
-    `pairing="kept"` can hold each against the teacher's block just before the next kept one.
+    - `teacher`: a Hugging Face model.
+    - `blocks`: any selection of `kdloss.layers.select`: "auto", "all", "key", "late", "last", a list of indices or a
+      callable. In an encoder-decoder it selects from both stacks.
 
-    Raises: TypeError for a model without a Hugging Face configuration that sets its depth; ValueError
-    for blocks that do not exist, stand twice, or are not in ascending order.
+    The student's parameters are copies. Its configuration has the kept blocks, also when saved, so that
+    `pairing="kept"` can pair each block with the teacher's block just before the next kept one.
+
+    Raises: TypeError for a model without a Hugging Face configuration that sets its depth; ValueError for blocks that
+    don't exist, appear twice, or aren't in ascending order.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> teacher = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=8, n_head=2, vocab_size=9))
@@ -44,13 +46,13 @@ def keep_blocks(teacher: Model, blocks: Layers) -> Model:
     if len(lists) != 1 and not getattr(config, "is_encoder_decoder", False):
         depths = {name: len(found) for name, found in lists.items()}
         raise ValueError(
-            f"{type(teacher).__name__} has {len(lists)} lists of blocks, {depths}; keep_blocks thins models that have "
-            "one, and encoder-decoders: build the student yourself and copy the blocks' state_dict"
+            f"{type(teacher).__name__} has {len(lists)} lists of blocks, {depths}; keep_blocks works for models with "
+            "one, and for encoder-decoders: build the student yourself and copy the blocks' state_dict"
         )
     stages = [name for name in lists if "*" in name]
     if stages:
         raise TypeError(
-            f"the blocks of {type(teacher).__name__} stand in stages of several widths, {stages[0]!r}, so "
+            f"the blocks of {type(teacher).__name__} are in stages of several widths, {stages[0]!r}, so "
             "keep_blocks can't leave some out; build a student with fewer blocks in each stage yourself"
         )
     kept = {name: select(blocks, len(found)) for name, found in lists.items()}
@@ -75,18 +77,18 @@ def keep_blocks(teacher: Model, blocks: Layers) -> Model:
 
 
 def chain(models: Iterable[Model], train: Callable[[Model, Model], Result]) -> list[Result]:
-    r"""Train models one after the other, each by the one before, and return what `train` gave at each stage.
+    r"""Train models one after the other, each with the model before it as the teacher.
 
-    $r_i = \mathrm{train}(m_i, m_{i-1})$ for i = 1, 2, ...: a teacher, its assistants and the student are a chain, and
-    so are generations of one size (born-again networks).
+    $r_i = \mathrm{train}(m_i, m_{i-1})$ for i = 1, 2, ...; returns the list of $r_i$. A teacher, its assistants and the
+    student are a chain, and so are generations of one size (born-again networks).
 
-    - `models`: from a teacher that knows its task already to the last student. They are asked for one by one, so a
-      generator that makes or loads them has two of them in memory at a time.
-    - `train`: a function of (student, teacher) that trains the student in place, by whatever loop, and returns what is
-      worth knowing of it. What it raises ends the chain; the stages before are trained.
+    - `models`: the models, from a trained teacher to the last student. They are read one by one, so a generator that
+      makes or loads them keeps only two in memory at a time.
+    - `train`: a function of (student, teacher) that trains the student in place, in any loop, and returns any result.
+      An exception ends the chain; the earlier stages stay trained.
 
-    Raises: ValueError for fewer than two models and for one that is to teach itself; TypeError for a model in place of
-    several, and for a `train` that is no function.
+    Raises: ValueError for fewer than two models, and for a model that would teach itself; TypeError for one model in
+    place of several, and for a `train` that is not a function.
 
     >>> teacher, assistant, student = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
     >>> chain([teacher, assistant, student], lambda student, teacher: teacher is assistant)
@@ -106,7 +108,7 @@ def chain(models: Iterable[Model], train: Callable[[Model, Model], Result]) -> l
     for student in rest:
         if student is teacher:
             raise ValueError(
-                f"model {len(results) + 2} of the chain is the one before it once more and would be its own teacher; "
+                f"model {len(results) + 2} of the chain is the same as the one before it and would be its own teacher; "
                 "give each stage a model of its own: [make() for _ in range(3)], not [model] * 3"
             )
         results.append(train(student, teacher))
@@ -118,7 +120,7 @@ def chain(models: Iterable[Model], train: Callable[[Model, Model], Result]) -> l
 
 
 def _smaller(config: Any, kept: Mapping[str, list[int]]) -> Any:
-    """The teacher's configuration for fewer blocks, with lists of one entry per block cut alike."""
+    """The teacher's configuration for fewer blocks; a list with one entry per block is cut the same way."""
     config = copy.deepcopy(config)
     depths = [len(chosen) for chosen in kept.values()]
     first = next(iter(kept.values()))

@@ -1,4 +1,4 @@
-"""A teacher, and how it is fed."""
+"""`kdloss.Teacher`: a teacher with its own inputs or device."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,20 +16,21 @@ from kdloss.terms import Features
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A teacher that reads something else than the student, or lives elsewhere.
+    """A teacher with inputs of its own, or on a device of its own.
 
-    - `module`: the model, or any function of its inputs where only outputs are needed (an ONNX session's; numpy arrays
-      become tensors). So is TorchScript, and what torch.export made: `exported.module()`. A graph that was made in
-      training mode is refused.
-    - `inputs`: a function of the batch that gives the teacher's own: another tokenizer's ids, another normalisation or
-      resolution. It gets the positional inputs as they are, and keyword inputs as one dict behind them: of
-      `model(**batch)` the batch, of `model(x)` x. It returns keyword inputs as a dict, positional ones as a tuple, or
-      the only one. Where there is one, what the student's forward doesn't name (or begins with "teacher_") is kept
-      from the student.
-    - `device`: where the teacher is to stay; its inputs and outputs are moved. None: with the student. A model that is
-      quantised, offloaded, sharded or spread over devices stays where it is; say then where its inputs belong.
+    - `module`: the model, or any function of its inputs if you need only its outputs, not its features (such as a call
+      of an ONNX session; numpy arrays become tensors). TorchScript works too, and so does a model from torch.export,
+      given as `exported.module()`. A graph made in training mode is refused.
+    - `inputs`: a function that makes the teacher's inputs from the batch, such as another tokenizer's ids or another
+      normalisation or resolution. It gets the positional inputs, then all keyword inputs as one dict: for
+      `model(**batch)` the batch, for `model(x)` x. It returns keyword inputs as a dict, positional inputs as a tuple,
+      or a single input. The batch may then hold inputs that no model names. The student gets what its forward names
+      (with `**kwargs` everything, except names that begin with "teacher_").
+    - `device`: the device on which the teacher stays; its inputs and outputs are moved. None: the student's device. A
+      model that is quantised, offloaded, sharded or spread over several devices stays where it is; give the device of
+      its inputs.
 
-    A copy of what holds it shares the teacher.
+    Copies of a `Distillation` or `Distiller` share the teacher.
 
     >>> teacher = Teacher(nn.Linear(4, 2), inputs=lambda x: x / 255)
     >>> teacher.of((torch.ones(1, 4),), {})
@@ -44,7 +45,7 @@ class Teacher:
         if not callable(self.module):
             raise TypeError(f"a teacher is a model or a function, got {type(self.module).__name__}")
         if not isinstance(self.module, nn.Module) and callable(getattr(self.module, "module", None)):
-            raise TypeError(f"an {type(self.module).__name__} isn't called itself; write teacher.module(), which is")
+            raise TypeError(f"an {type(self.module).__name__} can't be called; write teacher.module(), which can")
         if isinstance(self.module, nn.Module):
             refuse_trained(self.module)
         if self.inputs is not None and not callable(self.inputs):
@@ -53,7 +54,7 @@ class Teacher:
             self._go(torch.device(self.device))
 
     def of(self, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The teacher's own inputs of this batch, positional and by keyword, where it reads them.
+        """The teacher's inputs for this batch, positional and by keyword, on its device.
 
         `args` and `inputs` are the student's.
         """
@@ -67,9 +68,9 @@ class Teacher:
         return (own_args, own) if self.device is None else (moved(own_args, self.device), moved(own, self.device))
 
     def follow(self, device: torch.device) -> None:
-        """Go where the student is, unless it has a device of its own or can't be moved.
+        """Move the teacher to the student's `device`, unless it has its own or can't be moved.
 
-        Not to "meta", where students are until they are sharded: a teacher would lose its weights.
+        It never moves to "meta", where students can be until they are sharded: a teacher would lose its weights.
         """
         if self.device is None and device.type != "meta":
             self._go(device)
@@ -84,7 +85,7 @@ class Teacher:
 
 
 def moved(x: Any, device: torch.device | str) -> Any:
-    """The same with all tensors on a device. What comes to the host is waited for, as it is read there."""
+    """Move all tensors of a nested value to a device. Copies to the host wait, since the data is read there."""
     ahead = torch.device(device).type != "cpu"
 
     def move(t: Any) -> Any:
@@ -96,7 +97,7 @@ def moved(x: Any, device: torch.device | str) -> Any:
 
 
 def refuse_functions(criterion: Any, teachers: Sequence[Any]) -> None:
-    """Raise for a teacher without modules whose features are to be learned."""
+    """Raise if a term reads features of a teacher that is a function and so has no modules."""
     for name, term in criterion.terms.items():
         for k in term.teachers(len(teachers)) if isinstance(term, Features) else ():
             teacher = teachers[k]
@@ -108,7 +109,7 @@ def refuse_functions(criterion: Any, teachers: Sequence[Any]) -> None:
 
 
 def tensors(output: Any, inputs: Any) -> Any:
-    """What a teacher returned with its numpy arrays as tensors, where its inputs are."""
+    """A teacher's output with its numpy arrays as tensors, on the device of its inputs."""
     if output is None or isinstance(output, Tensor) or not any(map(_is_numpy, tree_leaves(output))):
         return output
     device = next((x.device for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
@@ -120,7 +121,7 @@ def _is_numpy(x: Any) -> bool:
 
 
 def place(module: nn.Module) -> torch.device | None:
-    """Where the first of its weights is."""
+    """The device of a module's first parameter or buffer."""
     for kind in ("_parameters", "_buffers"):
         for inner in module.modules():
             for tensor in getattr(inner, kind).values():
@@ -130,7 +131,7 @@ def place(module: nn.Module) -> torch.device | None:
 
 
 def _movable(module: nn.Module) -> bool:
-    """Quantised, offloaded and sharded models, and those on several devices, have a place of their own."""
+    """Whether a model may be moved: not if it is quantised, offloaded, sharded or on several devices."""
     if any(getattr(module, name, None) for name in ("is_quantized", "hf_quantizer", "hf_device_map", "_hf_hook")):
         return False
     tensors = (*module.parameters(), *module.buffers())

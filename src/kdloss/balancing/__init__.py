@@ -1,4 +1,4 @@
-"""What the terms of a sum are multiplied by besides their weights, so that none drowns the others."""
+"""Factors beside the weights of a sum's terms, so that no term outweighs the others."""
 
 from kdloss.balancing._balance import Balance
 from kdloss.balancing.running_magnitude import RunningMagnitude

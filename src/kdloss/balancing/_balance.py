@@ -1,4 +1,4 @@
-"""The slot for balancing in a sum."""
+"""The base class of all balances."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class Balance(nn.Module):
     """Factors of a sum's terms, beside their weights: `kdloss.Sum(*terms, balance=...)`.
 
-    A balance of your own is a subclass. Its parameters are trained, its buffers saved, with the criterion. The
-    component "kd/balance" is the factor of the term "kd".
+    To write a balance of your own, inherit from this class. Its parameters are trained, and parameters and buffers are
+    saved with the criterion. The component "kd/balance" is the factor of the term "kd".
 
     >>> import torch, kdloss
     >>> class Halved(Balance):
@@ -24,15 +24,15 @@ class Balance(nn.Module):
         super().__init__()
 
     def build(self, names: Sequence[str]) -> None:
-        """Make what is trained or remembered, for terms of these `names`; called once by the sum."""
+        """Make parameters and buffers for terms of these `names`; the sum calls it once."""
 
     def factors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """One number of 0 or more for each of the terms of these `names`, known before the models run."""
-        raise NotImplementedError(f"{type(self).__name__} balances nothing: define factors(self, names)")
+        """One factor of 0 or more for each term of these `names`; called before the models run."""
+        raise NotImplementedError(f"{type(self).__name__} gives no factors: define factors(self, names)")
 
     def penalty(self, names: Sequence[str]) -> Tensor | None:
-        """What is added to the loss of the terms of these `names`, one number for all positions; None for nothing."""
+        """A number to add to the loss, for the terms of these `names`; None adds nothing."""
         return None
 
     def seen(self, means: Mapping[str, Tensor]) -> None:
-        """The terms' `means` in a step by name, detached; called in training alone."""
+        """Get the terms' `means` of a step, by name and detached; called only in training."""

@@ -10,15 +10,15 @@ from kdloss.balancing._balance import Balance
 
 
 class RunningMagnitude(Balance):
-    r"""Every term is brought to the size of the first, so that weights say what each contributes.
+    r"""Scales every term to the size of the first, so that the weights are the terms' contributions to the loss.
 
-    $f_i = m_1 / m_i$ with $m_i$ the running mean of $|\ell_i|$ over the steps of the training before:
-    $m_i \leftarrow \mu\,m_i + (1-\mu)\,|\ell_i|$, from the first value on.
+    $f_i = m_1 / m_i$, where $m_i$ is the running mean of $|\ell_i|$ over earlier training steps:
+    $m_i \leftarrow \mu\,m_i + (1-\mu)\,|\ell_i|$, starting at the first value.
 
     - `momentum`: $\mu$, from 0 to 1.
 
-    The first step has no history: there only the first term is learned. A term that joins later (a schedule) is
-    learned from its second step on. The running means are a buffer, saved with the criterion.
+    There are no earlier values in the first step, so only the first term counts in it. A term that a schedule turns on
+    later counts from its second step on. The running means are a buffer, saved with the criterion.
 
     >>> import torch, kdloss
     >>> criterion = kdloss.Sum(kdloss.CrossEntropy(), kdloss.Logits(), balance=RunningMagnitude())
@@ -36,7 +36,7 @@ class RunningMagnitude(Balance):
         self.names: list[str] = []
 
     def build(self, names: Sequence[str]) -> None:
-        """One running mean for each of the `names`; NaN until it was seen."""
+        """Make one running mean for each of the `names`; it is NaN until the term was seen."""
         self.names = list(names)
         self.register_buffer("magnitudes", torch.full((len(names),), torch.nan))
 
@@ -48,7 +48,7 @@ class RunningMagnitude(Balance):
         return found | {names[0]: torch.ones_like(first)}
 
     def seen(self, means: Mapping[str, Tensor]) -> None:
-        """Remember how large the terms were by these `means`."""
+        """Update the running means with the terms' `means`."""
         for name, mean in means.items():
             running = self.magnitudes[self.names.index(name)]
             size = mean.abs().to(running)

@@ -9,13 +9,13 @@ from kdloss.balancing._balance import Balance
 
 
 class Uncertainty(Balance):
-    r"""Trained factors: what is noisy weighs less.
+    r"""Trained factors that give noisy terms smaller weights.
 
-    $\sum_i w_i\,e^{-s_i}\,\ell_i + \frac{1}{2}\sum_i s_i$ with trained $s_i = \log\sigma_i^2$, 0 to begin with: the
-    likelihood of classes at the scale $\sigma_i^2$. For the paper's regression give the term a weight of 1/2.
+    $\sum_i w_i\,e^{-s_i}\,\ell_i + \frac{1}{2}\sum_i s_i$ with trained $s_i = \log\sigma_i^2$, which start at 0: the
+    paper's likelihood of classes with the scale $\sigma_i^2$. For the paper's regression give the term a weight of 1/2.
 
-    Parameters by the terms' names, which an optimizer has to hold (`kdloss.Distillation` has them); weight decay
-    draws them to 0.
+    The $s_i$ are parameters, one for each term by its name. The optimizer has to hold them (`kdloss.Distillation` has
+    them among its parameters); weight decay pulls them to 0.
 
     >>> import torch, kdloss
     >>> criterion = kdloss.Sum(kdloss.CrossEntropy(), kdloss.Logits(), balance=Uncertainty())
@@ -30,7 +30,7 @@ class Uncertainty(Balance):
         self.logs = nn.ParameterDict()
 
     def build(self, names: Sequence[str]) -> None:
-        """One number for each of the `names`."""
+        """Make one parameter, 0, for each of the `names`."""
         self.logs.update({name: nn.Parameter(torch.zeros(())) for name in names})
 
     def factors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
@@ -38,5 +38,5 @@ class Uncertainty(Balance):
         return {name: (-self.logs[name]).exp() for name in names}
 
     def penalty(self, names: Sequence[str]) -> Tensor:
-        """Half the sum of s of the `names`."""
+        """Half the sum of s over the `names`."""
         return torch.stack([self.logs[name] for name in names]).sum() / 2

@@ -1,4 +1,4 @@
-"""Modules that remember settings and own trained projections; they own no model."""
+"""Named sums of terms: `VanillaKD`, `FeatureKD`, `MultiTeacherKD`."""
 
 from kdloss.criteria.feature import FeatureKD
 from kdloss.criteria.multi_teacher import MultiTeacherKD

@@ -1,4 +1,4 @@
-"""Settings of a recipe that can be read and assigned, checked as in its constructor."""
+"""Properties for a recipe's settings, which check an assigned value as the constructor does."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -22,7 +22,7 @@ def rest(alpha: Setting) -> Setting:
 
 
 def mixing() -> Any:
-    """`alpha`, the weight of "ce"; all other terms weigh 1 - alpha times their share in `_shares`."""
+    """The property `alpha`, the weight of "ce"; other terms have the weight 1 - alpha times their share (`_shares`)."""
 
     def get(self: Any) -> Setting:
         alpha: Setting = self._alpha
@@ -34,11 +34,11 @@ def mixing() -> Any:
         for name, share in self._shares.items():
             self.weights[name] = Weight(rest(value), share)
 
-    return property(get, assign, doc="The weight of cross-entropy; everything else weighs 1 - alpha.")
+    return property(get, assign, doc="The weight of cross-entropy; the rest has the weight 1 - alpha.")
 
 
 def share_of(name: str, setting: str) -> Any:
-    """What one of the terms behind 1 - alpha is multiplied by."""
+    """The property for a term's factor beside 1 - alpha."""
 
     def get(self: Any) -> float:
         share: float = self._shares[name]
@@ -52,7 +52,7 @@ def share_of(name: str, setting: str) -> Any:
 
 
 def of_term(name: str, setting: str) -> Any:
-    """A setting of one of the terms."""
+    """The property for a setting of one term."""
 
     def get(self: Any) -> Any:
         return getattr(self.terms[name], setting)
@@ -64,7 +64,7 @@ def of_term(name: str, setting: str) -> Any:
 
 
 def projections_of(name: str) -> Any:
-    """The projections of a term, by the student's layer."""
+    """The property for a term's projections, by the student's layer."""
 
     def get(self: Any) -> nn.ModuleDict:
         found: nn.ModuleDict = self.terms[name].projections
@@ -74,8 +74,8 @@ def projections_of(name: str) -> Any:
         own, given = get(self), dict(value.items())
         if set(given) != set(own) or not all(isinstance(module, nn.Module) for module in given.values()):
             raise ValueError(
-                f"projections are modules by the student's layer, {sorted(own)}, got {sorted(given)}; they are made by "
-                "prepare, and of what kind by projection=..."
+                f"projections are modules by the student's layer, {sorted(own)}, got {sorted(given)}; prepare makes "
+                "them, and projection=... chooses their kind"
             )
         own.update(given)
 

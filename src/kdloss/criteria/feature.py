@@ -1,4 +1,4 @@
-"""Distillation of hidden features."""
+"""`FeatureKD`: cross-entropy and distances between hidden features."""
 
 from collections.abc import Sequence
 from types import EllipsisType
@@ -23,30 +23,31 @@ from kdloss.terms.reads import Pairs, Takes
 
 
 class FeatureKD(Sum):
-    r"""Cross-entropy mixed with distances between hidden features of student and teacher.
+    r"""Cross-entropy mixed with distances between the hidden features of student and teacher.
 
     $\alpha\,\mathrm{CE} + (1-\alpha)\left(\sum_{i=1}^N w_i\,
-    d(P_i h^s_i, h^t_{\pi(i)}) + \lambda\,T^2\,\mathrm{KL}\right)$ with N pairs of blocks, each of weight
-    1/N unless the pairing says otherwise, d a mean squared error, P a trained projection where the
-    widths differ, and $\lambda$ = `logit_weight`: the sum `alpha * kdloss.CrossEntropy() + (1 - alpha) *
+    d(P_i h^s_i, h^t_{\pi(i)}) + \lambda\,T^2\,\mathrm{KL}\right)$ over N pairs of blocks. Each weight $w_i$ is 1/N
+    unless the pairing gives others, the default d is the mean squared error, $P_i$ is a trained projection where the
+    widths differ, and $\lambda$ is `logit_weight`. It is the sum `alpha * kdloss.CrossEntropy() + (1 - alpha) *
     (kdloss.Features(layers, ...) + logit_weight * kdloss.Logits(divergence, temperature=temperature))`.
 
-    - `alpha`: the weight of cross-entropy; `logit_weight`, `temperature`, `divergence`, `vocabulary`: the optional
-      output term, see `kdloss.Logits`.
+    - `alpha`: the weight of cross-entropy, a number from 0 to 1 or a function of the step (`kdloss.schedules`).
+    - `logit_weight`, `temperature`, `divergence`, `vocabulary`: the optional term on logits, see `kdloss.Logits`. It
+      is off unless `logit_weight` is above 0.
     - `layers`, `pairing`, `distance`, `projection`, `project`, `shared`, `resize`, `blocks`, `take`, `teacher_take`,
-      `layout`, `teacher_layout`, `depths`, `widths`: those of `kdloss.Features`. The defaults are the original
-      recipe's. For the language models that we measured (docs/results.md) `layers="last"` with
+      `layout`, `teacher_layout`, `depths`, `widths`: see `kdloss.Features`. The defaults are those of the original
+      recipe. For the language models that we measured (docs/results.md) `layers="last"` with
       `distance=kdloss.distances.layer_norm_mse` was better.
-    - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`: the contract, see `kdloss.Sum`, whose
-      `layout` is called `logit_layout` here.
+    - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`, `logit_layout`: the options of
+      `kdloss.Sum`; `logit_layout` is its `layout`.
 
-    Called with outputs that hold features: what `kdloss.capture` recorded, or Hugging Face outputs
-    made with `output_hidden_states=True`; with labels, mask and the rest as in `VanillaKD`. `components` then holds
-    the detached terms "ce", "kd", each pair's distance "feature/3-7", and "feature", their sum by weight.
-    `alpha`, `logit_weight`, `temperature` and `projections` can be assigned.
+    Call it with outputs that hold features: what `kdloss.capture` recorded, or Hugging Face outputs made with
+    `output_hidden_states=True`. Labels, mask and the rest are as in `VanillaKD`. `components` then holds, detached,
+    "ce", "kd", each pair's distance, "feature/3-7", and "feature", their weighted sum. You can assign `alpha`,
+    `logit_weight`, `temperature` and `projections`.
 
-    Raises: ValueError or TypeError for settings out of range, blocks that don't exist, widths that
-    differ without a projection, and inputs that don't fit, saying what to write instead.
+    Raises: ValueError or TypeError for settings out of range, blocks that don't exist, widths that differ without a
+    projection, and inputs that don't fit. The message says what to write instead.
 
     >>> import torch
     >>> from types import SimpleNamespace as Output

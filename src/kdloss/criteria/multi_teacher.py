@@ -1,4 +1,4 @@
-"""Distillation from several teachers at once."""
+"""`MultiTeacherKD`: cross-entropy and the average of several teachers."""
 
 from collections.abc import Sequence
 from types import EllipsisType
@@ -13,27 +13,27 @@ from kdloss.terms import CrossEntropy, Logits, Sum
 
 
 class MultiTeacherKD(Sum):
-    r"""`VanillaKD` whose teacher is the weighted average of several.
+    r"""`VanillaKD` against the weighted average of several teachers.
 
     $\alpha\,\mathrm{CE} + (1-\alpha)\,T^2\,\mathrm{KL}(\sum_k w_k\,\mathrm{softmax}(t_k/T)\,\|\,
-    \mathrm{softmax}(s/T))$; `average="logits"` averages $t_k$ instead. For forward KL its gradient
-    is that of the weighted sum of the teachers' own losses. One teacher gives `VanillaKD` exactly. It is the sum
+    \mathrm{softmax}(s/T))$; `average="logits"` averages the logits $t_k$ instead. For forward KL the gradient is the
+    same as that of the weighted sum of one loss per teacher. One teacher gives exactly `VanillaKD`. It is the sum
     `alpha * kdloss.CrossEntropy() + (1 - alpha) * kdloss.Logits(divergence, teacher="all", weights=weights, ...)`.
 
-    Called like `VanillaKD`, with a list of teacher outputs over one vocabulary.
+    Call it like `VanillaKD`, with a list of teacher outputs. All teachers have the same vocabulary.
 
-    - `weights`: one per teacher, non-negative, of sum 1; None for equal ones. `average`: of their "probabilities" or of
-      their "logits".
+    - `weights`: one weight per teacher, non-negative and with sum 1; None weighs them equally.
+    - `average`: what is averaged, the teachers' "probabilities" or their "logits".
     - `temperature`, `alpha`, `divergence`, `vocabulary`: as in `VanillaKD`.
     - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`, `layout`, `teacher_layout`: the
-      contract, see `kdloss.Sum`.
+      options of `kdloss.Sum`.
 
     Raises: what `VanillaKD` and `kdloss.Mixture` raise.
 
     >>> import torch
     >>> criterion = MultiTeacherKD(weights=[0.5, 0.5], alpha=0.0, temperature=1.0)
     >>> left, right = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])
-    >>> criterion(torch.zeros(1, 2), [left, right])  # together they know nothing
+    >>> criterion(torch.zeros(1, 2), [left, right])  # their average is uniform, as the student is
     tensor(0.)
 
     You, Xu, Xu, Tao 2017, "Learning from Multiple Teacher Networks", KDD.

@@ -1,4 +1,4 @@
-"""Distillation of logits."""
+"""`VanillaKD`: cross-entropy and a divergence from the teacher's predictions."""
 
 from types import EllipsisType
 
@@ -14,26 +14,26 @@ class VanillaKD(Sum):
     r"""Cross-entropy mixed with a divergence from the teacher's softened predictions.
 
     $\alpha\,\mathrm{CE}(s, y) + (1-\alpha)\,T^2\,\mathrm{KL}(\mathrm{softmax}(t/T)\,\|\,
-    \mathrm{softmax}(s/T))$, each term averaged over the positions that count: the sum
+    \mathrm{softmax}(s/T))$, each term averaged over the positions that count. It is the sum
     `alpha * kdloss.CrossEntropy() + (1 - alpha) * kdloss.Logits(divergence, temperature=temperature)`.
 
     - `temperature`: T, a number or a function of the step (`kdloss.schedules`).
-    - `alpha`: the weight of cross-entropy, the same. 1 is plain training and needs no teacher, 0 pure distillation and
-      needs no labels. The defaults are the original recipe's. For the language models that we measured
-      (docs/results.md) T = 1 and alpha = 0.1 were better under a good teacher, and alpha near 1 under a weak one.
-    - `divergence`, `vocabulary`: those of `kdloss.Logits`.
+    - `alpha`: the weight of cross-entropy, a number from 0 to 1 or a function of the step. 1 is plain training and
+      needs no teacher; 0 is pure distillation and needs no labels. The defaults are those of the original recipe. For
+      the language models that we measured (docs/results.md) T = 1 and alpha = 0.1 were better with a good teacher, and
+      alpha near 1 with a weak one.
+    - `divergence`, `vocabulary`: see `kdloss.Logits`.
     - `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`, `layout`, `teacher_layout`: the
-      contract, see `kdloss.Sum`.
+      options of `kdloss.Sum`.
 
-    Called with student and teacher logits `[..., V]` (tensors, `LazyLogits`, a teacher's `TopKLogits`
-    or `Mixture`, both `ShardedLogits`) or outputs that have `.logits`, labels
-    `[...]` int64 and a mask `[...]` beside the labels (True = keep). Labels equal to
-    `ignore_index` and False in the mask take a position out of every term; see `kdloss.reduce` for
-    `num_items_in_batch`. Returns a scalar in float32 or better (`[...]` for "none"), nats;
-    `components` then holds the detached terms "ce" and "kd". `alpha` and `temperature` can be assigned.
+    Call it with the student's and the teacher's logits `[..., V]` (tensors, `LazyLogits`, a teacher's `TopKLogits` or
+    `Mixture`, both `ShardedLogits`) or with outputs that have `.logits`; with labels `[...]` int64 and, if you like, a
+    mask `[...]` (True = keep). Labels equal to `ignore_index` and False in the mask take a position out of every term.
+    For `num_items_in_batch` see `kdloss.reduce`. It returns a scalar in float32 or better (`[...]` for "none"), in
+    nats. `components` then holds the terms "ce" and "kd", detached. You can assign `alpha` and `temperature`.
 
-    Raises: ValueError or TypeError for settings out of range, missing labels, and shapes,
-    vocabularies, dtypes or devices that don't fit, saying what to write instead.
+    Raises: ValueError or TypeError for settings out of range, missing labels, and shapes, vocabularies, dtypes or
+    devices that don't fit. The message says what to write instead.
 
     >>> import torch
     >>> criterion = VanillaKD(temperature=2.0, alpha=0.5)

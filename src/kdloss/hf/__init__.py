@@ -1,4 +1,4 @@
-"""Distillation in Hugging Face's `Trainer`, or in anyone's that inherits from it; it needs `kdloss[hf]`."""
+"""Distillation in Hugging Face's `Trainer`, or in any class that inherits from it; it needs `kdloss[hf]`."""
 
 from kdloss._extras import extra
 

@@ -1,4 +1,4 @@
-"""What a Trainer has to know of a criterion."""
+"""What a Trainer has to know about a criterion."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from kdloss.terms.contract import Contract
 
 
 def always_cross_entropy(criterion: nn.Module) -> bool:
-    """Whether a criterion is once the student's own loss and nothing else, at every step.
+    """Whether a criterion is exactly the student's own loss, with weight 1 and at every step.
 
     >>> import kdloss
     >>> always_cross_entropy(kdloss.VanillaKD(alpha=1.0)), always_cross_entropy(kdloss.VanillaKD(alpha=0.99))
@@ -24,10 +24,10 @@ def always_cross_entropy(criterion: nn.Module) -> bool:
 
 
 def reads_index(criterion: nn.Module) -> bool:
-    """Whether a distance is told which example of the data set each one is."""
+    """Whether a distance has a parameter `index`: which example of the data set each example is."""
     terms = criterion.terms.values() if isinstance(criterion, Sum) else []
-    parts = [part for term in terms for part in (getattr(term, "distance", None), *term.modules())]
-    return any(callable(part) and takes(part, "index") for part in parts)
+    found = [thing for term in terms for thing in (getattr(term, "distance", None), *term.modules())]
+    return any(callable(thing) and takes(thing, "index") for thing in found)
 
 
 def _is_own(term: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What the criterion learns, trained like the student's own weights by a Trainer that knows of the student only."""
+"""Training of the criterion's parameters by a Trainer, which by itself trains only the student's."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ else:
 
 
 class Learning(Trainer):
-    """Optimises, clips, averages over processes and zeroes what the criterion learns."""
+    """Optimises the criterion's parameters, and clips, averages over processes and zeroes their gradients."""
 
     criterion: Any
     optimizer: Any
@@ -26,11 +26,11 @@ class Learning(Trainer):
 
     @property
     def _learned(self) -> list[nn.Parameter]:
-        """What the criterion learns; nothing, where the Trainer doesn't ask it."""
+        """The criterion's trained parameters; none if the criterion is left to the Trainer."""
         return [] if self._left_to_trainer else [p for p in self.criterion.parameters() if p.requires_grad]
 
     def create_optimizer(self, *given: Any) -> Any:
-        """The Trainer's optimizer, with what the criterion learns, which begins alike on all processes."""
+        """The Trainer's optimizer with the criterion's parameters, which start equal on all processes."""
         said = self.optimizer is not None
         optimizer = super().create_optimizer(*given)
         for p in self._learned:
@@ -49,14 +49,14 @@ class Learning(Trainer):
         return optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The Trainer's accelerator, which clips what the criterion learns with the student."""
+        """The Trainer's accelerator, made to clip the criterion's gradients together with the student's."""
         super().create_accelerator_and_postprocess()
         clip: Any = self.accelerator.clip_grad_norm_
         accelerator: Any = self.accelerator
         accelerator.clip_grad_norm_ = lambda own, *limit, **more: clip([*own, *self._learned], *limit, **more)
 
     def training_step(self, *args: Any, **settings: Any) -> Tensor:
-        """The Trainer's step; what the criterion learns is averaged here, since DDP knows of the student only."""
+        """The Trainer's step; the criterion's gradients are averaged here, since DDP averages only the student's."""
         loss: Tensor = super().training_step(*args, **settings)
         if self.accelerator.sync_gradients:
             for p in self._learned:
@@ -65,7 +65,7 @@ class Learning(Trainer):
 
 
 class _AfterStep(TrainerCallback):
-    """What a Trainer does to its model only."""
+    """Does for the criterion what a Trainer does only for its model: zeroes gradients, and counts steps."""
 
     def __init__(self, criterion: Any) -> None:
         self.criterion = criterion

@@ -8,20 +8,20 @@ from torch import Tensor
 
 
 class Means:
-    """Adds up terms where they are computed, and looks at them only when they are logged."""
+    """Adds up terms on their device, and copies them to the host only for the log."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.weights: dict[str, Any] = {}
 
     def add(self, terms: Mapping[str, Tensor], weight: Any) -> None:
-        """Add a batch's terms, which weigh so much."""
+        """Add a batch's terms with a weight."""
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + weight * value
             self.weights[name] = self.weights.get(name, 0) + weight
 
     def take(self) -> dict[str, float]:
-        """The means over all processes, every one of which has to ask; begins anew."""
+        """The means over all processes (each process has to call this), and start again from 0."""
         own = {name: (float(total), float(self.weights[name])) for name, total in self.sums.items()}
         self.sums, self.weights = {}, {}
         gathered: list[dict[str, tuple[float, float]]] = gather_object([own])

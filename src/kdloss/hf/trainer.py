@@ -1,4 +1,4 @@
-"""A mixin that makes any Trainer distil."""
+"""`Distilling`, a mixin that makes any Trainer distil, and `DistillationTrainer`."""
 
 import copy
 import logging
@@ -24,36 +24,37 @@ _log = logging.getLogger("kdloss")
 
 
 class Distilling(WholeCheckpoints, Learning):
-    r"""Makes a Trainer distil: `class SFTDistiller(kdloss.hf.Distilling, SFTTrainer): pass`.
+    r"""A mixin that makes a Trainer distil: `class SFTDistiller(kdloss.hf.Distilling, SFTTrainer): pass`.
 
-    The training loss is the criterion's, of one pass of the student and at most one of each teacher. All else is the
-    Trainer's: the model it trains and saves is the student.
+    The training loss is the criterion's, from one pass of the student and at most one pass of each teacher. The rest is
+    the Trainer's work: it trains and saves the student.
 
-    - `teacher`: a model, a `kdloss.Teacher`, None for a stored one, whose rows the collator gives as `"teacher"`, or a
-      list of these. A model follows the student from device to device.
-    - `criterion`: a `kdloss.Sum` or a recipe. What it learns is optimised, clipped, averaged over processes, saved
-      beside the student as `criterion.safetensors` and resumed; `advance()` is called after each step.
-    - `teacher_in_eval`: whether the terms are evaluated, too.
-    - `count`: whose labels a loss is divided by where batches are accumulated. "trainer" divides as the Trainer would,
-      so that the task's term is its loss: its count, for a student that takes one, which in transformers 4 holds labels
-      that a causal model never predicts; the mean of each batch, for one that ignores it. "student" divides by the
-      labels that the student predicts, so that batches and processes add up to one big batch whatever it does.
+    - `teacher`: a model, a `kdloss.Teacher`, None for a stored teacher, or a list of these. A model follows the student
+      to its device. The collator gives a stored teacher's outputs as `"teacher"`.
+    - `criterion`: a `kdloss.Sum` or a recipe. Its parameters are optimised, clipped, averaged over processes, saved
+      beside the student as `criterion.safetensors` and resumed. `advance()` is called after each step.
+    - `teacher_in_eval`: True computes the terms in evaluation too.
+    - `count`: the number of labels that divides the loss when gradients are accumulated. "trainer" divides as the
+      Trainer does, so that the term of the task equals the Trainer's loss: by the Trainer's count, if the student takes
+      one (in transformers 4 it includes labels that a causal model never predicts), else as the mean of each batch.
+      "student" divides by the number of labels that the student predicts, so that batches and processes always add up
+      to one big batch.
     - `args`, `settings`: the Trainer's own arguments.
 
-    A criterion that is cross-entropy and nothing else, like `VanillaKD(alpha=1.0)`, is left to the Trainer. The terms
-    are in its log, each batch's mean: `ce` and `kd` in training, `eval_ce` and `eval_kd` in evaluation beside
-    `eval_loss`, which is the student's own. Columns that teachers read are kept.
+    A criterion that is only cross-entropy, like `VanillaKD(alpha=1.0)`, is left to the Trainer. The Trainer's log has
+    the terms as means over batches: `ce` and `kd` in training, and in evaluation `eval_ce` and `eval_kd` beside
+    `eval_loss`, the student's own loss. Columns that only a teacher reads are kept.
 
-    Where the Trainer has a `compute_loss` of its own, as TRL's have, the criterion takes the place of its loss; it is
-    run beside it, without gradient, for what it logs: one more pass of the student.
+    If the Trainer has a `compute_loss` of its own, as TRL's trainers have, the criterion replaces its loss. The
+    Trainer's `compute_loss` still runs, without gradient, for the values that it logs: one more pass of the student.
 
-    `train(resume_from_checkpoint=True)` goes on from the newest whole checkpoint, or begins where there is none. The
-    widths of a model without a Hugging Face configuration are measured by
-    `trainer.distill.prepare(trainer.model, **batch)`, before `train()`.
+    `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, or starts if there is none. For a
+    model without a Hugging Face configuration, measure the widths with
+    `trainer.distill.prepare(trainer.model, **batch)` before `train()`.
 
-    Raises: ValueError for several GPUs in one process, for FSDP or DeepSpeed where the criterion learns, for an
-    optimizer without what it learns, for `label_smoothing_factor` or `compute_loss_func` beside it; whatever
-    `kdloss.Distiller` raises.
+    Raises: ValueError for several GPUs in one process, for FSDP or DeepSpeed if the criterion has parameters, for an
+    optimizer without these, and for `label_smoothing_factor` or `compute_loss_func`; and what `kdloss.Distiller`
+    raises.
 
     >>> from transformers import Trainer
     >>> class MyTrainer(Distilling, Trainer):
@@ -86,12 +87,12 @@ class Distilling(WholeCheckpoints, Learning):
         self._refuse()
         if count == "student" and not self._left_to_trainer:
             self.model_accepts_loss_kwargs = True  # the criterion does
-        if self.distill.columns is None or None in self.distill.teachers:  # a teacher, or who reads a stored one's rows
+        if self.distill.columns is None or None in self.distill.teachers:  # inputs of the teacher or keys of its store
             self.args = copy.copy(self.args)
             self.args.remove_unused_columns = False
 
     def _begin(self, student: Any) -> None:
-        with torch.random.fork_rng(devices=[]):  # so that order and dropout are those of a run without a teacher
+        with torch.random.fork_rng(devices=[]):  # so that data order and dropout are those of a run without a teacher
             self.distill.prepare(student)
         self.criterion.to(self.args.device)
         self._at_start = copy.deepcopy(self.criterion.state_dict())
@@ -100,7 +101,7 @@ class Distilling(WholeCheckpoints, Learning):
                 teacher.follow(self.args.device)
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """A new student; what the criterion learned of another one is forgotten."""
+        """Make a new student and reset the criterion; `trial` is the Trainer's."""
         student = super().call_model_init(trial)
         if hasattr(self, "_at_start"):
             self.criterion.load_state_dict(self._at_start)
@@ -112,7 +113,7 @@ class Distilling(WholeCheckpoints, Learning):
             return
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"one process sees {self.args.n_gpu} GPUs and would run copies of the student, which no hook reaches; "
+                f"one process sees {self.args.n_gpu} GPUs and would run copies of the student, where hooks don't work; "
                 f"start it by torchrun --nproc-per-node {self.args.n_gpu} SCRIPT, or with CUDA_VISIBLE_DEVICES=0"
             )
         if self.label_smoother is not None or self.compute_loss_func is not None:
@@ -123,24 +124,24 @@ class Distilling(WholeCheckpoints, Learning):
         if self._learned and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "the criterion learns projections, which the Trainer doesn't shard under FSDP or DeepSpeed: train a "
-                "kdloss.Distillation with Accelerate, or a criterion that learns nothing"
+                "kdloss.Distillation with Accelerate, or use a criterion that learns nothing"
             )
         if self._other is not Trainer:
             _log.warning(
-                "the criterion takes the place of the loss of %s, which is computed without gradient, for its log",
+                "the criterion replaces the loss of %s, which is still computed, without gradient, for its log",
                 self._other.__name__,
             )
 
     @property
     def _other(self) -> type:
-        """The class behind this one whose loss the criterion takes the place of."""
+        """The class behind this one whose loss the criterion replaces."""
         behind = type(self).__mro__[type(self).__mro__.index(Distilling) + 1 :]
         return next(c for c in behind if "compute_loss" in vars(c))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """In training the criterion's loss, and with `return_outputs` a `kdloss.Distilled`; else the Trainer's."""
+        """The criterion's loss in training (with `return_outputs` also a `kdloss.Distilled`), else the Trainer's."""
         own, items = named(self.model, inputs), num_items_in_batch
         if not model.training and self.count == "student":
             items = None
@@ -157,24 +158,24 @@ class Distilling(WholeCheckpoints, Learning):
             self._terms.add(out.components, self._share(batch, divisor))
             return out
 
-        taught: Any = distilled  # in the student's place, so that the Trainer scales this loss as it does its own
+        taught: Any = distilled  # in place of the student, so that the Trainer scales this loss as it does its own
         return Trainer.compute_loss(self, taught, inputs, return_outputs, num_items_in_batch=items)
 
     def _share(self, batch: Any, divisor: Any) -> Any:
-        """How much of the step a batch is, so that terms add up as their losses do."""
+        """The part of the step that a batch is, so that the logged terms add up as their losses do."""
         if divisor is None:
             return 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         return self._labels_in(batch) / divisor
 
     def _labels_in(self, batch: Any) -> Any:
-        """How many labels of a batch the student predicts."""
+        """The number of labels in a batch that the student predicts."""
         shifted = batch.get("shift_labels")
         if shifted is None:
             shifted = batch["labels"][..., int(self.distill.shifts(self.model, **batch)) :]
         return (shifted != -100).sum()
 
     def _divides(self, model: Any, inputs: Any, items: Any) -> bool:
-        """Whether the student's own loss is divided by the Trainer's count: measured once, for all processes alike."""
+        """Whether the student's own loss is divided by the Trainer's count; measured once, for all processes."""
         if items is None or self.count == "student" or self._other is not Trainer:
             return True
         if self._counts is None and self.model_accepts_loss_kwargs:
@@ -188,7 +189,7 @@ class Distilling(WholeCheckpoints, Learning):
         return self._counts is not False
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
-        """The Trainer's count, or that of the labels which the student predicts."""
+        """The Trainer's count, or the number of labels that the student predicts."""
         theirs = super()._get_num_items_in_batch(batch_samples, device)
         if theirs is None or self.count == "trainer" or self._left_to_trainer:
             return theirs
@@ -197,20 +198,20 @@ class Distilling(WholeCheckpoints, Learning):
         return self.accelerator.reduce(items, "sum") if self.args.average_tokens_across_devices else items
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The batches of a step; none where the last step was done before, and the Trainer would do one more."""
+        """The batches of a step; none if all steps are done already, where the Trainer would do one more."""
         if self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """The columns that the Trainer keeps, and those that the teachers name or the criterion is given."""
+        """Keep the Trainer's columns, those that the teachers read, and `index` if the criterion reads it."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             index = ["index"] if reads_index(self.criterion) else []
             self._signature_columns = [*(self._signature_columns or []), *(self.distill.columns or []), *index]
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """The Trainer's, of the student's own inputs; the terms are noted beside it."""
+        """The Trainer's step on the student's own inputs; it also computes the terms."""
         if self.teacher_in_eval and not self._left_to_trainer and self._evaluates(inputs):
             batch: Any = self._prepare_inputs(inputs)
             with torch.no_grad(), self.accelerator.autocast(), evaluating(self.criterion):
@@ -219,7 +220,7 @@ class Distilling(WholeCheckpoints, Learning):
         return super().prediction_step(model, named(self.model, inputs), prediction_loss_only, ignore_keys)
 
     def _evaluates(self, inputs: Any) -> bool:
-        """Whether the terms have what they read: a stored teacher's rows, and labels, unless they need none."""
+        """Whether the inputs have what the terms read: a stored teacher's outputs, and labels if they need them."""
         if None in self.distill.teachers and "teacher" not in inputs:
             return False
         plan = getattr(self.criterion, "plan", None)
@@ -227,7 +228,7 @@ class Distilling(WholeCheckpoints, Learning):
         return needless or all(inputs.get(name) is not None for name in self.label_names)
 
     def evaluation_loop(self, *args: Any, **settings: Any) -> Any:
-        """The Trainer's, with the terms among the metrics."""
+        """The Trainer's loop, with the terms among its metrics."""
         self._eval_terms = Means()
         output: Any = super().evaluation_loop(*args, **settings)
         prefix = settings.get("metric_key_prefix", "eval")
@@ -235,17 +236,17 @@ class Distilling(WholeCheckpoints, Learning):
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
-        """The Trainer's, with the means of the terms since the last line beside the training loss."""
+        """The Trainer's log, with the means of the terms since the last entry beside the training loss."""
         if "loss" in logs:
             logs.update({name: value for name, value in self._terms.take().items() if name not in logs})
         super().log(logs, *args, **settings)
 
 
 class DistillationTrainer(Distilling, Trainer):
-    """Hugging Face's `Trainer`, distilling.
+    """Hugging Face's `Trainer` with a teacher and a criterion.
 
-    `teacher`, `criterion`, `teacher_in_eval` and `count` are those of `kdloss.hf.Distilling`, which says what is done;
-    `args` and `settings` are the Trainer's own arguments.
+    - `teacher`, `criterion`, `teacher_in_eval`, `count`: see `kdloss.hf.Distilling`, which describes what they do.
+    - `args`, `settings`: the Trainer's own arguments.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
     >>> import kdloss

@@ -1,4 +1,4 @@
-"""What can be learned, and its sum: a term says what it reads of the models, and what it loses."""
+"""Terms and their weighted sum: each term says what it reads from the models and computes one loss."""
 
 from kdloss.terms.contract import Contract
 from kdloss.terms.cross_entropy import CrossEntropy

@@ -1,4 +1,4 @@
-"""How many positions count, told to the host while the models run."""
+"""How many positions count, copied to the host while the models run."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from kdloss.reduction import on_cpu
 
 
 class Ahead:
-    """The positions that labels, and a mask beside them, leave of a batch on an accelerator; and how many these are.
+    """The positions of a batch on an accelerator that labels and a mask keep, and their number.
 
-    The number is copied to the host behind what the accelerator had to do when this was made. Made before the forward
-    passes it is there when a loss asks for it, which then waits for none of them.
+    The number is copied to the host after the work that was queued on the accelerator when this object was made. If it
+    is made before the forward passes, the loss can read the number without waiting for them.
     """
 
     def __init__(self, labels: Tensor, mask: Tensor | None, keep: Tensor, causal: bool) -> None:
@@ -24,7 +24,7 @@ class Ahead:
 
     @classmethod
     def of(cls, labels: Any, mask: Any, *, causal: bool, ignore_index: int) -> "Ahead | None":
-        """Those of a batch; None where nothing has to be told, or can't be."""
+        """The positions of a batch; None where the host can count them itself, or can't be told their number."""
         if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.is_floating_point():
             return None
         beside = mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == labels.shape)
@@ -36,7 +36,7 @@ class Ahead:
         return cls(labels, mask, keep, causal)
 
     def fits(self, labels: Tensor, mask: Tensor | None, causal: bool) -> bool:
-        """Whether these labels were counted, and no more than this mask of them."""
+        """Whether these labels were counted, so that the number is at least that of the positions this mask keeps."""
         return self.labels is labels and self.causal == causal and (self.mask is mask or mask is not None)
 
     def number(self) -> int:
@@ -45,7 +45,7 @@ class Ahead:
 
 
 def landed(event: Any, number: Tensor) -> int:
-    """What was copied to the host when this event was. Waits for that copy alone."""
+    """The number copied to the host before this event. Waits for that copy only."""
     event.synchronize()
     return int(number)
 
@@ -55,6 +55,6 @@ def _module(device: torch.device) -> Any:
 
 
 def _tells(device: torch.device) -> bool:
-    """Whether a device says when it is done with something."""
+    """Whether a device has events, which say when a piece of work is done."""
     kind = _module(device)
     return hasattr(kind, "Event") and hasattr(kind, "current_stream")

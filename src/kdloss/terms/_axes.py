@@ -1,4 +1,4 @@
-"""The layouts of one side's features."""
+"""The layouts of one model's features."""
 
 from collections.abc import Mapping
 from types import EllipsisType
@@ -11,9 +11,10 @@ Batch = int | EllipsisType | None
 
 
 class Axes:
-    """What was said of the layouts of student's or teacher's features, and what was found where nothing was.
+    """The layouts of the student's or the teacher's features: those given, and those found for other layers.
 
-    A layer is decided where it is seen first: later its numbers may contradict that, but never leave it open again.
+    A layer's layout is decided when the layer is first seen. Later shapes may contradict it, which raises, but they
+    never change it.
     """
 
     def __init__(self, whose: str, said: Patterns = None, argument: str = "layout") -> None:
@@ -23,18 +24,18 @@ class Axes:
 
     @property
     def names(self) -> list[int | str]:
-        """The layers that something was said of by name."""
+        """The layers whose layout was given by name."""
         return list(self._said) if isinstance(self._said, Mapping) else []
 
     def of(self, name: int | str) -> Layout | None:
-        """What was said of a layer."""
+        """The layout given for a layer, if any."""
         return self._said.get(name) if isinstance(self._said, Mapping) else self._said
 
     def width_last(self, features: Tensor, name: int | str, tells: Tells | None, batch: Batch = ...) -> Tensor:
         """A layer's features with the batch first and the width last.
 
-        `batch` is the number of examples that labels or logits tell, None where nothing does, and ... where it is not
-        looked at.
+        `batch` is the number of examples, known from labels or logits; None if nothing tells it, and ... if it is not
+        to be checked.
         """
         shape, said = tuple(features.shape), self.of(name)
         layer = f"{self.whose} {'block' if isinstance(name, int) else 'layer'} {name!r}"
@@ -57,7 +58,7 @@ class Axes:
             layout, module = before
             return decide(shape, layout, Tells(module, tells.width, tells.inputs), layer, self.argument)
         others = any(len(shape) == axes > 2 for other, axes, _ in self._widths if other != name)
-        alone = name if others else None  # the others were decided, by the default
+        alone = name if others else None  # the others were decided by the default
         layout, width = decide(shape, None, tells, layer, self.argument, alone), tells.module.width
         held = width is not None and shape[layout.width] == width
         self._widths[key] = layout, Evidence(width, sure=True) if held else Evidence()

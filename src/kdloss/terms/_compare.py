@@ -1,4 +1,4 @@
-"""What `Features` reads from outputs, and the one value per position it makes of a pair."""
+"""How `Features` finds the features in outputs and compares one pair of them, one value per position."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def feature_pairs(
     axes: tuple[Axes, Axes],
     batch: int | None,
 ) -> tuple[Features, dict[tuple[Layer, Layer], float]]:
-    """Both features of every pair, at the same positions with the width last, and the pairs' weights."""
+    """Both features of every pair, at the same positions and with the width last, and the weights of the pairs."""
     s, t = _hidden(student, chosen.blocks), _hidden(teacher, chosen.blocks)
     depths = (len(s) - 1, len(t) - 1) if s is not None and t is not None else None
     pairs = chosen.pairs(depths) if pairs is None else pairs
@@ -46,7 +46,7 @@ def feature_pairs(
 
 
 def _resized(resize: Resize, both: tuple[Tensor, Tensor], pair: str) -> tuple[Tensor, Tensor]:
-    """At the same positions: `resize` gets both sides in the layouts that stand where nothing is said."""
+    """Both features at the same positions; `resize` gets them in the default layouts."""
     try:
         student, teacher = resize(*map(standard, both))
     except ValueError as error:
@@ -55,7 +55,7 @@ def _resized(resize: Resize, both: tuple[Tensor, Tensor], pair: str) -> tuple[Te
 
 
 def label(student: Layer, teacher: Layer) -> str:
-    """A pair among the components, behind the name of its term."""
+    """A pair's name in `components`, which follows the name of its term."""
     s, t = ("+".join(map(str, n)) if isinstance(n, tuple) else n for n in (student, teacher))
     return f"{s}-{t}"
 
@@ -63,12 +63,12 @@ def label(student: Layer, teacher: Layer) -> str:
 def one_width(
     widths: Mapping[tuple[Layer, Layer], tuple[int, int]],
 ) -> dict[Layer, tuple[int, int]]:
-    """The (student, teacher) width of each student layer, which has one projection."""
+    """The widths (student, teacher) for each student layer, which has only one projection."""
     found: dict[Layer, tuple[int, int]] = {}
     for (s, t), both in widths.items():
         if found.setdefault(s, both) != both:
             raise ValueError(
-                f"student layer {s!r} is held against teacher layers of widths {found[s][1]} and "
+                f"student layer {s!r} is paired with teacher layers of widths {found[s][1]} and "
                 f"{both[1]} ({t!r}), but has one projection; pair it with layers of one width"
             )
     return found
@@ -76,18 +76,21 @@ def one_width(
 
 @dataclass(frozen=True)
 class Compared:
-    """A pair's features where they are compared, the distance at each place, and which places count."""
+    """A pair's features as they are compared, one value for each of their positions, and which positions count.
+
+    `elsewhere`: whether these are other positions than those of the labels.
+    """
 
     student: Tensor
     teacher: Tensor
-    distances: Tensor
+    each: Tensor
     keep: Tensor | None
-    apart: bool
+    elsewhere: bool
 
     def values(self, where: Positions, weight: float | Tensor = 1.0) -> Tensor:
-        """One value per position of the batch; where features stand elsewhere, their example's mean."""
-        values = self.distances if isinstance(weight, float) and weight == 1 else self.distances * weight
-        return where.spread(per_example(values, self.keep)) if self.apart else values
+        """One value per position of the batch; if the features stand elsewhere, the mean of their example."""
+        values = self.each if isinstance(weight, float) and weight == 1 else self.each * weight
+        return where.spread(per_example(values, self.keep)) if self.elsewhere else values
 
 
 def compare(
@@ -100,11 +103,11 @@ def compare(
     own: Callable[[Size], tuple[Tensor | None, bool]],
     index: Tensor | None = None,
 ) -> Compared:
-    """The distances of a pair's features.
+    """Compare the features of a pair.
 
-    Features that stand at the labels' positions are taken there. Others (an image's patches, an
-    encoder's tokens) are averaged within their example, over their own mask where there is one, and all
-    positions of the example share that value.
+    Features at the positions of the labels are compared there. The distances of other features (an image's patches, an
+    encoder's tokens) are averaged within their example, over their own mask if there is one, and all positions of the
+    example share that value.
     """
     _checks.floating(f"student features of {name}", student)
     if student.shape[:-1] != teacher.shape[:-1]:
@@ -114,8 +117,8 @@ def compare(
             f"{_turned(student, teacher)}"
         )
     mask, elsewhere = own(student.shape[:-1])
-    apart = elsewhere or student.shape[:-1] != where.shape
-    if not apart:
+    elsewhere = elsewhere or student.shape[:-1] != where.shape
+    if not elsewhere:
         student, teacher, keep = where.take(student), where.take(teacher), where.keep
     else:
         keep = where.examples(student.shape[:-1])
@@ -125,18 +128,18 @@ def compare(
         student, teacher = fill(student, keep), fill(teacher, keep)
     student, teacher = (_project(p, x) for p, x in zip(projections, (student, teacher), strict=True))
     _same_width(name, distance, student, teacher)
-    known = _which(student, where, index, apart)
-    return Compared(student, teacher, _distances(distance, student, teacher, keep, known), keep, apart)
+    known = _labels_and_index(student, where, index, elsewhere)
+    return Compared(student, teacher, _each(distance, student, teacher, keep, known), keep, elsewhere)
 
 
 def _turned(student: Tensor, teacher: Tensor) -> str:
-    """What to write for features at different positions: a layout, where one would bring them together."""
+    """What to write for features at different positions: a layout, if one would bring them together."""
     sides = (("layout", student, teacher), ("teacher_layout", teacher, student))
     for argument, x, other in sides:
         given, axes = standard(x).shape, x.ndim
         if axes > 2 and other.shape[1:-1] == (given[2:] if axes == 3 else given[1:-1]):
             pattern = {3: "b c t", 4: "b h w c", 5: "b d h w c"}.get(axes, "...")
-            return f"With {argument}={pattern!r} they stand at the same: write it where that is what its axes are"
+            return f"With {argument}={pattern!r} they stand at the same positions: write it if these are its axes"
     return (
         "Write FeatureKD(resize=kdloss.resize.pool) for another grid of pixels or patches; maps of several resolutions "
         "are paired by pairing='resolution'"
@@ -144,7 +147,7 @@ def _turned(student: Tensor, teacher: Tensor) -> str:
 
 
 def _project(projection: nn.Module, features: Tensor) -> Tensor:
-    """A projection of features, width last, in its own precision."""
+    """Project features, width last, in the projection's own precision."""
     if isinstance(projection, nn.Identity):
         return precise(features)
     own = next(projection.parameters(), None)
@@ -152,21 +155,21 @@ def _project(projection: nn.Module, features: Tensor) -> Tensor:
     axes = convolves(projection)
     if axes and features.ndim != axes + 2:
         raise ValueError(
-            f"{type(projection).__name__} projects features of {axes} axes of positions, where maps have 2; got, width "
-            f"last, {tuple(features.shape)}; write projection=kdloss.projections.linear"
+            f"{type(projection).__name__} projects features with {axes} axes of positions (maps have 2), got features, "
+            f"width last, {tuple(features.shape)}; write projection=kdloss.projections.linear"
         )
     projected: Tensor = projection(features.movedim(-1, 1)).movedim(1, -1) if axes else projection(features)
     return projected
 
 
-def _which(features: Tensor, where: Positions, index: Tensor | None, apart: bool) -> dict[str, Tensor]:
-    """Class and example of all that features are of, where they are known."""
+def _labels_and_index(features: Tensor, where: Positions, index: Tensor | None, elsewhere: bool) -> dict[str, Tensor]:
+    """The class and the example index at each of the features' positions, as far as they are known."""
     shape = features.shape[:-1]
     if index is not None and (index.is_floating_point() or index.shape != shape[:1]):
         raise ValueError(
             f"index is an integer for each of the {shape[0]} examples, got {index.dtype} of shape {tuple(index.shape)}"
         )
-    classes = where.labels if where.labels is None or not apart or where.labels.ndim == 1 else None
+    classes = where.labels if where.labels is None or not elsewhere or where.labels.ndim == 1 else None
     known = {"labels": classes, "index": index}
     return {
         name: x.reshape(*x.shape, *[1] * (len(shape) - x.ndim)).expand(shape)
@@ -175,10 +178,10 @@ def _which(features: Tensor, where: Positions, index: Tensor | None, apart: bool
     }
 
 
-def _distances(
+def _each(
     distance: Distance, student: Tensor, teacher: Tensor, keep: Tensor | None, known: Mapping[str, Any]
 ) -> Tensor:
-    """One value per position; a map's pixels are one list of them to the distance, on a grid that it may ask for."""
+    """The distance at every position. It gets the pixels of a map as one axis, and their `grid` if it takes that."""
     shape = student.shape[:-1]
     if student.ndim > 3:
         student, teacher = student.flatten(1, -2), teacher.flatten(1, -2)
@@ -237,11 +240,11 @@ def _last_against_last(pairs: Pairs, depths: tuple[int, int]) -> None:
 
 
 def first_feature(output: Any, reads: Reads, axes: Axes | None) -> tuple[Layer, Tensor] | None:
-    """One of the student's features, width last, and its layer, which tell the positions where nothing else does."""
+    """One of the student's features, width last, and its layer; they tell the positions if nothing else does."""
     hidden = _hidden(output, reads.blocks)
     if hidden is not None:
         return 0, hidden[1] if axes is None else _feature(output, hidden, 0, axes)
-    if not isinstance(output, Captured) or output.views:  # those of other terms
+    if not isinstance(output, Captured) or output.views:  # views belong to other terms
         return None
     name = next(iter(output), None)
     if name is None:
@@ -250,26 +253,26 @@ def first_feature(output: Any, reads: Reads, axes: Axes | None) -> tuple[Layer, 
 
 
 def sizes(seen: Captured, axes: Axes) -> list[tuple[int, ...]]:
-    """Height and width of the maps that blocks gave, or the sizes of volumes, or of sequences where they were said."""
+    """Height and width of the blocks' maps, the sizes of volumes, or lengths of sequences where a layout was given."""
     found = {name: tuple(_feature(seen, None, name, axes).shape) for name in seen}
     flat = [shape for name, shape in found.items() if len(shape) < (3 if axes.of(name) else 4)]
     if flat:
         raise ValueError(
-            f"pairing='resolution' goes by maps, and there are blocks of the {axes.whose} that give {flat[0]} (width "
-            "last); write pairing='uniform'"
+            f"pairing='resolution' compares the sizes of maps, and some blocks of the {axes.whose} return {flat[0]} "
+            "(width last); write pairing='uniform'"
         )
     return [shape[1:-1] for shape in found.values()]
 
 
 def width_of(seen: Captured, name: Layer, axes: Axes) -> int:
-    """The width of a layer's features, of several side by side their sum."""
+    """The width of a layer's features; of several concatenated layers the sum."""
     return sum(_feature(seen, None, one, axes).shape[-1] for one in (name if isinstance(name, tuple) else (name,)))
 
 
 def refuse_take(output: Any, take: Any, reads: Reads, whose: str) -> None:
-    """`take` says what counts of a module's output; hidden states are features already."""
+    """Raise for `take` with hidden states: it selects a part of a module's output, and they are features already."""
     if take is not None and _hidden(output, reads.blocks) is not None:
         raise TypeError(
-            f"take={take!r} takes a part of what a module of the {whose} returned, and hidden_states are no modules' "
-            "outputs: call kdloss.Distiller or kdloss.Distillation, which capture the modules, or leave it out"
+            f"take={take!r} takes a part of what a module of the {whose} returned, and hidden_states aren't outputs of "
+            "modules: call kdloss.Distiller or kdloss.Distillation, which capture the modules, or leave it out"
         )

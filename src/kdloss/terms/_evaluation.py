@@ -26,7 +26,7 @@ from kdloss.terms.step import Step
 
 
 class Evaluation:
-    """Terms are reached one after the other, as teachers have run; those on logits wait for one sweep."""
+    """Computes the terms of one step, each as soon as its teachers have run; terms on logits wait for one sweep."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Evaluation:
         )
 
     def taught(self, k: int, output: Any) -> None:
-        """Teacher k has run: terms take what they need of its output, and those that have it all are reached."""
+        """Teacher k has run: its terms keep the part that they need, and complete terms are computed."""
         for name in self.plan.of_teacher(k):
             term = self.terms[name]
             own = term.retain(view(output, name))
@@ -77,14 +77,14 @@ class Evaluation:
         del output
         for name in self.plan.complete_with(k):
             held = self.held.pop(name)
-            several = [held[k] for k in self.plan.teachers[name]]  # in the order of the weights, not in that they ran
+            several = [held[k] for k in self.plan.teachers[name]]  # in the order of the weights, not of the passes
             self.reach(name, several if self.terms[name].several else several[0])
 
     def reach(self, name: str, teacher: Any) -> None:
-        """Compute a term, or put it down for the sweep."""
+        """Compute a term, or note it for the sweep."""
         term, weight, logits = self.terms[name], self.plan.weights[name], self.stands.logits
         where = self.stands.where(term)
-        means = self.means  # by `self` a step would hold itself, and all features, until garbage is collected
+        means = self.means  # with `self` the step would be in a cycle and keep all features until garbage collection
 
         def report(name: str, values: Tensor) -> None:
             means[name] = mean(values, where)
@@ -119,7 +119,7 @@ class Evaluation:
         means[name] = total.detach() if self.plain else mean(values, where)
 
     def finish(self, task_terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and every component in the order of the terms; what joins cross-entropy last."""
+        """The loss, and every component in the order of the terms; the student's added losses come last."""
         self._share()
         for group in by_logits(self.swept):
             widest = self.stands.wheres.widest(one.term for one in group)
@@ -140,7 +140,7 @@ class Evaluation:
         return self._total(), found
 
     def _score(self, k: int, output: Any) -> None:
-        """What weightings think of teacher k, by the logits which a term of its reads, if one does."""
+        """Score teacher k for the weightings, on the logits that one of its terms reads, or else on its output's."""
         term = next((t for t in self.terms.values() if isinstance(t, Logits) and t.teacher == (k,)), None)
         if term is not None:
             own = self.held[term.name][k]
@@ -152,7 +152,7 @@ class Evaluation:
                 own = classes_last(own, self.teacher_layout, self.stands.logits.known, "teacher", "teacher_layout")
         where, student = self.stands.wheres.of("labels"), find_logits(returned(self.student))
         labels = None if torch.compiler.is_compiling() or (term is not None and term.take is not None) else where.labels
-        if labels is not None and student is not None and on_cpu(labels.device):  # whom no teacher can be blamed for
+        if labels is not None and student is not None and on_cpu(labels.device):  # a bad label is no teacher's fault
             keep = torch.ones_like(labels, dtype=torch.bool) if where.keep is None else where.keep
             shape = student.shape if self.layout is None else self.layout.shape(student.shape)
             _checks.label_range(labels, keep, shape[-1], shift=where.causal)
@@ -160,7 +160,7 @@ class Evaluation:
         self.shares.taught(k, own, rename, where)
 
     def _share(self) -> None:
-        """Weigh what was computed by the shares, which are known when all teachers have run."""
+        """Multiply values by the weightings' shares, which are known once all teachers have run."""
         for one in self.swept:
             one.share = self.shares.of(one.term.name) if one.term.name in self.plan.weightings else None
         for name, values, where in self.shared:
@@ -170,14 +170,14 @@ class Evaluation:
             self.means[f"{name}/share"] = mean(self.shares.of(name), self.stands.wheres.of("labels"))
 
     def _balance(self) -> None:
-        """What the sum's balance adds to the loss, counted as a mean over the positions is; and what it did."""
+        """Add the balance's penalty to the loss, reduced like a mean over positions, and report its factors."""
         penalty, where = self.criterion.balance.penalty(list(self.plan.weights)), self.stands.wheres.of("labels")
         if penalty is not None:
             self.losses.append(self.contract.total("balance", penalty, where, self.items))
         self.means |= {f"{name}/balance": factor.detach() for name, factor in self.plan.balance.items()}
 
     def _joined(self, task_terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Numbers that belong to cross-entropy, weighed as it is: each one's mean."""
+        """Add the student's own additional losses with the weight of cross-entropy, and give each one's mean."""
         names = [name for name, term in self.terms.items() if isinstance(term, CrossEntropy)]
         if not names:
             return {}
@@ -186,7 +186,7 @@ class Evaluation:
         return {name: mean(value, where) for name, value in task_terms.items()}
 
     def _total(self) -> Tensor:
-        """The sum of all losses; under "none" they are values of the same positions."""
+        """The sum of all losses; with reduction "none" all of them have to be at the same positions."""
         total, *others = self.losses
         shapes = {tuple(loss.shape) for loss in self.losses if loss.ndim} if others else ()
         if len(shapes) > 1:
@@ -199,7 +199,7 @@ class Evaluation:
         return total
 
     def _check_plain(self, one: Swept) -> None:
-        """What the sweep checks of its terms, for one that is computed by itself."""
+        """The checks that the sweep makes, for a term that is computed outside it."""
         task = one.term.task(one.step, one.step.where.labels)
         task.check(one.logits)
         look_at_stored(one, task, self.contract.check_finite)
@@ -212,9 +212,9 @@ class Evaluation:
             )
 
     def _untouched(self) -> list[Tensor]:
-        """Zeros that lead to the parameters of terms without weight, for which DDP would wait.
+        """Zeros that connect the parameters of terms of weight 0 to the loss, since DDP would wait for their gradients.
 
-        DeepSpeed's ZeRO-3 waits for none, and what it has in shards (`ds_id`) is empty here.
+        DeepSpeed's ZeRO-3 doesn't wait, and parameters that it shards (`ds_id`) are empty here.
         """
         criterion = self.criterion
         idle = [name for name in criterion.terms if name not in self.plan.weights]

@@ -1,4 +1,4 @@
-"""Which of a layer's features count, where they stand elsewhere than labels."""
+"""Which of a layer's features count, where they stand elsewhere than the labels."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,18 +7,18 @@ from torch import Size, Tensor
 
 from kdloss.layers.layer_map import Layer
 
-# Of a layer and its features' positions: a mask of them (None: all count), and whether they stand elsewhere than
-# labels though as many.
+# A function of a layer and the shape of its features' positions. It returns their mask (None: all count), and whether
+# they stand elsewhere than the labels although there are as many.
 FeatureMask = Callable[[Layer, Size], tuple[Tensor | None, bool]]
 
 
 def given_to(name: str, given: Any) -> Any:
-    """What of `feature_mask` is one term's."""
+    """The entry of `feature_mask` for one term."""
     return given.get(name) if isinstance(given, Mapping) else given
 
 
 def of_term(name: str, given: Any) -> FeatureMask:
-    """The term's own, as a function."""
+    """The term's feature mask, as a function."""
     own = given_to(name, given)
     if callable(own):
         found: FeatureMask = own
@@ -27,12 +27,12 @@ def of_term(name: str, given: Any) -> FeatureMask:
 
 
 def check_given(given: Any, terms: Mapping[str, Any]) -> None:
-    """Raise for a `feature_mask` that no term could read."""
+    """Raise for a `feature_mask` that no term can read."""
     unknown = [name for name in given if name not in terms] if isinstance(given, Mapping) else []
     if unknown:
         raise ValueError(f"feature_mask has {unknown}, and the terms are {list(terms)}; give it by the terms' names")
     if isinstance(given, Tensor) and all(term.reads().pairs == () for term in terms.values()):
         raise ValueError(
-            f"feature_mask {tuple(given.shape)} is of features, and none of the terms {list(terms)} reads any; write "
-            "mask=..., at the positions of labels and logits"
+            f"feature_mask {tuple(given.shape)} is a mask of features, and none of the terms {list(terms)} reads any; "
+            "write mask=..., at the positions of labels and logits"
         )

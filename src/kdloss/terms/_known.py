@@ -1,4 +1,4 @@
-"""What is known of a step on logits, so that the next one like it is a sweep and nothing else."""
+"""A fast path for repeated steps on logits: a step like the last one goes straight to the sweep."""
 
 from typing import Any
 
@@ -26,10 +26,10 @@ _KINDS = (Tensor, LazyLogits)
 
 
 class Known:
-    """The last step of a sum in which all terms were one sweep over logits, of one teacher at most, tensors or lazy.
+    """Remembers a step whose terms were all one sweep over logits, tensors or lazy, of at most one teacher.
 
-    It is known by all that decides that, and whether inputs fit: settings, shapes, dtypes and devices. Numbers, like
-    weights and temperatures, labels and masks are read anew in every step. Copies and pickles know nothing.
+    A step is recognised by everything that decides this and whether inputs fit: settings, shapes, dtypes and devices.
+    Numbers (weights, temperatures, labels, masks) are read again in every step. Copies and pickles remember nothing.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Known:
         plan: Plan | None,
         ahead: Ahead | None,
     ) -> Found | None:
-        """Loss and components of a step like the last; None where it is another."""
+        """The loss and components of a step like the remembered one; None for any other step."""
         if self._key is None or torch._C._functorch.maybe_current_level() is not None:
             return None
         weights, logits = _weights(criterion) if plan is None else plan.weights, _logits(student)
@@ -74,7 +74,7 @@ class Known:
         return sweep(swept, where, contract, items, known=True)
 
     def learn(self, evaluation: Evaluation) -> None:
-        """Know steps like this one from now on, if it was of that kind."""
+        """Remember this step, if it was of that kind."""
         criterion, contract, swept = evaluation.criterion, evaluation.contract, evaluation.swept
         self._key = self._taught = None
         if len(evaluation.losses) > 1 or len(swept) < max(len(evaluation.terms), 1) or contract.check_finite:
@@ -96,19 +96,19 @@ def _logits(output: Any) -> Any:
 
 
 def _in_order(output: Any) -> bool:
-    """Whether a teacher's classes are in the student's order, as far as they have names."""
+    """Whether a teacher's named classes are in the student's order; True if they have no names."""
     classes = output.classes if isinstance(output, Captured) else None
     return classes is None or classes.student == classes.teacher
 
 
 def _weights(criterion: Any) -> dict[str, float | Tensor]:
-    """The weights of this step that are not 0."""
+    """The weights of a step, without those that are 0."""
     every = {name: weight.at(criterion.step) for name, weight in criterion.weights.items()}
     return {name: weight for name, weight in every.items() if isinstance(weight, Tensor) or weight > 0}
 
 
 def _key(criterion: Any, contract: Contract, weights: Any, student: Any, logits: Any, labels: Any) -> tuple[Any, ...]:
-    """All that decides how a step goes, but for numbers and what teachers give."""
+    """Everything that decides how a step runs, except for numbers and the teachers' outputs."""
     terms = [_settings(term) for term in criterion.terms.values()]
     kind, head = (student.output, student.head) if isinstance(student, Captured) else (student, None)
     return contract, terms, [*weights], type(kind), head, _form(logits), _form(labels)
@@ -123,7 +123,7 @@ def _settings(term: Any) -> tuple[Any, ...]:
 
 
 def _plain(term: Any) -> bool:
-    """Whether its settings are all that it goes by, and no module is among them, which may be changed in place."""
+    """Whether a term depends on its settings only, and none of them is a module, which could change in place."""
     if type(term) is CrossEntropy:
         return term.take is None and term.positions == "labels"
     if type(term) is not Logits or isinstance(unwrapped(term.divergence)[0], nn.Module):
@@ -143,4 +143,4 @@ def _no_features(layer: Any, shape: Any) -> tuple[None, bool]:
 
 
 def _nothing(name: str, values: Tensor) -> None:
-    """These terms report nothing themselves."""
+    """A `report` for terms that report nothing themselves."""

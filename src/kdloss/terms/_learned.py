@@ -1,4 +1,4 @@
-"""Pairings that are asked at every step, with the features and their distances."""
+"""Learned pairings: functions that get the features and their distances at every step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,12 +15,12 @@ from kdloss.terms._positions import Positions
 def learned_values(
     pairing: Callable[..., Any], compared: Mapping[tuple[Layer, Layer], Compared], where: Positions
 ) -> dict[str, Tensor]:
-    """The weighted sum of each student block's distances, one value per position, by its name."""
+    """The weighted sum of each student block's distances, one value per position, by the block's name."""
     with torch.no_grad():
         answer = pairing(
             student={s: c.student.detach() for (s, _), c in compared.items()},
             teacher={t: c.teacher for (_, t), c in compared.items()},
-            distances={pair: reduce(c.distances.detach(), c.keep) for pair, c in compared.items()},
+            distances={pair: reduce(c.each.detach(), c.keep) for pair, c in compared.items()},
         )
     chosen = list(answer)
     _check(chosen, compared)
@@ -39,15 +39,14 @@ def _check(chosen: list[Any], compared: Mapping[tuple[Layer, Layer], Compared]) 
     pairs = [(s, t) for s, t, _ in chosen]
     if unknown := [pair for pair in pairs if pair not in compared]:
         raise ValueError(
-            f"a learned pairing chose {unknown}, which are not among the distances it was given; "
-            f"these are {list(compared)}"
+            f"a learned pairing chose {unknown}, which are not among the pairs it was given: {list(compared)}"
         )
     if len(set(pairs)) < len(pairs):
         raise ValueError(f"a learned pairing chose a pair twice: {pairs}")
     for s, t, weight in chosen:
-        fits = {(), tuple(compared[s, t].distances.shape)}
+        fits = {(), tuple(compared[s, t].each.shape)}
         if isinstance(weight, Tensor) and tuple(weight.shape) not in fits:
             raise ValueError(
                 f"the weight of pair {(s, t)} has shape {tuple(weight.shape)}; it must be a number, or one "
-                f"for each position {tuple(compared[s, t].distances.shape)}"
+                f"for each position {tuple(compared[s, t].each.shape)}"
             )

@@ -1,4 +1,4 @@
-"""What a checkpoint has learned and a criterion has no place for yet."""
+"""A better error for checkpoints with projections that a criterion has not built yet."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ from torch import nn
 
 @contextmanager
 def told_to_prepare(criterion: nn.Module, state: Mapping[str, Any], write: str, prefix: str = "") -> Iterator[None]:
-    """Inside the `with`, an error in loading says what to write where projections were not built before.
+    """Inside the `with`, an error in loading says what to write if projections were not built before.
 
-    (torch tells no module whether loading is strict, so that it can't be said from within.)
+    (torch doesn't tell a module whether loading is strict, so the module itself can't say it.)
     """
     try:
         yield
@@ -21,6 +21,6 @@ def told_to_prepare(criterion: nn.Module, state: Mapping[str, Any], write: str, 
         if not unbuilt:
             raise
         raise RuntimeError(
-            f"{unbuilt[0]!r} was learned by a criterion, and this one has nothing there yet: if it is the same, "
-            f"write {write} before {'model' if prefix else 'criterion'}.load_state_dict(...)"
+            f"the checkpoint has the parameter {unbuilt[0]!r}, which this criterion has not built yet: if it is the "
+            f"same criterion, write {write} before {'model' if prefix else 'criterion'}.load_state_dict(...)"
         ) from error

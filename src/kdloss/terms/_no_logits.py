@@ -1,4 +1,4 @@
-"""What to write where an output has no `logits`: it has several, or under another name."""
+"""The error for an output without `logits`, because it has several or they have another name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,21 +9,21 @@ from kdloss._capture.take import Key, described
 
 
 def no_logits(output: Any, whose: str) -> TypeError:
-    """The error, with the sum to write for the parts that may be logits.
+    """The error, with a sum to write for the tensors that may be logits.
 
     >>> print(no_logits((Tensor(2, 3), Tensor(2, 3)), "student"))  # doctest: +ELLIPSIS
     the student's logits are needed, and it returned a tuple ...: pass ... kdloss.CrossEntropy(take=0) ...
     """
-    found = _parts(output)
+    found = _candidates(output)
     named = [key for key in found if isinstance(key, str) and "logits" in key]
     came = f"the {whose}'s logits are needed, and it returned {described(output)}"
     if len(named) > 1:
         share = f"{0.5 / len(named):.3g}"
         each = " + ".join(f"{share} * kdloss.Logits(take={key!r}, name={key!r})" for key in named)
         return TypeError(
-            f"{came}: several heads, which need a term each. Write 0.5 * kdloss.Task() + {each}, where Task() is the "
-            "loss that the student makes of its own labels (give it start_positions=... and the like), or one "
-            f"kdloss.CrossEntropy(take={named[0]!r}) for a head whose labels are given as labels=..."
+            f"{came}: several heads, which need one term each. Write 0.5 * kdloss.Task() + {each}, where Task() is the "
+            "loss that the student computes from its own labels (pass start_positions=... and the like), or one "
+            f"kdloss.CrossEntropy(take={named[0]!r}) for a head whose labels you pass as labels=..."
         )
     first = (named or found or [0])[0]
     other = "" if whose == "student" else f", teacher_take={first!r}"
@@ -34,8 +34,8 @@ def no_logits(output: Any, whose: str) -> TypeError:
     )
 
 
-def _parts(output: Any) -> list[Key]:
-    """Where an output has tensors that may be logits."""
+def _candidates(output: Any) -> list[Key]:
+    """The keys or indices of the output's tensors that may be logits."""
     if isinstance(output, Mapping):
         items: Any = output.items()
     elif isinstance(output, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Logits in what a model returned."""
+"""Finding logits in what a model returned."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -17,17 +17,17 @@ from kdloss.terms._positions import Positions
 
 
 def returned(output: Any) -> Any:
-    """What the model itself returned, behind what was captured of it."""
+    """The model's own output, without what was captured beside it."""
     return output.output if isinstance(output, Captured) else output
 
 
 def part_of(output: Any, take: Take) -> Any:
-    """What stands at an index, a key or a path, or what a function finds; None where nothing does."""
+    """The part of an output at an index, a key or a path, or that a function finds; None if there is none."""
     return take(output) if callable(take) else follow(output, () if take is None else take)
 
 
 def logits_of(output: Any, whose: str, take: Take = None) -> Any:
-    """Logits from a tensor, any other kind of logits, a Hugging Face output, a captured one, or by `take`."""
+    """The logits in an output: a tensor, another kind of logits, a Hugging Face or captured output, or by `take`."""
     output = returned(output)
     if take is not None:
         found = localised(part_of(output, take))
@@ -41,7 +41,7 @@ def logits_of(output: Any, whose: str, take: Take = None) -> Any:
 
 
 def find_logits(output: Any) -> AnyLogits | None:
-    """The logits, where there are any."""
+    """The logits in an output, or None."""
     if type(output) is Tensor:
         return output
     output = localised(output)
@@ -53,19 +53,19 @@ def find_logits(output: Any) -> AnyLogits | None:
 
 
 def class_indices(labels: Any) -> Tensor | None:
-    """Labels that may be class indices: integers."""
+    """The labels if they are integers, and so may be class indices; else None."""
     return labels if isinstance(labels, Tensor) and not labels.is_floating_point() else None
 
 
 def stand_at(labels: Tensor | None, logits: Size | None) -> bool:
-    """Whether labels `[B, T]` are those of logits of this shape: a CTC model's transcripts stand at no frames."""
+    """Whether labels `[B, T]` have the positions of logits of this shape; a CTC model's transcripts don't."""
     if labels is None or logits is None or labels.ndim != 2 or len(logits) != 3:
         return True
     return logits[:-1] == labels.shape
 
 
 def logits_read(output: Any, takes: Iterable[Take]) -> AnyLogits | None:
-    """The logits, wherever a term reads them."""
+    """The logits of an output, or else those at the first of `takes` that finds some."""
     found = find_logits(output)
     if found is None:
         parts = (localised(part_of(output, take)) for take in takes if take is not None)

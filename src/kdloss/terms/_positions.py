@@ -1,4 +1,4 @@
-"""Which positions of a batch count, the same for every term of a loss."""
+"""Which positions of a batch count."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,11 @@ from kdloss.terms._ahead import Ahead
 
 @dataclass(frozen=True)
 class Positions:
-    """Where a batch counts: a position is what one label stands for.
+    """The positions of a batch that count; there is one label per position.
 
-    `shape` is the positions' shape as given. Under `causal` position t belongs to label t+1, so
-    that the last one drops out; `keep` (True = counts) and `labels` are shifted already. `ahead` says of an
-    accelerator's how many there are at most.
+    `shape` is the shape of the positions as given. With `causal` position t belongs to label t+1, so the last position
+    drops out; `keep` (True = counts) and `labels` are shifted already. `ahead`, for tensors on an accelerator, tells
+    how many positions count at most.
     """
 
     shape: Size
@@ -40,7 +40,7 @@ class Positions:
     ) -> "Positions":
         """The positions that neither `ignore_index` nor `mask` takes out.
 
-        Labels that are no class indices (soft ones, numbers to regress) rule out none.
+        Labels that are not class indices (soft labels, numbers for a regression) take none out.
         """
         if causal and len(shape) < 2:
             raise ValueError(
@@ -68,7 +68,7 @@ class Positions:
 
     @property
     def shifted(self) -> Size:
-        """The shape of one value per position: under `causal` without the last one."""
+        """The shape of one value per position; with `causal` without the last position."""
         if not self.causal:
             return self.shape
         batch, time, *rest = self.shape
@@ -79,18 +79,18 @@ class Positions:
         return self.numel if self.keep is None else self.keep.sum()
 
     def take(self, x: Any) -> Any:
-        """A tensor `[*shape, ...]`, or logits, at the positions, zeroed where they don't count."""
+        """A tensor `[*shape, ...]`, or logits, at these positions, with zeros where a position doesn't count."""
         return at(x, lambda t: fill(t[:, :-1] if self.causal else t, self.keep))
 
     def fill(self, x: Tensor) -> Tensor:
-        """What stands at the positions already, zeroed where they don't count."""
+        """A tensor that is at these positions already, with zeros where a position doesn't count."""
         return fill(x, self.keep)
 
     def counted(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The positions that count, as indices into the flattened `shifted` and into the flattened `shape`; None: all.
 
-        Under `causal` the first may be all, and the second never is. On an accelerator, which would have to be waited
-        for, there may be others among them: see `exact`.
+        With `causal` only the first can be None. On an accelerator the indices may include positions that don't count,
+        since counting them would wait for the device: see `exact`.
         """
         places = None if self.keep is None else self._places(self.keep.reshape(-1))
         if not self.causal:
@@ -109,31 +109,31 @@ class Positions:
 
     @property
     def exact(self) -> bool:
-        """Whether those `counted` are the ones that count, and no others."""
+        """Whether `counted` gives only positions that count."""
         told = self.ahead is not None and self.ahead.keep is self.keep
         return told or self.keep is None or on_cpu(self.keep.device)
 
     def back(self, values: Tensor, places: Tensor | None) -> Tensor:
-        """Values of some positions at their places, 0 elsewhere."""
+        """Put the values of some positions back at their places, with 0 elsewhere."""
         if places is not None:
             values = values.new_zeros(self.numel).index_copy(0, places, values)
         return values.reshape(self.shifted)
 
     def examples(self, shape: Size) -> Tensor | None:
-        """Which examples have a position that counts, as a mask `shape` that starts with them."""
+        """Which examples have a position that counts, as a mask of this `shape`, whose first axis is the batch."""
         if self.keep is None:
             return None
         counted = self.keep.reshape(self.shape[0], self.keep.shape[1:].numel()).any(1)
         return counted.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
 
     def spread(self, values: Tensor) -> Tensor:
-        """One value per example, given to each of the example's positions."""
+        """Expand one value per example to all positions of the example."""
         shape = self.shifted
         return values.reshape(shape[0], *[1] * (len(shape) - 1)).expand(shape)
 
 
 def everywhere(keep: Tensor) -> bool:
-    """Whether a mask is True everywhere, where a look at its numbers waits for no device and breaks no graph."""
+    """Whether a mask is known to be True everywhere; looks only if that waits for no device and breaks no graph."""
     if type(keep) is not Tensor or not on_cpu(keep.device) or torch.compiler.is_compiling():
         return False
     return torch._C._functorch.maybe_current_level() is None and bool(keep.all())

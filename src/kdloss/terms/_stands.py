@@ -1,4 +1,4 @@
-"""Where everything of one step stands: the positions of each term, and which of them count."""
+"""The positions of each term in one step, and which of them count."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +27,7 @@ from kdloss.terms.reads import Reads
 
 
 class Stands:
-    """Where terms stand: beside the student's logits, else labels or mask, else where features tell."""
+    """The terms' positions: those of the student's logits, else of labels or mask, else of the features."""
 
     def __init__(
         self,
@@ -75,11 +75,11 @@ class Stands:
         return self.alone.get(term.name) or self.wheres.of_term(term)
 
     def own(self, name: str) -> FeatureMask:
-        """The mask of a term's features. It puts down where they stood: there, and at examples, a mask may be."""
+        """The mask of a term's features. It also notes their positions, at which `mask` may stand (see `check`)."""
         return partial(_noted, of_term(name, self.feature_mask), self.stood)
 
     def check(self) -> None:
-        """Raise for a mask at which nothing stood."""
+        """Raise for a mask that has the positions of neither logits nor features."""
         if self.by_mask is None or not self.stood:
             return
         logits = find_logits(returned(self.student))
@@ -91,7 +91,7 @@ class Stands:
             )
 
     def _shape(self, classes: Tensor | None, mask: Tensor | None, tasks: bool) -> tuple[Size | None, Tensor | None]:
-        """The positions' shape, that of logits that are read, else of labels or mask; and labels that stand there."""
+        """The shape of the positions (of read logits, else of labels or mask), and the labels there, if any."""
         if self.logits.terms:
             logits = self.logits.of(self.logits.terms[0])
             shape = Size(logits.shape[:-1])
@@ -107,7 +107,7 @@ class Stands:
         return None if known is None else known.shape, classes
 
     def _labels_are_the_tasks(self) -> bool:
-        """Whether no term reads labels as classes, and one hands them to a loss of the task (CTC's transcripts)."""
+        """Whether labels go only to a loss of the task and no term reads them as classes (CTC's transcripts)."""
         terms = self.terms.values()
         if all(isinstance(t, (CrossEntropy, Logits, Features)) for t in terms):
             return False
@@ -116,7 +116,7 @@ class Stands:
         )
 
     def _told_by_features(self, unknown: bool) -> list[tuple[str, Positions]]:
-        """Terms whose features stand elsewhere, or all on features where nothing else tells, and their positions."""
+        """Positions of terms whose features stand elsewhere; if `unknown`, of all terms on features."""
         found = []
         for name, reads in self.reads.items():
             axes = getattr(self.terms[name], "axes", (None,))[0]
@@ -132,7 +132,7 @@ class Stands:
         return found
 
     def _any_shape(self) -> Size:
-        """The positions' shape where no term tells: that of logits, else of labels."""
+        """The shape of the positions where no term tells it: that of the logits, else of the labels."""
         found = find_logits(returned(self.student))
         if found is not None:
             return self._classes_last(found)[:-1]
@@ -143,7 +143,7 @@ class Stands:
 
 
 def view(output: Any, name: str) -> Any:
-    """What was captured for a term."""
+    """What was captured for one term, of an output that was captured."""
     return output.of(name) if isinstance(output, Captured) else output
 
 
@@ -153,18 +153,18 @@ def _noted(own: FeatureMask, stood: set[Size], layer: Layer, shape: Size) -> tup
 
 
 def refuse_unlabelled(terms: Mapping[str, Any], reads: Mapping[str, Reads], student: Any) -> None:
-    """Raise for a term that can't do without labels."""
+    """Raise if there are no labels and a term needs them."""
     for name, one in reads.items():
         if one.labels:
             if isinstance(term := terms[name], CrossEntropy):
-                term.logits(student)  # what has no logits says more of what is missing
+                term.logits(student)  # an output without logits raises a more helpful error
             raise ValueError(
                 f"the term {name!r} needs labels: pass labels=..., or give it weight 0 (alpha=0 in a recipe)"
             )
 
 
 def refuse_unsaid(student: Any, labels: Any) -> None:
-    """Labels of a Hugging Face output's logits [B, T, V] may be shifted or not; those of a tensor are beside it."""
+    """Raise for a Hugging Face output with logits [B, T, V] and labels: nothing says whether labels are shifted."""
     if not isinstance(labels, Tensor) or labels.ndim != 2:
         return
     output = returned(student)

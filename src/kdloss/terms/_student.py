@@ -1,4 +1,4 @@
-"""The student's logits as the terms of one step read them."""
+"""The student's logits, shared by the terms of one step."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from kdloss.terms.logits import Logits
 
 
 class StudentLogits:
-    """The student's logits, found once for all terms that `take` the same of its output, and checked for each."""
+    """The student's logits, found once for all terms with the same `take`, and checked for each term."""
 
     def __init__(
         self, terms: Iterable[Any], student: Any, labels: Any, known: Sequence[Size], layout: Layout | None
@@ -30,7 +30,7 @@ class StudentLogits:
         self._there: dict[Any, Tensor] = {}
 
     def of(self, term: Any) -> Any:
-        """Those that a term reads."""
+        """The logits that a term reads."""
         if term.take not in self._found:
             given = term.logits(self.student)
             head = self.student.head if isinstance(self.student, Captured) and term.take is None else None
@@ -38,7 +38,7 @@ class StudentLogits:
         return self._found[term.take]
 
     def checked(self, term: Any) -> Any:
-        """The same, where they have the classes that the term compares."""
+        """The logits that a term reads; raises if they have a single class and the term needs several."""
         logits = self.of(term)
         if logits.shape[-1:] == (1,):
             if isinstance(term, CrossEntropy) and as_given(term):
@@ -48,7 +48,7 @@ class StudentLogits:
         return logits
 
     def by_rows(self, term: Any) -> bool:
-        """Whether a term goes some rows at a time; where one that reads the same logits can't, none does."""
+        """Whether a term can be computed in blocks of rows, together with all others that read the same logits."""
         if not as_given(term):
             return False
         if term.take not in self._rows:
@@ -57,7 +57,7 @@ class StudentLogits:
         return self._rows[term.take]
 
     def there(self, term: Any, where: Positions) -> Tensor:
-        """A term's at the positions, in float32 or better: shared, so that gradients meet before they are rounded."""
+        """A term's logits at its positions, in float32 or better; shared, so gradients add up before rounding."""
         key = term.take, id(where)
         if key not in self._there:
             self._there[key] = precise(dense(where.take(self.of(term))))
@@ -65,5 +65,5 @@ class StudentLogits:
 
 
 def as_given(term: CrossEntropy | Logits) -> bool:
-    """Whether the engine computes the same as its `loss`: a subclass may have another."""
+    """Whether the engine may compute the term: not for a subclass with a `loss` of its own."""
     return type(term).loss in (CrossEntropy.loss, Logits.loss)

@@ -1,4 +1,4 @@
-"""The terms that read one student's logits, in one sweep over their rows."""
+"""All terms on the student's logits, computed in one sweep over the rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Count = int | Tensor
 class Swept:
     """A term with a `task` for the engine, its weight, its step, and the student's logits that it reads.
 
-    `share` is what its values are multiplied with, one for each position, beside the weight.
+    `share` has one more factor for each position, from the term's weighting.
     """
 
     term: Any
@@ -36,7 +36,7 @@ class Swept:
 
 
 def by_logits(terms: Sequence[Swept]) -> list[list[Swept]]:
-    """Those that read the same logits together."""
+    """Group the terms that read the same logits."""
     groups: list[list[Swept]] = []
     for one in terms:
         group = next((g for g in groups if g[0].logits is one.logits), None)
@@ -52,7 +52,10 @@ def sweep(
     *,
     known: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted loss of terms that read the same logits, and each one's mean; `known` to fit each other."""
+    """The weighted loss of terms that read the same logits, and each term's mean.
+
+    `known`: the inputs are known to fit each other, so the checks are skipped.
+    """
     logits, device = group[0].logits, group[0].logits.device
     places, index = widest_where.counted(device)
     rows = widest_where.numel if places is None else len(places)
@@ -84,13 +87,13 @@ def sweep(
 
 
 def _rows_that_count(where: Positions, widest_where: Positions, places: Tensor | None) -> Tensor | None:
-    """Which of the rows count for one term; None for all."""
+    """Which of the rows count for one term; None if all do."""
     all_do = where.keep is widest_where.keep and widest_where.exact
     return None if all_do else _at(where.keep, places)
 
 
 def _at(x: Tensor | None, places: Tensor | None) -> Tensor | None:
-    """What stands at these places of all positions (None: everywhere), in a row."""
+    """The entries of `x` at these places of all positions (None: everywhere), flattened."""
     return x if x is None or (places is None and x.ndim == 1) else _there(x, places)
 
 
@@ -107,14 +110,14 @@ def _shares(
     items: int | Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """What each row of a term is multiplied by, `[terms, rows]`, or `[terms, 1]` where all count for all of them."""
+    """The factor of each row for each term, `[terms, rows]`, or `[terms, 1]` where it is the same for all rows."""
     dtype = widest(device)
-    apart = any(keep is not None for keep in counts) or any(one.share is not None for one in group)
+    per_row = any(keep is not None for keep in counts) or any(one.share is not None for one in group)
     sizes = [denominator(_size(keep, rows), contract.reduction, items) for keep in counts]
-    if not apart and not any(isinstance(x, Tensor) for x in (sizes[0], *(one.weight for one in group))):
+    if not per_row and not any(isinstance(x, Tensor) for x in (sizes[0], *(one.weight for one in group))):
         return column_of(tuple(one.weight / sizes[0] for one in group), dtype, device)
     wide: dict[str, Any] = {"dtype": dtype, "device": device}
-    each = rows if apart else 1
+    each = rows if per_row else 1
     shares = []
     for one, size, keep in zip(group, sizes, counts, strict=True):
         weight = one.weight.to(**wide) if isinstance(one.weight, Tensor) else torch.full((), one.weight, **wide)
@@ -143,7 +146,7 @@ def _size(keep: Tensor | None, rows: int) -> Count:
 
 
 def look_at_stored(one: Swept, task: LabelTask | TeacherTask, always: bool) -> None:
-    """Raise for what can't be in a stored teacher's rows that count; on an accelerator only if that is wanted."""
+    """Raise for impossible entries in rows of a stored teacher that count; on an accelerator only if `always`."""
     if isinstance(task, TeacherTask) and isinstance(task.teacher, TopKLogits):
         where, teacher = one.step.where, task.teacher
         classes = one.logits.shape[-1] if task.vocabulary is None else teacher.vocabulary
@@ -152,7 +155,7 @@ def look_at_stored(one: Swept, task: LabelTask | TeacherTask, always: bool) -> N
 
 
 def check_numbers(one: Swept, task: LabelTask | TeacherTask) -> None:
-    """Raise for NaN or +inf at a position that counts, and labels that name no class."""
+    """Raise for NaN or +inf at a position that counts, and for labels out of range."""
     where, logits = one.step.where, one.logits
     look_at_numbers("student", logits, where)
     if isinstance(task, TeacherTask):

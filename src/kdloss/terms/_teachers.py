@@ -1,11 +1,11 @@
-"""The outputs of several teachers, or of one."""
+"""The outputs of one or several teachers."""
 
 from collections.abc import Iterator
 from typing import Any
 
 
 class Outputs:
-    """Teachers' outputs one after the other; nothing holds one that was asked for, unless it is put back."""
+    """The teachers' outputs, one after the other. It doesn't hold an output that was taken, unless it is put back."""
 
     def __init__(self, given: Iterator[Any]) -> None:
         self._given = given
@@ -15,12 +15,12 @@ class Outputs:
         return self._back.pop() if self._back else next(self._given)
 
     def back(self, output: Any) -> None:
-        """Put an output back, to be the next again."""
+        """Put an output back, so that it comes next again."""
         self._back.append(output)
 
 
 def listed(criterion: Any, teacher: Any) -> tuple[Outputs, int]:
-    """The teachers' outputs, one after the other, and how many there are (0: whoever runs them knows)."""
+    """The teachers' outputs, one after the other, and their number (0 if they are run one by one by the caller)."""
     if isinstance(teacher, Iterator):
         return Outputs(teacher), 0
     if isinstance(teacher, tuple) and criterion.several:
@@ -32,16 +32,16 @@ def listed(criterion: Any, teacher: Any) -> tuple[Outputs, int]:
     if teacher is not None and criterion.several:
         raise TypeError(
             f"{type(criterion).__name__} reads a list of teacher outputs, got {type(teacher).__name__}; write "
-            "[teacher], or take a criterion of one teacher"
+            "[teacher], or use a criterion for one teacher"
         )
     return Outputs(iter([teacher])), 1
 
 
 def refuse_unread(criterion: Any, count: int) -> None:
-    """Raise for a teacher that no term reads, and for a term whose teacher isn't there."""
+    """Raise for a teacher that no term reads, and for a term whose teacher is missing."""
     read = {k for term in criterion.terms.values() for k in term.teachers(count)}
     missing = sorted(set(range(count)) - read)
-    if missing and count > 1:  # one that nobody reads is what a baseline has
+    if missing and count > 1:  # a baseline has one teacher that no term reads
         raise TypeError(
             f"{type(criterion).__name__} got {count} teachers, and no term reads teacher {missing[0]}, counted from 0; "
             "write MultiTeacherKD(...), Logits(teacher=[0, 1]) for their average, a term for each "

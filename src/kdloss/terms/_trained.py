@@ -1,4 +1,4 @@
-"""What `FeatureKD` trains beside the student: projections, and distances that have parameters."""
+"""The trained modules of `Features`: projections, and distances with parameters."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ _NOTHING = nn.Identity()
 
 @dataclass
 class Trained:
-    """How projections and distances are made, and what is there, by the name of the student's layer."""
+    """Makes and holds projections and distances, by the name of the student's layer."""
 
     projection: Projection | None
     side: Side
@@ -44,11 +44,11 @@ class Trained:
 
     @property
     def needed(self) -> bool:
-        """Whether equal widths need something built, too."""
+        """Whether something has to be built even for equal widths."""
         return self.projection is not None or _is_class(self.distance)
 
     def configure(self, widths: Mapping[Layer, tuple[int, int]]) -> None:
-        """Build for widths that configurations tell; what was said or measured holds against them."""
+        """Build for the widths in the models' configurations; widths that were given or measured take precedence."""
         for name, both in widths.items():
             self._refuse_other(name, self.configured.get(key(name)), both)
         for name, both in widths.items():
@@ -58,10 +58,10 @@ class Trained:
         self._build({name: both for name, both in widths.items() if key(name) not in self.known})
 
     def build(self, widths: Mapping[Layer, tuple[int, int]]) -> None:
-        """Build for student layers of these (student, teacher) widths; what fits is kept as it learned.
+        """Build for student layers of these (student, teacher) widths; modules that fit keep what they learned.
 
-        What was built for other widths may have learned, and be in an optimizer: it is never replaced, unless those
-        were a configuration's.
+        A module for other widths may have been trained, and may be in an optimizer: it is replaced only if its widths
+        came from a configuration.
         """
         for name, both in widths.items():
             self._refuse_other(name, self.widths.get(key(name)) if key(name) in self.known else None, both)
@@ -73,9 +73,8 @@ class Trained:
         if there and before not in (None, both):
             raise ValueError(
                 f"student layer {name!r} has a projection or distance of widths {before} (student, teacher), and now "
-                f"come {both}: built anew, what it learned would be lost, and an optimizer would go on with what "
-                "nobody uses. Write a criterion for each student and teacher: kdloss.Distiller(teacher, "
-                "kdloss.FeatureKD(...))"
+                f"come {both}: building it again would lose what it learned, and the optimizer would keep the old one. "
+                "Write a criterion for each student and teacher: kdloss.Distiller(teacher, kdloss.FeatureKD(...))"
             )
 
     def _build(self, widths: Mapping[Layer, tuple[int, int]]) -> None:
@@ -93,7 +92,7 @@ class Trained:
                 self.distances[key(name)] = self.distance(*arriving)
 
     def of(self, name: Layer) -> tuple[tuple[nn.Module, nn.Module], Any]:
-        """The projections of student's and teacher's features, and the distance."""
+        """The projections of the student's and the teacher's features, and the distance, for a student layer."""
         place, nothing = self._place(name), _NOTHING
         projection = dict(self.projections.items()).get(place, nothing)
         if self.needed and key(name) not in self.widths:
@@ -107,7 +106,7 @@ class Trained:
         return (projection, nothing) if self.side == "student" else (nothing, projection), distance
 
     def _project(self, place: str, student: int, teacher: int) -> tuple[int, int]:
-        """Build what projects, and give the widths behind it."""
+        """Build the projection, if one is needed, and return the widths after it."""
         make, arriving = self.projection, (student, teacher)
         if make is None and student != teacher and not needs_no_width(self.distance):
             make = linear if self.side == "student" else partial(linear, orthogonal=True)
@@ -117,7 +116,7 @@ class Trained:
             return arriving
         if self.built.get(place) != (student, teacher):
             module = make(student, teacher) if self.side == "student" else make(teacher, student)
-            # Were a projection of the teacher trained, both sides could learn to be zero.
+            # If a projection of the teacher were trained, both sides could learn to be zero.
             self.projections[place] = module.requires_grad_(False) if self.side == "teacher" else module
             self.built[place] = student, teacher
         return (teacher, teacher) if self.side == "student" else (student, student)
@@ -127,7 +126,7 @@ class Trained:
 
 
 def key(name: Layer) -> str:
-    """The name of a layer as that of a submodule, which can't hold dots."""
+    """A layer's name as the name of a submodule, which can't have dots."""
     return "+".join(map(key, name)) if isinstance(name, tuple) else str(name).replace(".", "/")
 
 

@@ -1,4 +1,4 @@
-"""What a term is multiplied by in a sum."""
+"""The weight of a term in a sum."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ Factor = Any
 
 
 class Weight(nn.Module):
-    """A product of numbers, functions of the step, tensors, of which parameters are trained, and a weighting."""
+    """A product of numbers, functions of the step, tensors (parameters are trained) and at most one weighting."""
 
     def __init__(self, *factors: Factor) -> None:
         super().__init__()
@@ -24,9 +24,8 @@ class Weight(nn.Module):
             )
         if len(by_teacher) > 1:
             raise ValueError(f"a term is weighed by one weighting of teachers, got {by_teacher}; write one of them")
-        self._weighting = tuple(
-            by_teacher
-        )  # in no state dict here: several weights may have it, and the sum has it once
+        # A tuple keeps it out of this state dict: several weights may share it, and the sum saves it once.
+        self._weighting = tuple(by_teacher)
         self.number = math.prod([1.0, *[_checks.weight("a weight", f) for f in factors if not _varies(f)]])
         self.schedules = tuple(f for f in factors if _varies(f) and not isinstance(f, Tensor))
         self.tensors = tuple(_scalar(f) for f in factors if isinstance(f, Tensor) and not _trained(f))
@@ -35,16 +34,16 @@ class Weight(nn.Module):
 
     @property
     def weighting(self) -> Weighting | None:
-        """What teachers say of their weight, if anything."""
+        """The weighting by the teachers' predictions, if there is one."""
         return self._weighting[0] if self._weighting else None
 
     @property
     def factors(self) -> tuple[Factor, ...]:
-        """What it is a product of."""
+        """The factors of the product."""
         return (self.number, *self.schedules, *self.tensors, *self.learned, *self._weighting)
 
     def at(self, step: int) -> float | Tensor:
-        """The weight of this step without the weighting: a number of 0 or more, or a tensor, which nobody looks at."""
+        """The weight of a step without the weighting: a number of 0 or more, or a tensor, whose value isn't checked."""
         weight: Any = self.number
         if self.fixed or weight == 0:
             return self.number
@@ -55,7 +54,7 @@ class Weight(nn.Module):
             weight = weight * value
         if not isinstance(weight, Tensor) and weight == 0:
             return 0.0
-        for tensors in (self.tensors, self.learned):  # apart, as torch 2.9 can't compile `*self.learned`
+        for tensors in (self.tensors, self.learned):  # not `*self.learned`, which torch 2.9 can't compile
             for tensor in tensors:
                 weight = weight * tensor.reshape(())
         return weight  # type: ignore[no-any-return]

@@ -14,10 +14,10 @@ from kdloss.terms.term import Where
 
 
 class Wheres:
-    """Positions by labels and by the mask alone, and of both those whose logits are no padding's.
+    """The positions kept by labels and mask, those kept by the mask alone, and of both those with real logits.
 
-    Under `causal` the first label behind padding on the left is held against the padding's logits. A model's own loss
-    has that position, so losses of labels have it; nothing is to be learned from a teacher, or of features, there.
+    With `causal` and padding on the left, the first real label is compared with the logits of a padding token. A
+    model's own loss counts that position, so losses of labels count it too; terms on a teacher or on features don't.
     """
 
     def __init__(self, labelled: Positions, by_mask: Callable[[], Positions], attention_mask: Tensor | None) -> None:
@@ -25,7 +25,7 @@ class Wheres:
         self._found: dict[tuple[Where, bool], Positions] = {("labels", False): labelled}
 
     def of(self, positions: Where, real: bool = True) -> Positions:
-        """Those by labels, or by the mask, found when they are asked for; `real`: whose logits are no padding's."""
+        """The positions by "labels" or by "mask", found on demand; `real` leaves out those with logits of padding."""
         key = positions, real and self._padding is not None
         if key not in self._found:
             self._found[key] = self._find(*key)
@@ -40,11 +40,11 @@ class Wheres:
         return _real(given, self._padding)
 
     def of_term(self, term: Any) -> Positions:
-        """A term's own."""
+        """A term's positions."""
         return self.of(term.positions, not isinstance(term, (CrossEntropy, Task)))
 
     def widest(self, terms: Iterable[Any]) -> Positions:
-        """Those which contain all that count for one of the terms."""
+        """Positions that include all those that count for any of the terms."""
         every = {id(where): (where, term.positions) for term in terms for where in [self.of_term(term)]}
         if len(every) == 1:
             return next(iter(every.values()))[0]
@@ -52,7 +52,7 @@ class Wheres:
 
 
 def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """What counts by both masks; None counts everything."""
+    """The positions that both masks keep; None keeps all."""
     return second if first is None else first if second is None else first & second
 
 

@@ -1,4 +1,4 @@
-"""What a sum says once for all of its terms."""
+"""The settings that all terms of a sum share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from kdloss.terms._positions import Positions
 
 @dataclass(frozen=True)
 class Contract:
-    """What a sum says once for all of its terms.
+    """The settings that all terms of a sum share.
 
     `causal`, `ignore_index`, `reduction`, `check_finite`, `overwrite_logits`, `layout` and `teacher_layout` are the
     arguments of `kdloss.Sum`.
@@ -30,19 +30,19 @@ class Contract:
 
     @property
     def layouts(self) -> tuple[Layout | None, Layout | None]:
-        """Those of the student's and the teacher's logits, as far as they were said."""
+        """The layouts of the student's and the teacher's logits; None where none was given."""
         taught = self.layout if isinstance(self.teacher_layout, EllipsisType) else self.teacher_layout
         own = None if self.layout is None else read(self.layout)
         return own, None if taught is None else read(taught, "teacher_layout")
 
     def said(self) -> dict[str, Any]:
-        """The settings that are not the default."""
+        """The settings that differ from the defaults."""
         return {name: value for name, value in vars(self).items() if value != getattr(Contract, name)}
 
     def total(self, name: str, values: Tensor, where: Positions, items: int | Tensor | None) -> Tensor:
-        """A term's share of the loss: one number, or for reduction "none" one per position.
+        """Reduce a term's values to its part of the loss: one number, or one per position for reduction "none".
 
-        `values` are what the term called `name` gave, `where` the positions that count, and `items` is
+        `values` is what the term called `name` returned, `where` holds the positions that count, and `items` is
         `num_items_in_batch`.
         """
         if values.shape == where.shifted:
@@ -54,8 +54,8 @@ class Contract:
             )
         if self.reduction == "none":
             raise ValueError(
-                f"the term {name!r} is one number for all positions, which reduction='none' has no place for; write "
-                "reduction='mean' or 'sum'"
+                f"the term {name!r} is one number for all positions, and reduction='none' needs one for each "
+                "position; write reduction='mean' or 'sum'"
             )
         values, counted = _of_something(values, where), where.count()
         if self.reduction == "sum":
@@ -64,18 +64,18 @@ class Contract:
 
 
 def mean(values: Tensor, where: Positions) -> Tensor:
-    """What is reported of a term: its mean at the positions of this call, whatever the loss is divided by."""
+    """The value reported for a term: its mean over this call's positions, whatever the loss is divided by."""
     values = values.detach()
     return reduce(values, where.keep) if values.shape == where.shifted else _of_something(values, where)
 
 
 def _of_something(value: Tensor, where: Positions) -> Tensor:
-    """A mean over the positions that count; 0 where there are none, of which means are NaN."""
+    """A mean over the positions that count; 0 where none count, since the mean is NaN there."""
     return value if where.keep is None else value.where(where.keep.any(), 0)
 
 
 def agreed(contracts: Sequence[Contract]) -> Contract:
-    """The contract of several sums: that of the one that says something."""
+    """The contract of several added sums: the one that differs from the defaults."""
     found = Contract()
     for contract in contracts:
         if contract.said() and found.said() and contract != found:

@@ -1,4 +1,4 @@
-"""The labels' own term."""
+"""Cross-entropy against the labels, as a term."""
 
 from typing import Any
 
@@ -25,17 +25,18 @@ class CrossEntropy(Term):
     C classes: y is 1 at the label and 0 elsewhere, or soft labels (as mixup makes them), $\varepsilon$ is
     `label_smoothing`, w are `class_weights`.
 
-    - `label_smoothing`: the share of the label that goes to all classes alike, from 0 to 1.
-    - `class_weights`: one factor for each class, `[C]`. The mean is over positions, whatever they weigh, so that
-      micro-batches add up; `torch.nn.functional.cross_entropy` divides by the sum of the weights instead.
-    - `take`: which part of the student's output holds the logits: an index, a key, a path or a function.
-    - `positions`: "labels", or "mask" as in `kdloss.terms.Term`, which for class indices is refused.
-    - `name`: the entry among the components.
+    - `label_smoothing`: the share of the label that is spread evenly over all classes, from 0 to 1.
+    - `class_weights`: one factor for each class, `[C]`. The mean divides by the number of positions, not by the sum of
+      their weights as `torch.nn.functional.cross_entropy` does, so that micro-batches add up.
+    - `take`: which part of the student's output holds the logits: an index, a key, a path or a function. None takes
+      the output itself if it is a tensor, else its `logits`.
+    - `positions`: "labels" or "mask", as in `kdloss.terms.Term`. "mask" is refused for class indices.
+    - `name`: the term's entry in `components`.
 
-    Shapes: student logits `[..., C]`, labels `[...]` int64 (those equal to the sum's `ignore_index` count
-    nowhere) or soft `[..., C]` of any floating dtype. Nats.
+    Shapes: student logits `[..., C]`; labels `[...]` int64, where the sum's `ignore_index` (-100) takes a position
+    out, or soft labels `[..., C]` of any floating dtype. The value is in nats.
 
-    Raises: ValueError for a step without labels, a smoothing outside 0 and 1, or shapes that don't fit; TypeError
+    Raises: ValueError for a step without labels, a smoothing outside 0 to 1, or shapes that don't fit; TypeError
     for labels that are neither int64 nor floating point.
 
     >>> criterion = 0.5 * CrossEntropy(label_smoothing=0.1)
@@ -64,19 +65,19 @@ class CrossEntropy(Term):
         self.take = take
 
     def reads(self) -> Reads:
-        """Labels and the student's logits."""
+        """The labels and the student's logits."""
         if self.take is not None:
             return Reads(labels=True, why=f"the term {self.name!r} takes a part of the output", logits_at=self.take)
         return _READS
 
     def logits(self, student: Any) -> AnyLogits:
-        """Those of the student's output."""
+        """The logits in the student's output."""
         found: AnyLogits = logits_of(student, "student", self.take)
         return found
 
     def task(self, step: Step, labels: Tensor | None) -> LabelTask:
-        """What the engine has to do; `labels` are those of its rows, None where they are soft."""
-        if labels is None:  # soft labels stay at all positions; under `causal` each moves to the logits before it
+        """The task for the engine; `labels` belong to the engine's rows and are None where labels are soft."""
+        if labels is None:  # soft labels keep all positions; with `causal` each moves to the logits before it
             soft = self._soft(step)
             labels = soft.roll(-1, 1) if step.where.causal else soft
         return LabelTask(labels, self.label_smoothing, self.class_weights)
@@ -94,14 +95,14 @@ class CrossEntropy(Term):
         labels = step.labels
         if not isinstance(labels, Tensor):
             raise TypeError(
-                f"the term {self.name!r} reads labels that are a tensor of classes or their probabilities, and these "
-                f"labels are {_kind(labels)}: if they are what the student's own loss takes, like a detector's, write "
-                "kdloss.Task() in the term's place, beside a recipe with alpha=0"
+                f"the term {self.name!r} needs labels that are a tensor of class indices or of probabilities, and "
+                f"these labels are {_kind(labels)}: if the student's own loss takes them, as a detector's does, write "
+                "kdloss.Task() in place of this term, beside a recipe with alpha=0"
             )
         if not labels.is_floating_point():
             raise ValueError(
-                f"the term {self.name!r} counts unlabelled positions, too, where there is no class to learn; write "
-                "positions='labels', or give soft labels"
+                f"the term {self.name!r} counts unlabelled positions (positions='mask'), where there is no class to "
+                "learn; write positions='labels', or give soft labels"
             )
         return labels
 
@@ -112,6 +113,6 @@ class CrossEntropy(Term):
 
 
 def _kind(labels: Any) -> str:
-    """What labels are, in words."""
+    """The type of the labels, in words."""
     kind = f"a {type(labels).__name__}"
     return f"{kind} of {type(labels[0]).__name__}s" if isinstance(labels, (list, tuple)) and labels else kind

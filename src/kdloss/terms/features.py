@@ -1,4 +1,4 @@
-"""What the student learns from a teacher's hidden features."""
+"""Distances to a teacher's hidden features, as a term."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,54 +37,58 @@ from kdloss.terms.term import Term, Where
 
 
 class Features(Term):
-    r"""Distances between hidden features of student and teacher, layer by layer.
+    r"""Distances between the hidden features of student and teacher, layer by layer.
 
-    $\sum_{i=1}^N w_i\, d(P_i h^s_i, h^t_{\pi(i)})$ with N pairs of layers, each of weight 1/N unless the pairing
-    says otherwise, d a mean squared error, and P a trained projection where the widths differ.
+    $\sum_{i=1}^N w_i\, d(P_i h^s_i, h^t_{\pi(i)})$ over N pairs of layers. Each weight $w_i$ is 1/N unless the pairing
+    gives others, the default d is the mean squared error, and $P_i$ is a trained projection where the widths differ.
 
-    - `layers` selects student blocks: any selection of `kdloss.layers.select`, or module names.
-    - `pairing` finds their teacher blocks: any pairing of `kdloss.layers.pair`, or pairs of module names.
-      Modules that are no blocks pair by `pairing="same"` (names) or explicit pairs. A callable with a
-      parameter called `distances`, like `kdloss.layers.pair_by_emd`, is asked at every step: see below.
-    - `distance` is any function like `kdloss.distances.mse`; one that takes `mask` is told which positions count, one
-      that takes `labels` their classes, one that takes `index` their examples. A class of modules, like
-      `kdloss.distances.VID` or a `functools.partial` of it, is built once per student layer with the widths that
-      arrive there. One whose attribute `any_width` is True takes features of different widths as they are.
-    - `projection` (`kdloss.projections.linear`, `mlp`, `conv1x1`, any function of two widths) makes the
-      projections, for equal widths too; without it there is a linear one where the distance wants equal
-      widths and they differ. They are parameters. `project="teacher"` projects the teacher's features to the
-      student's width instead, by orthonormal rows that are never trained; `shared=True` has one for all pairs.
-    - `depths`, `widths`: the numbers of blocks and the widths of student and teacher, (student, teacher), where
-      no `prepare` finds them; widths for all pairs, or one for each.
-    - `resize` (`kdloss.resize.pool`, `kdloss.resize.interpolate`) brings both sides to the same positions. It gets
-      tokens `[B, N, D]`, maps `[B, C, H, W]` and volumes `[B, C, D, H, W]`, whatever the models' layouts.
-    - `blocks` names the list of blocks in models that have several. `take` and `teacher_take` say what counts of
-      the modules' outputs (for all, or by name), as in `kdloss.capture`; the teacher's is the student's unless it
-      is given, None takes nothing. A tuple of names is their outputs side by side; "fpn[0]" is a part of what `fpn`
-      returned.
-    - `layout` and `teacher_layout` name the axes where they are not the default (for all, or by name), after `take`: b
-      is the batch, c the width (else d), all others are positions, as in "b h w c", "b c t", "t b d", "b c d h w". The
-      teacher's is the student's unless it is given; None is the default. What modules, labels and inputs tell of the
-      axes is held against either.
-    - `teacher`: the index of the one it reads; `positions`: "labels" or "mask"; `name`: the entry among the
-      components.
+    - `layers`: which student blocks to use: any selection of `kdloss.layers.select`, or module names.
+    - `pairing`: which teacher block goes with each: any pairing of `kdloss.layers.pair`, or pairs of module names.
+      Modules that are not blocks need `pairing="same"` (the same names) or explicit pairs. A function with a
+      parameter `distances`, such as `kdloss.layers.pair_by_emd`, is called at every step: see below.
+    - `distance`: any function like `kdloss.distances.mse`. A distance with a parameter `mask` gets the positions that
+      count, one with `labels` their classes, one with `index` their examples. A module class, such as
+      `kdloss.distances.VID` or a `functools.partial` of it, is built once per student layer for the widths that it
+      gets, after projection. A distance whose attribute `any_width` is True gets features of different widths as they
+      are.
+    - `projection`: a function of two widths that makes each projection (`kdloss.projections.linear`, `mlp`, `conv1x1`
+      or your own), used for equal widths too. Without it a linear projection is made where the widths differ and the
+      distance needs equal ones. Projections are parameters of this term.
+    - `project`: "teacher" projects the teacher's features to the student's width instead, with orthonormal rows that
+      are never trained. `shared`: True uses one projection for all pairs.
+    - `depths`, `widths`: the numbers of blocks and the widths as (student, teacher), where no `prepare` finds them.
+      Widths hold for all pairs, or are a list with one entry for each.
+    - `resize`: a function that brings both features to the same positions (`kdloss.resize.pool`,
+      `kdloss.resize.interpolate`). It gets tokens `[B, N, D]`, maps `[B, C, H, W]` or volumes `[B, C, D, H, W]`,
+      whatever the layouts of the models.
+    - `blocks`: the name of the list of blocks, in models that have several.
+    - `take`, `teacher_take`: which part of a module's output is the feature (for all modules, or a dict by name), as in
+      `kdloss.capture`. `teacher_take` is the same as `take` unless you pass it; None takes the output as it is. A
+      tuple of names concatenates their outputs along the width; "fpn[0]" is element 0 of what `fpn` returned.
+    - `layout`, `teacher_layout`: the axes of the features after `take`, where they differ from the default (for all
+      modules, or a dict by name), such as "b h w c", "b c t", "t b d" or "b c d h w": b is the batch, c the width (d if
+      there is no c), all other letters are positions. `teacher_layout` is the same as `layout` unless you pass it; None
+      is the default. Either is checked against what modules, labels and inputs show.
+    - `teacher`: the index of the teacher to read. `positions`: "labels" or "mask", as in `kdloss.terms.Term`.
+      `name`: the term's entry in `components`.
 
-    Reads what `kdloss.capture` recorded, or Hugging Face outputs made with `output_hidden_states=True`. (These hold
-    the last block after the model's final norm: it can be held against the teacher's last only.)
+    It reads what `kdloss.capture` recorded, or Hugging Face outputs made with `output_hidden_states=True`. (There the
+    last entry comes after the model's final norm, so the student's last block can be paired only with the teacher's
+    last.)
 
-    Shapes: features `[B, T, D]`, `[B, D]` or maps `[B, C, H, W]`, or any with a layout. Those at the labels' positions
-    are counted where the labels are; others are averaged within their example, over `feature_mask` where given; without
-    labels those of another tower or an encoder are the mean of the examples. `components` has each pair's distance
-    "feature/3-7" and "feature", their sum by weight.
+    Shapes: features `[B, T, D]`, `[B, D]` or maps `[B, C, H, W]`; other shapes need a layout. Features at the
+    positions of the labels count where the labels count. Other features are averaged within each example, over
+    `feature_mask` if it is given. Without labels, features of an encoder or of another tower are averaged over the
+    examples. `components` has each pair's distance, "feature/3-7", and "feature", their weighted sum.
 
-    A learned pairing is called as `pairing(student=..., teacher=..., distances=...)`: features `[..., D]`
-    by block, projected, 0 where nothing counts, and the mean distance of every pair of a selected student
-    and any teacher block, all detached. It returns triples (student, teacher, weight), the weight a
-    number, or a tensor of one or of one for each position, which is a constant to the gradient.
-    `components` then has one "feature/3" for each student block, its share of "feature".
+    A learned pairing is called as `pairing(student=..., teacher=..., distances=...)`. It gets the features `[..., D]`
+    by block, projected and 0 where nothing counts, and the mean distance of every pair of a selected student block and
+    any teacher block, all detached. It returns triples (student, teacher, weight). The weight is a number, or a tensor
+    with one number or with one per position; no gradient goes through it. `components` then has one "feature/3" for
+    each student block: its part of "feature".
 
-    Raises: ValueError or TypeError for settings out of range, blocks that don't exist, widths that
-    differ without a projection, and inputs that don't fit, saying what to write instead.
+    Raises: ValueError or TypeError for settings out of range, blocks that don't exist, widths that differ without a
+    projection, and inputs that don't fit. The message says what to write instead.
 
     >>> from types import SimpleNamespace as Output
     >>> import kdloss
@@ -122,7 +126,7 @@ class Features(Term):
         super().__init__(name=name, teacher=teacher, positions=positions)
         if self.several:
             raise TypeError(
-                f"Features compares with one teacher, got teacher={teacher!r}; add one term for each: "
+                f"Features reads one teacher, got teacher={teacher!r}; add one term for each: "
                 "Features(teacher=0, name='first') + Features(teacher=1, name='second')"
             )
         _checks.function("distance", distance, "distances.mse")
@@ -147,7 +151,7 @@ class Features(Term):
             self.build({(s, t): w for (s, t, _), w in zip(pairs, per_pair, strict=True)})
 
     def reads(self) -> Reads:
-        """The features of this step's pairs; the teacher need not run further."""
+        """The features of this step's pairs; the teacher's pass may stop after the last of them."""
         chosen = self.layer_map
         pairs = chosen.pairs() if chosen.known and not chosen.unmeasured else None
         return Reads(
@@ -160,13 +164,13 @@ class Features(Term):
         )
 
     def locate(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
-        """Find the blocks of both models."""
+        """Find the blocks of `student` and of this term's entry in `teachers`."""
         teacher = teachers[self.teacher[0]]
         if isinstance(teacher, nn.Module):
             self.layer_map.locate(student, teacher)
 
     def prepare(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
-        """Find the blocks, and build the projections of models whose configurations tell their widths."""
+        """Find the blocks, and build the projections if the configurations of both models give the widths."""
         self.locate(student, teachers)
         teacher = teachers[self.teacher[0]]
         s, t = width(student), None if teacher is None else width(teacher)
@@ -177,29 +181,29 @@ class Features(Term):
         self.to(next(student.parameters()).device)
 
     def candidates(self) -> Reads:
-        """What has to be seen of both models before projections can be built."""
+        """The features that have to be captured before projections can be built."""
         chosen = self.layer_map
         self._candidates = chosen.candidates() if chosen.by_resolution else chosen.pairs()
         return replace(self.reads(), pairs=self._candidates, shapes=True)
 
     def measure(self, student: Captured, teacher: Captured) -> None:
-        """Build the projections for what `candidates` were seen to give."""
+        """Build the projections for the widths captured from `student` and `teacher`."""
         chosen = self.layer_map
         if chosen.by_resolution:
             chosen.sizes = sizes(student, self.axes[0]), sizes(teacher, self.axes[1])
-        pairs = chosen.pairs() if chosen.by_resolution else self._candidates  # drawn anew, others would be asked for
+        pairs = chosen.pairs() if chosen.by_resolution else self._candidates  # a new random draw would differ
         own, its = self.axes
         self.build({(s, t): (width_of(student, s, own), width_of(teacher, t, its)) for s, t, _ in pairs})
 
     def build(self, widths: Mapping[tuple[Layer, Layer], tuple[int, int]]) -> None:
-        """Build what is trained for pairs of these (student, teacher) widths.
+        """Build the trained modules for pairs of these (student, teacher) `widths`.
 
-        What fits stays as it learned; what was built for others is never replaced, but refused.
+        Modules that fit keep what they learned. For modules of other widths it raises, and never replaces them.
         """
         self._trained.build(one_width(widths))
 
     def loss(self, step: Step) -> Tensor:
-        """The value at every position; see the class."""
+        """The weighted distance at every position; see the class."""
         refuse_take(step.student, self.take, step.reads, "student")
         refuse_take(step.teacher, self.teacher_take, step.reads, "teacher")
         self._refuse_unknown()
@@ -223,13 +227,13 @@ class Features(Term):
         return torch.stack([weights[pair] * value for pair, value in values.items()]).sum(0)
 
     def _refuse_unknown(self) -> None:
-        """Raise for options of layers that there are none of."""
+        """Raise where `take` or `layout` name layers that this term doesn't read."""
         takes = (take for take in (self.take, self.teacher_take) if isinstance(take, Mapping))
         named = dict.fromkeys(name for names in (*takes, *(one.names for one in self.axes)) for name in names)
         known = self.layer_map.names if named else []
         if unknown := [name for name in named if isinstance(name, str) and name not in known]:
             there = known or "blocks, which are named by number"
-            raise ValueError(f"take or layout has {unknown}, and the layers are {there}")
+            raise ValueError(f"take or layout names {unknown}, and the layers are {there}")
 
     def __repr__(self) -> str:
         name = getattr(self.distance, "__name__", repr(self.distance))

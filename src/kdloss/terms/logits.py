@@ -1,4 +1,4 @@
-"""What the student learns from a teacher's predictions."""
+"""A divergence from a teacher's predictions, as a term."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,25 +30,29 @@ READS = Reads(logits="any")
 class Logits(Term):
     r"""A divergence between the predictions of student and teacher.
 
-    $d(s, t; T)$, for the default $T^2\,\mathrm{KL}(\mathrm{softmax}(t/T)\,\|\,\mathrm{softmax}(s/T))$.
+    $d(s, t; T)$; the default d is $T^2\,\mathrm{KL}(\mathrm{softmax}(t/T)\,\|\,\mathrm{softmax}(s/T))$.
 
-    - `divergence`: any function like `kdloss.divergences.forward_kl`; `functools.partial` sets its options. One that
-      takes `labels` gets them, one that compares positions (`mask`) is told which count.
-      `kdloss.divergences.hard_labels` learns the teacher's most probable class.
-    - `temperature`: what both sides' logits are divided by; a number, or a function of the step.
-    - `teacher`: an index, several, whose average is the teacher, or "all". `weights` are theirs, non-negative and of
-      sum 1, None for equal ones; `average` takes that of their "probabilities" or of their "logits".
-    - `vocabulary` brings two vocabularies, or sets of classes, together: `kdloss.truncate`, a `kdloss.TokenMap`, any
-      function of both. Without one, classes that both models name (`config.id2label`, upper and lower case alike) are
-      paired by name where `kdloss.Distiller` runs the models, in whatever order; other names are refused.
-    - `take`, `teacher_take`: which part of the student's and the teacher's output holds the logits: an index, a key,
-      a path or a function. The teacher's is the student's unless it is given; None takes nothing.
-    - `positions`: "labels" or "mask", which counts unlabelled positions, too.
-    - `name`: the entry among the components.
+    - `divergence`: any function like `kdloss.divergences.forward_kl`; set its options with `functools.partial`. A
+      divergence with a parameter `labels` gets the labels, one with a parameter `mask` gets the positions that count.
+      `kdloss.divergences.hard_labels` teaches the teacher's most probable class.
+    - `temperature`: T, by which the logits of both models are divided; a number, or a function of the step
+      (`kdloss.schedules`).
+    - `teacher`: an index, several indices, or "all". The student learns from the average of several teachers.
+      `weights` has one weight for each of them, non-negative and with sum 1; None weighs them equally. `average` says
+      what is averaged: their "probabilities" or their "logits".
+    - `vocabulary`: brings two vocabularies or sets of classes together: `kdloss.truncate`, a `kdloss.TokenMap`, or
+      any function of (student, teacher) logits. Without one, `kdloss.Distiller` pairs classes by name, in whatever
+      order, where both models name them (`config.id2label`; case doesn't matter). Names that differ are refused.
+    - `take`, `teacher_take`: which part of the student's and of the teacher's output holds the logits: an index, a
+      key, a path or a function. `teacher_take` is the same as `take` unless you pass it. None takes the output itself
+      if it is a tensor, else its `logits`.
+    - `positions`: "labels", or "mask", which also counts positions without a label.
+    - `name`: the term's entry in `components`.
 
     Shapes: logits `[..., V]` of any kind (tensors, `LazyLogits`, a teacher's `TopKLogits` or `Mixture`).
 
-    Raises: ValueError or TypeError for settings out of range and for logits that don't fit, saying what to write.
+    Raises: ValueError or TypeError for settings out of range and for logits that don't fit. The message says what to
+    write instead.
 
     >>> import torch, kdloss
     >>> criterion = 0.9 * Logits(kdloss.divergences.reverse_kl, temperature=4.0) + 0.1 * kdloss.CrossEntropy()
@@ -81,8 +85,8 @@ class Logits(Term):
             _checks.function("vocabulary", vocabulary, "truncate")
         if isinstance(weights, Weighting):
             raise TypeError(
-                f"weights are one number per teacher, got {weights!r}, which weighs terms: write {weights!r} * "
-                "(kdloss.Logits(teacher=0) + kdloss.Logits(teacher=1, name='second'))"
+                f"weights is a list with one number per teacher, got {weights!r}, which multiplies terms: write "
+                f"{weights!r} * (kdloss.Logits(teacher=0) + kdloss.Logits(teacher=1, name='second'))"
             )
         _checks.choice("average", average, ("probabilities", "logits"))
         self.divergence = divergence
@@ -108,7 +112,7 @@ class Logits(Term):
         return callable(self._temperature)
 
     def locate(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
-        """Find out whether the student's classes are tokens, whose ids a `TokenMap` translates for the teacher."""
+        """Find out whether the student's classes are tokens; only then a `TokenMap` also translates input ids."""
         self._of_tokens = predicts_tokens(student)
 
     @property
@@ -116,7 +120,7 @@ class Logits(Term):
         return getattr(unwrapped(self.divergence)[0], "any_vocabulary", False)
 
     def reads(self) -> Reads:
-        """Both sides' logits; as a tensor where rows of them can't be told apart."""
+        """The logits of both models; as one tensor where they can't be computed a block of rows at a time."""
         rename = getattr(self.vocabulary, "to_teacher", None) if self._of_tokens else None
         if self.take is not None or self.teacher_take is not None:
             why = f"the term {self.name!r} takes a part of the output"
@@ -126,7 +130,7 @@ class Logits(Term):
         return READS if rename is None else replace(READS, to_teacher=rename)
 
     def logits(self, student: Any) -> AnyLogits:
-        """Those of the student's output."""
+        """The logits in the student's output."""
         found: AnyLogits = logits_of(student, "student", self.take)
         return found
 
@@ -139,11 +143,11 @@ class Logits(Term):
         return found.detach()
 
     def task(self, step: Step, labels: Tensor | None) -> TeacherTask:
-        """What the engine has to do; `labels` are those of its rows."""
+        """The task for the engine; `labels` belong to the engine's rows."""
         if labels is None and step.labels is not None and self.positions == "mask" and takes(self.divergence, "labels"):
             raise ValueError(
-                f"the term {self.name!r} compares by the labels, and unlabelled positions that it counts have none; "
-                "write positions='labels'"
+                f"the divergence of the term {self.name!r} reads labels, and positions='mask' counts positions without "
+                "a label; write positions='labels'"
             )
         temperature: Any = self._temperature
         if callable(temperature):
@@ -166,6 +170,6 @@ def _refuse_without_temperature(divergence: Divergence) -> None:
     if parameters(unwrapped(divergence)[0]) and not takes(divergence, "temperature") and not passes_on(divergence):
         word = getattr(divergence, "__name__", type(divergence).__name__)
         raise TypeError(
-            f"a divergence is called with temperature=..., which {word} has no parameter for; write "
+            f"a divergence is called with temperature=..., and {word} has no such parameter; write "
             f"def {word}(student, teacher, *, temperature=1.0)"
         )

@@ -1,4 +1,4 @@
-"""What a sum does in one step."""
+"""The terms that a sum computes in one step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from kdloss.weighting import Weighting
 
 @dataclass(frozen=True)
 class Plan:
-    """The terms of one step, in their order, by name. Whoever runs the models asks it what they have to give.
+    """The terms of one step, in order, by name. It tells the code that runs the models what to run and capture.
 
-    - `weights`: what each is multiplied by; terms of weight 0 are not in it.
-    - `reads`: what each reads of the models.
-    - `teachers`: the teachers that each reads, as indices.
-    - `layout`: that of the student's logits, where it was said.
-    - `weightings`: for terms that are weighed by what teachers say, the weighting.
-    - `balance`: what a balance multiplied each weight with, if there is one.
+    - `weights`: the weight of each term; terms of weight 0 are left out.
+    - `reads`: what each term reads from the models.
+    - `teachers`: the indices of the teachers that each term reads.
+    - `layout`: the layout of the student's logits, if one was given.
+    - `weightings`: the weighting of each term that has one (`kdloss.weighting`).
+    - `balance`: the factor by which the sum's balance, if it has one, multiplied each weight.
     """
 
     weights: Mapping[str, float | Tensor]
@@ -31,7 +31,7 @@ class Plan:
 
     @property
     def last_teacher(self) -> int:
-        """The highest teacher that is read; -1 for none."""
+        """The highest index of a teacher that is read; -1 for none."""
         return max([-1, *(k for several in self.teachers.values() for k in several)])
 
     def of_teacher(self, k: int) -> list[str]:
@@ -39,26 +39,26 @@ class Plan:
         return [name for name, several in self.teachers.items() if k in several]
 
     def complete_with(self, k: int) -> list[str]:
-        """The terms that have all their teachers when teacher `k` has run; -1 for those that read none."""
+        """The terms that can be computed once teacher `k` has run; `k` = -1 gives the terms that read no teacher."""
         return [name for name, several in self.teachers.items() if max([-1, *several]) == k]
 
     def ends_early(self, k: int) -> bool:
-        """Whether features are all that is read of teacher `k`."""
+        """Whether only features of teacher `k` are read, so that its pass can stop before the end."""
         return not any(self.reads[name].teacher_output for name in self.of_teacher(k))
 
     @property
     def why_whole(self) -> str | None:
-        """Why the student's logits must be there as a tensor, if they must."""
+        """The reason why the student's logits have to be a tensor; None if they may be lazy."""
         return next((r.why for r in self.reads.values() if r.logits == "whole"), None)
 
     def why_teacher_whole(self, k: int) -> str | None:
-        """Why the logits of teacher `k` must be there as a tensor, if they must."""
+        """The reason why the logits of teacher `k` have to be a tensor; None if they may be lazy."""
         reads = (self.reads[name] for name in self.of_teacher(k))
         return next((r.why for r in reads if r.teacher_output and r.logits != "any"), None)
 
     @property
     def needs_labels(self) -> bool:
-        """Whether a term can't do without labels."""
+        """Whether a term needs labels."""
         return any(r.labels for r in self.reads.values())
 
     @property

@@ -1,4 +1,4 @@
-"""What a term asks of the models in one step."""
+"""What a term reads from the models in one step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ Takes = Take | Mapping[int | str, Take]
 
 @dataclass(frozen=True)
 class Reads:
-    """What a term asks of the models in one step; by default all that a model returns.
+    """What a term reads from the models in one step; by default all that a model returns.
 
-    - `labels`: the term can't do without.
-    - `logits`: of the student's logits "none" is looked at, "any" kind will do (they may never be made as a
-      whole), or they must be there as a tensor, "whole", for the reason given in `why`.
-    - `logits_at`: where in the student's output its logits are, if not at `logits`.
-    - `own_loss`: the student's own loss is read, so the student is given the labels.
-    - `teacher_output`: the teacher runs to its end; False where its features are enough.
-    - `pairs`: the layers (student, teacher, weight) whose features are read, None where they follow from the
-      outputs; `blocks`, `take` and `teacher_take` find them, as in `kdloss.capture`.
-    - `shapes`: the features' shapes are enough: they have no data.
-    - `to_teacher`: what makes the teacher's token ids of the student's, where they differ.
+    - `labels`: True if the term needs labels.
+    - `logits`: how the term reads the student's logits: "none", not at all; "any", in any form, such as `LazyLogits`;
+      "whole", only as a tensor, for the reason in `why`.
+    - `logits_at`: where in the student's output the logits are, if not at `logits`.
+    - `own_loss`: True if the term reads the student's own loss; the student is then given the labels.
+    - `teacher_output`: True if the teacher has to run to its end; False if its features are enough.
+    - `pairs`: the layers (student, teacher, weight) whose features are read; None if the outputs decide.
+      `blocks`, `take` and `teacher_take` find them, as in `kdloss.capture`.
+    - `shapes`: True if only the shapes of the features are needed, without data.
+    - `to_teacher`: a function that turns the student's token ids into the teacher's, where they differ.
     """
 
     labels: bool = False

@@ -1,4 +1,4 @@
-"""What a term sees of one step."""
+"""One step, as a term sees it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,20 +17,21 @@ from kdloss.terms.reads import Reads
 
 @dataclass(frozen=True)
 class Step:
-    """One step as a term sees it.
+    """One step, as a term sees it.
 
-    - `student`: the student's output, or what was captured of it; `teacher` the same of the term's teacher, a
-      list where it reads several, None where it reads none.
-    - `labels` as they were given. `feature_mask(layer, positions)` is the mask of a layer's features at these
-      positions (None: all count), and whether they stand elsewhere than labels though they are as many.
-    - `index` says which example of the data set each of the batch is.
-    - `where`: the positions that count. `where.take(x)` is a tensor `[*positions, ...]` there, zeroed where nothing
-      counts; `where.keep` says where (None: everywhere).
-    - `reads`: what the term said it reads; `number`: how many steps were taken before this one.
-    - `report(name, values)` adds a component under `name`: the mean of values at the positions that count.
-    - `logits`: for `CrossEntropy` and `Logits` the student's, at the positions as by `where.take`.
-    - `layout`: what the sum says of the student's logits' axes, if anything; `batch`: how many examples there are,
-      where labels, mask or logits tell.
+    - `student`: the student's output, or what was captured from it. `teacher`: the same for the term's teacher; a
+      list if the term reads several, None if it reads none.
+    - `labels`: the labels as they were passed.
+    - `where`: the positions that count. `where.take(x)` gives `x` at these positions, `[*positions, ...]`, with zeros
+      where a position doesn't count; `where.keep` is the mask (None: all count).
+    - `feature_mask(layer, positions)`: the mask of a layer's features at these positions (None: all count), and
+      whether these are other positions than those of the labels although there are as many.
+    - `reads`: what the term's `reads` returned. `number`: how many steps were taken before this one.
+    - `report(name, values)`: adds a component `name`, the mean of `values` over the positions that count.
+    - `index`: which example of the data set each example of the batch is.
+    - `logits`: for `CrossEntropy` and `Logits`, the student's logits after `where.take`.
+    - `layout`: the layout of the student's logits, if the sum has one. `batch`: the number of examples, where labels,
+      mask or logits tell it.
     """
 
     student: Any
@@ -48,11 +49,11 @@ class Step:
 
     @property
     def output(self) -> Any:
-        """What the student itself returned."""
+        """The student's own output."""
         return returned(self.student)
 
     def student_logits(self, take: Take = None) -> AnyLogits:
-        """The student's logits, classes last where the sum says their layout; `take` finds others in its output."""
+        """The student's logits, with the classes last if the sum has a layout; `take` finds other logits."""
         found: AnyLogits = logits_of(self.student, "student", take)
         if self.layout is not None:
             found = classes_last(found, self.layout, (), "student", "layout")

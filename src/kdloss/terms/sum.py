@@ -1,4 +1,4 @@
-"""The sum of terms, and what it says for all of them."""
+"""`kdloss.Sum`: a weighted sum of terms with shared settings."""
 
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -30,45 +30,54 @@ _log = logging.getLogger("kdloss")
 
 
 class Sum(nn.Module):
-    r"""A criterion: terms, each times its weight, under one contract.
+    r"""A criterion: a weighted sum of terms that share one set of settings.
 
     $\sum_i w_i\,\ell_i$, each term $\ell_i$ reduced over the positions that count.
 
-    Made by arithmetic, `0.1 * kdloss.CrossEntropy() + 0.9 * kdloss.Logits(temperature=4.0)`, or as
-    `Sum(*terms, ...)` of terms and sums, to say the contract. Where sums are added the contract of the one that says
-    something holds; two different ones are refused. Terms are held as they are, not copied; one twice is refused, and
-    so is one name twice. A weight is a number of 0 or more, a function of the step (`kdloss.schedules`), or a tensor
-    with one number, which is trained with the student if it is an `nn.Parameter`, or a weighting of teachers by what
-    they say (`kdloss.weighting`).
+    Write it by arithmetic, `0.1 * kdloss.CrossEntropy() + 0.9 * kdloss.Logits(temperature=4.0)`, or as
+    `Sum(*terms, ...)` of terms and sums, which also sets the options below for all terms. When sums are added, the
+    options of the one that sets any are used; two sums with different options can't be added. Terms are held as they
+    are, not copied. The same term twice is refused, and so is the same name twice.
 
-    - `causal`: True holds logits at t against label t+1 (labels are the input's ids, not shifted), False against label
-      t. None is False for tensors, what `kdloss.Distiller` measures of the student, and an error for labels of a
-      Hugging Face output's logits `[B, T, V]`.
+    A weight is a number of 0 or more; a function of the step (`kdloss.schedules`); a tensor with one number, which is
+    trained with the student if it is an `nn.Parameter`; or a weighting that compares the teachers' predictions
+    (`kdloss.weighting`).
+
+    - `causal`: True compares logits at t with label t+1 (the labels are the input's ids, not shifted), False with label
+      t. None means: False for plain tensors; measured on the student by `kdloss.Distiller`; an error for a Hugging Face
+      output with logits `[B, T, V]` and labels.
     - `ignore_index`: labels equal to it take a position out of every term.
     - `reduction`: "mean", "sum" or "none", over the positions that count.
-    - `balance`: factors beside the weights, so that none of the terms drowns the others: see `kdloss.balancing`.
-    - `check_finite`: look at the numbers, at the price of a device sync, and raise for NaN or +inf logits and labels
-      out of range at positions that count.
-    - `overwrite_logits`: the gradient takes the place of the student's logits (a tensor, not in float16, reduction
-      "mean" or "sum"), which then can't be used again.
-    - `layout` and `teacher_layout` name the axes of logits whose classes are not last, as "b c h w" of a segmentation
-      net: b is the batch, c the classes (else d), all others are positions, in order. The teacher's is the student's
-      unless it is given. Labels, mask and values then stand at `[B, H, W]`.
+    - `balance`: trained or measured factors beside the weights, so that no term outweighs the others: see
+      `kdloss.balancing`.
+    - `check_finite`: check the numbers, which costs a device sync, and raise for NaN or +inf logits and labels out of
+      range at positions that count.
+    - `overwrite_logits`: write the gradient into the memory of the student's logits, which then can't be used again.
+      The logits must be a tensor, not in float16, and `reduction` "mean" or "sum".
+    - `layout` and `teacher_layout`: name the axes of logits whose classes are not last, such as "b c h w" for a
+      segmentation network: b is the batch, c the classes (d if there is no c), all other letters are positions, in
+      order. Labels, mask and values then have the shape `[B, H, W]`. `teacher_layout` is the same as `layout` unless
+      you pass it.
 
-    Called with the student's and the teacher's output (a list of several teachers'), labels and a mask beside them
-    (True = keep); see `kdloss.reduce` for `num_items_in_batch`, which divides every term. `attention_mask` (boolean,
-    True = a token) takes positions out as `mask` does, and under `causal` those whose logits are padding's out of every
-    term but `CrossEntropy` and `Task`, whose label is real. `feature_mask` counts features that stand elsewhere than
-    labels, by a term's name where terms differ. `index` says which example of the data set each of the batch is, to
-    distances that take it (`kdloss.distances.CRD`). Returns a scalar in float32 or better (one value per position for
-    "none"). `components` then holds each term's mean at the positions of the call, detached and without its weight, by
-    the term's name.
+    Call it with the student's and the teacher's output (a list for several teachers) and the labels, and optionally:
 
-    Shapes: labels, mask and attention_mask `[...]` where logits are `[..., V]`, or have a layout. Logits of four axes
-    and more without one are refused where labels or mask don't show that their classes are last. Labels of another
-    shape, like CTC's transcripts, are left to `Task` where no term reads them as classes.
+    - `mask`: boolean, shaped like the labels, True = keep.
+    - `attention_mask`: boolean, True = a token. It takes positions out as `mask` does. With `causal` it also takes out
+      positions whose logits belong to padding, except in `CrossEntropy` and `Task`, whose label there is real.
+    - `feature_mask`: which features count, for features at other positions than the labels; a dict by term name if
+      terms differ.
+    - `num_items_in_batch`: divides every term in place of the number of positions; see `kdloss.reduce`.
+    - `index`: which example of the data set each example of the batch is, for distances that need it
+      (`kdloss.distances.CRD`).
 
-    Raises: ValueError or TypeError for what doesn't fit, saying what to write instead.
+    It returns a scalar in float32 or better ("none": one value per position). `components` then holds each term's mean
+    over the positions of this call, by the term's name, detached and without its weight.
+
+    Shapes: labels, mask and attention_mask `[...]` for logits `[..., V]`. Logits of four or more axes need a layout,
+    unless labels or mask show that their classes are last. Labels of another shape, such as CTC's transcripts, are
+    only passed to `Task`, if no term reads them as classes.
+
+    Raises: ValueError or TypeError for inputs that don't fit. The message says what to write instead.
 
     >>> import kdloss
     >>> criterion = 0.5 * kdloss.CrossEntropy() + kdloss.schedules.linear(0.0, 1.0, steps=10) * kdloss.Logits()
@@ -100,7 +109,7 @@ class Sum(nn.Module):
         super().__init__()
         _checks.choice("reduction", reduction, ("mean", "sum", "none"))
         own = Contract(causal, ignore_index, reduction, check_finite, overwrite_logits, layout, teacher_layout)
-        own.layouts  # noqa: B018 - raises for patterns that are none
+        own.layouts  # noqa: B018 - raises for invalid patterns
         contract = agreed([own, *(term.contract for term in terms if isinstance(term, Sum))])
         self.causal, self.ignore_index = contract.causal, contract.ignore_index
         self.reduction: Reduction = contract.reduction
@@ -118,7 +127,7 @@ class Sum(nn.Module):
 
     @property
     def contract(self) -> Contract:
-        """What holds for all terms."""
+        """The settings that all terms share."""
         return self._contract(self.causal)
 
     def _contract(self, causal: bool | None) -> Contract:
@@ -134,26 +143,26 @@ class Sum(nn.Module):
 
     @property
     def several(self) -> bool:
-        """Whether a term reads several teachers, so that outputs come as a list."""
+        """Whether a term reads several teachers, so that their outputs come as a list."""
         return any(map(attrgetter("several"), self.terms.values()))
 
     @property
     def scheduled(self) -> bool:
-        """Whether a weight or anything in a term depends on the step."""
+        """Whether a weight, or anything in a term, depends on the step."""
         weights = map(attrgetter("schedules"), self.weights.values())
         return any(weights) or any(map(attrgetter("scheduled"), self.terms.values()))
 
     def advance(self) -> None:
-        """Count one step, after `optimizer.step()`: what is scheduled moves on."""
+        """Count one step: schedules move on. Call it after `optimizer.step()`."""
         self.step += 1
         self._reminder.advanced()
 
     def check_teachers(self, count: int) -> None:
-        """Raise for a teacher, of so many, that no term reads, and for a term whose teacher isn't there."""
+        """Given `count` teachers, raise for one that no term reads and for a term whose teacher is missing."""
         refuse_unread(self, count)
 
     def plan(self, teachers: int = 1) -> Plan:
-        """What this step takes, with so many teachers: terms of weight 0 take nothing."""
+        """The terms to compute in this step, with this number of `teachers`; terms of weight 0 are left out."""
         weights, reads, indices = {}, {}, {}
         every = self.weights
         for name, term in self.terms.items():
@@ -167,7 +176,7 @@ class Sum(nn.Module):
         return Plan(weights, reads, indices, self.contract.layouts[0], weightings, balance)
 
     def plan_of_task(self) -> Plan:
-        """What an evaluation without teachers takes: the weighted mean of the terms that read none."""
+        """The plan of an evaluation without teachers: the weighted mean of the terms that read no teacher."""
         alone = {name: term for name, term in self.terms.items() if term.teacher == ()}
         weights = {name: self.weights[name].at(self.step) for name in alone}
         total = sum(weights.values())
@@ -179,16 +188,16 @@ class Sum(nn.Module):
         return Plan(weights, reads, dict.fromkeys(alone, ()), self.contract.layouts[0])
 
     def locate(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
-        """Find the blocks that the terms read."""
+        """Find the blocks that the terms read in `student` and `teachers`."""
         for term in self.terms.values():
             term.locate(student, teachers)
 
     def prepare(self, student: nn.Module, teachers: nn.Module | Sequence[nn.Module | None]) -> "Sum":
-        """Find both models' blocks and build the projections; do it before the optimizer.
+        """Find the blocks of `student` and teachers and build the projections; call it before making the optimizer.
 
-        `teachers` is a model or a list of some, None for a stored one. Widths are read from Hugging Face
-        configurations; `Distiller.prepare(student, **batch)` and `Distillation.prepare(**batch)` measure those of
-        other models.
+        `teachers` is a model or a list of models, None for a stored teacher. Widths are read from Hugging Face
+        configurations. For other models `Distiller.prepare(student, **batch)` and `Distillation.prepare(**batch)`
+        measure them on a batch.
         """
         modules = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
         for term in self.terms.values():
@@ -196,12 +205,12 @@ class Sum(nn.Module):
         return self
 
     def candidates(self, teachers: int = 1) -> Plan:
-        """What has to be seen of the models before everything that is trained can be built."""
+        """The plan of the pass that captures what is needed to build trained modules, for so many `teachers`."""
         reads = {name: r for name, term in self.terms.items() if (r := term.candidates()) is not None}
         return Plan({}, reads, {name: self.terms[name].teachers(teachers) for name in reads})
 
     def measure(self, name: str, student: Captured, teacher: Captured) -> None:
-        """Build what a term trains, for what its candidates were seen to give."""
+        """Build the trained modules of the term `name` for what was captured of `student` and `teacher`."""
         self.terms[name].measure(student, teacher)
 
     def forward(
@@ -220,11 +229,11 @@ class Sum(nn.Module):
         task_terms: Mapping[str, Tensor] | None = None,
         ahead: Ahead | None = None,
     ) -> Float[Tensor, "..."]:
-        """The weighted sum; see the class. The last four are said by whoever ran the models.
+        """The weighted sum; see the class. The last four arguments come from the code that ran the models.
 
-        `plan` is that of this step; `causal` holds in place of the sum's own; `task_terms` are numbers that the
-        student adds to its cross-entropy, and join it here; `ahead` is how many positions count, where the device was
-        asked before the models ran.
+        `plan` is this step's plan; `causal` replaces the sum's own; `task_terms` are losses that the student adds to
+        its cross-entropy, and are added to it here; `ahead` is the number of positions that count, if it was copied
+        from the device before the models ran.
         """
         eager = not torch.compiler.is_compiling()
         if eager and torch.is_grad_enabled() and self.scheduled:
@@ -260,12 +269,12 @@ class Sum(nn.Module):
         self.terms[term.name], self.weights[term.name] = term, _weight_of(term, factors)
 
     def _hold_weightings(self) -> None:
-        """Each weighting once, however many terms it weighs: what it learns is saved with the sum."""
+        """Hold each weighting once, however many terms it weighs, so that the sum saves what it learns."""
         every = [weight.weighting for weight in self.weights.values()]
         self.weightings = nn.ModuleList(dict.fromkeys(w for w in every if w is not None))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(getattr(type(self), name, None), property):  # nn.Module would register a module beside it
+        if isinstance(getattr(type(self), name, None), property):  # nn.Module would register a module of that name
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -287,9 +296,9 @@ class Sum(nn.Module):
     __radd__ = __add__
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        """Load what was learned, by `nn.Module`'s method and with its `args` and `options`.
+        """Load learned parameters; `args` and `options` are those of `nn.Module.load_state_dict`.
 
-        What is in the `state_dict` needs its place: call `prepare` before.
+        Call `prepare` first: the modules whose parameters are in `state_dict` have to exist.
         """
         with told_to_prepare(self, state_dict, "distill.prepare(student, **batch)"):
             return super().load_state_dict(state_dict, *args, **options)
@@ -330,7 +339,7 @@ class Sum(nn.Module):
 
 
 def as_criterion(criterion: Any) -> Any:
-    """A term by itself is the sum of it alone; anything else has to be a module."""
+    """Turn a single term into a sum; anything else has to be a module."""
     if isinstance(criterion, Term):
         return Sum(criterion)
     if not isinstance(criterion, nn.Module):
@@ -341,15 +350,15 @@ def as_criterion(criterion: Any) -> Any:
     return criterion
 
 
-def _balance_of(own: Balance | None, parts: Sequence[Any], names: list[str]) -> Balance | None:
-    """A sum's own, built for its terms, or that of the sum it is made of."""
+def _balance_of(own: Balance | None, operands: Sequence[Any], names: list[str]) -> Balance | None:
+    """The balance passed to a sum, built for its terms, or else the balance of the sum that it is made from."""
     if own is not None and not isinstance(own, Balance):
         raise TypeError(f"balance is a kdloss.balancing.Balance, got {own!r}; write kdloss.balancing.Uncertainty()")
-    balanced = [part for part in parts if isinstance(part, Sum) and part.balance is not None]
+    balanced = [sum_ for sum_ in operands if isinstance(sum_, Sum) and sum_.balance is not None]
     if balanced and (own is not None or [*balanced[0].terms] != names):
         raise ValueError(
-            "a sum with a balance was added to others, whose terms it doesn't know; say it once, on the whole sum: "
-            "kdloss.Sum(*terms, balance=...)"
+            "a sum with a balance was added to other terms, and the balance was built without them; say it once, for "
+            "all terms: kdloss.Sum(*terms, balance=...)"
         )
     if own is not None:
         own.build(names)
@@ -362,13 +371,13 @@ def _weight_of(term: Term, factors: tuple[Any, ...]) -> Weight:
         raise ValueError(
             f"{weight.weighting} weighs terms that read one teacher, and {term.name!r} reads "
             f"{'several' if term.teacher else 'none'}; write kdloss.Logits(teacher=0) + kdloss.Logits(teacher=1, "
-            "name='second') in place of teacher='all', and terms without a teacher outside of the brackets"
+            "name='second') in place of teacher='all', and add terms without a teacher outside of the brackets"
         )
     return weight
 
 
 def _flat(terms: Sequence[Any]) -> Iterator[tuple[Term, tuple[Any, ...]]]:
-    """Terms with the factors of their weights."""
+    """Each term with the factors of its weight."""
     for term in terms:
         if isinstance(term, Sum):
             yield from ((part, term.weights[name].factors) for name, part in term.terms.items())

@@ -1,4 +1,4 @@
-"""Any other loss of the task."""
+"""Any other loss of the task, as a term."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,23 +14,23 @@ from kdloss.terms.term import Term, Where
 
 
 class Task(Term):
-    r"""A loss of the task that is no cross-entropy, or the student's own.
+    r"""Any loss function of the task, or the loss that the student itself returns.
 
-    $f(\text{student's output}, \text{labels})$, or without f the loss that the student itself returns.
+    $f(\text{student's output}, \text{labels})$; without f, the student's own `outputs.loss`.
 
-    - `function`: of the student's output, as its forward pass returned it, and the labels, as they were given;
-      returns one value per position (under `causal` one per label from the second on) or a scalar. None reads
-      `outputs.loss`: the labels are passed to the student, which then makes its logits as a whole.
-    - `take`: which part of the student's output the function gets, or where its own loss is if not at `loss`: an
-      index, a key, a path or a function.
+    - `function`: a function of (student output, labels), both as they were passed. It returns one value per position
+      (with `causal` one per label, without the first label) or a scalar. None uses `outputs.loss`: the labels are then
+      passed to the student, which computes its full logits.
+    - `take`: which part of the student's output the function gets: an index, a key, a path or a function. Without a
+      function: where the student's own loss is, if not at `loss`.
     - `positions`: "labels" or "mask", as in `kdloss.terms.Term`.
-    - `name`: the entry among the components.
+    - `name`: the term's entry in `components`.
 
-    A value at a position that doesn't count is left out, and its gradient with it; what the function makes of NaN
-    there is its own affair. A scalar counts as the mean over the positions that count: under `num_items_in_batch` it
-    is weighted by their share in it, under reduction "sum" by their number.
+    Values at positions that don't count are dropped, and their gradients too; the function itself has to cope with NaN
+    inputs there. A scalar is taken as the mean over the positions that count: with reduction "sum" it is multiplied by
+    their number, with `num_items_in_batch` it is multiplied by their number and divided by that.
 
-    Raises: TypeError where the student returns no loss; ValueError for values of another shape.
+    Raises: TypeError if the student returns no loss; ValueError for values of another shape.
 
     >>> import torch
     >>> def error(output, labels):
@@ -51,13 +51,13 @@ class Task(Term):
         super().__init__(name=name, positions=positions)
         if function is not None and not callable(function):
             raise TypeError(
-                f"function is a loss of (student output, labels), got {function!r}; leave it out for the student's "
+                f"function is a function of (student output, labels), got {function!r}; leave it out for the student's "
                 "own loss"
             )
         self.function, self.take = function, take
 
     def reads(self) -> Reads:
-        """The student's output as it is, and its own loss where there is no function."""
+        """The student's output as it is; without a function, the student's own loss."""
         if self.function is None:
             return Reads(why="the student computes its own loss", own_loss=True)
         return Reads(why=f"the term {self.name!r} reads the student's output")

@@ -1,4 +1,4 @@
-"""One thing to be learned."""
+"""The base class of all terms."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -17,15 +17,16 @@ Where = Literal["labels", "mask"]
 
 
 class Term(nn.Module):
-    """One thing to be learned, to be weighted and added up: `0.3 * term + other` is a `kdloss.Sum`.
+    """One loss to be weighted and added to others: `0.3 * term + other` is a `kdloss.Sum`.
 
-    A term of your own is a subclass with `loss`, which gives one value per position, or one number, of one step
-    (`kdloss.terms.Step`). What it reads of the models, if not everything, it says by `reads`
-    (`kdloss.terms.Reads`). Parameters of its own are trained with the student.
+    To write a term of your own, inherit from this class and define `loss`. It gets one step (`kdloss.terms.Step`) and
+    returns one value per position, or one number. By default a term may read everything that the models return; define
+    `reads` (`kdloss.terms.Reads`) to ask for less. A term's own parameters are trained with the student.
 
-    - `name`: its entry among the components.
-    - `teacher`: which teachers it reads: an index, several, "all", or () for none.
-    - `positions`: "labels" counts where labels and mask say so, "mask" where the mask does, unlabelled or not.
+    - `name`: the term's entry in `components`.
+    - `teacher`: which teachers the term reads: an index, several indices, "all", or () for none.
+    - `positions`: "labels" counts a position if the labels and the mask both keep it; "mask" counts it if the mask
+      keeps it, with or without a label.
 
     >>> import torch, kdloss
     >>> class Confidence(kdloss.terms.Term):
@@ -37,7 +38,7 @@ class Term(nn.Module):
     """
 
     def __init__(self, *, name: str = "term", teacher: Teachers = (), positions: Where = "labels") -> None:
-        if torch.compiler.is_compiling() and not TRACES_MODULES:  # with graph breaks it is made outside, behind this
+        if torch.compiler.is_compiling() and not TRACES_MODULES:  # with graph breaks torch makes it outside the graph
             raise RuntimeError(
                 f"{type(self).__name__} is made inside a function compiled with fullgraph=True: make terms and "
                 "criteria before, and compile what calls them"
@@ -45,8 +46,8 @@ class Term(nn.Module):
         super().__init__()
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
             raise ValueError(
-                f"a term's name is a word without dots that torch.nn.ModuleDict doesn't know, got {name!r}; write "
-                "name='...'"
+                f"a term's name is a word without dots that is no attribute of torch.nn.ModuleDict, got {name!r}; "
+                "write name='...'"
             )
         _checks.choice("positions", positions, ("labels", "mask"))
         self.name = name
@@ -55,43 +56,43 @@ class Term(nn.Module):
         self.positions: Where = positions
 
     def reads(self) -> Reads:
-        """What this term asks of the models in this step."""
+        """What this term reads from the models in this step."""
         return Reads()
 
     def loss(self, step: Step) -> Tensor:
-        """One value for each of the step's positions, or one number for all of them."""
+        """Compute one value for each of the step's positions, or one number for all of them."""
         raise NotImplementedError(f"{type(self).__name__} is a term without a loss: define loss(self, step)")
 
     def forward(self, *args: Any, **settings: Any) -> Tensor:
-        """The loss as that of a sum of this term alone, with its `args` and `settings`: see `kdloss.Sum`."""
+        """The loss of a `kdloss.Sum` of this term alone, called with the same `args` and `settings`."""
         loss: Tensor = (1.0 * self)(*args, **settings)
         return loss
 
     def retain(self, teacher: Any) -> Any:
-        """What of a teacher's output this term needs; all else is let go of before the next teacher runs."""
+        """The part of a teacher's output that this term needs; the rest is freed before the next teacher runs."""
         return teacher
 
     def locate(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
-        """Find what it reads in `student` and `teachers`, once; a stored teacher is None."""
+        """Find the blocks that the term reads in `student` and `teachers`, once; a stored teacher is None."""
 
     def prepare(self, student: nn.Module, teachers: Sequence[nn.Module | None]) -> None:
-        """Build what is trained, as far as `student` and `teachers` have configurations; before the optimizer."""
+        """Build the trained modules from the configurations of `student` and `teachers`, before the optimizer."""
         self.locate(student, teachers)
 
     def candidates(self) -> Reads | None:
-        """What has to be seen of both models before `measure` can build what is trained."""
+        """What has to be captured from both models so that `measure` can build the trained modules."""
         return None
 
     def measure(self, student: Captured, teacher: Captured) -> None:
-        """Build what is trained, for the candidates that were captured of `student` and `teacher`."""
+        """Build the trained modules for the candidates captured from `student` and `teacher`."""
 
     @property
     def scheduled(self) -> bool:
-        """Whether anything but the weight depends on the step."""
+        """Whether anything in the term, apart from its weight, depends on the step."""
         return False
 
     def teachers(self, count: int) -> tuple[int, ...]:
-        """The teachers that it reads, of `count` that there are."""
+        """The indices of the teachers that the term reads, out of `count` teachers."""
         if self.teacher == "all":
             return tuple(range(count))
         for k in self.teacher:
@@ -104,7 +105,7 @@ class Term(nn.Module):
         return named
 
     def __mul__(self, weight: Any) -> "Any":
-        from kdloss.terms.sum import Sum  # a sum is made of terms
+        from kdloss.terms.sum import Sum  # here, since that module imports this one
 
         return Sum(self) * weight
 
@@ -115,7 +116,7 @@ class Term(nn.Module):
 
         return Sum(self) + other
 
-    __radd__ = __add__  # the terms of a sum have no order; sum(terms) begins with 0
+    __radd__ = __add__  # the order of terms doesn't matter; Python's sum(terms) begins with 0
 
 
 def _indices(teacher: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Weights over teachers, from what the teachers say."""
+"""Weights of teachers, computed from their predictions or drawn at random."""
 
 from kdloss.weighting._drawn import drawn
 from kdloss.weighting._weighting import Weighting

@@ -1,4 +1,4 @@
-"""One teacher in every step, by chance."""
+"""One teacher per step, drawn at random."""
 
 import random
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ from kdloss.targets.mixture import checked_weights
 
 
 def drawn(probabilities: Sequence[float], seed: int = 0) -> list[Schedule]:
-    """One function of the step for each teacher: 1 in the steps in which it is drawn, else 0; one is in every step.
+    """Draw one teacher per step: gives one schedule per teacher, 1 in the steps where it is drawn, else 0.
 
-    - `probabilities`: of each teacher, non-negative and of sum 1. `seed`: of the draw, which a step's number decides,
-      so that a resumed run draws as an undisturbed one.
+    - `probabilities`: one for each teacher, non-negative and with sum 1.
+    - `seed`: the seed of the draws. The number of the step decides each draw, so a resumed run draws the same teachers
+      as an uninterrupted one.
 
-    A teacher that wasn't drawn isn't run. Raises: ValueError for probabilities that are none.
+    A teacher that isn't drawn isn't run. Raises: ValueError for probabilities that are negative or don't add up to 1.
 
     >>> import kdloss
     >>> first, second = kdloss.weighting.drawn([0.7, 0.3])

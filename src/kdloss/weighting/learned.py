@@ -1,4 +1,4 @@
-"""Weights that learn from the labels which teacher knows them."""
+"""Weights of teachers that are learned from the labels."""
 
 import torch
 from jaxtyping import Float
@@ -10,13 +10,15 @@ from kdloss.weighting.scores import of_label
 
 
 class Learned(Weighting):
-    r"""One weight for each teacher: how often, so far, it was the one that knew the label.
+    r"""One weight for each teacher, learned from how well the teachers predict the labels.
 
-    $w_k \leftarrow m\,w_k + (1-m)\,\frac{1}{N}\sum_n \frac{w_k\,p_k(y_n)}{\sum_j w_j\,p_j(y_n)}$ in every step of a
-    training: the most likely weights of the mixture of all teachers, given the labels. The loss of distilling has no
-    say in them: it would choose the teacher that is easiest to follow. They are a buffer, saved with the criterion.
+    $w_k \leftarrow m\,w_k + (1-m)\,\frac{1}{N}\sum_n \frac{w_k\,p_k(y_n)}{\sum_j w_j\,p_j(y_n)}$ in every training
+    step: an estimate of the weights that make the labels most likely under the mixture of all teachers. The
+    distillation loss doesn't train them, since it would choose the teacher that is easiest to imitate. The weights are
+    a buffer, saved with the criterion.
 
-    - `teachers`: how many there are. `momentum`: m, how much of the weights stays in a step, from 0 to below 1.
+    - `teachers`: the number of teachers.
+    - `momentum`: m, the part of the weights that a step keeps, from 0 to 1.
 
     >>> import kdloss
     >>> learned = kdloss.weighting.Learned(2, momentum=0.9)
@@ -39,7 +41,7 @@ class Learned(Weighting):
         self.register_buffer("weights", torch.full((teachers,), 1 / teachers))
 
     def shares(self, scores: Float[Tensor, " teachers *batch"], counted: Tensor | None) -> Tensor:
-        """The weights, everywhere alike; in training they learn from these scores, where `counted`."""
+        """The weights, the same at all positions; in training they are updated with the `scores` where `counted`."""
         if len(scores) != len(self.weights):
             raise ValueError(f"Learned({len(self.weights)}) weighs as many teachers, and {len(scores)} are read")
         weights = self.weights.to(scores.dtype, copy=True)
