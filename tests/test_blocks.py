@@ -223,15 +223,15 @@ def test_products_of_16_bits_are_added_unrounded_by_what_a_device_can(here, way,
             return here.get(name) or getattr(torch, name)
 
     monkeypatch.setattr(gradients, "torch", Torch())
-    gradients.mixed_product.cache_clear()
-    found = gradients.mixed_product("cpu", torch.bfloat16, torch.float32)
+    gradients.wide_product.cache_clear()
+    found = gradients.wide_product("cpu", torch.bfloat16, torch.float32)
     assert found is (None if way is None else getattr(gradients, way))
     a, b = torch.randn(30, 40).bfloat16(), torch.randn(40, 5).bfloat16()
     total = torch.randn(30, 5)
     exact = total.double() + a.double() @ b.double()
     gradients.add_product(total, a, b, rows=7)
     torch.testing.assert_close(total.double(), exact, rtol=1e-6, atol=1e-5)
-    gradients.mixed_product.cache_clear()
+    gradients.wide_product.cache_clear()
 
 
 @pytest.mark.parametrize("block", [64, 16])

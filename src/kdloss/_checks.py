@@ -135,7 +135,7 @@ def rows(name: str, student: Tensor, teacher: Tensor, same_width: bool, least: i
     same_place("teacher features", student, teacher)
 
 
-def whole(name: str, value: int) -> int:
+def whole_number(name: str, value: int) -> int:
     """A whole number of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
@@ -149,7 +149,7 @@ def one_width(name: str, student: int, teacher: int) -> int:
             f"{name} compares features of one width, got {student} (student) and {teacher} (teacher). The "
             f"student's features come projected: write kdloss.distances.{name}({teacher}, {teacher})"
         )
-    return whole("width", teacher)
+    return whole_number("width", teacher)
 
 
 def grid(size: tuple[int, ...], positions: int) -> tuple[int, ...] | None:
@@ -162,8 +162,8 @@ def grid(size: tuple[int, ...], positions: int) -> tuple[int, ...] | None:
 
 def heads(name: str, heads: int, parts: int, *widths: int) -> None:
     """Projections of some heads, as many parts (query, key, value) of equal width side by side."""
-    whole(f"{name}'s number of heads", heads)
-    whole(f"{name}'s number of parts", parts)
+    whole_number(f"{name}'s number of heads", heads)
+    whole_number(f"{name}'s number of parts", parts)
     if any(width % (heads * parts) for width in widths):
         student, teacher = widths
         raise ValueError(
