@@ -220,5 +220,5 @@ def test_steps_that_are_no_count_are_refused_with_an_example(name):
 
 @pytest.mark.parametrize("ends", [(0, 1), (1, 0), (-1, -2)])
 def test_an_exponential_to_or_from_zero_is_refused_with_the_ways_out(ends):
-    with pytest.raises(ValueError, match=r"both ends lie above 0, got start=.*1e-3, or linear or cosine"):
+    with pytest.raises(ValueError, match=r"both ends must be above 0, got start=.*1e-3, or linear or cosine"):
         exponential(*ends, 10)

@@ -73,7 +73,7 @@ class ShardedLogits:
 
     @property
     def shard(self) -> Shard:
-        """This process's shard of the vocabulary."""
+        """The shard of the vocabulary in this process."""
         return Shard(self.group, self.sizes or ())
 
     @property
