@@ -192,7 +192,7 @@ def logit_shapes(student: Size, teacher: Size, teacher_classes: int | None) -> N
     if student[:-1] != teacher[:-1]:
         raise ValueError(
             f"student logits have shape {tuple(student)} and teacher logits {tuple(teacher)}; "
-            "they must have the same positions, nothing is broadcast"
+            "they must stand at the same positions, nothing is broadcast"
         )
     if t is not None and s != t:
         raise ValueError(

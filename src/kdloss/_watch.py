@@ -74,8 +74,8 @@ class Reminder:
             self._said = True
             self._steps.remove()
             log.warning(
-                "an optimizer stepped and the criterion did not: what is scheduled stays where it is. Write "
-                "criterion.advance() after optimizer.step()"
+                "an optimizer stepped and the criterion did not: its scheduled weights and temperatures don't change. "
+                "Write criterion.advance() after optimizer.step()"
             )
             return
         self._steps.start()
@@ -101,8 +101,8 @@ def _check(log: logging.Logger, optimizer: Optimizer, student: nn.Module, criter
         others = (one for one in gc.get_objects() if issubclass(type(one), Optimizer))
         if all(_held(other).isdisjoint(trained) for other in others):
             log.warning(
-                "%s took a step with the student's parameters, and no optimizer has the criterion's, which stay "
-                "as they are: %s. Write optimizer = AdamW([*student.parameters(), *criterion.parameters()]), or "
+                "%s took a step with the student's parameters, and no optimizer has the criterion's, which are not "
+                "trained: %s. Write optimizer = AdamW([*student.parameters(), *criterion.parameters()]), or "
                 "train a kdloss.Distillation, whose parameters() are both",
                 *(type(optimizer).__name__, ", ".join(trained.values())),
             )

@@ -50,10 +50,8 @@ class Plan:
 
     @property
     def coarseness(self) -> int:
-        """How many times more rows to take at a time: top-k work has a fixed cost per block."""
-        return (
-            4 if self.top_k and not (self.groups or self.by_autograd) else 1
-        )  # needs little memory beside the gradient
+        """How many times more rows to take at a time: top-k work alone needs little memory beside the gradient."""
+        return 4 if self.top_k and not (self.groups or self.by_autograd) else 1
 
     @property
     def scratch(self) -> bool:

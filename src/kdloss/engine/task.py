@@ -152,7 +152,7 @@ class TeacherTask:
                 raise ValueError(f"{self.name} compares logits, top-k logits hold probabilities; take forward_kl")
             if takes(self.divergence, "labels") or getattr(function, "needs_classes", False):
                 raise ValueError(
-                    f"{self.name} looks labels up among all classes, of which top-k logits hold a few; write "
+                    f"{self.name} looks labels up among all classes, and top-k logits hold only a few; write "
                     "TopKLogits(..., tail='uniform')"
                 )
 

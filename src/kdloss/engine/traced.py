@@ -165,7 +165,7 @@ def structure(plan: Plan, tasks: Sequence[Task]) -> Hashable:
 
 
 def _like(temperature: float) -> float:
-    """A temperature that stands for its code path: 1 and 2 have their own, those above 8 share one, and the others."""
+    """A number for a temperature's code path: 1 and 2 have their own, those above 8 share one, and so do the others."""
     return temperature if temperature in (1, 2) else 16.0 if temperature > 8 else 4.0
 
 

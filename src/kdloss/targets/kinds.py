@@ -93,8 +93,8 @@ def check(student: AnyLogits, teacher: AnyLogits) -> None:
     shares = [x.sizes if isinstance(x, ShardedLogits) else None for x in (student, teacher)]
     if shares[0] != shares[1]:
         raise ValueError(
-            "student and teacher are sharded over the vocabulary alike or not at all; bring the teacher's "
-            "to the student's placement, or write kdloss.ShardedLogits(its part, group)"
+            "student and teacher must both be sharded over the vocabulary, in the same way, or neither; bring the "
+            "teacher's logits to the student's placement, or write kdloss.ShardedLogits(local_logits, group)"
         )
     _checks.logit_shapes(student.shape, teacher.shape, classes(teacher))
     _checks.same_place("teacher logits", student, teacher)
