@@ -127,7 +127,7 @@ def test_only_trained_parameters_are_named(pair, caplog):
     watch(student, criterion, LOG)
     step(SGD(student.parameters(), lr=0.1), student)
     (message,) = said(caplog)
-    assert "as they are: projection.weight. Write" in message
+    assert "which are not trained: projection.weight. Write" in message
 
 
 def test_parameters_are_compared_as_they_are_at_the_step(pair, caplog):
