@@ -17,7 +17,7 @@ LEFT_OUT = {
     "under_a_scaler": "it is written for the CPU's autocast",
     "without_data": "it is about tensors without data",
     "meta_tensors": "it is about tensors without data",
-    "three_digits": "rows are compared term by term where looking at numbers waits for nothing",
+    "three_digits": "rows are compared term by term only where reading numbers needs no synchronisation",
     "few_logits_are_compared": "few logits are one block in float64 on a CPU",
     "never_multiplied": "how many positions count is not known there before the models run",
     "size_of_the_logits": "blocks of rows are larger there",

@@ -161,7 +161,7 @@ def test_a_teacher_is_multiplied_once_for_itself_and_for_averages_at_all_tempera
     assert cost(TeacherTask(divergences.forward_kl, unread)) == 3 + 3
 
 
-def test_what_an_average_and_others_read_is_the_same_for_all(cut):
+def test_averages_and_single_teachers_that_share_logits_equal_the_oracle(cut):
     student, teachers = lazy(0).dense().requires_grad_(), [lazy(k) for k in (1, 2, 3, 4)]
     mixed = [Mixture(teachers), Mixture(teachers[:3], [0.5, 0.25, 0.25]), Mixture(teachers, average="logits")]
     reads = [(m, t) for m in mixed for t in (1.0, 3.0)] + [(teachers[1], 2.0)]
@@ -223,15 +223,15 @@ def test_products_of_16_bits_are_added_unrounded_by_what_a_device_can(here, way,
             return here.get(name) or getattr(torch, name)
 
     monkeypatch.setattr(gradients, "torch", Torch())
-    gradients.mixed_product.cache_clear()
-    found = gradients.mixed_product("cpu", torch.bfloat16, torch.float32)
+    gradients.wide_product.cache_clear()
+    found = gradients.wide_product("cpu", torch.bfloat16, torch.float32)
     assert found is (None if way is None else getattr(gradients, way))
     a, b = torch.randn(30, 40).bfloat16(), torch.randn(40, 5).bfloat16()
     total = torch.randn(30, 5)
     exact = total.double() + a.double() @ b.double()
     gradients.add_product(total, a, b, rows=7)
     torch.testing.assert_close(total.double(), exact, rtol=1e-6, atol=1e-5)
-    gradients.mixed_product.cache_clear()
+    gradients.wide_product.cache_clear()
 
 
 @pytest.mark.parametrize("block", [64, 16])
@@ -272,7 +272,7 @@ def whole(hidden, weight, bias):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_a_head_of_which_no_position_counts_gets_zeros(alpha):
+def test_a_head_gets_a_gradient_of_zeros_where_no_position_counts(alpha):
     x = lazy(0)
     leaves = [t.requires_grad_() for t in (x.hidden, x.weight, x.bias)]
     VanillaKD(T, alpha)(LazyLogits(*leaves), lazy(1), torch.full_like(LABELS, -100)).backward()

@@ -156,7 +156,7 @@ def test_classes_without_names_are_taken_as_they_come_and_that_is_said(caplog):
     student, teacher = make([f"LABEL_{i}" for i in range(3)], 0), make(NLI[::-1], 1)
     out = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0))(student, **inputs)
     same(out, kl(student(**only(inputs)).logits, teacher(**only(inputs)).logits), student)
-    assert "(entailment, neutral, contradiction) and the student doesn't: they are taken" in caplog.text
+    assert "(entailment, neutral, contradiction) and the student doesn't: both are assumed" in caplog.text
 
 
 def test_names_that_are_not_of_the_logits_say_nothing():

@@ -194,7 +194,7 @@ def test_a_criterion_gives_the_same_loss_and_gradients_whatever_it_is_given(kind
     assert [block.given_up for block in compiled._blocks.values()] == [False]
 
 
-def test_on_a_cpu_what_has_a_top_k_teacher_is_not_compiled():
+def test_on_a_cpu_work_with_a_top_k_teacher_is_not_compiled():
     student, teacher = logits()
     switch.set_compile(True)
     VanillaKD()(student.requires_grad_(), TopKLogits.of(teacher, 9), LABELS).backward()
@@ -243,7 +243,7 @@ def test_where_it_cannot_be_compiled_a_warning_says_why_and_the_loss_is_right(mo
     expect_uncompiled(monkeypatch, caplog, "no compiler here")
 
 
-def test_where_what_is_compiled_differs_it_is_given_up(monkeypatch, caplog):
+def test_compiled_work_that_gives_other_numbers_is_given_up(monkeypatch, caplog):
     def wrong(function, options):
         def block(rows, out):
             values = function(rows, out)
@@ -296,7 +296,7 @@ def test_the_switch_is_automatic_unless_the_environment_or_the_function_says_oth
     assert switch.wanted(torch.device(kind)) is expected
 
 
-def test_anything_else_is_refused(monkeypatch):
+def test_another_mode_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="\"auto\", True or False, got 'yes'"):
         kdloss.set_compile("yes")
     monkeypatch.setenv("KDLOSS_COMPILE", "yes")

@@ -31,7 +31,7 @@ def test_value_and_gradient_agree_with_the_float64_oracle(dtype):
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
-def test_logits_in_float64_keep_their_digits_beside_class_weights_in_float32(smoothing):
+def test_float64_logits_lose_no_digits_to_float32_class_weights(smoothing):
     logits, _ = sample(3, 4, 5, dtype=torch.float64)
     weight = torch.tensor([0.1, 1.0, 0.7, 3.0, 0.0])
     criterion = 1.0 * kdloss.CrossEntropy(label_smoothing=smoothing, class_weights=weight)
@@ -44,7 +44,7 @@ def test_logits_in_float64_keep_their_digits_beside_class_weights_in_float32(smo
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.0, 1.0])])
-def test_smoothing_of_1_leaves_the_label_no_part_even_where_its_class_is_excluded(weight):
+def test_with_smoothing_of_1_the_label_has_no_weight_even_where_its_class_is_excluded(weight):
     logits = torch.tensor([[0.5, -float("inf"), 1.0]])
     value = (1.0 * kdloss.CrossEntropy(label_smoothing=1.0, class_weights=weight))(logits, None, torch.tensor([1]))
     assert value.item() == (float("inf") if weight is None else pytest.approx(0.482718, rel=1e-5))

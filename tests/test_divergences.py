@@ -56,7 +56,7 @@ def test_a_tiny_weight_is_accurate_in_float32_against_fifty_digits(beta):
     assert kdloss.divergences.jsd(student, teacher, beta=beta).item() == pytest.approx(exact, rel=1e-5)
 
 
-def test_what_is_skewed_is_bounded_and_without_skew_it_is_the_plain_kl():
+def test_a_skewed_kl_is_bounded_and_without_skew_it_is_the_plain_kl():
     student, teacher = sample(4, 7)
     for skewed, plain in (
         (kdloss.divergences.skewed_forward_kl, kdloss.divergences.forward_kl),
@@ -68,7 +68,7 @@ def test_what_is_skewed_is_bounded_and_without_skew_it_is_the_plain_kl():
         assert skewed(one, other, skew=0.25).item() == pytest.approx(np.log(4))
 
 
-def test_symmetric_kl_and_jsd_at_one_half_do_not_know_who_is_the_teacher():
+def test_symmetric_kl_and_jsd_at_one_half_are_symmetric():
     student, teacher = (x.detach() for x in sample(4, 7, dtype=torch.float64))
     for loss in (kdloss.divergences.symmetric_kl, kdloss.divergences.jsd):
         torch.testing.assert_close(loss(student, teacher), loss(teacher, student))
@@ -84,7 +84,7 @@ def test_adaptive_kl_weighs_by_the_difference_in_head_and_tail():
 
 
 @pytest.mark.parametrize("teacher", [[0.0, -8000.0, -8000.0], [0.0, -8.0, -9000.0]])
-def test_head_and_tail_that_hardly_differ_weigh_with_all_digits_where_a_divergence_is_large(teacher):
+def test_the_weights_of_adaptive_kl_are_precise_where_head_and_tail_hardly_differ(teacher):
     student, teacher = torch.tensor([[0.0, -8.1, -12.0]]), torch.tensor([teacher])
     exact = oracles.adaptive_kl(student.double().numpy(), teacher.double().numpy())
     np.testing.assert_allclose(kdloss.divergences.adaptive_kl(student, teacher), exact, rtol=1e-5)
@@ -113,7 +113,7 @@ def test_logit_mse_and_bernoulli_kl_see_a_constant_that_a_softmax_does_not():
     assert kdloss.divergences.bernoulli_kl(teacher + 3, teacher).item() == pytest.approx(odds)
 
 
-def test_temperature_leaves_logit_mse_alone_and_still_has_to_be_one():
+def test_temperature_does_not_change_logit_mse_and_is_still_checked():
     student, teacher = sample(4, 7)
     assert torch.equal(
         kdloss.divergences.logit_mse(student, teacher, temperature=9.0),
@@ -212,7 +212,7 @@ def test_a_label_alone_in_its_row_has_no_others_to_compare():
         assert not grad(value, rows)[0].any()
 
 
-def test_where_one_side_alone_has_others_the_label_against_them_is_all_there_is_to_compare():
+def test_where_only_one_side_has_other_classes_only_label_or_not_is_compared():
     alone, even = torch.tensor([[0.0, -INF, -INF]]), torch.tensor([[0.0, 1.0, 2.0]])
     labels = torch.tensor([0])
     minus_log_q = F.cross_entropy(even, labels).item()

@@ -499,7 +499,7 @@ def test_a_loss_scaled_by_anything_scales_its_gradients(kind, scale, either):
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
-def test_values_per_position_take_any_gradient_from_above(kind, cut):
+def test_values_per_position_take_any_upstream_gradient(kind, cut):
     x = given()
     upstream = torch.randn(2, 7, dtype=torch.float64)
     upstream[1] = 0
@@ -522,7 +522,7 @@ def test_either_term_may_be_used_without_the_other(kind, alpha, cut):
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 2), (0, 1)])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_what_is_frozen_gets_no_gradient_and_the_others_theirs(frozen, reduction, cut):
+def test_frozen_tensors_get_no_gradient_and_the_others_get_theirs(frozen, reduction, cut):
     x = given()
     expected = exact("forward_kl", x, 2.0, 0.4, LABELS, LABELS != -100, torch.ones(2, 7))
     for i in frozen:
@@ -624,7 +624,7 @@ def test_bfloat16_logits_far_beyond_float16_are_finite(cut):
 
 @every_divergence
 @pytest.mark.parametrize("when", ["mean", "none"])
-def test_under_autocast_lazy_logits_are_those_of_the_dense_way(name, when, cut):
+def test_under_autocast_lazy_logits_equal_dense_ones(name, when, cut):
     x = given((2, 7), classes=23, dtype=torch.float32)
     criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name], reduction=when)
     found = []
@@ -977,7 +977,7 @@ def test_classes_excluded_by_both_sides_add_nothing(name):
 @every_divergence
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_what_is_no_number_at_a_position_that_counts_is_no_number_in_the_loss(name, bad, whose):
+def test_nan_at_a_position_that_counts_is_nan_in_the_loss(name, bad, whose):
     student, teacher = torch.randn(2, 3, 6)
     (student if whose == "student" else teacher)[1, 2] = bad
     student.requires_grad_()
@@ -1364,7 +1364,7 @@ def all_agree(loss, values, x, expected, weights, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_several_tasks_are_the_sum_of_what_each_is(kind, cut):
+def test_several_tasks_give_the_sum_of_each_alone(kind, cut):
     x = given()
     student, tasks = several(kind, x)
     for task in tasks:
@@ -1391,7 +1391,7 @@ def test_divergences_at_one_temperature_do_not_disturb_each_other(name, cut):
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "mixture", "top-k bucket"])
 @pytest.mark.parametrize("reduction", ["fused", "per position"])
-def test_a_row_without_weight_gets_nothing_whatever_its_task_says_there(kind, reduction, either):
+def test_a_row_of_weight_0_gets_no_gradient_from_its_task(kind, reduction, either):
     x = given()
     weights = torch.rand(3, len(SOME), dtype=torch.float64)
     weights[0, ::2] = weights[1, 1::3] = weights[2, 4:6] = 0
@@ -1428,7 +1428,7 @@ def rows_of(teacher):
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy"])
-def test_a_student_that_is_no_number_where_nothing_counts_has_a_gradient_of_zero_there(kind, either):
+def test_a_nan_student_has_a_gradient_of_zero_where_nothing_counts(kind, either):
     x = given()
     x.student[0].data[0, 3] = NAN
     student, tasks = several(kind, x, labels=SOME.new_zeros(14))
@@ -1483,7 +1483,7 @@ def test_second_derivatives_by_student_and_weights_are_right(kind, cut):
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "mixture", "top-k bucket"])
-def test_values_of_several_tasks_take_any_gradient_from_above(kind, cut):
+def test_values_of_several_tasks_take_any_upstream_gradient(kind, cut):
     x = given()
     student, tasks = several(kind, x)
     upstream = torch.randn(5, len(SOME), dtype=torch.float64)
@@ -1677,7 +1677,7 @@ def test_bits_are_the_same_numbers_whether_read_before_the_probabilities_or_afte
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
-def test_a_teacher_that_is_no_number_makes_its_rows_gradient_none(name):
+def test_a_nan_teacher_makes_the_gradient_of_its_rows_nan(name):
     z, t = torch.randn(2, 3, 300)
     z.requires_grad_()
     t[1, 7] = torch.nan

@@ -6,7 +6,7 @@ from kdloss.engine import compiled
 from kdloss.engine.once import _once, once
 
 
-def test_the_operator_is_what_a_compiler_is_told_that_it_is():
+def test_the_operator_keeps_the_promises_that_it_makes_to_the_compiler():
     rows = torch.randn(3, 1)
     torch.library.opcheck(_once, (rows,), test_utils=("test_schema", "test_faketensor"))
     assert torch.equal(_once(rows), rows)

@@ -133,7 +133,7 @@ def test_alpha_goes_from_reverse_kl_by_the_squared_hellinger_distance_to_forward
         torch.testing.assert_close(other_way, value.detach(), rtol=1e-10, atol=0)
 
 
-def test_what_alpha_beta_is_for_known_exponents():
+def test_at_known_exponents_alpha_beta_equals_the_known_divergence():
     student, teacher = sample(4, 7, dtype=torch.float64)
     q, p = student.softmax(-1), teacher.softmax(-1)
     for alpha, beta, expected in (
@@ -202,7 +202,7 @@ def test_a_class_that_one_side_excludes_is_finite_or_infinite_as_it_truly_is(way
 
 @WAYS
 @every_loss
-def test_no_number_among_logits_is_none_in_the_loss(way, loss):
+def test_nan_among_logits_is_nan_in_the_loss(way, loss):
     student, teacher = torch.tensor([[0.0, float("nan"), 1.0]]), torch.tensor([[0.0, 1.0, 2.0]])
     for s, t in ((student, teacher), (teacher, student)):
         value, slope = run(way, loss, s, t, 2.0)

@@ -69,7 +69,7 @@ def test_a_warmup_goes_up_to_a_number_and_stays():
     assert warmup(0, 2)(0) == 2
 
 
-def test_a_warmup_leads_to_another_schedule_where_that_has_come_meanwhile():
+def test_after_a_warmup_the_other_schedule_goes_on_from_the_current_step():
     then = cosine(1, 0, 10)
     schedule = warmup(4, then)
     assert [schedule(k) for k in range(4)] == [k / 4 * then(4) for k in range(4)]
@@ -208,7 +208,7 @@ def test_other_values_that_are_not_finite_numbers_are_refused_by_name():
 
 
 @pytest.mark.parametrize("name", [*CURVES, "warmup"])
-def test_steps_that_are_no_count_are_refused_with_an_example(name):
+def test_steps_that_are_no_integer_or_too_small_are_refused_with_an_example(name):
     make = functools.partial(CURVES[name], 1, 2) if name in CURVES else functools.partial(warmup, then=1)
     for steps in (1.5, "3", None, True, 10.0):
         with pytest.raises(TypeError, match=rf"{name}\(steps\) must be an integer, got {steps!r}; write .*steps=1000"):
@@ -220,5 +220,5 @@ def test_steps_that_are_no_count_are_refused_with_an_example(name):
 
 @pytest.mark.parametrize("ends", [(0, 1), (1, 0), (-1, -2)])
 def test_an_exponential_to_or_from_zero_is_refused_with_the_ways_out(ends):
-    with pytest.raises(ValueError, match=r"both ends lie above 0, got start=.*1e-3, or linear or cosine"):
+    with pytest.raises(ValueError, match=r"both ends must be above 0, got start=.*1e-3, or linear or cosine"):
         exponential(*ends, 10)

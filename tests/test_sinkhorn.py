@@ -46,7 +46,7 @@ def test_for_small_epsilon_it_is_the_wasserstein_distance_and_for_large_ones_a_k
     torch.testing.assert_close(grad(value, student), grad(kernel, student), rtol=1e-2, atol=1e-4)
 
 
-def test_further_is_dearer_where_other_divergences_see_no_difference():
+def test_mistakes_farther_away_cost_more_where_other_divergences_see_no_difference():
     near, far, teacher = (torch.eye(4)[k].mul(50) for k in (1, 3, 0))
     loss = partial(sinkhorn, cost=on_a_line(4).float())
     assert loss(near, teacher).item() == pytest.approx(1 / 3, abs=1e-3)
@@ -110,7 +110,7 @@ def test_it_is_zero_at_the_teacher_to_the_last_bit_however_few_iterations(way):
         assert not slope.any()
 
 
-def test_lazy_students_are_computed_in_blocks_and_no_number_is_none():
+def test_lazy_students_are_computed_in_blocks_and_nan_stays_nan():
     student, teacher = sample(4, 7, dtype=torch.float64)
     loss = partial(sinkhorn, cost=on_a_line(7))
     value = loss(LazyLogits(student, torch.eye(7, dtype=torch.float64)), teacher, temperature=2.0)

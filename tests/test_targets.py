@@ -454,13 +454,13 @@ WRONG = {
 
 @pytest.mark.parametrize(("wrong", "match"), WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
-def test_rows_that_cannot_be_are_refused_when_they_are_given(wrong, match, tail):
+def test_impossible_rows_are_refused_when_they_are_given(wrong, match, tail):
     with pytest.raises(ValueError, match=match):
         TopKLogits(*wrong(*stored_rows()), tail)
 
 
 @pytest.mark.parametrize(("wrong", "match"), WRONG.values(), ids=WRONG)
-def test_where_looking_is_dear_they_are_refused_under_check_finite(wrong, match, monkeypatch):
+def test_impossible_rows_on_an_accelerator_are_refused_under_check_finite(wrong, match, monkeypatch):
     monkeypatch.setattr(kdloss.targets.looks, "free_to_look", lambda *x: False)  # as on an accelerator
     kept, student = TopKLogits(*wrong(*stored_rows())), rows(2, 11, seed=2)
     with pytest.raises(ValueError, match=match):
@@ -571,7 +571,7 @@ def served(t, tokens, k, form):
 
 
 @pytest.mark.parametrize("form", ["numbers", "objects", "json", "tuples"])
-def test_what_a_server_says_of_a_text_is_the_bucket_of_what_it_named(form):
+def test_a_servers_rows_are_compared_over_the_tokens_they_list_and_a_bucket(form):
     teacher, student, tokens = rows(6, 11), rows(6, 11, seed=1).requires_grad_(), torch.tensor([3, 10, 2, 9, 1, 4])
     tokens[3] = teacher[2].argmax()  # one that is among the most probable
     kept = TopKLogits.from_served(served(teacher, tokens, 2, form), vocabulary=11)
@@ -608,7 +608,7 @@ def test_a_batch_of_texts_is_padded_at_the_right(form):
     assert VanillaKD(1.0, 0.0)(rows(2, 11), empty).item() == 0
 
 
-def test_rows_of_another_form_are_refused():
+def test_a_servers_rows_of_another_form_are_refused():
     with pytest.raises(ValueError, match=r"\[None, \*rows\], or of='logits'"):
         TopKLogits.from_served([{1: -0.5}, {2: -0.1}])
     with pytest.raises(ValueError, match="choose one of"):
@@ -815,7 +815,7 @@ def test_losses_over_mapped_vocabularies_compare_tokens_of_one_name(tokenizers):
         VanillaKD(alpha=0.0)(student, teacher)
 
 
-def test_token_maps_that_cannot_be_are_refused():
+def test_impossible_token_maps_are_refused():
     shared = TokenMap.of({"a": 0, "b": 1, "only here": 2}, {"<s>": 0, "b": 1, "a": 2})
     assert shared.to_teacher(torch.tensor([[0, 1], [1, 1]])).tolist() == [[2, 1], [1, 1]]
     assert shared.to_teacher(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0)

@@ -127,7 +127,7 @@ def test_only_trained_parameters_are_named(pair, caplog):
     watch(student, criterion, LOG)
     step(SGD(student.parameters(), lr=0.1), student)
     (message,) = said(caplog)
-    assert "as they are: projection.weight. Write" in message
+    assert "which are not trained: projection.weight. Write" in message
 
 
 def test_parameters_are_compared_as_they_are_at_the_step(pair, caplog):
@@ -224,7 +224,7 @@ class Odd:
         raise RuntimeError("looked at")
 
 
-def test_objects_that_break_when_looked_at_are_not(pair, caplog):
+def test_objects_whose_attributes_raise_do_not_break_the_watch(pair, caplog):
     student, criterion = pair
     odd = [Odd(), weakref.proxy(student)]
     watch(student, criterion, LOG)
@@ -351,7 +351,7 @@ def test_a_student_freed_within_somebody_elses_hook_does_not_break_the_step(capl
     handle.remove()
 
 
-def test_a_process_that_ends_while_it_watches_says_nothing():
+def test_a_process_that_ends_while_it_watches_prints_nothing():
     code = """
         import logging
         from torch import nn
@@ -443,7 +443,7 @@ def test_a_counter_is_held_weakly(pair):
         gc.enable()
 
 
-def test_counters_and_watches_share_one_hook_and_end_apart(pair, caplog):
+def test_counters_and_watches_share_one_hook_and_end_independently(pair, caplog):
     student, criterion = pair
     first, second, optimizer = Steps(), Steps(), SGD(student.parameters(), lr=0.1)
     first.start()

@@ -1,4 +1,4 @@
-"""What every function says when it is called wrongly: what was asked, what came, what to write."""
+"""Checks of arguments; their errors say what was expected, what was passed and what to write."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from torch import Size, Tensor
 
 
 def temperature(value: float) -> float:
-    """A softmax temperature: a finite number above 0."""
+    """Check a softmax temperature: a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"temperature must be a number, got {type(value).__name__}: {value!r}")
     if not (math.isfinite(value) and value > 0):
@@ -20,7 +20,7 @@ def temperature(value: float) -> float:
 
 
 def fraction(name: str, value: float) -> float:
-    """A weight between 0 and 1."""
+    """Check a weight between 0 and 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number between 0 and 1, got {value!r}")
     if not 0 <= value <= 1:
@@ -29,7 +29,7 @@ def fraction(name: str, value: float) -> float:
 
 
 def weight(name: str, value: object) -> float:
-    """A weight of 0 or more."""
+    """Check a weight of 0 or more."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)
@@ -39,7 +39,7 @@ def weight(name: str, value: object) -> float:
 
 
 def number(name: str, value: object) -> float:
-    """Any finite number."""
+    """Check a finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
@@ -48,14 +48,14 @@ def number(name: str, value: object) -> float:
 
 
 def positive(name: str, value: object) -> float:
-    """A finite number above 0."""
+    """Check a finite number above 0."""
     if number(name, value) <= 0:
         raise ValueError(f"{name} must be above 0, got {value!r}")
     return float(value)  # type: ignore[arg-type]
 
 
 def function(name: str, value: object, example: str) -> None:
-    """Something to call, not its name or its result."""
+    """Check that this is a function, not its name or its result."""
     if not callable(value):
         raise TypeError(
             f"{name} is a function like kdloss.{example}, got {value!r}; write {name}=kdloss.{example}, or "
@@ -64,7 +64,7 @@ def function(name: str, value: object, example: str) -> None:
 
 
 def choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    """One of a few words."""
+    """Check that a value is one of the allowed words."""
     words = list(allowed)
     if value not in words:
         near = get_close_matches(str(value), words, n=1)
@@ -73,7 +73,7 @@ def choice(name: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def floating(name: str, tensor: Tensor) -> None:
-    """Logits and features are floating-point tensors."""
+    """Check that this is a floating-point tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -92,7 +92,7 @@ class Placed(Protocol):
 
 
 def same_place(name: str, student: Placed, other: Placed) -> None:
-    """No silent copies between devices."""
+    """Check that both are on one device: nothing is copied silently."""
     if student.device != other.device:
         raise ValueError(
             f"student is on {student.device} and {name} on {other.device}; write {name}.to({str(student.device)!r})"
@@ -100,7 +100,7 @@ def same_place(name: str, student: Placed, other: Placed) -> None:
 
 
 def pair(what: str, student: Tensor, teacher: Tensor) -> None:
-    """Student and teacher tensors of one kind: same shape, same device, floating point."""
+    """Check student and teacher tensors of one kind: same shape, same device, floating point."""
     floating(f"student {what}", student)
     floating(f"teacher {what}", teacher)
     if student.shape != teacher.shape:
@@ -112,14 +112,14 @@ def pair(what: str, student: Tensor, teacher: Tensor) -> None:
 
 
 def rows(name: str, student: Tensor, teacher: Tensor, same_width: bool, least: int) -> None:
-    """Features `[N, D]` or `[B, N, D]` of which N are compared with each other."""
+    """Check features `[N, D]` or `[B, N, D]` whose N rows are compared with each other."""
     floating("student features", student)
     floating("teacher features", teacher)
     s, t = tuple(student.shape), tuple(teacher.shape)
     if student.ndim not in (2, 3):
         raise ValueError(
-            f"{name} compares the rows of features [N, D] or [B, N, D], got {s}; maps [B, C, H, W] become "
-            f"such by kdloss.distances.tokens(features), others by features.flatten(1, -2)"
+            f"{name} compares the rows of features [N, D] or [B, N, D], got {s}; convert maps [B, C, H, W] by "
+            f"kdloss.distances.tokens(features), other shapes by features.flatten(1, -2)"
         )
     if s[:-1] != t[:-1] or (same_width and s != t):
         alike = "be equal" if same_width else "be equal but for the width"
@@ -135,25 +135,25 @@ def rows(name: str, student: Tensor, teacher: Tensor, same_width: bool, least: i
     same_place("teacher features", student, teacher)
 
 
-def whole(name: str, value: int) -> int:
-    """A whole number of 1 or more."""
+def whole_number(name: str, value: int) -> int:
+    """Check a whole number of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
     return value
 
 
 def one_width(name: str, student: int, teacher: int) -> int:
-    """The width that the features of both sides have when they are compared."""
+    """Check that student and teacher have the same width, and return it."""
     if student != teacher:
         raise ValueError(
             f"{name} compares features of one width, got {student} (student) and {teacher} (teacher). The "
             f"student's features come projected: write kdloss.distances.{name}({teacher}, {teacher})"
         )
-    return whole("width", teacher)
+    return whole_number("width", teacher)
 
 
 def grid(size: tuple[int, ...], positions: int) -> tuple[int, ...] | None:
-    """The grid of so many positions that `size` says, where one number may be -1; None where they don't fit on it."""
+    """The grid `size` for this many positions, with one -1 filled in; None where they don't fill the grid."""
     others = math.prod([n for n in size if n != -1])
     found = tuple(positions // max(others, 1) if n == -1 else n for n in size)
     fits = min(found, default=0) > 0 and list(size).count(-1) < 2 and math.prod(found) == positions
@@ -161,9 +161,9 @@ def grid(size: tuple[int, ...], positions: int) -> tuple[int, ...] | None:
 
 
 def heads(name: str, heads: int, parts: int, *widths: int) -> None:
-    """Projections of some heads, as many parts (query, key, value) of equal width side by side."""
-    whole(f"{name}'s number of heads", heads)
-    whole(f"{name}'s number of parts", parts)
+    """Check widths of projections: `parts` (query, key, value) of `heads` heads each, side by side."""
+    whole_number(f"{name}'s number of heads", heads)
+    whole_number(f"{name}'s number of parts", parts)
     if any(width % (heads * parts) for width in widths):
         student, teacher = widths
         raise ValueError(
@@ -174,7 +174,7 @@ def heads(name: str, heads: int, parts: int, *widths: int) -> None:
 
 
 def logits(student: Tensor, teacher: Tensor) -> None:
-    """Logits `[..., V]` of student and teacher over one vocabulary."""
+    """Check logits `[..., V]` of student and teacher over one vocabulary."""
     floating("student logits", student)
     floating("teacher logits", teacher)
     logit_shapes(student.shape, teacher.shape, teacher.shape[-1] if teacher.ndim else 0)
@@ -182,7 +182,7 @@ def logits(student: Tensor, teacher: Tensor) -> None:
 
 
 def logit_shapes(student: Size, teacher: Size, teacher_classes: int | None) -> None:
-    """One row of classes at every position, the same on both sides (None: a teacher who doesn't say)."""
+    """Check that logits have the same positions and the same classes (None: the teacher's number isn't known)."""
     if not student or not teacher or student[-1] == 0 or teacher_classes == 0:
         raise ValueError(
             "logits need a last dimension of one entry per class, got shapes "
@@ -205,7 +205,7 @@ def logit_shapes(student: Size, teacher: Size, teacher_classes: int | None) -> N
 
 
 def mask(mask: Tensor, shape: torch.Size, what: str) -> None:
-    """A boolean mask (True = keep) of exactly this shape."""
+    """Check a boolean mask (True = keep) of exactly this shape."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a boolean tensor (True = keep), got {came}; write mask.bool()")
@@ -216,7 +216,7 @@ def mask(mask: Tensor, shape: torch.Size, what: str) -> None:
 
 
 def labels(labels: Tensor, logits: Placed) -> None:
-    """Integer class indices, one per position of the logits."""
+    """Check integer class indices, one per position of the logits."""
     classes(labels, logits)
     if labels.shape != logits.shape[:-1]:
         several = f". Where each class has its own yes or no, {INSTEAD}" if labels.shape == logits.shape else ""
@@ -227,19 +227,19 @@ def labels(labels: Tensor, logits: Placed) -> None:
 
 
 def one_class(term: str, logits: Placed, labels: object = None) -> None:
-    """Raise where there is one class, whose probability is 1 whatever a model says."""
+    """Raise for logits of a single class, whose probability is always 1."""
     if not logits.shape or logits.shape[-1] != 1:
         return
     numbers = isinstance(labels, Tensor) and labels.is_floating_point()
     raise (TypeError if numbers else ValueError)(
-        f"the term {term!r} compares probabilities of classes, and logits {tuple(logits.shape)} are of one class, "
-        f"which has no distribution: loss and gradient would be 0 whatever the models say. In its place {INSTEAD}; "
+        f"the term {term!r} compares probabilities of classes, and logits {tuple(logits.shape)} have one class, "
+        f"whose probability is always 1: loss and gradient would always be 0. Instead, {INSTEAD}; "
         "in a recipe write alpha=0 and divergence=kdloss.divergences.logit_mse or bernoulli_kl"
     )
 
 
 def classes(labels: Tensor, logits: Placed) -> None:
-    """Integer class indices of some positions of the logits."""
+    """Check integer class indices, given for some positions of the logits."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
@@ -255,19 +255,19 @@ INSTEAD = (
 
 
 def soft_labels(labels: Tensor, logits: Placed) -> None:
-    """Probabilities of every class, at every position of the logits."""
+    """Check probabilities of every class, at every position of the logits."""
     if labels.shape != logits.shape:
         numbers = labels.shape == logits.shape[:-1]
         raise (TypeError if numbers else ValueError)(
             "a cross-entropy takes class indices in int64 (labels.long(), where they are whole numbers of classes), or "
-            f"soft labels, probabilities of the classes, {tuple(logits.shape)} as the logits; got {labels.dtype} of "
-            f"shape {tuple(labels.shape)}. Where these are no classes, {INSTEAD}"
+            f"soft labels: probabilities of the classes, of the logits' shape {tuple(logits.shape)}; got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}. Where these are no classes, {INSTEAD}"
         )
     same_place("labels", logits, labels)
 
 
 def target_options(smoothing: float, weight: Tensor | None, logits: Placed) -> None:
-    """What changes the labels of a cross-entropy: a share for all classes, a weight for each."""
+    """Check the options of a cross-entropy: the label smoothing and the weights of the classes."""
     fraction("smoothing", smoothing)
     if weight is None:
         return
@@ -280,7 +280,7 @@ def target_options(smoothing: float, weight: Tensor | None, logits: Placed) -> N
 
 
 def finite(name: str, tensor: Tensor, keep: Tensor) -> None:
-    """No NaN and no +inf at a position that counts (-inf is a legal logit). Looks at the numbers."""
+    """Check for NaN and +inf at positions that count; -inf is a legal logit. This reads the numbers."""
     keep = keep.reshape(*keep.shape, *[1] * (tensor.ndim - keep.ndim))
     bad = (tensor.isnan() | tensor.isposinf()) & keep
     if bad.any():
@@ -289,12 +289,12 @@ def finite(name: str, tensor: Tensor, keep: Tensor) -> None:
 
 
 def label_range(labels: Tensor, keep: Tensor, classes: int, shift: bool = False) -> None:
-    """Every counted label names a class. Looks at the numbers."""
+    """Check that every label that counts is a class. This reads the numbers."""
     bad = ((labels < 0) | (labels >= classes)) & keep
     if bad.any():
         index = bad.nonzero()[0].tolist()
         value = int(labels[tuple(index)])
-        index[-1] += shift  # under causal the labels lost their first column
+        index[-1] += shift  # with causal=True the first column of the labels was cut off
         raise ValueError(
             f"labels{index} is {value}, outside the {classes} classes of the "
             "logits; mark positions to skip with ignore_index"

@@ -1,4 +1,4 @@
-"""The names that models give their classes (`config.id2label`), by which their orders are told apart."""
+"""The names of a model's classes (`config.id2label`), by which classes in different orders are paired."""
 
 import logging
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ class Classes:
 
     @property
     def alike(self) -> bool:
-        """Whether both have the same ones, in whatever order."""
+        """Whether both have the same classes, in any order."""
         return set(self.student) == set(self.teacher)
 
     def in_students_order(self, logits: AnyLogits) -> AnyLogits:
-        """A teacher's logits over its classes in the order of the student's; others as they are.
+        """A teacher's logits over its classes, in the student's order; other logits as they are.
 
         Raises: ValueError where the names differ.
         """
@@ -61,28 +61,28 @@ class Classes:
 
 @lru_cache(maxsize=16)
 def _order(student: tuple[str, ...], teacher: tuple[str, ...], device: torch.device) -> Tensor:
-    """Where each of the student's classes is among the teacher's: copied to a device once."""
+    """The teacher's index of each of the student's classes; copied to each device once."""
     with torch.inference_mode(False):
         return torch.tensor([teacher.index(name) for name in student], device=device)
 
 
 class Named:
-    """Reads the names of both models' classes, and tells once what follows."""
+    """Reads the names of both models' classes, and logs once what was concluded from them."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, k: int, student: nn.Module, teacher: Any) -> Classes | None:
-        """The classes of a student and teacher k, a model or what one that is stored said, where both name them."""
+        """The classes of the student and of teacher k (a model or a stored output), if both name their classes."""
         ours, theirs = _folded(class_names(student)), _folded(class_names(teacher))
         if theirs is None:
             return None
         if ours is None:
             if len(theirs) == getattr(getattr(unwrap(student), "config", None), "num_labels", None):
                 self._say(
-                    f"teacher {k} names its classes ({_some(theirs)}) and the student doesn't: they are taken to be in "
-                    "one order; write student.config.id2label = {0: ..., 1: ...}, and orders are compared"
+                    f"teacher {k} names its classes ({_some(theirs)}) and the student doesn't: both are assumed to be "
+                    "in the same order; write student.config.id2label = {0: ..., 1: ...} to have the orders compared"
                 )
             return None
         found = Classes(ours, theirs)
@@ -91,7 +91,7 @@ class Named:
         return found
 
     def stored(self, k: int, student: nn.Module, said: Any) -> Any:
-        """What a stored teacher said, with its classes' names where it has some."""
+        """A stored teacher's output, with the names of its classes if it has some."""
         found = self(k, student, said) if isinstance(said, TopKLogits) else None
         if found is None:
             return said
@@ -106,13 +106,13 @@ class Named:
 
 
 def predicts_tokens(model: nn.Module) -> bool:
-    """Whether a model's classes are tokens, as far as it says: it has output embeddings."""
+    """Whether a model's classes are tokens; False only if it says that it has no output embeddings."""
     found: Any = getattr(unwrap(model), "get_output_embeddings", None)
     return not callable(found) or found() is not None
 
 
 def class_names(model: Any) -> tuple[str, ...] | None:
-    """Names of a model's classes in their order; None where there are none, or Hugging Face's LABEL_0, LABEL_1."""
+    """The names of a model's classes in order; None if there are none, or only Hugging Face's LABEL_0, LABEL_1."""
     if isinstance(model, TopKLogits):
         return model.classes
     if not isinstance(model, nn.Module):
@@ -131,7 +131,7 @@ def _in_order(named: tuple[tuple[Any, Any], ...]) -> tuple[str, ...] | None:
 
 @lru_cache(maxsize=16)
 def _folded(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """Upper and lower case are one, where that leaves names apart."""
+    """Names in lower case, if they are still distinct."""
     folded = None if names is None else tuple(name.casefold() for name in names)
     return names if folded is None or len(set(folded)) < len(folded) else folded
 

@@ -1,4 +1,4 @@
-"""The task's own term: cross-entropy against labels."""
+"""Cross-entropy with labels."""
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ def cross_entropy(
     r"""Cross-entropy at every position, in float32 or better.
 
     $-\sum_c w_c \left((1-\epsilon)\,y_c + \frac{\epsilon}{C}\right) \log \mathrm{softmax}(z)_c$ with y
-    the labels' probabilities, 1 at the label where they are classes, $\epsilon$ = `smoothing` and w = `weight`, 1
+    the labels' probabilities (for class labels, 1 at the label), $\epsilon$ = `smoothing` and w = `weight`, 1
     by default: for classes and $\epsilon = 0$ it is $-w_y \log \mathrm{softmax}(z)_y$. Values are those of
-    `torch.nn.functional.cross_entropy` with reduction="none", but that a class with a target of 0 adds
-    nothing also where its logit is -inf.
+    `torch.nn.functional.cross_entropy` with reduction="none", except that a class with a target of 0 adds
+    nothing even if its logit is -inf.
 
     Shapes: logits `[..., C]`; labels `[...]`, int64 class indices, or `[..., C]`, floating point
     probabilities; weight `[C]`. Returns nats, `[...]`.
@@ -63,5 +63,5 @@ def _weighted(target: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _times(weight: Tensor, log_q: Tensor) -> Tensor:
-    """Their product, 0 where the weight is 0, also if the class has no probability."""
+    """The product, 0 where the weight is 0, also if the log-probability is -inf."""
     return torch.where(weight == 0, 0, weight * log_q.masked_fill(weight == 0, 0))

@@ -1,4 +1,4 @@
-"""What a training loop forgot, seen from its optimizers' steps and said once."""
+"""Warn once about what a training loop forgot, by watching its optimizers' steps."""
 
 import gc
 import logging
@@ -17,9 +17,10 @@ _watched: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = wea
 
 
 def watch(student: nn.Module, criterion: nn.Module, log: logging.Logger) -> None:
-    """Warn, once, when the student's optimizer steps and no optimizer has the criterion's parameters.
+    """Warn once if the student's optimizer steps and no optimizer has the criterion's parameters.
 
-    Both are held weakly. After the first step that tells, or without them, nothing is left of it.
+    Student and criterion are held weakly. The hook is removed after the first step of the student's optimizer, or when
+    either is freed.
     """
     students = _watched.setdefault(criterion, weakref.WeakSet())
     if student not in students:
@@ -28,17 +29,17 @@ def watch(student: nn.Module, criterion: nn.Module, log: logging.Logger) -> None
 
 
 def left_over(student: nn.Module, criterion: nn.Module) -> bool:
-    """Before a `backward()`: whether `zero_grad` reached the student and not the criterion.
+    """Whether `zero_grad` cleared the student and not the criterion; call it before `backward()`.
 
-    It tells by gradients that are None; those set to zeros are gradients.
+    It looks for gradients that are None; gradients set to zeros count as gradients.
     """
     return _has_gradients(criterion) and not _has_gradients(student)
 
 
 class Steps:
-    """How many steps all optimizers in the process have taken since `start`; copies begin at 0, not started.
+    """Counts the steps of all optimizers in the process since `start`; a copy is at 0 and not started.
 
-    Steps that are compiled don't count, nor does any after the first `torch.compile` in older torch.
+    Compiled steps don't count. In older torch no step after the first `torch.compile` counts.
     """
 
     def __init__(self) -> None:
@@ -46,11 +47,11 @@ class Steps:
         self._listener: _Listener | None = None
 
     def start(self) -> None:
-        """Count from now on; where it counts already, nothing."""
+        """Count from now on, unless it counts already."""
         self._listener = self._listener or _Listener(_count, self)
 
     def remove(self) -> None:
-        """Count no more."""
+        """Stop counting."""
         if self._listener:
             self._listener.leave()
         self._listener = None
@@ -60,28 +61,28 @@ class Steps:
 
 
 class Reminder:
-    """Says once that a step was taken and not counted: between two forward passes some optimizer stepped."""
+    """Warns once if an optimizer stepped between two forward passes and the criterion didn't advance."""
 
     def __init__(self) -> None:
         self._steps, self._counted, self._said = Steps(), True, False
 
     def forward(self, log: logging.Logger) -> None:
-        """Before a forward pass whose loss depends on the step."""
+        """Call it before a forward pass whose loss depends on the step."""
         if self._said:
             return
         if self._steps.taken and not self._counted:
             self._said = True
             self._steps.remove()
             log.warning(
-                "an optimizer stepped and the criterion did not: what is scheduled stays where it is. Write "
-                "criterion.advance() after optimizer.step()"
+                "an optimizer stepped and the criterion did not: its scheduled weights and temperatures don't change. "
+                "Write criterion.advance() after optimizer.step()"
             )
             return
         self._steps.start()
         self._steps.taken, self._counted = 0, False
 
     def advanced(self) -> None:
-        """The step was counted."""
+        """Call it when the criterion advanced."""
         self._counted = True
 
 
@@ -91,17 +92,17 @@ def _count(optimizer: Optimizer, steps: Steps) -> bool:
 
 
 def _check(log: logging.Logger, optimizer: Optimizer, student: nn.Module, criterion: nn.Module) -> bool:
-    """Whether this step told all there is to know."""
+    """Warn if needed; True once a step of the student's optimizer was seen, so that no more are watched."""
     trained = {id(p): name for name, p in criterion.named_parameters() if p.requires_grad}
     held = _held(optimizer)
     if trained and held.isdisjoint(trained):
         if not any(p.requires_grad and id(p) in held for p in student.parameters()):
-            return False  # somebody else's
+            return False  # another model's optimizer
         others = (one for one in gc.get_objects() if issubclass(type(one), Optimizer))
         if all(_held(other).isdisjoint(trained) for other in others):
             log.warning(
-                "%s took a step with the student's parameters, and no optimizer has the criterion's, which stay "
-                "as they are: %s. Write optimizer = AdamW([*student.parameters(), *criterion.parameters()]), or "
+                "%s took a step with the student's parameters, and no optimizer has the criterion's, which are not "
+                "trained: %s. Write optimizer = AdamW([*student.parameters(), *criterion.parameters()]), or "
                 "train a kdloss.Distillation, whose parameters() are both",
                 *(type(optimizer).__name__, ", ".join(trained.values())),
             )
@@ -117,31 +118,31 @@ def _has_gradients(module: nn.Module) -> bool:
 
 
 class _Listener:
-    """Is told of every step of any optimizer until it is done, or what it holds weakly is gone."""
+    """Calls a function at every step of any optimizer, until it returns True or one of its arguments is freed."""
 
-    def __init__(self, told: Callable[..., bool], *weakly: object) -> None:
+    def __init__(self, stepped: Callable[..., bool], *weakly: object) -> None:
         global _handle
-        self.told, self.weakly = told, [weakref.ref(one, self.leave) for one in weakly]
+        self.stepped, self.weakly = stepped, [weakref.ref(one, self.leave) for one in weakly]
         _listeners.append(self)
         _handle = _handle or register_optimizer_step_post_hook(_stepped)
 
     def leave(self, _: object = None) -> None:
-        if _listeners and self in _listeners:  # None at the interpreter's end
+        if _listeners and self in _listeners:  # _listeners is None when the interpreter exits
             _listeners.remove(self)
             _let_go(inside=False)
 
 
 _listeners: list[_Listener] = []
-_handle: RemovableHandle | None = None  # one for all of them
+_handle: RemovableHandle | None = None  # one hook for all listeners
 
 
 def _stepped(optimizer: Optimizer, args: object, kwargs: object) -> None:
     if torch.compiler.is_compiling():
-        return  # a graph would keep what is asked now
+        return  # a graph would keep this answer
     for listener in [*_listeners]:
         try:
-            done = listener.told(optimizer, *(ref() for ref in listener.weakly))
-        except Exception:  # a hint is not worth anybody's step
+            done = listener.stepped(optimizer, *(ref() for ref in listener.weakly))
+        except Exception:  # a warning must never break a training step
             done = True
         if done:
             listener.leave()
@@ -149,9 +150,10 @@ def _stepped(optimizer: Optimizer, args: object, kwargs: object) -> None:
 
 
 def _let_go(inside: bool) -> None:
-    """Remove the hook when nobody needs it and torch, on its way through all hooks, would not raise for it.
+    """Remove the hook if nobody needs it and it is safe: torch raises if its hooks change while it runs them.
 
-    That is where it is the last one, and from outside the only one; else a later step does it.
+    From inside a hook it is safe if ours is the last hook, from outside if it is the only one. Otherwise a later step
+    removes it.
     """
     global _handle
     hooks = _handle.hooks_dict_ref() if _handle else None

@@ -1,4 +1,4 @@
-"""The contract every loss shares: which positions count, and how their values become one number."""
+"""The contract of every loss: which positions count, and how their values are reduced to one number."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,32 +16,32 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 def precise(x: Tensor) -> Tensor:
-    """16-bit inputs are computed in float32; float32 and float64 stay as they are."""
+    """16-bit tensors as float32; float32 and float64 tensors as they are."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Several to be computed with each other: in float64 if one of them is, else in float32."""
+    """Tensors in one dtype, to be computed together: float64 if one of them is, otherwise float32."""
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     return tuple(x.to(dtype) for x in tensors)
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The dtype with the most digits that a device has: float64, but on Apple's GPUs."""
+    """The dtype with the most digits on a device: float64, or float32 on Apple's GPUs."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def on_cpu(device: torch.device) -> bool:
-    """Whether looking at numbers on a device waits for nothing."""
+    """Whether numbers on this device can be read without a synchronisation."""
     return device.type == "cpu"
 
 
 def fill(x: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."] | None) -> Shaped[Tensor, "..."]:
-    """Zeros where `mask` is False, so that nothing there, NaN included, reaches value or gradient."""
+    """Put zeros where `mask` is False, so that nothing there, not even NaN, reaches value or gradient."""
     if mask is None:
         return x
     out = ~mask.reshape((*mask.shape, *[1] * (x.ndim - mask.ndim)))
-    if x.ndim > 2 and not x.is_contiguous() and x.movedim(-1, 1).is_contiguous():  # a map, which stays as it lies
+    if x.ndim > 2 and not x.is_contiguous() and x.movedim(-1, 1).is_contiguous():  # a map: keep its memory layout
         return x.movedim(-1, 1).masked_fill(out.movedim(-1, 1), 0).movedim(1, -1)
     return x.masked_fill(out, 0)
 
@@ -56,11 +56,11 @@ def reduce(
     r"""Reduce one value per position to a loss, over the positions that count.
 
     $\text{mean} = \frac{1}{N}\sum_{i:\,m_i} v_i$ with N the number of positions where the mask is
-    True, or `num_items_in_batch` where given: the size of the whole batch of which this is a
-    micro-batch, so that micro-batches add up to exactly the loss and gradient of one batch.
+    True. If you pass `num_items_in_batch`, it replaces N: pass the number of positions in the full batch, and the
+    micro-batches add up to exactly the loss and gradient of one batch.
 
     Shapes: values `[...]`, mask `[...]` (True = keep). Returns a scalar, or `[...]` for "none".
-    Nothing to count gives 0, which backpropagates zeros; so does a `num_items_in_batch` that is a tensor 0.
+    If no position counts, or `num_items_in_batch` is a tensor 0, the loss is 0 and backpropagates zeros.
 
     Raises: ValueError for an unknown reduction, a mask of another shape, or a `num_items_in_batch`
     that is not positive or comes with "sum" or "none"; TypeError for a mask that is not boolean.
@@ -81,7 +81,7 @@ def reduce(
 
 
 def denominator(count: int | Tensor, reduction: Reduction, num_items_in_batch: int | Tensor | None) -> int | Tensor:
-    """What the sum over the positions that count is divided by."""
+    """The number by which the sum over the positions that count is divided."""
     if num_items_in_batch is None:
         return count if reduction == "mean" else 1
     if reduction != "mean":
@@ -92,7 +92,7 @@ def denominator(count: int | Tensor, reduction: Reduction, num_items_in_batch: i
 
 
 def divided(total: Tensor, count: int | Tensor) -> Tensor:
-    """The total by the count, and 0 where that is 0: of nothing, in the whole batch, there is no loss."""
+    """The total divided by the count, or 0 where the count is 0: an empty batch has no loss."""
     if not isinstance(count, Tensor):
         return total / count
     none = count == 0
@@ -111,9 +111,9 @@ def masked(
 ) -> Tensor:
     """Evaluate any per-position loss under the shared contract.
 
-    Positions where `mask` is False are zeroed before the loss and dropped after it: what stands
-    there (NaN and inf too) touches neither value nor gradient, and its gradient is exactly 0. A loss
-    with a parameter called `mask` compares positions with each other, and is told which count.
+    Positions where `mask` is False are zeroed before the loss and dropped after it. Whatever is there (NaN and inf,
+    too) affects neither value nor gradient, and its gradient is exactly 0. A loss with a parameter called `mask`
+    compares positions with each other, and gets the mask.
 
     Shapes: student and teacher `[..., D]` (or any kind of logits) with mask `[...]`. `reduction` and
     `num_items_in_batch` are those of `reduce`.
@@ -130,14 +130,14 @@ def masked(
     student, teacher = (
         fill(x, mask) if isinstance(x, Tensor) else x.at(lambda t: fill(t, mask)) for x in (student, teacher)
     )
-    values = told(loss, student, teacher, mask)
+    values = with_mask(loss, student, teacher, mask)
     return reduce(values, mask, reduction=reduction, num_items_in_batch=num_items_in_batch)
 
 
-def told(loss: Callable[..., Tensor], student: Any, teacher: Any, mask: Tensor | None, **more: Any) -> Tensor:
-    """A loss's values; one with a parameter `mask` is told which positions count, one with `**kwargs` passes it on.
+def with_mask(loss: Callable[..., Tensor], student: Any, teacher: Any, mask: Tensor | None, **more: Any) -> Tensor:
+    """Call a loss, with the mask if it has a parameter `mask`, or `**kwargs`, through which it may pass it on.
 
-    Raises: TypeError where it passes it to one that takes none: only that one knows whether it wants it.
+    Raises: TypeError where a loss with `**kwargs` passes the mask on to a function that doesn't take it.
     """
     if takes(loss, "mask"):
         return loss(student, teacher, mask=mask, **more)
@@ -150,15 +150,15 @@ def told(loss: Callable[..., Tensor], student: Any, teacher: Any, mask: Tensor |
             raise
         name = getattr(loss, "__name__", repr(loss))
         raise TypeError(
-            f"{name} takes **kwargs, so it is given mask=, which positions count, to pass on, and {error}. Write "
+            f"{name} takes **kwargs, so it gets mask= (the positions that count) to pass on, and {error}. Write "
             f"@functools.wraps(function) over it, or name its parameters instead of **kwargs: def {name}(student, "
             "teacher)"
         ) from error
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a loss wants something by this name, beside student and teacher."""
-    while True:  # what is bound in a partial is a parameter still
+    """Whether a function has a parameter of this name, also inside partials and wrappers."""
+    while True:  # a partial's bound arguments are parameters, too
         inner = function.func if isinstance(function, partial) else getattr(function, "__wrapped__", None)
         if inner is None:
             return _named(function, name)
@@ -169,26 +169,26 @@ def _named(function: Callable[..., Any], name: str) -> bool:
     return name in parameters(function)
 
 
-# Whether torch.compile traces the making of modules; then it takes signatures, which it can't trace, as they are.
+# Whether torch.compile traces the construction of modules. It can't trace signatures then, and takes them as constant.
 TRACES_MODULES = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
-if TRACES_MODULES:  # what torch.compiler.assume_constant_result does, which would import the compiler
+if TRACES_MODULES:  # as torch.compiler.assume_constant_result does, which would import the compiler
     _named._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def passes_on(function: Callable[..., Any]) -> bool:
-    """Whether a function takes `**kwargs`, which may be another one's."""
+    """Whether a function takes `**kwargs`, which it may pass on to another function."""
     return takes(function, "**")
 
 
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """A function's parameters, `**kwargs` as "**"; none where they can't be told. Looked up once."""
+    """A function's parameters, with `**kwargs` as "**"; none where Python can't say. Cached."""
     if torch.compiler.is_compiling():
         return _parameters(function)
     try:
         if function not in _known:
             _known[function] = _parameters(function)
         return _known[function]
-    except TypeError:  # nothing that can be a key
+    except TypeError:  # it can't be a key
         return _parameters(function)
 
 
@@ -205,7 +205,7 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 
 def per_example(values: Tensor, mask: Bool[Tensor, "..."] | None) -> Tensor:
-    """Mean over everything behind the first dimension: values `[B, ...]` to `[B]`."""
+    """The mean over all dimensions but the first: values `[B, ...]` to `[B]`."""
     shape = values.shape[0], values.shape[1:].numel()
     values = fill(values, mask).reshape(shape)
     if mask is None:

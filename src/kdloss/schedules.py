@@ -1,4 +1,4 @@
-"""Weights and temperatures over the steps of a training."""
+"""Schedules: weights and temperatures as functions of the training step."""
 
 import math
 import operator
@@ -19,10 +19,9 @@ def constant(value: float) -> Schedule:
 
     - `value`: a finite number.
 
-    A plain number says the same wherever a setting is asked for; as a schedule it can stand where only
-    functions can.
+    Wherever a setting is expected, a plain number means the same. Use this where only a function is accepted.
 
-    Raises: TypeError for what is not a number; ValueError for one that is not finite.
+    Raises: TypeError for a value that is not a number; ValueError for one that is not finite.
 
     >>> constant(0.5)(7)
     0.5
@@ -31,7 +30,7 @@ def constant(value: float) -> Schedule:
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
-    r"""A straight line from `start` to `end`, where it stays.
+    r"""A straight line from `start` to `end`; after that it stays at `end`.
 
     $a + (b - a) \min(k / n, 1)$ at step $k$, with $a$ = `start`, $b$ = `end`, $n$ = `steps`.
 
@@ -46,15 +45,15 @@ def linear(start: float, end: float, steps: int) -> Schedule:
     >>> [temperature(step) for step in (0, 50, 100, 1000)]
     [4.0, 2.5, 1.0, 1.0]
 
-    For the weight of the labels from 0 to 1, the "teacher annealing" of Clark et al. 2019, "BAM! Born-Again
-    Multi-Task Networks for Natural Language Understanding", arXiv:1907.04829; for a temperature, Jafari et
+    As the weight of the labels, from 0 to 1, it is the "teacher annealing" of Clark et al. 2019, "BAM! Born-Again
+    Multi-Task Networks for Natural Language Understanding", arXiv:1907.04829. As a temperature: Jafari et
     al. 2021, "Annealing Knowledge Distillation", arXiv:2104.07163.
     """
     return _Between(_linear, *_ends("linear", start, end), _steps("linear", steps, least=1))
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
-    r"""Half a cosine from `start` to `end`, where it stays: flat at both ends, steep between.
+    r"""Half a cosine from `start` to `end`, flat at both ends and steep between; after that it stays at `end`.
 
     $b + (a - b) \frac{1 + \cos(\pi \min(k / n, 1))}{2}$ at step $k$, with $a$ = `start`, $b$ = `end`,
     $n$ = `steps`.
@@ -70,14 +69,13 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
     >>> [round(weight(step), 6) for step in (0, 1, 2, 3, 4)]
     [1.0, 0.75, 0.25, 0.0, 0.0]
 
-    Loshchilov & Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", arXiv:1608.03983,
-    one period of it.
+    One period of Loshchilov & Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", arXiv:1608.03983.
     """
     return _Between(_cosine, *_ends("cosine", start, end), _steps("cosine", steps, least=1))
 
 
 def exponential(start: float, end: float, steps: int) -> Schedule:
-    r"""From `start` to `end` by one factor per step, where it stays.
+    r"""From `start` to `end`, multiplied by the same factor at each step; after that it stays at `end`.
 
     $a \, (b / a)^{\min(k / n, 1)}$ at step $k$, with $a$ = `start`, $b$ = `end`, $n$ = `steps`.
 
@@ -95,42 +93,43 @@ def exponential(start: float, end: float, steps: int) -> Schedule:
     start, end = _ends("exponential", start, end)
     if min(start, end) <= 0:
         raise ValueError(
-            f"exponential goes by factors, so both ends lie above 0, got start={start!r}, end={end!r}; write a "
-            "small one, for example 1e-3, or linear or cosine, which may begin or end at 0"
+            f"exponential multiplies at each step, so both ends must be above 0, got start={start!r}, end={end!r}; "
+            "write a small one, for example 1e-3, or linear or cosine, which may begin or end at 0"
         )
     return _Between(_exponential, start, end, _steps("exponential", steps, least=1))
 
 
 def warmup(steps: int, then: Setting) -> Schedule:
-    r"""A straight line from 0 up to what comes then.
+    r"""A straight line from 0 up to the value of `then`, and `then` itself afterwards.
 
     $\frac{k}{n} f(n)$ at step $k < n$, and $f(k)$ from there on, with $f$ = `then`, $n$ = `steps`.
 
-    - `steps`: how long it takes, 0 or more; with 0 it is `then` alone.
-    - `then`: a number, or another schedule, which counts steps from the very first one.
+    - `steps`: the number of warmup steps, 0 or more; with 0 it is `then` alone.
+    - `then`: a number, or another schedule, whose steps are counted from the start of training, not from the end of
+      the warmup.
 
-    Raises: TypeError for steps that are not an integer, or `then` that is neither number nor function;
+    Raises: TypeError for steps that are not an integer, or a `then` that is neither a number nor a function;
     ValueError for steps below 0, or a number that is not finite.
 
     >>> weight = warmup(10, then=linear(1, 0, steps=100))
     >>> [weight(step) for step in (0, 5, 10, 100)]
     [0.0, 0.45, 0.9, 0.0]
 
-    Goyal et al. 2017, "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", arXiv:1706.02677, for
-    learning rates.
+    For learning rates: Goyal et al. 2017, "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour",
+    arXiv:1706.02677.
     """
     then = then if callable(then) else _number("warmup(then)", then)
     return _Warmup(_steps("warmup", steps, least=0), then)
 
 
 def at(setting: Setting, step: int) -> float:
-    """What a setting is at a step: a number as it is, a function asked.
+    """The value of a setting at a step: a number itself, or a function's value.
 
     - `setting`: a number, or a function of the step.
     - `step`: how many steps were taken before this one.
 
-    Raises: TypeError for a setting that is neither, or a function that returns no number; ValueError for
-    one that is not finite, with the step.
+    Raises: TypeError for a setting that is neither, or a function that returns no number; ValueError for a value that
+    is not finite. The error names the step.
 
     >>> at(0.5, 3), at(linear(0, 1, steps=4), 3), at(lambda step: 2.0**-step, 3)
     (0.5, 0.75, 0.125)
@@ -153,7 +152,7 @@ class _Constant:
 
 @dataclass(frozen=True)
 class _Between:
-    """From one value to another along a curve, a function of the part that is done; both ends exact."""
+    """From one value to another along a curve, a function of the fraction of steps done; both ends are exact."""
 
     curve: Callable[[float, float, float], float]
     start: float
@@ -165,7 +164,7 @@ class _Between:
             return self.start
         if step >= self.steps:
             return self.end
-        low, high = sorted((self.start, self.end))  # rounding may lead an ulp out of these
+        low, high = sorted((self.start, self.end))  # rounding may leave these bounds by an ulp
         return min(max(self.curve(self.start, self.end, step / self.steps), low), high)
 
     def __repr__(self) -> str:

@@ -69,8 +69,8 @@ class CRD(nn.Module):
         temperature: float = 0.07,
     ) -> None:
         super().__init__()
-        _checks.whole("width", width)
-        _checks.whole("negatives", negatives)
+        _checks.whole_number("width", width)
+        _checks.whole_number("negatives", negatives)
         self.temperature = _checks.temperature(temperature)
         self.student = nn.Linear(student_width, width)
         self.teacher = nn.Linear(teacher_width, width)

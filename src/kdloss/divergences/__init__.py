@@ -1,4 +1,4 @@
-"""Logits against logits: `(student [..., V], teacher [..., V], temperature=T) -> [...]`."""
+"""Losses between logits: `(student [..., V], teacher [..., V], temperature=T) -> [...]`, one value per position."""
 
 from kdloss.divergences.ab_divergence import ab_divergence
 from kdloss.divergences.adaptive_kl import adaptive_kl

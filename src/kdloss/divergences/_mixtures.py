@@ -1,7 +1,7 @@
-"""Divergences from a mixture of student and teacher, with gradients that keep their digits.
+"""Divergences from a mixture of student and teacher, with precise gradients.
 
-Autograd's own gradient of these is a difference of large terms. Here it is the slope by log q, written so
-that it vanishes term by term where q and p are equal; autograd differentiates that again.
+Autograd's own gradient of these is a difference of large terms. Here the gradient is the slope by log q, written so
+that each term vanishes where q and p are equal; autograd can differentiate it again.
 """
 
 from typing import Any
@@ -83,6 +83,6 @@ def _mass(log_p: Tensor) -> Tensor:
 
 
 def _apply(function: Any, *args: Any) -> Tensor:
-    """The function with its slope; a compiler gets the plain formula, and differentiates it itself."""
+    """Apply the function with its own slope; under a compiler the plain formula, which it differentiates itself."""
     value: Tensor = function.forward(*args) if torch.compiler.is_compiling() else function.apply(*args)
     return value

@@ -1,4 +1,4 @@
-"""Divergences by powers, with gradients that keep their digits and have derivatives of any order."""
+"""Divergences by powers of probabilities, with precise gradients and derivatives of any order."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from kdloss.engine import powers
 
 
 def ab(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> Tensor:
-    """The alpha-beta divergence of log-probabilities; a class that both exclude adds nothing."""
+    """The alpha-beta divergence of log-probabilities; a class that both sides exclude adds nothing."""
     none = (log_q == -torch.inf) & (log_p == -torch.inf)
     return _value(_AB, _ABSlope, log_q.masked_fill(none, 0), log_p.masked_fill(none, 0), alpha, beta)
 
@@ -94,17 +94,17 @@ def _log_sum(log_q: Tensor, log_p: Tensor, order: float) -> Tensor:
 
 
 def _number(terms: Tensor) -> Tensor:
-    """0 in place of 0 times infinity, where neither side has mass or what is infinite has no weight."""
+    """Replace 0 times infinity by 0: neither side has mass there, or the infinite number has no weight."""
     return terms.nan_to_num(0.0, torch.inf, -torch.inf)
 
 
 def _nan(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """0 for rows of numbers."""
+    """0 in each row, or NaN where the row holds one."""
     return (log_q.amax(-1) + log_p.amax(-1)) * 0
 
 
 def _value(function: Any, slope_of: Any, log_q: Tensor, *args: Any) -> Tensor:
-    """The function with its slope; a compiler gets the slope as a number."""
+    """Apply the function with its own slope; under a compiler the slope is a constant."""
     if not torch.compiler.is_compiling():
         return _applied(function, log_q, *args)
     with torch.no_grad():

@@ -19,13 +19,13 @@ def adaptive_kl(
     head: float = 0.5,
     t_squared: bool = True,
 ) -> Float[Tensor, "*batch"]:
-    r"""Forward and reverse KL, weighted by where student and teacher differ, at every position.
+    r"""A weighted sum of forward and reverse KL at every position; the weights depend on where the two models differ.
 
     $\frac{g_h}{g_h + g_t}\mathrm{FKL} + \frac{g_t}{g_h + g_t}\mathrm{RKL}$, times T², with
-    $g = \sum |p_v - q_v|$ over the teacher's head (its most probable classes up to a cumulative probability
-    of `head`, the first one always) and over the rest; $p = \mathrm{softmax}(t/T)$ the teacher, $q =
-    \mathrm{softmax}(s/T)$ the student.
-    Nats. As in the authors' code the weights carry no gradient; at the teacher they are 1/2.
+    $g = \sum |p_v - q_v|$ over the teacher's head ($g_h$: its most probable classes up to a cumulative probability
+    of `head`, always with the first one) and over its tail ($g_t$: the other classes);
+    $p = \mathrm{softmax}(t/T)$ the teacher, $q = \mathrm{softmax}(s/T)$ the student.
+    Nats. As in the authors' code, the weights have no gradient; where student and teacher are equal they are 1/2.
 
     Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The
     teacher is detached. `t_squared=False` leaves out the factor T².
@@ -48,9 +48,9 @@ def adaptive_kl(
 
 
 def _shares(student: Tensor, teacher: Tensor, temperature: float, head: float) -> tuple[Tensor, Tensor]:
-    """How much of where they differ is in the head, and how much in the tail.
+    """The share of the difference that is in the head, and the share that is in the tail.
 
-    In float64 throughout: one minus a probability next to 1 has few digits, and what it weighs may be large.
+    In float64: one minus a probability near 1 has few digits, and the divergence that it weighs may be large.
     """
     wide = widest(student.device)
     log_q, log_p = log_probs(student.to(wide), teacher.to(wide), temperature)
@@ -59,13 +59,13 @@ def _shares(student: Tensor, teacher: Tensor, temperature: float, head: float) -
     inside = p.cumsum(-1) <= head
     inside[..., 0] = True
     total = gap.sum(-1)
-    none = ~(total > 0)  # nor where it is no number, which the divergences then say
+    none = ~(total > 0)  # also where it is NaN, which the divergences keep
     total = total.masked_fill(none, 1)
-    parts = ((gap * where).sum(-1) / total for where in (inside, ~inside))
-    in_head, in_tail = (part.masked_fill(none, 0.5) for part in parts)
+    shares = ((gap * where).sum(-1) / total for where in (inside, ~inside))
+    in_head, in_tail = (share.masked_fill(none, 0.5) for share in shares)
     return in_head, in_tail
 
 
 def _times(weight: Tensor, value: Tensor) -> Tensor:
-    """0 where the weight is 0, also if the value is infinite."""
+    """The product, 0 where the weight is 0, also if the value is infinite."""
     return torch.where(weight > 0, weight * value.where(weight > 0, 0), 0)

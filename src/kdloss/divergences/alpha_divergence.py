@@ -21,13 +21,13 @@ def alpha_divergence(
     r"""Alpha-divergence at every position: from reverse KL (`alpha=0`) to forward KL (`alpha=1`) and beyond.
 
     $T^2 \frac{1 - \sum_v p_v^\alpha q_v^{1-\alpha}}{\alpha (1-\alpha)}$ with $p = \mathrm{softmax}(t/T)$ the teacher,
-    $q = \mathrm{softmax}(s/T)$ the student: in Amari's own numbers $\alpha_A = 2\alpha - 1$, up to who is first.
-    At 0 and 1 it is those KLs exactly, and next to them it keeps its digits; 1/2 is four times the squared Hellinger
-    distance, 2 half of Pearson's chi-square. Nats. Between 0 and 1 never infinite; from 1 on a class with q = 0 < p,
-    down from 0 one with p = 0 < q makes it so.
+    $q = \mathrm{softmax}(s/T)$ the student. In Amari's own notation $\alpha_A = 2\alpha - 1$, up to the order of the
+    two. At 0 and 1 it is exactly these KLs, and near them it loses no digits; at 1/2 it is four times the squared
+    Hellinger distance, at 2 half of Pearson's chi-square. Nats. Strictly between 0 and 1 it is never infinite. For
+    alpha of 1 or more a class with q = 0 < p makes it infinite, for alpha of 0 or less one with p = 0 < q.
 
     Shapes: student and teacher logits `[..., V]`. `alpha` is any number. Returns `[...]`, in float32 or better. The
-    teacher is detached. `t_squared=False` leaves out the factor T², with which the gradient keeps its size as T moves.
+    teacher is detached. `t_squared=False` leaves out the factor T², which keeps the gradient's size as T changes.
 
     Raises: ValueError for a temperature that is not finite and positive, an alpha that is not finite, or shapes,
     vocabularies or devices that differ; TypeError for integer logits.

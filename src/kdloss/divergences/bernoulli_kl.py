@@ -19,10 +19,10 @@ def bernoulli_kl(
     temperature: float = 1.0,
     t_squared: bool = True,
 ) -> Float[Tensor, "*batch"]:
-    r"""KL(teacher || student) of one yes or no per class, summed over classes, at every position.
+    r"""KL(teacher || student) of one Bernoulli distribution per class, summed over classes, at every position.
 
     $T^2 \sum_v p_v \log\frac{p_v}{q_v} + (1-p_v) \log\frac{1-p_v}{1-q_v}$ with $p = \sigma(t/T)$ the
-    teacher, $q = \sigma(s/T)$ the student. Nats. It sees a constant added to the logits.
+    teacher, $q = \sigma(s/T)$ the student. Nats. Unlike a softmax, it changes if a constant is added to the logits.
 
     Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The
     teacher is detached. `t_squared=False` leaves out the factor T².

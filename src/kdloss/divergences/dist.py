@@ -1,4 +1,4 @@
-"""Relations between classes and between examples instead of probabilities."""
+"""DIST: correlations between classes and between examples instead of equal probabilities."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,22 +21,20 @@ def dist(
     gamma: float = 1.0,
     t_squared: bool = True,
 ) -> Float[Tensor, "*batch"]:
-    r"""Loss of correlation with the teacher, within each position and within each class.
+    r"""One minus the correlation with the teacher, within each position and within each class.
 
     $T^2 (\beta\,(1 - \rho(q_{i\cdot}, p_{i\cdot})) + \gamma\,\frac1V\sum_v (1 - \rho(q_{\cdot v},
-    p_{\cdot v})))$ with $\rho$ Pearson's correlation, over classes (inter-class) and over the
-    positions that
-    count (intra-class, the same number for every position); $p = \mathrm{softmax}(t/T)$ the teacher,
-    $q = \mathrm{softmax}(s/T)$ the student. T² as in the authors' code; `t_squared=False` leaves it
-    out. Computed as half
-    the squared distance of unit vectors: 0 at the teacher, and 1/2 where one of the two is constant (its
-    norm is below 1e-8), which correlates with nothing.
+    p_{\cdot v})))$ with $\rho$ Pearson's correlation, over classes (inter-class) and over the positions that count
+    (intra-class, the same number for every position); $p = \mathrm{softmax}(t/T)$ the teacher,
+    $q = \mathrm{softmax}(s/T)$ the student. The factor T² is in the authors' code, too; `t_squared=False` leaves it
+    out. It is computed as half the squared distance of unit vectors: 0 at the teacher, and 1/2 where one of the two
+    is constant (its norm is below 1e-8) and so correlates with nothing.
 
     Shapes: student and teacher logits `[..., V]`, mask `[...]` (True = counts). Returns `[...]`, in float32
-    or better, 0 where the mask is False. The teacher is detached. It compares positions with each other:
-    micro-batches don't add up to one batch, and every position is computed at once.
+    or better, 0 where the mask is False. The teacher is detached. It compares positions with each other. So
+    micro-batches don't add up to one batch, and all positions are computed at once.
 
-    Raises: ValueError for one position alone with gamma > 0, a temperature that is not finite and positive,
+    Raises: ValueError for a single position with gamma > 0, a temperature that is not finite and positive,
     or shapes, vocabularies or devices that differ; TypeError for integer logits.
 
     >>> teacher = torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 0.0]])
@@ -55,7 +53,7 @@ def dist(
     if mask is not None:
         _checks.mask(mask, positions, "positions")
         student, teacher = fill(student, mask), fill(teacher, mask)
-    # Small differences of probabilities, from the largest digits on: more than float32 has, where classes hardly vary.
+    # In float64: where classes hardly vary, differences of probabilities need more digits than float32 has.
     wide = widest(student.device)
     log_q, log_p = log_probs(student.to(wide), teacher.to(wide), temperature)
     q, p = log_q.exp(), log_p.exp()

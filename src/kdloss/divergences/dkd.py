@@ -22,12 +22,12 @@ def dkd(
     ignore_index: int = -100,
     t_squared: bool = True,
 ) -> Float[Tensor, "*batch"]:
-    r"""KL(teacher || student) taken apart: is it the label, and which other class, at every position.
+    r"""KL(teacher || student) in two terms at every position: label or not, and which of the other classes.
 
     $T^2 (\alpha\,\mathrm{KL}(b^p\,\|\,b^q) + \beta\,\mathrm{KL}(\hat p\,\|\,\hat q))$ with
-    $b = (p_y, 1-p_y)$ and $\hat p$ the probabilities of the classes but y among themselves;
-    $p = \mathrm{softmax}(t/T)$ the teacher, $q = \mathrm{softmax}(s/T)$ the student, at T. Nats. With
-    $\beta = 1 - p_y$ and $\alpha = 1$ it would be forward KL. Computed in log space; a label of
+    $b = (p_y, 1-p_y)$ for the label y and $\hat p$ the probabilities of all classes but y, renormalised;
+    $p = \mathrm{softmax}(t/T)$ the teacher, $q = \mathrm{softmax}(s/T)$ the student. Nats. With
+    $\beta = 1 - p_y$ and $\alpha = 1$ it would be forward KL. It is computed in log space; a label of
     `ignore_index` gives 0.
 
     Shapes: student and teacher logits `[..., V]`, labels `[...]` int64. Returns `[...]`, in float32 or
@@ -47,7 +47,7 @@ def dkd(
     _checks.temperature(temperature)
     student, teacher, labels, keep = counted(student, teacher, labels, ignore_index)
     values = torch.zeros_like(student[..., 0])
-    if alpha > 0:  # a term without weight may be infinite
+    if alpha > 0:  # a term of weight 0 may be infinite
         values = values + alpha * kl(*(label_or_not(x, labels, temperature) for x in (teacher, student)))
     if beta > 0:
         values = values + beta * kl_of_others(teacher, student, labels, temperature)

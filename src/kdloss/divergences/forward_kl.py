@@ -15,15 +15,15 @@ def forward_kl(
     temperature: float = 1.0,
     t_squared: bool = True,
 ) -> Float[Tensor, "*batch"]:
-    r"""KL(teacher || student) at every position: the student must cover all the teacher does.
+    r"""KL(teacher || student) at every position: the student must give mass to every class that the teacher does.
 
     $T^2 \sum_v p_v \log \frac{p_v}{q_v}$ with $p = \mathrm{softmax}(t/T)$ the teacher,
-    $q = \mathrm{softmax}(s/T)$ the student. Nats, never negative, 0 exactly at the teacher; a
-    class with p = 0 adds nothing, one with q = 0 < p makes it infinite.
+    $q = \mathrm{softmax}(s/T)$ the student. Nats, never negative, 0 exactly at the teacher. A
+    class with p = 0 adds nothing; one with q = 0 < p makes it infinite.
 
     Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The
     teacher is detached. `t_squared=False` leaves out the factor T², which keeps the gradient's
-    size as T moves.
+    size as T changes.
 
     Raises: ValueError for a temperature that is not finite and positive, or shapes, vocabularies
     or devices that differ; TypeError for integer logits.

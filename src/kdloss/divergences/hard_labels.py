@@ -18,13 +18,13 @@ def hard_labels(
 ) -> Float[Tensor, "*batch"]:
     r"""Cross-entropy with the teacher's most probable class as the label, at every position.
 
-    $-T^2 \log q_y$ with $y = \arg\max_v t_v$ the teacher's decision, the first of equals, and
-    $q = \mathrm{softmax}(s/T)$ the student; the paper's has T = 1. Nats, never negative. No divergence in the strict
-    sense: at the teacher it is neither 0 nor without gradient, but pulls the student on towards
-    certainty. A class with q = 0 that the teacher decides for makes it infinite.
+    $-T^2 \log q_y$ with $y = \arg\max_v t_v$ the teacher's decision, the first of equal ones, and
+    $q = \mathrm{softmax}(s/T)$ the student; the paper has T = 1. Nats, never negative. It is no divergence in the
+    strict sense: where student and teacher are equal, it is not 0 and its gradient pushes the student towards
+    certainty. It is infinite where q = 0 for the class that the teacher decides for.
 
     Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. `t_squared=False`
-    leaves out the factor T². Of top-k teachers only those with `tail="uniform"`: a bucket is no class.
+    leaves out the factor T². A top-k teacher needs `tail="uniform"`, since a bucket is no class.
 
     Raises: ValueError for a temperature that is not finite and positive, or shapes, vocabularies
     or devices that differ; TypeError for integer logits.
@@ -38,6 +38,6 @@ def hard_labels(
     """
     log_q, log_p = log_probs(student, teacher, temperature)
     label = teacher.argmax(-1, keepdim=True)
-    nan = torch.where(log_p.gather(-1, label).isnan(), torch.nan, 0.0)  # an argmax has none
+    nan = torch.where(log_p.gather(-1, label).isnan(), torch.nan, 0.0)  # argmax hides NaN
     values = (nan - log_q.gather(-1, label)).squeeze(-1)
     return values * temperature**2 if t_squared else values

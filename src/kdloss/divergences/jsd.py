@@ -19,14 +19,12 @@ def jsd(
     normalize: bool = False,
     t_squared: bool = True,
 ) -> Float[Tensor, "*batch"]:
-    r"""Generalised Jensen-Shannon divergence at every position: between forward and reverse KL, never
-    infinite.
+    r"""Generalised Jensen-Shannon divergence at every position: between forward and reverse KL, never infinite.
 
     $T^2 (\beta\,\mathrm{KL}(p\,\|\,m) + (1-\beta)\,\mathrm{KL}(q\,\|\,m))$ with
     $m = \beta p + (1-\beta) q$, $p = \mathrm{softmax}(t/T)$ the teacher, $q = \mathrm{softmax}(s/T)$
-    the student.
-    Nats. `beta=0` is forward and `beta=1` reverse KL, as in GKD; on the way there the size of the above
-    falls with $\beta(1-\beta)$, and `normalize=True` divides by it, so that the limits are those KLs.
+    the student. Nats. `beta=0` is forward and `beta=1` reverse KL, as in GKD. Near 0 and 1 the value of the formula
+    shrinks with $\beta(1-\beta)$; `normalize=True` divides by that, so that its limits are these KLs.
 
     Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The
     teacher is detached. `t_squared=False` leaves out the factor T².

@@ -16,12 +16,11 @@ def logit_mse(
     *,
     temperature: float = 1.0,
 ) -> Float[Tensor, "*batch"]:
-    r"""Mean squared difference of the logits themselves at every position.
+    r"""Mean squared difference of the logits at every position.
 
-    $\frac1V \sum_v (s_v - t_v)^2$, what T² KL tends to (times V, for centred logits) at high T. It sees a
-    constant added to the logits. `temperature` is there to fit the slot: a difference of logits over T,
-    squared and times T², doesn't depend on it. A class both sides
-    exclude with -inf is not counted.
+    $\frac1V \sum_v (s_v - t_v)^2$. For centred logits, T² KL tends to half of this at high T. It changes if a
+    constant is added to the logits. `temperature` has no effect, since the factor T² cancels the division by T; it is
+    there so that all divergences are called alike. A class that both sides exclude with -inf is not counted.
 
     Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The
     teacher is detached.

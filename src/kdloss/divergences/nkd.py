@@ -21,13 +21,12 @@ def nkd(
     ignore_index: int = -100,
     t_squared: bool = True,
 ) -> Float[Tensor, "*batch"]:
-    r"""The teacher's belief in the label as a soft label, and KL of the other classes, at every position.
+    r"""The label weighted by the teacher's probability of it, plus KL of the other classes, at every position.
 
-    $-p_y \log q_y + \gamma T^2\,\mathrm{KL}(\hat p\,\|\,\hat q)$ with p and q at T = 1 in the first
-    term and $\hat p$, $\hat q$ the probabilities at T of the classes but y among themselves. Nats. The
-    first
-    term is the paper's cross-entropy: not 0, and not without gradient, at the teacher. The second is the
-    paper's less the teacher's entropy, a constant. A label of `ignore_index` gives 0.
+    $-p_y \log q_y + \gamma T^2\,\mathrm{KL}(\hat p\,\|\,\hat q)$ with the label y, the teacher's p and the student's q
+    at T = 1 in the first term, and $\hat p$, $\hat q$ the probabilities at T of all classes but y, renormalised. Nats.
+    The first term is the paper's cross-entropy: where student and teacher are equal, neither it nor its gradient is 0.
+    The second is the paper's minus the teacher's entropy, which is constant. A label of `ignore_index` gives 0.
 
     Shapes: student and teacher logits `[..., V]`, labels `[...]` int64. Returns `[...]`, in float32 or
     better. The teacher is detached. `t_squared=False` leaves out the factor T².
@@ -48,7 +47,7 @@ def nkd(
     label = [x.gather(-1, labels.unsqueeze(-1)).squeeze(-1) for x in log_probs(student, teacher, 1.0)]
     p = label[1].exp()
     soft_label = torch.where(p > 0, -p * label[0], 0)
-    if gamma > 0:  # a term without weight may be infinite
+    if gamma > 0:  # a term of weight 0 may be infinite
         size = gamma * (temperature**2 if t_squared else 1.0)
         soft_label = soft_label + size * kl_of_others(teacher, student, labels, temperature)
     return fill(soft_label, keep)

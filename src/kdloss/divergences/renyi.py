@@ -21,13 +21,13 @@ def renyi(
     r"""Rényi divergence of the student from the teacher at every position; `order=1` is forward KL.
 
     $T^2 \frac{1}{\alpha - 1} \log \sum_v p_v^\alpha q_v^{1-\alpha}$ with $\alpha$ = `order`,
-    $p = \mathrm{softmax}(t/T)$ the teacher, $q = \mathrm{softmax}(s/T)$ the student. Nats; it grows with the order, and
-    next to 1 it keeps its digits. Below 1 it is infinite only if no class has mass on both sides, from 1 on with any
-    class with q = 0 < p.
+    $p = \mathrm{softmax}(t/T)$ the teacher, $q = \mathrm{softmax}(s/T)$ the student. Nats. It grows with the order, and
+    it loses no digits near order 1. Below order 1 it is infinite only if no class has mass on both sides; from 1 on
+    any class with q = 0 < p makes it infinite.
 
     Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The
-    teacher is detached. `t_squared=False` leaves out the factor T², with which the gradient keeps its size (times the
-    order) as T moves.
+    teacher is detached. `t_squared=False` leaves out the factor T², which keeps the gradient's size (times the order)
+    as T changes.
 
     Raises: ValueError for a temperature or an order that is not finite and positive, or shapes, vocabularies
     or devices that differ; TypeError for integer logits.

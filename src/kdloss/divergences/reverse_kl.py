@@ -15,11 +15,11 @@ def reverse_kl(
     temperature: float = 1.0,
     t_squared: bool = True,
 ) -> Float[Tensor, "*batch"]:
-    r"""KL(student || teacher) at every position: the student may keep to the teacher's modes.
+    r"""KL(student || teacher) at every position: the student may concentrate on some of the teacher's modes.
 
     $T^2 \sum_v q_v \log \frac{q_v}{p_v}$ with $p = \mathrm{softmax}(t/T)$ the teacher,
-    $q = \mathrm{softmax}(s/T)$ the student. Nats, never negative, 0 exactly at the teacher; a
-    class with q = 0 adds nothing, one with p = 0 < q makes it infinite.
+    $q = \mathrm{softmax}(s/T)$ the student. Nats, never negative, 0 exactly at the teacher. A
+    class with q = 0 adds nothing; one with p = 0 < q makes it infinite.
 
     Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The
     teacher is detached. `t_squared=False` leaves out the factor T².

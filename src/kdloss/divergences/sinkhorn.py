@@ -23,29 +23,29 @@ def sinkhorn(
     iterations: int = 100,
     t_squared: bool = True,
 ) -> Float[Tensor, "*batch"]:
-    r"""Debiased optimal transport at every position: what it costs to move mass between classes.
+    r"""Debiased optimal transport at every position: the cost of moving the student's mass to the teacher's classes.
 
     $T^2 (W(q, p) - \frac12 W(q, q) - \frac12 W(p, p))$ with
     $W(q, p) = \min_\pi \sum_{uv} \pi_{uv} c_{uv} + \epsilon\,\mathrm{KL}(\pi\,\|\,q \otimes p)$ over all $\pi \geq 0$
-    of row sums q and column sums p; $p = \mathrm{softmax}(t/T)$ the teacher, $q = \mathrm{softmax}(s/T)$ the student.
-    A mistake costs more the further the classes are apart. For small epsilon it is the Wasserstein distance (W is the
-    one of WKD-L, which leaves the other two terms out and so isn't 0, or without gradient, at the teacher), for large
-    epsilon a kernel distance. Always finite.
+    with row sums q and column sums p; $p = \mathrm{softmax}(t/T)$ the teacher,
+    $q = \mathrm{softmax}(s/T)$ the student. A mistake costs more, the farther apart the two classes are. For small
+    epsilon it is the Wasserstein distance, for large epsilon a kernel distance. It is always finite. WKD-L is the first
+    term, W(q, p), alone; neither that nor its gradient is 0 where student and teacher are equal.
 
-    - `cost`: what one unit of mass costs from class to class, `[V, V]`: by `functools.partial`. Finite, 0 on the
-      diagonal, symmetric and such that exp(-cost / epsilon) is positive semi-definite, without which this is no
-      divergence: distances of class embeddings or their squares are, on a line or sphere, too.
-    - `epsilon`: in units of the cost. Below a tenth of the largest cost, take more `iterations`.
-    - `iterations`: of Sinkhorn, over-relaxed, in float64. The gradient is that of the value in the limit of many,
-      by the potentials and not through the iterations, which only second derivatives go through.
+    - `cost`: the cost of moving one unit of mass from class to class, `[V, V]`; set it by `functools.partial`. It must
+      be finite, 0 on the diagonal and symmetric, and exp(-cost / epsilon) must be positive semi-definite, or this is
+      no divergence. Distances of class embeddings and their squares fulfil this, also on a line or a sphere.
+    - `epsilon`: in units of the cost. Below a tenth of the largest cost, use more `iterations`.
+    - `iterations`: the number of over-relaxed Sinkhorn iterations, in float64. The gradient comes from the potentials
+      and is that of the limit of many iterations; only second derivatives go through the iterations.
 
-    Time and memory: iterations times V² for each position, so for a few hundred classes.
+    Time and memory grow with iterations times V² for each position, so use it for up to a few hundred classes.
 
     Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The teacher is detached.
-    `t_squared=False` leaves out the factor T², with which the gradient keeps its size as T moves.
+    `t_squared=False` leaves out the factor T², which keeps the gradient's size as T changes.
 
-    Raises: ValueError for a cost that is not as said, an epsilon or temperature that is not finite and positive, or
-    shapes, vocabularies or devices that differ; TypeError for integer logits or costs.
+    Raises: ValueError for a cost that is not as described, an epsilon or temperature that is not finite and positive,
+    or shapes, vocabularies or devices that differ; TypeError for integer logits or costs.
 
     >>> import torch
     >>> from functools import partial
@@ -94,7 +94,7 @@ def _meta(log_q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return log_q.new_empty(log_q.shape[:-1]), torch.empty_like(log_q)
 
 
-# For compilers, which would trace every iteration: without torch.library.custom_op, which imports them.
+# One operator, since compilers would trace every iteration; torch.library.custom_op would import the compiler.
 _library: Any = torch.library.Library("kdloss", "DEF")  # type: ignore[no-untyped-call]
 _library.define("sinkhorn(Tensor log_q, Tensor log_p, Tensor cost, float epsilon, int iterations) -> (Tensor, Tensor)")
 _library.impl("sinkhorn", transport.debiased, "CompositeExplicitAutograd")
@@ -102,7 +102,7 @@ _library.impl("sinkhorn", _meta, "Meta")
 
 
 def _value(log_q: Tensor, *args: Any) -> Tensor:
-    """The function with its slope; a compiler gets these as numbers of one operator, not iteration by iteration."""
+    """Apply the function with its own slope; under a compiler both come from one operator."""
     if not torch.compiler.is_compiling():
         value: Tensor = _Debiased.apply(log_q, *args)[0]  # type: ignore[no-untyped-call]
         return value

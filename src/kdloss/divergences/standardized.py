@@ -1,4 +1,4 @@
-"""Logit standardisation, around any divergence."""
+"""Logit standardisation: a wrapper around any divergence."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from kdloss.targets.sharded import localised
 
 @dataclass(frozen=True)
 class standardized:
-    r"""A divergence of standardised logits: what a student's logits are up to shift and scale.
+    r"""A divergence of standardised logits: it doesn't depend on shift and scale of the student's logits.
 
     $D(\frac{s - \bar s}{\sigma_s}, \frac{t - \bar t}{\sigma_t})$ with mean and standard deviation
-    (of a sample, as in the authors' code) over the classes of each position. Classes excluded with
-    -inf stay so, and enter neither. Deviations are computed as $\sqrt{\sigma^2 + 10^{-14}}$.
+    (of a sample, as in the authors' code) over the classes of each position. Classes excluded with -inf stay
+    excluded, and count in neither. The deviation is computed as $\sqrt{\sigma^2 + 10^{-14}}$.
 
-    Shapes: as the divergence's; so are its options, `temperature` the base temperature of the paper.
+    Shapes and options are the divergence's; `temperature` is the paper's base temperature.
 
-    Raises: TypeError for what is no function; what the divergence raises.
+    Raises: TypeError for a divergence that is no function; what the divergence raises.
 
     >>> import kdloss
     >>> student, teacher = torch.tensor([0.0, 1.0, 5.0]), torch.tensor([7.0, 9.0, 17.0])
@@ -33,7 +33,7 @@ class standardized:
     Sun et al. 2024, "Logit Standardization in Knowledge Distillation", arXiv:2403.01427.
     """
 
-    one_class: ClassVar[bool] = False  # which is 0 when it is standardised
+    one_class: ClassVar[bool] = False  # a single class is always 0 after standardisation
     any_scale: ClassVar[bool] = True  # so a temperature of the teacher's own would change nothing
 
     divergence: Callable[..., Tensor]
@@ -47,14 +47,14 @@ class standardized:
 
     @property
     def __wrapped__(self) -> Callable[..., Tensor]:
-        return self.divergence  # whose signature it has
+        return self.divergence  # for its signature
 
     def __call__(self, student: AnyLogits, teacher: AnyLogits, *args: Any, **options: Any) -> Tensor:
         """The divergence between standardised student and teacher; `args` and `options` are its own."""
         student, teacher = localised(student), localised(teacher)
         if isinstance(student, Tensor) and isinstance(teacher, Tensor):
             teacher = teacher.detach()
-            if student.is_floating_point() and teacher.is_floating_point():  # else the divergence says what is wrong
+            if student.is_floating_point() and teacher.is_floating_point():  # else the divergence raises
                 student, teacher = map(_standard, alike(student, teacher))
             return self.divergence(student, teacher, *args, **options)
         return in_blocks(self, student, teacher, *args, **options)
@@ -63,7 +63,7 @@ class standardized:
 def _standard(z: Tensor) -> Tensor:
     there = z.isfinite()
     number = there.sum(-1, keepdim=True)
-    # The largest leaves first: a mean of large numbers would round their small differences.
+    # The largest is subtracted first: a mean of large numbers would round their small differences.
     top = z.detach().masked_fill(~there, -torch.inf).amax(-1, keepdim=True)
     finite = z.masked_fill(~there, 0) - top.masked_fill(number == 0, 0)
     finite = finite.masked_fill(~there, 0)

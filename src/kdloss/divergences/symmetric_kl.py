@@ -19,7 +19,7 @@ def symmetric_kl(
 
     $T^2 \sum_v (p_v - q_v) \log \frac{p_v}{q_v}$ with $p = \mathrm{softmax}(t/T)$ the teacher, $q =
     \mathrm{softmax}(s/T)$ the student.
-    Nats; infinite where one side excludes a class and the other doesn't.
+    Nats; infinite where only one side excludes a class (probability 0).
 
     Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The
     teacher is detached. `t_squared=False` leaves out the factor T².

@@ -16,13 +16,13 @@ def triangular(
     temperature: float = 1.0,
     t_squared: bool = True,
 ) -> Float[Tensor, "*batch"]:
-    r"""Triangular discrimination (Vincze, Le Cam) at every position: symmetric, never infinite.
+    r"""Triangular discrimination (Vincze, Le Cam) at every position: symmetric and never infinite.
 
     $T^2 \sum_v \frac{(p_v - q_v)^2}{p_v + q_v}$ with $p = \mathrm{softmax}(t/T)$ the teacher,
-    $q = \mathrm{softmax}(s/T)$ the student: between 0 and 2 T², and near the teacher that of forward KL.
+    $q = \mathrm{softmax}(s/T)$ the student. It lies between 0 and 2 T², and near the teacher it is that of forward KL.
 
     Shapes: student and teacher logits `[..., V]`. Returns `[...]`, in float32 or better. The
-    teacher is detached. `t_squared=False` leaves out the factor T², with which the gradient keeps its size as T moves.
+    teacher is detached. `t_squared=False` leaves out the factor T², which keeps the gradient's size as T changes.
 
     Raises: ValueError for a temperature that is not finite and positive, or shapes, vocabularies
     or devices that differ; TypeError for integer logits.
@@ -36,7 +36,7 @@ def triangular(
     """
     log_q, log_p = log_probs(student, teacher, temperature)
     none = (log_q == -torch.inf) & (log_p == -torch.inf)
-    # (q - p) / (q + p) with all its digits
+    # (q - p) / (q + p) without cancellation
     t = (log_q - log_p.where(~none, 0)).where(~none, 0).div(2).tanh()
     values = ((log_q.exp() + log_p.exp()) * t.square()).sum(-1)
     return values * temperature**2 if t_squared else values

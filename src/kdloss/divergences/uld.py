@@ -17,14 +17,13 @@ def uld(
     *,
     temperature: float = 1.0,
 ) -> Float[Tensor, "*batch"]:
-    r"""L1 distance of the sorted probabilities at every position, for vocabularies that have nothing
-    in common.
+    r"""L1 distance of the sorted probabilities at every position, for vocabularies that have nothing in common.
 
-    $\sum_i |p_{(i)} - q_{(i)}|$ with the probabilities in descending order, the shorter list padded by
+    $\sum_i |p_{(i)} - q_{(i)}|$ with the probabilities in descending order, the shorter list padded with
     zeros; $p = \mathrm{softmax}(t/T)$ the teacher, $q = \mathrm{softmax}(s/T)$ the student. Between 0
-    and 2. No factor T². Not 0 only at the teacher: what class has which probability isn't seen.
+    and 2. No factor T². It ignores which class has which probability, so it can be 0 where the two models differ.
 
-    Shapes: student logits `[..., V]`, teacher logits `[..., W]`, tensors both. Returns `[...]`, in float32
+    Shapes: student logits `[..., V]`, teacher logits `[..., W]`, both tensors. Returns `[...]`, in float32
     or better. The teacher is detached.
 
     Raises: ValueError for a temperature that is not finite and positive, or positions or devices that

@@ -1,4 +1,4 @@
-"""A temperature of the teacher's own, around any divergence of probabilities."""
+"""A separate temperature for the teacher: a wrapper around any divergence of probabilities."""
 
 import math
 from collections.abc import Callable
@@ -19,18 +19,18 @@ from kdloss.targets.sharded import localised
 
 @dataclass(frozen=True)
 class with_teacher_temperature:
-    r"""A divergence whose teacher has a temperature of its own: `temperature` is the student's.
+    r"""A divergence in which the teacher has its own temperature; `temperature` is then the student's.
 
     $D(s, \frac{T}{T'} t; T)$ with $T'$ = `teacher_temperature`: the divergence of $q = \mathrm{softmax}(s/T)$ from
-    $p = \mathrm{softmax}(t/T')$. It is 0, without gradient, where these are equal, so at $s = t\,T/T'$ and not at the
-    teacher's own logits. A factor T² is that of the student's temperature, which may be a schedule.
+    $p = \mathrm{softmax}(t/T')$. Value and gradient are 0 where q and p are equal, so at $s = t\,T/T'$ and not at the
+    teacher's own logits. A factor T² uses the student's temperature, which may be a schedule.
 
-    Shapes: as the divergence's; so are its options. A teacher that gives probabilities (top-k logits, a mixture of
-    probabilities) is refused: they are of one temperature.
+    Shapes and options are the divergence's. A teacher that gives probabilities (top-k logits, a mixture of
+    probabilities) is refused, since its temperature is fixed.
 
-    Raises: TypeError for what is no function; ValueError for a temperature that is not finite and positive, and for a
-    divergence that has no use for it: of logits (`logit_mse`, `bernoulli_kl`) or standardised; there write
-    `standardized(with_teacher_temperature(...))`; what the divergence raises.
+    Raises: TypeError for a divergence that is no function; ValueError for a temperature that is not finite and
+    positive, and for a divergence of logits (`logit_mse`, `bernoulli_kl`) or a standardised one, on which a teacher's
+    temperature has no meaning; write `standardized(with_teacher_temperature(...))`; what the divergence raises.
 
     >>> import kdloss
     >>> student, teacher = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 4.0, 8.0])
@@ -61,21 +61,21 @@ class with_teacher_temperature:
 
     @property
     def __wrapped__(self) -> Callable[..., Tensor]:
-        return self.divergence  # whose signature it has
+        return self.divergence  # for its signature
 
     @property
     def one_class(self) -> bool:
-        """Whether one class alone says something."""
+        """Whether the divergence makes sense for logits of one class."""
         return getattr(unwrapped(self.divergence)[0], "one_class", True)
 
     @property
     def any_vocabulary(self) -> bool:
-        """Whether tensors may differ in classes."""
+        """Whether two tensors may have different numbers of classes."""
         return getattr(unwrapped(self.divergence)[0], "any_vocabulary", False)
 
     @property
     def closed_form(self) -> Callable[..., Any] | None:
-        """That of the divergence, if it has one; the engine makes the teacher's side at its own temperature."""
+        """The divergence's closed form, if it has one; the engine applies the teacher's temperature."""
         function, options = unwrapped(self.divergence)
         form = getattr(function, "closed_form", None)
         if form is None:
@@ -90,7 +90,7 @@ class with_teacher_temperature:
             return in_blocks(self, student, teacher, *args, **options)
         temperature = options.get("temperature", unwrapped(self.divergence)[1].get("temperature", 1.0))
         ratio = _checks.temperature(temperature) / self.teacher_temperature
-        # Else the divergence says what is wrong.
+        # Otherwise the divergence raises.
         if student.is_floating_point() and teacher.is_floating_point() and teacher.shape[-1:].numel():
             student, teacher = alike(student, teacher.detach())
             teacher = _scaled(teacher, ratio)
@@ -98,7 +98,10 @@ class with_teacher_temperature:
 
 
 def _scaled(z: Tensor, by: float) -> Tensor:
-    """The largest leaves first: a product of large numbers would round their small differences, but by a power of 2."""
+    """Logits times a number. The largest is subtracted first, or the product would round small differences.
+
+    A power of 2 rounds nothing.
+    """
     if math.frexp(by)[0] == 0.5:
         return z * by
     top = z.amax(-1, keepdim=True)

@@ -1,7 +1,7 @@
-"""Losses on logits in blocks of rows, gradients in closed form: memory does not grow with positions."""
+"""Losses on logits in blocks of rows with closed-form gradients, so that memory does not grow with positions."""
 
 from kdloss.engine import closed_forms
-from kdloss.engine.divergence import Divergence, any_logits, in_blocks, whole_only
+from kdloss.engine.divergence import Divergence, any_logits, in_blocks, unblockable
 from kdloss.engine.fused import fused, per_position
 from kdloss.engine.run import Problem
 from kdloss.engine.switch import set_compile
@@ -21,5 +21,5 @@ __all__ = [
     "per_position",
     "set_compile",
     "specification",
-    "whole_only",
+    "unblockable",
 ]

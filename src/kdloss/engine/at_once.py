@@ -1,4 +1,4 @@
-"""All rows in one block: on a few numbers the machinery of many blocks takes longer than the work."""
+"""All rows in one block: for small batches the bookkeeping of many blocks takes longer than the arithmetic."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdloss.engine import block_sizes
 from kdloss.engine.gradients import OfHead
-from kdloss.engine.kernel import Few, compute
+from kdloss.engine.kernel import RowBlock, compute
 from kdloss.engine.plan import Plan
 from kdloss.engine.rows import Rows
 from kdloss.engine.run import (
@@ -30,13 +30,13 @@ from kdloss.targets.kinds import is_double
 
 KINDS = (Tensor, LazyLogits)
 AT_ONCE = 2**16
-"""Up to so many logits Python takes as long as arithmetic."""
+"""Up to this many logits Python takes as long as the arithmetic."""
 FEW = 2**12
-"""Up to so many, float64 throughout takes less time than going to and fro between it and float32."""
+"""Up to this many logits, float64 throughout takes less time than converting between float64 and float32."""
 
 
 def evaluate(problem: Problem, x: Student, weights: Tensor | None) -> Found:
-    """Values `[tasks, rows]`; given weights of the same shape, gradients of the weighted sum by x's tensors, too."""
+    """Values `[tasks, rows]`; with weights of the same shape also the gradients of the weighted sum by x's tensors."""
     plan = Plan.of(problem.tasks)
     if type(x) in KINDS and at_once(problem, plan, x):
         return run_at_once(problem, plan, x, weights)
@@ -44,7 +44,7 @@ def evaluate(problem: Problem, x: Student, weights: Tensor | None) -> Found:
 
 
 def at_once(problem: Problem, plan: Plan, x: Student) -> bool:
-    """Whether all rows are one block on a CPU, of tensors or lazy logits and closed forms alone."""
+    """Whether all rows fit in one block on a CPU, and there are only tensors, lazy logits and closed forms."""
     if not on_cpu(x.device) or problem.overwrite or problem.shard is not None or plan.by_autograd or plan.top_k:
         return False
     if x.shape.numel() > AT_ONCE or problem.rows > block_sizes.scratch_rows(x.device, x.shape[-1]) or wanted(x.device):
@@ -54,7 +54,7 @@ def at_once(problem: Problem, plan: Plan, x: Student) -> bool:
 
 
 def run_at_once(problem: Problem, plan: Plan, x: Student, weights: Tensor | None) -> Found:
-    """The same for them."""
+    """The same as `run` for all rows in one block, where `at_once` says so."""
     tasks, index, n, shape = problem.tasks, problem.index, problem.rows, (x.shape[:-1].numel(), x.shape[-1])
     read = [x, *(read.x for read in read_by_rows(tasks))]
     wide = any(map(is_double, read))
@@ -78,8 +78,8 @@ def run_at_once(problem: Problem, plan: Plan, x: Student, weights: Tensor | None
 
     by = None if weights is None else slopes(plan, weights, dtype)
     with without_autocast("cpu"):
-        few = Few(rows(x), task, by, *switched_off(weights, len(tasks), n, problem.nonzero))
-        values, gradient = compute(plan, few, ExactSide if exact else Side)
+        block = RowBlock(rows(x), task, by, *switched_off(weights, len(tasks), n, problem.nonzero))
+        values, gradient = compute(plan, block, ExactSide if exact else Side)
         values = sized(plan, values).to(torch.float64 if wide else torch.float32)
         if gradient is None:
             return values, None
@@ -95,7 +95,7 @@ def run_at_once(problem: Problem, plan: Plan, x: Student, weights: Tensor | None
 
 
 def made(x: LazyLogits, index: Tensor | None, rows: int) -> Rows:
-    """All rows of lazy logits."""
+    """All rows of lazy logits, computed."""
     found = Rows(x, index)
     found.make(0, rows)
     return found

@@ -1,4 +1,4 @@
-"""How many rows are worked on at a time."""
+"""How many rows the engine computes at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,14 +6,14 @@ import torch
 
 
 def equal_blocks(rows: int, most: int, first: int = 0) -> Iterator[tuple[int, int]]:
-    """Blocks of at most so many rows, of equal size but for one row, the largest in front."""
+    """Split rows into blocks of at most `most` rows; sizes differ by one row at most, the larger ones first."""
     blocks = -(-rows // most) if rows else 0
     for k in range(blocks):
         yield first - (-rows * k // blocks), first - (-rows * (k + 1) // blocks)
 
 
 def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int:
-    """How many rows are worked on at a time: what stays in a CPU's cache, or fills an accelerator."""
+    """How many rows to compute at a time: few enough for a CPU's cache, or enough to fill an accelerator."""
     entries = 2**19 * coarseness * torch.get_num_threads() if device.type == "cpu" else 2**25 * min(coarseness, 2)
     return max(1, entries // max(classes, 1))
 
@@ -21,9 +21,11 @@ def scratch_rows(device: torch.device, classes: int, coarseness: int = 1) -> int
 def compiled_rows(
     device: torch.device, classes: int, rows: int, top_k: Sequence[int] = (), scratch: bool = True
 ) -> int:
-    """The same for compiled work, where every block costs some Python: all rows, where that takes no `scratch` as
-    large as they are, and else an eighth of them, within bounds; on an accelerator what leaves indices small, and a
-    quarter of it where the classes that were not kept are written on the way.
+    """The same for compiled work, where every block costs Python time.
+
+    On a CPU all rows at once, or an eighth of them, within bounds, where the work needs `scratch` memory as large as
+    the logits. On an accelerator as many rows as 32-bit indices allow, or a quarter of that for top-k teachers, whose
+    other classes are written to memory on the way.
     """
     if device.type == "cpu":
         most = (2**20 if scratch else 2**24) * torch.get_num_threads()
@@ -34,9 +36,10 @@ def compiled_rows(
 
 
 def made_rows(device: torch.device, rows: int, mine: int, largest: int, kept: int) -> tuple[int, int]:
-    """How many rows of the student's logits are made at a time, and of the teachers': fewer, where several are kept,
-    so that all of them take the memory of one. In bytes, a row of the student's is `mine`, and of the teachers' the
-    `largest`, and what is `kept` of all.
+    """How many rows of the student's and of the teachers' lazy logits to compute at a time.
+
+    Where several teachers' rows are kept, there are fewer of them, so that together they take the memory of one.
+    Sizes of a row in bytes: the student's is `mine`, the `largest` teacher's, and all that is `kept` together.
     """
     if mine + kept == 0:
         return max(rows, 1), max(rows, 1)
@@ -45,8 +48,10 @@ def made_rows(device: torch.device, rows: int, mine: int, largest: int, kept: in
 
 
 def block_rows(device: torch.device, row_bytes: int) -> int:
-    """How many rows of student and one teacher are made at a time: those of 2^27 bytes, on an accelerator at least as
-    many as it takes to be bound by arithmetic, not by reading heads.
+    """How many rows of student and one teacher to compute at a time: what fits in 2^27 bytes.
+
+    On an accelerator at least as many rows as make the product with the head limited by arithmetic, and not by reading
+    the head.
     """
     rows = 2**27 // max(row_bytes, 1) // 128 * 128
     return min(max(rows, 128), 1024) if device.type == "cpu" else max(rows, 1024)

@@ -1,9 +1,9 @@
 r"""Values and slopes of divergences $\sum_v f(p_v, q_v)$ without autograd, as pure functions.
 
-Each takes the student's side q and the teacher's p, and returns the value of each row `[r, 1]`, the slope
-$q\,\partial f/\partial q$ `[r, V]` in memory that the caller may write to, and the slope's sum over classes (None for
-0). The gradient by the student's logits is then (slope - q * sum) / T. q and p stay as they are, since other
-divergences read them, too; nothing looks at a number, so that a compiler can put them into one loop.
+Each takes the student's side q and the teacher's side p. It returns the value of each row `[r, 1]`, the slope
+$q\,\partial f/\partial q$ `[r, V]` in memory that the caller may overwrite, and the slope's sum over classes (None for
+0). The gradient by the student's logits is then (slope - q * sum) / T. The functions don't change q and p, since other
+divergences read them too, and they don't branch on numbers, so that a compiler can fuse them into one loop.
 The plain functions in `kdloss.divergences` are the specification.
 """
 
@@ -22,19 +22,19 @@ ClosedForm = Callable[..., Form]
 
 
 def nan(q: Side, p: Side) -> Tensor:
-    """0 for rows of numbers: so that what 0 log 0 is made of hides no NaN among the logits."""
+    """0 in each row, or NaN where the row's logits hold one, which the replacement of 0 log 0 by 0 would hide."""
     return (q.log_total - p.log_total) * 0
 
 
 def forward_kl(q: Side, p: Side) -> Form:
-    """Sum of p log(p/q); slope q - p up to p's and q's sums of 1."""
+    """Sum of p log(p/q); slope q - p, since p and q each sum to 1."""
     return p.kl(q), q.probs - p.probs, None
 
 
 def reverse_kl(q: Side, p: Side) -> Form:
     """Sum of q log(q/p); slope q log(q/p)."""
     slope = q.log_ratio_to(p).mul_(q.probs).nan_to_num_(0.0, posinf=torch.inf)
-    if q.pieced and not q.flat:  # one sweep less
+    if q.pieced and not q.flat:  # saves one sweep
         value = q.kl(p)
         return value, slope, value
     total = q.sum(slope) + nan(q, p)
@@ -96,17 +96,18 @@ def skewed_reverse_kl(q: Side, p: Side, *, skew: float = 0.1) -> Form:
 
 
 def total_variation(q: Side, p: Side) -> Form:
-    """Half the sum of |q - p|; slope q where it is above p and 0 elsewhere: q sign(q-p) / 2 and a half of q, which with
-    its sum is no gradient.
+    """Half the sum of |q - p|; slope q where q > p, 0 elsewhere.
+
+    That is q sign(q-p) / 2 plus q / 2, and q / 2 together with its sum adds nothing to the gradient.
     """
     gap = q.probs - p.probs
-    if q.pieced:  # which is larger is known without the teacher's exponentials, and the gradient's sweep needs none
+    if q.pieced:  # compare logarithms, so that the gradient's sweep needs no exponentials of the teacher
         level = p.bits + once(((q.log_total - p.log_total) / LN2).to(gap.dtype))
         slope = torch.where(q.bits > level, q.probs, 0)
     else:
-        slope = torch.ops.aten.threshold_backward(q.probs, gap, 0.0)  # the same, thirty times as fast
+        slope = torch.ops.aten.threshold_backward(q.probs, gap, 0.0)  # the same, thirty times faster
     value = q.sum(gap.abs_()) / 2
-    return value, slope, torch.add(q.sum(slope), value, alpha=0)  # no number hides
+    return value, slope, torch.add(q.sum(slope), value, alpha=0)  # keeps the value's NaN
 
 
 def hard_labels(q: Side, p: Side) -> Form:
@@ -120,4 +121,4 @@ def hard_labels(q: Side, p: Side) -> Form:
 
 
 WITHOUT_SCRATCH = {forward_kl, reverse_kl, symmetric_kl, skewed_forward_kl, total_variation}
-"""Those that a compiler computes in sweeps over the logits, with nothing as large as they are in between."""
+"""Forms that a compiler computes in sweeps over the logits, without scratch memory as large as the logits."""

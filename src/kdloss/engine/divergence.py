@@ -1,4 +1,4 @@
-"""Functions on dense logits made to take logits of any kind."""
+"""Let divergences written for dense logits take every kind of logits."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,7 @@ from kdloss.targets.sharded import localised
 
 @runtime_checkable
 class Divergence(Protocol):
-    """Anything of the shape of `kdloss.divergences.forward_kl`."""
+    """Any function that is called like `kdloss.divergences.forward_kl`."""
 
     def __call__(self, student: Any, teacher: Any, /, *, temperature: float = 1.0) -> Tensor:
         """One value per position."""
@@ -40,8 +40,9 @@ def any_logits(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Let a divergence on tensors take every kind of logits, in blocks of rows.
 
-    `needs_logits`: probabilities alone don't do. `needs_classes`: nor do some classes and a bucket.
-    `any_vocabulary`: tensors may differ in classes. `one_class`: one alone says something, too.
+    `needs_logits`: it can't be computed from probabilities. `needs_classes`: it can't be computed from some classes
+    and a bucket. `any_vocabulary`: two tensors may have different numbers of classes. `one_class`: it makes sense for
+    logits of one class.
     """
 
     def decorate(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -49,7 +50,7 @@ def any_logits(
         def divergence(student: AnyLogits, teacher: AnyLogits, *args: Any, **options: Any) -> Tensor:
             student, teacher = localised(student), localised(teacher)
             tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
-            if tensors and (closed_form is None or whole_only(student, None)):
+            if tensors and (closed_form is None or unblockable(student, None)):
                 return plain(student, teacher, *args, **options)
             return in_blocks(divergence, student, teacher, *args, **options)
 
@@ -77,13 +78,13 @@ def in_blocks(
     mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """A divergence between logits of any kind, at every position."""
+    """A divergence between logits of any kind, at every position, in blocks of rows where possible."""
     temperature = _checks.temperature(temperature)
     task = TeacherTask(partial(divergence, **options), teacher.detach(), temperature, labels=labels)
     task.check(student)
     if isinstance(teacher, TopKLogits):
         look_at_any(teacher, student.shape[-1])
-    if whole_only(student, divergence):
+    if unblockable(student, divergence):
         return task.values(student, mask)
     positions = student.shape[:-1]
     flat = None if labels is None else labels.reshape(-1)
@@ -91,9 +92,11 @@ def in_blocks(
     return per_position(problem, local)[0].reshape(positions)
 
 
-def whole_only(student: AnyLogits, divergence: Callable[..., Any] | None) -> bool:
-    """Where rows can't be taken apart: while compiling or without data, in losses between positions, and in
-    those with parameters of their own to train.
+def unblockable(student: AnyLogits, divergence: Callable[..., Any] | None) -> bool:
+    """Whether all rows must be computed at once by the plain function.
+
+    That is so under `torch.compile`, `torch.func` and forward-mode autograd, for tensors without data, for divergences
+    that compare positions with each other, and for those with trained parameters of their own.
     """
     x = getattr(student, "hidden", student)
     within = torch.compiler.is_compiling() or student.device.type == "meta" or isinstance(x, FakeTensor)

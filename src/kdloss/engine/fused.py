@@ -1,6 +1,6 @@
-"""The engine as functions that autograd knows."""
+"""`autograd.Function`s around the engine."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -22,20 +22,20 @@ from kdloss.targets.kinds import at, dense
 
 _HOLE = object()
 _ATOMS = {type(None), bool, int, float, FunctionType}
-"""What holds no tensors, as most parts do."""
+"""Types that hold no tensors. Most values in a problem are of these types."""
 
 
 def fused(problem: Problem, student: Student, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of all tasks' values by weights `[tasks, rows]` or `[tasks, 1]`; and the values, detached.
+    """The weighted sum of all tasks' values, and the values, detached. Weights are `[tasks, rows]` or `[tasks, 1]`.
 
-    Gradients are computed with the values; backward only scales them. A row of weight 0 gets nothing from its task,
-    even where the value is infinite or no number.
+    The forward pass computes the gradients with the values; backward only scales them. A row of weight 0 gets nothing
+    from its task, even where the value is infinite or NaN.
     """
-    tensors = parts(student)
+    tensors = tensors_of(student)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     dtype = matmul_dtype(student) if isinstance(student, LazyLogits) else student.dtype
     if wanted and torch.float16 in (dtype, *(t.dtype for t in tensors)):
-        # Before a GradScaler's factor is known, these gradients would be too small for float16.
+        # Gradients computed now, before the GradScaler's factor is known, would be too small for float16.
         values = per_position(problem, student)
         return _weighted(values, weights), values.detach()
     loss, values = _apply(_Fused, problem, student, wanted, weights, *tensors)
@@ -45,10 +45,11 @@ def fused(problem: Problem, student: Student, weights: Tensor) -> tuple[Tensor, 
 def per_position(problem: Problem, student: Student) -> Tensor:
     """The values of all tasks `[tasks, rows]`.
 
-    One task's gradient is computed with them, where it is as large as the logits and has no fewer digits than what is
-    multiplied with it in backward. Otherwise the gradient's pass follows in backward.
+    For a single task on logits of 32 bits or more, the forward pass computes the gradient with the values. Otherwise
+    backward computes it in a second pass: several tasks have several weights, which are only known then, and a 16-bit
+    gradient would be rounded before it is multiplied.
     """
-    tensors = parts(student)
+    tensors = tensors_of(student)
     alone = len(problem.tasks) == 1 and isinstance(student, Tensor)
     wanted = alone and torch.is_grad_enabled() and tensors[0].requires_grad and tensors[0].dtype.itemsize >= 4
     values: Tensor = _apply(_PerPosition, problem, student, wanted, *tensors)
@@ -65,8 +66,8 @@ class _Fused(torch.autograd.Function):
         ctx.gradients = gradients
         ctx.overwritten = problem.overwrite and wanted and isinstance(student, Tensor)
         ctx.autocast = autocast_of(student)
-        kept, ctx.rest = apart((problem, student, weights, values))
-        ctx.save_for_backward(*kept)
+        saved, ctx.rebuild = flatten((problem, student, weights, values))
+        ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(values)
         return _weighted(values, weights, problem.nonzero), values
 
@@ -85,7 +86,7 @@ class _Fused(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3]
         if gradients is not None and not again and not wanted:
             return (*none, None, *scaled(gradients, upstream))
-        problem, student, weights, values = together(ctx.rest, iter(ctx.saved_tensors))
+        problem, student, weights, values = ctx.rebuild(ctx.saved_tensors)
         with ctx.autocast():
             if again:
                 return (*none, *_by_autograd(problem, student, weights, values, upstream, wanted))
@@ -106,13 +107,13 @@ class _PerPosition(torch.autograd.Function):
             replace(problem, overwrite=False), student, None if one is None else one.expand(1, problem.rows)
         )
         ctx.gradient = None if gradients is None else gradients[0]
-        kept, ctx.rest = apart((problem, student, values))
-        ctx.save_for_backward(*kept)
+        saved, ctx.rebuild = flatten((problem, student, values))
+        ctx.save_for_backward(*saved)
         return values
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        problem, student, values = together(ctx.rest, iter(ctx.saved_tensors))
+        problem, student, values = ctx.rebuild(ctx.saved_tensors)
         gradient, ctx.gradient = ctx.gradient, None
         with ctx.autocast():
             if torch.is_grad_enabled():
@@ -124,7 +125,7 @@ class _PerPosition(torch.autograd.Function):
 
 
 def _by_row_weights(gradient: Tensor, problem: Problem, weights: Tensor) -> Tensor:
-    """A gradient of one task times a number for each row, in place; exactly 0 where that is 0."""
+    """Multiply one task's gradient by a weight for each row, in place; a weight of 0 gives exactly 0."""
     rows = gradient.view(gradient.shape[:-1].numel(), gradient.shape[-1])
     if problem.index is not None:
         weights = weights.new_zeros(len(rows)).index_copy_(0, problem.index, weights)
@@ -134,35 +135,35 @@ def _by_row_weights(gradient: Tensor, problem: Problem, weights: Tensor) -> Tens
 
 
 def _by_rows(problem: Problem, student: Student, weights: Tensor) -> Sequence[Tensor | None]:
-    """The student's gradients for these weights of the values."""
-    if not any(t.requires_grad for t in parts(student)):
-        return [None for _ in parts(student)]
+    """The gradients of the student's tensors for these weights of the values."""
+    if not any(t.requires_grad for t in tensors_of(student)):
+        return [None for _ in tensors_of(student)]
     return evaluate(replace(problem, overwrite=False), student, weights.detach())[1] or ()
 
 
 def _by_autograd(
     problem: Problem, student: Student, weights: Tensor, values: Tensor, upstream: Tensor, wanted: bool
 ) -> Iterator[Tensor | None]:
-    """Gradients by the weights, if wanted, and by the student, which can be differentiated again."""
+    """Gradients by the weights, if wanted, and by the student's tensors; both can be differentiated again."""
     if problem.shard is not None:
         raise RuntimeError("logits over a sharded vocabulary have no second derivative; write create_graph=False")
     off = (weights == 0) & ~values.isfinite()
-    loss = _weighted(picked(problem, student, off), weights * upstream)
-    tensors = (weights, *parts(student))
+    loss = _weighted(plain_values(problem, student, off), weights * upstream)
+    tensors = (weights, *tensors_of(student))
     needed = [wanted, *(t.requires_grad for t in tensors[1:])]
     found = iter(torch.autograd.grad(loss, list(compress(tensors, needed)), create_graph=True))
     return (next(found) if need else None for need in needed)
 
 
-def picked(problem: Problem, student: Student, off: Tensor) -> Tensor:
-    """The values of all rows at once, by plain functions; zeros are compared where a task is `off`."""
+def plain_values(problem: Problem, student: Student, off: Tensor) -> Tensor:
+    """The values of all rows at once, computed by the plain functions; a task that is `off` in a row compares zeros."""
     positions = len(student.shape) - 1
 
     def pick(t: Tensor) -> Tensor:
         flat = t.flatten(0, positions - 1) if positions else t.unsqueeze(0)
         return flat if problem.index is None else flat[problem.index]
 
-    z = precise(dense(at(student, pick)))  # once, so that the tasks' gradients meet before they are rounded
+    z = precise(dense(at(student, pick)))  # once, so that the tasks' gradients are added before they are rounded
     values = []
     for task, out in zip(problem.tasks, off, strict=True):
         there, on = task.at(pick), ~out
@@ -174,7 +175,7 @@ def picked(problem: Problem, student: Student, off: Tensor) -> Tensor:
 
 
 def autocast_of(student: Student) -> Callable[[], AbstractContextManager[Any]]:
-    """A context like the present one, for a backward that runs outside of it."""
+    """The current autocast setting, to restore in backward, which runs outside of the caller's context."""
     kind = student.device.type
     enabled = torch.is_autocast_enabled(kind)
     if not enabled:
@@ -182,50 +183,63 @@ def autocast_of(student: Student) -> Callable[[], AbstractContextManager[Any]]:
     return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=True)
 
 
-def parts(student: Student) -> Sequence[Tensor]:
-    """The tensors that get gradients."""
+def tensors_of(student: Student) -> Sequence[Tensor]:
+    """The student's tensors, which may need gradients: its logits, or hidden states, weight and bias."""
     if isinstance(student, Tensor):
         return (student,)
     return (student.hidden, student.weight, *(() if student.bias is None else (student.bias,)))
 
 
-def apart(x: Any) -> tuple[list[Tensor], Any]:
-    """The tensors in something, for autograd to keep and let go of, and the same with holes in their places."""
+def flatten(value: Any) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Any]]:
+    """Split a nested value into its tensors and a function that rebuilds it.
+
+    The value is nested in lists, tuples and dataclasses. Autograd saves the tensors, and frees them after backward.
+    """
     tensors: list[Tensor] = []
-    return tensors, _without(x, tensors)
+    skeleton = _take_tensors(value, tensors)
+
+    def rebuild(saved: Iterable[Tensor]) -> Any:
+        return _put_tensors(skeleton, iter(saved))
+
+    return tensors, rebuild
 
 
-def _without(x: Any, tensors: list[Tensor]) -> Any:
+def _take_tensors(x: Any, tensors: list[Tensor]) -> Any:
+    """The same value with `_HOLE` in place of each tensor, which is appended to `tensors`."""
     if isinstance(x, Tensor):
         tensors.append(x)
         return _HOLE
-    return _each(_without, x, tensors)
+    return _map_items(_take_tensors, x, tensors)
 
 
-def together(x: Any, tensors: Iterator[Tensor]) -> Any:
-    """Something with its tensors in the holes; what was checked once, where it may be masked, isn't checked again."""
-    return next(tensors) if x is _HOLE else _each(together, x, tensors)
+def _put_tensors(x: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same value with the next of `tensors` in place of each `_HOLE`."""
+    return next(tensors) if x is _HOLE else _map_items(_put_tensors, x, tensors)
 
 
-def _each(change: Callable[..., Any], x: Any, tensors: Any) -> Any:
+def _map_items(change: Callable[..., Any], x: Any, tensors: Any) -> Any:
+    """Rebuild a list, tuple or dataclass of changed items.
+
+    A dataclass is rebuilt without its `__post_init__`: it was checked already, and its tensors may be masked now.
+    """
     kind = type(x)
     if kind in (list, tuple):
-        return kind([part if type(part) in _ATOMS else change(part, tensors) for part in x])
+        return kind([item if type(item) in _ATOMS else change(item, tensors) for item in x])
     if not hasattr(kind, "__dataclass_fields__"):
         return x
-    other, parts = object.__new__(kind), vars(x).items()
-    vars(other).update({name: part if type(part) in _ATOMS else change(part, tensors) for name, part in parts})
+    other, fields = object.__new__(kind), vars(x).items()
+    vars(other).update({name: item if type(item) in _ATOMS else change(item, tensors) for name, item in fields})
     return other
 
 
 def _countable(values: Tensor, weights: Tensor) -> Tensor:
-    """Values with 0 where they are infinite or no number but count for nothing."""
+    """The values, with 0 in place of those that are infinite or NaN and have weight 0."""
     return values.masked_fill((weights == 0) & ~values.isfinite(), 0)
 
 
 def _weighted(values: Tensor, weights: Tensor, nonzero: bool = False) -> Tensor:
     counted = values if nonzero else _countable(values, weights)
-    return (counted * weights).sum(1).sum().to(values.dtype)  # two halves are one whole
+    return (counted * weights).sum(1).sum().to(values.dtype)  # by task: two of half weight equal one exactly
 
 
 def _apply(function: Any, *args: Any) -> Any:

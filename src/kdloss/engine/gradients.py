@@ -1,4 +1,4 @@
-"""Gradients by a student's own tensors, gathered from those by rows of its logits."""
+"""Collect the gradients by a student's tensors from the gradients by rows of its logits."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -13,7 +13,7 @@ from kdloss.targets.sharded import Shard
 
 
 class OfLogits:
-    """A student that gave its logits: the gradient is as large as they are, or takes their place."""
+    """Gradients of a student given by its logits: one tensor of their size, or written over the logits."""
 
     def __init__(self, logits: Tensor, rows: Rows, overwrite: bool) -> None:
         self.index = rows.index
@@ -24,18 +24,18 @@ class OfLogits:
         self.in_place = in_place
 
     def place(self, start: int, stop: int) -> Tensor | None:
-        """Where the gradient of some rows belongs, if it is one place: for a student that is `in_place` its logits'."""
+        """The memory for the gradient of these rows, None where it isn't contiguous; `in_place` it is the logits'."""
         return None if self.index is not None else self.flat[start:stop]
 
     def rows(self, start: int, stop: int, gradient: Tensor) -> None:
-        """Take the gradient of some rows."""
+        """Store the gradient of these rows."""
         if self.index is None:
             self.flat[start:stop].copy_(gradient)
         else:
             self.flat.index_copy_(0, self.index[start:stop], gradient.to(self.flat.dtype))
 
     def block(self, start: int, stop: int) -> None:
-        """Nothing is left to do for a block."""
+        """End a block: nothing to do here."""
 
     def tensors(self) -> Sequence[Tensor | None]:
         """One gradient for each of the student's tensors."""
@@ -47,17 +47,17 @@ class OfLogits:
 
 
 def _own_memory(t: Tensor) -> bool:
-    """Whether no two entries are the same number in memory, as in expanded tensors."""
+    """Whether every entry has its own memory, which those of expanded tensors don't."""
     return all(stride or size <= 1 for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int = 4096) -> None:
-    """Total += a @ b, the product not rounded to the dtype of a and b on the way."""
+    """Total += a @ b, without rounding the product to the dtype of a and b first."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return
-    if mixed := mixed_product(total.device.type, a.dtype, total.dtype):
-        mixed(total, a, b)
+    if add := wide_product(total.device.type, a.dtype, total.dtype):
+        add(total, a, b)
         return
     b = b.to(total.dtype)
     for start in range(0, len(total), rows):
@@ -65,8 +65,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int = 4096) -> None:
 
 
 @lru_cache
-def mixed_product(device: str, dtype: torch.dtype, wide: torch.dtype) -> Callable[..., Any] | None:
-    """How PyTorch adds a product of such matrices to a wider one on these devices, if it can: best in place."""
+def wide_product(device: str, dtype: torch.dtype, wide: torch.dtype) -> Callable[..., Any] | None:
+    """A function that adds a product of `dtype` matrices to a `wide` one on this device, in place if PyTorch can.
+
+    None where PyTorch has no such operator.
+    """
     x, one = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, dtype=wide, device=device)
     for way in (_in_place, _in_two_steps):
         total = one.clone()
@@ -88,7 +91,7 @@ def _in_two_steps(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class OfHead:
-    """A student that gave hidden states and head: the logits' gradient takes the place of their block."""
+    """Gradients of a student given by hidden states and head: each block's logits are overwritten by their gradient."""
 
     def __init__(self, student: LazyLogits, rows: Rows, shard: Shard | None) -> None:
         self.shard, self.in_place = shard, True
@@ -98,12 +101,12 @@ class OfHead:
         self.bias: Tensor | None = None
 
     def place(self, start: int, stop: int) -> Tensor | None:
-        """The logits' own, where these are what the head gave."""
+        """The memory of the block's logits; None where they were scaled or capped after the head."""
         shaped = self.lazy.softcap is not None or self.lazy.scale != 1
         return None if shaped else self.rows_of(start, stop)
 
     def rows(self, start: int, stop: int, gradient: Tensor) -> None:
-        """Take the gradient of some rows, back through cap and scale."""
+        """Store the gradient of these rows, taken back through soft-cap and scale."""
         z = self.rows_of(start, stop)
         if self.lazy.softcap is not None:
             gradient.mul_(1 - (z / self.lazy.softcap).square())
@@ -112,7 +115,7 @@ class OfHead:
         z.copy_(gradient)
 
     def block(self, start: int, stop: int) -> None:
-        """The head's products of a whole block."""
+        """End a block: take its gradient back through the head, to hidden states, weight and bias."""
         x, gradient, hidden = self.student, self.rows_of(start, stop), self.lazy.hidden[start:stop]
         if x.hidden.requires_grad:
             self.hidden[start:stop] = gradient @ self.lazy.weight
@@ -120,7 +123,7 @@ class OfHead:
             of_block = gradient.sum(0, dtype=_wide(x.bias.dtype))
             self.bias = of_block if self.bias is None else self.bias.add_(of_block)
         if x.weight.requires_grad:
-            alone = len(hidden) == len(self.lazy.hidden)  # then it is rounded once as it is, and else where it ends
+            alone = len(hidden) == len(self.lazy.hidden)  # one block is rounded once; a sum of blocks is kept wide
             dtype = x.weight.dtype if alone else _wide(x.weight.dtype)
             if self.weight is None and dtype == gradient.dtype:
                 self.weight = gradient.T @ hidden
@@ -131,7 +134,7 @@ class OfHead:
 
     def tensors(self) -> Sequence[Tensor | None]:
         """One gradient for each of the student's tensors."""
-        self.rows_of.made = None  # all blocks were read
+        self.rows_of.made = None  # frees the last block
         x, hidden, index = self.student, self.hidden, self.rows_of.index
         if x.hidden.requires_grad and self.shard is not None:
             hidden = self.shard.sum(hidden)
@@ -143,12 +146,12 @@ class OfHead:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Sums over blocks need more digits than 16 bits have."""
+    """The dtype for sums over blocks: 16 bits have too few digits."""
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def _total(total: Tensor | None, of: Tensor) -> Tensor | None:
-    """A sum over blocks in its tensor's dtype, if that is trained; 0 where there was no block."""
+    """A sum over blocks in the dtype of its tensor; 0 where there was no block, None where it isn't trained."""
     if not of.requires_grad:
         return None
     return torch.zeros_like(of) if total is None else total.to(of.dtype)

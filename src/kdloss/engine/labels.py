@@ -1,4 +1,4 @@
-"""Cross-entropy of a few rows, from the exponentials that are there already."""
+"""Cross-entropy of a block of rows, from exponentials that were computed already."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from kdloss.engine.task import LabelTask
 
 
 class Unsoftened(NamedTuple):
-    """A student's probabilities at T = 1 up to their sum, and the log of the sum of its exponentials."""
+    """A student's unnormalised probabilities at T = 1, their sum, and the log of the sum of its exponentials."""
 
     e: Tensor
     total: Tensor
@@ -18,10 +18,10 @@ class Unsoftened(NamedTuple):
 
 
 class Target(NamedTuple):
-    r"""Cross-entropy with targets $a_c = w_c ((1 - \epsilon) y_c + \epsilon / C)$ in rows: its value, the sum
-    of a, and a itself, of which a part stands at one class of each row.
+    r"""Cross-entropy with the targets $a_c = w_c ((1 - \epsilon) y_c + \epsilon / C)$ of each row.
 
-    The gradient by the logits is the sum times the probabilities less a. Numbers that are 1 in all rows are None.
+    Its value, the sum of a, and a itself: `everywhere` in all classes, plus `at_label` at the class `label`. The
+    gradient by the logits is the sum times the probabilities, minus a. None stands for a number that is 1 in all rows.
     """
 
     value: Tensor
@@ -32,20 +32,20 @@ class Target(NamedTuple):
 
 
 def of_probabilities(task: LabelTask, q: Side, one: Unsoftened) -> Target:
-    """Labels `[r, V]` that are probabilities."""
+    """The target of labels `[r, V]` that are probabilities."""
     a = task.labels.to(q.logits.dtype, copy=True)
     if task.smoothing > 0:
         a.mul_(1 - task.smoothing).add_(task.smoothing / a.shape[-1])
     if task.class_weights is not None:
         a.mul_(task.class_weights)
     sums = q.sum(a)
-    # 0 log 0 is 0, and the sum of a times log_total says where there is no number.
+    # 0 log 0 is 0; a NaN that this replaces still shows in the sum of a times log_total.
     gaps = q.sum((a * q.bits).nan_to_num_(0.0, neginf=-torch.inf))
     return Target(sums * one.log_total - q.temperature * LN2 * gaps, sums, a)
 
 
 def of_classes(task: LabelTask, z: Tensor, q: Side, one: Unsoftened) -> Target:
-    """Labels `[r]` that are classes."""
+    """The target of labels `[r]` that are classes."""
     labels = task.labels.unsqueeze(-1)
     mine, here = labels, None
     if q.shard is not None:
@@ -68,13 +68,13 @@ def of_classes(task: LabelTask, z: Tensor, q: Side, one: Unsoftened) -> Target:
     if task.smoothing == 0:
         return Target(value, y, None, mine, at_label_here)
     spread, total, share = _spread(task, q, one)
-    if task.smoothing < 1:  # else the label counts for nothing, even where it is excluded
+    if task.smoothing < 1:  # at 1 the label has no weight, even where its logit is -inf
         spread = spread + (1 - task.smoothing) * value
     return Target(spread, at_label + total, share, mine, at_label_here)
 
 
 def _spread(task: LabelTask, q: Side, one: Unsoftened) -> tuple[Tensor, Tensor, Tensor]:
-    """What smoothing gives to all classes: its part of the value, its sum, and itself, `[1, 1]` or `[1, V]`."""
+    """What smoothing adds to the value, the sum of its share over classes, and the share `[1, 1]` or `[1, V]`."""
     classes = q.logits.shape[-1] if q.shard is None else sum(q.shard.sizes)
     if task.class_weights is None:
         share = q.logits.new_full((1, 1), task.smoothing / classes)

@@ -1,4 +1,4 @@
-"""Numbers by row that a compiler computes once, and not again for every class of the row."""
+"""Make a compiler compute a number of a row once, and not again for every class of the row."""
 
 import torch
 from torch import Tensor
@@ -15,17 +15,17 @@ def _(x: Tensor) -> Tensor:
 
 
 def once(x: Tensor) -> Tensor:
-    """The same numbers, which what is compiled for an accelerator reads from memory.
+    """The same numbers; code compiled for an accelerator reads them from memory.
 
-    A kernel of one entry each would divide in float64 and take logarithms of the row's sums in every entry. On CPUs
-    these leave the loop by themselves.
+    Otherwise the kernel would repeat float64 divisions and logarithms of a row's sums in every entry. On CPUs the
+    compiler moves them out of the loop by itself.
     """
     return x if x.device.type == "cpu" or not torch.compiler.is_compiling() else _once(x)
 
 
 def behind(x: Tensor) -> Tensor:
-    """The same few numbers, where a compiler doesn't look, on any device.
+    """The same numbers, hidden from the compiler, on any device.
 
-    Else it follows every use of them anew, and uses of uses, for minutes.
+    Otherwise the compiler inlines them again at every use, and at uses of uses, which takes minutes.
     """
     return _once(x) if torch.compiler.is_compiling() else x

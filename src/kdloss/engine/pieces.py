@@ -1,4 +1,4 @@
-"""A side whose sums are made piece by piece, so that the logits are read once for all of them."""
+"""A `Side` whose sums are computed piece by piece, so that the logits are read once for all sums."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,11 @@ from kdloss.engine.side import LN2, PIECE, Side, finite
 
 
 class PiecedSide(Side):
-    """The same as a `Side` for a compiler, which puts what is done with a piece of the classes into one loop.
+    """A `Side` for a compiler, which fuses all the work on one piece of the classes into one loop.
 
-    Each piece is taken relative to its own largest logit, which needs no sweep of its own: what pieces add up to is
-    brought to the row's largest afterwards. Rows `[r, V]` are made for the gradient, and for forms that ask for them.
+    Each piece is taken relative to its own largest logit, so that no separate sweep finds the row's largest; the
+    pieces' sums are brought to the row's largest afterwards. Full rows `[r, V]` are computed for the gradient, and for
+    forms that read them.
     """
 
     pieced = True
@@ -20,11 +21,11 @@ class PiecedSide(Side):
         self.logits, self.temperature, self.shard = logits, temperature, None
         self.like = temperature if like is None else like
         self.per_bit = 1 / (LN2 * temperature)
-        parts = pieces(logits)
-        tops = [piece.amax(-1) for piece in parts]
+        split = pieces(logits)
+        tops = [piece.amax(-1) for piece in split]
         self.top = finite(torch.cat(tops, -1).amax(-1, keepdim=True))
         self.falls = [((top - self.top) * self.per_bit).double() for top in tops]
-        self.piece_bits = [(z - finite(top).unsqueeze(-1)) * self.per_bit for z, top in zip(parts, tops, strict=True)]
+        self.piece_bits = [(z - finite(top).unsqueeze(-1)) * self.per_bit for z, top in zip(split, tops, strict=True)]
         self.masses = [bits.exp2() for bits in self.piece_bits]
         self.sums = [mass.sum(-1).double() for mass in self.masses]
         self.total = self.gathered(self.sums)
@@ -33,9 +34,9 @@ class PiecedSide(Side):
         self.probs = self.bits.exp2() * once(self.total.reciprocal().to(logits.dtype))
 
     def gathered(self, sums: list[Tensor], power: float | Tensor = 1) -> Tensor:
-        """Sums of the pieces, each relative to its own largest logit, as one relative to the row's."""
-        parts = [(fall * power).exp2() * x for fall, x in zip(self.falls, sums, strict=True)]
-        return torch.cat(parts, -1).sum(-1, keepdim=True)
+        """The sum of the pieces' sums, each relative to its own largest logit, relative to the row's largest."""
+        brought = [(fall * power).exp2() * x for fall, x in zip(self.falls, sums, strict=True)]
+        return torch.cat(brought, -1).sum(-1, keepdim=True)
 
     def kl(self, other: Side) -> Tensor:
         """KL(self || other)."""
@@ -49,7 +50,7 @@ class PiecedSide(Side):
         return mean * LN2 + (other.log_total - self.log_total)
 
     def unsoftened(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities at T = 1 up to their sum, their sum, and the log of the sum of exponentials."""
+        """Unnormalised probabilities at T = 1, their sum, and the log of the sum of exponentials."""
         if self.like == 1:
             return super().unsoftened()
         if self.like == 2:
@@ -61,7 +62,7 @@ class PiecedSide(Side):
 
 
 def pieces(rows: Tensor) -> list[Tensor]:
-    """Rows `[r, V]` as `[r, n, 128]`, and what is left as `[r, 1, rest]`."""
-    whole = rows.shape[-1] // PIECE * PIECE
-    found = [rows[:, :whole].view(len(rows), whole // PIECE, PIECE)] if whole else []
-    return [*found, rows[:, None, whole:]] if whole < rows.shape[-1] else found
+    """Split rows `[r, V]` into `[r, n, 128]` and the remainder `[r, 1, rest]`."""
+    even = rows.shape[-1] // PIECE * PIECE
+    found = [rows[:, :even].view(len(rows), even // PIECE, PIECE)] if even else []
+    return [*found, rows[:, None, even:]] if even < rows.shape[-1] else found

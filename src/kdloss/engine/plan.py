@@ -1,4 +1,4 @@
-"""In which order tasks are computed, so that they share most."""
+"""The order in which tasks are computed, chosen so that they share as much work as possible."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from kdloss.targets.sharded import Shard
 
 
 class Closed(NamedTuple):
-    """A task by its number, and its divergence's closed form."""
+    """A task's number, and its divergence's closed form."""
 
     k: int
     form: ClosedForm
@@ -22,10 +22,10 @@ class Closed(NamedTuple):
 
 @dataclass
 class Group:
-    """What reads some of the student's classes at one temperature.
+    """The tasks that read the same classes of the student at the same temperature, by number.
 
-    Cross-entropies by number; and divergences with a closed form, by the number of a task whose teacher is theirs, and
-    which may have a temperature of its `own`.
+    `labels` are the cross-entropies. `closed` has the divergences with a closed form under the number of the first
+    task with their teacher; `own` has that teacher's temperature where it differs from the student's.
     """
 
     temperature: float
@@ -37,9 +37,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tasks by number: those that share the student's exponentials, those among few classes, and the others.
+    """Tasks by number: those that share the student's exponentials, those with a top-k teacher, and the others.
 
-    A task's value is `sizes` times what is computed, and its gradient `slopes` times.
+    A task's value is the computed one times its entry in `sizes`, and its gradient the slope times that in `slopes`.
     """
 
     groups: list[Group]
@@ -50,12 +50,12 @@ class Plan:
 
     @property
     def coarseness(self) -> int:
-        """How much more is to be done for a few rows however few they are."""
-        return 4 if self.top_k and not (self.groups or self.by_autograd) else 1  # nearly all made in the gradient
+        """How many times more rows to take at a time: top-k work alone needs little memory beside the gradient."""
+        return 4 if self.top_k and not (self.groups or self.by_autograd) else 1
 
     @property
     def scratch(self) -> bool:
-        """Whether compiled work on some rows keeps something as large as they are."""
+        """Whether compiled work on a block of rows needs scratch memory as large as its logits."""
         if self.top_k or len(self.groups) != 1 or self.groups[0].classes is not None:
             return True
         forms: list[Any] = [closed.form for closed in chain(*self.groups[0].closed.values())]
@@ -63,7 +63,7 @@ class Plan:
 
     @classmethod
     def of(cls, tasks: Sequence[Task]) -> "Plan":
-        """Every task where it is computed fastest."""
+        """Put every task where it is computed fastest."""
         groups: dict[tuple[Hashable, float], Group] = {}
         of_teacher: dict[Hashable, int] = {}
         labels: list[int] = []
@@ -74,15 +74,15 @@ class Plan:
             if isinstance(task, LabelTask):
                 labels.append(k)
                 continue
-            few = isinstance(task.teacher, TopKLogits)
+            is_top_k = isinstance(task.teacher, TopKLogits)
             if task.vocabulary is not None or getattr(task.teacher, "tail", None) == "uniform":
                 others.append(k)
             elif task.closed_form is None:
-                (top_k if few else others).append(k)
+                (top_k if is_top_k else others).append(k)
             else:
                 form, sizes[k] = task.closed_form
                 slopes[k] = sizes[k] / task.temperature
-                if few:
+                if is_top_k:
                     top_k.append(k)
                     continue
                 key = identity(task.student_classes), task.temperature
@@ -92,15 +92,15 @@ class Plan:
                 group.closed.setdefault(same, []).append(Closed(k, form))
                 if own is not None:
                     group.own[same] = own
-        if labels:  # from whichever exponentials are there
-            whole = [group.temperature for group in groups.values() if group.classes is None]
-            host = next((t for t in (1.0, 2.0, *whole) if t in whole), 1.0)
+        if labels:  # cross-entropies use the exponentials of a group over all classes, if there is one
+            over_all = [group.temperature for group in groups.values() if group.classes is None]
+            host = next((t for t in (1.0, 2.0, *over_all) if t in over_all), 1.0)
             groups.setdefault((None, host), Group(host)).labels += labels
         return cls(list(groups.values()), top_k, others, sizes, slopes)
 
 
 def check_sharded(tasks: Sequence[Task], shard: Shard | None) -> None:
-    """Only sums over the vocabulary go over processes."""
+    """Raise for divergences that can't be computed from sums over the vocabulary, the only thing processes share."""
     if shard is not None and any(isinstance(task, TeacherTask) and task.closed_form is None for task in tasks):
         raise ValueError(
             "over a sharded vocabulary there are cross-entropy and the divergences with a closed form: "

@@ -1,4 +1,4 @@
-"""Closed forms of divergences of powers of probabilities, and of those by squares: pure functions of both sides."""
+"""Closed forms of the divergences by powers and squares of probabilities, as pure functions of both sides."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def ab_divergence(q: Side, p: Side, *, alpha: float = 0.2, beta: float = 0.7) ->
     """Sum of (q^(a+b) b/(a+b) + p^(a+b) a/(a+b) - p^a q^b) / (ab); slope q^b (q^a - p^a) / a."""
     check(alpha, beta)
     log_q, log_p, gap = _logs(q, p)
-    # Small differences, multiplied by T² or divided by what is next to 0.
+    # Small differences, multiplied by T² or divided by a number near 0.
     careful = q.flat or max(abs(alpha), abs(beta), abs(alpha + beta)) < 0.05
     summands = powers.terms if careful else powers.simple_terms
     value = q.sum(_number(summands(log_q, log_p, gap, alpha, beta)))
@@ -32,13 +32,13 @@ def alpha_divergence(q: Side, p: Side, *, alpha: float = 0.5) -> tuple[Tensor, T
         value = q.sum(_number(powers.terms(log_q, log_p, gap, alpha, beta)))
     elif beta >= 0.5:
         value = balance / beta
-    else:  # the other way round: the slope by log p
+    else:  # from the slope by log p
         value = q.sum(_number(powers.slope(log_p, log_q, -gap, beta, alpha))) / alpha
     return value + nan(q, p), slope, balance
 
 
 def renyi(q: Side, p: Side, *, order: float = 0.5) -> tuple[Tensor, Tensor, Tensor | None]:
-    """log(sum of p^a q^(1-a)) / (a-1); slope q - r, r the summands by their sum, of sum 0."""
+    """log(sum of p^a q^(1-a)) / (a-1); slope q - r, r the summands divided by their sum; the slope's sum is 0."""
     _checks.positive("order", order)
     if order == 1:
         return closed_forms.forward_kl(q, p)
@@ -63,11 +63,11 @@ def triangular(q: Side, p: Side) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check(alpha: float, beta: float) -> None:
-    """Raise for exponents of which there is no alpha-beta divergence here."""
+    """Raise for exponents that give no alpha-beta divergence here."""
     if _checks.number("alpha", alpha) + _checks.number("beta", beta) < 0:
         raise ValueError(
-            f"alpha + beta must be 0 or more, got {alpha!r} and {beta!r}: below, whatever the teacher finds unlikely "
-            "would outweigh all else"
+            f"alpha + beta must be 0 or more, got {alpha!r} and {beta!r}: with a negative sum the classes that the "
+            "teacher finds unlikely would outweigh all others"
         )
 
 
@@ -76,5 +76,5 @@ def _logs(q: Side, p: Side) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _number(rows: Tensor) -> Tensor:
-    """0 in place of 0 times infinity, where neither side has mass or what is infinite has no weight."""
+    """Replace 0 times infinity by 0: neither side has mass there, or the infinite number has no weight."""
     return rows.nan_to_num_(0.0, torch.inf, -torch.inf)

@@ -1,4 +1,4 @@
-"""The rows of logits that count, of any kind, some at a time."""
+"""The rows of any kind of logits at the positions that count, a block at a time."""
 
 from collections.abc import Hashable
 from dataclasses import is_dataclass, replace
@@ -12,9 +12,9 @@ from kdloss.targets.kinds import AnyLogits, at
 
 
 class Rows:
-    """Rows `[r, V]` of logits by their number among those in `index` (None: all, flattened).
+    """Rows `[r, V]` of logits, numbered by their place in `index` (None: all positions, flattened).
 
-    `make` computes a block of lazy ones into one buffer, used again; asking for rows then looks there.
+    `make` computes a block of lazy logits into a buffer that is used again; a call then returns rows of this block.
     """
 
     def __init__(self, x: AnyLogits, index: Tensor | None) -> None:
@@ -26,19 +26,19 @@ class Rows:
         if isinstance(x, LazyLogits):
             self.lazy = in_matmul_dtype(replace(x, hidden=self._take(x.hidden, 0, None)))
 
-    def clear(self, nowhere: Tensor) -> None:
-        """Zeros for the hidden states of rows `[rows, 1]`, which the head's gradient multiplies with zeros."""
+    def zero_hidden(self, nowhere: Tensor) -> None:
+        """Zero the hidden states of rows `[rows, 1]` that don't count: the head's gradient would multiply NaN by 0."""
         if isinstance(self.x, LazyLogits):
             self.lazy = replace(self.lazy, hidden=self.lazy.hidden.masked_fill(nowhere, 0))
 
     def make(self, start: int, stop: int, buffer: Tensor | None = None) -> None:
-        """Compute rows start to stop, where they are not there already; in a given buffer, if it fits."""
+        """Compute rows start to stop of lazy logits, in the given buffer if it is large enough."""
         if isinstance(self.x, LazyLogits):
             self.made = head(self.lazy, start, stop, self.made if buffer is None else buffer)
         self.first = start
 
     def __call__(self, start: int, stop: int) -> Any:
-        """Rows start to stop: of a lazy one from the block that was made."""
+        """Rows start to stop; of lazy logits from the block that `make` computed."""
         if self.made is not None:
             return self.made[start - self.first : stop - self.first]
         if self.flat is not None:
@@ -49,12 +49,12 @@ class Rows:
 
     @property
     def in_memory(self) -> bool:
-        """Whether all rows are there, so that none is copied to be read."""
+        """Whether all rows lie in memory in order, so that they are read without a copy."""
         return self.flat is not None and self.index is None
 
     @property
     def row_bytes(self) -> int:
-        """How much memory a row takes that is made."""
+        """The bytes of one row that `make` computes; 0 where there is nothing to compute."""
         return self.lazy.shape[-1] * self.lazy.hidden.dtype.itemsize if isinstance(self.x, LazyLogits) else 0
 
     def _take(self, t: Tensor, start: int, stop: int | None) -> Tensor:
@@ -66,7 +66,7 @@ class Rows:
 
 
 def identity(x: Any) -> Hashable:
-    """Equal for logits of which the tensors are the same numbers in memory."""
+    """A key that is equal for logits whose tensors share the same memory."""
     if x is None:
         return None
     if isinstance(x, Tensor):
@@ -79,7 +79,7 @@ def identity(x: Any) -> Hashable:
 
 
 def flat_view(t: Tensor, positions: int) -> Tensor | None:
-    """A tensor with its positions in one dimension, where that takes no copy."""
+    """A view of a tensor with its positions in one dimension; None where that needs a copy."""
     if positions == 0:
         return t.unsqueeze(0)
     try:
@@ -89,7 +89,7 @@ def flat_view(t: Tensor, positions: int) -> Tensor | None:
 
 
 def matmul_dtype(lazy: LazyLogits) -> torch.dtype:
-    """That of autocast, or else of the model."""
+    """The dtype of the product with the head: autocast's, or else the model's."""
     kind, dtype = lazy.device.type, lazy.hidden.dtype
     if torch.is_autocast_enabled(kind) and dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -97,7 +97,7 @@ def matmul_dtype(lazy: LazyLogits) -> torch.dtype:
 
 
 def in_matmul_dtype(lazy: LazyLogits) -> LazyLogits:
-    """Hidden states and head in the dtype in which autocast, or else the model, multiplies them."""
+    """Hidden states and head in the dtype of their product."""
     dtype = matmul_dtype(lazy)
     if all(x is None or x.dtype == dtype for x in (lazy.hidden, lazy.weight, lazy.bias)):
         return lazy
@@ -106,7 +106,7 @@ def in_matmul_dtype(lazy: LazyLogits) -> LazyLogits:
 
 
 def head(lazy: LazyLogits, start: int, stop: int, buffer: Tensor | None) -> Tensor:
-    """Logits of some rows, scaled and capped in place, in the buffer if it is large enough."""
+    """The logits of some rows, scaled and capped in place; in the buffer if it is large enough."""
     rows = stop - start
     if buffer is None or len(buffer) < rows or (buffer.shape[-1], buffer.dtype) != (lazy.shape[-1], lazy.hidden.dtype):
         buffer = lazy.hidden.new_empty(rows, lazy.shape[-1])

@@ -1,4 +1,4 @@
-"""Gradients times the number that comes from above."""
+"""Multiply gradients by the upstream gradient, which is one number."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,13 +10,13 @@ from kdloss.engine.switch import wanted
 from kdloss.reduction import on_cpu
 
 PART = 2**24
-"""How many entries are multiplied at a time, uncompiled; fewer are not worth compiling for."""
+"""How many entries are multiplied at a time uncompiled; fewer entries are not worth compiling for."""
 _log = logging.getLogger("kdloss")
 _compiled: list[Callable[[Tensor, Tensor], None]] = []
 
 
 def scaled(gradients: Sequence[Tensor | None], by: Tensor) -> Sequence[Tensor | None]:
-    """Gradients times a number, in place; where looking at it waits for nothing, not if it is 1."""
+    """Multiply gradients by a number in place; on a CPU nothing is done if the number is 1."""
     if on_cpu(by.device) and by.item() == 1:
         return gradients
     return [None if g is None else _times(g, by) for g in gradients]
@@ -32,7 +32,7 @@ def _times(gradient: Tensor, by: Tensor) -> Tensor:
     torch._dynamo.maybe_mark_dynamic(flat, 0)
     try:
         _multiply_at_once()(flat, by)
-    except Exception as error:  # whatever a compiler may raise, before it has done anything
+    except Exception as error:  # a compiler may raise anything, and raises before anything was multiplied
         _log.warning("gradients are multiplied uncompiled: %s", str(error).strip()[:500])
         _compiled[:] = [_in_parts]
         _in_parts(flat, by)
@@ -40,7 +40,7 @@ def _times(gradient: Tensor, by: Tensor) -> Tensor:
 
 
 def _multiply(flat: Tensor, by: Tensor) -> None:
-    """In float32 where there are fewer digits: of the number itself as few would be left."""
+    """Multiply in float32 where the dtype has fewer digits, so that the number is not rounded to it."""
     flat.copy_(flat.float() * by.float()) if flat.dtype.itemsize < 4 else flat.mul_(by)
 
 

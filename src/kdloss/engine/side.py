@@ -1,4 +1,4 @@
-"""One side of a divergence: the softmax of a few rows, which is only read once it is made."""
+"""One side of a divergence: the softmax of a block of rows. It isn't changed after it was computed."""
 
 import math
 from functools import cached_property
@@ -13,7 +13,7 @@ from kdloss.targets.sharded import Shard
 
 LN2 = math.log(2)
 PIECE = 128
-"""How many numbers are added in the dtype they have: their sum is as good as each of them."""
+"""How many numbers are added in their own dtype: a sum of so few is as precise as each of them."""
 
 
 _BY_ROW = ("logits", "top", "bits", "probs", "log_total")
@@ -23,9 +23,9 @@ class Side:
     r"""Rows `[r, V]` of logits at a temperature: $b = (z - \max z) / (T \ln 2)$, and the probabilities
     $2^b / \sum 2^b$.
 
-    In bits, as exp2 is computed three times faster than exp on CPUs; logarithms that leave are natural ones.
-    A temperature that is a tensor is computed as `like` one would be. Bits that are read before the probabilities are
-    kept; otherwise these take their memory, and who reads them later has them made again.
+    The exponents are in bits, since exp2 is three times faster than exp on CPUs; returned logarithms are natural ones.
+    Where the temperature is a tensor, the code path is that of the temperature `like`. Bits that are read before the
+    probabilities are kept. Otherwise the probabilities overwrite them, and reading them later computes them again.
     """
 
     pieced = exact = False
@@ -35,13 +35,15 @@ class Side:
     ) -> None:
         self.logits, self.temperature, self.shard = logits, temperature, shard
         self.like = temperature if like is None else like
-        here = logits if logits.shape[-1] else logits.new_full((len(logits), 1), -torch.inf)  # no class in this process
+        here = (
+            logits if logits.shape[-1] else logits.new_full((len(logits), 1), -torch.inf)
+        )  # this process has no class
         top = here.amax(-1, keepdim=True)
         self.top = finite(top if shard is None else shard.max(top))
 
     @cached_property
     def bits(self) -> Tensor:
-        """The logits in bits, the largest 0."""
+        """The logits in bits, relative to the largest of the row."""
         return self._bits()
 
     @cached_property
@@ -51,44 +53,44 @@ class Side:
 
     @cached_property
     def log_total(self) -> Tensor:
-        """The logarithm of what the exponentials of a row add up to, `[r, 1]`."""
+        """The logarithm of the sum of a row's exponentials, `[r, 1]`."""
         return self._probs_and_total[1].log()
 
     @cached_property
     def _probs_and_total(self) -> tuple[Tensor, Tensor]:
         mass = self.bits.exp2() if "bits" in vars(self) else self._bits().exp2_()
-        # The small differences of large sums that a divergence is need more digits than float32 has.
+        # A divergence is a small difference of large sums, which needs more digits than float32 has.
         total = self.sum(mass)
         return mass.mul_(total.reciprocal().to(mass.dtype)), total
 
     def _bits(self) -> Tensor:
-        # The largest leaves before the division, which then rounds small numbers, not large ones.
+        # The largest is subtracted before the division, which then rounds small numbers, not large ones.
         return (self.logits - self.top).mul_(1 / (LN2 * self.temperature))
 
     def sum(self, rows: Tensor) -> Tensor:
-        """Sums over all classes `[r, 1]`, in float64 where there is one."""
+        """Sums over all classes `[r, 1]`, in float64 where the device has it."""
         total = wide_sum(rows)
         return total if self.shard is None else self.shard.sum(total)
 
     def kl(self, other: "Side") -> Tensor:
-        """KL(self || other): the mean difference of logits, at self's probabilities, less that of all logits."""
+        """KL(self || other): the mean gap of the logits under self's probabilities, plus that of the log sums."""
         if self.flat or other.flat:
             return self.sum(kl_terms(self.probs, other.probs, self.log_probs(), other.log_probs()))
         terms = (self.bits - other.bits).mul_(self.probs).nan_to_num_(0.0, posinf=torch.inf)
         return (other.log_total - self.log_total).add_(self.sum(terms), alpha=LN2)
 
     def log_ratio_to(self, other: "Side", smooth: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """log(self / other) of the probabilities, NaN where both are 0; of smooth bits of both, if given."""
+        """log(self / other) of the probabilities, NaN where both are 0; from the `smooth` bits of both, if given."""
         mine, others = smooth or (self.bits, other.bits)
         gap = mine - others
         return gap.mul_(LN2).add_(once((other.log_total - self.log_total).to(gap.dtype)))
 
     def log_probs(self) -> Tensor:
-        """Natural logarithms of the probabilities, in memory of their own."""
+        """Natural logarithms of the probabilities, in new memory."""
         return self.bits * LN2 - once(self.log_total.to(self.bits.dtype))
 
     def unsoftened(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities at T = 1 up to their sum, their sum, and the log of the sum of exponentials."""
+        """Unnormalised probabilities at T = 1, their sum, and the log of the sum of exponentials."""
         if self.like == 1:
             return self.probs, torch.ones_like(self.log_total), self.log_total
         if self.like == 2:
@@ -100,40 +102,38 @@ class Side:
         return e, total, total.log()
 
     def carefully(self, rows: Tensor) -> "Side":
-        """Some rows, to be compared term by term as at a high temperature."""
+        """Some rows as a side that is compared term by term, as at a high temperature."""
         some = object.__new__(Side)
         vars(some).update(vars(self), like=torch.inf, **{name: getattr(self, name)[rows] for name in _BY_ROW})
         return some
 
     @property
     def flat(self) -> bool:
-        """Whether the rounding of sums over nearly equal terms is more than what is promised: at high T, which T²
-        multiplies.
-        """
+        """Whether T is so high that sums of nearly equal terms lose too many digits: T² multiplies their rounding."""
         return bool(self.like > 8)
 
     def smooth_bits(self) -> Tensor:
-        """The bits of probabilities of which none is 0."""
+        """The bits of the probabilities after they are raised to at least e^-80, so that none is 0."""
         return torch.maximum(self.bits, once(((self.log_total + NO_MASS) / LN2).to(self.bits.dtype)))
 
     def smooth(self) -> Tensor:
-        """Probabilities of which none is 0, so that every ratio and logarithm is finite."""
+        """The probabilities, at least e^-80, so that every ratio and logarithm is finite."""
         return self.probs.clamp(min=math.exp(NO_MASS))
 
 
 class ExactSide(Side):
-    """The same in float64 of logits that have fewer digits: small differences of sums keep those of the logits."""
+    """A `Side` in float64 of logits in a smaller dtype: small differences of sums lose no digits of the logits."""
 
     exact = True
 
 
 def finite(top: Tensor) -> Tensor:
-    """The largest logits as a number, also where all are -inf: what logits are taken relative to."""
+    """The largest logits, made finite where all are -inf, so that logits can be taken relative to them."""
     return top.clamp_min(torch.finfo(top.dtype).min)
 
 
 def wide_sum(rows: Tensor) -> Tensor:
-    """Sums over the last dimension `[..., 1]`: pieces of it as they are, then those, or a few numbers, in float64."""
+    """Sums over the last dimension, `[..., 1]`: pieces of 128 in their own dtype, then the pieces in float64."""
     if rows.dtype == torch.float64:
         return rows.sum(-1, keepdim=True)
     wide, classes = widest(rows.device), rows.shape[-1]

@@ -11,15 +11,15 @@ _mode: list[Mode] = []
 
 
 def set_compile(mode: Mode) -> None:
-    """Whether the work on logits is fused by `torch.compile`: True, False, or "auto", which is on CUDA devices alone.
+    """Set whether `torch.compile` fuses the work on logits: True, False, or "auto", which means on CUDA devices only.
 
-    Compiled, the logits are read once for all sums and once for the gradient. Values and gradients are the same up to
+    Compiled code reads the logits once for all sums and once for the gradient. Values and gradients are the same up to
     rounding. The first step takes some seconds longer, and needs a C++ compiler on CPUs and Triton on CUDA devices.
-    What was compiled is compared with the uncompiled work where it is used first: where they differ, or compiling
-    fails, a warning is logged, and the work is done uncompiled. Functions of your own and logits sharded over processes
-    are never compiled, nor is what has a top-k teacher on a CPU, or one with tail="uniform".
+    The first use compares the compiled work with the uncompiled work. Where they differ, or compiling fails, a warning
+    is logged and the work is done uncompiled. Your own functions and logits sharded over processes are never compiled.
+    Neither is work with a top-k teacher on a CPU, or with one of tail="uniform".
 
-    - `mode`: holds for the whole process, in place of the environment variable `KDLOSS_COMPILE` ("auto", "1", "0").
+    - `mode`: applies to the process, and replaces the environment variable `KDLOSS_COMPILE` ("auto", "1", "0").
 
     Raises: ValueError for anything else.
 
@@ -32,7 +32,7 @@ def set_compile(mode: Mode) -> None:
 
 
 def wanted(device: torch.device) -> bool:
-    """Whether work on this device is to be compiled."""
+    """Whether to compile the work on this device."""
     said = os.environ.get("KDLOSS_COMPILE", "auto")
     if not _mode and said not in _MODES:
         raise ValueError(f'KDLOSS_COMPILE is "auto", "1" or "0", got {said!r}')

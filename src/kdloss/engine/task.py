@@ -1,4 +1,4 @@
-"""What is computed at every position, one by one: cross-entropy of labels, a divergence from a teacher."""
+"""Tasks: what is computed at each position by itself, cross-entropy with labels or a divergence from a teacher."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +20,10 @@ Pick = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LabelTask:
-    """Cross-entropy of the labels: classes `[rows]`, int64, of the positions that are computed, or
-    probabilities `[*positions, V]` at all positions.
+    """Cross-entropy with labels.
+
+    Labels are classes `[rows]`, int64, at the positions that are computed, or probabilities `[*positions, V]` at all
+    positions.
     """
 
     labels: Tensor
@@ -34,7 +36,7 @@ class LabelTask:
         return self.labels.is_floating_point()
 
     def check(self, student: AnyLogits) -> None:
-        """Labels and weights fit the student's logits."""
+        """Raise where labels or weights don't fit the student's logits."""
         if self.soft:
             _checks.soft_labels(self.labels, student)
             if isinstance(student, ShardedLogits):
@@ -44,18 +46,20 @@ class LabelTask:
         _checks.target_options(self.smoothing, self.class_weights, student)
 
     def at(self, pick: Pick) -> "LabelTask":
-        """The task at chosen positions; labels that are classes stand at some already."""
+        """The task at chosen positions; class labels are given for the chosen positions already."""
         return replace(self, labels=pick(self.labels)) if self.soft else self
 
     def values(self, student: AnyLogits, mask: Tensor | None = None) -> Tensor:
-        """The specification, by autograd: one value at every position of the student's, where labels stand, too."""
+        """The plain function: one value at every position of the student, where the labels are, too."""
         return cross_entropy(precise(dense(student)), self.labels, smoothing=self.smoothing, weight=self.class_weights)
 
 
 @dataclass(frozen=True)
 class TeacherTask:
-    """One divergence from one teacher, which stands at all positions; `labels`, where a divergence takes
-    some, are `[rows]` of the positions that are computed. Over `student_classes` and `teacher_classes` alone, if given.
+    """One divergence from one teacher, whose logits are given at all positions.
+
+    `labels`, for a divergence that takes them, are `[rows]` at the positions that are computed. `student_classes` and
+    `teacher_classes`, if given, are the only classes compared.
     """
 
     divergence: Callable[..., Tensor]
@@ -71,8 +75,9 @@ class TeacherTask:
         return replace(self, teacher=at(self.teacher, pick))
 
     def values(self, student: AnyLogits, mask: Tensor | None = None) -> Tensor:
-        """The specification, by autograd: one value at every position of the student's, where teacher and
-        labels stand, too. A divergence between positions is told by the mask which count.
+        """The plain function: one value at every position of the student, where teacher and labels are, too.
+
+        A divergence that compares positions with each other gets the mask, which says which positions count.
         """
         s: AnyLogits = chosen_classes(precise(dense(student)), self.student_classes)
         t = chosen_classes(self.teacher, self.teacher_classes)
@@ -86,7 +91,7 @@ class TeacherTask:
         return self.diverge(s, t, mask)
 
     def diverge(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The divergence of logits over the same classes, with what else it wants to know."""
+        """The divergence of logits over the same classes, called with labels and mask if it takes them."""
         if self.labels is None and takes(self.divergence, "labels"):
             raise ValueError(f"{self.name} compares by the labels, and there are none: pass labels=...")
         extra = {"labels": self.labels, "mask": mask}
@@ -95,20 +100,21 @@ class TeacherTask:
         if values.shape != student.shape[:-1]:
             raise ValueError(
                 f"a divergence returns one value per position, {tuple(student.shape[:-1])} for logits "
-                f"{tuple(student.shape)}; it returned {tuple(values.shape)}: sum over the last one only"
+                f"{tuple(student.shape)}; it returned {tuple(values.shape)}: sum over the last dimension only"
             )
         return values
 
     def with_rows(self, teacher: AnyLogits, labels: Tensor | None) -> "TeacherTask":
-        """The task in some rows; what was found out of the divergence isn't looked for again."""
+        """The task for some rows; what was found out about the divergence is kept."""
         other = object.__new__(TeacherTask)
         vars(other).update(vars(self) | {"teacher": teacher, "labels": labels, "teacher_classes": None})
         return other
 
     def over_shared_classes(self, student: AnyLogits) -> "TeacherTask":
-        """The task without a vocabulary, where that says which classes student and teacher share.
+        """The task without its vocabulary, if that says which classes student and teacher share.
 
-        A teacher of whom rows are given, or several, is cut row by row, any other here.
+        The teacher's classes are chosen here for slices and lazy or top-k teachers, else block by block, since
+        choosing columns of a tensor or a mixture copies them.
         """
         shared = getattr(self.vocabulary, "shared", None)
         if shared is None or isinstance(student, ShardedLogits):
@@ -120,7 +126,7 @@ class TeacherTask:
         return replace(self, vocabulary=None, teacher=teacher, student_classes=mine, teacher_classes=theirs)
 
     def check(self, student: AnyLogits) -> None:
-        """Student and teacher fit each other, and the divergence what the teacher gave."""
+        """Raise where student and teacher don't fit each other, or the divergence can't use this kind of teacher."""
         teacher = self.teacher
         function = unwrapped(self.divergence)[0]
         if self._any_vocabulary and isinstance(student, Tensor) and isinstance(teacher, Tensor):
@@ -130,7 +136,7 @@ class TeacherTask:
             check(student, teacher)
         else:
             _checks.logit_shapes(student.shape, teacher.shape, None)
-            mapped = self.vocabulary(_no_rows(student), _no_rows(teacher))  # shapes alone: nothing is copied
+            mapped = self.vocabulary(_no_rows(student), _no_rows(teacher))  # only to see the shapes: no row is copied
             check(*mapped)
             if mapped[0].shape[-1] == 1 and not getattr(function, "one_class", True):
                 raise ValueError(
@@ -146,25 +152,25 @@ class TeacherTask:
                 raise ValueError(f"{self.name} compares logits, top-k logits hold probabilities; take forward_kl")
             if takes(self.divergence, "labels") or getattr(function, "needs_classes", False):
                 raise ValueError(
-                    f"{self.name} looks labels up among all classes, of which top-k logits hold a few; write "
+                    f"{self.name} looks labels up among all classes, and top-k logits hold only a few; write "
                     "TopKLogits(..., tail='uniform')"
                 )
 
     @property
     def name(self) -> str:
-        """What errors call the divergence."""
+        """The divergence's name in error messages."""
         function = unwrapped(self.divergence)[0]
         return getattr(function, "__name__", repr(function))
 
     @property
     def teacher_temperature(self) -> float | None:
-        """The teacher's own temperature, where a divergence with a closed form has one."""
+        """The teacher's own temperature, if the divergence sets one."""
         own = getattr(unwrapped(self.divergence)[0], "teacher_temperature", None)
         return None if own is None else float(own)
 
     @property
     def _any_vocabulary(self) -> bool:
-        """Whether the divergence takes two tensors of different classes."""
+        """Whether the divergence takes two tensors with different numbers of classes."""
         return bool(getattr(unwrapped(self.divergence)[0], "any_vocabulary", False))
 
     @cached_property
@@ -176,7 +182,7 @@ class TeacherTask:
             return None
         takes_it = parameters(function).get("t_squared")
         squared = takes_it is not None and options.pop("t_squared", takes_it.default)
-        options.pop("temperature", None)  # the task's own holds
+        options.pop("temperature", None)  # the task's own applies
         return partial(form, **options), self.temperature**2 if squared else 1.0
 
 
@@ -185,7 +191,7 @@ Task = LabelTask | TeacherTask
 
 def specification(tasks: Sequence[Task], student: AnyLogits, mask: Tensor | None = None) -> list[Tensor]:
     """The values of several tasks at every position, by plain functions."""
-    z = precise(dense(student))  # once, so that the tasks' gradients meet before they are rounded
+    z = precise(dense(student))  # once, so that the tasks' gradients are added before they are rounded
     return [task.values(z, mask) for task in tasks]
 
 
@@ -194,7 +200,7 @@ def _no_rows(x: AnyLogits) -> AnyLogits:
 
 
 def unwrapped(function: Any) -> tuple[Any, dict[str, Any]]:
-    """A function behind `functools.partial`, and the options set on the way."""
+    """The function inside `functools.partial`s, and the options they set."""
     options: dict[str, Any] = {}
     while isinstance(function, partial) and not function.args:
         options = {**function.keywords, **options}
@@ -203,7 +209,7 @@ def unwrapped(function: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def as_written(divergence: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A divergence as it is written down, where the engine would compute it."""
+    """The plain function of a divergence, without the engine."""
     function, options = unwrapped(divergence)
     plain = getattr(function, "as_written", None)
     if plain is None:

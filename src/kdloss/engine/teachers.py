@@ -1,4 +1,4 @@
-"""Rows of several teachers, of which none is made twice."""
+"""Rows of several teachers, each computed once."""
 
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
@@ -14,7 +14,7 @@ from kdloss.targets.kinds import AnyLogits, Classes, chosen_classes, is_double
 
 
 class Read(NamedTuple):
-    """Something that stands at all positions, and the temperature and classes for which it is read."""
+    """Logits or soft labels at all positions, and the temperature and classes at which a task reads them."""
 
     x: AnyLogits
     temperature: float = 1.0
@@ -22,10 +22,10 @@ class Read(NamedTuple):
 
 
 class Teachers:
-    """Several teachers' rows; the same teacher, also within mixtures, is made once for all who read it.
+    """Several teachers' rows; a teacher that several tasks or mixtures read is computed once.
 
-    A lazy one has a block of its own, which is used again. Those that are read for averages only are made one after
-    the other in the same memory and added up, where that takes less of it than their blocks.
+    Each lazy teacher has its own buffer, which is used again for every block. Lazy teachers that are read only for
+    averages share one buffer, if that takes less memory: they are computed one after the other and added up.
     """
 
     def __init__(self, reads: Iterable[Read], index: Tensor | None) -> None:
@@ -35,18 +35,18 @@ class Teachers:
         self.averages: list[Average] = []
         self.buffer: Tensor | None = None
         self.chosen = False
-        mixed: dict[Hashable, dict[Hashable, list[Read]]] = {}
+        mixtures: dict[Hashable, dict[Hashable, list[Read]]] = {}
         for read in reads:
             x = read.x
             self.chosen = self.chosen or read.classes is not None or isinstance(x, Mixture)
             if isinstance(x, Mixture) and len(x.teachers) > 1:
                 how = read.temperature if x.of_probabilities else None, identity(read.classes)
-                mixed.setdefault(identity(x), {}).setdefault(how, []).append(read)
+                mixtures.setdefault(identity(x), {}).setdefault(how, []).append(read)
             else:
                 rows = self._rows(x.teachers[0] if isinstance(x, Mixture) else x)
                 self.of[_key(*read)] = partial(_rows_of, rows, read.classes)
         self.own = list(self.rows.values())
-        for ways in mixed.values():
+        for ways in mixtures.values():
             self._mix(list(ways.values()))
 
     def _rows(self, x: AnyLogits) -> Rows:
@@ -56,39 +56,42 @@ class Teachers:
         return self.rows[key]
 
     def _mix(self, ways: list[list[Read]]) -> None:
-        """A mixture that is read in different ways: averages of whole blocks, or of a few rows when they are read."""
+        """Add a mixture, with the ways in which tasks read it.
+
+        Its average is computed for each block in advance where the teachers share one buffer, else when it is read.
+        """
         mixture: Any = ways[0][0].x
-        parts = [(weight, self._rows(x)) for weight, x in mixture.weighted()]
-        others = {id(rows): rows for _, rows in parts if rows not in self.own}
+        members = [(weight, self._rows(x)) for weight, x in mixture.weighted()]
+        others = {id(rows): rows for _, rows in members if rows not in self.own}
         passing = sum(isinstance(rows.x, LazyLogits) for rows in others.values()) > len(ways) + 1
         if not passing:
             self.own += others.values()
         for reads in ways:
             _, temperature, classes = reads[0]
-            average = Average(mixture, parts, temperature, classes)
+            average = Average(mixture, members, temperature, classes)
             self.averages += [average] * passing
             for read in reads:
-                self.of[_key(*read)] = average.made if passing else average.few
+                self.of[_key(*read)] = average.made if passing else average.computed
 
     @property
     def in_memory(self) -> bool:
-        """Whether all rows are there, so that none is copied to be read."""
+        """Whether all rows lie in memory in order, so that they are read without a copy."""
         return not self.chosen and all(rows.in_memory for rows in self.rows.values())
 
     @property
     def row_bytes(self) -> tuple[int, int]:
-        """How much memory a row takes that is made: of the largest teacher, and of all that are kept at a time."""
+        """The bytes of one computed row: of the largest teacher, and of all that is kept at a time."""
         own = [rows.row_bytes for rows in self.own]
         passing = [rows.row_bytes for rows in self.rows.values() if rows not in self.own]
         averages = [average.row_bytes for average in self.averages]
         return max(own + passing, default=0), sum(own) + max(passing, default=0) + sum(averages)
 
-    def make(self, start: int, stop: int, few: int) -> None:
-        """Compute rows start to stop of those who give hidden states and head, averages a few rows at a time."""
+    def make(self, start: int, stop: int, per_block: int) -> None:
+        """Compute rows start to stop of lazy teachers, and of averages `per_block` rows at a time."""
         for rows in self.rows.values():
             rows.make(start, stop, None if rows in self.own else self.buffer)
             for average in self.averages:
-                average.add(rows, start, stop, few)
+                average.add(rows, start, stop, per_block)
             if rows not in self.own:
                 self.buffer, rows.made = rows.made, None
 
@@ -100,32 +103,32 @@ class Teachers:
 class Average:
     """Rows of a mixture at a temperature, over some classes."""
 
-    def __init__(self, of: Mixture, parts: list[tuple[float, Rows]], temperature: float, classes: Classes) -> None:
-        self.of, self.parts, self.temperature, self.classes = of, parts, temperature, classes
+    def __init__(self, of: Mixture, members: list[tuple[float, Rows]], temperature: float, classes: Classes) -> None:
+        self.of, self.members, self.temperature, self.classes = of, members, temperature, classes
         self.total: Tensor | None = None
         self.first = self.there = 0
 
     @property
     def row_bytes(self) -> int:
-        """How much memory a row takes."""
+        """The bytes of one row."""
         return self.of.shape[-1] * (8 if is_double(self.of) else 4)
 
-    def few(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop, from those of the teachers."""
-        rows = ((weight, _rows_of(rows, self.classes, start, stop)) for weight, rows in self.parts)
+    def computed(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop, computed now from the teachers' rows."""
+        rows = ((weight, _rows_of(rows, self.classes, start, stop)) for weight, rows in self.members)
         return self.of.of_rows(rows, self.temperature)
 
     def made(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop of the block that was added up."""
+        """Rows start to stop of the block that `add` computed."""
         assert self.total is not None
         return self.total[start - self.first : stop - self.first]
 
-    def add(self, rows: Rows, start: int, stop: int, few: int) -> None:
-        """Add a block of one teacher, where it is one of these."""
-        for weight, mine in self.parts:
+    def add(self, rows: Rows, start: int, stop: int, per_block: int) -> None:
+        """Add a block of one teacher's rows, if the teacher is a member of this mixture."""
+        for weight, mine in self.members:
             if mine is rows:
-                self.first, self.there = start, self.there % len(self.parts) + 1
-                for i, j in equal_blocks(stop - start, few, start):
+                self.first, self.there = start, self.there % len(self.members) + 1
+                for i, j in equal_blocks(stop - start, per_block, start):
                     self._add(weight, _rows_of(rows, self.classes, i, j), i - start, stop - start)
 
     def _add(self, weight: float, z: Tensor, at: int, rows: int) -> None:
@@ -134,7 +137,7 @@ class Average:
             self.total = z.new_empty(rows, z.shape[-1], dtype=dtype)
         total = self.total[at : at + len(z)]
         self.of.added(None if self.there == 1 else total, weight, z, self.temperature, out=total)
-        if self.there == len(self.parts) and self.of.average == "probabilities":
+        if self.there == len(self.members) and self.of.average == "probabilities":
             total.mul_(self.temperature)
 
 

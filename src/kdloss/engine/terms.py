@@ -1,4 +1,4 @@
-"""Summands of the KL family that keep their digits where student and teacher are close."""
+"""Summands of the KL family that don't lose digits where student and teacher are close."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ NO_MASS = -80.0  # e^-80 beside 1 is nothing, and still a normal number in float
 
 
 def kl_terms(a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """A log(a/b) + b - a: what is added sums to 0 and makes every summand non-negative.
+    """A log(a/b) + b - a: the added b - a sums to 0 and makes every summand non-negative.
 
-    With d = log(b/a) it is a (exp(d) - 1 - d): so computed where d is small, that is at high T everywhere.
+    With d = log(b/a) it is a (exp(d) - 1 - d), and it is computed so where d is small: at high T everywhere.
     """
     there = a > 0
     gap = torch.where(there, log_b - log_a, 0)
@@ -18,18 +18,18 @@ def kl_terms(a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def mixture_terms(a: Tensor, b: Tensor, m: Tensor, other: float) -> Tensor:
-    """A log(a/m) + m - a with m = (1 - other) a + other b, neither a nor b 0."""
+    """A log(a/m) + m - a with m = (1 - other) a + other b; neither a nor b is 0."""
     return a * log_ratio(a, b, m, other) - other * (a - b)
 
 
 def log_ratio(a: Tensor, b: Tensor, m: Tensor, other: float) -> Tensor:
-    """log(a/m): as log(1 + (a - m)/m), whose a - m is known without rounding, unless a is small in m."""
+    """log(a/m), computed as log(1 + (a - m)/m), where a - m is known without rounding, unless a is much below m."""
     ratio = other * (a - b) / m
     return torch.where(ratio > -0.5, ratio.clamp_min(-0.5).log1p(), a.log() - m.log())
 
 
 def mixed(a: Tensor, b: Tensor, share: float, out: Tensor | None = None) -> Tensor:
-    """Share times a, the rest b; from the nearer side, so that small shares keep their digits."""
+    """Share times a plus (1 - share) times b; from the nearer side, so that small shares lose no digits."""
     if share <= 0.5:
         return torch.lerp(b, a, share, out=out)
     return torch.lerp(a, b, 1 - share, out=out)

@@ -1,4 +1,4 @@
-"""Rows against a teacher of which the k most probable classes were kept."""
+"""Compare rows with a teacher of which only the k most probable classes were kept."""
 
 import struct
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from kdloss.targets import TopKLogits
 from kdloss.targets.few_classes import base, filled, logits, says_nothing, slots
 
 LEAST, MOST = 2.0**-40, 2.0**20
-"""Between these a mass, beside the largest exponential of the classes kept, has as many digits as float32 can say."""
+"""Between these bounds a mass, relative to the largest exponential of the kept classes, has full float32 precision."""
 AmongFew = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """Student's and teacher's logits of a few classes `[r, k + 1]` -> values `[r, 1]` and, if wanted, their slopes."""
 
 
 class TopK(NamedTuple):
-    """Values `[r, 1]`, and the gradient: `slope` at `classes`, and `share` of what the `others` have."""
+    """Values `[r, 1]`, and the gradient: `slope` at the kept `classes`, and `share` times the mass of the `others`."""
 
     value: Tensor
     others: Tensor | None
@@ -31,8 +31,9 @@ class TopK(NamedTuple):
 
 
 class Others(NamedTuple):
-    """The classes that were not kept: their mass, its sum (1 in place of 0), and its logarithm as a logit, which is
-    relative to `low` `[r, 1]`, as those of the classes kept shall be.
+    """The classes that were not kept: their mass, its sum (1 in place of 0), and its logarithm as a logit.
+
+    The logit `size` is relative to `low` `[r, 1]`; the caller takes the logits of the kept classes relative to it, too.
     """
 
     mass: Tensor
@@ -44,9 +45,9 @@ class Others(NamedTuple):
 def among_few(
     compare: AmongFew, rest: Callable[..., Others], z: Tensor, teacher: TopKLogits, dtype: torch.dtype
 ) -> TopK:
-    """Compared among the k classes and a bucket, at the temperature the teacher's were kept at, in a `dtype`.
+    """Compare the k classes and a bucket, at the temperature at which the teacher's were kept, in a `dtype`.
 
-    In the student's logits the bucket's gradient goes to the classes in it by their share of its mass.
+    The bucket's gradient is distributed to the student's logits in it by their share of its mass.
     """
     indices, empty = slots(teacher)
     nothing, k = says_nothing(empty), indices.shape[-1]
@@ -70,10 +71,10 @@ def among_few(
 
 
 def others_in_place(z: Tensor, place: Tensor | None, at: Tensor, indices: Tensor, temperature: float) -> Others:
-    """Those of rows `[r, V]`, whose classes kept have the logits `at`; their mass is made in `place`, if there is one.
+    """The other classes of rows `[r, V]`; `at` are the logits of the kept ones. Their mass is in `place`, if given.
 
-    Relative to the largest of the classes kept, which takes a sweep less, where a look that waits for nothing shows
-    that no digit is lost. Else to their own largest, as beside the classes kept they may be too small for a number.
+    On a CPU the mass is taken relative to the largest of the kept classes, which saves a sweep, if a test shows that
+    no digit is lost. Otherwise it is relative to their own largest, since beside the kept classes it may underflow.
     """
     per_bit = 1 / (LN2 * temperature)
     if on_cpu(z.device) and not torch.compiler.is_compiling():
@@ -94,30 +95,31 @@ def others_in_place(z: Tensor, place: Tensor | None, at: Tensor, indices: Tensor
 def others_of_side(
     side: Callable[..., Side], given: Tensor, dtype: torch.dtype, at: Tensor, indices: Tensor, temperature: Any
 ) -> Others:
-    """The same for a compiler, by sums that a side has; what is written on the way has no more digits than `given`."""
+    """The same for a compiler, from a side's sums; the intermediate tensor has the dtype of `given`."""
     q = side(torch.scatter(given, -1, indices, -torch.inf).to(dtype), temperature)
     return _beside(at, q.bits.exp2(), q.log_total.exp(), q.log_total, q.top, temperature)
 
 
 def _beside(at: Tensor, mass: Tensor, total: Tensor, log_total: Tensor, top: Tensor, temperature: Any) -> Others:
-    """Others relative to `top`, beside the classes kept."""
+    """`Others` from a mass relative to `top`, brought to the base they share with the kept classes."""
     low = base(at, top)
     return Others(mass, total.masked_fill(total == 0, 1), log_total * temperature + (top - low), low)
 
 
 def bits_above(z: Tensor, low: Tensor, per_bit: float, place: Tensor | None) -> tuple[Tensor, Tensor | float]:
-    """(z - low) times a number, and by how much it is off in all classes of a row alike: in one sweep, where that
-    rounds once.
+    """(z - low) times a number, and a correction that is the same for all classes of a row.
+
+    One sweep, where PyTorch rounds a product and a sum once; the correction is the rounding of low times the number.
     """
     if z.dtype != torch.float32 or not rounds_once():
         return torch.sub(z, low, out=place).mul_(per_bit), 0.0
-    (per_bit,) = struct.unpack("f", struct.pack("f", per_bit))  # as it is there
+    (per_bit,) = struct.unpack("f", struct.pack("f", per_bit))  # the float32 number that torch.add uses
     start = low * -per_bit
     return torch.add(start, z, alpha=per_bit, out=place), start.double().add_(low.double(), alpha=per_bit)
 
 
 @cache
 def rounds_once() -> bool:
-    """Whether PyTorch rounds a product and a sum once on this CPU: where large numbers meet, twice leaves no digit."""
+    """Whether PyTorch rounds a product and a sum once on this CPU. Large numbers that cancel need that."""
     x = torch.full((1, 67), 1 + 2.0**-12, dtype=torch.float32, device="cpu")
     return bool(torch.add(-x * x, x, alpha=1 + 2.0**-12).all())

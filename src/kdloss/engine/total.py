@@ -1,4 +1,4 @@
-"""The gradient of a few rows, to which every task adds."""
+"""The gradient of a block of rows, to which every task adds."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from kdloss.targets.kinds import Classes
 
 
 class Total:
-    """A weighted sum of rows `[r, V]`, in memory of its own or in a given `place`."""
+    """A weighted sum of rows `[r, V]`, in new memory or in a given `place`."""
 
     def __init__(self, like: Tensor, place: Tensor | None = None) -> None:
         self.like, self.place = like, place
@@ -18,11 +18,11 @@ class Total:
 
     @property
     def empty_place(self) -> Tensor | None:
-        """The place it was given while nothing is in it: for rows that are added next."""
+        """The given `place` while nothing was added: the rows that are added first may be computed there."""
         return self.place if self.rows is None else None
 
     def add(self, rows: Tensor, by: Tensor, off: Tensor | None = None, classes: Classes = None) -> None:
-        """Add rows times a number for each; those that are `off` not, whatever stands there is overwritten."""
+        """Add each row times its number. Rows that are `off` are overwritten with zeros first."""
         if off is not None:
             blank(rows, off)
         by = once(by.to(rows.dtype))
@@ -36,12 +36,12 @@ class Total:
     def at(self, indices: Tensor, by: Tensor, classes: Classes = None) -> None:
         """Add numbers at some of the classes of each row."""
         rows, compiling, alone = self._there(), torch.compiler.is_compiling(), indices.shape[-1] == 1
-        if compiling and not alone:  # an empty slot repeats the largest index, with a 0: both get the sum
+        if compiling and not alone:  # an empty slot repeats the largest index with a 0: give both the sum
             again = indices == indices.amax(-1, keepdim=True)
             by = torch.where(again, torch.where(again, by, 0).sum(-1, keepdim=True), by)
         if isinstance(classes, Tensor):
             indices = classes[indices]
-        if compiling and alone:  # so that it is written once
+        if compiling and alone:  # as a sum, so that the gradient is written once
             here = torch.arange(rows.shape[-1], device=rows.device) == indices
             self.rows = rows + torch.where(here, once(by.to(rows.dtype)), 0)
         elif compiling:
@@ -53,7 +53,10 @@ class Total:
 
     @property
     def left(self) -> tuple[Tensor, Tensor] | None:
-        """What a compiler would write in a sweep of its own: some classes of each row, and their numbers in the sum."""
+        """What the caller of compiled work writes itself: some classes of each row, and their numbers in the sum.
+
+        The compiler would need a separate sweep over all classes for them.
+        """
         return None if self.late is None else self._late(self._there())
 
     def _late(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +76,7 @@ class Total:
         return self.rows
 
     def blanked(self, nowhere: Tensor | None) -> Tensor:
-        """The sum, with zeros in the rows where no task counts."""
+        """The sum, with zeros in the rows where no task has weight."""
         rows = self._there()
         if nowhere is not None:
             blank(rows, nowhere)
@@ -81,8 +84,8 @@ class Total:
 
 
 def blank(rows: Tensor, off: Tensor) -> None:
-    """Zeros in the rows where `off` `[r, 1]` is True, in place of NaN, too."""
-    if on_cpu(rows.device) and not torch.compiler.is_compiling():  # where masks are slow: touch those rows alone
+    """Write zeros in the rows where `off` `[r, 1]` is True, over NaN, too."""
+    if on_cpu(rows.device) and not torch.compiler.is_compiling():  # masks are slow there: write to these rows only
         rows.index_fill_(0, off.squeeze(-1).nonzero().squeeze(-1), 0)
     else:
         rows.masked_fill_(off, 0)

@@ -1,9 +1,9 @@
 r"""Entropic optimal transport between the class distributions of rows, debiased, in float64.
 
 Potentials f, g are in units of epsilon: $f = -\log K (p\,e^g)$, $g = -\log K (q\,e^f)$ where K = exp(-cost / epsilon).
-They leave the largest out before exp, so that rows of any logits stay finite. Each step goes half as far again
+The largest exponent is subtracted before exp, so that all logits give finite rows. Each step is 1.5 times as long
 (over-relaxation: Thibault et al. 2021, "Overrelaxed Sinkhorn-Knopp Algorithm for Regularized Optimal Transport",
-arXiv:1711.01851), to the same fixed point in far fewer steps.
+arXiv:1711.01851), which reaches the same fixed point in far fewer steps.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ FURTHER = 1.5
 def sinkhorn(
     q: Side, p: Side, *, cost: Tensor, epsilon: float = 0.1, iterations: int = 100
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W(q, p) - W(q, q) / 2 - W(p, p) / 2; slope q (f of the first - f of the second)."""
+    """W(q, p) - W(q, q) / 2 - W(p, p) / 2; slope q (f of W(q, p) - f of W(q, q))."""
     if q.shard is not None:
         raise ValueError("sinkhorn needs the whole vocabulary in one process; take forward_kl")
     check(q.probs, cost, epsilon, iterations)
@@ -32,12 +32,12 @@ def sinkhorn(
 
 
 def debiased(log_q: Tensor, log_p: Tensor, cost: Tensor, epsilon: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """Values `[...]`, and slopes by log q `[..., V]`: those of potentials, by the envelope theorem."""
+    """Values `[...]`, and slopes by log q `[..., V]`, which are the potentials' by the envelope theorem."""
     wide = widest(log_q.device)
-    # Both of mass 1 in all these digits: a difference would be transported for nothing.
+    # Normalised again in the wide dtype: a difference of the masses would be transported, too.
     log_q, log_p = log_q.to(wide).log_softmax(-1), log_p.to(wide).log_softmax(-1)
     kernel = (cost.to(wide) / -epsilon).exp()
-    # One way of solving for all three: where q is p they are the same to the last bit.
+    # All three are solved in one batch, so that they are equal to the last bit where q is p.
     a, b = torch.stack([log_q, log_q, log_p]), torch.stack([log_p, log_q, log_p])
     f, g = _potentials(a, b, kernel, iterations)
     between, of_student, of_teacher = (epsilon * ((a.exp() * f).sum(-1) + (b.exp() * g).sum(-1))).unbind()
@@ -60,13 +60,13 @@ def _transform(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 _looked_at: Any = WeakIdKeyDictionary()
-"""The costs that were looked at, once each, with their version and the epsilon."""
+"""The costs that were checked, with their version and the epsilon."""
 
 
 def check(student: Tensor, cost: Tensor, epsilon: float, iterations: int) -> None:
-    """Raise for costs of which there is no divergence; their numbers are looked at once."""
+    """Raise for costs that give no divergence; the numbers of a cost are checked once."""
     _checks.positive("epsilon", epsilon)
-    _checks.whole("iterations", iterations)
+    _checks.whole_number("iterations", iterations)
     _checks.floating("cost", cost)
     classes = student.shape[-1]
     if cost.shape != (classes, classes):

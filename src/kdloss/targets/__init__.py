@@ -1,4 +1,4 @@
-"""What a teacher, or a student, may hand over in place of its logits."""
+"""The kinds of logits: what a teacher or a student may give in place of a tensor."""
 
 from kdloss.targets.lazy import LazyLogits
 from kdloss.targets.mixture import Mixture

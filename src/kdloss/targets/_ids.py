@@ -1,4 +1,4 @@
-"""Ids of classes in the type that they are stored in."""
+"""Class ids in the integer type in which they are stored."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ _UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64:
 
 
 def of(indices: Tensor, vocabulary: int | None) -> Tensor:
-    """As int64, -1 in an empty slot."""
+    """The ids as int64, with -1 in an empty slot."""
     ids, largest = indices.long(), _LARGEST.get(indices.dtype)
     if largest is None or vocabulary is None or vocabulary > largest:
         return ids
@@ -18,7 +18,7 @@ def of(indices: Tensor, vocabulary: int | None) -> Tensor:
 
 
 def picked(indices: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
-    """Chosen ones."""
+    """The ids that `pick` chooses, in their own type."""
     dtype = indices.dtype
     signed = _UNSIGNED.get(dtype)  # older torch picks from no others
     return pick(indices) if signed is None else pick(indices.view(signed)).view(dtype)

@@ -1,4 +1,4 @@
-"""Rows of a teacher as servers write them."""
+"""Read the log-probabilities that vLLM and SGLang return."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def from_rows(rows: Sequence[Any], of_tokens: bool) -> tuple[Tensor, Tensor]:
-    """Indices and log-probabilities of a text or a batch of texts, as a server gives them."""
+    """Indices and log-probabilities of a text or a batch of texts, from a server's rows."""
     if isinstance(rows, (str, Mapping)) or not isinstance(rows, Sequence) or not len(rows):
         raise TypeError(f"rows are a list with one row for each token, or a list of such lists, got {rows!r:.80}")
     batch = not any(_is_row(row) for row in rows)
@@ -17,8 +17,8 @@ def from_rows(rows: Sequence[Any], of_tokens: bool) -> tuple[Tensor, Tensor]:
     if of_tokens:
         if any(text and text[0] for text in texts):
             raise ValueError(
-                "rows of tokens begin with None, as nothing is said of the first; write [None, *rows], or of='logits' "
-                "where row t stands at the logits of position t already"
+                "rows of tokens begin with None, since the first token has no prediction; write [None, *rows], or "
+                "of='logits' where row t belongs to the logits of position t already"
             )
         texts = [[*text[1:], []] if text else [] for text in texts]
     length, k = max(map(len, texts)), max((len(row) for text in texts for row in text), default=0)
@@ -33,7 +33,7 @@ def from_rows(rows: Sequence[Any], of_tokens: bool) -> tuple[Tensor, Tensor]:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether this is one token's row; a text's first may be None, too."""
+    """Whether this is one token's row, or the None of a text's first token."""
     if row is None or isinstance(row, Mapping):
         return True
     return isinstance(row, Sequence) and any(
@@ -42,7 +42,7 @@ def _is_row(row: Any) -> bool:
 
 
 def _pairs(row: Any) -> list[tuple[int, float]]:
-    """Ids, each once, and log-probabilities, the most probable first."""
+    """Pairs of id and log-probability, each id once, the most probable first."""
     if row is None:
         return []
     try:

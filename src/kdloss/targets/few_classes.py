@@ -1,4 +1,4 @@
-"""A student beside a teacher of whom a few classes were kept: both over the same classes."""
+"""Bring a student and a top-k teacher to logits over the same classes."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def against(teacher: "TopKLogits", student: Float[Tensor, "*batch vocab"]) -> tuple[Tensor, Tensor]:
-    """Logits of both over the same classes: the k, and what the tail makes of the rest."""
+    """Logits of both over the same classes: the k kept ones, and the rest as `tail` treats it."""
     student, _ = alike(student, teacher.log_probs)
     vocab, t = student.shape[-1], teacher.temperature
     indices, empty = slots(teacher)
@@ -25,7 +25,7 @@ def against(teacher: "TopKLogits", student: Float[Tensor, "*batch vocab"]) -> tu
     kept = filled(filled(student.gather(-1, indices), empty, -torch.inf), nothing, 0.0)
     if teacher.tail == "renormalise":
         return kept - base(kept), logits(teacher, empty, vocab)
-    # Relative to the largest of their own: beside the classes kept, the others may be too small for a number.
+    # Relative to the others' own largest: relative to the kept classes their mass may underflow.
     others = student.scatter(-1, indices, -torch.inf)
     largest = others.detach().amax(-1, keepdim=True)
     low, top = base(kept, largest), largest.masked_fill(largest == -torch.inf, 0)
@@ -34,8 +34,9 @@ def against(teacher: "TopKLogits", student: Float[Tensor, "*batch vocab"]) -> tu
 
 
 def slots(teacher: "TopKLogits") -> tuple[Tensor, Tensor | None]:
-    """Indices as int64, an empty slot repeating a full one, and which slots are empty: None where none is, if looking
-    for some waits for nothing.
+    """Indices as int64, with a full slot's index in each empty slot, and which slots are empty.
+
+    None stands for no empty slot; whether there is one is only tested where that needs no synchronisation.
     """
     indices = teacher.ids()
     if indices.numel() and free_to_look(indices) and indices.min().item() >= 0:
@@ -46,17 +47,17 @@ def slots(teacher: "TopKLogits") -> tuple[Tensor, Tensor | None]:
 
 
 def says_nothing(empty: Tensor | None) -> Tensor | None:
-    """The rows `[..., 1]` of which all slots are empty."""
+    """The rows `[..., 1]` whose slots are all empty."""
     return None if empty is None else empty.all(-1, keepdim=True)
 
 
 def filled(x: Tensor, where: Tensor | None, number: float) -> Tensor:
-    """With a number in some places; None is no place."""
+    """A copy with a number in some places; None means nowhere."""
     return x if where is None else x.masked_fill(where, number)
 
 
 def logits(teacher: "TopKLogits", empty: Tensor | None, vocab: int) -> Tensor:
-    """The teacher's logits of the k classes, and of the bucket if there is one."""
+    """The teacher's logits of the k classes, and of the bucket if the tail is one."""
     kept = filled(precise(teacher.log_probs), empty, -torch.inf)
     if teacher.tail == "bucket":
         rest = rest_of(teacher)
@@ -69,7 +70,7 @@ def logits(teacher: "TopKLogits", empty: Tensor | None, vocab: int) -> Tensor:
 
 
 def spread(teacher: "TopKLogits", indices: Tensor, vocab: int) -> Tensor:
-    """The teacher's logits of all classes, with an equal share of the rest for each that was left out."""
+    """The teacher's logits of all classes, with an equal share of the rest for each class that was left out."""
     log_probs, rest = alike(teacher.log_probs, rest_of(teacher))
     empty = teacher.ids() < 0
     left = (vocab - (~empty).sum(-1)).clamp_min(1).to(log_probs.dtype).log()
@@ -79,7 +80,7 @@ def spread(teacher: "TopKLogits", indices: Tensor, vocab: int) -> Tensor:
 
 
 def rest_of(teacher: "TopKLogits") -> Tensor:
-    """The log-probability of all that was left out; never 0, where it has to be made from roundings."""
+    """The log-probability of all that was left out; at least that of a rounding where it isn't stored."""
     if teacher.log_rest is not None:
         return precise(teacher.log_rest)
     log_probs = precise(teacher.log_probs).masked_fill(teacher.ids() < 0, -torch.inf)
@@ -93,8 +94,9 @@ def log_mass(mass: Tensor) -> Tensor:
 
 
 def base(*logits: Tensor) -> Tensor:
-    """The largest of some logits at every position, `[..., 1]`, 0 where none is finite: what logits are taken
-    relative to, so that small numbers are rounded, not large ones.
+    """The largest of some logits at every position, `[..., 1]`, 0 where none is finite.
+
+    Logits are taken relative to it, so that small numbers are rounded, not large ones.
     """
     largest = torch.cat([x.detach().amax(-1, keepdim=True) for x in logits], -1).amax(-1, keepdim=True)
     return largest.masked_fill(largest == -torch.inf, 0)

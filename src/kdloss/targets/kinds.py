@@ -1,4 +1,4 @@
-"""All kinds of logits, and what can be asked of any of them."""
+"""All kinds of logits, and the functions that take any of them."""
 
 from collections.abc import Callable
 
@@ -19,12 +19,12 @@ KINDS = (Tensor, LazyLogits, TopKLogits, Mixture, ShardedLogits)  # older torch 
 
 
 def at(x: AnyLogits, pick: Callable[[Tensor], Tensor]) -> AnyLogits:
-    """These logits at chosen positions."""
+    """The logits at chosen positions."""
     return pick(x) if isinstance(x, Tensor) else x.at(pick)
 
 
 def is_double(x: AnyLogits) -> bool:
-    """Whether what is compared with these is computed in float64."""
+    """Whether comparisons with these logits are computed in float64."""
     if isinstance(x, Mixture):
         return any(map(is_double, x.teachers))
     if isinstance(x, ShardedLogits):
@@ -34,7 +34,7 @@ def is_double(x: AnyLogits) -> bool:
 
 
 def classes(x: AnyLogits) -> int | None:
-    """How many classes there are, where it is known."""
+    """The number of classes, or None where it isn't known."""
     return x.vocabulary if isinstance(x, TopKLogits) else x.shape[-1]
 
 
@@ -44,7 +44,9 @@ def chosen_classes(x: AnyLogits, ids: Classes) -> AnyLogits:
         return x
     if isinstance(x, TopKLogits):
         if x.vocabulary is None:
-            raise ValueError("how many classes were there? write TopKLogits(..., vocabulary=...)")
+            raise ValueError(
+                "top-k logits need their number of classes here; write TopKLogits(..., vocabulary=number of classes)"
+            )
         kept = torch.arange(x.vocabulary, device=x.device)[ids]
         new = torch.full((x.vocabulary,), -1, device=x.device)
         new[kept] = torch.arange(len(kept), device=x.device)
@@ -62,7 +64,7 @@ def chosen(x: Tensor, ids: Classes) -> Tensor:
 
 
 def dense(x: AnyLogits, temperature: float = 1.0) -> Tensor:
-    """Logits as a tensor, for a loss at this temperature."""
+    """The logits as a tensor, for a loss at this temperature."""
     if isinstance(x, Mixture):
         return x.dense(temperature)
     if isinstance(x, TopKLogits):
@@ -82,7 +84,7 @@ def against(student: AnyLogits, teacher: AnyLogits, temperature: float) -> tuple
 
 
 def check(student: AnyLogits, teacher: AnyLogits) -> None:
-    """Student and teacher stand at the same positions, over one vocabulary, on one device."""
+    """Raise unless student and teacher have the same positions, one vocabulary and one device."""
     for whose, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, (LazyLogits, TopKLogits, Mixture, ShardedLogits)):
             _checks.floating(f"{whose} logits", x)
@@ -91,8 +93,8 @@ def check(student: AnyLogits, teacher: AnyLogits) -> None:
     shares = [x.sizes if isinstance(x, ShardedLogits) else None for x in (student, teacher)]
     if shares[0] != shares[1]:
         raise ValueError(
-            "student and teacher are sharded over the vocabulary alike or not at all; bring the teacher's "
-            "to the student's placement, or write kdloss.ShardedLogits(its part, group)"
+            "student and teacher must both be sharded over the vocabulary, in the same way, or neither; bring the "
+            "teacher's logits to the student's placement, or write kdloss.ShardedLogits(local_logits, group)"
         )
     _checks.logit_shapes(student.shape, teacher.shape, classes(teacher))
     _checks.same_place("teacher logits", student, teacher)

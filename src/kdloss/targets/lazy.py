@@ -1,4 +1,4 @@
-"""Logits that are never materialised as a whole."""
+"""Logits given by hidden states and head: the full logits never have to exist."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from kdloss import _checks
 
 @dataclass(frozen=True, eq=False)
 class LazyLogits:
-    r"""Logits as the hidden states and the head they would come from, made in blocks when needed.
+    r"""Logits given by hidden states and the head's weight; they are computed in blocks where they are needed.
 
     $z = c \tanh\frac{\sigma (h W^\top + b)}{c}$ with $\sigma$ = `scale` and c = `softcap`; without
     a `softcap` $z = \sigma (h W^\top + b)$. Gradients reach hidden, weight and bias.
@@ -59,22 +59,22 @@ class LazyLogits:
 
     @property
     def shape(self) -> Size:
-        """The shape of the logits this stands for."""
+        """The shape of the logits."""
         return Size((*self.hidden.shape[:-1], self.weight.shape[0]))
 
     @property
     def device(self) -> torch.device:
-        """Where the logits would be."""
+        """The device of the logits."""
         return self.hidden.device
 
     def dense(self) -> Float[Tensor, "*batch vocab"]:
-        """The logits as a tensor, all of them."""
+        """All logits as a tensor."""
         dtype = self.hidden.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return self.shaped(F.linear(self.hidden, self.weight.to(dtype), bias))
 
     def shaped(self, z: Tensor) -> Tensor:
-        """Scale and soft-cap what the head gave."""
+        """Scale and soft-cap the head's output."""
         z = z if self.scale == 1 else z * self.scale
         return z if self.softcap is None else (z / self.softcap).tanh() * self.softcap
 
@@ -83,11 +83,11 @@ class LazyLogits:
         return replace(self, hidden=pick(self.hidden))
 
     def classes(self, ids: "Tensor | slice") -> "LazyLogits":
-        """Only some entries of the vocabulary."""
+        """The logits of some entries of the vocabulary."""
         bias = None if self.bias is None else self.bias[ids]
         return replace(self, weight=self.weight[ids], bias=bias)
 
     def detach(self) -> "LazyLogits":
-        """Without gradients."""
+        """The same logits, detached."""
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)

@@ -1,4 +1,4 @@
-"""What stands in a stored teacher's rows: whether it can be."""
+"""Check the numbers of top-k logits."""
 
 from typing import TYPE_CHECKING
 
@@ -10,12 +10,12 @@ from kdloss.reduction import on_cpu
 if TYPE_CHECKING:
     from kdloss.targets.top_k import TopKLogits
 
-# Log-probabilities of bfloat16 are off by up to this share of themselves.
+# The relative rounding of log-probabilities in bfloat16.
 _ROUNDED = 2.0**-8
 
 
 def free_to_look(*tensors: Tensor | None) -> bool:
-    """Whether numbers can be looked at without waiting for a device, or for those of a traced graph."""
+    """Whether the numbers can be read without a synchronisation, and outside of a traced graph."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return False
     there = [t for t in tensors if t is not None]
@@ -23,16 +23,19 @@ def free_to_look(*tensors: Tensor | None) -> bool:
 
 
 def look_at_first(rows: "TopKLogits") -> None:
-    """Raise for rows that can't be, as they are given, and put down whether all of them are right."""
+    """Raise for impossible numbers when rows are given, and note whether all rows were checked.
+
+    Rows of padding are left to `look_again`, which knows whether they count.
+    """
     if free_to_look(rows.indices, rows.log_probs, rows.log_rest):
         ids = rows.ids()
-        nobodys = padding(ids, rows.log_probs)
-        look(ids, rows.log_probs, rows.log_rest, rows.vocabulary, ~nobodys)
-        object.__setattr__(rows, "_right", not nobodys.any().item())
+        padded = padding(ids, rows.log_probs)
+        look(ids, rows.log_probs, rows.log_rest, rows.vocabulary, ~padded)
+        object.__setattr__(rows, "_right", not padded.any().item())
 
 
 def look_again(rows: "TopKLogits", classes: int | None, keep: Tensor | None = None, *, always: bool = False) -> None:
-    """Raise for numbers that can't be in a row that counts, where looking costs nothing or `always`."""
+    """Raise for impossible numbers in a row that counts; on accelerators only if `always`."""
     if _looked_at(rows, classes) or not (always or free_to_look(rows.indices, rows.log_probs, keep)):
         return
     keep = torch.ones_like(rows.log_probs[..., 0], dtype=torch.bool) if keep is None else keep
@@ -43,7 +46,7 @@ def look_again(rows: "TopKLogits", classes: int | None, keep: Tensor | None = No
 
 
 def look_at_any(rows: "TopKLogits", classes: int) -> None:
-    """The same where nobody says which rows count: padding doesn't."""
+    """Raise for ids out of range in any row but padding, where it isn't known which rows count."""
     if _looked_at(rows, classes) or not free_to_look(rows.indices, rows.log_probs):
         return
     if not in_range(ids := rows.ids(), classes):
@@ -51,36 +54,37 @@ def look_at_any(rows: "TopKLogits", classes: int) -> None:
 
 
 def _looked_at(rows: "TopKLogits", classes: int | None) -> bool:
-    """Whether all rows are known to be right among so many classes."""
+    """Whether all rows were checked already, for this number of classes."""
     known = rows.vocabulary
     return getattr(rows, "_right", False) and (classes is None or (known is not None and known <= classes))
 
 
 def padding(ids: Tensor, log_probs: Tensor) -> Tensor:
-    """Rows `[...]` that nobody can mean: one class and one number in all slots, or no number."""
+    """Rows `[...]` of padding: the same class and the same number in all slots, or NaN."""
     there = (ids[..., 0] == ids[..., -1]) & (ids[..., 0] >= 0) & (ids.shape[-1] > 1)
     if there.any():
         there &= (ids == ids[..., :1]).all(-1) & (log_probs == log_probs[..., :1]).all(-1)
-    nothing = log_probs.sum(-1).isnan()  # of infinities, too
+    nothing = log_probs.sum(-1).isnan()  # also for two opposite infinities
     return there | (nothing & log_probs.isnan().any(-1) if nothing.any() else nothing)
 
 
 def look(ids: Tensor, log_probs: Tensor, log_rest: Tensor | None, classes: int | None, keep: Tensor) -> None:
-    """Raise for a class that is twice in a row that counts or out of range, and for what are no log-probabilities."""
+    """Raise, in rows that count, for a class twice or out of range, and for numbers that are no log-probabilities."""
     look_at_range(ids, classes, keep)
     in_order = ids.sort(-1).values
     twice = (in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0) & keep.unsqueeze(-1)
     if twice.any():
         *row, slot = twice.nonzero()[0].tolist()
         raise ValueError(
-            f"indices{row} has the class {int(in_order[tuple(row)][slot])} twice, which would count twice. Where the "
-            "token that was there stands beside the top k, TopKLogits.from_served(rows) keeps it once; in tensors mark "
-            "the second with an index of -1"
+            f"indices{row} has the class {int(in_order[tuple(row)][slot])} twice, which would count twice. Where a "
+            "server lists the actual token beside the top k, TopKLogits.from_served(rows) keeps it once; in tensors "
+            "set the second index to -1"
         )
     filled = log_probs.detach().float().masked_fill(ids < 0, -torch.inf)
     rest = 0.0 if log_rest is None else (log_rest.detach().float() * (1 + _ROUNDED)).exp() * (ids >= 0).any(-1)
     if not ((filled.exp().sum(-1) + rest > 1.01) & keep).any():
-        return  # and less, where they were rounded up
+        return
+    # The least total that they may have had before they were rounded.
     total = (filled - _ROUNDED * filled.abs().nan_to_num(posinf=0)).exp().sum(-1) + rest
     if (bad := (total > 1.01) & keep).any():
         row = bad.nonzero()[0].tolist()
@@ -97,13 +101,13 @@ def _refuse_values(row: list[int], bad: Tensor, values: Tensor, total: float) ->
             "TopKLogits.of(logits, k), which does both"
         )
     raise ValueError(
-        f"log_probs{row} are {[round(x, 4) for x in values.tolist()[:4]]}, of which the probabilities (with log_rest) "
+        f"log_probs{row} are {[round(x, 4) for x in values.tolist()[:4]]}; their probabilities (with log_rest) "
         f"come to {total:.4g}, more than 1: {what}"
     )
 
 
 def in_range(ids: Tensor, classes: int | None) -> bool:
-    """Whether every index names a class, or an empty slot by -1."""
+    """Whether every index is a class, or -1 for an empty slot."""
     if not ids.numel():
         return True
     low, high = ids.aminmax()
@@ -111,7 +115,7 @@ def in_range(ids: Tensor, classes: int | None) -> bool:
 
 
 def look_at_range(ids: Tensor, classes: int | None, keep: Tensor) -> None:
-    """Raise for an index that names no class in a row that counts; -1 is an empty slot."""
+    """Raise for an index out of range in a row that counts; -1 is an empty slot."""
     if in_range(ids, classes):
         return
     bad = (ids < -1) if classes is None else (ids < -1) | (ids >= classes)

@@ -1,4 +1,4 @@
-"""Several teachers as one."""
+"""The average of several teachers."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +18,9 @@ from kdloss.targets.lazy import LazyLogits
 class Mixture:
     r"""The weighted average of several teachers over one vocabulary.
 
-    "probabilities": $z$ with $\mathrm{softmax}(z/T) = \sum_k w_k\,\mathrm{softmax}(t_k/T)$ at the T of
-    the loss; "logits": $z = \sum_k w_k t_k$. Weights default to equal ones. One teacher stays as it is.
+    With `average="probabilities"` it is $z$ with $\mathrm{softmax}(z/T) = \sum_k w_k\,\mathrm{softmax}(t_k/T)$ at the
+    temperature T of the loss; with "logits" it is $z = \sum_k w_k t_k$. Weights are equal by default. The logits of a
+    single teacher are not changed.
 
     Shapes: each teacher `[..., V]`, a tensor or `LazyLogits`.
 
@@ -57,12 +58,12 @@ class Mixture:
 
     @property
     def device(self) -> torch.device:
-        """Where the logits are."""
+        """The device of the logits."""
         return self.teachers[0].device
 
     @property
     def of_probabilities(self) -> bool:
-        """Whether its logits are known up to a constant only."""
+        """Whether this averages probabilities, so that its logits are known only up to a constant."""
         return self.average == "probabilities" and len(self.teachers) > 1
 
     def at(self, pick: Callable[[Tensor], Tensor]) -> "Mixture":
@@ -70,11 +71,11 @@ class Mixture:
         return self._each(lambda x: x.at(pick) if isinstance(x, LazyLogits) else pick(x))
 
     def classes(self, ids: "Tensor | slice") -> "Mixture":
-        """Only some entries of the vocabulary."""
+        """The mixture over some entries of the vocabulary."""
         return self._each(lambda x: x.classes(ids) if isinstance(x, LazyLogits) else x[..., ids])
 
     def detach(self) -> "Mixture":
-        """Without gradients."""
+        """The same mixture, detached."""
         return self._each(lambda x: x.detach())
 
     def dense(self, temperature: float = 1.0) -> Float[Tensor, "*batch vocab"]:
@@ -84,12 +85,12 @@ class Mixture:
         return self.of_rows(((weight, _dense(teacher)) for weight, teacher in self.weighted()), temperature)
 
     def weighted(self) -> list[tuple[float, Tensor | LazyLogits]]:
-        """The teachers that count, with their weights."""
+        """The teachers of a weight above 0, with their weights."""
         pairs = zip(checked_weights(self.weights, len(self.teachers)), self.teachers, strict=True)
         return [(weight, teacher) for weight, teacher in pairs if weight > 0]
 
     def of_rows(self, weighted: Iterable[tuple[float, Tensor]], temperature: float) -> Tensor:
-        """The logits of the average of logits with these weights, which are asked for one by one."""
+        """The logits of the average of weighted logits, which are read one by one."""
         total = None
         for weight, z in weighted:
             total = self.added(total, weight, z, temperature)
@@ -99,21 +100,21 @@ class Mixture:
     def added(
         self, total: Tensor | None, weight: float, logits: Tensor, temperature: float, out: Tensor | None = None
     ) -> Tensor:
-        """A running sum, of logits or of log-probabilities at a temperature, with one more teacher in it."""
+        """Add one more teacher to a running sum of logits, or of probabilities in log space at a temperature."""
         z = precise(logits)
         if self.average == "logits":
             return torch.mul(z, weight, out=out) if total is None else torch.add(total, z, alpha=weight, out=out)
-        with torch.no_grad():  # the largest leaves before the division, which then rounds small numbers, not large ones
+        with torch.no_grad():  # subtracted before the division, which then rounds small numbers, not large ones
             top = z.amax(-1, keepdim=True)
-        part = (z - top).div_(temperature).log_softmax(-1)
+        log_p = (z - top).div_(temperature).log_softmax(-1)
         if total is None:
-            return torch.add(part, math.log(weight), out=out)
-        part = part + math.log(weight)
-        if torch.is_grad_enabled() and (total.requires_grad or part.requires_grad):
-            neither = total.isneginf() & part.isneginf()  # where no way of adding has a gradient that is a number
-            both = torch.stack([total, part]).masked_fill(neither, 0)
+            return torch.add(log_p, math.log(weight), out=out)
+        log_p = log_p + math.log(weight)
+        if torch.is_grad_enabled() and (total.requires_grad or log_p.requires_grad):
+            neither = total.isneginf() & log_p.isneginf()  # there the gradient of logsumexp is NaN
+            both = torch.stack([total, log_p]).masked_fill(neither, 0)
             return both.logsumexp(0).masked_fill(neither, -torch.inf)
-        return torch.logaddexp(total, part, out=out)
+        return torch.logaddexp(total, log_p, out=out)
 
     def _each(self, change: Callable[[Tensor | LazyLogits], Tensor | LazyLogits]) -> "Mixture":
         return replace(self, teachers=[change(x) for x in self.teachers])

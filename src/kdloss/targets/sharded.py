@@ -1,4 +1,4 @@
-"""Logits whose vocabulary is spread over processes."""
+"""Logits whose vocabulary is sharded over processes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from kdloss.targets.lazy import LazyLogits
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One process's part of a vocabulary: how many classes each process of the group has."""
+    """One process's shard of a vocabulary, by the number of classes of each process in the group."""
 
     group: Any
     sizes: tuple[int, ...]
@@ -41,13 +41,13 @@ class ShardedLogits:
     Every process calls the loss with the same positions and labels, gets the loss over the whole
     vocabulary, and from its own `backward` the gradient of its own classes; the gradient by the hidden
     states of `LazyLogits` is summed over the group. A `DTensor` with placement `Shard(-1)` (logits) or
-    `Shard(0)` (the weight and bias of `LazyLogits`) need not be wrapped.
+    `Shard(0)` (the weight and bias of `LazyLogits`) does not have to be wrapped.
 
-    Shapes: local `[..., V / processes]`, in the order of the ranks, not necessarily equal; stands for
-    `[..., V]`. `group` is a process group, None for all processes. `sizes` says how many classes each process holds,
-    where that is known; else the processes tell each other once.
+    Shapes: local `[..., V / processes]`, in the order of the ranks, not necessarily of equal size; stands for
+    `[..., V]`. `group` is a process group, None for all processes. `sizes` is the number of classes of each process,
+    where you know it; otherwise the processes exchange it once.
 
-    Raises: ValueError for tensors that are sharded otherwise.
+    Raises: ValueError for tensors that are sharded over another dimension.
 
     >>> import os, tempfile
     >>> file = os.path.join(tempfile.mkdtemp(), "rendezvous")
@@ -73,7 +73,7 @@ class ShardedLogits:
 
     @property
     def shard(self) -> Shard:
-        """Which part of the vocabulary this is."""
+        """The shard of the vocabulary in this process."""
         return Shard(self.group, self.sizes or ())
 
     @property
@@ -83,7 +83,7 @@ class ShardedLogits:
 
     @property
     def device(self) -> torch.device:
-        """Where this process's part is."""
+        """The device of this process's logits."""
         return self.local.device
 
     def at(self, pick: Callable[[Tensor], Tensor]) -> "ShardedLogits":
@@ -92,12 +92,12 @@ class ShardedLogits:
         return replace(self, local=local)
 
     def detach(self) -> "ShardedLogits":
-        """Without gradients."""
+        """The same logits, detached."""
         return replace(self, local=self.local.detach())
 
 
 def localised(x: Any) -> Any:
-    """`DTensor`s as what they are made of here: sharded logits, or a head of which this is a part."""
+    """Turn `DTensor`s into local tensors, wrapped as `ShardedLogits` where they are sharded over the vocabulary."""
     if isinstance(x, LazyLogits) and _is_dtensor(x.weight):
         weight, bias, hidden = cast(Any, x.weight), cast(Any, x.bias), cast(Any, x.hidden)
         group = _group(weight, 0)
@@ -116,13 +116,13 @@ def _is_dtensor(x: Any) -> bool:
 
 
 def _group(x: Any, dim: int) -> Any:
-    """The process group over which this dimension alone is sharded; None for a whole tensor."""
+    """The process group over which this dimension is sharded; None for a tensor that isn't sharded."""
     sharded = [k for k, placement in enumerate(x.placements) if not placement.is_replicate()]
     if not sharded:
         return None
     if len(sharded) > 1 or not x.placements[sharded[0]].is_shard(dim):
         raise ValueError(
-            f"logits are sharded over their vocabulary, dimension {dim}, and whole otherwise, got "
+            f"logits are sharded over their vocabulary, dimension {dim}, and over no other dimension, got "
             f"{x.placements}; write x.redistribute(placements=[Shard({dim})])"
         )
     return x.device_mesh.get_group(sharded[0])

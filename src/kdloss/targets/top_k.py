@@ -1,4 +1,4 @@
-"""A teacher of which only the most probable classes were kept."""
+"""A teacher's most probable classes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,32 +20,34 @@ TAILS = ("bucket", "renormalise", "uniform")
 class TopKLogits:
     r"""A teacher's k most probable classes at every position, with their log-probabilities.
 
-    What was left out, of mass $1 - \sum_i p_i$, is treated as `tail` says:
+    `tail` says how the other classes, of mass $1 - \sum_i p_i$, are treated:
 
-    - "bucket": one more class, held against all the student gives to the classes left out. The
+    - "bucket": as one more class, compared with the student's mass on all classes that were not kept. The
       divergence of these k + 1 classes is never negative, 0 where student is teacher, and for f-divergences
       (the KL family) never more than the dense one.
-    - "renormalise": the k classes are all there is, on both sides; the student's others get no gradient.
-    - "uniform": spread evenly over the classes left out. The student's vocabulary is needed in full.
+    - "renormalise": not at all; both sides are renormalised over the k classes, and the student's other logits get no
+      gradient.
+    - "uniform": their mass is spread evenly over them. This needs all of the student's logits.
 
-    With all V classes kept each equals the dense teacher. `temperature` is the one the log-probabilities
-    were taken at; a loss at another T softens from there, the bucket as one class, so keep them at the
-    temperature you train with. `log_rest` is the log-probability of all that was left out, where it is
-    known better than as 1 minus the sum; `vocabulary` the number V of classes, where it shall be checked; `classes` are
-    their names, by which `kdloss.Distiller` finds them among the student's.
+    With all V classes kept, each equals the dense teacher. `temperature` is the temperature of the
+    log-probabilities. A loss at another T softens from there, and the bucket as one class, so keep them at the
+    temperature you train with. `log_rest` is the log-probability of all other classes together, where you know it
+    more precisely than as 1 minus the sum. `vocabulary` is the number V of classes, against which ids are checked.
+    `classes` are the names of the classes, by which `kdloss.Distiller` finds them among the student's.
 
-    A row without any class says nothing: loss and gradient are 0 there, under each tail.
+    In a row without any class, loss and gradient are 0, whatever the tail.
 
-    Numbers stay in the types they are given in, on the way to a device, too, and become int64 and float32 where they
+    Numbers keep the types in which you give them, also on the way to a device, and become int64 and float32 where they
     are used: a row of 64 classes in uint16 and float16 is 258 bytes, in int64 and float32 772.
 
-    Shapes: indices `[..., k]` of any integer type, different ones in each row, -1 for an empty slot, or the largest
+    Shapes: indices `[..., k]` of any integer type, distinct in each row, with -1 for an empty slot, or the largest
     number of an unsigned type where that is no class of the `vocabulary`; log_probs `[..., k]`; log_rest `[...]`.
 
-    Raises: ValueError for shapes or devices that differ or an unknown tail, and for numbers that can't be: a class
-    twice in a row or out of range, probabilities or raw logits in place of log-probabilities. CPU tensors are looked
-    at when they are given, rows of padding (one id and one number everywhere) in a loss, where they count; those of
-    an accelerator under a criterion's `check_finite=True`. TypeError for indices that are no integers.
+    Raises: ValueError for shapes or devices that differ or an unknown tail, and for impossible numbers: a class
+    twice in a row or out of range, probabilities or raw logits in place of log-probabilities. CPU tensors are checked
+    when they are given, except rows of padding (one id and one number everywhere), which a loss checks if they count.
+    Tensors on an accelerator are checked under a criterion's `check_finite=True`. TypeError for indices that are no
+    integers.
 
     >>> import kdloss
     >>> teacher = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
@@ -90,7 +92,7 @@ class TopKLogits:
         tail: Tail = "bucket",
         temperature: float = 1.0,
     ) -> "TopKLogits":
-        """The k most probable classes of these logits at this temperature; `tail` is the class's."""
+        """Keep the k most probable classes of these logits at this temperature; `tail` is as in the class."""
         vocab = logits.shape[-1]
         if not 1 <= k <= vocab:
             raise ValueError(f"k={k} of {vocab} classes; k lies between 1 and their number")
@@ -109,19 +111,19 @@ class TopKLogits:
         vocabulary: int | None = None,
         device: torch.device | str | None = None,
     ) -> "TopKLogits":
-        """What vLLM or SGLang say of a text, or of a batch of texts: one row for each token, None for the first.
+        """Read what vLLM or SGLang return for a text, or a batch of texts: one row per token, None for the first.
 
         A row is a mapping from token ids to log-probabilities, as numbers or as objects or dicts that have a
         `logprob` (vLLM's `prompt_logprobs`, also as JSON), or a list of tuples that begin with log-probability and
-        id (SGLang's `input_top_logprobs`). Rows may be of different lengths, as the token that was there stands
-        beside the k most probable; an id that stands twice is kept once. Shorter rows and texts are filled up with
-        empty slots at the right.
+        id (SGLang's `input_top_logprobs`). Rows may differ in length, since servers add the actual token to the k most
+        probable ones; an id that is listed twice is kept once. Shorter rows and texts are padded with empty slots at
+        the right.
 
-        - `of`: "tokens" where row t says what token t was expected to be, as both servers have it. It comes to stand
-          at t - 1, whose logits predict that token, and the last position is empty: right for a criterion with
-          `causal=True`. "logits" leaves row t at t.
-        - `tail` and `vocabulary` are the class's; `temperature` is that of the server's log-probabilities.
-        - `device`: where the rows are put.
+        - `of`: "tokens" where row t predicts token t, as in both servers. Row t is moved to position t - 1, whose
+          logits predict that token, and the last position is empty: right for a criterion with
+          `causal=True`. "logits" leaves row t at position t.
+        - `tail` and `vocabulary` are as in the class; `temperature` is that of the server's log-probabilities.
+        - `device`: the device of the result.
 
         Shapes: `[T, k]` for a text of T rows, `[B, T, k]` for a batch.
 
@@ -141,29 +143,29 @@ class TopKLogits:
 
     @property
     def shape(self) -> Size:
-        """The shape of what was kept, `[..., k]`."""
+        """The shape of the kept classes, `[..., k]`."""
         return self.indices.shape
 
     @property
     def device(self) -> torch.device:
-        """Where the numbers are."""
+        """The device of the numbers."""
         return self.indices.device
 
     def at(self, pick: Callable[[Tensor], Tensor]) -> "TopKLogits":
-        """Chosen positions."""
+        """The rows at chosen positions."""
         rest = None if self.log_rest is None else pick(self.log_rest)
         return self._with(indices=_ids.picked(self.indices, pick), log_probs=pick(self.log_probs), log_rest=rest)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "TopKLogits":
-        """On a `device`, in the same types; `non_blocking` as for a tensor, from pinned memory."""
+        """Copy to a `device`, in the same types; `non_blocking` is as for a tensor in pinned memory."""
         return self.at(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "TopKLogits":
-        """In pinned memory, as `DataLoader(pin_memory=True)` asks of what is in a batch."""
+        """Copy to pinned memory; `DataLoader(pin_memory=True)` calls this for each item of a batch."""
         return self.at(Tensor.pin_memory)
 
     def detach(self) -> "TopKLogits":
-        """Without gradients."""
+        """The same rows, detached."""
         if not any(x is not None and x.requires_grad for x in (self.log_probs, self.log_rest)):
             return self
         rest = None if self.log_rest is None else self.log_rest.detach()
@@ -174,23 +176,23 @@ class TopKLogits:
         return _ids.of(self.indices, self.vocabulary)
 
     def empty(self) -> Tensor:
-        """Which rows say nothing, `[...]`."""
+        """Which rows have no class, `[...]`."""
         return self.ids().amax(-1) < 0
 
     def _with(self, **changes: Any) -> "TopKLogits":
-        """The same rows, or some of them: what was looked at isn't looked at again."""
+        """The same rows, or some of them, without checking the numbers again."""
         other = object.__new__(type(self))
         vars(other).update(vars(self) | changes)
         return other
 
     def renamed(self, new: Int[Tensor, " old"], vocabulary: int) -> "TopKLogits":
-        """The same classes under other indices, `new[old]`; those with a new index of -1 are gone."""
+        """The same classes under other indices, `new[old]`; those with a new index of -1 are dropped."""
         indices = self.ids()
         indices = new[indices.clamp_min(0)].where(indices >= 0, -1)
         return self._with(indices=indices, log_rest=few_classes.rest_of(self), vocabulary=vocabulary, classes=None)
 
     def against(self, student: Float[Tensor, "*batch vocab"]) -> tuple[Tensor, Tensor]:
-        """Logits of both over the same classes: the k, and what the tail makes of the rest."""
+        """Logits of both over the same classes: the k kept ones, and the rest as `tail` treats it."""
         return few_classes.against(self, student)
 
 
@@ -203,7 +205,7 @@ def right_rows(
     vocabulary: int | None,
     classes: tuple[str, ...] | None = None,
 ) -> TopKLogits:
-    """Rows that can't be wrong, as they were made here, and aren't looked at."""
+    """`TopKLogits` of rows that the library itself computed, without checking their numbers."""
     _checks.choice("tail", tail, TAILS)
     made = object.__new__(TopKLogits)
     fields = (indices, log_probs, tail, temperature, log_rest, vocabulary, classes)

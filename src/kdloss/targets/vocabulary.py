@@ -1,4 +1,4 @@
-"""What to do where student and teacher count their vocabularies differently."""
+"""Compare models whose vocabularies differ: by their common prefix, or by the tokens they share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from kdloss.targets.kinds import AnyLogits, Classes, chosen_classes, classes
 
 
 def truncate(student: AnyLogits, teacher: AnyLogits) -> tuple[AnyLogits, AnyLogits]:
-    """Both over their common prefix, renormalised: for vocabularies of which one begins with the other.
+    """Cut both to their common prefix, renormalised: for models that pad the same vocabulary to different sizes.
 
-    Student and teacher logits of any kind, as of models that pad the same vocabulary to different sizes.
+    Student and teacher are logits of any kind.
 
     >>> student, teacher = truncate(torch.zeros(2, 50), torch.zeros(2, 64))
     >>> student.shape, teacher.shape
@@ -27,7 +27,7 @@ def truncate(student: AnyLogits, teacher: AnyLogits) -> tuple[AnyLogits, AnyLogi
 
 
 def _prefix(student: AnyLogits, teacher: AnyLogits) -> tuple[Classes, Classes]:
-    """Which classes of each they share, as the engine asks for them."""
+    """The shared classes of student and teacher, in the form that the engine reads."""
     s, t = classes(student), classes(teacher)
     if s is None or t is None or s == t:
         return None, None
@@ -39,13 +39,14 @@ vars(truncate)["shared"] = _prefix
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """Tokens that two vocabularies share, by their id in each; both sides are renormalised over them.
+    """The tokens that two vocabularies share, by their id in each.
 
-    Called with student and teacher logits of any kind, it returns both over the shared tokens.
+    Call it with student and teacher logits of any kind; it returns both over the shared tokens, over which they are
+    renormalised.
 
     Shapes: student_ids and teacher_ids `[n]`, int64.
 
-    Raises: ValueError for lists of different lengths or none, and for an id that is negative or in two pairs.
+    Raises: ValueError for lists of different lengths or empty lists, and for an id that is negative or in two pairs.
 
     >>> shared = TokenMap.of({"a": 0, "b": 1, "c": 2}, {"<s>": 0, "b": 1, "a": 2})
     >>> shared.student_ids.tolist(), shared.teacher_ids.tolist()
@@ -77,7 +78,7 @@ class TokenMap:
         pairs = {s[token]: t[token] for token in s.keys() & t.keys()}
         end, teacher_end = (getattr(x, "eos_token_id", None) for x in (student_tokenizer, teacher_tokenizer))
         if end is not None and teacher_end is not None and end not in pairs:
-            # whoever bears the name of the teacher's has to do without it
+            # the student's token with the same string as the teacher's end token loses its pair
             pairs = {i: j for i, j in pairs.items() if j != teacher_end} | {end: teacher_end}
         ids = sorted(pairs.items())
         return cls(torch.tensor([i for i, _ in ids]).long(), torch.tensor([j for _, j in ids]).long())
@@ -95,14 +96,14 @@ class TokenMap:
         return self._on(device)[:2]
 
     def to_teacher(self, input_ids: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-        """The teacher's ids for `input_ids`, the student's: what the teacher's forward pass is given.
+        """Translate `input_ids` from the student's ids to the teacher's, for the teacher's forward pass.
 
-        Raises: ValueError for tokens that the teacher doesn't have. An accelerator, which has to be waited for, is
-        asked in the first call only.
+        Raises: ValueError for tokens that the teacher doesn't have. On an accelerator only the first call checks,
+        since the check needs a synchronisation.
         """
         first = input_ids.device not in _there.get(self, {})
         table = self._on(input_ids.device)[2]
-        ids = table[input_ids.clamp(-1, len(table) - 1)]  # the last entry stands for all that is no token
+        ids = table[input_ids.clamp(-1, len(table) - 1)]  # the last entry, -1, is for ids that are no token
         if (first or on_cpu(ids.device)) and (ids < 0).any():
             unknown = sorted(set(input_ids[ids < 0].tolist()))
             raise ValueError(
@@ -112,7 +113,7 @@ class TokenMap:
         return ids
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Both lists, and the teacher's id of each of the student's (-1: none), on a device, copied there once."""
+        """Both lists, and a table of the teacher's id for each student id (-1: none), copied to each device once."""
         known = _there.setdefault(self, {})
         if device not in known:
             mine, theirs = self.student_ids.to(device), self.teacher_ids.to(device)
@@ -126,14 +127,14 @@ _there: WeakKeyDictionary[TokenMap, dict[torch.device, tuple[Tensor, Tensor, Ten
 
 
 def _once(whose: str, ids: Tensor, other: str, others: Tensor) -> None:
-    """No class stands in two pairs: it would count twice on one side, or take two classes' mass for one's."""
+    """Raise where a class is in two pairs: it would count twice on one side."""
     found = dict[int, int]()
     for i, j in zip(ids.tolist(), others.tolist(), strict=True):
         if i < 0:
             raise ValueError(f"{whose}_ids has {i}; ids are 0 or more: leave out what has no counterpart")
         if i in found:
             raise ValueError(
-                f"{whose} id {i} is paired twice, with {other} ids {found[i]} and {j}; a class is held against one "
+                f"{whose} id {i} is paired twice, with {other} ids {found[i]} and {j}; a class is compared with one "
                 "other: keep one of the two pairs"
             )
         found[i] = j

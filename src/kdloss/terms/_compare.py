@@ -13,7 +13,7 @@ from kdloss._layout import standard, width_last
 from kdloss.distances._rows import needs_no_width
 from kdloss.layers.layer_map import Layer, LayerMap
 from kdloss.projections import convolves
-from kdloss.reduction import fill, per_example, precise, takes, told
+from kdloss.reduction import fill, per_example, precise, takes, with_mask
 from kdloss.terms._axes import Axes, Batch
 from kdloss.terms._positions import Positions
 from kdloss.terms.reads import Pairs, Reads
@@ -188,7 +188,7 @@ def _each(
         keep = None if keep is None else keep.flatten(1)
         known = {name: x.flatten(1) for name, x in known.items()} | {"grid": tuple(shape[1:])}
     more = {name: x for name, x in known.items() if takes(distance, name)}
-    return told(distance, student, teacher, keep, **more).view(shape)
+    return with_mask(distance, student, teacher, keep, **more).view(shape)
 
 
 def _same_width(name: str, distance: Distance, student: Tensor, teacher: Tensor) -> None:

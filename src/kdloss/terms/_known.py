@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdloss._capture import Captured
-from kdloss.engine.fused import parts
+from kdloss.engine.fused import tensors_of
 from kdloss.engine.task import unwrapped
 from kdloss.targets import LazyLogits
 from kdloss.terms._ahead import Ahead
@@ -134,7 +134,7 @@ def _plain(term: Any) -> bool:
 
 def _form(x: Any) -> Any:
     if type(x) is LazyLogits:
-        return [(type(y), y.shape, y.dtype, y.device) for y in parts(x)], x.softcap, x.scale
+        return [(type(y), y.shape, y.dtype, y.device) for y in tensors_of(x)], x.softcap, x.scale
     return (x.shape, x.dtype, x.device) if type(x) is Tensor else type(x)
 
 

@@ -8,7 +8,7 @@ from torch import Size, Tensor
 from kdloss import _checks
 from kdloss._capture import Captured
 from kdloss._layout import Layout, classes_last
-from kdloss.engine import whole_only
+from kdloss.engine import unblockable
 from kdloss.engine.task import unwrapped
 from kdloss.reduction import precise
 from kdloss.targets.kinds import dense
@@ -53,7 +53,7 @@ class StudentLogits:
             return False
         if term.take not in self._rows:
             logits, alike = self.of(term), (t for t in self.terms if t.take == term.take)
-            self._rows[term.take] = not any(whole_only(logits, getattr(t, "divergence", None)) for t in alike)
+            self._rows[term.take] = not any(unblockable(logits, getattr(t, "divergence", None)) for t in alike)
         return self._rows[term.take]
 
     def there(self, term: Any, where: Positions) -> Tensor:
