@@ -324,7 +324,7 @@ CASES = {
     "by config.id2label": lambda: images(Named("cat"), Named("dog"), kdloss.VanillaKD()),
     "classes and the teacher … (": lambda: kd(LOGITS, LOGITS[..., :4]),
     "they must stand at the same positions": lambda: kd(LOGITS, LOGITS[:, :2]),
-    "are of one class": lambda: kd(LOGITS[..., :1], LOGITS[..., :1]),
+    "have one class, whose probability": lambda: kd(LOGITS[..., :1], LOGITS[..., :1]),
     "nothing tells which axis": lambda: maps(1.0 * Logits()),
     "several heads": lambda: images(Pair(), Pair(), kdloss.VanillaKD()),
     "num_items_in_batch divides": lambda: kd(LOGITS, LOGITS, reduction="sum", num_items_in_batch=3),
