@@ -36,7 +36,7 @@ SMALL = "--samples 6000 --points 2 --one-by-one"
 STUDIES = {  # name: flags of compare.py
     "demo": "--samples 6000",
     "smollm2-20-fresh": f"{SMOLLM2} --keep-blocks {TWENTY}",
-    "smollm2-15-fresh": f"{SMOLLM2} --keep-blocks {FIFTEEN}",
+    "smollm2-20-little": f"{SMOLLM2} --keep-blocks {TWENTY} --student-blocks 50",
     "smollm2-15-little": f"{SMOLLM2} --keep-blocks {FIFTEEN} --student-blocks 50",
     "output": (f"{SMALL} --methods none vanilla --vary temperature 0.5 2 4 8 --vary alpha 0 0.3 0.5 0.7 0.9"),
     "features": (
@@ -170,10 +170,12 @@ def main(only: tuple[Literal[ALL], ...] = ALL, workers: int = 2) -> None:
             task.result()
     folder = HERE / "docs" / "results"
     folder.mkdir(exist_ok=True)
+    pages = "".join(page.read_text(encoding="utf-8") for page in (HERE / "docs").glob("*.md"))
     for study in only:
         work(study, SEEDS)  # everything is there: this writes table and picture over all seeds
         for kind in ("md", "png"):
-            shutil.copy(f"runs/results/{study}/results.{kind}", folder / f"{study}.{kind}")
+            if f"results/{study}.{kind}" in pages:
+                shutil.copy(f"runs/results/{study}/results.{kind}", folder / f"{study}.{kind}")
     questions.main([name for name in questions.QUESTIONS if questions.measured(name)])
 
 

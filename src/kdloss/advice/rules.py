@@ -66,16 +66,16 @@ def temperature(pair: Pair) -> Reasoned:
     high: float
     if pair.alike is False:
         low, high, gap = 7, 10, "unlike architectures"
-        measured = "1 was best for a Llama under a GPT-2: 1, 2, 4, 8 gave 137, 161, 205, 201"
+        measured = "1 was best for a Llama under a GPT-2: 1, 2, 4, 8 gave 137, 162, 183, 199"
     elif pair.smaller < 2:
         low, high, gap = 1, 1.5, "a student less than 2x smaller"
         measured = "1 was best at 2.5x"
     elif pair.smaller <= 4:
         low, high, gap = 2, 3, "a student 2x to 4x smaller"
-        measured = "1 was best at 2.5x: 0.5, 1, 2, 4, 8 gave 170, 140, 158, 181, 202"
+        measured = "1 was best at 2.5x: 0.5, 1, 2, 4, 8 gave 170, 140, 158, 183, 194"
     else:
         low, high, gap = 4, 6, "a student more than 4x smaller"
-        measured = "1 was best at 11x: 1, 2, 4, 8 gave 259, 286, 324, 353"
+        measured = "1 was best at 11x: 1, 2, 4, 8 gave 260, 290, 324, 364"
     return _beside(1.0 if pair.text else float(low), f"{low} to {high} for {gap}", measured)
 
 
@@ -90,7 +90,7 @@ def alpha(pair: Pair, quality: Quality, task: Task, *, features: bool) -> Reason
         return _beside(0.3, "0.2 to 0.4 for features", "0.1, 0.3, 0.5, 0.7 gave 320, 313, 333, 361")
     if quality == "moderate":
         return _beside(low, rule, "nothing of this; with a strong teacher the lower the better")
-    lower = "the lower the better: 0, 0.1, 0.3, 0.5 gave 137, 140, 158, 178"
+    lower = "the lower the better: 0, 0.1, 0.3, 0.5 gave 138, 140, 158, 177"
     return _beside(0.1 if pair.text else low, rule, lower)
 
 
