@@ -207,7 +207,7 @@ def test_without_a_known_column_the_longest_text_is_taken(data):
     ("name", "content", "options", "said"),
     [
         ("missing.jsonl", None, {}, "there is no file"),
-        ("a.md", "# A", {}, r"'a.md' ends in '.md', and what is read are .jsonl, .*: copy running text to a.txt"),
+        ("a.md", "# A", {}, r"'a.md' ends in '.md', and only .jsonl, .* files can be read: copy plain text to a.txt"),
         ("a.jsonl", '{"size": 1, "weight": 2.5}', {}, "no column holds text; there are.*size.*weight"),
         ("a.jsonl", '{"text": "A"}', {"column": "body"}, r"no column 'body', only \['text'\]"),
         ("a.jsonl", '{"text": " "}\n{"text": ""}', {}, "all 2 entries are empty"),
@@ -218,7 +218,7 @@ def test_without_a_known_column_the_longest_text_is_taken(data):
         ("a.csv", "id,text\n1,A\n2,B,C,D\n", {}, "'a.csv': .*line 3, saw 4"),
         ("a.txt", b"A\n\n\xff\xfe", {}, "line 3 of 'a.txt' can't be read: 'utf-8'"),
         ("a.jsonl", b'{"text": "A"}\n\xff', {}, "line 2 of 'a.jsonl' can't be read: 'utf-8'"),
-        ("a.jsonl", '{"text": "A"}\n{"text": 5}', {}, "entry 2 of 'a.jsonl' is no text but 5"),
+        ("a.jsonl", '{"text": "A"}\n{"text": 5}', {}, "entry 2 of 'a.jsonl' is not text but 5"),
     ],
 )
 def test_bad_text_is_refused(tmp_path, monkeypatch, name, content, options, said):
@@ -230,14 +230,14 @@ def test_bad_text_is_refused(tmp_path, monkeypatch, name, content, options, said
 
 
 @pytest.mark.parametrize(
-    ("file", "said"), [("a.csv", "one of its files, say texts/a.csv"), ("a.md", "a .jsonl, .json, ")]
+    ("file", "said"), [("a.csv", "one of its files, for example texts/a.csv"), ("a.md", "a .jsonl, .json, ")]
 )
 def test_a_folder_that_is_no_dataset_is_refused_with_what_to_give(tmp_path, monkeypatch, file, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / file).write_text("text\n---\n")
     (tmp_path / "texts" / "README.md").write_text("no card")
-    with pytest.raises(ValueError, match=f"'texts' is a folder and no dataset: give {said}"):
+    with pytest.raises(ValueError, match=f"'texts' is a folder but not a dataset: pass {said}"):
         text.read_texts("texts")
 
 
@@ -276,10 +276,10 @@ def test_a_dataset_that_cannot_be_reached_is_said_so(monkeypatch):
         (["--teacher", "missing.gguf"], "there is no file"),
         (["--teacher", "no/such-model"], "'no/such-model' is neither a folder with a model"),
         (["--student-width", "15"], "does not divide into 2 heads"),
-        (["--student", "other-tokens"], "of the same size, but ids stand for other tokens"),
+        (["--student", "other-tokens"], "the sizes are equal, but ids stand for different tokens"),
         (["--student", "other-size"], "a vocabulary of 290 tokens, the teacher one of 300"),
-        (["--student", "short"], "the student reads 8 tokens, not 16: write --max-length 8"),
-        (["--teacher", "short"], "the teacher reads 8 tokens, not 16: write --max-length 8"),
+        (["--student", "short"], "the student reads at most 8 tokens, not 16: pass --max-length 8"),
+        (["--teacher", "short"], "the teacher reads at most 8 tokens, not 16: pass --max-length 8"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_trained(

@@ -300,7 +300,7 @@ def test_nothing_is_asked_when_flags_say_everything(asked, session, tmp_path):
     ("flags", "reason"),
     [
         ("--data missing.jsonl", "there is no file 'missing.jsonl'"),
-        ("--data /", "'/' is a folder and no dataset"),
+        ("--data /", "'/' is a folder but not a dataset"),
         ("--heldout-samples 400", "all 400 texts are held out"),
         ("--teacher missing.gguf", "there is no file 'missing.gguf'"),
         ("--student-width 15", "does not divide into 2 heads"),

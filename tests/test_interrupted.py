@@ -84,7 +84,7 @@ def test_a_full_disk_says_so_and_loses_nothing_that_was_finished(data, tmp_path)
     assert full.returncode == 1
     last = full.stderr.strip().splitlines()[-1]
     assert "could not be written" in last
-    assert "free some space, then the same command goes on" in last
+    assert "free some space, then run the same command again; it resumes" in last
     after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert after.items() >= before.items()
     assert not [name for name in after.keys() - before.keys() if "partial" in name.name]

@@ -171,7 +171,7 @@ def test_a_criterion_of_the_task_uses_late_layers_and_alpha_of_a_fifth():
 def test_an_empty_column_of_summaries_is_named(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"article": "A", "title": ""}\n{"article": "B", "title": null}')
-    said = "0 of 2 entries have both 'article' and 'title', no more than the 200 held out: --document"
+    said = "0 of 2 entries have both 'article' and 'title', no more than the 200 held out: change --document"
     with pytest.raises(ValueError, match=said):
         summarise.main(["--data", str(file), "--document", "article", "--summary", "title"])
 
