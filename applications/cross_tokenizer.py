@@ -53,13 +53,13 @@ class Settings(options.Evaluation, options.Training, options.Student, options.Te
 DEFAULTS = Settings(output=Path("runs/cross_tokenizer"), samples=6000, seeds=[0])
 
 
-class WhereItSpeaks:
+class AlignedLoss:
     """Replaces the `kdloss.Distiller` in the loop of distill_lm.py; every token counts once.
 
     Tokens in the mask go to the criterion, with the teacher. All other tokens go to cross-entropy with their labels.
     """
 
-    def __init__(self, teacher: alignment.AtTheSame, criterion: kdloss.Sum) -> None:
+    def __init__(self, teacher: alignment.TeacherAtStudentTokens, criterion: kdloss.Sum) -> None:
         self.criterion, self.teachers = criterion, [kdloss.Teacher(teacher)]
         self.by_labels = kdloss.Sum(kdloss.CrossEntropy(), causal=True)
         self.asks = criterion.plan(1).last_teacher >= 0
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     teachers = prepare(args, distill_lm.train)
     best = distill_lm.teacher_measured(args, teachers)
     setup, blocks = of_student(args, teachers)
-    teacher = alignment.AtTheSame(teachers.teacher)
+    teacher = alignment.TeacherAtStudentTokens(teachers.teacher)
     losses = criteria(args, setup.tokenizer, teachers.tokenizer)
     elsewhere = {*distill_lm.ELSEWHERE, "seeds"}
     runs: dict[str, list[dict[str, Any]]] = {"teacher": [report.beside(best | bits(best, teachers), best)]}
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         kept = args.output / "students" / f"{row}-{args.seed}"
 
         def work(folder: Path) -> dict[str, Any]:
-            loop, student = WhereItSpeaks(teacher, loss), student_of(args, setup.tokenizer)
+            loop, student = AlignedLoss(teacher, loss), student_of(args, setup.tokenizer)
             order = partial(batches, blocks, args)
             return distill_lm.fit(loop, student, args, setup, folder, kept, f"{row} ({args.seed})", order)
 

@@ -57,7 +57,7 @@ DEFAULTS = Settings(output=Path("runs/forgetting"), samples=6000, student_blocks
 ROWS = ("alone", "replay", "near its base")
 
 
-class BesideOld:
+class NewAndOldLoss:
     """Replaces the `kdloss.Distiller` in the loop of distill_lm.py: a loss on new text and one on old text."""
 
     def __init__(self, student: PeftModel, row: str, weight: float) -> None:
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
     def measured(row: str, args: Settings) -> dict[str, Any]:
         def work(folder: Path) -> dict[str, Any]:
             student = adapted(old.teacher, args)
-            loop, order = BesideOld(student, row, args.weight), partial(batches, args, new, old)
+            loop, order = NewAndOldLoss(student, row, args.weight), partial(batches, args, new, old)
             found = distill_lm.fit(loop, student, args, new, folder, None, f"{row} ({args.seed})", order)
             return found | {"old_perplexity": evaluation.perplexity(student, old.heldout)}
 

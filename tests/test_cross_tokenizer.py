@@ -99,7 +99,7 @@ def test_every_token_counts_once_by_its_label_or_where_both_have_read_the_same_b
     mask[0, [2, 5]] = mask[1, 1] = True  # predicted at 1 and 4, and at 0
     shared = kdloss.Logits(vocabulary=kdloss.TokenMap(torch.arange(40), torch.arange(20, 60)))
     criterion = kdloss.Sum(0.25 * kdloss.CrossEntropy() + 0.75 * shared, causal=True)
-    loop = cross_tokenizer.WhereItSpeaks(alignment.AtTheSame(teacher), criterion)
+    loop = cross_tokenizer.AlignedLoss(alignment.TeacherAtStudentTokens(teacher), criterion)
     loss = loop(student, ids, ids, theirs, at, mask).loss
     with torch.no_grad():
         s = student(input_ids=ids).logits.double()

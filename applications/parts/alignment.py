@@ -48,7 +48,7 @@ def aligned(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], leng
     }
 
 
-class AtTheSame(nn.Module):
+class TeacherAtStudentTokens(nn.Module):
     """A teacher whose logits are taken at the student's positions."""
 
     def __init__(self, model: PreTrainedModel) -> None:
