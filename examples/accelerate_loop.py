@@ -2,7 +2,7 @@
 
 Accelerate wraps, moves, clips and saves one module, which holds the student and the criterion. The teacher is not part
 of that module and follows it to its device. A batch is split over all processes. The teacher trains on Python's
-documentation, the student on a tenth of its text, for many epochs. The student alone takes the same number of steps.
+documentation, the student on a tenth of it, for many epochs. The student alone takes the same number of steps.
 
     python examples/accelerate_loop.py
     accelerate launch examples/accelerate_loop.py

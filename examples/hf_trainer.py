@@ -1,6 +1,6 @@
 """Distil a language model with Hugging Face's Trainer.
 
-The teacher trains on nine tenths of Python's documentation, the student on a tenth of that, for many epochs. The
+The teacher trains on nine tenths of Python's documentation, the student on one of these, for many epochs. The
 baseline is the same student under the stock Trainer, for the same number of steps. The Trainer logs every loss term,
 and sends it to TensorBoard or whatever `report_to` names. If the run is killed, the same command with --resume resumes.
 

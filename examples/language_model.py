@@ -1,7 +1,7 @@
 """Distil a small language model in a plain PyTorch loop.
 
 The teacher is a GPT-2 with 4 blocks of width 128, trained on nine tenths of Python's documentation. The student has 2
-blocks of width 64 and trains on a tenth of that text, for many epochs: distillation helps most when text is scarce. The
+blocks of width 64 and trains on one of these tenths, for many epochs: text is often scarce when people distil. The
 baseline is the same student without a teacher, for as many steps. A step with a teacher takes about twice as long.
 
     python examples/language_model.py

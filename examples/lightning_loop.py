@@ -2,8 +2,8 @@
 
 The LightningModule holds a `kdloss.Distillation`, one module with the student and the criterion. The Trainer moves,
 clips and saves what that module trains, and nothing of the teacher. In validation the teacher does not run and the loss
-is plain cross-entropy, so the losses of both students compare. The teacher trains on Python's documentation, the
-student on a tenth of its text, for many epochs.
+is plain cross-entropy, so you can compare the losses of both students. The teacher trains on Python's documentation,
+the student on a tenth of it, for many epochs.
 
     python examples/lightning_loop.py
 """

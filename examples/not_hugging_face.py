@@ -2,7 +2,7 @@
 
 The model does not change. `take=` says where in its output the logits (0) and the loss (1) are. kdloss finds the list
 of blocks, and measures their widths on a batch, because there is no config to read them from. The teacher trains on
-Python's documentation, the student on a tenth of its text, for many epochs.
+Python's documentation, the student on a tenth of it, for many epochs.
 
     python examples/not_hugging_face.py
 """

@@ -2,7 +2,7 @@
 
 The models read "thursday, 5 march 2026" and write "2026-03-05", byte by byte. The teacher trains on 20000 pairs. Both
 students have 200 pairs. One also has a teacher and 5000 dates without a target: the teacher generates the targets
-(sequence-level distillation) and predicts every byte (word-level distillation). Both students take the same steps.
+(sequence-level distillation) and predicts every byte (word-level distillation). Both take the same number of steps.
 """
 
 import copy

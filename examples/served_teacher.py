@@ -2,7 +2,7 @@
 
 With `prompt_logprobs`, a server such as vLLM returns the log-probabilities of the k most likely tokens at each position
 of a text. Here a small teacher writes the same into a file, one line of JSON per text, and the student learns from the
-file alone. The teacher trains on Python's documentation, the student on a tenth of its text, for many epochs.
+file alone. The teacher trains on Python's documentation, the student on a tenth of it, for many epochs.
 
     python examples/served_teacher.py
 """
