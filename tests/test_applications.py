@@ -90,7 +90,7 @@ def test_the_same_command_trains_nothing_again(demo, monkeypatch, capsys):
     assert "trained earlier" in capsys.readouterr().out
 
 
-def test_other_settings_train_again_but_not_what_they_leave_as_it_was(demo, monkeypatch):
+def test_other_settings_train_again_only_what_they_change(demo, monkeypatch):
     arguments, runs, _ = demo
     trained = []
     fit = distill_lm.fit
@@ -118,7 +118,7 @@ def test_a_student_deeper_than_its_teacher_is_distilled(demo, tmp_path):
 
 
 @pytest.mark.parametrize(("threads", "seconds"), [(1, 1.0), (2, 2.0)])
-def test_seconds_are_the_cpu_time_of_one_thread_or_the_walls_of_several(monkeypatch, threads, seconds):
+def test_seconds_are_cpu_time_with_one_thread_and_wall_time_with_several(monkeypatch, threads, seconds):
     monkeypatch.setattr(evaluation, "time", SimpleNamespace(process_time=lambda: 1.0, perf_counter=lambda: 2.0))
     torch.set_num_threads(threads)
     assert evaluation.clock(torch.device("cpu")) == seconds
@@ -130,7 +130,7 @@ def test_a_new_student_has_all_of_its_teachers_vocabulary_which_may_be_padded():
     assert setup.student_of(distill_lm.DEFAULTS, teacher, tokenizer).config.vocab_size == 320
 
 
-def test_seeds_draw_other_blocks_of_text_and_the_same_seed_the_same():
+def test_another_seed_draws_other_blocks_of_text_and_the_same_seed_the_same():
     blocks = torch.arange(10)[:, None]
     first, again, other = (set(text.draw(blocks, 4, seed).flatten().tolist()) for seed in (0, 0, 1))
     assert first == again != other
@@ -232,7 +232,7 @@ def test_bad_text_is_refused(tmp_path, monkeypatch, name, content, options, said
 @pytest.mark.parametrize(
     ("file", "said"), [("a.csv", "one of its files, for example texts/a.csv"), ("a.md", "a .jsonl, .json, ")]
 )
-def test_a_folder_that_is_no_dataset_is_refused_with_what_to_give(tmp_path, monkeypatch, file, said):
+def test_a_folder_that_is_not_a_dataset_is_refused_with_what_to_pass(tmp_path, monkeypatch, file, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / file).write_text("text\n---\n")
@@ -259,7 +259,7 @@ def test_a_dataset_is_read_by_name_with_its_config_and_split(tmp_path):
     assert text.read_texts(str(folder), config="short") == ["short train"]
 
 
-def test_a_dataset_that_cannot_be_reached_is_said_so(monkeypatch):
+def test_a_dataset_that_cannot_be_reached_raises_an_error(monkeypatch):
     def load_dataset(name, config, split):
         raise ConnectionError(f"{name}, {config}, {split}")
 
@@ -343,7 +343,7 @@ def test_layers_and_pairs_from_flags(flags, expected):
 
 
 @pytest.mark.parametrize("name", options.DISTANCES)
-def test_every_distance_trains_a_student_or_is_refused_for_want_of_its_tensors(name):
+def test_every_distance_trains_a_student_or_is_refused_because_it_needs_other_tensors(name):
     args = settings(["--method", "feature", "--distance", name])
     if name in options.SIDE_BY_SIDE:
         with pytest.raises(ValueError, match=f"{name} compares .* side by side, and --layers gives single hidden"):
@@ -426,7 +426,7 @@ def test_rouge_by_hand():
     assert second == pytest.approx({"rouge_1": 400 / 7, "rouge_2": 0, "rouge_l": 200 / 7})
 
 
-def test_what_a_model_writes_is_judged_by_another_token_by_token():
+def test_a_judge_scores_sampled_text_token_by_token():
     writer, judge = (model.train() for model in (new_model(), new_model(3, 24)))
     writer.transformer.drop.p = judge.transformer.drop.p = 0.5  # which nobody writes or reads with
     prompts, reference = torch.randint(0, 11, (5, 4)), torch.randint(0, 11, (5, 6))
@@ -473,7 +473,7 @@ def tiny_encoder(tmp_path):
     return [*files, *more.split(), "--keep", "0,3", "--seeds", "0"]
 
 
-def test_an_encoders_students_stand_beside_one_without_a_teacher_at_equal_steps_and_operations(
+def test_an_encoders_students_are_compared_with_one_without_a_teacher_at_equal_steps_and_operations(
     tiny_encoder, tmp_path, monkeypatch
 ):
     runs = encoder.main(tiny_encoder)
@@ -496,7 +496,7 @@ def test_an_encoders_students_stand_beside_one_without_a_teacher_at_equal_steps_
     assert encoder.main(tiny_encoder) == runs
 
 
-def test_every_row_takes_the_learning_rate_that_is_best_on_the_texts_to_choose_by():
+def test_every_row_takes_the_learning_rate_that_is_best_on_validation_texts():
     rates = {"labels": 0.3, "logits": 0.1, "hidden": 0.2, "relations": 0.3, "logits and hidden": 0.2}
 
     def student(kept, row, lr, steps, seed):
@@ -508,7 +508,7 @@ def test_every_row_takes_the_learning_rate_that_is_best_on_the_texts_to_choose_b
     assert encoder.Study.learning_rates(study, [0, 5]) == rates
 
 
-def test_each_kept_block_is_held_against_the_teachers_last_one_before_the_next_kept():
+def test_each_kept_block_is_compared_with_the_teachers_last_block_before_the_next_kept():
     hidden = encoder.criteria("topics", [0, 2, 5], 6, 4)["hidden"].terms["hidden"]
     assert [(s, t) for s, t, _ in hidden.layer_map.pairs((3, 6))] == [(0, 1), (1, 4), (2, 5)]
     relations = encoder.criteria("sentences", [0, 5], 6, 4)["relations"].terms["relations"]
@@ -517,7 +517,7 @@ def test_each_kept_block_is_held_against_the_teachers_last_one_before_the_next_k
     assert teacher == tuple(f"bert.encoder.layer.5.attention.self.{x}" for x in ("query", "key", "value"))
 
 
-def test_what_belongs_together_is_ranked_by_likeness():
+def test_texts_that_belong_together_are_ranked_by_similarity():
     """A text is an angle, in degrees, so that the nearest is the most alike."""
 
     class Circle(torch.nn.Module):
@@ -530,7 +530,7 @@ def test_what_belongs_together_is_ranked_by_likeness():
     assert found == pytest.approx({"mrr": 100 * (1 + 1 / 3 + 1 / 2) / 3, "recall_1": 100 / 3, "recall_10": 100.0})
 
 
-def test_a_contrast_is_the_surprise_at_ones_own_rest_by_hand():
+def test_the_contrastive_loss_by_hand():
     """Likenesses are 1, 0 and 0.6, 0.8: log(1 + exp(-20)) and log(1 + exp(20 (0.6 - 0.8)))."""
     first, rest = [[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, 1.0]]
     found = encoder.contrast(torch.tensor([*first, *rest]), None)

@@ -224,7 +224,7 @@ def said(file, output, *names):
         ("both", ["temperature", "alpha", "layers", "pairing", "distance"]),
     ],
 )
-def test_only_what_matters_and_no_flag_said_is_asked(asked, tmp_path, method, of_method):
+def test_only_questions_that_matter_and_have_no_flag_are_asked(asked, tmp_path, method, of_method):
     seen, answers = asked
     answers |= {"method": method, "baseline": False, "student": "0,-1"}
     flags = said(tiny.data(tmp_path), tmp_path, "--lr")
@@ -236,7 +236,7 @@ def test_only_what_matters_and_no_flag_said_is_asked(asked, tmp_path, method, of
     assert models.student.config.kept_blocks == {"transformer.h": [0, 2]}
 
 
-def test_what_is_not_answered_is_as_suggested_for_the_method_that_was_chosen(asked, tmp_path, capsys):
+def test_empty_answers_take_the_suggestions_for_the_chosen_method(asked, tmp_path, capsys):
     _, answers = asked
     answers |= {"method": "both", "student": "0,-1", "baseline": False, "alpha": "0.6"}
     settings, models = cli.Interview(said(tiny.data(tmp_path), tmp_path)).hold()
@@ -286,7 +286,7 @@ def test_an_answer_takes_the_place_of_a_flag_that_was_refused(asked, tmp_path):
     assert (settings.student, settings.keep_blocks, settings.lr) == (None, [0, -1], 1e-3)
 
 
-def test_nothing_is_asked_when_flags_say_everything(asked, session, tmp_path):
+def test_nothing_is_asked_if_every_question_has_a_flag(asked, session, tmp_path):
     seen, _ = asked
     (teacher,) = (session[0] / "teachers").iterdir()
     more = "--method vanilla --temperature 1 --alpha 0.2 --batch-size 8 --no-baseline --keep-blocks 0"
@@ -327,7 +327,7 @@ def test_a_student_of_another_vocabulary_is_refused_before_anything_is_trained(s
     assert not (tmp_path / "runs").exists()
 
 
-def test_stopped_while_training_it_says_what_goes_on(monkeypatch, tmp_path, capsys):
+def test_stopped_while_training_it_prints_the_command_that_resumes(monkeypatch, tmp_path, capsys):
     def train(*_, **__):
         raise KeyboardInterrupt
 

@@ -39,7 +39,7 @@ def written(tokenizer, ids):
     return b"".join(map(bytes, pieces))
 
 
-def test_both_are_together_where_they_have_read_the_same_whole_characters(tokenizers):
+def test_tokens_are_aligned_where_both_have_read_the_same_complete_characters(tokenizers):
     mine, theirs = tokenizers
     context = 9
     both = (alignment.read(tokenizer, WORDS * 3) for tokenizer in tokenizers)
@@ -67,7 +67,7 @@ def test_both_are_together_where_they_have_read_the_same_whole_characters(tokeni
     assert counted > 30
 
 
-def test_a_token_of_the_teacher_counts_as_the_students_that_it_begins_with():
+def test_a_token_of_the_teacher_counts_as_the_first_of_the_students_tokens_that_spell_it():
     student, teacher = text.train_tokenizer(["ab ab ab"], 258), text.train_tokenizer(["abc abc abc abd abd"], 262)
     student.add_special_tokens({"eos_token": "<end>"})  # another name for the same
     words = {i: teacher.decode([i]) for i in range(len(teacher))}
@@ -92,7 +92,7 @@ def token_of(tokenizer, word):
     return tokenizer.get_vocab().get("".join(letters[byte] for byte in word.encode()))
 
 
-def test_every_token_counts_once_by_its_label_or_where_both_have_read_the_same_by_the_teacher_too():
+def test_every_token_counts_once_by_its_label_and_if_aligned_by_the_teacher_too():
     student, teacher = build("gpt2", depth=2, seed=1).eval(), build("gpt2", width=24).eval()
     ids, theirs = torch.randint(0, 61, (2, 6)), torch.randint(0, 61, (2, 5))
     at, mask = torch.tensor([[0, 1, 1, 3, 4, 0], [2, 0, 0, 0, 0, 0]]), torch.zeros(2, 6, dtype=torch.bool)

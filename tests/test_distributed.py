@@ -186,7 +186,7 @@ def test_the_written_student_is_the_one_that_was_measured(given):
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_going_on_with_other_flags_is_refused(given):
+def test_resuming_with_other_flags_is_refused(given):
     flags, output, _, _ = given
     with pytest.raises(ValueError, match=r"holds a run with other settings: .*seed 0, not 3.*another --output"):
         distributed.main([*flags, "--seed", "3", "--output", str(output)])

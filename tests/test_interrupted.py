@@ -76,7 +76,7 @@ def test_killed_at_any_instant_it_ends_with_the_weights_of_an_undisturbed_run(da
     assert not left
 
 
-def test_a_full_disk_says_so_and_loses_nothing_that_was_finished(data, tmp_path):
+def test_a_full_disk_raises_an_error_and_loses_nothing_that_was_finished(data, tmp_path):
     finished = distill_lm.main([*command(data, tmp_path), "--method", "none"])
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     size = max(len(content) for name, content in before.items() if name.suffix == ".safetensors")
