@@ -1,4 +1,4 @@
-"""The plain loop in small, and what the parts that examples share promise."""
+"""distill_lm.py at a small size, and the modules that the applications share."""
 
 import copy
 import itertools
@@ -242,7 +242,7 @@ def test_a_folder_that_is_not_a_dataset_is_refused_with_what_to_pass(tmp_path, m
 
 
 def test_a_dataset_is_read_by_name_with_its_config_and_split(tmp_path):
-    """The real loader, on a dataset that lies in a folder, as there is no hub in a test."""
+    """The real loader, on a dataset in a folder, because tests have no hub."""
     folder = tmp_path / "stories"
     for config in ("short", "long"):
         for split in ("train", "test"):
@@ -419,7 +419,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
 
 
 def test_rouge_by_hand():
-    """F1 of what is shared, by words, by pairs of words, by the longest common subsequence."""
+    """F1 by shared words, by shared pairs of words, by the longest common subsequence."""
     first = evaluation.rouge(["the cat sat"], ["the cat ran off"])  # 2 of 3 and 4; 1 of 2 and 3; 2
     assert first == pytest.approx({"rouge_1": 400 / 7, "rouge_2": 200 / 5, "rouge_l": 400 / 7})
     second = evaluation.rouge(["cat the sat"], ["the cat ran off"])  # 2 of 3 and 4; none; 1
@@ -458,7 +458,7 @@ def test_a_table_shows_means_deviations_and_only_columns_that_are_known():
 
 @pytest.fixture
 def tiny_encoder(tmp_path):
-    """Flags of a run in seconds: a new BERT of four blocks, and texts of two topics."""
+    """Flags of a run that takes seconds: a new BERT with four blocks, and texts of two topics."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *(f"w{i}" for i in range(20))]
     (tmp_path / "words.txt").write_text("\n".join(words))
     sizes = {"vocab_size": len(words), "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 4}
@@ -518,7 +518,7 @@ def test_each_kept_block_is_compared_with_the_teachers_last_block_before_the_nex
 
 
 def test_texts_that_belong_together_are_ranked_by_similarity():
-    """A text is an angle, in degrees, so that the nearest is the most alike."""
+    """A text is an angle in degrees, so the nearest angle is the most similar text."""
 
     class Circle(torch.nn.Module):
         def forward(self, input_ids, attention_mask):
@@ -531,7 +531,7 @@ def test_texts_that_belong_together_are_ranked_by_similarity():
 
 
 def test_the_contrastive_loss_by_hand():
-    """Likenesses are 1, 0 and 0.6, 0.8: log(1 + exp(-20)) and log(1 + exp(20 (0.6 - 0.8)))."""
+    """Similarities are 1, 0 and 0.6, 0.8: log(1 + exp(-20)) and log(1 + exp(20 (0.6 - 0.8)))."""
     first, rest = [[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, 1.0]]
     found = encoder.contrast(torch.tensor([*first, *rest]), None)
     assert found.item() == pytest.approx((math.log1p(math.exp(-20)) + math.log1p(math.exp(-4))) / 2, rel=1e-5)

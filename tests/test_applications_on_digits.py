@@ -1,4 +1,4 @@
-"""What is measured on handwritten digits: changing teachers beside a student alone."""
+"""applications/changing_teachers.py on handwritten digits."""
 
 import changing_teachers as application
 import numpy as np

@@ -1,4 +1,4 @@
-"""What `make bench` measures with, on cases that are known, and each of its sections at a tiny size."""
+"""The measuring functions of `make bench` on known cases, and each of its sections at a tiny size."""
 
 import math
 import os
@@ -36,7 +36,7 @@ def test_the_peak_is_that_of_what_was_allocated():
 
 
 def test_the_peak_is_that_of_living_tensors_if_operators_allocate_nothing_inside():
-    """They may: a sum of float32 in float64 makes a copy first."""
+    """Operators may: a sum of float32 in float64 makes a copy first."""
     student, teacher = torch.randn(2, 64, 3000)
     labels = torch.zeros(64).long()
     step = measure.backward(recipes.kl_ce, student.requires_grad_(), teacher, labels)
@@ -149,7 +149,7 @@ def test_a_section_gives_rows(section, monkeypatch):
 
 
 def test_recipes_have_the_values_of_our_losses():
-    """So that what is timed against each other is the same thing."""
+    """So the timed pairs compute the same thing."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 5, 30, dtype=torch.float64, generator=generator)
     labels = torch.arange(5)
@@ -188,7 +188,7 @@ def test_the_table_of_a_gpu_can_be_made_on_a_cpu(dtype, monkeypatch):
 
 
 class Event:
-    """As the card's, a millisecond apart."""
+    """CUDA events that are one millisecond apart."""
 
     def __init__(self, enable_timing):
         pass

@@ -1,4 +1,4 @@
-"""The interactive command in a real pseudo-terminal, and what it asks."""
+"""The interactive command in a real pseudo-terminal, and its questions."""
 
 import fcntl
 import json
@@ -42,22 +42,22 @@ class Terminal:
 
     @property
     def text(self):
-        """All that was shown, without colours and cursor movements."""
+        """All text shown so far, without colours and cursor movements."""
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.raw.decode()).replace("\r\n", "\n")
 
     def shows(self, words):
-        """Wait for these words after those that were waited for before."""
+        """Wait for these words, after the words of the last wait."""
         while words not in self.text[self.read :]:
             assert self.more(), f"{words!r} was never shown:\n{self.text[self.read :]}"
         self.read = self.text.index(words, self.read) + len(words)
 
     def more(self):
-        """Read what there is; False when the process is gone or says nothing any more."""
+        """Read available output; False if the process has ended or stays silent."""
         if not select.select([self.master], [], [], 60)[0]:
             return False
         try:
             self.raw += (new := os.read(self.master, 65536))
-        except OSError:  # what a terminal says when its other end is closed
+        except OSError:  # the other end of the terminal is closed
             return False
         return bool(new)
 
@@ -188,12 +188,12 @@ def test_control_c_at_a_question_ends_calmly_and_keeps_the_answers(tmp_path):
     assert terminal.text.strip().endswith(f"cli.py --epochs 3 --data={tmp_path / 'numbers.jsonl'}")
 
 
-# In this process: what is asked, and what is refused where nobody can be asked.
+# In this process: the questions, and errors without a terminal.
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """A terminal that gives prepared answers, and the names of the questions that it saw."""
+    """A terminal with prepared answers, and the names of the questions that it saw."""
     seen, answers = [], {}
 
     def prompt(words, *_, **__):
@@ -209,7 +209,7 @@ def asked(monkeypatch):
 
 
 def said(file, output, *names):
-    """The tiny settings as flags, but for these."""
+    """The tiny settings as flags, without these."""
     flags = tiny.flags(file, output)
     pairs = zip(flags[::2], flags[1::2], strict=True)
     return [part for pair in pairs if pair[0] not in names for part in pair]

@@ -1,4 +1,4 @@
-"""applications/compare.py in small: equal terms, the cells of a grid, and what a killed study keeps."""
+"""applications/compare.py at a small size: equal conditions, the cells of a grid, and resuming a killed study."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def study(data, tmp_path_factory):
-    """All methods in small: arguments, results, output folder."""
+    """A small run of all methods: arguments, results, output folder."""
     torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("runs")
     arguments = tiny.flags(data, output)

@@ -1,4 +1,4 @@
-"""The published results on images, in small on made-up digits, and what they are made of."""
+"""The studies on images at a small size, on made-up digits, and their functions."""
 
 import gzip
 import os
@@ -20,7 +20,7 @@ PAGE = "recipes_images.md"
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory):
-    """A file as that of MNIST: each digit is a bright row of its own, in noise."""
+    """A file like MNIST's: each digit is a bright row of its own, in noise."""
     rng, parts = np.random.default_rng(0), []
     for n in (400, 200, 300):
         y = rng.integers(10, size=n)
@@ -134,7 +134,7 @@ ROWS = ["KD", "DKD", "DIST", "AT", "VID", "SP", "RKD", "CRD"]
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_losses_are_those_of_the_recipes(row):
-    """DKD behind its warm-up; the page's CRD has KD beside it, which is taken away here."""
+    """DKD after its warm-up. The page's CRD also has KD, which is removed here."""
     images, labels = torch.randn(12, 1, 8, 8), torch.arange(12) % 10
     found = []
     for criterion in (vision_pair.criteria(24)[row], recipe(PAGE, row).criterion):

@@ -1,4 +1,4 @@
-"""Real processes killed at chosen instants, and disks that are full: the same command goes on."""
+"""Real processes killed at chosen times, and full disks: the same command resumes."""
 
 import json
 

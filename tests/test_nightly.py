@@ -1,4 +1,4 @@
-"""What `make nightly` runs, on a few cases."""
+"""The fuzzer of `make nightly`, on a few cases."""
 
 import re
 

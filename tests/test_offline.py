@@ -1,4 +1,4 @@
-"""A teacher that is asked once, and a student that writes its own text, in small."""
+"""offline_teacher.py and on_policy.py at a small size."""
 
 import weakref
 from dataclasses import replace

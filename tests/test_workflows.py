@@ -1,4 +1,4 @@
-"""Several teachers, chains, phases and summaries in small."""
+"""Several teachers, chains, phases and summaries at a small size."""
 
 import json
 
