@@ -1,13 +1,13 @@
-"""A chain of students, each the teacher of the next, beside the last one distilled directly.
+"""Distil through a chain of students, each the teacher of the next, and compare with direct distillation.
 
-As it stands, a teacher of 4 blocks teaches 3 x 112, which teaches 2 x 96, which teaches 1 x 64:
+By default, a teacher of 4 blocks teaches a student of 3 x 112 (blocks x width), which teaches 2 x 96, then 1 x 64:
 
     python applications/chain.py --stages 3x112 2x96 1x64
     python applications/chain.py --teacher gpt2-xl --stages gpt2-large gpt2-medium gpt2 --data my.jsonl
 
-The last student is also trained by the first teacher directly, for the steps of its own stage and
-for the floating-point operations of the whole chain, and alone. Killed at any instant, the same command
-goes on with the stage it was in.
+The last student is also trained without a teacher, and by the first teacher directly: once for the steps of its own
+stage, once for the floating-point operations of the whole chain. If the run is killed, the same command resumes the
+stage that it was in.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from typing_extensions import Doc
 
 @dataclass(kw_only=True)
 class Settings(distill_lm.Settings):
-    """Those of distill_lm.py, and the stages."""
+    """The settings of distill_lm.py, and the stages."""
 
-    stages: Annotated[list[str], Doc("students from first to last: blocks x width of new ones, folders or hub names")]
+    stages: Annotated[list[str], Doc("students from first to last: blocks x width if new, a folder or a hub name")]
 
 
 DEFAULTS = Settings(output=Path("runs/chain"), samples=6000, stages=["3x112", "2x96", "1x64"])
@@ -41,7 +41,7 @@ def stage(args: Settings, student: str) -> distill_lm.Settings:
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
-    """Train one student after the other, then the last one without those between."""
+    """Train the students of the chain, then the last one directly and alone."""
     args = options.read(DEFAULTS, arguments, __doc__)
     first = setup.prepare(args, distill_lm.train)
     students = args.output / "students"

@@ -1,11 +1,11 @@
-"""Teachers that change, beside one that doesn't and beside none, on scikit-learn's digits.
+"""Compare teachers that change during training with a fixed teacher and with none, on scikit-learn's digits.
 
-As it stands, small perceptrons that see 300 digits, ten seeds of each, a few minutes on two cores:
+By default, small perceptrons train on 300 digits, with ten seeds each; this takes a few minutes on two cores:
 
     python applications/changing_teachers.py --seeds 0 1 2 --steps 300
 
-All students of a seed take as many steps on the same images in the same order, from the same weights. Killed at any
-instant, the same command goes on with the seed it was in.
+All students of a seed start from the same weights and take the same number of steps on the same images in the same
+order. If the run is killed, the same command resumes with the seed that it was in.
 """
 
 import statistics
@@ -29,25 +29,25 @@ import kdloss
 
 @dataclass(kw_only=True)
 class Settings:
-    """What is trained, for how long, and by what."""
+    """The models, their training and their teachers."""
 
-    images: Annotated[int, options.COUNT, Doc("images to learn from; all others are the test")] = 300
+    images: Annotated[int, options.COUNT, Doc("training images; all others are the test set")] = 300
     width: Annotated[int, options.COUNT, Doc("hidden units of a student's two layers")] = 16
-    assistant_width: Annotated[int, options.COUNT, Doc("those of the assistant")] = 32
-    teacher_width: Annotated[int, options.COUNT, Doc("those of the large teacher")] = 256
+    assistant_width: Annotated[int, options.COUNT, Doc("hidden units of the assistant's two layers")] = 32
+    teacher_width: Annotated[int, options.COUNT, Doc("hidden units of the large teacher's two layers")] = 256
     steps: Annotated[int, options.COUNT, Doc("steps of every training")] = 1000
-    batch_size: Annotated[int, options.COUNT, Doc("images in a step")] = 64
+    batch_size: Annotated[int, options.COUNT, Doc("images per step")] = 64
     lr: Annotated[float, Doc("learning rate")] = 1e-2
-    temperature: Annotated[float, Doc("of the large teacher, the assistant and the ensemble")] = 3.0
-    smoothing: Annotated[float, Doc("of the labels, where they are smoothed")] = 0.1
-    decay: Annotated[float, Doc("of the moving average")] = 0.99
-    generations: Annotated[int, options.COUNT, Doc("how often a student is born again")] = 3
-    students: Annotated[int, options.COUNT, Doc("how many learn from their average")] = 3
-    seeds: Annotated[list[int], Doc("of images, weights and batches")] = field(default_factory=lambda: [*range(10)])
+    temperature: Annotated[float, Doc("T of the large teacher, the assistant and the ensemble")] = 3.0
+    smoothing: Annotated[float, Doc("label smoothing, in the row with smoothed labels")] = 0.1
+    decay: Annotated[float, Doc("decay of the moving average")] = 0.99
+    generations: Annotated[int, options.COUNT, Doc("number of born-again generations")] = 3
+    students: Annotated[int, options.COUNT, Doc("students of the ensemble, which learn from their average")] = 3
+    seeds: Annotated[list[int], Doc("for images, weights and batches")] = field(default_factory=lambda: [*range(10)])
     output: Annotated[Path, Doc("folder of results")] = Path("runs/changing_teachers")
 
 
-Found = dict[str, tuple[float, int]]  # test images misread, in percent; trainings until the row is there
+Found = dict[str, tuple[float, int]]  # misclassified test images in percent; number of trainings that the row needs
 
 
 class Digits:
@@ -62,20 +62,20 @@ class Digits:
         self.y, self.test_y = y.tensor_split([args.images])
 
     def model(self, width: int | None = None, start: int = 0) -> nn.Sequential:
-        """A new perceptron, a student's unless it has another width."""
+        """A new perceptron, by default of the student's width."""
         torch.manual_seed(1000 * start + self.seed)
         n = width or self.args.width
         return nn.Sequential(nn.Linear(64, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 10))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same for every training."""
+        """Batches, the same for every training."""
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.args.steps):
             some = torch.randint(len(self.x), [self.args.batch_size], generator=generator)
             yield self.x[some], self.y[some]
 
     def fit(self, learning: nn.Module, loss: Callable[..., Tensor], after: Callable[[], None] = lambda: None) -> None:
-        """Minimise a loss of images and labels; `after` is called behind every step."""
+        """Minimise a loss of images and labels; call `after` after every step."""
         optimizer = torch.optim.AdamW(learning.parameters(), self.args.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.args.steps)
         for x, y in self.batches():
@@ -87,7 +87,7 @@ class Digits:
 
     @torch.no_grad()
     def error(self, model: nn.Module) -> float:
-        """How many test images are misread, in percent."""
+        """Misclassified test images in percent."""
         return 100 * (model(self.test_x).argmax(-1) != self.test_y).float().mean().item()
 
 
@@ -98,7 +98,7 @@ def by_labels(digits: Digits, student: nn.Module, smoothing: float = 0.0) -> flo
 
 
 def by_teacher(digits: Digits, temperature: float, alpha: float) -> Callable[[nn.Module, nn.Module], float]:
-    """A function that trains a student by a teacher, and measures it."""
+    """Return a function that trains a student with a teacher, and measures it."""
 
     def train(student: nn.Module, teacher: nn.Module) -> float:
         model = kdloss.Distillation(student, teacher, kdloss.VanillaKD(temperature, alpha)).train()
@@ -109,13 +109,13 @@ def by_teacher(digits: Digits, temperature: float, alpha: float) -> Callable[[nn
 
 
 def by_nobody(digits: Digits) -> Found:
-    """The labels as they are, and smoothed: what a teacher has to be better than."""
+    """The baselines: labels, and smoothed labels."""
     smoothed = by_labels(digits, digits.model(), digits.args.smoothing)
     return {"alone": (by_labels(digits, digits.model()), 1), "alone, labels smoothed": (smoothed, 1)}
 
 
 def by_large_teacher(digits: Digits) -> Found:
-    """A teacher that doesn't change, directly and by an assistant."""
+    """A fixed teacher, directly and through an assistant."""
     teacher, assistant = digits.model(digits.args.teacher_width), digits.model(digits.args.assistant_width)
     train = by_teacher(digits, digits.args.temperature, alpha=0.5)
     found = {"large teacher": (by_labels(digits, teacher), 1)}
@@ -125,7 +125,7 @@ def by_large_teacher(digits: Digits) -> Found:
 
 
 def by_generations(digits: Digits) -> Found:
-    """Born again: from a new start each time, by the predictions of the one before."""
+    """Born-again networks: each generation starts anew and learns the predictions of the one before."""
     models = [digits.model(start=k) for k in range(digits.args.generations + 1)]
     by_labels(digits, models[0])
     errors = kdloss.chain(models, by_teacher(digits, 1.0, alpha=0.0))
@@ -142,7 +142,7 @@ def by_average(digits: Digits) -> Found:
 
 
 def by_each_other(digits: Digits) -> Found:
-    """Two students that start apart (DML)."""
+    """Two students with different initial weights that teach each other (deep mutual learning, DML)."""
     students = nn.ModuleList([digits.model(), digits.model(start=1)])
     criterion = kdloss.CrossEntropy() + kdloss.Logits()
 
@@ -155,7 +155,7 @@ def by_each_other(digits: Digits) -> Found:
 
 
 def by_ensemble(digits: Digits) -> Found:
-    """Several students that learn from what they predict on average."""
+    """Several students that learn from the average of their predictions."""
     students = nn.ModuleList([digits.model(start=k) for k in range(digits.args.students)])
     criterion = kdloss.CrossEntropy() + kdloss.Logits(temperature=digits.args.temperature)
 
@@ -168,7 +168,7 @@ def by_ensemble(digits: Digits) -> Found:
 
 
 def table(found: Mapping[str, Sequence[tuple[float, int]]]) -> str:
-    """One line per row, as Markdown; differences are seed by seed."""
+    """A Markdown table; differences are between runs of the same seed."""
     alone = [error for error, _ in found["alone"]]
     lines = [["", "misread, %", "against alone", "trainings"]]
     for row, seeds in found.items():
@@ -179,7 +179,7 @@ def table(found: Mapping[str, Sequence[tuple[float, int]]]) -> str:
 
 
 def picture(found: Mapping[str, Sequence[tuple[float, int]]]) -> Figure:
-    """Every seed a dot, the mean a bar."""
+    """Bars for the means, dots for the seeds."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     errors = {row: [error for error, _ in seeds] for row, seeds in found.items()}
@@ -188,12 +188,12 @@ def picture(found: Mapping[str, Sequence[tuple[float, int]]]) -> Figure:
         axes.plot(seeds, [row] * len(seeds), "k.", markersize=4)
     axes.axvline(statistics.mean(errors["alone"]), color="black", linewidth=1, linestyle=":")
     axes.invert_yaxis()
-    axes.set(xlabel="test images misread, % (less is better); dots are seeds, the dotted line is a student alone")
+    axes.set(xlabel="misclassified test images, % (less is better); dots: seeds; dotted line: a student alone")
     return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[tuple[float, int]]]:
-    """Train every kind of student for every seed, and write what came of it."""
+    """Train every kind of student for every seed, and write the results."""
     args = options.read(Settings(), arguments, __doc__)
     kinds = [by_nobody, by_large_teacher, by_generations, by_average, by_each_other, by_ensemble]
     found: dict[str, list[tuple[float, int]]] = {}

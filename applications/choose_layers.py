@@ -1,11 +1,11 @@
-"""Look at which blocks of teacher and student resemble each other, before choosing layers.
+"""Measure which blocks of teacher and student are similar, before you choose layers.
 
-As it stands, the teacher of distill_lm.py and its student, trained alone (a new one's blocks say
-little). With --student or --keep-blocks the student is looked at as it is:
+By default, it compares the teacher of distill_lm.py with its student after training without a teacher, because the
+blocks of an untrained student say little. With --student or --keep-blocks it takes the student as it is:
 
     python applications/choose_layers.py --teacher gpt2-medium --student gpt2 --data my.jsonl
 
-Prints the CKA of every pair of blocks and the pairing it suggests, and draws it as a heat map.
+It prints the CKA of every pair of blocks and the pairing that this suggests, and draws a heat map.
 """
 
 from collections.abc import Sequence
@@ -24,16 +24,16 @@ import kdloss
 
 @dataclass(kw_only=True)
 class Settings(distill_lm.Settings):
-    """Those of distill_lm.py, and how much is looked at."""
+    """The settings of distill_lm.py, and how much text to compare on."""
 
-    batches: Annotated[int, options.COUNT, Doc("batches of text looked at")] = 16
+    batches: Annotated[int, options.COUNT, Doc("batches of text to compare on")] = 16
 
 
 DEFAULTS = Settings(output=Path("runs/choose_layers"), samples=6000, method="none")
 
 
 def main(arguments: Sequence[str] | None = None) -> kdloss.analysis.CKAMatrix:
-    """Measure, print, draw."""
+    """Measure the similarities, print them and draw them."""
     args = options.read(DEFAULTS, arguments, __doc__)
     made = setup.prepare(args, distill_lm.train)
     if args.student or args.keep_blocks:

@@ -1,12 +1,12 @@
-"""Distil a language model by answering questions.
+"""Distil a language model interactively: the script asks questions.
 
     python applications/cli.py                                            # asks for everything
     python applications/cli.py --teacher my/teacher --data texts.jsonl    # asks for the rest
     python applications/cli.py --yes                                      # asks nothing
 
-Every question is a flag, most of them those of distill_lm.py, whose functions do the work. An empty
-answer takes the default, which for method, temperature, alpha and layers is what kdloss.suggest says of
-student and teacher. Killed at any instant, the same command and answers go on.
+Every question is also a flag; most flags and the training itself are those of distill_lm.py. An empty answer takes the
+default. For method, temperature, alpha and layers the default is what kdloss.suggest suggests for student and teacher.
+If the run is killed, the same command with the same answers resumes it.
 """
 
 import io
@@ -37,9 +37,9 @@ from kdloss.layers.select import STRATEGIES
 
 @dataclass(kw_only=True)
 class Settings(distill_lm.Settings):
-    """Those of distill_lm.py, and two more."""
+    """The settings of distill_lm.py, and two more."""
 
-    yes: Annotated[bool, Doc("ask nothing: what no flag says has its default")] = False
+    yes: Annotated[bool, Doc("ask nothing; settings without a flag take their defaults")] = False
     baseline: Annotated[bool, Doc("also train the student without a teacher")] = True
 
 
@@ -48,45 +48,45 @@ TYPES = get_type_hints(Settings, include_extras=True)
 
 
 def readable(args: Settings, seen: SimpleNamespace) -> None:
-    """Raises unless the text can be read."""
+    """Raise an error unless the text can be read."""
     source = {"config": args.data_config, "split": args.split, "column": args.text_column}
     text.read_texts(args.data, **source, limit=args.samples)
 
 
 def loadable(args: Settings, seen: SimpleNamespace) -> None:
-    """Raises unless the teacher can be loaded, if there is one to load."""
+    """Raise an error if there is a teacher to load and it can't be loaded."""
     if args.teacher is not None:
         models.load(args.teacher)
 
 
 def teachable(args: Settings, seen: SimpleNamespace) -> None:
-    """Raises unless the teacher reads the text; one that is to be trained stands there untrained."""
+    """Raise an error unless the teacher can read the text. A new teacher is made, but not trained here."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         rehearsal = replace(args, teachers=Path(folder))
         seen.setup = prepare(rehearsal, train=lambda *_, **__: None)
 
 
 def makeable(args: Settings, seen: SimpleNamespace) -> None:
-    """Raises unless the student can be made and has the teacher's vocabulary."""
+    """Raise an error unless the student can be made and has the teacher's vocabulary."""
     seen.student = student_of(args, seen.setup.teacher, seen.setup.tokenizer)
 
 
 def mixable(args: Settings, seen: SimpleNamespace) -> None:
-    """Raises unless the loss takes temperature and alpha."""
+    """Raise an error unless temperature and alpha are valid."""
     distill_lm.criterion_for(replace(args, method="vanilla"))
 
 
 def distillable(args: Settings, seen: SimpleNamespace) -> None:
-    """Raises unless the loss finds its layers in both models."""
+    """Raise an error unless the loss finds its layers in both models."""
     kdloss.Distiller(seen.setup.teacher, distill_lm.criterion_for(args)).prepare(seen.student)
 
 
 def trainable(args: Settings, seen: SimpleNamespace) -> None:
-    """Raises unless the optimizer takes its settings."""
+    """Raise an error unless the optimizer accepts its settings."""
     AdamW(seen.student.parameters(), lr=args.lr)
 
 
-GROUPS = [  # what belongs together, and has to pass together before the next questions
+GROUPS = [  # questions that are checked together, before the next group is asked
     (["data", "data_config", "split"], readable),
     (["teacher"], loadable),
     (["samples", "heldout_samples", "max_length"], teachable),
@@ -99,15 +99,15 @@ GROUPS = [  # what belongs together, and has to pass together before the next qu
     (["baseline"], None),
 ]
 PATHS = {"data", "teacher", "student"}
-GOALS = {"vanilla": "safe", "feature": "speed", "both": "quality"}  # of kdloss.suggest, which lead to these methods
-STYLE = questionary.Style([("selected", "noreverse"), ("highlighted", "bold")])  # the arrow marks one line
+GOALS = {"vanilla": "safe", "feature": "speed", "both": "quality"}  # of kdloss.suggest, for each method
+STYLE = questionary.Style([("selected", "noreverse"), ("highlighted", "bold")])  # an arrow marks the choice
 
 
 def matters(name: str, args: Settings) -> bool:
-    """Whether the other answers leave a question open."""
+    """Whether a question matters, given the other answers."""
     try:
         dataset = args.data is not None and text.kind_of(args.data) is None
-    except ValueError:  # no text at all, which is said when the questions about it are answered
+    except ValueError:  # not a text file; the check after these questions says so
         dataset = False
     open_by_name = {
         "data_config": dataset,
@@ -119,7 +119,7 @@ def matters(name: str, args: Settings) -> bool:
 
 
 def flag(name: str, answer: str | bool) -> list[str]:
-    """An answer as it stands on the command line."""
+    """An answer as a flag of the command line."""
     if answer == "":
         return []
     dashed = name.replace("_", "-")
@@ -131,23 +131,23 @@ def flag(name: str, answer: str | bool) -> list[str]:
 
 
 def words(name: str, default: Any) -> str:
-    """A question: what its flag says of itself, and the default."""
+    """The words of a question: the help text of its flag, and the default."""
     said = {n: next(x.documentation for x in get_args(TYPES[n]) if isinstance(x, Doc)) for n in (name, "keep_blocks")}
     also = f"; or {said['keep_blocks']}" if name == "student" else ""
-    here = said[name] if default is None else said[name].partition("; else")[0]
+    here = said[name] if default is None else said[name].partition("; otherwise")[0]
     shown = "" if default is None or isinstance(default, bool) else f" ({default})"
-    whole = f"{name.replace('_', ' ')}: {here}{shown}{also}"
-    return textwrap.fill(whole, shutil.get_terminal_size().columns - 24, subsequent_indent="  ")
+    question = f"{name.replace('_', ' ')}: {here}{shown}{also}"
+    return textwrap.fill(question, shutil.get_terminal_size().columns - 24, subsequent_indent="  ")
 
 
 def question(flag: str) -> str:
-    """The setting that a flag says."""
+    """The question that a flag answers."""
     name = flag.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
     return "student" if name == "keep_blocks" else name  # two flags, one question
 
 
 class Interview:
-    """The flags that were given, and answers that become flags: both are read and checked alike."""
+    """The flags of the command line, and the answers as flags; both are parsed and checked in the same way."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments, self.answers = list(arguments), {}
@@ -155,13 +155,13 @@ class Interview:
         self.given = {question(part) for part in self.arguments if part.startswith("--")}
         self.asks = sys.stdin.isatty() and not self.settings().yes
 
-    def command(self, whole: bool) -> str:
-        """What makes the same run again, without any questions if they were all answered."""
-        yes = ["--yes"] if whole and "--yes" not in self.arguments else []
+    def command(self, complete: bool) -> str:
+        """The command that repeats the run; without questions if they were all answered."""
+        yes = ["--yes"] if complete and "--yes" not in self.arguments else []
         return shlex.join(["python", sys.argv[0], *yes, *self.flags()])
 
     def forget(self, name: str) -> None:
-        """Drop the answer to a question, be it a flag with its value."""
+        """Drop the answer to a question, also if it was given as a flag."""
         kept, dropped = [], False
         for part in self.arguments:
             dropped = question(part) == name if part.startswith("--") else dropped
@@ -169,17 +169,18 @@ class Interview:
         self.arguments, self.given = kept, self.given - {name}
 
     def flags(self) -> list[str]:
-        """As if everything had been said on the command line."""
+        """All flags, as if every answer had been given on the command line."""
         return [*self.arguments, *(part for name, answer in self.answers.items() for part in flag(name, answer))]
 
     def settings(self) -> Settings:
-        """What was said so far, defaults for the rest."""
+        """The settings so far: flags, answers, and defaults for the rest."""
         args = options.read(self.defaults, self.flags(), __doc__)
         said = "layers" in self.given or self.answers.get("layers")
-        return args if said or isinstance(args.pairing, str) else replace(args, layers=None)  # pairs are all the layers
+        # Explicit pairs already name the layers.
+        return args if said or isinstance(args.pairing, str) else replace(args, layers=None)
 
     def advise(self, seen: SimpleNamespace) -> None:
-        """Show what is suggested for the method, and make it the defaults."""
+        """Show what kdloss.suggest suggests for the method, and make it the defaults."""
         method = self.settings().method
         if method == "none":
             return
@@ -196,11 +197,11 @@ class Interview:
         self.defaults = replace(DEFAULTS, method=advice.method, **found)
 
     def hold(self) -> tuple[Settings, SimpleNamespace]:
-        """Ask for what no flag said, until it passes; returns it with the models that passed."""
+        """Ask for everything that has no flag until all checks pass; return the settings and the loaded models."""
         seen = SimpleNamespace()
         for names, check in GROUPS:
             refused = False
-            if names[0] in ("method", "temperature"):  # before the method is asked for, and when it is known
+            if names[0] in ("method", "temperature"):  # before the question about the method, and after it
                 self.advise(seen)
             while True:
                 for name in names:
@@ -219,7 +220,7 @@ class Interview:
         return self.settings(), seen
 
     def ask(self, name: str) -> None:
-        """Ask one question until its flag takes the answer."""
+        """Ask one question until the answer is valid for its flag."""
         self.forget(name)
         kind, default, before = get_args(TYPES[name])[0], getattr(self.defaults, name), self.answers.pop(name, "")
         asking = words(name, default)
@@ -235,12 +236,12 @@ class Interview:
             try:
                 self.settings()
                 return
-            except SystemExit:  # tyro has said why
+            except SystemExit:  # tyro has printed the reason
                 del self.answers[name]
 
 
 def sizes(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
-    """Teacher and student beside each other."""
+    """A table of teacher and student."""
     rows = [["", "parameters", "blocks", "width", "smaller"]]
     for name, model in (("teacher", teacher), ("student", student)):
         config = model.config.get_text_config()
@@ -251,7 +252,7 @@ def sizes(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
 
 
 def results(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """One column per model, so that it fits a terminal."""
+    """A table with one column per model, to fit a terminal."""
     rows = [["", *runs]]
     for heading, (key, form) in report.COLUMNS.items():
         if any(key in run for run in runs.values()):
@@ -260,7 +261,7 @@ def results(runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def run(args: distill_lm.Settings, setup: Setup, baseline: bool) -> dict[str, Any]:
-    """Measure before, train, measure after, and write everything down."""
+    """Measure the student, train it, measure it again, and write the results."""
     teacher = distill_lm.teacher_measured(args, setup)
 
     def untrained(_: Path) -> dict[str, Any]:
@@ -286,7 +287,7 @@ def run(args: distill_lm.Settings, setup: Setup, baseline: bool) -> dict[str, An
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Ask, show what is going to be trained, train it, and say what came of it."""
+    """Ask the questions, show the models, train the student, and print the results."""
     interview = Interview(sys.argv[1:] if arguments is None else arguments)
     answered = False
     try:
@@ -295,13 +296,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if interview.answers and not questionary.confirm("Train it?").unsafe_ask():
             raise KeyboardInterrupt
         answered = True
-        print("The same run without questions; it goes on if it is stopped:")
+        print("This command repeats the run without questions, and resumes it if it was stopped:")
         print(f"\n  {interview.command(answered)}\n")
         setup = seen.setup if args.teacher is not None else prepare(args, distill_lm.train)
-        del seen  # models that were loaded to look at them
+        del seen  # frees the models that were loaded for the checks
         return run(options.some(distill_lm.Settings, args), setup, args.baseline)
     except (KeyboardInterrupt, EOFError):
-        print(f"\nStopped. This goes on:\n\n  {interview.command(answered)}", file=sys.stderr)
+        print(f"\nStopped. To resume:\n\n  {interview.command(answered)}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as reason:
         sys.exit(f"\n{reason}")

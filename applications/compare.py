@@ -1,13 +1,13 @@
-"""Compare ways to distil on equal terms: methods, seeds, and any setting of distill_lm.py.
+"""Compare ways to distil: methods, seeds, and values of any flag of distill_lm.py.
 
     python applications/compare.py --methods none vanilla feature both --seeds 0 1 2
     python applications/compare.py --vary temperature 1 2 4 --vary alpha 0.1 0.5     # all pairs: a grid
     python applications/compare.py --one-by-one --vary temperature 1 2 --vary layers last all
 
-All start from the same student and see the same batches; none-same-compute trains without a teacher
-for as many floating-point operations, counted, as the dearest distilled student and its teacher took.
-Killed at any instant, the same command goes on with the cells that are missing. All other flags are
-those of distill_lm.py, which trains the best one.
+All runs start from the same student and see the same batches. The row none-same-compute trains without a teacher for
+as many floating-point operations as the most expensive distilled student and its teacher took. If the run is killed,
+the same command resumes with the missing cells. All other flags are those of distill_lm.py. To train the best student
+and keep it, run distill_lm.py.
 """
 
 import itertools
@@ -28,23 +28,23 @@ METHODS = [NONE, *DISTILLED, SAME_COMPUTE]
 
 @dataclass(kw_only=True)
 class Settings(distill_lm.Settings):
-    """Those of distill_lm.py, and what to compare."""
+    """The settings of distill_lm.py, and what to compare."""
 
-    methods: Annotated[list[Literal[tuple(METHODS)]], Doc("which rows")]
-    seeds: Annotated[list[int], Doc("repeat for these")]
+    methods: Annotated[list[Literal[tuple(METHODS)]], Doc("rows of the table")]
+    seeds: Annotated[list[int], Doc("seeds to repeat everything with")]
     vary: Annotated[
-        UseAppendAction[list[list[str]]], Doc("a flag of distill_lm.py and the values it takes: temperature 1 2 4")
+        UseAppendAction[list[list[str]]], Doc("a flag of distill_lm.py and its values, for example: temperature 1 2 4")
     ]
-    one_by_one: Annotated[bool, Doc("vary one flag at a time, not all together")] = False
+    one_by_one: Annotated[bool, Doc("vary one flag at a time, not all combinations")] = False
 
 
 DEFAULTS = Settings(output=Path("runs/compare"), methods=METHODS, seeds=[0], vary=[])
 PREPARED_BY = {field.name for kind in (options.Text, options.Teacher) for field in fields(kind)}
-PREPARED_BY |= {"batch_size", "continuations"}  # where these stay the same, text and teacher are read once
+PREPARED_BY |= {"batch_size", "continuations"}  # cells with the same values of these share the text and the teacher
 
 
 def changes(args: Settings) -> Iterator[dict[str, str]]:
-    """What each cell changes of the given settings: nothing, or one value of every varied flag."""
+    """The settings that each cell changes: none, or one value of every varied flag."""
     axes = [[{flag: value} for value in values] for flag, *values in args.vary]
     if args.one_by_one:
         yield {}
@@ -54,7 +54,7 @@ def changes(args: Settings) -> Iterator[dict[str, str]]:
 
 
 def label(method: str, change: dict[str, str]) -> str:
-    """A row's name: the method and what it changes, without what it doesn't use."""
+    """The name of a row: the method and the changed settings that it uses."""
     unused = distill_lm.UNUSED[method.removesuffix("-same-compute")]
     used = [f"{flag} {value}" for flag, value in change.items() if flag.replace("-", "_") not in unused]
     return ", ".join([method, *used])
@@ -72,11 +72,11 @@ class Cell:
 
 
 def plan(args: Settings) -> list[Cell]:
-    """All cells, each one's settings checked before the first is run."""
+    """All cells; the settings of all are checked before the first one runs."""
     planned = {}
     for change, seed, method in itertools.product([*changes(args)], args.seeds, METHODS):
         row = label(method, change)
-        if method not in args.methods or (row, seed) in planned:  # it varies what this method doesn't use
+        if method not in args.methods or (row, seed) in planned:  # this method does not use the varied flag
             continue
         base = options.some(distill_lm.Settings, args, seed=seed, method=method.removesuffix("-same-compute"))
         chosen = options.read(base, [f"--{flag}={value}" for flag, value in change.items()], __doc__)
@@ -86,11 +86,11 @@ def plan(args: Settings) -> list[Cell]:
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
-    """Run all cells that are missing, and write what came of all of them."""
+    """Run all missing cells, and write the results of all cells."""
     args = options.read(DEFAULTS, arguments, __doc__)
     distilled = [method for method in args.methods if method in DISTILLED]
     if SAME_COMPUTE in args.methods and not (NONE in args.methods and distilled):
-        raise ValueError(f"{SAME_COMPUTE!r} needs {NONE!r} and a method that distils to be like: --methods")
+        raise ValueError(f"{SAME_COMPUTE!r} needs {NONE!r} and a method that distils: add both to --methods")
     todo, setups = plan(args), {}
     runs: dict[str, list[dict[str, Any]]] = {"teacher": [], **{cell.row: [] for cell in todo}}
     found: dict[tuple[str, int], dict[str, Any]] = {}

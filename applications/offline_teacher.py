@@ -1,12 +1,12 @@
-"""Run a teacher once, keep its most probable classes on disk, and train a student without it.
+"""Run a teacher once, keep its most probable classes on disk, and train a student from them.
 
-As it stands, a small GPT-2 is asked once about all of the student's text, and is gone from then on:
+By default, a small GPT-2 runs once over the student's text and is then removed from memory:
 
     python applications/offline_teacher.py --ks 16 64 256 --seeds 0 1 2
     python applications/offline_teacher.py --teacher my/teacher --data texts.jsonl
 
-Beside it stand the same student without a teacher, and with the teacher in memory at every step. All
-other flags are those of distill_lm.py. Killed at any instant, the same command goes on.
+The baselines are the same student without a teacher, and with the teacher in memory at every step. All other flags are
+those of distill_lm.py. If the run is killed, the same command resumes it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,33 +31,33 @@ import kdloss.cache
 
 @dataclass(kw_only=True)
 class Settings(distill_lm.Settings):
-    """Those of distill_lm.py, and how much of the teacher is kept."""
+    """The settings of distill_lm.py, and how many classes to keep."""
 
-    ks: Annotated[list[int], Doc("classes kept at every position: a cache and a row for each")]
-    seeds: Annotated[list[int], Doc("repeat for these")]
+    ks: Annotated[list[int], Doc("classes to keep at every position; a cache and a row for each k")]
+    seeds: Annotated[list[int], Doc("seeds to repeat everything with")]
 
 
 DEFAULTS = Settings(output=Path("runs/offline_teacher"), samples=6000, ks=[256], seeds=[0])
 NOTES = f"""\
 {distill_lm.NOTES}
-Live: the teacher is there at every step. k: what it said once is read from disk, so many classes at every
-position and the probability of all others together."""
+Live: the teacher runs at every step. k: its predictions are read from disk, k classes at every position and the total
+probability of all other classes."""
 
 
 class FromCache:
-    """Stands in the loop of distill_lm.py where a `kdloss.Distiller` would, and has no teacher."""
+    """Replaces the `kdloss.Distiller` in the loop of distill_lm.py; it has no teacher."""
 
     def __init__(self, cache: kdloss.cache.Cache, criterion: kdloss.VanillaKD) -> None:
         self.cache, self.criterion = cache, criterion
         self.distill = kdloss.Distiller(None, criterion)
 
     def __call__(self, student: PreTrainedModel, ids: list[int], input_ids: Tensor, labels: Tensor) -> kdloss.Distilled:
-        """The student's pass, and the loss against what is on disk."""
+        """Run the student, and compute the loss against the cached predictions."""
         return self.distill(student, input_ids=input_ids, labels=labels, teacher=self.cache[ids])
 
 
 def write(k: int, args: distill_lm.Settings, setup: Setup) -> Path:
-    """Ask the teacher about every block of the student's text, whose number is its id."""
+    """Run the teacher on every block of the student's text; the id of a block is its number."""
     data = {"id": range(len(setup.blocks)), "input_ids": setup.blocks.tolist()}
     settings = {"k": k, "temperature": args.temperature}
     folder = args.output / "cache" / cells.key(settings | {"text": setup.key})
@@ -75,7 +75,7 @@ def batches(setup: Setup, args: distill_lm.Settings, steps: int) -> Iterator[dic
 
 
 def fit(k: int, args: distill_lm.Settings, setup: Setup, folder: Path) -> dict[str, Any]:
-    """Train a student from a cache; the teacher is dropped before the first step, and is back at the end."""
+    """Train a student from a cache. The teacher leaves memory before the first step and is loaded again at the end."""
     kept = write(k, args, setup)
     cache = kdloss.cache.open(kept, tokenizer=setup.tokenizer, device=args.device)
     student = student_of(args, setup.teacher, setup.tokenizer)
@@ -114,7 +114,7 @@ def fit(k: int, args: distill_lm.Settings, setup: Setup, folder: Path) -> dict[s
 def compared(
     distill: FromCache, student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Any]
 ) -> dict[str, float]:
-    """The divergence of one batch, from the cache and from the teacher itself."""
+    """The divergence on one batch, once from the cache and once from the teacher."""
     live = kdloss.Distiller(teacher, distill.criterion)
     tokens = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
     return {
@@ -124,10 +124,10 @@ def compared(
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
-    """Train alone, with the teacher, and from the caches, and write what came of it."""
+    """Train alone, with the teacher, and from the caches, and write the results."""
     args = options.read(DEFAULTS, arguments, __doc__)
     if args.method != "vanilla":
-        raise ValueError(f"a cache holds predictions, no features: --method {args.method} needs the teacher")
+        raise ValueError(f"a cache holds predictions and no features: --method {args.method} needs the teacher")
     setup = prepare(args, distill_lm.train)
     best = distill_lm.teacher_measured(args, setup)
     rows = ["none", "live", *(f"k {k}" for k in args.ks)]

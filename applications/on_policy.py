@@ -1,14 +1,14 @@
-"""Let the student learn from its own mistakes: on-policy distillation (GKD).
+"""On-policy distillation (GKD): the student samples text, and the teacher scores every token of it.
 
-With probability lambda a step's continuations are sampled by the student itself, else they are the
-data's own; the teacher then judges every token of them, and only of them:
+With probability lambda, the student samples the continuations of a step; otherwise they come from the data. Only the
+tokens of the continuations count:
 
     python applications/on_policy.py --lambdas 0 0.5 1 --divergence reverse_kl
     python applications/on_policy.py --teacher my/teacher --student my/student --data texts.jsonl
 
-The student first learns alone, for a student that can't write yet has nothing to learn from its own text
-(--start-epochs 0 for one that is given and can). From there it goes on with cross-entropy, as a baseline,
-and by distillation for every lambda. Killed at any instant, the same command goes on.
+The student first trains alone, because an untrained student can't learn from its own text (use --start-epochs 0 with a
+--student that is already trained). From there, one student continues with cross-entropy as the baseline, and one
+student per lambda is distilled. If the run is killed, the same command resumes it.
 
 Agarwal et al. 2024, "On-Policy Distillation of Language Models", arXiv:2306.13649.
 """
@@ -31,43 +31,43 @@ import kdloss
 
 NOTES = f"""\
 {distill_lm.NOTES}
-What the student does to write is in TFLOP, too: of as many steps as lambda says. All students but the first
-begin as the first; losses count at the second half of every block."""
+TFLOP includes the operations of sampling, for the share lambda of the steps. All students start from the row "start".
+Losses count only the second half of every block."""
 
 
 @dataclass(kw_only=True)
 class Settings(options.Evaluation, options.Training, options.Student, options.Teacher, options.Text):
-    """Those of distill_lm.py that fit, and those of GKD."""
+    """Most settings of distill_lm.py, and those of GKD."""
 
-    start_epochs: Annotated[int, Doc("passes of the student alone at first")] = 3
-    lambdas: Annotated[list[float], Doc("shares of sampled steps")]
-    divergence: Annotated[Literal[tuple(options.DIVERGENCES)], Doc("from the teacher")] = "jsd"
-    beta: Annotated[float, Doc("of jsd: 0 is forward, 1 reverse KL")] = 0.5
-    temperature: Annotated[float, Doc("of both models' predictions")] = 1.0
+    start_epochs: Annotated[int, Doc("epochs of the student alone, before the others")] = 3
+    lambdas: Annotated[list[float], Doc("shares of the steps with sampled text; a row for each")]
+    divergence: Annotated[Literal[tuple(options.DIVERGENCES)], Doc("divergence from the teacher")] = "jsd"
+    beta: Annotated[float, Doc("beta of jsd: 0 is forward KL, 1 is reverse KL")] = 0.5
+    temperature: Annotated[float, Doc("divides both models' logits")] = 1.0
 
 
 DEFAULTS = Settings(output=Path("runs/on_policy"), samples=6000, epochs=4, lambdas=[0.0, 0.5, 1.0])
 
 
 def divergence(args: Settings) -> Callable[..., Tensor]:
-    """The one asked for, with its settings."""
+    """The chosen divergence, with its settings."""
     chosen = getattr(kdloss.divergences, args.divergence)
     return partial(chosen, beta=args.beta) if args.divergence == "jsd" else chosen
 
 
 class OnPolicy:
-    """Stands in the loop of distill_lm.py for a `kdloss.Distiller`: the student may write the text."""
+    """Replaces the `kdloss.Distiller` in the loop of distill_lm.py: the student samples the text of some steps."""
 
     def __init__(self, distill: kdloss.Distiller, sampled: float) -> None:
         self.distill, self.sampled = distill, sampled
         self.criterion, self.teachers = distill.criterion, distill.teachers
 
     def prepare(self, student: PreTrainedModel) -> None:
-        """What the distiller prepares."""
+        """Prepare the distiller."""
         self.distill.prepare(student)
 
     def __call__(self, student: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> kdloss.Distilled:
-        """One step; the first half of every block is a prompt, its labels count nowhere."""
+        """Compute the loss of one step. The first half of every block is the prompt; its labels do not count."""
         length, prompt = input_ids.shape[1], input_ids.shape[1] // 2
         if torch.rand(()) < self.sampled:
             input_ids = labels = evaluation.sample(student, input_ids[:, :prompt], length)
@@ -77,7 +77,7 @@ class OnPolicy:
 
 
 def teraflop(loop: OnPolicy, student: PreTrainedModel, steps: int, args: Settings, setup: Setup) -> float:
-    """Floating-point operations of training if exactly its share of the steps is sampled, in 10^12."""
+    """Floating-point operations of training in 10^12, if exactly the share lambda of the steps is sampled."""
     blocks = text.draw(setup.blocks, args.student_blocks, args.seed)
     student.train()
 
@@ -90,7 +90,7 @@ def teraflop(loop: OnPolicy, student: PreTrainedModel, steps: int, args: Setting
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
-    """Train the start, then from there the baseline and one student for every lambda."""
+    """Train the start, then from there the baseline and one student per lambda."""
     args = options.read(DEFAULTS, arguments, __doc__)
     teacher_loss = kdloss.VanillaKD(args.temperature, alpha=0.0, divergence=divergence(args))
     if wrong := [x for x in args.lambdas if not 0 <= x <= 1]:
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> report.Runs:
         runs[row] = [distill_lm.measured(plain, setup, loop, name, students=kept, row=row, **more)]
     for row in [row for row in runs if row != "teacher"]:
         found = runs[row][0]
-        if row.startswith("lambda"):  # the batches that were counted were sampled or not by chance
+        if row.startswith("lambda"):  # the counted batches were sampled at random, so count again by lambda
             kept_one = replace(plain, keep_blocks=None, student=found["student"])
             student = student_of(kept_one, setup.teacher, setup.tokenizer)
             found["teraflop"] = teraflop(rows[row][0], student, found["steps"], args, setup)

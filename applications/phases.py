@@ -1,10 +1,10 @@
-"""Three phases: train the student alone, distil it, fine-tune it on the examples it finds hardest.
+"""Three phases: train the student alone, distil it, fine-tune it on the blocks that it predicts worst.
 
-Says what each phase gained, beside one method for all of the steps:
+The table shows what each phase gained, and compares with a single method for the same total number of steps:
 
     python applications/phases.py --train-epochs 2 --distil-epochs 4 --finetune-epochs 2 --hardest 0.25
 
-Killed at any instant, the same command goes on with the phase it was in.
+If the run is killed, the same command resumes with the phase that it was in.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ import kdloss
 
 @dataclass(kw_only=True)
 class Settings(distill_lm.Settings):
-    """Those of distill_lm.py, and those of the phases."""
+    """The settings of distill_lm.py, and those of the phases."""
 
-    train_epochs: Annotated[int, options.COUNT, Doc("passes without a teacher")] = 2
-    distil_epochs: Annotated[int, options.COUNT, Doc("passes with it")] = 4
-    finetune_epochs: Annotated[int, options.COUNT, Doc("passes over the hardest")] = 2
+    train_epochs: Annotated[int, options.COUNT, Doc("epochs of the first phase, without a teacher")] = 2
+    distil_epochs: Annotated[int, options.COUNT, Doc("epochs of the second phase, with the teacher")] = 4
+    finetune_epochs: Annotated[int, options.COUNT, Doc("epochs of the last phase, over the hardest blocks")] = 2
     finetune_lr: Annotated[float, Doc("learning rate of the last phase")] = 2e-4
-    hardest: Annotated[float, Doc("share of the text in the last phase")] = 0.25
+    hardest: Annotated[float, Doc("share of the blocks in the last phase")] = 0.25
 
 
 DEFAULTS = Settings(output=Path("runs/phases"), samples=6000)
@@ -47,10 +47,10 @@ def hardest(model: PreTrainedModel, blocks: Tensor, share: float) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
-    """Run the phases, then each method for as many steps as all of them took."""
+    """Run the phases, then each method alone for as many steps as all phases together."""
     args = options.read(DEFAULTS, arguments, __doc__)
     if not 0 < args.hardest <= 1:
-        raise ValueError(f"--hardest is a share above 0 and at most 1, got {args.hardest}")
+        raise ValueError(f"--hardest must be above 0 and at most 1, got {args.hardest}")
     first = setup.prepare(args, distill_lm.train)
     best = distill_lm.teacher_measured(args, first)
     runs = {"teacher": [report.beside(best, best)]}

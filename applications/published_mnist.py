@@ -1,9 +1,10 @@
-"""Hinton, Vinyals, Dean 2015 (arXiv:1503.02531), section 3, again: MNIST, a large net, small ones that learn from it.
+"""Reproduce section 3 of Hinton, Vinyals, Dean 2015 (arXiv:1503.02531): small MNIST nets learn from a large one.
 
     python applications/published_mnist.py --seeds 0 1 2 3 4
 
-wants all of MNIST (`make mnist` installs it, or --mnist). About four hours on one quiet core; killed at any instant,
-the same command goes on with what is missing. The large net is one, as in the paper; seeds are those of the small nets.
+It needs all of MNIST: install it with `make mnist`, or pass --mnist. It takes about four hours on one idle core; if the
+run is killed, the same command resumes with what is missing. There is one large net, as in the paper; seeds are those
+of the small nets.
 """
 
 import math
@@ -27,31 +28,31 @@ import kdloss
 
 @dataclass(kw_only=True)
 class Settings:
-    """What is trained, for how long, and by what."""
+    """The nets and their training."""
 
-    mnist: Annotated[Path | None, Doc("mnist.pkl.gz; else the one of the package")] = None
+    mnist: Annotated[Path | None, Doc("mnist.pkl.gz; otherwise that of the installed package")] = None
     teacher_width: Annotated[int, options.COUNT, Doc("units in each of the large net's two layers")] = 1200
-    width: Annotated[int, options.COUNT, Doc("those of the small net")] = 800
-    narrow: Annotated[list[int], Doc("those of the nets that are distilled at every temperature")] = field(
+    width: Annotated[int, options.COUNT, Doc("units in each of the small net's two layers")] = 800
+    narrow: Annotated[list[int], Doc("units of the nets that are distilled at every temperature")] = field(
         default_factory=lambda: [30, 300]
     )
-    temperature: Annotated[float, Doc("at which the small net is distilled")] = 20.0
-    temperatures: Annotated[list[float], Doc("those of the narrow nets")] = field(
+    temperature: Annotated[float, Doc("temperature for the small net")] = 20.0
+    temperatures: Annotated[list[float], Doc("temperatures for the narrow nets")] = field(
         default_factory=lambda: [1.0, 2.0, 3.0, 4.0, 8.0, 20.0]
     )
-    alpha: Annotated[float, Doc("weight of the labels, where every digit is in the transfer set")] = 0.1
-    teacher_epochs: Annotated[int, options.COUNT, Doc("how often the large net sees its images")] = 100
-    epochs: Annotated[int, options.COUNT, Doc("how often a small one does")] = 60
-    batch_size: Annotated[int, options.COUNT, Doc("images in a step")] = 250
-    lr: Annotated[float, Doc("Adam's learning rate, which falls as a cosine")] = 1e-3
-    jitter: Annotated[int, Doc("pixels that the large net's images are moved by at most")] = 2
-    max_norm: Annotated[float, Doc("the longest that the large net's rows of weights may be")] = math.sqrt(15)
-    seeds: Annotated[list[int], Doc("of the small nets")] = field(default_factory=lambda: [*range(5)])
+    alpha: Annotated[float, Doc("weight of the labels, if the transfer set has every digit")] = 0.1
+    teacher_epochs: Annotated[int, options.COUNT, Doc("epochs of the large net")] = 100
+    epochs: Annotated[int, options.COUNT, Doc("epochs of a small net")] = 60
+    batch_size: Annotated[int, options.COUNT, Doc("images per step")] = 250
+    lr: Annotated[float, Doc("Adam's peak learning rate; the schedule is a cosine")] = 1e-3
+    jitter: Annotated[int, Doc("largest shift of the large net's images, in pixels")] = 2
+    max_norm: Annotated[float, Doc("largest norm of the weights into a unit of the large net")] = math.sqrt(15)
+    seeds: Annotated[list[int], Doc("seeds of the small nets")] = field(default_factory=lambda: [*range(5)])
     output: Annotated[Path, Doc("folder of results")] = Path("runs/published_mnist")
 
 
-Found = dict[str, list[dict[str, Any]]]  # what came of each seed
-PAPER = {  # errors of 10 000, and of the digits that no image of the transfer set shows
+Found = dict[str, list[dict[str, Any]]]  # results by row, one per seed
+PAPER = {  # errors on 10 000 images, and on the digits that are not in the transfer set
     "large net": (67, None), "small net": (146, None), "distilled": (74, None),
     "without 3s": (206, 133), "without 3s, bias": (109, 14),
     "only 7s and 8s": (4730, None), "only 7s and 8s, bias": (1320, None),
@@ -60,7 +61,7 @@ UNSEEN = {"without 3s": [3], "only 7s and 8s": [0, 1, 2, 3, 4, 5, 6, 9]}
 
 
 class Study:
-    """The images and what is made of them; `taught` are the large net's logits of those to learn from."""
+    """The images and the nets; `taught` holds the large net's logits for the training images."""
 
     def __init__(self, args: Settings) -> None:
         self.args = args
@@ -71,7 +72,7 @@ class Study:
         self.shared = {name: getattr(args, name) for name in shared}
 
     def net(self, width: int, seed: int, dropped: float = 0.0) -> nn.Sequential:
-        """Two hidden layers; where units are dropped, pixels are, less often."""
+        """A net with two hidden layers. `dropped` is the dropout of units; pixels have 0.4 times as much."""
         torch.manual_seed(seed)
         first = [nn.Dropout(0.4 * dropped), nn.Linear(self.learn.x.shape[1], width), nn.ReLU(), nn.Dropout(dropped)]
         return nn.Sequential(*first, nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropped), nn.Linear(width, 10))
@@ -79,7 +80,7 @@ class Study:
     def fit(
         self, net: nn.Module, loss: Callable[..., Tensor], seen: Tensor, epochs: int, seed: int, folder: Path
     ) -> nn.Module:
-        """Minimise a loss of logits and of which images they are for; a net with dropout gets the other rules, too."""
+        """Minimise a loss of logits and image indices. With dropout, also shift images and limit norms."""
         regular = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in net)
         optimizer = torch.optim.Adam(net.parameters(), self.args.lr)
         steps = epochs * math.ceil(len(seen) / self.args.batch_size)
@@ -102,7 +103,7 @@ class Study:
         return net.eval()
 
     def teach(self) -> dict[str, Any]:
-        """The large net, regularised; its logits are kept, since the transfer set is not moved about."""
+        """Train the large net with regularisation; save its logits for the images without shifts."""
         kept = self.args.output / "cells" / f"large net-{cells.key(self.shared)}.pt"
 
         def work(folder: Path) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class Study:
         return found
 
     def student(self, name: str, seed: int, width: int, temperature: float = 1.0, alpha: float = 1.0) -> dict[str, Any]:
-        """A small net, without regularisation: its errors, and those with the bias that is best on other images."""
+        """The errors of a small net without regularisation, and its errors with the best bias on validation images."""
         unseen = torch.tensor(UNSEEN.get(name, []), dtype=torch.int64)
         seen = (~torch.isin(self.learn.y, unseen)).nonzero().flatten()
         criterion = kdloss.VanillaKD(temperature, alpha)
@@ -139,35 +140,35 @@ class Study:
 
 @torch.no_grad()
 def logits_of(net: nn.Module, x: Tensor) -> Tensor:
-    """What the net says of all images."""
+    """The logits of all images."""
     return torch.cat([net(some) for some in x.split(1000)])
 
 
 def misread(logits: Tensor, labels: Tensor) -> int:
-    """How many images are."""
+    """The number of misclassified images."""
     return int((logits.argmax(-1) != labels).sum())
 
 
 def raised(logits: Tensor, digits: Tensor, bias: float) -> Tensor:
-    """The logits of these digits are."""
+    """Add a bias to the logits of these digits."""
     return logits.index_copy(1, digits, logits[:, digits] + bias)
 
 
 def best_bias(logits: Tensor, labels: Tensor, digits: Tensor) -> float:
-    """By how much these digits' biases are raised where the fewest images are misread, from 0 to 20."""
+    """The bias for these digits, from 0 to 20, with the fewest misclassified images."""
     return min((k / 10 for k in range(201)), key=lambda bias: misread(raised(logits, digits, bias), labels))
 
 
 @torch.no_grad()
 def shorten(net: nn.Module, longest: float) -> None:
-    """Bring rows of weights that are longer back to this length."""
+    """Scale every row of weights that is longer than this down to this length."""
     for layer in net.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.copy_(layer.weight.renorm(2, 0, longest))
 
 
 def rows(args: Settings) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Row: which small net it is, and how it is trained."""
+    """By row: the name of the small net, and how it is trained."""
     kd = {"width": args.width, "temperature": args.temperature}
     trained = {
         "small net": ("small net", {"width": args.width}),
@@ -183,13 +184,13 @@ def rows(args: Settings) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def errors(found: Found, row: str, key: str = "errors") -> list[int]:
-    """Those of each seed; a row that ends with "bias" is another reading of the row without."""
+    """The errors of each seed. A row that ends with "bias" is the same net with its bias corrected."""
     name, corrected = row.removesuffix(", bias"), row.endswith(", bias")
     return [seed[key.replace("errors", "corrected") if corrected else key] for seed in found[name]]
 
 
 def tables(args: Settings, found: Found) -> str:
-    """Errors beside the paper's, and those of narrow nets at every temperature."""
+    """A table of errors beside the paper's, and a table of narrow nets at every temperature."""
     shown = lambda row, key: report.spread(errors(found, row, key), "{:.0f}")  # noqa: E731
     lines = [["", "errors", "the paper's", "of these, on unseen digits", "the paper's"]]
     for row, (theirs, on_unseen) in PAPER.items():
@@ -202,7 +203,7 @@ def tables(args: Settings, found: Found) -> str:
 
 
 def picture(args: Settings, found: Found) -> Figure:
-    """Errors beside the paper's, and those of narrow nets over the temperature."""
+    """Plots of errors beside the paper's, and of narrow nets over the temperature."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     bars, over = figure.subplots(1, 2)
     ours = {row: errors(found, row) for row in PAPER}
@@ -229,7 +230,7 @@ def picture(args: Settings, found: Found) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> Found:
-    """Train the large net, then every small one for every seed, and write what came of it."""
+    """Train the large net, then every small net for every seed, and write the results."""
     args = options.read(Settings(), arguments, __doc__)
     study = Study(args)
     found: Found = {"large net": [study.teach()]}

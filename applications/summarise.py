@@ -1,13 +1,13 @@
-"""Distil for one task: a student that writes summaries learns from its teacher's late layers.
+"""Distil for one task, summarisation: the student learns from its teacher's late layers.
 
-As it stands, it learns to write the short description that belongs to a Wikipedia article:
+By default, it learns to write the short description of a Wikipedia article:
 
     python applications/summarise.py
     python applications/summarise.py --data articles.jsonl --document article --summary highlights
 
-A document, an arrow and its summary are one sequence for a causal language model. The student is made
-of the teacher's own blocks, and all of its losses count at the summary only: elsewhere labels are -100.
-Killed at any instant, the same command goes on.
+A document, an arrow and its summary form one sequence for a causal language model. The student is made of the teacher's
+own blocks. All losses count the tokens of the summary only; all other labels are -100. If the run is killed, the same
+command resumes it.
 """
 
 import math
@@ -28,22 +28,22 @@ from typing_extensions import Doc
 
 import kdloss
 
-ARROW = " =>"  # no space behind it: tokens begin with theirs
+ARROW = " =>"  # no space after it: tokens begin with a space
 NOTES = """\
-ROUGE-1/2/L (F1, percent) of greedy summaries of documents no model has seen, and perplexity of the
-real ones. Retention: the teacher's perplexity over the student's. TFLOP: floating-point operations of
-training, in 10^12, those of the teacher's passes included: products and attention, counted on eight batches,
-for each has a length of its own. Seconds: CPU time of training with one thread, else the wall's clock."""
+ROUGE-1/2/L (F1, percent) of greedy summaries of documents that no model has seen, and perplexity of the real ones.
+Retention: the teacher's perplexity divided by the student's. TFLOP: floating-point operations of training in 10^12,
+with the teacher's forward passes; products and attention are counted on about eight batches and scaled up, because
+batches differ in length. Seconds: time of training; CPU time with one thread, otherwise wall time."""
 Pair = tuple[list[int], list[int]]  # tokens of a document, and of the arrow and its summary
 
 
 @dataclass(kw_only=True)
 class Settings(distill_lm.Settings):
-    """Those of distill_lm.py, and those of the task."""
+    """The settings of distill_lm.py, and those of the task."""
 
     document: Annotated[str, Doc("column of the long text")] = "extract"
     summary: Annotated[str, Doc("column of the short text")] = "description"
-    summary_length: Annotated[int, options.COUNT, Doc("tokens written")] = 24
+    summary_length: Annotated[int, options.COUNT, Doc("longest summary in tokens, with the arrow")] = 24
 
 
 DEFAULTS = Settings(
@@ -54,7 +54,7 @@ DEFAULTS = Settings(
 
 
 def read_pairs(args: Settings) -> list[tuple[str, str]]:
-    """Documents with their summaries, none empty."""
+    """All pairs of a document and its summary, without empty ones."""
     if args.data is None:
         entries = text.packaged_summaries()
     else:
@@ -66,8 +66,8 @@ def read_pairs(args: Settings) -> list[tuple[str, str]]:
     pairs = [(document, summary) for document, summary in pairs if document and summary]
     if len(pairs) <= args.heldout_samples:
         raise ValueError(
-            f"{len(pairs)} of {len(entries)} entries have both {args.document!r} and {args.summary!r}, no "
-            f"more than the {args.heldout_samples} held out: --document, --summary or --heldout-samples"
+            f"{len(pairs)} of {len(entries)} entries have both {args.document!r} and {args.summary!r}, no more than "
+            f"the {args.heldout_samples} held out: change --document, --summary or --heldout-samples"
         )
     return pairs[: args.samples]
 
@@ -75,7 +75,7 @@ def read_pairs(args: Settings) -> list[tuple[str, str]]:
 def encode(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], length: int, summary: int
 ) -> list[Pair]:
-    """Token ids; a document is cut where its summary would not fit."""
+    """Token ids of documents and summaries; long documents are cut so that the summary fits."""
     found = []
     for document, short in pairs:
         ids = tokenizer(f"{ARROW} {short}", add_special_tokens=False)["input_ids"][: summary - 1]
@@ -85,7 +85,7 @@ def encode(
 
 
 def batch_of(pairs: Sequence[Pair], pad: int) -> dict[str, Tensor]:
-    """A padded batch whose labels are the summaries alone."""
+    """A padded batch; only the summaries have labels."""
     longest = max(len(document) + len(summary) for document, summary in pairs)
     batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for document, summary in pairs:
@@ -98,7 +98,7 @@ def batch_of(pairs: Sequence[Pair], pad: int) -> dict[str, Tensor]:
 
 
 def batches(pairs: Sequence[Pair], pad: int, steps: int, args: Settings) -> Iterator[dict[str, Tensor]]:
-    """So many batches in the order of the seed, every pair once before any comes again."""
+    """Batches for this many steps, shuffled by the seed; an epoch has every pair once."""
     for chosen in text.batches(torch.arange(len(pairs)), args.batch_size, steps, args.seed):
         batch = batch_of([pairs[i] for i in chosen["input_ids"]], pad)
         yield {name: x.to(args.device) for name, x in batch.items()}
@@ -124,7 +124,7 @@ def perplexity(model: PreTrainedModel, pairs: Sequence[Pair], pad: int) -> float
 def summaries(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], length: int
 ) -> list[str]:
-    """Greedy summaries of the documents."""
+    """Generate greedy summaries of the documents."""
     model.eval()
     arrow, pad = tokenizer(ARROW, add_special_tokens=False)["input_ids"], tokenizer.pad_token_id
     settings = {"do_sample": False, "max_new_tokens": length - len(arrow), "pad_token_id": pad}
@@ -132,7 +132,7 @@ def summaries(
     for start in tqdm(range(0, len(pairs), 32), "summaries", leave=False):
         prompts = [document + arrow for document, _ in pairs[start : start + 32]]
         longest = max(map(len, prompts))
-        left = [longest - len(prompt) for prompt in prompts]  # padded on the left, to go on at the right
+        left = [longest - len(prompt) for prompt in prompts]  # pad on the left: generation continues on the right
         ids = torch.tensor([[pad] * n + p for n, p in zip(left, prompts, strict=True)], device=model.device)
         mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(left, prompts, strict=True)])
         out = model.generate(ids, attention_mask=mask.to(ids.device), **settings)
@@ -143,7 +143,7 @@ def summaries(
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], length: int
 ) -> dict[str, Any]:
-    """What its summaries are worth beside the real ones."""
+    """The quality of a model's summaries, compared with the real ones."""
     written = summaries(model, tokenizer, pairs, length)
     real = [tokenizer.decode(ids, skip_special_tokens=True).removeprefix(f"{ARROW} ") for _, ids in pairs]
     return {
@@ -155,7 +155,7 @@ def evaluate(
 
 
 def main(arguments: Sequence[str] | None = None) -> report.Runs:
-    """Get a teacher that summarises, distil a student, and hold both against one trained alone."""
+    """Get a teacher that summarises, distil a student, and compare with a student trained alone."""
     args = options.read(DEFAULTS, arguments, __doc__)
     texts = read_pairs(args)
     seen, heldout = texts[: -args.heldout_samples], texts[-args.heldout_samples :]

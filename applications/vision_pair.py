@@ -1,11 +1,11 @@
-"""A deep residual net and a shallow one, as in benchmarks of images: eight ways to distil, by their published weights.
+"""Distil a deep residual net into a shallow one, as in image benchmarks: eight losses with their published weights.
 
     python applications/vision_pair.py --seeds 0 1 2
 
-wants MNIST (`make mnist` installs it, or --mnist), pooled to 14 x 14. The teacher has 32 layers and sees 10 000 images,
-students have 8 and see 500 of them. Weights, optimizer and learning rate are those that docs/recipes_images.md names,
-for CIFAR-100 and 240 epochs of 50 000 images; nothing was chosen here. Killed at any instant, the same command goes on
-with what is missing.
+It needs MNIST (install it with `make mnist`, or pass --mnist), which it pools to 14 x 14. The teacher has 32 layers and
+10 000 images, students have 8 layers and 500 of these images. Weights, optimizer and learning rate are those of
+docs/recipes_images.md, which are for CIFAR-100 and 240 epochs of 50 000 images; nothing was tuned here. If the run is
+killed, the same command resumes with what is missing.
 """
 
 from collections.abc import Sequence
@@ -30,18 +30,18 @@ from kdloss import CrossEntropy, Features, Logits, distances, divergences, sched
 
 @dataclass(kw_only=True)
 class Settings:
-    """What is trained, for how long, and by what."""
+    """The nets and their training."""
 
-    mnist: Annotated[Path | None, Doc("mnist.pkl.gz; else the one of the package")] = None
-    teacher_images: Annotated[int, options.COUNT, Doc("images that the teacher learns from")] = 10_000
-    images: Annotated[int, options.COUNT, Doc("those that students do")] = 500
-    width: Annotated[int, options.COUNT, Doc("channels of the first stage; twice, four times as many follow")] = 8
+    mnist: Annotated[Path | None, Doc("mnist.pkl.gz; otherwise that of the installed package")] = None
+    teacher_images: Annotated[int, options.COUNT, Doc("training images of the teacher")] = 10_000
+    images: Annotated[int, options.COUNT, Doc("training images of the students")] = 500
+    width: Annotated[int, options.COUNT, Doc("channels of the first stage; the next two have 2 and 4 times that")] = 8
     teacher_steps: Annotated[int, options.COUNT, Doc("steps of the teacher")] = 1000
     steps: Annotated[int, options.COUNT, Doc("steps of a student")] = 600
-    batch_size: Annotated[int, options.COUNT, Doc("images in a step")] = 64
-    lr: Annotated[float, Doc("SGD's learning rate, a tenth of it three times towards the end")] = 0.05
-    jitter: Annotated[int, Doc("pixels that images are moved by at most")] = 1
-    seeds: Annotated[list[int], Doc("of images, weights and batches")] = field(default_factory=lambda: [*range(3)])
+    batch_size: Annotated[int, options.COUNT, Doc("images per step")] = 64
+    lr: Annotated[float, Doc("SGD's learning rate; divided by 10 three times towards the end")] = 0.05
+    jitter: Annotated[int, Doc("largest shift of an image, in pixels")] = 1
+    seeds: Annotated[list[int], Doc("for images, weights and batches")] = field(default_factory=lambda: [*range(3)])
     output: Annotated[Path, Doc("folder of results")] = Path("runs/vision_pair")
 
 
@@ -49,7 +49,7 @@ STAGES = ["layer1", "layer2", "layer3"]
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions and a shortcut around them."""
 
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()
@@ -66,12 +66,12 @@ class Block(nn.Module):
         self.shortcut = nn.Identity() if same else other
 
     def forward(self, x: Tensor) -> Tensor:
-        """The map [B, width, height / stride, ...]."""
+        """Return a feature map [B, width, height / stride, width / stride]."""
         return F.relu(self.body(x) + self.shortcut(x))
 
 
 def resnet(blocks: int, width: int) -> nn.Sequential:
-    """The one for CIFAR: a convolution, three stages of so many blocks, a classifier: 6 * blocks + 2 layers."""
+    """A ResNet for CIFAR with 6 * blocks + 2 layers: a convolution, three stages of `blocks` blocks, a classifier."""
     net, before = nn.Sequential(), width
     net.conv1 = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
     for k, name in enumerate(STAGES):
@@ -85,13 +85,13 @@ def resnet(blocks: int, width: int) -> nn.Sequential:
 
 
 def regressor(student: int, teacher: int) -> nn.Module:
-    """VID's three convolutions."""
+    """The projection of VID: three convolutions."""
     first, *more = (nn.Conv2d(width, teacher, 1, bias=False) for width in (student, teacher, teacher))
     return nn.Sequential(first, nn.ReLU(), more[0], nn.ReLU(), more[1])
 
 
 def criteria(steps: int) -> dict[str, kdloss.Sum]:
-    """Row: the loss of docs/recipes_images.md; DKD's first 20 of 240 epochs are a twelfth of the steps."""
+    """The loss of each row, as in docs/recipes_images.md. DKD's warmup, 20 of 240 epochs, is a twelfth of the steps."""
     same = partial(Features, pairing="same")
     examples, dkd = distances.examples, partial(divergences.dkd, alpha=1.0, beta=8.0)
     lengths = same(["avgpool"], distance=examples.rkd_distance, name="distance")
@@ -120,9 +120,9 @@ class Study:
         self.learn = images.Images(learn.x[some], learn.y[some])
 
     def fit(self, model: kdloss.Distillation, count: int, steps: int) -> float:
-        """Train on the first so many images; returns how many test images the student misreads, in percent."""
+        """Train on the first `count` images; return the percentage of test images that the student misclassifies."""
         model.prepare(self.learn.x[:2, None]).train()
-        torch.manual_seed(self.seed)  # the same batches, whatever was drawn before
+        torch.manual_seed(self.seed)  # every row sees the same batches
         optimizer = torch.optim.SGD(model.parameters(), self.args.lr, momentum=0.9, weight_decay=5e-4)
         falls = [steps * part // 24 for part in (15, 18, 21)]  # of 240 epochs: 150, 180, 210
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1)
@@ -138,17 +138,17 @@ class Study:
 
     @torch.no_grad()
     def error(self, model: nn.Module) -> float:
-        """How many test images are misread, in percent."""
+        """Misclassified test images in percent."""
         read = torch.cat([model(x[:, None]).argmax(-1) for x in self.test.x.split(1000)])
         return 100 * (read != self.test.y).float().mean().item()
 
     def net(self, blocks: int) -> nn.Sequential:
-        """A new one."""
+        """A new ResNet."""
         torch.manual_seed(self.seed)
         return resnet(blocks, self.args.width)
 
     def teach(self, kept: Path) -> dict[str, float]:
-        """The teacher, trained by labels and kept."""
+        """Train the teacher on labels, and save it."""
         net = self.net(5)
         model = kdloss.Distillation(net, None, kdloss.VanillaKD(alpha=1.0))
         error = self.fit(model, self.args.teacher_images, self.args.teacher_steps)
@@ -157,7 +157,7 @@ class Study:
         return {"error": error}
 
     def student(self, row: str, kept: Path) -> dict[str, float]:
-        """A student, by this row's loss."""
+        """Train a student with the loss of this row."""
         teacher = self.net(5).eval()
         teacher.load_state_dict(torch.load(kept, weights_only=True))
         model = kdloss.Distillation(self.net(1), teacher, criteria(self.args.steps)[row])
@@ -165,7 +165,7 @@ class Study:
 
 
 def table(found: dict[str, list[float]]) -> str:
-    """One line per row, as Markdown; differences are seed by seed."""
+    """A Markdown table; differences are between runs of the same seed."""
     lines = [["", "misread, %", "against none"]]
     for row, errors in found.items():
         gained = [error - without for error, without in zip(errors, found["none"], strict=True)]
@@ -175,7 +175,7 @@ def table(found: dict[str, list[float]]) -> str:
 
 
 def picture(found: dict[str, list[float]]) -> Figure:
-    """Every seed a dot, the mean a bar with its standard deviation; the teacher is a line."""
+    """Bars for means with standard deviations, dots for seeds, a line for the teacher."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     rows = [row for row in found if row != "teacher"]
@@ -187,12 +187,12 @@ def picture(found: dict[str, list[float]]) -> Figure:
         axes.axvline(mean(found[row]), color="black", linewidth=1, linestyle=style, label=row)
     figure.legend(loc="outside upper right", ncols=2)
     axes.invert_yaxis()
-    axes.set(xlabel="test images misread, % (less is better); dots are seeds, whiskers their standard deviation")
+    axes.set(xlabel="misclassified test images, % (less is better); dots: seeds; whiskers: standard deviation")
     return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
-    """Train every kind of student for every seed, and write what came of it."""
+    """Train every kind of student for every seed, and write the results."""
     args = options.read(Settings(), arguments, __doc__)
     found: dict[str, list[float]] = {}
     settings = {name: x for name, x in vars(args).items() if name not in ("seeds", "output", "mnist")}

@@ -1,4 +1,4 @@
-"""Run every template in full, one after the other, and keep what each prints, and draws, for the docs.
+"""Run every example in full, and save its output and its picture for the docs.
 
 python benchmarks/examples.py [name ...]
 """
@@ -14,14 +14,14 @@ KEPT = ROOT / "docs" / "results" / "examples"
 
 
 def behind_bars(text: str) -> str:
-    """What was printed after the last progress bar that a framework wrote there."""
+    """The text after the last progress bar that a framework wrote to stdout."""
     lines = text.splitlines()
     start = max((number for number, line in enumerate(lines, start=1) if "it/s" in line), default=0)
     return "\n".join(lines[start:]).strip() + "\n"
 
 
 def page(said: str) -> str:
-    """The same as Markdown: tables stand there as they are, a Trainer's log as a block of text before them."""
+    """The output as Markdown: a Trainer's log as a block of text, then the tables unchanged."""
     log = [line for line in said.splitlines() if line.startswith("{")]
     rest = [line for line in said.splitlines() if not line.startswith("{")]
     return "\n".join([*(["```text", *log, "```", ""] if log else []), *rest]) + "\n"

@@ -1,8 +1,8 @@
-"""Time and peak memory on a card, of ours beside plain and compiled recipes and Liger: `make gpu`.
+"""Time and peak memory on a GPU: kdloss beside plain and compiled PyTorch recipes and Liger. Run `make gpu`.
 
-8192 tokens, 128 256 classes, D = 2048 and 4096. Times by the card's own events, all ways in turn, medians; peaks as
-the card's allocator saw them, beyond what was given. A way that needs more memory than there is says so. Without a card
-it ends with one sentence.
+8192 tokens, 128 256 classes, D = 2048 and 4096. Times come from CUDA events, with all ways in turn, as medians. Peaks
+come from CUDA's allocator, without the inputs. A way that needs too much memory has the row "out of memory". Without a
+GPU the script prints one sentence and ends.
 """
 
 import gc
@@ -28,7 +28,7 @@ DTYPES = {short(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "gpu.md"
 SIZES = {"tokens": 8192, "vocab": 128_256, "width": 2048, "teacher_width": 4096, "k": 64}
 HEADER = "| | way | ms | peak, MiB |\n|---|---|---|---|"
-LOSSES = {  # ours, the recipe, Liger's beta, alpha, T and the factor of its value; None where it has no kernel
+LOSSES = {  # ours, the recipe, Liger's (beta, alpha, T, factor of its value); None if Liger has no kernel
     "KL + CE": (VanillaKD(T, 0.5), recipes.kl_ce, (0.0, 0.5, T, T**2)),
     "JSD": (VanillaKD(T, 0.0, divergence=divergences.jsd), recipes.jsd, (0.5, 0.0, T, 1.0)),
     "reverse KL": (VanillaKD(T, 0.0, divergence=divergences.reverse_kl), recipes.reverse_kl, (1.0, 0.0, T, T**2)),
@@ -38,7 +38,7 @@ Ways = dict[str, Step]
 
 
 def ways(ours: Callable[..., Any], recipe: Callable[..., Any], peer: Callable[..., Any] | None, *given: Any) -> Ways:
-    """All ways to compute one loss of what is given."""
+    """All ways to compute one loss of the same inputs."""
     torch._dynamo.reset()
 
     def switched(compiled: bool) -> Step:
@@ -56,7 +56,7 @@ def ways(ours: Callable[..., Any], recipe: Callable[..., Any], peer: Callable[..
 
 
 def cases(device: str, dtype: torch.dtype, size: dict[str, int]) -> Iterator[tuple[str, Ways]]:
-    """Each loss with its ways; what it is given is made when it is its turn."""
+    """Each loss with all its ways. The inputs of a loss are made when its turn comes."""
     tokens, vocab, width, k = (size[name] for name in ("tokens", "vocab", "width", "k"))
     wide = f"{shape(tokens, vocab)} logits"
     for name, (ours, recipe, options) in LOSSES.items():
@@ -79,29 +79,29 @@ def cases(device: str, dtype: torch.dtype, size: dict[str, int]) -> Iterator[tup
 
 
 def on(device: str, make: Callable[..., Any], *args: Any) -> Any:
-    """What is made on a device."""
+    """Make tensors on a device."""
     with torch.device(device):
         return make(*args)
 
 
 def top_k(tokens: int, vocab: int, dtype: torch.dtype, k: int) -> tuple[torch.Tensor, TopKLogits]:
-    """A student's logits, and the k most probable classes of a teacher."""
+    """A student's logits, and the teacher's k most probable classes."""
     student, teacher, _ = logits(tokens, vocab, dtype)
     return student, TopKLogits.of(teacher, k)
 
 
 def gathered(student: torch.Tensor, kept: TopKLogits) -> torch.Tensor:
-    """The recipe for them."""
+    """The plain recipe for top-k logits."""
     return recipes.gathered(student, kept.indices, kept.log_probs)
 
 
 def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Ours of a batch."""
+    """The mean of `distances.mse` over a batch."""
     return distances.mse(student, teacher).mean()
 
 
 def times(found: Ways, device: str, rounds: int) -> dict[str, float]:
-    """The median time of each way in ms, all in turn."""
+    """The median time of each way in ms; ways run in turn."""
     taken: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
         for name, step in found.items():
@@ -121,7 +121,7 @@ def times(found: Ways, device: str, rounds: int) -> dict[str, float]:
 
 
 def most(step: Step, device: str) -> int:
-    """The peak of a step in bytes, beyond what was there before."""
+    """The peak memory of a step in bytes, above what was allocated before."""
     if device == "cpu":
         return peak(step)
     torch.cuda.synchronize()
@@ -133,7 +133,7 @@ def most(step: Step, device: str) -> int:
 
 
 def table(device: str, dtype: torch.dtype, size: dict[str, int], rounds: int = 10) -> Iterator[str]:
-    """The rows, as they are measured."""
+    """Yield the rows of the table as they are measured."""
     for what, found in cases(device, dtype, size):
         peaks = {name: tried(step, device) for name, step in found.items()}
         able = {name: step for name, step in found.items() if peaks[name] is not None}
@@ -145,22 +145,22 @@ def table(device: str, dtype: torch.dtype, size: dict[str, int], rounds: int = 1
 
 
 def tried(step: Step, device: str) -> int | None:
-    """The peak of a step once it is compiled and has chosen its kernels; None where memory is too small."""
+    """The peak of a step after compilation and autotuning; None if the memory is too small."""
     try:
         for _ in range(3):
             step()
         return most(step, device)
     except torch.OutOfMemoryError:
-        pass  # what the step held goes with its traceback
+        pass  # leaving the handler frees the traceback, which holds the step's tensors
     gc.collect()
     torch.cuda.empty_cache()
     return None
 
 
 def main(*names: str) -> None:
-    """The tables of this card, of these dtypes."""
+    """Write the tables of this GPU for these dtypes."""
     if not torch.cuda.is_available():
-        print("there is no card here that torch.cuda can use, so nothing was measured")
+        print("torch.cuda finds no GPU here, so nothing was measured")
         return
     properties = torch.cuda.get_device_properties(0)
     memory = properties.total_memory / 2**30

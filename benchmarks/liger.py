@@ -1,6 +1,6 @@
-"""Liger's losses in the shape of ours; None where liger-kernel isn't installed, or has no such loss on the device.
+"""Liger's losses with the signature of ours; None if liger-kernel is not installed or has no such loss on the device.
 
-Its beta is 0 for KL(teacher ‖ student), 1 for KL(student ‖ teacher), and never multiplied by T².
+Liger's beta is 0 for KL(teacher ‖ student) and 1 for KL(student ‖ teacher). Liger never multiplies by T².
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def here() -> bool:
 
 
 def fused_linear(beta: float, alpha: float, temperature: float, factor: float, chunk: int) -> Loss | None:
-    """Alpha times CE and (1 - alpha) factor times its JSD of hidden states and heads, in chunks that are compiled."""
+    """Alpha times CE plus (1 - alpha) times factor times its JSD of hidden states and heads, in compiled chunks."""
     if not here():
         return None
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -34,7 +34,7 @@ def fused_linear(beta: float, alpha: float, temperature: float, factor: float, c
 
 
 def kernel(beta: float, alpha: float, temperature: float, factor: float, device: str) -> Loss | None:
-    """The same of given logits: its Triton kernel, which takes log-softmaxes, beside PyTorch's cross-entropy."""
+    """The same on logits: its Triton kernel, which takes log-softmaxes, and PyTorch's cross-entropy."""
     if not here() or device == "cpu":
         return None
     from liger_kernel.transformers import LigerJSD
@@ -43,7 +43,7 @@ def kernel(beta: float, alpha: float, temperature: float, factor: float, device:
 
     def of(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         value = factor * jsd(*((x / temperature).log_softmax(-1) for x in (student, teacher)))
-        mixed: Tensor = alpha * F.cross_entropy(student, labels) + (1 - alpha) * value if alpha else value
-        return mixed
+        total: Tensor = alpha * F.cross_entropy(student, labels) + (1 - alpha) * value if alpha else value
+        return total
 
     return of

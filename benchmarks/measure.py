@@ -1,4 +1,4 @@
-"""Time and memory of a training step, and the rows of the table that they stand in."""
+"""Measure time and memory of a training step, and format them as rows of a table."""
 
 import os
 import resource
@@ -16,20 +16,20 @@ from torch.profiler import ProfilerActivity, profile
 import kdloss
 
 Step = Callable[[], Any]
-SECONDS = 2.0  # how long one pair is measured
+SECONDS = 2.0  # CPU time spent on measuring one pair
 HEADER = "| | conditions | ours | ratio, or number | goal |\n|---|---|---|---|---|"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: what is measured, under which conditions, against what; a goal that is missed stays, in bold."""
+    """A row of the table: what was measured, the conditions, the ratio, the goal. Missed goals are in bold."""
 
     what: str
     conditions: str
     ratio: float
     goal: float | None = None
     ours: str = ""
-    least: bool = False  # the goal is a least, not a most
+    least: bool = False  # the goal is a lower bound
 
     def __str__(self) -> str:
         goal = "" if self.goal is None else f"{'≥' if self.least else '≤'} {self.goal:.3g}"
@@ -39,7 +39,7 @@ class Row:
 
 
 def engine(compiled: bool) -> None:
-    """Turn the engine's compiled blocks on or off. The one place that knows its switch."""
+    """Turn the engine's compiled blocks on or off. Only this function knows the switch."""
     os.environ["KDLOSS_COMPILE"] = "1" if compiled else "0"
     switch = getattr(kdloss, "set_compile", None)
     if switch is not None:
@@ -48,15 +48,15 @@ def engine(compiled: bool) -> None:
 
 @contextmanager
 def engine_as(compiled: bool) -> Iterator[str]:
-    """Within: the engine compiled or not. What is measured says so in its conditions."""
+    """Run the engine compiled or uncompiled; yield the word for the conditions."""
     engine(compiled)
-    torch._dynamo.reset()  # every compiled recipe is compiled for the shape at hand, not for any
+    torch._dynamo.reset()  # compile every recipe for its own shapes, not for dynamic ones
     yield "compiled" if compiled else "uncompiled"
     engine(False)
 
 
 def paired(ours: Step, other: Step, rounds: int = 15) -> tuple[float, float]:
-    """Median of ours / other in CPU time, taken in turn, at least three times, after some first runs; ours in ms."""
+    """The median of ours / other in CPU time, and ours in ms. Both run in turn, at least three times, after warm-up."""
     warm_up(ours, other)
     ratios, mine, until = [], [], time.process_time() + SECONDS
     while len(ratios) < 3 or (len(ratios) < rounds and time.process_time() < until):
@@ -71,7 +71,7 @@ def paired(ours: Step, other: Step, rounds: int = 15) -> tuple[float, float]:
 
 
 def warm_up(*steps: Step) -> None:
-    """Run them twice; where memory is kept, until they take no new pages, which may be ten times."""
+    """Run the steps twice; if the allocator keeps memory, until they take no new pages, at most ten times."""
     for k in range(10 if os.environ.get("MALLOC_MMAP_MAX_") == "0" else 2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for step in steps:
@@ -81,9 +81,9 @@ def warm_up(*steps: Step) -> None:
 
 
 def peak(step: Step) -> int:
-    """Bytes allocated at the peak of a step beyond what there was before: PyTorch's allocator says every one.
+    """The peak memory of a step in bytes, above what was allocated before, from the events of PyTorch's allocator.
 
-    So temporaries inside operators and compiled kernels' buffers count, too. The first run is not measured.
+    So temporaries inside operators and the buffers of compiled kernels count, too. The first run is not measured.
     """
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -97,7 +97,7 @@ def peak(step: Step) -> int:
 
 
 def leaves(given: Sequence[Any]) -> list[Tensor]:
-    """The tensors behind logits of any kind, and in what holds them."""
+    """All tensors in logits of any kind, and in lists and objects that hold them."""
     found = []
     for x in given:
         if isinstance(x, Tensor):
@@ -110,7 +110,7 @@ def leaves(given: Sequence[Any]) -> list[Tensor]:
 
 
 def backward(loss: Callable[..., Tensor], *given: Any) -> Step:
-    """A step: value and gradients, which are thrown away."""
+    """A step that computes the value and the gradients, and drops the gradients."""
     trained = [t for t in leaves(given) if t.requires_grad]
 
     def step() -> None:
@@ -122,13 +122,13 @@ def backward(loss: Callable[..., Tensor], *given: Any) -> Step:
 
 
 def time_row(what: str, conditions: str, ours: Step, other: Step, goal: float | None = None) -> Row:
-    """Ours against the other: time."""
+    """A row for the time of ours against the other."""
     ratio, ms = paired(ours, other)
     return Row(f"{what}: time", conditions, ratio, goal, f"{ms:.3g} ms")
 
 
 def peak_row(what: str, conditions: str, ours: Step, other: Step | int, goal: float | None = None) -> Row:
-    """Ours against the other, or against so many bytes: peak."""
+    """A row for the peak memory of ours against the other, or against a number of bytes."""
     mine = peak(ours)
     ratio = mine / (other if isinstance(other, int) else peak(other))
     return Row(f"{what}: peak", conditions, ratio, goal, f"{mine / 2**20:.3g} MiB")

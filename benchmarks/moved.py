@@ -1,5 +1,5 @@
-"""How many bytes of memory a training step reads and writes, counted: operators one by one, compiled kernels by the
-compiler's own report.
+"""Count the bytes that a training step reads and writes: eager operators one by one, compiled kernels by the report of
+the compiler.
 """
 
 import logging
@@ -14,17 +14,17 @@ from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WRITTEN_ONLY = {"copy_", "fill_", "zero_"}  # what stood there isn't read
-PICKED = {"gather", "index_select", "index", "embedding"}  # of the first, only what comes out is read
-PUT = {"scatter_", "scatter_add_", "index_put_"}  # of the first, only what the others say is touched
+WRITTEN_ONLY = {"copy_", "fill_", "zero_"}  # the old content isn't read
+PICKED = {"gather", "index_select", "index", "embedding"}  # of the first argument, only the result is read
+PUT = {"scatter_", "scatter_add_", "index_put_"}  # of the first argument, only the indexed entries are touched
 PUT_ROWS = {"index_fill_", "index_copy_", "index_add_"}
 
 
 class Moved(TorchDispatchMode):
-    """Adds up inputs and outputs of every operator that reads or writes a tensor of at least `entries` numbers.
+    """Sum the input and output bytes of every operator that reads or writes a tensor of at least `entries` numbers.
 
-    What a kernel does inside is not seen: a softmax counts as one reading and one writing. Compiled functions run
-    compiled within it, and are not seen at all.
+    The work inside a kernel does not count: a softmax is one read and one write. Compiled functions stay compiled under
+    this mode, and do not count at all.
     """
 
     def __init__(self, entries: int) -> None:
@@ -36,7 +36,7 @@ class Moved(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and count."""
+        """Run the operator and count its bytes."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
@@ -48,9 +48,9 @@ class Moved(TorchDispatchMode):
 
 
 def bytes_moved(step: Step, entries: int) -> int:
-    """Bytes that a step moves, with operators on tensors of at least so many numbers; compiles anew what it compiles.
+    """The bytes that a step moves in operators on tensors of at least `entries` numbers; everything is compiled anew.
 
-    To be read per block, the step is to have one: the compiler reports what it compiles, not how often that runs.
+    The step should have a single block, because the compiler reports what it compiles and not how often it runs.
     """
     with (
         compilers_report() as compiled,
@@ -63,11 +63,11 @@ def bytes_moved(step: Step, entries: int) -> int:
 
 @contextmanager
 def compilers_report() -> Iterator[list[int]]:
-    """Within, what is newly compiled for CPU or GPU: one number in the end, the bytes that its kernels read and write.
+    """Count the bytes that newly compiled kernels read and write; the list holds the number at the end.
 
-    The compiler counts every kernel's inputs and outputs once, however often the kernel sweeps over them.
+    The compiler counts the inputs and outputs of every kernel once, however often the kernel sweeps over them.
     """
-    log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")  # it counts for who listens
+    log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")  # it counts only if this logger is on
     level, log.propagate, found = log.level, False, []
     log.setLevel(logging.INFO)
     without_cache = torch._functorch.config.patch(enable_autograd_cache=False)
@@ -103,7 +103,7 @@ def _shared(t: Tensor, others: list[Tensor]) -> bool:
 
 
 def _entries(t: Tensor) -> int:
-    """How many numbers stand in memory: one that is expanded counts once."""
+    """The number of entries in memory; expanded dimensions count once."""
     sizes = [size for size, stride in zip(t.shape, t.stride(), strict=True) if stride]
     return torch.Size(sizes).numel()
 

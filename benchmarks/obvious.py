@@ -1,6 +1,6 @@
-"""Distances between features as one writes them in plain PyTorch: the loss of a batch, a number.
+"""Feature distances in plain PyTorch, written in the obvious way; each returns the loss of a batch as a number.
 
-Rows are `[..., N, D]`, maps `[B, C, H, W]`; what relates examples takes one vector for each, `[B, D]`.
+Token features are `[..., N, D]`, maps `[B, C, H, W]`. Distances that relate examples take one vector each, `[B, D]`.
 """
 
 import math
@@ -39,7 +39,7 @@ def pkd(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def activation_boundary(student: Tensor, teacher: Tensor) -> Tensor:
-    """The authors' code, but for its sum."""
+    """The authors' code with a mean in place of a sum."""
     on = (teacher > 0).float()
     return ((student + 1).relu().square() * (1 - on) + (1 - student).relu().square() * on).mean()
 
@@ -50,20 +50,20 @@ def standardized_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
-    """Of maps."""
+    """Takes maps."""
     s, t = (F.normalize(x.square().mean(1).flatten(1)) for x in (student, teacher))
     return F.mse_loss(s, t)
 
 
 def nst(student: Tensor, teacher: Tensor) -> Tensor:
-    """Of maps, by the products over positions, as is cheaper where there are more channels than positions."""
+    """Takes maps; by products over positions, which is cheaper if there are more channels than positions."""
     s, t = (F.normalize(x.flatten(2), dim=-1) for x in (student, teacher))
     gap = s.mT @ s / s.shape[1] - t.mT @ t / t.shape[1]
     return gap.square().sum((1, 2)).mean()
 
 
 def fsp(student: Tensor, teacher: Tensor) -> Tensor:
-    """Of two layers' maps, side by side."""
+    """Takes the maps of two layers, concatenated."""
     flows = []
     for x in (student, teacher):
         first, second = x.flatten(2).chunk(2, 1)
@@ -72,7 +72,7 @@ def fsp(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def cwd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
-    """Of maps."""
+    """Takes maps."""
     s, t = (x.flatten(2) / temperature for x in (student, teacher))
     total = F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="sum")
     return total * temperature**2 / s.shape[:2].numel()
@@ -90,7 +90,7 @@ def similarity(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def cka(student: Tensor, teacher: Tensor) -> Tensor:
-    """By the Gram matrices, as is cheaper where rows are wider than they are many."""
+    """By Gram matrices, which is cheaper if D is larger than N."""
     s, t = (x - x.mean(-2, keepdim=True) for x in (student, teacher))
     k, g = s @ s.mT, t @ t.mT
     return 1 - ((k * g).sum((-2, -1)) / (k.norm(dim=(-2, -1)) * g.norm(dim=(-2, -1)))).mean()
@@ -112,7 +112,7 @@ def pkt(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """By distances that keep the digits of near duplicates, which `torch.cdist` by products doesn't."""
+    """With exact distances: `torch.cdist` by products loses the digits of near duplicates."""
     s, t = (torch.cdist(x, x, compute_mode=EXACT) for x in (student, teacher))
     others = 1 - 1 / s.shape[-1]
     s, t = (x / (x.mean((-2, -1), keepdim=True) / others) for x in (s, t))
@@ -128,7 +128,7 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def word_relation(student: Tensor, teacher: Tensor, window: int = 21) -> Tensor:
-    """The authors' code: windows reach beyond the sentence, where its first and last words are repeated."""
+    """The authors' code: windows reach beyond the sentence, padded with its first and last words."""
     cosines, angles = [], []
     for x in (student, teacher):
         unit = F.normalize(x, dim=-1)
@@ -142,7 +142,7 @@ def word_relation(student: Tensor, teacher: Tensor, window: int = 21) -> Tensor:
 
 
 def crd(student: Tensor, teacher: Tensor, heads: list[nn.Linear], memories: list[Tensor], at: int = 0) -> Tensor:
-    """Two heads, the students and teachers remembered, and the place that is written next."""
+    """With two heads, memories of students and teachers, and the index to write next."""
     s, t = (F.normalize(head(x), dim=-1) for head, x in zip(heads, (student, teacher), strict=True))
     students, teachers = (memory.clone() for memory in memories)
     bar = math.log(len(students)) + 1 / (2 * s.shape[-1] * 0.07**2)

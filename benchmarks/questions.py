@@ -1,4 +1,4 @@
-"""One picture for each question of docs/results.md, from what `benchmarks/results.py` measured.
+"""Draw one picture for each question of docs/results.md, from the measurements of `benchmarks/results.py`.
 
 python benchmarks/questions.py [name ...]
 """
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 RUNS, PICTURES = ROOT / "runs" / "results", ROOT / "docs" / "results"
 ALONE, TEACHER = "0.45", "black"  # their colours in every picture
-WAYS = {  # what a picture calls the rows of compare.py
+WAYS = {  # name in the picture: row of compare.py
     "alone": "none",
     "alone, as many operations": "none-same-compute",
     "features": "feature",
@@ -29,7 +29,7 @@ Runs = Mapping[str, Seeds]
 
 
 def runs(study: str) -> Runs:
-    """Every row of a study, and in it every seed."""
+    """All rows of a study, with the runs of all seeds."""
     found: Runs = json.loads((RUNS / study / "results.json").read_text(encoding="utf-8"))["runs"]
     return found
 
@@ -40,17 +40,17 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def numbers(seeds: Seeds, key: str = "perplexity") -> list[float]:
-    """One number of every seed."""
+    """One number per seed."""
     return [found[key] for found in seeds]
 
 
 def share(seeds: Seeds, alone: Seeds) -> list[float]:
-    """Perplexity in percent of the student's that learned alone, seed by seed."""
+    """Perplexity in percent of the student trained alone with the same seed."""
     return [100 * a / b for a, b in zip(numbers(seeds), numbers(alone), strict=True)]
 
 
 def line(axes: Axes, points: Mapping[float, Sequence[float]], label: str, at: int = -1, **style: Any) -> None:
-    """Means over what was varied, with deviations over the seeds; the name stands at the last point, or another."""
+    """Plot means and standard deviations over the varied setting; the label is at point `at`."""
     xs = sorted(points)
     means, deviations = zip(*(spread(points[x]) for x in xs), strict=True)
     drawn = axes.errorbar(xs, means, deviations, marker="o", capsize=4, **style)
@@ -59,7 +59,7 @@ def line(axes: Axes, points: Mapping[float, Sequence[float]], label: str, at: in
 
 
 def level(axes: Axes, height: float, label: str, colour: str) -> None:
-    """What doesn't depend on what was varied."""
+    """Draw a horizontal line for a value that does not depend on the varied setting."""
     axes.axhline(height, color=colour, linewidth=1, linestyle="--")
     axes.annotate(
         label, (0.01, height), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=colour
@@ -76,7 +76,7 @@ def bars(axes: Axes, rows: Mapping[str, Sequence[float]], **style: Any) -> None:
 
 
 def varied(study: Runs, flag: str, standard: float, method: str = "vanilla") -> dict[float, Seeds]:
-    """The rows of a method by the value of a flag; `standard` is its value where the row says nothing."""
+    """The rows of a method by the value of a flag; `standard` is the value of the row without the flag in its name."""
     named = {row.removeprefix(f"{method}, {flag} "): found for row, found in study.items()}
     return {standard: study[method]} | {float(value): found for value, found in named.items() if _is_number(value)}
 
@@ -86,7 +86,7 @@ def _is_number(word: str) -> bool:
 
 
 def teacher_beside(axes: Axes, found: Runs) -> None:
-    """The teacher as a line across bars."""
+    """Draw the teacher as a line across the bars."""
     height = mean(numbers(found["teacher"]))
     axes.axvline(height, color=TEACHER, linewidth=1, linestyle="--")
     axes.annotate(
@@ -95,7 +95,7 @@ def teacher_beside(axes: Axes, found: Runs) -> None:
 
 
 def one(width: float = 7.5) -> tuple[Figure, Axes]:
-    """A figure with one set of axes, and room on the right for the lines' names."""
+    """A figure with one set of axes, and room for labels on the right."""
     figure = Figure(figsize=(width, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -168,7 +168,7 @@ def data() -> Figure:
         rows = varied(found, "student-blocks", 768, method)
         line(axes, {blocks * 64: numbers(seeds) for blocks, seeds in rows.items()}, name, color=colour)
     level(axes, mean(numbers(found["teacher"])), "teacher", TEACHER)
-    axes.set(xscale="log", yscale="log", xlabel="tokens of text that the student sees, again and again")
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the student's text (many epochs)")
     axes.set_xticks(ticks := [6_000, 12_000, 25_000, 50_000, 100_000, 200_000], [f"{x:,}" for x in ticks])
     axes.xaxis.minorticks_off()
     axes.set(ylabel="held-out perplexity (less is better)")
@@ -192,7 +192,7 @@ def real() -> Figure:
 
 
 def divergences() -> Figure:
-    """Which divergence? What a student predicts, and what it writes."""
+    """Which divergence? The student's perplexity, and the text that it samples."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     found = runs("divergences")
     rows = {"alone": found["none"]}
@@ -201,8 +201,8 @@ def divergences() -> Figure:
             rows[row.removeprefix("vanilla, divergence ").removesuffix(", alpha 0.1")] = seeds
     asked = {
         "perplexity": "held-out perplexity (less is better)",
-        "samples": "teacher's perplexity on what it writes\n(less is more likely)",
-        "own": "its own perplexity on what it writes\n(less is more certain, and less varied)",
+        "samples": "teacher's perplexity on its samples\n(less is more likely)",
+        "own": "its own perplexity on its samples\n(less is more certain, and less varied)",
     }
     for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), asked.items(), strict=True):
         bars(axes, {name: numbers(seeds, key) for name, seeds in rows.items()})
@@ -224,7 +224,7 @@ QUESTIONS: dict[str, Callable[[], Figure]] = {
 
 
 def measured(name: str) -> bool:
-    """Whether all that a picture shows is there."""
+    """Whether all results that a picture needs exist."""
     try:
         QUESTIONS[name]()
     except FileNotFoundError:
@@ -233,7 +233,7 @@ def measured(name: str) -> bool:
 
 
 def main(names: Sequence[str]) -> None:
-    """Draw these, or all."""
+    """Draw the pictures with these names, or all."""
     for name in names or QUESTIONS:
         QUESTIONS[name]().savefig(PICTURES / f"question-{name}.png", dpi=110)
 

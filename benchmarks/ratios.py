@@ -1,11 +1,11 @@
-"""Our losses against what one would write otherwise, as ratios, in one table: `make bench`.
+"""A table of ratios of time and memory: kdloss against the code that one would write otherwise. Run `make bench`.
 
 python benchmarks/ratios.py [section ...]
 
-One thread, CPU time, both ways in turn, medians of paired ratios; peaks as PyTorch's allocator saw them. Every section
-runs in a process of its own, some twice: with memory "fresh", as C's allocator hands it out by default (large buffers
-are new pages every time, and a plain recipe spends half of its time on them), and "kept", as on every GPU. All of them
-together are kept in docs/results/bench.md.
+One thread, CPU time, both ways in turn, medians of paired ratios; peaks come from PyTorch's allocator. Every section
+runs in a process of its own, some sections twice. With memory "fresh", C's allocator has its defaults: large buffers
+are new pages every time, and a plain recipe spends half of its time on them. With memory "kept", freed buffers are
+reused, as on every GPU. A run of all sections writes docs/results/bench.md.
 """
 
 import os
@@ -54,7 +54,7 @@ def conditions() -> str:
 
 
 def in_a_process(section: str, memory: str) -> list[str]:
-    """The rows of a section, printed as they come; raises where it fails."""
+    """Run a section in a new process; print its rows as they come, and return them. Exit if it fails."""
     quiet = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
     env = os.environ | quiet | (KEPT if memory == "kept" else {})
     command = [sys.executable, __file__, "--here", section, memory]
@@ -71,7 +71,7 @@ def in_a_process(section: str, memory: str) -> list[str]:
 
 
 def here(section: str, memory: str) -> None:
-    """Print the rows of a section, measured in this process."""
+    """Measure a section in this process, and print its rows."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for row in SECTIONS[section][0](memory):
@@ -79,7 +79,7 @@ def here(section: str, memory: str) -> None:
 
 
 def main() -> None:
-    """The table, row by row."""
+    """Print the table, row by row."""
     chosen = sys.argv[1:] or list(SECTIONS)
     unknown = set(chosen) - set(SECTIONS)
     if unknown:

@@ -1,4 +1,4 @@
-"""How fast a cache is read, beside numpy's memory map of the same numbers: `python benchmarks/reads.py`."""
+"""How fast a cache is read, compared with numpy's memory map of the same data: `python benchmarks/reads.py`."""
 
 import random
 import statistics
@@ -16,11 +16,11 @@ from torch import nn
 
 import kdloss.cache
 
-EXAMPLES, BATCH, TOKENS, K, VOCABULARY = 512, 8, 256, 64, 4000  # stored as uint16, as up to 65 536 classes are
+EXAMPLES, BATCH, TOKENS, K, VOCABULARY = 512, 8, 256, 64, 4000  # uint16 ids, as up to 65 536 classes
 
 
 class Teacher(nn.Module):
-    """Says the same of every text."""
+    """A teacher with the same logits for every text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Teacher(nn.Module):
 
 
 def cache_reads(rounds: int = 7) -> tuple[float, float]:
-    """Tokens per second of CPU time: of a cache, and of memory-mapped arrays; batches in random order, medians."""
+    """Tokens per second of CPU time from a cache and from memory-mapped arrays; random batches, medians."""
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, "a"))
     rows = datasets.Dataset.from_dict({"id": [*range(EXAMPLES)], "input_ids": [[0] * TOKENS] * EXAMPLES})
     order = random.Random(0)

@@ -1,4 +1,4 @@
-"""What training scripts write in plain PyTorch, as they write it."""
+"""Losses in plain PyTorch, as training scripts write them."""
 
 import math
 
@@ -19,7 +19,7 @@ def kl_ce(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_ce_kept(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """The same where some labels are -100: values everywhere, then a mask."""
+    """The same with labels of -100: compute all values, then apply a mask."""
     p = (teacher / T).softmax(-1)
     values = F.kl_div((student / T).log_softmax(-1), p, reduction="none").sum(-1)
     keep = labels != -100
@@ -50,18 +50,18 @@ def truncated(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def mapped(student: Tensor, teacher: Tensor, labels: Tensor, student_ids: Tensor, teacher_ids: Tensor) -> Tensor:
-    """The classes that both have, by their ids."""
+    """Select the classes that both models have, by their ids."""
     hard = F.cross_entropy(student, labels)
     return 0.5 * hard + 0.5 * kl(student.index_select(-1, student_ids), teacher.index_select(-1, teacher_ids))
 
 
 def gathered(student: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
-    """KL of stored top-k log-probabilities, the rest left out (so it may be negative)."""
+    """KL of stored top-k log-probabilities. The other classes are left out, so it can be negative."""
     log_q = student.log_softmax(-1).gather(-1, indices)
     return (log_probs.exp() * (log_probs - log_q)).sum(-1).mean()
 
 
-# As DistillKit has it, in our words: log-softmax of both, the rest from the logarithms.
+# DistillKit's formulas in our own code: log-softmax of both sides, then everything from the logarithms.
 
 
 def logs_kl(student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -82,6 +82,6 @@ def logs_total_variation(student: Tensor, teacher: Tensor, labels: Tensor | None
 
 
 def sparse(student: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
-    """The same as `gathered`, with a sum over the classes in place of their log-softmax."""
+    """The same as `gathered`, with a logsumexp in place of the log-softmax."""
     log_q = student.gather(-1, indices) - student.logsumexp(-1, keepdim=True)
     return (log_probs.exp() * (log_probs - log_q)).sum(-1).mean()

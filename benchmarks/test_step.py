@@ -1,4 +1,4 @@
-"""A training step by the ways of distilling features: `make bench`."""
+"""A training step with logits or features, and with features in the naive way: `make bench`."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_step(benchmark, pair, way):
     }
 
     def old_way():
-        """The teacher in full, and the student once for logits and once more for features."""
+        """Run the full teacher, and the student twice: for its loss and for its features."""
         with torch.no_grad():
             target = teacher(tokens, output_hidden_states=True).hidden_states
         logits = student(tokens, labels=tokens).loss

@@ -1,12 +1,12 @@
-"""Distil a language model with Accelerate: one process, several, mixed precision, as `accelerate config` says.
+"""Distil a language model with Accelerate: one process or several, in the precision that `accelerate config` sets.
 
-Student and criterion are one module, which Accelerate wraps, moves, clips and saves. The teacher is no part of it and
-follows it to its device. A batch is that of all processes together. The student has a tenth of the teacher's text,
-Python's documentation, and reads it again and again; alone it takes as many steps.
+Accelerate wraps, moves, clips and saves one module, which holds the student and the criterion. The teacher is not part
+of that module and follows it to its device. A batch is split over all processes. The teacher trains on Python's
+documentation, the student on a tenth of it, for many epochs. The student alone takes the same number of steps.
 
     python examples/accelerate_loop.py
     accelerate launch examples/accelerate_loop.py
-    torchrun --nproc-per-node 2 examples/accelerate_loop.py                # without a GPU, too
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py                # works without a GPU, too
 """
 
 import math
@@ -30,7 +30,7 @@ import kdloss
 def train(name, accelerator, student, blocks, steps, batch_size, lr, teacher=None, alpha=0.1, temperature=1.0):
     """Train a student, with a teacher or without."""
     model = student
-    if teacher is not None:  # distillation: student and criterion become one module, which is prepared as any other
+    if teacher is not None:  # distillation: student and criterion become one module; prepare it like any other
         model = kdloss.Distillation(student, teacher, kdloss.VanillaKD(temperature=temperature, alpha=alpha))
     optimizer = AdamW(model.parameters(), lr, weight_decay=0.1)
     schedule = OneCycleLR(optimizer, lr, steps)
@@ -38,20 +38,20 @@ def train(name, accelerator, student, blocks, steps, batch_size, lr, teacher=Non
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     batches = islice(chain.from_iterable(repeat(loader)), steps)
     for batch in tqdm(batches, name, steps, disable=not accelerator.is_main_process):
-        loss = model(input_ids=batch, labels=batch).loss  # every block has as many labels: means add up to the mean
+        loss = model(input_ids=batch, labels=batch).loss  # blocks have equally many labels: the mean is exact
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    accelerator.save_state(f"runs/accelerate_loop/{name}")  # `load_state` takes the run up again
+    accelerator.save_state(f"runs/accelerate_loop/{name}")  # `load_state` resumes from it
     accelerator.free_memory()
     return student
 
 
 @torch.no_grad()
 def perplexity(accelerator, model, blocks):
-    """The exponential of the mean loss; every process computes its share."""
+    """The exponential of the mean loss. Every process computes its share."""
     model.eval()
     loader = accelerator.prepare(DataLoader(blocks, 64))
     losses = [model(input_ids=batch, labels=batch).loss.expand(len(batch)) for batch in loader]
@@ -59,7 +59,7 @@ def perplexity(accelerator, model, blocks):
 
 
 def gpt2(vocab_size, n_layer, n_embd, seed):
-    """A new GPT-2; the seed draws its weights, and then its batches."""
+    """A new GPT-2. The seed sets its weights, and the batches drawn after it."""
     torch.manual_seed(seed)
     shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // 32, "bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=64, **shape))
@@ -67,17 +67,17 @@ def gpt2(vocab_size, n_layer, n_embd, seed):
 
 def main(steps: int = 300, batch_size: int = 8, lr: float = 3e-3, alpha: float = 0.1, temperature: float = 1.0,
          seed: int = 0) -> dict[str, float]:  # fmt: skip
-    """Train a teacher, a student alone and one with the teacher.
+    """Train a teacher, a student alone and a student with the teacher.
 
     Args:
         steps: steps of each student; the teacher takes twice as many
-        batch_size: blocks of 64 tokens in a step, of all processes together
-        lr: learning rate at its highest
-        alpha: weight of the labels; the teacher's is 1 - alpha
-        temperature: softens what both models predict
-        seed: draws weights and batches
+        batch_size: blocks of 64 tokens per step, over all processes
+        lr: peak learning rate
+        alpha: weight of the labels; the teacher's weight is 1 - alpha
+        temperature: T of the teacher's term; divides both models' logits
+        seed: seed of weights and batches
     """
-    # Unless it is told so, Accelerate takes each of several processes without a GPU for one that trains alone.
+    # Without a GPU and without `cpu=True`, Accelerate would let each process train on its own.
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, dataloader_config=DataLoaderConfiguration(split_batches=True))
     paragraphs = sorted({part for topic in topics.values() for part in topic.split("\n\n")})

@@ -1,8 +1,8 @@
 """Distil a language model with Hugging Face's Trainer.
 
-The teacher has read nine tenths of Python's documentation, the student is given a tenth of that, again and again.
-Beside it stands the same student under the stock Trainer, at equal steps. Loss terms are in the Trainer's log, and so
-in TensorBoard or wherever `report_to` says; killed at any moment, the same command with --resume goes on.
+The teacher trains on nine tenths of Python's documentation, the student on one of these, for many epochs. The
+baseline is the same student under the stock Trainer, for the same number of steps. The Trainer logs every loss term,
+and sends it to TensorBoard or whatever `report_to` names. If the run is killed, the same command with --resume resumes.
 
     python examples/hf_trainer.py
     python examples/hf_trainer.py --data my.txt --teacher gpt2     # or a model's folder
@@ -32,24 +32,24 @@ from kdloss.hf import DistillationTrainer, newest_whole
 
 
 def trainer_of(student, arguments, train, heldout, teacher=None, alpha=0.1):
-    """The stock Trainer, or one that distils."""
+    """The stock Trainer; with a teacher, the one that distils."""
     data = {"train_dataset": train, "eval_dataset": heldout}
     if teacher is None:
         return Trainer(student, arguments, **data)
-    # distillation: another class, a teacher, and what is to be learned from it
+    # distillation: another Trainer class, a teacher and a criterion
     criterion = kdloss.VanillaKD(temperature=1.0, alpha=alpha)
     return DistillationTrainer(student, arguments, teacher=teacher, criterion=criterion, **data)
 
 
 def llama(vocab_size, depth, width, seed):
-    """A new Llama, with the seed's weights."""
+    """A new Llama; the seed sets its weights."""
     set_seed(seed)
     shape = {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": 3 * width}
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_attention_heads=width // 32, **shape))
 
 
 def blocks_of(tokens):
-    """Blocks of 64 tokens as a data set."""
+    """A data set of blocks of 64 tokens."""
     return Dataset.from_dict({"input_ids": tokens, "labels": tokens})
 
 
@@ -57,20 +57,20 @@ def main(
     data: Path | None = None, teacher: str | None = None, steps: int = 300, batch_size: int = 8, lr: float = 3e-3,
     alpha: float = 0.1, seed: int = 0, resume: bool = False
 ) -> dict[str, float]:  # fmt: skip
-    """Train a student under the stock Trainer and under one that distils.
+    """Train a student with the stock Trainer, and one with the Trainer that distils.
 
     Args:
-        data: a text file; Python's documentation if there is none
-        teacher: a causal language model, by folder or name; a small one is trained if there is none
+        data: a text file; without one, Python's documentation
+        teacher: folder or name of a causal language model; without one, the script trains a small one
         steps: steps of each student; the teacher takes twice as many
-        batch_size: blocks of 64 tokens in a step, on each device
-        lr: learning rate at its highest
-        alpha: weight of the labels; the teacher's is 1 - alpha
-        seed: draws weights and batches
-        resume: go on from the newest whole checkpoint, which the same command has left
+        batch_size: blocks of 64 tokens per step and device
+        lr: peak learning rate
+        alpha: weight of the labels; the teacher's weight is 1 - alpha
+        seed: seed of weights and batches
+        resume: resume from the newest complete checkpoint of the same command
     """
     text = data.read_text() if data else "\n\n".join(topics.values())
-    paragraphs = list(dict.fromkeys(text.split("\n\n")))  # each once: what is held out is new to every model
+    paragraphs = list(dict.fromkeys(text.split("\n\n")))  # each once, so no model has seen the held-out text
     random.Random(0).shuffle(paragraphs)
     if teacher:
         tokenizer, expert = AutoTokenizer.from_pretrained(teacher), AutoModelForCausalLM.from_pretrained(teacher)

@@ -1,13 +1,13 @@
-"""Distil an image classifier: a ResNet that has few labelled images learns from a larger one.
+"""Distil an image classifier: a small ResNet with few labelled images learns from a larger ResNet.
 
     python examples/image_classification.py
-    python examples/image_classification.py --data cifar10        # or a folder with a folder of images for each class
+    python examples/image_classification.py --data cifar10        # or a folder with one folder of images per class
 
-The teacher, a ResNet of 32 to 128 channels, has learned from two thirds of 1 797 handwritten digits. The student, 8 to
-32 channels, has few of them: it learns the teacher's logits, and where in its maps activations are large (attention
-transfer, arXiv:1612.03928), on mixed images (mixup, arXiv:1710.09412). Its baseline takes the same steps; those with a
-teacher take longer. Weights belong to their optimizer: attention transfer's 1000, for SGD, is too much for AdamW; at 1
-it neither helps nor harms much here.
+The teacher, a ResNet with 32 to 128 channels, trains on two thirds of 1 797 handwritten digits. The student has 8 to 32
+channels and few of these images. It learns the teacher's logits and attention maps (attention transfer,
+arXiv:1612.03928) on mixed images (mixup, arXiv:1710.09412). Every student takes the same number of steps; a step with a
+teacher takes longer. The published weight of attention transfer, 1000, is for SGD and is too large for AdamW; at weight
+1 the term neither helps nor harms much here.
 """
 
 import torch
@@ -25,7 +25,7 @@ import kdloss
 
 
 def train(name, student, images, labels, steps, teacher=None, alpha=1.0, temperature=4.0, attention=0.0):
-    """Train on mixed images, from labels alone unless told otherwise."""
+    """Train on mixed images: from labels alone, or from labels and a teacher."""
     # distillation: labels, the teacher's logits, and the attention maps of two stages
     stages = ["resnet.encoder.stages.1", "resnet.encoder.stages.2"]
     maps = kdloss.Features(stages, pairing="same", distance=kdloss.distances.attention_transfer)
@@ -37,7 +37,7 @@ def train(name, student, images, labels, steps, teacher=None, alpha=1.0, tempera
         i = torch.randint(len(images), [64])
         mix, x, y = Beta(0.4, 0.4).sample(), images[i], F.one_hot(labels[i], student.config.num_labels).float()
         x, y = mix * x + (1 - mix) * x.flip(0), mix * y + (1 - mix) * y.flip(0)
-        i, j = torch.randint(9, [2]).tolist()  # moved by four pixels at most
+        i, j = torch.randint(9, [2]).tolist()  # shift by four pixels at most
         loss = model(F.pad(x, (4, 4, 4, 4))[..., i : i + 32, j : j + 32], labels=y).loss
         loss.backward()
         optimizer.step()
@@ -47,7 +47,7 @@ def train(name, student, images, labels, steps, teacher=None, alpha=1.0, tempera
 
 
 def resnet(images, labels, width):
-    """A new ResNet of three stages."""
+    """A new ResNet with three stages."""
     classes, sizes = int(labels.max()) + 1, [width, 2 * width, 4 * width]
     shape = {"embedding_size": width, "hidden_sizes": sizes, "depths": [1, 1, 1], "layer_type": "basic"}
     return ResNetForImageClassification(ResNetConfig(num_channels=images.shape[1], num_labels=classes, **shape))
@@ -55,7 +55,7 @@ def resnet(images, labels, width):
 
 @torch.no_grad()
 def errors(model, images, labels):
-    """In per cent."""
+    """The error rate in per cent."""
     wrong = [model(x).logits.argmax(1) != y for x, y in zip(images.split(256), labels.split(256), strict=True)]
     return 100 * torch.cat(wrong).float().mean().item()
 
@@ -78,16 +78,16 @@ def main(
     data: str | None = None, few: int = 60, alpha: float = 0.1, temperature: float = 4.0, attention: float = 1.0,
     steps: int = 400, seed: int = 0
 ) -> dict[str, float]:  # fmt: skip
-    """Train a student from few labels, alone and with a teacher.
+    """Train a student on few labels, alone and with a teacher.
 
     Args:
-        data: data set's name, or folder with one of images for each class; scikit-learn's digits if there is none
-        few: the student's images
-        alpha: weight of the labels; the teacher's logits weigh 1 - alpha
-        temperature: softens what both models predict
+        data: name of a data set, or folder with one folder of images per class; without it, scikit-learn's digits
+        few: number of images that the student has
+        alpha: weight of the labels; the weight of the teacher's logits is 1 - alpha
+        temperature: T of the teacher's term; divides both models' logits
         attention: weight of attention transfer
-        steps: steps of each student, with 64 images each; the teacher takes as many
-        seed: draws the student's weights and images
+        steps: steps of 64 images, for the teacher and for each student
+        seed: seed of the student's weights and images
     """
     images, labels = load(data)
     order = torch.randperm(len(images), generator=torch.manual_seed(0))

@@ -1,11 +1,11 @@
 """Distil a small language model in a plain PyTorch loop.
 
-The teacher, a GPT-2 of 4 blocks x 128, has read nine tenths of Python's documentation. The student, 2 blocks x 64, is
-given a tenth of that and reads it again and again: text is scarce, the case in which people distil. Beside it stands
-the same student without a teacher, at equal steps; a step with a teacher takes about twice the time.
+The teacher is a GPT-2 with 4 blocks of width 128, trained on nine tenths of Python's documentation. The student has 2
+blocks of width 64 and trains on one of these tenths, for many epochs: text is often scarce when people distil. The
+baseline is the same student without a teacher, for as many steps. A step with a teacher takes about twice as long.
 
     python examples/language_model.py
-    python examples/language_model.py --data my.txt --teacher gpt2     # or a model's folder
+    python examples/language_model.py --data my.txt --teacher gpt2     # --teacher also takes a folder
 """
 
 import math
@@ -26,7 +26,7 @@ import kdloss
 
 
 def train(name, student, blocks, heldout, steps, batch_size, lr, teacher=None, alpha=0.1, temperature=1.0):
-    """Train a student, with a teacher or without; returns its held-out perplexity by step."""
+    """Train a student, with a teacher or without; return its held-out perplexity by step."""
     model = student
     if teacher is not None:  # distillation: student and criterion become one model, called like the student
         model = kdloss.Distillation(student, teacher, kdloss.VanillaKD(temperature=temperature, alpha=alpha))
@@ -56,7 +56,7 @@ def perplexity(model, blocks):
 
 
 def gpt2(vocab_size, n_layer, n_embd, seed):
-    """A new GPT-2; the seed draws its weights, and then its batches."""
+    """A new GPT-2. The seed sets its weights, and the batches drawn after it."""
     torch.manual_seed(seed)
     shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // 32, "bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=64, **shape))
@@ -69,17 +69,17 @@ def main(
     """Train a student alone and with a teacher.
 
     Args:
-        data: a text file; Python's documentation if there is none
-        teacher: a causal language model, by folder or name; a small one is trained if there is none
+        data: a text file; without one, Python's documentation
+        teacher: folder or name of a causal language model; without one, the script trains a small one
         steps: steps of each student; the teacher takes twice as many
-        batch_size: blocks of 64 tokens in a step
-        lr: learning rate at its highest
-        alpha: weight of the labels; the teacher's is 1 - alpha
-        temperature: softens what both models predict
-        seed: draws weights and batches
+        batch_size: blocks of 64 tokens per step
+        lr: peak learning rate
+        alpha: weight of the labels; the teacher's weight is 1 - alpha
+        temperature: T of the teacher's term; divides both models' logits
+        seed: seed of weights and batches
     """
     text = data.read_text() if data else "\n\n".join(topics.values())
-    paragraphs = list(dict.fromkeys(text.split("\n\n")))  # each once: what is held out is new to every model
+    paragraphs = list(dict.fromkeys(text.split("\n\n")))  # each once, so no model has seen the held-out text
     random.Random(0).shuffle(paragraphs)
     if teacher:
         tokenizer, expert = AutoTokenizer.from_pretrained(teacher), AutoModelForCausalLM.from_pretrained(teacher)

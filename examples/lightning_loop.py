@@ -1,8 +1,9 @@
 """Distil a language model with Lightning.
 
-The LightningModule holds a `kdloss.Distillation`, student and criterion in one: the Trainer moves, clips and saves what
-learns, and nothing of the teacher. In validation no teacher runs and the loss is plain cross-entropy, so both students
-are measured alike. The student has a tenth of the teacher's text, Python's documentation, and reads it again and again.
+The LightningModule holds a `kdloss.Distillation`, one module with the student and the criterion. The Trainer moves,
+clips and saves what that module trains, and nothing of the teacher. In validation the teacher does not run and the loss
+is plain cross-entropy, so you can compare the losses of both students. The teacher trains on Python's documentation,
+the student on a tenth of it, for many epochs.
 
     python examples/lightning_loop.py
 """
@@ -32,24 +33,24 @@ class Training(pl.LightningModule):
             self.model = kdloss.Distillation(student, teacher, kdloss.VanillaKD(temperature=temperature, alpha=alpha))
 
     def training_step(self, batch):
-        """The loss; with a teacher its terms are logged too."""
+        """Return the loss; with a teacher, log its terms, too."""
         output = self.model(input_ids=batch, labels=batch)
         self.log_dict(output.get("components", {}))
         return output.loss
 
     def validation_step(self, batch):
-        """The loss on held-out text."""
+        """Log the loss on held-out text."""
         self.log("heldout", self.model(input_ids=batch, labels=batch).loss, prog_bar=True)
 
     def configure_optimizers(self):
-        """What learns is in `parameters()`, projections too."""
+        """`parameters()` holds the student and the projections, not the teacher."""
         optimizer = AdamW(self.parameters(), self.lr, weight_decay=0.1)
         schedule = OneCycleLR(optimizer, self.lr, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def gpt2(vocab_size, n_layer, n_embd, seed):
-    """A new GPT-2; the seed draws its weights, and then its batches."""
+    """A new GPT-2. The seed sets its weights, and the batches drawn after it."""
     pl.seed_everything(seed, verbose=False)
     shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // 32, "bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=64, **shape))
@@ -57,15 +58,15 @@ def gpt2(vocab_size, n_layer, n_embd, seed):
 
 def main(steps: int = 300, batch_size: int = 8, lr: float = 3e-3, alpha: float = 0.1, temperature: float = 1.0,
          seed: int = 0) -> dict[str, float]:  # fmt: skip
-    """Train a teacher, a student alone and one with the teacher.
+    """Train a teacher, a student alone and a student with the teacher.
 
     Args:
         steps: steps of each student; the teacher takes twice as many
-        batch_size: blocks of 64 tokens in a step
-        lr: learning rate at its highest
-        alpha: weight of the labels; the teacher's is 1 - alpha
-        temperature: softens what both models predict
-        seed: draws weights and batches
+        batch_size: blocks of 64 tokens per step
+        lr: peak learning rate
+        alpha: weight of the labels; the teacher's weight is 1 - alpha
+        temperature: T of the teacher's term; divides both models' logits
+        seed: seed of weights and batches
     """
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     paragraphs = sorted({part for topic in topics.values() for part in topic.split("\n\n")})

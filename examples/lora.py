@@ -1,7 +1,7 @@
-"""Fine-tune LoRA adapters without forgetting: the base under them is the teacher.
+"""Fine-tune LoRA adapters without forgetting: their own base model is the teacher.
 
-A small GPT-2 has read Python's documentation and is to learn Python's code. LoRA alone learns the code and forgets the
-documentation. With the base as teacher on some of the documentation it learns the one and keeps the other.
+A small GPT-2 is trained on Python's documentation, then its adapters on Python code. LoRA alone learns the code and
+forgets the documentation. With the base as teacher on documentation, it learns the code and keeps the documentation.
 `kdloss.base_of` runs the base with the adapters off, so there is no second copy of its weights.
 
     python examples/lora.py
@@ -26,7 +26,7 @@ import kdloss
 
 
 def train(name, model, blocks, steps, batch_size, lr, old=None, weight=1.0):
-    """Train what of a model can be trained; with old blocks it stays near its base on these."""
+    """Train the trainable parameters. If old blocks are passed, the model stays near its base on them."""
     optimizer = AdamW((p for p in model.parameters() if p.requires_grad), lr)
     schedule = OneCycleLR(optimizer, lr, steps)
     if old is not None:  # distillation: the student's own base is the teacher, and no labels are needed
@@ -53,15 +53,15 @@ def perplexity(model, blocks):
 def main(
     steps: int = 200, batch_size: int = 8, lr: float = 5e-3, weight: float = 1.0, rank: int = 8, seed: int = 0
 ) -> dict[str, float]:
-    """Train a base on documentation, then adapters on code, without the base as teacher and with it.
+    """Train a base on documentation, then adapters on code: without the base as teacher, and with it.
 
     Args:
         steps: steps of the adapters; the base takes three times as many
-        batch_size: blocks of 64 tokens in a step, of each kind of text
-        lr: learning rate of the adapters at its highest
-        weight: of the divergence from the base, beside the loss on code
-        rank: of the adapters
-        seed: draws weights and batches
+        batch_size: blocks of 64 tokens per step, of each kind of text
+        lr: peak learning rate of the adapters
+        weight: weight of the divergence from the base; the loss on code has weight 1
+        rank: rank of the adapters
+        seed: seed of weights and batches
     """
     paragraphs = sorted({part for topic in topics.values() for part in topic.split("\n\n")})
     random.Random(0).shuffle(paragraphs)

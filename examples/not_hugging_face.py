@@ -1,8 +1,8 @@
-"""Distil a model that is written here, as in nanoGPT: its forward takes (idx, targets) and returns (logits, loss).
+"""Distil a model of your own, as in nanoGPT: its forward takes (idx, targets) and returns (logits, loss).
 
-Nothing of the model changes for it. Where things are is said once, by `take=`: the logits at 0, the loss at 1. The list
-of blocks is found by itself; their widths are measured on a batch, as no configuration tells them. The student has a
-tenth of the teacher's text, Python's documentation, and reads it again and again.
+The model does not change. `take=` says where in its output the logits (0) and the loss (1) are. kdloss finds the list
+of blocks, and measures their widths on a batch, because there is no config to read them from. The teacher trains on
+Python's documentation, the student on a tenth of it, for many epochs.
 
     python examples/not_hugging_face.py
 """
@@ -23,7 +23,7 @@ import kdloss
 def train(name, student, rows, steps, batch_size, lr, teacher=None, alpha=0.1):
     """Train a student, with a teacher or without."""
     model = student
-    if teacher is not None:  # distillation: the model's own loss, the teacher's predictions, its last block
+    if teacher is not None:  # distillation: the student's own loss, the teacher's logits, its last block
         labels = alpha * kdloss.Task(take=1)
         predictions = (1 - alpha) * kdloss.Logits(take=0)
         features = 0.1 * kdloss.Features("last", distance=kdloss.distances.layer_norm_mse)
@@ -53,7 +53,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x):
-        """Hidden states [B, T, width], to the same."""
+        """Hidden states [B, T, width] in and out."""
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
@@ -71,7 +71,7 @@ class GPT(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, idx, targets=None):
-        """Logits for the next token at each position, and their loss."""
+        """The logits of the next token at each position, and the loss."""
         x = self.tokens(idx) + self.positions.weight[: idx.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -80,14 +80,14 @@ class GPT(nn.Module):
 
 
 def main(steps: int = 300, batch_size: int = 8, lr: float = 2e-3, alpha: float = 0.1, seed: int = 0) -> dict:
-    """Train a teacher, a student alone and one with the teacher.
+    """Train a teacher, a student alone and a student with the teacher.
 
     Args:
         steps: steps of each student; the teacher takes twice as many
-        batch_size: rows of 64 tokens in a step
-        lr: learning rate at its highest
-        alpha: weight of the student's own loss; the teacher's predictions have 1 - alpha
-        seed: draws weights and batches
+        batch_size: blocks of 64 tokens per step
+        lr: peak learning rate
+        alpha: weight of the student's own loss; the weight of the teacher's logits is 1 - alpha
+        seed: seed of weights and batches
     """
     paragraphs = sorted({part for topic in topics.values() for part in topic.split("\n\n")})
     random.Random(0).shuffle(paragraphs)

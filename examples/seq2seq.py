@@ -1,8 +1,8 @@
 """Sequence to sequence: a small T5 learns from a larger one to write dates as numbers.
 
-"thursday, 5 march 2026" becomes "2026-03-05", read and written byte by byte. The teacher has learned from 20000 pairs.
-The students are given 200 pairs, and 5000 dates that nobody has written as numbers: there the teacher writes, and says
-how sure it is of every byte (sequence-level and word-level distillation). Both students take equally many steps.
+The models read "thursday, 5 march 2026" and write "2026-03-05", byte by byte. The teacher trains on 20000 pairs. Both
+students have 200 pairs. One also has a teacher and 5000 dates without a target: the teacher generates the targets
+(sequence-level distillation) and predicts every byte (word-level distillation). Both take the same number of steps.
 """
 
 import copy
@@ -18,10 +18,10 @@ import kdloss
 
 
 def train(name, student, pairs, steps, lr, teacher=None, sources=(), alpha=0.1, temperature=1.0, batch_size=32):
-    """A training loop as ever; with a teacher, what it trains is a `Distillation`."""
+    """The usual training loop. With a teacher, it trains a `Distillation` instead of the student alone."""
     model = student
     if teacher is not None:
-        # distillation: the teacher writes what is missing, and its distributions are learned beside the bytes
+        # distillation: the teacher generates the missing targets, and the student learns its logits, too
         pairs = pairs + list(zip(sources, written(teacher, sources), strict=True))
         model = kdloss.Distillation(student, teacher, kdloss.VanillaKD(temperature=temperature, alpha=alpha))
     optimizer = torch.optim.AdamW(model.parameters(), lr)
@@ -44,19 +44,19 @@ SPELLINGS = "%A, %d %B %Y|%B %d, %Y|%d %b %Y|%a %d %b %y|%b %d %Y|%d.%m.%Y|%m/%d
 
 
 def encoded(texts):
-    """Bytes, padded with 0."""
+    """Tokenize texts into bytes, padded with 0."""
     return TOKENIZER(list(texts), padding=True, return_tensors="pt")
 
 
 def written(model, texts):
-    """What a model writes for each text."""
+    """Generate the output for each text."""
     parts = [texts[i : i + 500] for i in range(0, len(texts), 500)]
     ids = [model.generate(**encoded(part), max_new_tokens=12, do_sample=False) for part in parts]
     return [text for part in ids for text in TOKENIZER.batch_decode(part, skip_special_tokens=True)]
 
 
 def pair():
-    """A date between 1950 and 2049, as people spell it and as numbers."""
+    """A random date between 1950 and 2049, in a random spelling and as numbers."""
     date = datetime.date(1950, 1, 1) + datetime.timedelta(days=random.randrange(36500))
     text = date.strftime(random.choice(SPELLINGS.split("|")))
     text = text.lower() if random.random() < 0.5 else text
@@ -64,7 +64,7 @@ def pair():
 
 
 def t5(width, depth):
-    """An untrained one that reads bytes."""
+    """A new T5 that reads and writes bytes."""
     sizes = {"d_model": width, "d_kv": width // 4, "d_ff": 2 * width, "num_heads": 4, "num_layers": depth}
     config = T5Config(
         **sizes, vocab_size=384, dropout_rate=0.0, feed_forward_proj="gated-gelu", decoder_start_token_id=0
@@ -75,15 +75,15 @@ def t5(width, depth):
 def main(
     known: int = 200, steps: int = 400, lr: float = 5e-3, alpha: float = 0.1, temperature: float = 1.0, seed: int = 0
 ) -> dict[str, float]:
-    """Train a student alone and with a teacher; let them read 500 spellings that none was trained on.
+    """Train a student alone and with a teacher; test on 500 spellings that no model was trained on.
 
     Args:
-        known: pairs that the students are given
+        known: number of pairs that the students have
         steps: steps of each student; the teacher takes twice as many
-        lr: learning rate at its highest
-        alpha: weight of the labels; the teacher's is 1 - alpha
-        temperature: softens what both models predict
-        seed: draws dates, weights and batches
+        lr: peak learning rate
+        alpha: weight of the labels; the teacher's weight is 1 - alpha
+        temperature: T of the teacher's term; divides both models' logits
+        seed: seed of dates, weights and batches
     """
     set_seed(seed)
     pairs = list(dict(pair() for _ in range(20500)).items())

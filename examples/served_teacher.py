@@ -1,8 +1,8 @@
-"""Distil from a teacher that is served elsewhere: all there is of it is a file of its likeliest tokens.
+"""Distil from a teacher on a server: the student reads a file of the teacher's top-k log-probabilities.
 
-A server like vLLM, asked for `prompt_logprobs`, tells for each token of a text how likely it and the k likeliest others
-were. Here a small teacher writes the same into a file, a line of JSON for each text, and is gone; the student learns
-from the file. It has a tenth of the teacher's text, Python's documentation, and reads it again and again.
+With `prompt_logprobs`, a server such as vLLM returns the log-probabilities of the k most likely tokens at each position
+of a text. Here a small teacher writes the same into a file, one line of JSON per text, and the student learns from the
+file alone. The teacher trains on Python's documentation, the student on a tenth of it, for many epochs.
 
     python examples/served_teacher.py
 """
@@ -26,18 +26,18 @@ import kdloss
 
 
 def collate(rows):
-    """A batch of lines of the file. Shorter texts are padded on the right, where nothing counts."""
+    """Make a batch from lines of the file. Padding, on the right of shorter texts, does not count."""
     labels = pad_sequence([torch.tensor(row["prompt_token_ids"]) for row in rows], True, -100)
     batch = {"input_ids": labels.clamp(min=0), "labels": labels}
-    if "prompt_logprobs" in rows[0]:  # distillation: what the server said of this batch stands for the teacher
+    if "prompt_logprobs" in rows[0]:  # distillation: the server's answers for this batch replace the teacher
         batch["teacher"] = kdloss.TopKLogits.from_served([row["prompt_logprobs"] for row in rows])
     return batch
 
 
 def train(name, student, rows, steps, batch_size, lr, alpha=None):
-    """Train a student on lines of the file; without alpha they hold no word of a teacher."""
+    """Train a student on lines of the file. Without alpha the lines hold no answers of a teacher."""
     model = student
-    if alpha is not None:  # distillation: the teacher is None, as each batch brings its word along
+    if alpha is not None:  # distillation: the teacher is None, because each batch holds its answers
         model = kdloss.Distillation(student, None, kdloss.VanillaKD(temperature=1.0, alpha=alpha))
     optimizer = AdamW(model.parameters(), lr, weight_decay=0.1)
     schedule = OneCycleLR(optimizer, lr, steps)
@@ -53,14 +53,14 @@ def train(name, student, rows, steps, batch_size, lr, alpha=None):
 
 @torch.no_grad()
 def served(teacher, ids, k):
-    """What a server would answer about a text: None for its first token, then ids and log-probabilities."""
+    """The answer of a server for a text: None for its first token, then ids and log-probabilities."""
     top = teacher(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).topk(k)
     likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [None, *({token: {"logprob": x} for token, x in zip(*row, strict=True)} for row in likeliest)]
 
 
 def gpt2(vocab_size, n_layer, n_embd, seed):
-    """A new GPT-2; the seed draws its weights, and then its batches."""
+    """A new GPT-2. The seed sets its weights, and the batches drawn after it."""
     random.seed(seed)
     torch.manual_seed(seed)
     shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // 32, "bos_token_id": 0, "eos_token_id": 0}
@@ -70,15 +70,15 @@ def gpt2(vocab_size, n_layer, n_embd, seed):
 def main(
     steps: int = 300, batch_size: int = 8, lr: float = 3e-3, alpha: float = 0.1, k: int = 20, seed: int = 0
 ) -> dict[str, float]:
-    """Train a teacher, ask it once about the student's text, and train a student without it.
+    """Train a teacher, write its answers for the student's text to a file, and train a student from the file.
 
     Args:
         steps: steps of each student; the teacher takes twice as many
-        batch_size: texts of 64 tokens in a step
-        lr: learning rate at its highest
-        alpha: weight of the labels; the teacher's is 1 - alpha
-        k: how many tokens the server tells at each position
-        seed: draws weights and batches
+        batch_size: texts of 64 tokens per step
+        lr: peak learning rate
+        alpha: weight of the labels; the teacher's weight is 1 - alpha
+        k: number of tokens in the server's answer for each position
+        seed: seed of weights and batches
     """
     paragraphs = sorted({part for topic in topics.values() for part in topic.split("\n\n")})
     random.Random(0).shuffle(paragraphs)

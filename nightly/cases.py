@@ -1,4 +1,4 @@
-"""What a case of the fuzzer is: one call of a criterion, in tensors and settings."""
+"""A case of the fuzzer: the tensors and settings of one call of a criterion."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from kdloss import LazyLogits, TopKLogits
 
 @dataclass
 class Leaf:
-    """A tensor that gradients are asked of, and how it is seen."""
+    """A tensor that needs a gradient, and the function that makes kdloss's view of it."""
 
     base: Tensor
     view: Callable[[Tensor], Tensor]
@@ -27,7 +27,7 @@ class Leaf:
 
 @dataclass
 class Logits:
-    """Logits of one side: a leaf, or hidden states and a head; or what was kept of a teacher's."""
+    """The logits of one side: a leaf, hidden states and a head, or a teacher's stored top-k logits."""
 
     leaves: list[Leaf]
     softcap: float | None = None
@@ -39,7 +39,7 @@ class Logits:
         return len(self.leaves) > 1
 
     def build(self, bases: list[Tensor]) -> Any:
-        """What kdloss is given."""
+        """Build the input of kdloss."""
         if self.kept is not None:
             return self.kept
         seen = [leaf.view(base) for leaf, base in zip(self.leaves, bases, strict=True)]
@@ -106,12 +106,12 @@ class Case:
 
     @property
     def stands(self) -> Any:
-        """The positions at which logits have values, as numbers of all positions."""
+        """The positions with values of a loss, as indices into all positions."""
         every = np.arange(int(np.prod(self.shape))).reshape(self.shape)
         return every[:, :-1] if self.causal else every
 
     def counted(self, term: Term) -> Any:
-        """Which positions count for a term, as numbers of flattened logits and of flattened labels."""
+        """The positions that count for a term, as indices into flattened logits and into flattened labels."""
         keep, at = np.ones(self.shape, bool), np.arange(int(np.prod(self.shape))).reshape(self.shape)
         if self.mask is not None:
             keep &= self.mask.numpy()

@@ -1,4 +1,4 @@
-"""Cases drawn at random: each from a seed and its number, whatever was drawn before."""
+"""Draw random cases. A case depends only on the seed and its number, not on the cases before."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -27,32 +27,32 @@ WHOLE = {"dist", "uld"}  # they need all logits at once
 
 
 class Draw:
-    """Random choices, put down in words."""
+    """Random choices, logged in words."""
 
     def __init__(self, seed: int, number: int) -> None:
         self.r = np.random.default_rng([seed, number])
         self.words: list[str] = []
 
     def one(self, word: str, choices: Iterable[Any], p: Any = None) -> Any:
-        """One of these."""
+        """Choose one of these."""
         choices = list(choices)
         found = choices[self.r.choice(len(choices), p=p)]
         self.words.append(f"{word}={getattr(found, '__name__', found)}")
         return found
 
     def chance(self, p: float, word: str = "") -> bool:
-        """Whether something happens."""
+        """Draw whether something happens."""
         found = bool(self.r.random() < p)
         if found and word:
             self.words.append(word)
         return found
 
     def number(self, word: str, choices: Iterable[Any], p: Any = None) -> float:
-        """One of these numbers."""
+        """Draw one of these numbers."""
         return float(self.one(word, choices, p))
 
     def leaf(self, numbers: Any, dtype: torch.dtype, word: str, expanded: bool = False) -> Leaf:
-        """These numbers in a tensor, in one of several layouts."""
+        """Put these numbers in a tensor with one of several strides."""
         x = torch.as_tensor(np.asarray(numbers), dtype=torch.float64).to(dtype)
         kinds = ["whole", "turned", "sliced", "late"]
         if expanded and x.ndim > 1 and x.shape[0] > 1 and x[:1].isfinite().all():
@@ -82,7 +82,7 @@ def _but_the_first(x: Tensor) -> Tensor:
 
 
 def draw(seed: int, number: int) -> Case:
-    """The case of this number."""
+    """Draw the case with this number."""
     d, case = Draw(seed, number), Case()
     _shape(d, case)
     dtype = d.one("dtype", DTYPES, [0.55, 0.15, 0.15, 0.15])
@@ -105,7 +105,7 @@ def _shape(d: Draw, case: Case) -> None:
 
 
 def _recipe(d: Draw, case: Case, several: bool) -> None:
-    """One with a name."""
+    """Draw a recipe: a criterion with a name."""
     alpha = d.number("alpha", [0.5, 0.3, 0.01, 0.99])
     case.recipe = d.one("recipe", ["VanillaKD", "FeatureKD" if case.shape else "VanillaKD"])
     case.recipe = "MultiTeacherKD" if several else case.recipe
@@ -119,7 +119,7 @@ def _recipe(d: Draw, case: Case, several: bool) -> None:
 
 
 def _sum(d: Draw, case: Case, several: bool) -> None:
-    """Terms with weights."""
+    """Draw terms and their weights."""
     if d.chance(0.6):
         term = Term("ce", "ce", d.number("w", [1.0, 0.5, 0.01, 3.0]))
         term.smoothing = d.number("smoothing", [0.0, 0.1, 1.0], [0.7, 0.2, 0.1])
@@ -127,7 +127,7 @@ def _sum(d: Draw, case: Case, several: bool) -> None:
     for k in range(d.r.choice(4, p=[0.1, 0.6, 0.2, 0.1]) or int(not case.terms)):
         case.terms.append(_divergence(d, f"kd{k}", several))
     read = {term.teacher for term in case.kds}
-    if several and read <= {0, 1} and read != {0, 1} and read:  # no teacher is given that no term reads
+    if several and read <= {0, 1} and read != {0, 1} and read:  # every teacher needs a term that reads it
         case.kds[-1].teacher = 1 if read == {0} and len(case.kds) > 1 else "all"
     if case.shape and d.chance(0.2):
         pairs = 1 + d.chance(0.2, "two pairs")
@@ -172,7 +172,7 @@ def _options(d: Draw, name: str) -> dict[str, Any]:
 
 
 def _classes(d: Draw, case: Case) -> None:
-    """How many each side has, and what they share."""
+    """Draw the number of classes of both sides, and the classes that they share."""
     names = {term.function for term in case.kds}
     least = 1 if names <= OF_ONE_CLASS and not any(term.kind == "ce" for term in case.terms) else 2
     case.classes = max(int(d.one("classes", [1, 2, 3, 5, 9, 40], [0.05, 0.15, 0.25, 0.3, 0.2, 0.05])), least)
@@ -264,7 +264,7 @@ def _logits(d: Draw, case: Case, dtype: torch.dtype, counted: Any) -> None:
 
 
 def _garbage(d: Draw, z: Any, counted: Any) -> Any:
-    """NaN or infinity where nothing counts."""
+    """Put NaN or infinity at positions that do not count."""
     if d.chance(0.5):
         z = z.copy()
         z[np.setdiff1d(np.arange(len(z)), counted)] = d.one("garbage", [NAN, INF, -INF])
@@ -272,7 +272,7 @@ def _garbage(d: Draw, z: Any, counted: Any) -> Any:
 
 
 def _lazy(d: Draw, shape: tuple[int, ...], classes: int, dtype: torch.dtype) -> Logits:
-    """Of numbers that are exact in any dtype, and so is what the head makes of them."""
+    """Hidden states and a head with numbers that are exact in every dtype, and so are their logits."""
     width = int(d.r.integers(1, 5))
 
     def quarters(*size: int) -> Any:
@@ -309,7 +309,7 @@ def _top_k(d: Draw, z: Any, shape: tuple[int, ...], temperature: float) -> Logit
 
 
 def _features(d: Draw, case: Case, dtype: torch.dtype, counted: Any) -> None:
-    """Hidden states of three layers for the term that reads them, enough rows for what compares them."""
+    """Draw hidden states of three layers for a feature term, with enough rows for distances that relate rows."""
     term = next((t for t in case.terms if t.kind == "feature"), None)
     if term is None:
         return

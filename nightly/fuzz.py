@@ -1,8 +1,8 @@
-"""Random cases against float64: `PYTHONPATH=tests python nightly/fuzz.py --cases 200000 --seed 1`.
+"""Compare random cases with a float64 reference: `PYTHONPATH=tests python nightly/fuzz.py --cases 200000 --seed 1`.
 
-A case is one call of a criterion: kinds of logits and terms, shapes with zeros, dtypes, strides, masks, numbers at the
-edge, however they are reduced. Its value, components and all gradients are held against nightly/reference.py. The first
-that differs is printed with the command that runs it alone, by which it can be looked into.
+A case is one call of a criterion with random kinds of logits, terms, shapes (also with zeros), dtypes, strides, masks,
+extreme numbers and reductions. Its value, its components and all gradients are compared with nightly/reference.py. The
+first case that differs is printed with the command that runs it alone.
 """
 
 import argparse
@@ -28,8 +28,8 @@ OWN = {"FEW": at_once.FEW, "AT_ONCE": at_once.AT_ONCE, "rows": block_sizes.scrat
 
 
 def paths(case: Case) -> None:
-    """Few rows take the engine's way for many; and memory that nobody has written to is NaN."""
-    torch.use_deterministic_algorithms(case.nan_memory)  # which fills what torch.empty gives
+    """Set the engine's block sizes, so that few rows take the path of many; fill uninitialised memory with NaN."""
+    torch.use_deterministic_algorithms(case.nan_memory)  # fills the memory of torch.empty
     at_once.FEW = case.engine.get("FEW", OWN["FEW"])
     at_once.AT_ONCE = case.engine.get("AT_ONCE", OWN["AT_ONCE"])
     rows = case.engine.get("rows")
@@ -37,21 +37,21 @@ def paths(case: Case) -> None:
 
 
 class Output:
-    """A model's output."""
+    """The output of a model."""
 
     def __init__(self, logits: Any, hidden_states: Any) -> None:
         self.logits, self.hidden_states = logits, hidden_states
 
 
 def function(term: Term) -> Any:
-    """The function with its options; a divergence is given its temperature by the term."""
+    """The function with its options. A divergence gets its temperature from the term."""
     told = {"temperature"} if term.kind == "kd" else set()
     options = {name: value for name, value in term.loss.settings.items() if name not in told}
     return partial(term.loss.function, **options) if options else term.loss.function
 
 
 def features(case: Case, term: Term) -> dict[str, Any]:
-    """How hidden states are compared."""
+    """The arguments of a feature term."""
     widths = {} if term.projection is None else {"widths": tuple(side[0].seen.shape[-1] for side in case.hidden)}
     layout = "b h w c" if len(case.shape) == 3 else None
     pairing = [(i, i) for i in range(term.pairs)]
@@ -59,7 +59,7 @@ def features(case: Case, term: Term) -> dict[str, Any]:
 
 
 def made(case: Case, term: Term) -> Any:
-    """A term of the sum."""
+    """Build a term of the sum."""
     if term.kind == "ce":
         return kdloss.CrossEntropy(label_smoothing=term.smoothing, class_weights=term.class_weights)
     if term.kind == "feature":
@@ -77,7 +77,7 @@ def made(case: Case, term: Term) -> Any:
 
 
 def criterion_of(case: Case) -> Any:
-    """The criterion: a recipe, or terms with weights."""
+    """Build the criterion: a recipe, or a sum of weighted terms."""
     said = {"causal": case.causal, "reduction": case.reduction, "overwrite_logits": case.overwrite}
     if case.recipe is None:
         found = kdloss.Sum(*(term.weight * made(case, term) for term in case.terms), layout=case.layout, **said)
@@ -102,7 +102,7 @@ def criterion_of(case: Case) -> Any:
 
 
 def ours(case: Case) -> tuple[Any, list[Any], dict[str, float]]:
-    """Value, gradients and components."""
+    """The value, gradients and components that kdloss computes."""
     criterion = criterion_of(case)
     for _ in range(1 + case.twice):
         leaves = [x.base.clone().requires_grad_() for x in case.student.leaves]
@@ -118,7 +118,7 @@ def ours(case: Case) -> tuple[Any, list[Any], dict[str, float]]:
         value = criterion(student, teacher, case.labels, mask=case.mask, num_items_in_batch=case.items)
         wanted = [*leaves, *hidden, *criterion.parameters()]
         if not value.requires_grad:
-            raise AssertionError("the loss leads nowhere")
+            raise AssertionError("the loss has no gradient")
         got = torch.autograd.grad((value * torch.as_tensor(case.upstream)).sum(), wanted, allow_unused=True)
         gradients = [
             np.zeros(tuple(x.shape)) if g is None else g.double().numpy() for g, x in zip(got, wanted, strict=True)
@@ -128,7 +128,7 @@ def ours(case: Case) -> tuple[Any, list[Any], dict[str, float]]:
 
 
 def differences(case: Case) -> list[str]:
-    """What differs, in words."""
+    """The differences of a case from the reference, in words."""
     paths(case)
     try:
         value, gradients, components = ours(case)
@@ -169,11 +169,11 @@ def _differs(name: str, got: Any, exact: Any, tolerance: Any) -> Any:
     if worst > 1:
         at = np.unravel_index(off.argmax(), off.shape) if off.ndim else ()
         place = f"{name} at {tuple(map(int, at))}" if at else name
-        yield f"{place} is {got[at]}, expected {exact[at]}: {worst:.3g} times what is allowed"
+        yield f"{place} is {got[at]}, expected {exact[at]}: {worst:.3g} times the tolerance"
 
 
 def wrong_with(case: Case) -> list[str]:
-    """What is wrong with a case: what differs, or what was raised, with the last lines that led there."""
+    """What is wrong with a case: its differences, or the error with the end of its traceback."""
     try:
         return differences(case)
     except Exception as error:
@@ -182,12 +182,12 @@ def wrong_with(case: Case) -> list[str]:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Run them."""
-    parser = argparse.ArgumentParser(description="Random cases against float64")
+    """Run the cases."""
+    parser = argparse.ArgumentParser(description="Compare random cases with a float64 reference")
     parser.add_argument("--cases", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
-    parser.add_argument("--keep-going", type=int, default=0, metavar="N", help="stop after N cases that differ")
+    parser.add_argument("--keep-going", type=int, default=0, metavar="N", help="continue after N cases that differ")
     args = parser.parse_args(given)
     torch.set_num_threads(1)
     warnings.simplefilter("error")
@@ -206,7 +206,7 @@ def main(given: list[str] | None = None) -> int:
     seconds = time.process_time() - started
     share = ", ".join(f"{name} {x:.2f}" for name, x in WORST.items())
     print(f"{number + 1 - args.first} cases of seed {args.seed} in {seconds:.0f} s of CPU time, {wrong} differ")
-    print(f"the worst, as a share of what is allowed: {share}")
+    print(f"largest differences, as a share of the tolerance: {share}")
     return int(wrong > 0)
 
 

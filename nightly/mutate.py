@@ -1,8 +1,8 @@
-"""Breaks the library on purpose, one place at a time, and lists what no test sees.
+"""Mutation testing: change the library in one place at a time, and list the changes that no test notices.
 
 `PYTHONPATH=tests python nightly/mutate.py --sample 200 --log runs/mutants.jsonl` draws places in the engine, the
-divergences, targets and terms. A mutant is run in a process of its own: by the fuzzer's first cases, and if it survives
-these by the tests in TESTS that belong to its folder. The log is gone on with, and its survivors are printed.
+divergences, the targets and the terms. A mutant runs in a process of its own: first the fuzzer's first cases, and if it
+survives them, the tests that TESTS lists for its folder. An existing log is continued. The survivors are printed.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np  # noqa: F401 - what every process needs is there before it is forked
+import numpy as np  # noqa: F401 - imported once, before processes are forked
 import torch  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ SWAPS: dict[type, type] = {
 
 
 def changes(node: ast.AST) -> Iterator[Any]:
-    """Functions that change a node, each in one way."""
+    """Yield functions that each change a node in one way."""
     if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPS:
         yield lambda n: setattr(n, "op", SWAPS[type(n.op)]())
     elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
@@ -70,7 +70,7 @@ def changes(node: ast.AST) -> Iterator[Any]:
 
 
 def code(tree: ast.AST) -> list[ast.AST]:
-    """All nodes, in order, but for what is only said: annotations."""
+    """All nodes in order, without type annotations."""
     said = set()
     for node in ast.walk(tree):
         for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
@@ -79,14 +79,14 @@ def code(tree: ast.AST) -> list[ast.AST]:
 
 
 def places(path: Path) -> Iterator[tuple[Path, int, int]]:
-    """What can be changed in a file: its node's number, and the number of the change."""
+    """All possible changes of a file: the number of the node, and the number of the change."""
     for i, node in enumerate(code(ast.parse(path.read_text()))):
         for j, _ in enumerate(changes(node)):
             yield path, i, j
 
 
 def mutant(path: Path, i: int, j: int) -> tuple[str, str]:
-    """Where a file is changed and how, and its text then."""
+    """The name of a change (place, before, after), and the changed text of the file."""
     tree = ast.parse(path.read_text())
     node = code(tree)[i]
     before = ast.unparse(node)
@@ -96,7 +96,7 @@ def mutant(path: Path, i: int, j: int) -> tuple[str, str]:
 
 
 def survives_cases(folder: Path, cases: int) -> bool:
-    """Whether the fuzzer's first cases see nothing of it, in a process of its own."""
+    """Whether the fuzzer's first cases pass with the mutant, in a process of their own."""
     child = os.fork()
     if child == 0:
         sys.path[:0] = [str(folder), str(ROOT / "nightly"), str(ROOT / "tests")]
@@ -111,7 +111,7 @@ def survives_cases(folder: Path, cases: int) -> bool:
 
 
 def survives_tests(folder: Path, names: list[str]) -> bool:
-    """Whether tests see nothing of it."""
+    """Whether the tests pass with the mutant."""
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files]
     paths = os.pathsep.join([str(folder), str(ROOT / "tests")])
@@ -120,14 +120,14 @@ def survives_tests(folder: Path, names: list[str]) -> bool:
 
 
 def main() -> None:
-    """Run a sample of them."""
-    parser = argparse.ArgumentParser(description="Break the library, one place at a time")
+    """Run a sample of all mutants."""
+    parser = argparse.ArgumentParser(description="List the changes of the library that no test notices")
     parser.add_argument("--sample", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--log", type=Path, default=Path("runs/mutants.jsonl"))
     parser.add_argument("--rooms", nargs="+", default=["engine", "divergences", "targets", "terms", "reduction.py"])
-    parser.add_argument("--no-tests", action="store_true", help="the fuzzer alone")
+    parser.add_argument("--no-tests", action="store_true", help="run the fuzzer only")
     args = parser.parse_args()
     rooms = [ROOT / "src" / "kdloss" / room for room in args.rooms]
     files = sorted(path for room in rooms for path in (room.rglob("*.py") if room.is_dir() else [room]))

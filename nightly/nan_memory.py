@@ -1,4 +1,4 @@
-"""A pytest plugin: memory that nobody has written to yet is NaN, so that whoever reads it is seen.
+"""A pytest plugin that fills uninitialised memory with NaN, so that a read of it shows up.
 
 `PYTHONPATH=nightly pytest -p nan_memory`
 """
@@ -7,7 +7,7 @@ import torch
 
 
 def pytest_configure() -> None:
-    """PyTorch fills what `torch.empty` gives where algorithms are to be deterministic."""
+    """PyTorch fills the memory of `torch.empty` if deterministic algorithms are on."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()

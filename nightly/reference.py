@@ -1,8 +1,8 @@
-"""What a case comes to, in float64 numpy from the formulas: its value, its components and all gradients.
+"""The expected result of a case, in float64 numpy from the formulas: its value, its components and all gradients.
 
-Formulas of losses are those of tests/oracles.py; which positions count, what a top-k teacher leaves, how teachers are
-averaged, what is reduced how, and how gradients reach hidden states, heads and projections is written down here once
-more. Nothing is computed by kdloss. What rounding may change of it all stands in rounding.py.
+The formulas of losses are those of tests/oracles.py. This file implements the rest a second time, without kdloss: which
+positions count, the tail of a top-k teacher, averages of teachers, reductions, and the gradients of hidden states,
+heads and projections. The tolerances are in rounding.py.
 """
 
 from dataclasses import dataclass, field
@@ -20,10 +20,10 @@ from kdloss import TokenMap
 
 @dataclass
 class Expected:
-    """Values (a number, or one per position), and by leaf the gradient; each with its tolerance.
+    """Values (one number, or one per position) and the gradient of each leaf, each with its tolerance.
 
-    Where a value is infinite or rounding decides on which side of a kink it is, gradients are `blind`; where rounding
-    decides the value, it is `vague`.
+    `blind`: gradients can't be compared, because a value is infinite or rounding decides the side of a kink. `vague`:
+    the value can't be compared, because rounding decides it.
     """
 
     value: Any
@@ -36,7 +36,7 @@ class Expected:
 
 
 def dense(logits: Logits, far: float = FAR) -> Any:
-    """Logits `[P, V]`, with something finite for -inf."""
+    """Logits `[P, V]` with a finite number in place of -inf."""
     if not logits.lazy:
         z = logits.leaves[0].numpy()
         z = z.reshape(-1, z.shape[-1])
@@ -47,7 +47,7 @@ def dense(logits: Logits, far: float = FAR) -> Any:
 
 
 def average(term: Term, teachers: list[Any]) -> Any:
-    """The teacher's logits, or the average of several, at the term's temperature."""
+    """The teacher's logits, or the average of several teachers at the term's temperature."""
     if isinstance(term.teacher, int):
         return teachers[term.teacher]
     chosen = teachers if term.teacher == "all" else [teachers[k] for k in term.teacher]
@@ -59,7 +59,7 @@ def average(term: Term, teachers: list[Any]) -> Any:
 
 
 def shared(vocabulary: Any, classes: int, theirs: int) -> tuple[Any, Any]:
-    """The classes that both sides have, by their number on each."""
+    """The classes that both sides have, by their ids on each side."""
     if isinstance(vocabulary, TokenMap):
         return vocabulary.student_ids.numpy(), vocabulary.teacher_ids.numpy()
     both = np.arange(min(classes, theirs))
@@ -67,13 +67,13 @@ def shared(vocabulary: Any, classes: int, theirs: int) -> tuple[Any, Any]:
 
 
 def few(kept: Any, row: int, z: Any, vocabulary: Any) -> tuple[Any, Any] | None:
-    """One row of both over the classes that a top-k teacher's tail leaves; None where it says nothing."""
+    """One row of both sides over the classes left by a top-k teacher's tail; None if it has no known class."""
     k, at = kept.shape[-1], kept.temperature
     ids, log_p = kept.indices.reshape(-1, k)[row].tolist(), kept.log_probs.double().numpy().reshape(-1, k)[row]
     told = {i: x for i, x in zip(ids, log_p, strict=True) if i >= 0}
     if kept.log_rest is not None:
         rest = kept.log_rest.double().numpy().reshape(-1)[row]
-    else:  # from roundings it can't be known to be nothing
+    else:  # rounding hides whether the rest is 0
         least = torch.finfo(torch.promote_types(kept.log_probs.dtype, torch.float32)).eps
         rest = np.log(max(1 - np.exp(list(told.values())).sum(), least))
     mine, theirs = shared(vocabulary, len(z), kept.vocabulary)
@@ -95,7 +95,7 @@ def few(kept: Any, row: int, z: Any, vocabulary: Any) -> tuple[Any, Any] | None:
 
 
 class OnLogits:
-    """A term on logits: values at the rows that count, as a function of the student's logits there."""
+    """A term on logits: a function from the student's logits at the rows that count to the values there."""
 
     def __init__(self, case: Case, term: Term, far: float = FAR) -> None:
         self.case, self.term = case, term
@@ -120,16 +120,16 @@ class OnLogits:
         return values
 
     def both(self, i: Any, z: Any) -> tuple[Any, Any] | None:
-        """Rows i of those that count, and the teacher's beside them."""
+        """The student's and the teacher's logits at rows i of those that count."""
         if self.kept is not None:
             return few(self.kept, self.rows[i], z[i], self.term.vocabulary)
         mine, theirs = shared(self.term.vocabulary, z.shape[-1], self.teachers[0].shape[-1])
         return z[i][..., mine], average(self.term, [t[self.rows[i]][..., theirs] for t in self.teachers])
 
     def slope(self, z: Any, by: Any) -> Any:
-        """The gradient of the values' sum by these weights."""
-        apart = self.term.loss is None or "relational" not in self.term.loss.exempt
-        return oracles.gradient(lambda x: by * self(x), z, positions_apart=apart)
+        """The gradient of the values' sum weighted by `by`."""
+        independent = self.term.loss is None or "relational" not in self.term.loss.exempt
+        return oracles.gradient(lambda x: by * self(x), z, positions_apart=independent)
 
     def _labels(self) -> Any:
         labels = self.case.labels
@@ -138,7 +138,7 @@ class OnLogits:
 
 
 def expected(case: Case) -> Expected:
-    """Of this case."""
+    """The expected result of this case."""
     with np.errstate(all="ignore"):
         return _expected(case)
 
@@ -184,19 +184,19 @@ def _expected(case: Case) -> Expected:
 
 
 def back(leaf: Leaf, g: Any) -> Any:
-    """A gradient of what is seen, as one of the leaf."""
+    """Turn a gradient of the view into one of the leaf."""
     base = leaf.base.detach().double().requires_grad_()
     seen = leaf.view(base)
     return torch.autograd.grad(seen, base, torch.as_tensor(np.array(g)).reshape(seen.shape))[0].numpy()
 
 
 def of_leaf(leaf: Leaf, g: Any, tolerance: Any) -> tuple[Any, Any]:
-    """Both, as those of the leaf."""
+    """The gradient and the tolerance of the leaf."""
     return back(leaf, g), back(leaf, tolerance + rounding.of_dtype(leaf, g))
 
 
 def _of_student(student: Logits, slope: Any, tolerance: Any) -> tuple[list[Any], list[Any]]:
-    """By the student's leaves."""
+    """The gradients and tolerances of the student's leaves."""
     if not student.lazy:
         g, spread = of_leaf(student.leaves[0], slope, tolerance)
         return [g], [spread]
@@ -215,7 +215,7 @@ def _of_student(student: Logits, slope: Any, tolerance: Any) -> tuple[list[Any],
 
 
 def _on_features(case: Case, term: Term, rows: Any, by: Any) -> tuple[Any, list[tuple[Any, Any]]]:
-    """Values at the rows that count, and the gradients of hidden states and projections with their tolerances."""
+    """Values at the rows that count; gradients of hidden states and projections with their tolerances."""
     exempt, of = term.loss.exempt, OfFeatures(case, term)
     groups, per_example = [np.arange(len(rows))], int(np.prod(case.shape[1:]))
     if "relational" in exempt and "batch" not in exempt and len(case.shape) > 1:

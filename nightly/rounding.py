@@ -1,7 +1,7 @@
-"""How far a right answer may be from the reference: what dtypes can't say, and what rounding decides.
+"""Tolerances: how far a correct result may be from the reference, because of dtypes and rounding.
 
-Float32 keeps 1e-5 of a value and of a row's gradient, float64 1e-9; 16-bit inputs are computed in float32, and their
-gradients rounded once. More is allowed where a formula itself makes little of much.
+A value and a row's gradient may be off by 1e-5 of their size in float32 and by 1e-9 in float64. 16-bit inputs are
+computed in float32, and their gradients are rounded once. The tolerance is larger where large numbers cancel.
 """
 
 from functools import cached_property
@@ -13,35 +13,35 @@ import torch
 from cases import Case, Leaf, Logits, Term
 
 FAR = 1e8
-"""What stands for infinity among logits, times a temperature."""
+"""Replaces infinity among logits; it is multiplied by a temperature."""
 NEAR = 1e-5
-"""Probabilities nearer than this may come in the other order."""
+"""Rounding may swap the order of probabilities that are closer than this."""
 EPS = np.finfo(np.float32).eps
 
 
 class OfLogits:
-    """Of a term's values and slopes at the rows that count; `here` has both sides' logits, z are the student's."""
+    """Tolerances of a term's values and gradients at the rows that count. `here` has both sides, z is the student's."""
 
     def __init__(self, case: Case, term: Term, here: Any, z: Any, values: Any, further: Any) -> None:
         self.case, self.term, self.here, self.z = case, term, here, z
-        self.infinite = ~np.isclose(values, further, rtol=1e-6, atol=1e-6)  # it goes with what stands for infinity
+        self.infinite = ~np.isclose(values, further, rtol=1e-6, atol=1e-6)  # it grows with the replacement of infinity
         self.size = np.where(self.infinite, 0, abs(values))
         self.digits = digits(case, term)
         self.temperature = term.temperature if term.kind == "kd" else 1.0
 
     def values(self, g: Any, by: Any) -> Any:
-        """Of the values, whose slopes by these weights are g."""
+        """Tolerances of the values, whose gradients weighted by `by` are g."""
         g = abs(g) / np.maximum(abs(by[:, None]), 1e-300)
-        low = abs(self.z - self.z.max(-1, keepdims=True)) * (self.digits > 1e-9)  # far below digits are lost
+        low = abs(self.z - self.z.max(-1, keepdims=True)) * (self.digits > 1e-9)  # low classes lose digits
         found = self.digits * (self.size + self.scale / 10) + (g * (2 * EPS * low + self._capped)).sum(-1)
         found[self._nearly_infinite] = np.inf
         return found
 
     def slopes(self, g: Any, by: Any) -> Any:
-        """Of the slopes."""
+        """Tolerances of the gradients."""
         around = self.digits * (self.size[:, None] + self.scale / 10) + self._capped * self.scale / self.temperature
         by = abs(by[:, None])
-        if self.term.function == "dist":  # rows are in each other's values
+        if self.term.function == "dist":  # every value depends on all rows
             by = by.max(initial=0)
         return self.digits * abs(g).max(-1, keepdims=True, initial=0) + by * around / self.temperature
 
@@ -70,7 +70,7 @@ class OfLogits:
 
     @cached_property
     def scale(self) -> float:
-        """What roundings are measured in: T², and more where small differences are divided by each other."""
+        """The unit of rounding errors: T², and more where small differences are divided by each other."""
         term = self.term
         if term.kind == "ce":
             return 1.0
@@ -86,7 +86,7 @@ class OfLogits:
 
     @property
     def _capped(self) -> float:
-        """By how much a soft cap moves logits."""
+        """The rounding error that a soft cap adds to logits."""
         student = self.case.student
         double = student.leaves[0].base.dtype == torch.float64
         return 8 * EPS * student.softcap if student.softcap and not double else 0.0
@@ -102,16 +102,16 @@ class OfLogits:
 
     @cached_property
     def _varies(self) -> float:
-        """How much probabilities do, that are correlated."""
+        """The smallest standard deviation of the probabilities that are correlated."""
         p = [np.exp(oracles.log_softmax(x, self.temperature)) for x in self._both(slice(None))]
         axes = (0, 1) if self.term.loss.settings["gamma"] else (1,)
         return float(min(x.std(axis).min(initial=1) for x in p for axis in axes))
 
     @property
     def _kinked(self) -> bool:
-        """Whether rounding decides on which side of a kink probabilities are."""
+        """Whether rounding decides on which side of a kink the probabilities are."""
         name = self.term.function
-        if name == "dist":  # classes that don't vary correlate with nothing
+        if name == "dist":  # a constant class has no correlation
             return self._varies < 1e-4
         for both in self._pairs if name in ("uld", "total_variation") else ():
             q, p = (np.exp(oracles.log_softmax(x, self.temperature)) for x in both)
@@ -125,7 +125,7 @@ class OfLogits:
 
     @cached_property
     def _nearly_infinite(self) -> Any:
-        """Rows where one side excludes a class to which the other gives less than float64 can say, but not nothing."""
+        """Rows where one side excludes a class and the other side gives it a tiny, but not zero, probability."""
         found = np.zeros(len(self.z), bool)
         excluded = (self.z < -FAR / 2).any() or any((t < -FAR / 2).any() for t in self.here.teachers)
         for i in range(len(self.z)) if self.term.kind == "kd" and (excluded or self.here.kept is not None) else ():
@@ -139,35 +139,35 @@ class OfLogits:
 
 
 class OfFeatures:
-    """Of a distance's values and slopes."""
+    """Tolerances of a distance's values and gradients."""
 
     def __init__(self, case: Case, term: Term) -> None:
         self.term, self.digits = term, 1e-9 if case.hidden[0][0].base.dtype == torch.float64 else 2e-5
 
     def values(self, values: Any) -> Any:
-        """Of the values."""
+        """Tolerances of the values."""
         return self.digits * (abs(values) + 1)
 
     def slopes(self, g: Any, by: Any, features: Any) -> Any:
-        """Of the slopes g, by the features that are compared."""
+        """Tolerances of the gradients g with respect to the compared features."""
         scale = 0.1
         if self.term.function == "layer_norm_mse":
             scale = 10 / max(features.std(-1).min(), 1e-9)
         return np.full_like(g, self.digits * (abs(g).max() + scale * abs(by).max()))
 
     def projections(self, g: Any, weight: Any) -> Any:
-        """Of a gradient of the projection, whose weight has this one."""
+        """Tolerances of a gradient g of the projection; `weight` is the gradient of its weight."""
         return np.full_like(g, 10 * self.digits * (abs(weight).max() + 1))
 
 
 def digits(case: Case, term: Term) -> float:
-    """What may be lost of a value, relative to it."""
+    """The relative tolerance of a value."""
 
     def double(x: Logits) -> bool:
         return x.leaves[0].base.dtype == torch.float64
 
     own, kept = double(case.student), case.teachers[0].kept
-    capped = bool(case.student.softcap) and not own  # its logits are made in float32, and their roundings weigh, too
+    capped = bool(case.student.softcap) and not own  # capped logits are computed in float32, with its rounding errors
     if term.kind == "ce":
         return 1e-9 if own else 1e-5
     if kept is not None:
@@ -177,21 +177,21 @@ def digits(case: Case, term: Term) -> float:
         capped = capped or (teacher.softcap is not None and not double(teacher))
         return 1e-9 if (own or double(teacher)) and not capped else 1e-5
     largest = max(abs(np.nan_to_num(t.leaves[0].numpy(), posinf=0, neginf=0)).max(initial=0) for t in case.teachers)
-    more = max(1, largest / 10) if term.average == "logits" else 1  # of large logits small gaps are lost
+    more = max(1, largest / 10) if term.average == "logits" else 1  # large logits lose small gaps
     return (1e-9 if all(map(double, case.teachers)) and not capped else 1e-5) * more
 
 
 def overflows(case: Case, slope: Any) -> bool:
-    """Whether a gradient is more than float16 can say."""
+    """Whether a gradient is too large for float16."""
     return any(x.base.dtype == torch.float16 for x in case.student.leaves) and bool((abs(slope) > 3e4).any())
 
 
 def of_dtype(leaf: Leaf, g: Any) -> Any:
-    """What a leaf's dtype can't say of a gradient."""
+    """The rounding error of a gradient in the dtype of its leaf."""
     info = torch.finfo(leaf.base.dtype)
     return 2 * info.eps * abs(g) + info.smallest_normal * info.eps
 
 
 def of_head(student: Logits, slope: Any) -> Any:
-    """What is lost of the slopes that are multiplied with a head, in its dtype and behind its soft cap."""
+    """The rounding error of gradients that are multiplied with a head, from its dtype and its soft cap."""
     return 2 * max(torch.finfo(student.leaves[0].base.dtype).eps, 1e-6 if student.softcap else 0) * abs(slope)

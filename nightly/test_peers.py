@@ -1,7 +1,7 @@
-"""Parity with other projects' losses: the same value and gradient, or theirs times the factor that is stated.
+"""Parity with other projects' losses: the same value and gradient, or theirs times a stated factor.
 
-Their packages come into an environment of their own by `make nightly`; what isn't installed is skipped. All is in
-float64, with batches of which all positions count unless labels say otherwise.
+`make nightly` installs their packages in a separate environment. Tests of missing packages are skipped. All numbers are
+float64, and all positions of a batch count unless labels say otherwise.
 """
 
 import importlib
@@ -24,21 +24,21 @@ from kdloss import LazyLogits, distances, divergences
 
 T = 3.0
 N, C = 6, 5
-pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")  # torch's, of its own mean
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")  # about torch's own mean
 LABELS = torch.tensor([0, 3, -100, 4, 2, 1])
 EVERY_LABEL = LABELS.clamp_min(0)
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def drawn(*shape: int) -> tuple[Tensor, Tensor]:
-    """A student's and a teacher's numbers."""
+    """Random tensors for a student and a teacher."""
     torch.manual_seed(0)
     student, teacher = 2 * torch.randn(2, *shape, dtype=torch.float64)
     return student.requires_grad_(), teacher
 
 
 def same(ours: Loss, theirs: Loss, shape: tuple[int, ...], rtol: float = 1e-9) -> None:
-    """Equal in value and gradient."""
+    """Assert equal values and gradients."""
     student, teacher = drawn(*shape)
     values = [loss(student, teacher.clone()) for loss in (ours, theirs)]
     torch.testing.assert_close(*values, rtol=rtol, atol=0)
@@ -47,7 +47,7 @@ def same(ours: Loss, theirs: Loss, shape: tuple[int, ...], rtol: float = 1e-9) -
 
 
 def alone(package: str, path: str) -> ModuleType:
-    """One file of a package that as a whole wants more than is needed here."""
+    """Load one file of a package whose other imports are not needed here."""
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         pytest.skip(f"{package} is not installed")
@@ -60,7 +60,7 @@ def alone(package: str, path: str) -> ModuleType:
 
 
 def entropy(teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """By how much a soft cross-entropy is more than the divergence, at every position."""
+    """The difference between a soft cross-entropy and the divergence, at every position."""
     p = (teacher / temperature).softmax(-1)
     return -torch.special.xlogy(p, p).sum(-1)
 
@@ -74,7 +74,7 @@ def mean(loss: Any, **options: Any) -> Loss:
 
 
 def torchdistill(name: str, *args: Any, **options: Any) -> Any:
-    """One of its losses, called with what the student's and the teacher's module gave."""
+    """One of its losses, called with the outputs of the student's and the teacher's module."""
     module = pytest.importorskip("torchdistill.losses.mid_level", exc_type=ImportError)
     loss = getattr(module, name)(*args, **options)
     return lambda s, t, *more: loss({"m": {"output": s}}, {"m": {"output": t}}, *more)
@@ -99,7 +99,7 @@ def test_torchdistill_s_kd_without_labels_leaves_out_t_squared_and_its_mean_divi
 def test_torchdistill_s_standardised_kd_is_ours_without_t_squared():
     theirs = torchdistill("LogitStdKDLoss", *IO, temperature=T, alpha=0.0)
     ours = mean(divergences.standardized(divergences.forward_kl), temperature=T)
-    same(lambda s, t: ours(s, t) / T**2, theirs, (N, C), rtol=1e-6)  # an epsilon stands elsewhere
+    same(lambda s, t: ours(s, t) / T**2, theirs, (N, C), rtol=1e-6)  # its epsilon is in another place
 
 
 def test_torchdistill_s_dist_is_ours():
@@ -109,7 +109,7 @@ def test_torchdistill_s_dist_is_ours():
 
 
 def maps(loss: Loss) -> Loss:
-    """A loss of maps as one of the tokens [B, N, D]."""
+    """Turn a loss of maps into a loss of tokens [B, N, D]."""
     return lambda s, t: loss(distances.tokens(s), distances.tokens(t))
 
 
@@ -126,7 +126,7 @@ def test_torchdistill_s_relations_of_examples_are_ours():
     angle = torchdistill("RKDLoss", **rkd, dist_factor=0.0, angle_factor=1.0)
     same(mean(distances.rkd_angle), angle, (N, C))
     pkt = torchdistill("PKTLoss", *IO)
-    same(mean(distances.pkt), pkt, (N, C), rtol=1e-4)  # its epsilon is added behind the normalising
+    same(mean(distances.pkt), pkt, (N, C), rtol=1e-4)  # it adds its epsilon after normalising
 
 
 def test_torchdistill_s_similarity_divides_rows_by_their_l1_norm_where_the_paper_and_ours_take_l2():
@@ -196,7 +196,7 @@ def test_trl_s_chunked_divergence_of_heads_is_our_lazy_one_without_t_squared(bet
 
 
 def torchtune(name: str, **options: Any) -> Loss:
-    """One of its losses with labels, which computes in float32."""
+    """One of its losses with labels; it computes in float32."""
     loss = getattr(alone("torchtune", "modules/loss/kd_losses.py"), name)(**options)
     return lambda s, t: loss(s, t, LABELS).double()
 
@@ -242,14 +242,14 @@ def test_torchtune_s_forward_kl_leaves_out_a_class_that_the_student_excludes_whe
 
 
 def textbrewer(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """One of its losses, without its trainers, which want TensorBoard."""
+    """One of its losses, loaded without its trainers, which need TensorBoard."""
     found = importlib.util.find_spec("textbrewer")
     if found is None or found.origin is None:
         pytest.skip("textbrewer is not installed")
     package = ModuleType("textbrewer")
     package.__path__, package.__spec__ = [str(Path(found.origin).parent)], found
     monkeypatch.setitem(sys.modules, "textbrewer", package)
-    with warnings.catch_warnings(action="ignore"):  # of its docstrings' backslashes
+    with warnings.catch_warnings(action="ignore"):  # about backslashes in its docstrings
         return getattr(importlib.import_module("textbrewer.losses"), name)
 
 
@@ -331,7 +331,7 @@ def test_sentence_transformers_embeddings_are_compared_as_ours(metric, ours):
 def test_sentence_transformers_kl_of_scores_is_forward_kl_with_t_squared():
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses", exc_type=ImportError)
     loss = losses.DistillKLDivLoss(nn.Identity(), temperature=T)
-    query = torch.ones(N, 1, dtype=torch.float64)  # of which a passage's score is the passage
+    query = torch.ones(N, 1, dtype=torch.float64)  # so the score of a passage is the passage itself
 
     def theirs(s: Tensor, t: Tensor) -> Tensor:
         value: Tensor = loss.compute_loss_from_embeddings([query, *s.unsqueeze(-1).unbind(1)], t)

@@ -1,4 +1,4 @@
-"""After 1000 steps there are as many hooks, tensors and bytes as after a few."""
+"""Nothing leaks: after 1000 steps there are as many hooks, tensors and bytes as after a few."""
 
 import gc
 import tracemalloc
@@ -16,7 +16,7 @@ STEPS, FIRST = 1000, 20
 
 
 class Net(nn.Module):
-    """A classifier of two hidden layers."""
+    """A classifier with two hidden layers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 class Held(NamedTuple):
-    """What is held between steps."""
+    """Counts of everything that is alive between steps."""
 
     hooks: int
     tensors: int
@@ -37,13 +37,13 @@ class Held(NamedTuple):
 
 
 def hooks(*models: nn.Module) -> int:
-    """How many hooks there are in all modules."""
+    """The number of hooks in all modules."""
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return sum(len(getattr(module, kind)) for model in models for module in model.modules() for kind in kinds)
 
 
 def held(live: LiveTensors, *models: nn.Module) -> Held:
-    """Now, with garbage collected."""
+    """Collect garbage, then count."""
     gc.collect()
     objects = gc.get_objects()
     tensors = sum(issubclass(type(x), Tensor) for x in objects)
@@ -51,7 +51,7 @@ def held(live: LiveTensors, *models: nn.Module) -> Held:
 
 
 def of_classifier() -> tuple[kdloss.Distillation, nn.Module, Any]:
-    """An MLP: features of another width, logits and labels."""
+    """An MLP with features of another width, logits and labels."""
     student, teacher = Net(8), Net(16)
     features = kdloss.Features(pairing=[("first", "first"), ("second", "second")])
     criterion = 0.5 * kdloss.CrossEntropy() + kdloss.Logits(temperature=2.0) + features
@@ -65,7 +65,7 @@ def of_classifier() -> tuple[kdloss.Distillation, nn.Module, Any]:
 
 
 def of_language_model() -> tuple[kdloss.Distillation, nn.Module, Any]:
-    """A tiny GPT-2: the same, with a schedule and padding."""
+    """A tiny GPT-2 with the same terms, a schedule and ignored labels."""
     student, teacher = build("gpt2", depth=2), build("gpt2", width=24, depth=3, seed=1)
     weight = kdloss.schedules.linear(0.1, 1.0, steps=100)
     criterion = 0.5 * kdloss.CrossEntropy() + weight * kdloss.Logits(temperature=2.0) + kdloss.Features("last")

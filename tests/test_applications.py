@@ -1,4 +1,4 @@
-"""The plain loop in small, and what the parts that examples share promise."""
+"""distill_lm.py at a small size, and the modules that the applications share."""
 
 import copy
 import itertools
@@ -90,7 +90,7 @@ def test_the_same_command_trains_nothing_again(demo, monkeypatch, capsys):
     assert "trained earlier" in capsys.readouterr().out
 
 
-def test_other_settings_train_again_but_not_what_they_leave_as_it_was(demo, monkeypatch):
+def test_other_settings_train_again_only_what_they_change(demo, monkeypatch):
     arguments, runs, _ = demo
     trained = []
     fit = distill_lm.fit
@@ -118,7 +118,7 @@ def test_a_student_deeper_than_its_teacher_is_distilled(demo, tmp_path):
 
 
 @pytest.mark.parametrize(("threads", "seconds"), [(1, 1.0), (2, 2.0)])
-def test_seconds_are_the_cpu_time_of_one_thread_or_the_walls_of_several(monkeypatch, threads, seconds):
+def test_seconds_are_cpu_time_with_one_thread_and_wall_time_with_several(monkeypatch, threads, seconds):
     monkeypatch.setattr(evaluation, "time", SimpleNamespace(process_time=lambda: 1.0, perf_counter=lambda: 2.0))
     torch.set_num_threads(threads)
     assert evaluation.clock(torch.device("cpu")) == seconds
@@ -130,7 +130,7 @@ def test_a_new_student_has_all_of_its_teachers_vocabulary_which_may_be_padded():
     assert setup.student_of(distill_lm.DEFAULTS, teacher, tokenizer).config.vocab_size == 320
 
 
-def test_seeds_draw_other_blocks_of_text_and_the_same_seed_the_same():
+def test_another_seed_draws_other_blocks_of_text_and_the_same_seed_the_same():
     blocks = torch.arange(10)[:, None]
     first, again, other = (set(text.draw(blocks, 4, seed).flatten().tolist()) for seed in (0, 0, 1))
     assert first == again != other
@@ -207,7 +207,7 @@ def test_without_a_known_column_the_longest_text_is_taken(data):
     ("name", "content", "options", "said"),
     [
         ("missing.jsonl", None, {}, "there is no file"),
-        ("a.md", "# A", {}, r"'a.md' ends in '.md', and what is read are .jsonl, .*: copy running text to a.txt"),
+        ("a.md", "# A", {}, r"'a.md' ends in '.md', and only .jsonl, .* files can be read: copy plain text to a.txt"),
         ("a.jsonl", '{"size": 1, "weight": 2.5}', {}, "no column holds text; there are.*size.*weight"),
         ("a.jsonl", '{"text": "A"}', {"column": "body"}, r"no column 'body', only \['text'\]"),
         ("a.jsonl", '{"text": " "}\n{"text": ""}', {}, "all 2 entries are empty"),
@@ -218,7 +218,7 @@ def test_without_a_known_column_the_longest_text_is_taken(data):
         ("a.csv", "id,text\n1,A\n2,B,C,D\n", {}, "'a.csv': .*line 3, saw 4"),
         ("a.txt", b"A\n\n\xff\xfe", {}, "line 3 of 'a.txt' can't be read: 'utf-8'"),
         ("a.jsonl", b'{"text": "A"}\n\xff', {}, "line 2 of 'a.jsonl' can't be read: 'utf-8'"),
-        ("a.jsonl", '{"text": "A"}\n{"text": 5}', {}, "entry 2 of 'a.jsonl' is no text but 5"),
+        ("a.jsonl", '{"text": "A"}\n{"text": 5}', {}, "entry 2 of 'a.jsonl' is not text but 5"),
     ],
 )
 def test_bad_text_is_refused(tmp_path, monkeypatch, name, content, options, said):
@@ -230,19 +230,19 @@ def test_bad_text_is_refused(tmp_path, monkeypatch, name, content, options, said
 
 
 @pytest.mark.parametrize(
-    ("file", "said"), [("a.csv", "one of its files, say texts/a.csv"), ("a.md", "a .jsonl, .json, ")]
+    ("file", "said"), [("a.csv", "one of its files, for example texts/a.csv"), ("a.md", "a .jsonl, .json, ")]
 )
-def test_a_folder_that_is_no_dataset_is_refused_with_what_to_give(tmp_path, monkeypatch, file, said):
+def test_a_folder_that_is_not_a_dataset_is_refused_with_what_to_pass(tmp_path, monkeypatch, file, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / file).write_text("text\n---\n")
     (tmp_path / "texts" / "README.md").write_text("no card")
-    with pytest.raises(ValueError, match=f"'texts' is a folder and no dataset: give {said}"):
+    with pytest.raises(ValueError, match=f"'texts' is a folder but not a dataset: pass {said}"):
         text.read_texts("texts")
 
 
 def test_a_dataset_is_read_by_name_with_its_config_and_split(tmp_path):
-    """The real loader, on a dataset that lies in a folder, as there is no hub in a test."""
+    """The real loader, on a dataset in a folder, because tests have no hub."""
     folder = tmp_path / "stories"
     for config in ("short", "long"):
         for split in ("train", "test"):
@@ -259,7 +259,7 @@ def test_a_dataset_is_read_by_name_with_its_config_and_split(tmp_path):
     assert text.read_texts(str(folder), config="short") == ["short train"]
 
 
-def test_a_dataset_that_cannot_be_reached_is_said_so(monkeypatch):
+def test_a_dataset_that_cannot_be_reached_raises_an_error(monkeypatch):
     def load_dataset(name, config, split):
         raise ConnectionError(f"{name}, {config}, {split}")
 
@@ -276,10 +276,10 @@ def test_a_dataset_that_cannot_be_reached_is_said_so(monkeypatch):
         (["--teacher", "missing.gguf"], "there is no file"),
         (["--teacher", "no/such-model"], "'no/such-model' is neither a folder with a model"),
         (["--student-width", "15"], "does not divide into 2 heads"),
-        (["--student", "other-tokens"], "of the same size, but ids stand for other tokens"),
+        (["--student", "other-tokens"], "the sizes are equal, but ids stand for different tokens"),
         (["--student", "other-size"], "a vocabulary of 290 tokens, the teacher one of 300"),
-        (["--student", "short"], "the student reads 8 tokens, not 16: write --max-length 8"),
-        (["--teacher", "short"], "the teacher reads 8 tokens, not 16: write --max-length 8"),
+        (["--student", "short"], "the student reads at most 8 tokens, not 16: pass --max-length 8"),
+        (["--teacher", "short"], "the teacher reads at most 8 tokens, not 16: pass --max-length 8"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_trained(
@@ -343,7 +343,7 @@ def test_layers_and_pairs_from_flags(flags, expected):
 
 
 @pytest.mark.parametrize("name", options.DISTANCES)
-def test_every_distance_trains_a_student_or_is_refused_for_want_of_its_tensors(name):
+def test_every_distance_trains_a_student_or_is_refused_because_it_needs_other_tensors(name):
     args = settings(["--method", "feature", "--distance", name])
     if name in options.SIDE_BY_SIDE:
         with pytest.raises(ValueError, match=f"{name} compares .* side by side, and --layers gives single hidden"):
@@ -419,14 +419,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
 
 
 def test_rouge_by_hand():
-    """F1 of what is shared, by words, by pairs of words, by the longest common subsequence."""
+    """F1 by shared words, by shared pairs of words, by the longest common subsequence."""
     first = evaluation.rouge(["the cat sat"], ["the cat ran off"])  # 2 of 3 and 4; 1 of 2 and 3; 2
     assert first == pytest.approx({"rouge_1": 400 / 7, "rouge_2": 200 / 5, "rouge_l": 400 / 7})
     second = evaluation.rouge(["cat the sat"], ["the cat ran off"])  # 2 of 3 and 4; none; 1
     assert second == pytest.approx({"rouge_1": 400 / 7, "rouge_2": 0, "rouge_l": 200 / 7})
 
 
-def test_what_a_model_writes_is_judged_by_another_token_by_token():
+def test_a_judge_scores_sampled_text_token_by_token():
     writer, judge = (model.train() for model in (new_model(), new_model(3, 24)))
     writer.transformer.drop.p = judge.transformer.drop.p = 0.5  # which nobody writes or reads with
     prompts, reference = torch.randint(0, 11, (5, 4)), torch.randint(0, 11, (5, 6))
@@ -458,7 +458,7 @@ def test_a_table_shows_means_deviations_and_only_columns_that_are_known():
 
 @pytest.fixture
 def tiny_encoder(tmp_path):
-    """Flags of a run in seconds: a new BERT of four blocks, and texts of two topics."""
+    """Flags of a run that takes seconds: a new BERT with four blocks, and texts of two topics."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *(f"w{i}" for i in range(20))]
     (tmp_path / "words.txt").write_text("\n".join(words))
     sizes = {"vocab_size": len(words), "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 4}
@@ -473,7 +473,7 @@ def tiny_encoder(tmp_path):
     return [*files, *more.split(), "--keep", "0,3", "--seeds", "0"]
 
 
-def test_an_encoders_students_stand_beside_one_without_a_teacher_at_equal_steps_and_operations(
+def test_an_encoders_students_are_compared_with_one_without_a_teacher_at_equal_steps_and_operations(
     tiny_encoder, tmp_path, monkeypatch
 ):
     runs = encoder.main(tiny_encoder)
@@ -496,7 +496,7 @@ def test_an_encoders_students_stand_beside_one_without_a_teacher_at_equal_steps_
     assert encoder.main(tiny_encoder) == runs
 
 
-def test_every_row_takes_the_learning_rate_that_is_best_on_the_texts_to_choose_by():
+def test_every_row_takes_the_learning_rate_that_is_best_on_validation_texts():
     rates = {"labels": 0.3, "logits": 0.1, "hidden": 0.2, "relations": 0.3, "logits and hidden": 0.2}
 
     def student(kept, row, lr, steps, seed):
@@ -508,7 +508,7 @@ def test_every_row_takes_the_learning_rate_that_is_best_on_the_texts_to_choose_b
     assert encoder.Study.learning_rates(study, [0, 5]) == rates
 
 
-def test_each_kept_block_is_held_against_the_teachers_last_one_before_the_next_kept():
+def test_each_kept_block_is_compared_with_the_teachers_last_block_before_the_next_kept():
     hidden = encoder.criteria("topics", [0, 2, 5], 6, 4)["hidden"].terms["hidden"]
     assert [(s, t) for s, t, _ in hidden.layer_map.pairs((3, 6))] == [(0, 1), (1, 4), (2, 5)]
     relations = encoder.criteria("sentences", [0, 5], 6, 4)["relations"].terms["relations"]
@@ -517,8 +517,8 @@ def test_each_kept_block_is_held_against_the_teachers_last_one_before_the_next_k
     assert teacher == tuple(f"bert.encoder.layer.5.attention.self.{x}" for x in ("query", "key", "value"))
 
 
-def test_what_belongs_together_is_ranked_by_likeness():
-    """A text is an angle, in degrees, so that the nearest is the most alike."""
+def test_texts_that_belong_together_are_ranked_by_similarity():
+    """A text is an angle in degrees, so the nearest angle is the most similar text."""
 
     class Circle(torch.nn.Module):
         def forward(self, input_ids, attention_mask):
@@ -530,8 +530,8 @@ def test_what_belongs_together_is_ranked_by_likeness():
     assert found == pytest.approx({"mrr": 100 * (1 + 1 / 3 + 1 / 2) / 3, "recall_1": 100 / 3, "recall_10": 100.0})
 
 
-def test_a_contrast_is_the_surprise_at_ones_own_rest_by_hand():
-    """Likenesses are 1, 0 and 0.6, 0.8: log(1 + exp(-20)) and log(1 + exp(20 (0.6 - 0.8)))."""
+def test_the_contrastive_loss_by_hand():
+    """Similarities are 1, 0 and 0.6, 0.8: log(1 + exp(-20)) and log(1 + exp(20 (0.6 - 0.8)))."""
     first, rest = [[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, 1.0]]
     found = encoder.contrast(torch.tensor([*first, *rest]), None)
     assert found.item() == pytest.approx((math.log1p(math.exp(-20)) + math.log1p(math.exp(-4))) / 2, rel=1e-5)

@@ -1,4 +1,4 @@
-"""What is measured on handwritten digits: changing teachers beside a student alone."""
+"""applications/changing_teachers.py on handwritten digits."""
 
 import changing_teachers as application
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-def test_the_application_measures_every_way_beside_a_student_alone_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_the_application_measures_every_way_and_a_student_alone_and_resumes(tmp_path, monkeypatch, capsys):
     small = ["--steps=3", "--width=4", "--assistant-width=5", "--teacher-width=6", f"--output={tmp_path}"]
     found = application.main([*small, "--seeds", "0", "1"])
     assert list(found) == [
@@ -30,7 +30,7 @@ def test_the_application_measures_every_way_beside_a_student_alone_and_goes_on(t
     assert application.main([*small, "--seeds", "1", "0"])["alone"] == found["alone"][::-1]
 
 
-def test_all_students_of_a_seed_see_the_same_images_and_start_alike():
+def test_all_students_of_one_seed_see_the_same_images_and_start_from_the_same_weights():
     digits, again, other = (application.Digits(application.Settings(steps=2), seed) for seed in (0, 0, 1))
     assert len(digits.x) == 300
     assert len(digits.x) + len(digits.test_x) == 1797

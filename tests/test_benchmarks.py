@@ -1,4 +1,4 @@
-"""What `make bench` measures with, on cases that are known, and each of its sections at a tiny size."""
+"""The measuring functions of `make bench` on known cases, and each of its sections at a tiny size."""
 
 import math
 import os
@@ -35,8 +35,8 @@ def test_the_peak_is_that_of_what_was_allocated():
     assert measure.peak(step) == pytest.approx(3 * x.nbytes, abs=100)
 
 
-def test_where_operators_take_nothing_for_themselves_it_is_that_of_living_tensors():
-    """They may: a sum of float32 in float64 makes a copy first."""
+def test_the_peak_is_that_of_living_tensors_if_operators_allocate_nothing_inside():
+    """Operators may: a sum of float32 in float64 makes a copy first."""
     student, teacher = torch.randn(2, 64, 3000)
     labels = torch.zeros(64).long()
     step = measure.backward(recipes.kl_ce, student.requires_grad_(), teacher, labels)
@@ -69,7 +69,7 @@ def test_the_ratio_is_the_median_of_pairs_in_turn(monkeypatch):
     assert "".join(name[1] for name in ran[4:]) == "tu" + "ut" + "tu"  # first one, then the other
 
 
-def test_where_memory_is_kept_first_runs_go_on_until_there_are_no_new_pages(monkeypatch):
+def test_with_memory_kept_the_warm_up_lasts_until_there_are_no_new_pages(monkeypatch):
     faults = iter([0, 5000, 9000, 9000, 9020])
     monkeypatch.setattr(measure.resource, "getrusage", lambda _: SimpleNamespace(ru_minflt=next(faults)))
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
@@ -78,7 +78,7 @@ def test_where_memory_is_kept_first_runs_go_on_until_there_are_no_new_pages(monk
     assert len(ran) == 3
 
 
-def test_a_missed_goal_is_told_and_stays():
+def test_a_missed_goal_is_in_bold_in_its_row():
     assert str(Row("KL", "here", 1.234, 1.0, "3 ms")) == "| KL | here | 3 ms | **1.23** | ≤ 1 |"
     assert str(Row("KL", "here", 0.5, 1.0)) == "| KL | here |  | 0.5 | ≤ 1 |"
     assert str(Row("reads", "here", 3.0, 4.0, least=True)) == "| reads | here |  | **3** | ≥ 4 |"
@@ -148,8 +148,8 @@ def test_a_section_gives_rows(section, monkeypatch):
     assert len({(row.what, row.conditions) for row in rows}) == len(rows)  # each names what it is
 
 
-def test_recipes_say_the_same_as_our_losses():
-    """So that what is timed against each other is the same thing."""
+def test_recipes_have_the_values_of_our_losses():
+    """So the timed pairs compute the same thing."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 5, 30, dtype=torch.float64, generator=generator)
     labels = torch.arange(5)
@@ -177,7 +177,7 @@ SMALL = {"tokens": 3, "vocab": 50, "width": 4, "teacher_width": 8, "k": 4}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_table_of_a_card_can_be_had_without_one(dtype, monkeypatch):
+def test_the_table_of_a_gpu_can_be_made_on_a_cpu(dtype, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(gpu, "engine", lambda compiled: None)
     monkeypatch.setattr(gpu, "peak", lambda step: step() or 2**20)  # it is tried above
@@ -188,7 +188,7 @@ def test_the_table_of_a_card_can_be_had_without_one(dtype, monkeypatch):
 
 
 class Event:
-    """As the card's, a millisecond apart."""
+    """CUDA events that are one millisecond apart."""
 
     def __init__(self, enable_timing):
         pass
@@ -200,7 +200,7 @@ class Event:
         return 1.0
 
 
-def test_a_way_that_needs_too_much_memory_says_so_and_the_others_are_measured_by_the_card(monkeypatch):
+def test_a_way_that_needs_too_much_memory_has_its_row_and_the_others_are_measured_on_the_gpu(monkeypatch):
     def too_much():
         raise torch.OutOfMemoryError
 
@@ -213,7 +213,7 @@ def test_a_way_that_needs_too_much_memory_says_so_and_the_others_are_measured_by
     assert rows == ["| KL, fp32 | ours | 1 | 2 |", "| KL, fp32 | plain | out of memory | |"]
 
 
-def test_without_a_card_make_gpu_says_one_sentence(monkeypatch, capsys):
+def test_without_a_gpu_make_gpu_prints_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpu.main()
     assert capsys.readouterr().out.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The interactive command in a real pseudo-terminal, and what it asks."""
+"""The interactive command in a real pseudo-terminal, and its questions."""
 
 import fcntl
 import json
@@ -42,22 +42,22 @@ class Terminal:
 
     @property
     def text(self):
-        """All that was shown, without colours and cursor movements."""
+        """All text shown so far, without colours and cursor movements."""
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.raw.decode()).replace("\r\n", "\n")
 
     def shows(self, words):
-        """Wait for these words after those that were waited for before."""
+        """Wait for these words, after the words of the last wait."""
         while words not in self.text[self.read :]:
             assert self.more(), f"{words!r} was never shown:\n{self.text[self.read :]}"
         self.read = self.text.index(words, self.read) + len(words)
 
     def more(self):
-        """Read what there is; False when the process is gone or says nothing any more."""
+        """Read available output; False if the process has ended or stays silent."""
         if not select.select([self.master], [], [], 60)[0]:
             return False
         try:
             self.raw += (new := os.read(self.master, 65536))
-        except OSError:  # what a terminal says when its other end is closed
+        except OSError:  # the other end of the terminal is closed
             return False
         return bool(new)
 
@@ -188,12 +188,12 @@ def test_control_c_at_a_question_ends_calmly_and_keeps_the_answers(tmp_path):
     assert terminal.text.strip().endswith(f"cli.py --epochs 3 --data={tmp_path / 'numbers.jsonl'}")
 
 
-# In this process: what is asked, and what is refused where nobody can be asked.
+# In this process: the questions, and errors without a terminal.
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """A terminal that gives prepared answers, and the names of the questions that it saw."""
+    """A terminal with prepared answers, and the names of the questions that it saw."""
     seen, answers = [], {}
 
     def prompt(words, *_, **__):
@@ -209,7 +209,7 @@ def asked(monkeypatch):
 
 
 def said(file, output, *names):
-    """The tiny settings as flags, but for these."""
+    """The tiny settings as flags, without these."""
     flags = tiny.flags(file, output)
     pairs = zip(flags[::2], flags[1::2], strict=True)
     return [part for pair in pairs if pair[0] not in names for part in pair]
@@ -224,7 +224,7 @@ def said(file, output, *names):
         ("both", ["temperature", "alpha", "layers", "pairing", "distance"]),
     ],
 )
-def test_only_what_matters_and_no_flag_said_is_asked(asked, tmp_path, method, of_method):
+def test_only_questions_that_matter_and_have_no_flag_are_asked(asked, tmp_path, method, of_method):
     seen, answers = asked
     answers |= {"method": method, "baseline": False, "student": "0,-1"}
     flags = said(tiny.data(tmp_path), tmp_path, "--lr")
@@ -236,7 +236,7 @@ def test_only_what_matters_and_no_flag_said_is_asked(asked, tmp_path, method, of
     assert models.student.config.kept_blocks == {"transformer.h": [0, 2]}
 
 
-def test_what_is_not_answered_is_as_suggested_for_the_method_that_was_chosen(asked, tmp_path, capsys):
+def test_empty_answers_take_the_suggestions_for_the_chosen_method(asked, tmp_path, capsys):
     _, answers = asked
     answers |= {"method": "both", "student": "0,-1", "baseline": False, "alpha": "0.6"}
     settings, models = cli.Interview(said(tiny.data(tmp_path), tmp_path)).hold()
@@ -286,7 +286,7 @@ def test_an_answer_takes_the_place_of_a_flag_that_was_refused(asked, tmp_path):
     assert (settings.student, settings.keep_blocks, settings.lr) == (None, [0, -1], 1e-3)
 
 
-def test_nothing_is_asked_when_flags_say_everything(asked, session, tmp_path):
+def test_nothing_is_asked_if_every_question_has_a_flag(asked, session, tmp_path):
     seen, _ = asked
     (teacher,) = (session[0] / "teachers").iterdir()
     more = "--method vanilla --temperature 1 --alpha 0.2 --batch-size 8 --no-baseline --keep-blocks 0"
@@ -300,7 +300,7 @@ def test_nothing_is_asked_when_flags_say_everything(asked, session, tmp_path):
     ("flags", "reason"),
     [
         ("--data missing.jsonl", "there is no file 'missing.jsonl'"),
-        ("--data /", "'/' is a folder and no dataset"),
+        ("--data /", "'/' is a folder but not a dataset"),
         ("--heldout-samples 400", "all 400 texts are held out"),
         ("--teacher missing.gguf", "there is no file 'missing.gguf'"),
         ("--student-width 15", "does not divide into 2 heads"),
@@ -327,7 +327,7 @@ def test_a_student_of_another_vocabulary_is_refused_before_anything_is_trained(s
     assert not (tmp_path / "runs").exists()
 
 
-def test_stopped_while_training_it_says_what_goes_on(monkeypatch, tmp_path, capsys):
+def test_stopped_while_training_it_prints_the_command_that_resumes(monkeypatch, tmp_path, capsys):
     def train(*_, **__):
         raise KeyboardInterrupt
 

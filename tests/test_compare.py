@@ -1,4 +1,4 @@
-"""applications/compare.py in small: equal terms, the cells of a grid, and what a killed study keeps."""
+"""applications/compare.py at a small size: equal conditions, the cells of a grid, and resuming a killed study."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def study(data, tmp_path_factory):
-    """All methods in small: arguments, results, output folder."""
+    """A small run of all methods: arguments, results, output folder."""
     torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("runs")
     arguments = tiny.flags(data, output)
@@ -31,7 +31,7 @@ def test_all_methods_start_from_one_student_and_learn(study):
     assert runs["none"][0]["curve"][0] != runs["none"][1]["curve"][0]  # nor two seeds one student
 
 
-def test_training_alone_gets_the_operations_of_the_dearest_distilled(study):
+def test_training_alone_gets_the_operations_of_the_most_expensive_distilled_student(study):
     _, runs, _ = study
     for alone, longer, *distilled in zip(
         *(runs[m] for m in ("none", "none-same-compute", "vanilla", "feature", "both")), strict=True
@@ -124,7 +124,7 @@ def test_one_by_one_changes_one_flag_at_a_time():
     assert list(compare.changes(args)) == [{}, *alone]
 
 
-def test_the_same_compute_needs_something_to_take_it_from(study):
+def test_the_same_compute_needs_a_distilled_student_to_take_it_from(study):
     with pytest.raises(ValueError, match="'none-same-compute' needs 'none' and a method that distils"):
         compare.main([*study[0], "--methods", "none-same-compute"])
 

@@ -39,7 +39,7 @@ def written(tokenizer, ids):
     return b"".join(map(bytes, pieces))
 
 
-def test_both_are_together_where_they_have_read_the_same_whole_characters(tokenizers):
+def test_tokens_are_aligned_where_both_have_read_the_same_complete_characters(tokenizers):
     mine, theirs = tokenizers
     context = 9
     both = (alignment.read(tokenizer, WORDS * 3) for tokenizer in tokenizers)
@@ -67,7 +67,7 @@ def test_both_are_together_where_they_have_read_the_same_whole_characters(tokeni
     assert counted > 30
 
 
-def test_a_token_of_the_teacher_counts_as_the_students_that_it_begins_with():
+def test_a_token_of_the_teacher_counts_as_the_first_of_the_students_tokens_that_spell_it():
     student, teacher = text.train_tokenizer(["ab ab ab"], 258), text.train_tokenizer(["abc abc abc abd abd"], 262)
     student.add_special_tokens({"eos_token": "<end>"})  # another name for the same
     words = {i: teacher.decode([i]) for i in range(len(teacher))}
@@ -92,14 +92,14 @@ def token_of(tokenizer, word):
     return tokenizer.get_vocab().get("".join(letters[byte] for byte in word.encode()))
 
 
-def test_every_token_counts_once_by_its_label_or_where_both_have_read_the_same_by_the_teacher_too():
+def test_every_token_counts_once_by_its_label_and_if_aligned_by_the_teacher_too():
     student, teacher = build("gpt2", depth=2, seed=1).eval(), build("gpt2", width=24).eval()
     ids, theirs = torch.randint(0, 61, (2, 6)), torch.randint(0, 61, (2, 5))
     at, mask = torch.tensor([[0, 1, 1, 3, 4, 0], [2, 0, 0, 0, 0, 0]]), torch.zeros(2, 6, dtype=torch.bool)
     mask[0, [2, 5]] = mask[1, 1] = True  # predicted at 1 and 4, and at 0
     shared = kdloss.Logits(vocabulary=kdloss.TokenMap(torch.arange(40), torch.arange(20, 60)))
     criterion = kdloss.Sum(0.25 * kdloss.CrossEntropy() + 0.75 * shared, causal=True)
-    loop = cross_tokenizer.WhereItSpeaks(alignment.AtTheSame(teacher), criterion)
+    loop = cross_tokenizer.AlignedLoss(alignment.TeacherAtStudentTokens(teacher), criterion)
     loss = loop(student, ids, ids, theirs, at, mask).loss
     with torch.no_grad():
         s = student(input_ids=ids).logits.double()

@@ -1,4 +1,4 @@
-"""Two gloo processes do what one does; the script goes on after SIGKILL and ends as if undisturbed."""
+"""Two gloo processes give the results of one; after SIGKILL the script resumes, with the same result."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ WAYS = {"fsdp": (["--fsdp"], (distributed.dcp, "save")), "ddp": ([], (distribute
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """Flags for text and a teacher made of it; what one process came to; a student with dropout."""
+    """Flags for text and a teacher trained on it; the results of one process; a student with dropout."""
     folder = tmp_path_factory.mktemp("given")
     file = folder / "numbers.jsonl"
     file.write_text("\n".join(json.dumps({"text": sentence}) for sentence in SENTENCES))
@@ -67,7 +67,7 @@ def start(output, flags):
 
 
 def kill(process):
-    """SIGKILL to the launcher and to every process it started."""
+    """Send SIGKILL to the launcher and to every process that it started."""
     for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):
             one.kill()
@@ -75,7 +75,7 @@ def kill(process):
 
 
 def test_two_processes_killed_in_the_middle_under_fsdp_and_ddp_do_what_one_undisturbed_does(given, tmp_path):
-    """One test, for processes are slow to start: the same command three times, twice ended by SIGKILL."""
+    """One test, because processes start slowly: the same command three times, twice ended by SIGKILL."""
     flags, one, results, _ = given
     for way in WAYS:
         process = start(tmp_path, flags)
@@ -156,7 +156,7 @@ def test_a_run_interrupted_while_it_saves_ends_bit_for_bit_as_one_undisturbed(gi
 
 
 def half_of(save, number, error):
-    """A function that saves until its so-manieth call, which begins and fails."""
+    """A function that saves until a given call, which starts to write and fails."""
     calls = itertools.count(1)
 
     def saving(*args, **kwargs):
@@ -186,7 +186,7 @@ def test_the_written_student_is_the_one_that_was_measured(given):
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_going_on_with_other_flags_is_refused(given):
+def test_resuming_with_other_flags_is_refused(given):
     flags, output, _, _ = given
     with pytest.raises(ValueError, match=r"holds a run with other settings: .*seed 0, not 3.*another --output"):
         distributed.main([*flags, "--seed", "3", "--output", str(output)])

@@ -25,7 +25,7 @@ def test_the_loss_on_old_text_is_its_cross_entropy_or_the_divergence_from_the_ba
         if "lora_B" in name:  # adapters begin at 0
             torch.nn.init.normal_(parameter)
     new, old = torch.randint(0, 61, (2, 5)), torch.randint(0, 61, (2, 5))
-    loss = forgetting.BesideOld(student, row, 0.5)(student, new, new, old).loss
+    loss = forgetting.NewAndOldLoss(student, row, 0.5)(student, new, new, old).loss
 
     def ce(ids):
         logs = student(input_ids=ids).logits.double().log_softmax(-1)[:, :-1]

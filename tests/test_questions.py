@@ -1,4 +1,4 @@
-"""The pictures of docs/results.md show what was measured, each row where it belongs."""
+"""The pictures of docs/results.md show the measured rows in the right places."""
 
 import json
 
@@ -8,7 +8,7 @@ import questions
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Writes what a study would have found: perplexities of two seeds by row."""
+    """Write made-up results of a study: perplexities of two seeds by row."""
     monkeypatch.setattr(questions, "RUNS", tmp_path)
     monkeypatch.setattr(questions, "PICTURES", tmp_path)
 
@@ -21,12 +21,12 @@ def study(tmp_path, monkeypatch):
 
 
 def drawn(axes):
-    """Every line's points, by the name at it."""
+    """The points of every line, by its label."""
     names = [text.get_text() for text in axes.texts]
     return dict(zip(names, [container[0].get_xydata().tolist() for container in axes.containers], strict=False))
 
 
-def test_a_temperature_stands_in_percent_of_the_same_seeds_student_alone(study):
+def test_a_temperature_is_drawn_in_percent_of_the_student_alone_with_the_same_seed(study):
     rows = {"none": [100, 200], "vanilla": [50, 120], "vanilla, temperature 4": [70, 140], "vanilla, alpha 0.5": [1, 1]}
     for name in ("output", "gap", "unlike"):
         study(name, rows)
@@ -51,7 +51,7 @@ def test_bars_stand_beside_the_names_of_their_rows_with_the_teacher_as_a_line(st
     assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [7]
 
 
-def test_divergences_are_those_of_one_alpha_each_with_what_it_writes(study):
+def test_divergences_are_drawn_for_one_alpha_with_perplexities_of_samples(study):
     rows = {"none": [9], "vanilla, divergence forward_kl, alpha 0.1": [4], "vanilla, divergence jsd, alpha 0.1": [5]}
     rows |= {"vanilla, divergence jsd, alpha 0": [7]}
     written = {row: {"samples": 10 * p[0], "own": 100 * p[0]} for row, p in rows.items()}

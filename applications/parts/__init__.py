@@ -1,1 +1,1 @@
-"""What the example scripts share: text, models, evaluation, checkpoints, reports. Copy it with a script."""
+"""Modules that the applications share: text, models, evaluation, checkpoints, reports. Copy them with a script."""

@@ -1,4 +1,4 @@
-"""Two tokenizers of one text: where tokens of both end at the same character, and what begins with what."""
+"""Align the tokens of two tokenizers of the same text, and map one vocabulary to the other."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def read(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Tokens of all texts end to end, and where each one ends, counted in characters from the beginning of all."""
+    """The tokens of all texts in one sequence, and the position in characters at which each token ends."""
     ids, ends, start = [], [], 0
     found = tokenizer(list(texts), add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     for words, tokens, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
@@ -20,21 +20,22 @@ def read(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tens
 
 
 def aligned(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], length: int, context: int) -> Any:
-    """Blocks of the student's tokens, and beside each one the teacher's tokens of the same text.
+    """Blocks of the student's tokens, each with the teacher's tokens of the same text.
 
-    - `input_ids` `[blocks, length]`; `teacher_ids` `[blocks, n]`, from the first token that begins in the block.
-    - `teacher_at` `[blocks, length]`: the last of these that ends where the student's token does.
-    - `mask` `[blocks, length]`: which tokens are predicted by both, from the same characters.
+    - `input_ids` `[blocks, length]`: the student's tokens.
+    - `teacher_ids` `[blocks, n]`: the teacher's tokens, from the first one that begins in the block.
+    - `teacher_at` `[blocks, length]`: the index in `teacher_ids` of the token that ends where the student's token ends.
+    - `mask` `[blocks, length]`: True for tokens that both models predict from the same characters.
     """
     (ids, ends), (their_ids, their_ends) = student, teacher
     count = len(ids) // length
     at = torch.searchsorted(their_ends, ends, right=True) - 1
-    whole = ends != torch.cat([ends[1:], ends[-1:] + 1])  # else the next token is of the same character
-    both = whole & (at >= 0) & (their_ends[at] == ends)
+    complete = ends != torch.cat([ends[1:], ends[-1:] + 1])  # False inside a character of several tokens
+    both = complete & (at >= 0) & (their_ends[at] == ends)
     at, both = (x[: count * length].view(count, length) for x in (at, both))
     begins = torch.cat([ends.new_zeros(1), ends[length - 1 : count * length - 1 : length]])
     first = torch.searchsorted(their_ends, begins, right=True)
-    first += (first > 0) & (their_ends[first - 1] != begins)  # one that begins before the block
+    first += (first > 0) & (their_ends[first - 1] != begins)  # skip a token that begins before the block
     at = at - first[:, None]
     both &= (at >= 0) & (at < context)
     at = at.where(both, 0)
@@ -47,8 +48,8 @@ def aligned(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], leng
     }
 
 
-class AtTheSame(nn.Module):
-    """The teacher's predictions at the student's positions."""
+class TeacherAtStudentTokens(nn.Module):
+    """A teacher whose logits are taken at the student's positions."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -61,17 +62,17 @@ class AtTheSame(nn.Module):
 
 
 def begun(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Callable[..., tuple[Any, Tensor]]:
-    """A `vocabulary`: each of the teacher's tokens as the student's token that its characters begin with."""
+    """A `vocabulary` that maps each token of the teacher to the first of the student's tokens that spell it."""
     words = [teacher.decode([i]) for i in range(len(teacher))]
     ids = student(words, add_special_tokens=False)["input_ids"]
     both = enumerate(zip(words, ids, strict=True))
-    pairs = {i: found[0] for i, (word, found) in both if found and "\ufffd" not in word}  # no part of a character
+    pairs = {i: found[0] for i, (word, found) in both if found and "\ufffd" not in word}  # skip parts of a character
     pairs[teacher.eos_token_id] = student.eos_token_id
     known, first = torch.tensor([*pairs]), torch.tensor([*pairs.values()])
 
-    def over_all_of_the_students(s: Any, t: Tensor) -> tuple[Any, Tensor]:
+    def over_student_vocabulary(s: Any, t: Tensor) -> tuple[Any, Tensor]:
         mass = t.float().softmax(-1)[..., known.to(t.device)]
         found = mass.new_zeros(*mass.shape[:-1], len(student)).index_add_(-1, first.to(t.device), mass)
         return s, found.log()
 
-    return over_all_of_the_students
+    return over_student_vocabulary

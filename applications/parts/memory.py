@@ -1,4 +1,4 @@
-"""How much memory the tensors of a training step take, counted one by one."""
+"""Count the memory that the tensors of a training step take."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of every tensor that operators touch, while it is alive."""
+    """Count the bytes of all living tensors that operators return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,14 +19,14 @@ class LiveTensors(TorchDispatchMode):
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and take note of its storages."""
+        """Run the operator and count the storages of its outputs."""
         out = func(*args, **(kwargs or {}))
         for tensor in (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
             self.count(tensor.untyped_storage())
         return out
 
     def count(self, storage: torch.UntypedStorage) -> None:
-        """Add a storage once, and take it off when it is freed."""
+        """Add a storage once, and subtract it when it is freed."""
         if storage in self.seen:
             return
         self.seen.add(storage)
@@ -36,14 +36,14 @@ class LiveTensors(TorchDispatchMode):
         weakref.finalize(storage, self.free, size)
 
     def free(self, size: int) -> None:
-        """Take off a storage."""
+        """Subtract a storage."""
         self.now -= size
 
 
 def training_memory(step: Callable[[], Any], held: Iterable[Tensor]) -> int:
-    """Bytes of tensors alive at the peak of a training step, `held` ones included from the start.
+    """Bytes of tensors alive at the peak of a training step; `held` tensors count from the start.
 
-    Exact for tensors that PyTorch's operators return; what a kernel allocates inside is not seen.
+    Exact for the tensors that PyTorch's operators return. Memory that a kernel allocates internally does not count.
     """
     with LiveTensors() as live:
         for tensor in held:
@@ -53,6 +53,6 @@ def training_memory(step: Callable[[], Any], held: Iterable[Tensor]) -> int:
 
 
 def held(optimizer: torch.optim.Optimizer, *models: nn.Module) -> list[Tensor]:
-    """Weights and optimizer state, which are there before a step begins."""
+    """The tensors that exist before a step begins: weights and optimizer state."""
     state = [x for entry in optimizer.state.values() for x in entry.values() if isinstance(x, Tensor)]
     return [*(p for model in models for p in model.parameters()), *state]

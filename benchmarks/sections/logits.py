@@ -1,4 +1,4 @@
-"""Given logits: the engine compiled against compiled recipes, and as it is against plain ones."""
+"""Sections on logits: the compiled engine against compiled recipes, the uncompiled engine against plain ones."""
 
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -27,7 +27,7 @@ BY_LOGARITHMS = {
 
 
 def against_recipes(memory: str, shapes: tuple[tuple[int, int], ...] = ((64, 32_000), (128, 128_256))) -> Iterator[Row]:
-    """KL + CE, JSD, reverse KL and TVD: time with memory fresh or kept, peak once."""
+    """KL + CE, JSD, reverse KL and TVD: time with fresh and with kept memory, peak once."""
     for (tokens, vocab), compiled in product(shapes, (True, False)):
         data = logits(tokens, vocab)
         with engine_as(compiled) as how:
@@ -49,7 +49,7 @@ def against_recipes(memory: str, shapes: tuple[tuple[int, int], ...] = ((64, 32_
 
 
 def against_logarithms(memory: str, shapes: tuple[tuple[int, int], ...] = ((64, 32_000),)) -> Iterator[Row]:
-    """The way DistillKit's losses are written."""
+    """Against DistillKit's formulas."""
     for tokens, vocab in shapes:
         data = logits(tokens, vocab)
         with engine_as(False) as how:
@@ -65,7 +65,7 @@ def large(
         (2048, 32_000, torch.bfloat16),
     ),
 ) -> Iterator[Row]:
-    """KL + CE on what a training step really has."""
+    """KL + CE with the sizes of a real training step."""
     for tokens, vocab, dtype in cases:
         data = logits(tokens, vocab, dtype)
         with engine_as(False) as how:
@@ -77,7 +77,7 @@ def large(
 
 
 def error_in_bfloat16(memory: str, tokens: int = 64, vocab: int = 128_256) -> Iterator[Row]:
-    """The gradient's error, relative to its norm, against float64 of the same rounded logits."""
+    """The error of the gradient relative to its norm, against float64 on the same rounded logits."""
     student, teacher, labels = logits(tokens, vocab, torch.bfloat16)
 
     def gradient(loss: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
@@ -95,7 +95,7 @@ def error_in_bfloat16(memory: str, tokens: int = 64, vocab: int = 128_256) -> It
 
 
 def moved(memory: str, rows: int = 8, vocab: int = 32_000) -> Iterator[Row]:
-    """Bytes that a step moves, per logit of one side: one block of rows, forward and backward."""
+    """The bytes that a step moves per logit of one side, forward and backward, for one block of positions."""
     from moved import bytes_moved
 
     for dtype, goal in ((torch.float32, 24), (torch.bfloat16, 12)):
@@ -104,7 +104,7 @@ def moved(memory: str, rows: int = 8, vocab: int = 32_000) -> Iterator[Row]:
         whose = {"the plain recipe": recipe, "the compiled recipe": torch.compile(recipe)}
         for compiled in (True, False):
             with engine_as(compiled) as how:
-                backward(ours, *data)()  # what is checked at first use isn't counted
+                backward(ours, *data)()  # checks at first use do not count
                 count = bytes_moved(backward(ours, *data), vocab) / data[0].numel()
             said = f"{shape(rows, vocab)} {short(dtype)}, {how}"
             yield Row("KL + CE: bytes moved per logit", said, count, goal if compiled else None)

@@ -1,4 +1,4 @@
-"""Whole steps: small batches, where overhead is all there is, and models that are trained on features."""
+"""Sections on full training steps: small batches, where overhead dominates, and features."""
 
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -15,7 +15,7 @@ import kdloss
 def small_batches(
     memory: str, shapes: tuple[tuple[int, int], ...] = ((32, 10), (128, 10), (128, 100), (128, 1000))
 ) -> Iterator[Row]:
-    """`VanillaKD` on the batches of image classifiers, and what a model around it adds to a step."""
+    """`VanillaKD` on batches of image classifiers, and the time that `Distiller` and `Distillation` add."""
     import small
 
     for sizes in shapes:
@@ -60,7 +60,7 @@ def features(
         return step(lambda: model(**inputs).loss, model)
 
     def old_way() -> Tensor:
-        """The student once for its loss and once for its features, the teacher in full."""
+        """Run the student twice, for its loss and for its features, and the full teacher."""
         ce = student(**inputs).loss
         with torch.no_grad():
             t = teacher(**inputs, output_hidden_states=True).hidden_states
@@ -83,7 +83,7 @@ def features(
 
 
 def cache(memory: str, rounds: int = 7) -> Iterator[Row]:
-    """How fast stored teachers are read."""
+    """The speed of reading stored teachers."""
     import reads
 
     ours, mapped = reads.cache_reads(rounds)
