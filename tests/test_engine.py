@@ -1701,7 +1701,7 @@ def test_labels_that_do_not_fit_are_refused_with_what_to_write():
     ones = torch.ones(11)
     cases = [
         (TypeError, r"labels\.long\(\)", LabelTask(SOME.int())),
-        (ValueError, r"probabilities of the classes, \(2, 7, 11\)", LabelTask(torch.rand(14))),
+        (ValueError, r"probabilities of the classes, of the logits' shape \(2, 7, 11\)", LabelTask(torch.rand(14))),
         (ValueError, "smoothing must lie between 0 and 1", LabelTask(SOME, 1.5)),
         (ValueError, "one per class", LabelTask(SOME, 0.0, ones[1:])),
         (TypeError, "weight must be floating point", LabelTask(SOME, 0.0, ones.long())),

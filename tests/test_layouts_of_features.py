@@ -74,7 +74,7 @@ def test_each_layer_may_have_its_own_layout():
     same(criterion(*captured), expected, first)
     for again in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         torch.testing.assert_close(again(*captured), expected)
-    with pytest.raises(ValueError, match=r"has \['stag'\], and the layers are \['stage', 'last'\]"):
+    with pytest.raises(ValueError, match=r"layout names \['stag'\], and the layers are \['stage', 'last'\]"):
         FeatureKD(["stage", "last"], pairing="same", alpha=0.0, layout={"stag": "b h w c"})(*captured)
     with pytest.raises(ValueError, match=r"has \['last'\], and the layers are blocks, which are named by number"):
         FeatureKD("last", depths=(1, 1), alpha=0.0, take={"last": 0})(*captured)
@@ -91,7 +91,7 @@ def test_a_convolution_projects_features_of_as_many_axes_whatever_their_layout(a
     same(criterion(seen(s), seen(t)), (made - others).square().mean(), s)
     (s, _), (t, _) = of("b c", 0), of("b c", 1, width=7)
     criterion = FeatureKD(["stage"], pairing="same", alpha=0.0, **settings | {"layout": None}).double()
-    with pytest.raises(ValueError, match=r"features of \d axes of positions.*projection=kdloss\.projections\.linear"):
+    with pytest.raises(ValueError, match=r"features with \d axes of positions.*projection=kdloss\.projections\.linear"):
         criterion(seen(s), seen(t))
 
 

@@ -155,8 +155,8 @@ def _project(projection: nn.Module, features: Tensor) -> Tensor:
     axes = convolves(projection)
     if axes and features.ndim != axes + 2:
         raise ValueError(
-            f"{type(projection).__name__} projects features with {axes} axes of positions (maps have 2), got features, "
-            f"width last, {tuple(features.shape)}; write projection=kdloss.projections.linear"
+            f"{type(projection).__name__} projects features with {axes} axes of positions (maps have 2); these have "
+            f"the shape {tuple(features.shape)}, width last; write projection=kdloss.projections.linear"
         )
     projected: Tensor = projection(features.movedim(-1, 1)).movedim(1, -1) if axes else projection(features)
     return projected
