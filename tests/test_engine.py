@@ -1709,7 +1709,7 @@ def test_labels_that_do_not_fit_are_refused_with_what_to_write():
     for error, match, task in cases:
         with pytest.raises(error, match=match):
             task.check(student)
-    with pytest.raises(ValueError, match=r"labels have shape \(10,\); there are 14 rows"):
+    with pytest.raises(ValueError, match=r"labels have shape \(10,\) and there are 14 rows"):
         Problem.of([LabelTask(SOME[:10])], student, None, 14)
 
 

@@ -76,7 +76,9 @@ def test_each_layer_may_have_its_own_layout():
         torch.testing.assert_close(again(*captured), expected)
     with pytest.raises(ValueError, match=r"layout names \['stag'\], and the layers are \['stage', 'last'\]"):
         FeatureKD(["stage", "last"], pairing="same", alpha=0.0, layout={"stag": "b h w c"})(*captured)
-    with pytest.raises(ValueError, match=r"has \['last'\], and the layers are blocks, which are named by number"):
+    with pytest.raises(
+        ValueError, match=r"layout names \['last'\], and the layers are blocks, which are named by number"
+    ):
         FeatureKD("last", depths=(1, 1), alpha=0.0, take={"last": 0})(*captured)
 
 
