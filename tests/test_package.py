@@ -24,7 +24,7 @@ ALLOWED = {
     "applications": {".py": 20, ".yaml": 2},
     "benchmarks": {".py": 20},
     "nightly": {".py": 20},
-    "docs": {".md": 60, ".png": 200, ".svg": 10, ".py": 5, ".js": 1, ".css": 1, ".ipynb": 10},
+    "docs": {".md": 60, ".png": 200, ".svg": 10, ".py": 5, ".js": 3, ".css": 1, ".ipynb": 10},
     ".ci": {"": 2},
     ".github": {".yml": 5, ".md": 2},
 }
