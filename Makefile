@@ -156,7 +156,6 @@ nightly: .venv-peers/ready  ## 200 000 random cases against float64, other proje
 
 docs: .venv/mathjax/tex-chtml.js  ## the pages, into site/; a warning is an error, and nothing is loaded from elsewhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	cp -r .venv/mathjax site/mathjax
 	node docs/search.js site
 	! grep -rE --include=*.html '<(script|link|img|iframe)[^>]* (src|href)=.?https?:' site
 
