@@ -156,7 +156,7 @@ def _project(projection: nn.Module, features: Tensor) -> Tensor:
     if axes and features.ndim != axes + 2:
         raise ValueError(
             f"{type(projection).__name__} projects features with {axes} axes of positions (maps have 2); these have "
-            f"the shape {tuple(features.shape)}, width last; write projection=kdloss.projections.linear"
+            f"their width last, {tuple(features.shape)}; write projection=kdloss.projections.linear"
         )
     projected: Tensor = projection(features.movedim(-1, 1)).movedim(1, -1) if axes else projection(features)
     return projected
