@@ -29,8 +29,11 @@ def hooks():
 
 
 @pytest.fixture(autouse=True)
-def _as_many_hooks_as_before():
+def _as_many_hooks_as_before(monkeypatch):
     gc.collect()
+    for listener in [*_watch._listeners]:  # of models that other tests of this process still hold
+        listener.leave()
+    monkeypatch.setattr(_watch, "_watched", weakref.WeakKeyDictionary())
     before = hooks()
     yield
     gc.collect()
