@@ -68,6 +68,7 @@ EXAMPLES = {  # script, or script-variant: flags
         f"--heldout-samples 40 --new-samples 200 --continuations 16 --save-every 100 {THREE}"
     ),
 }  # fmt: skip
+ONE_SEED = ("multi_teacher", "chain", "phases", "summarise", "on_policy")  # these scripts take a single seed
 ALL = (*STUDIES, *EXAMPLES)
 
 
@@ -130,10 +131,23 @@ def work(study: str, seeds: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    if study in EXAMPLES:
+    if study in ONE_SEED:
+        repeated(study)
+    elif study in EXAMPLES:
         importlib.import_module(study.partition("-")[0]).main(flags(study))
     else:
         compare.main([*flags(study), "--seeds", *seeds])
+
+
+def repeated(study: str) -> None:
+    """Run an application once for each seed, and put all runs into one table."""
+    import distill_lm
+    from parts import report
+
+    script, folder = importlib.import_module(study), Path(f"runs/results/{study}")
+    found = [script.main(["--seed", seed, "--output", str(folder / seed)]) for seed in SEEDS]
+    runs = {row: [run for one in found for run in one[row]] for row in found[0]}
+    report.write(runs, {"seeds": SEEDS}, folder, getattr(script, "NOTES", distill_lm.NOTES))
 
 
 def teacher(study: str) -> None:
