@@ -1,4 +1,4 @@
-"""distill_lm.py at a small size, and the modules that the applications share."""
+"""distill_lm.py and encoder.py at a small size, and the modules that the applications share."""
 
 import copy
 import itertools
@@ -29,8 +29,8 @@ import kdloss
 
 @pytest.fixture(scope="module")
 def demo(data, tmp_path_factory):
-    """A small run: arguments, results, output folder."""
-    torch.set_num_threads(1)  # as in every test; this runs before the first
+    """Run distill_lm.py at a small size; return arguments, results and output folder."""
+    torch.set_num_threads(1)  # as in every test; this fixture runs before theirs
     output = tmp_path_factory.mktemp("runs")
     arguments = tiny.flags(data, output)
     return arguments, distill_lm.main(arguments), output
@@ -46,16 +46,16 @@ def settings(flags):
     return options.read(distill_lm.DEFAULTS, flags, None)
 
 
-def never(*args, **settings):
+def must_not_run(*args, **settings):
     raise AssertionError("this was done before")
 
 
-def test_a_student_learns_alone_and_from_the_teacher(demo):
+def test_a_student_learns_with_and_without_a_teacher(demo):
     _, runs, _ = demo
     assert list(runs) == ["teacher", "none", "vanilla"]
     alone, distilled = runs["none"][0], runs["vanilla"][0]
     assert alone["curve"][0]["perplexity"] == distilled["curve"][0]["perplexity"]
-    assert all(found["perplexity"] < 0.8 * found["curve"][0]["perplexity"] for found in (alone, distilled))
+    assert all(run["perplexity"] < 0.8 * run["curve"][0]["perplexity"] for run in (alone, distilled))
     assert alone["perplexity"] != distilled["perplexity"]
     assert distilled["against_none"] == pytest.approx(
         100 * (distilled["perplexity"] - alone["perplexity"]) / alone["perplexity"]
@@ -63,14 +63,14 @@ def test_a_student_learns_alone_and_from_the_teacher(demo):
     assert distilled["retention"] == pytest.approx(100 * runs["teacher"][0]["perplexity"] / distilled["perplexity"])
 
 
-def test_written_students_load_and_are_those_that_were_measured(demo, data):
+def test_saved_students_load_and_have_the_measured_perplexity(demo, data):
     _, runs, _ = demo
-    found = runs["vanilla"][0]
-    student = AutoModelForCausalLM.from_pretrained(found["student"])
-    tokenizer = AutoTokenizer.from_pretrained(found["student"])
+    run = runs["vanilla"][0]
+    student = AutoModelForCausalLM.from_pretrained(run["student"])
+    tokenizer = AutoTokenizer.from_pretrained(run["student"])
     texts = text.read_texts(str(data))
     blocks = text.pack(text.tokenize(tokenizer, texts[-40:]), 16)
-    assert evaluation.perplexity(student, blocks) == pytest.approx(found["perplexity"], rel=1e-4)
+    assert evaluation.perplexity(student, blocks) == pytest.approx(run["perplexity"], rel=1e-4)
 
 
 def test_results_are_written(demo):
@@ -85,23 +85,23 @@ def test_results_are_written(demo):
 
 def test_the_same_command_trains_nothing_again(demo, monkeypatch, capsys):
     arguments, runs, _ = demo
-    monkeypatch.setattr(distill_lm, "train", never)
+    monkeypatch.setattr(distill_lm, "train", must_not_run)
     assert distill_lm.main(arguments) == runs
     assert "trained earlier" in capsys.readouterr().out
 
 
-def test_other_settings_train_again_only_what_they_change(demo, monkeypatch):
+def test_changed_settings_retrain_only_the_students_they_affect(demo, monkeypatch):
     arguments, runs, _ = demo
     trained = []
     fit = distill_lm.fit
     monkeypatch.setattr(distill_lm, "fit", lambda *a: trained.append(a[-1]) or fit(*a))
     again = distill_lm.main([*arguments, "--temperature", "3"])
-    assert trained == ["vanilla (0)"]  # training alone has no temperature
+    assert trained == ["vanilla (0)"]  # training without a teacher has no temperature
     assert again["none"] == runs["none"]
     assert again["vanilla"][0]["perplexity"] != runs["vanilla"][0]["perplexity"]
 
 
-def test_a_student_of_kept_blocks_of_a_given_teacher(demo, tmp_path):
+def test_a_student_is_made_of_the_kept_blocks_of_a_saved_teacher(demo, tmp_path):
     arguments, _, output = demo
     (teacher,) = (output / "teachers").iterdir()
     more = f"--teacher {teacher} --keep-blocks 0,2 --pairing kept --layers all --method feature --steps 3"
@@ -124,13 +124,13 @@ def test_seconds_are_cpu_time_with_one_thread_and_wall_time_with_several(monkeyp
     assert evaluation.clock(torch.device("cpu")) == seconds
 
 
-def test_a_new_student_has_all_of_its_teachers_vocabulary_which_may_be_padded():
+def test_a_new_student_has_the_vocabulary_size_of_its_teacher_even_if_it_is_padded():
     tokenizer, teacher = text.train_tokenizer(SENTENCES, 300), new_model()
     teacher.resize_token_embeddings(320)
     assert setup.student_of(distill_lm.DEFAULTS, teacher, tokenizer).config.vocab_size == 320
 
 
-def test_another_seed_draws_other_blocks_of_text_and_the_same_seed_the_same():
+def test_the_same_seed_draws_the_same_blocks_of_text_and_another_seed_draws_others():
     blocks = torch.arange(10)[:, None]
     first, again, other = (set(text.draw(blocks, 4, seed).flatten().tolist()) for seed in (0, 0, 1))
     assert first == again != other
@@ -164,19 +164,19 @@ def test_perplexity_is_the_exponential_of_the_mean_over_all_tokens():
     assert evaluation.perplexity(model, blocks, batch_size=2) == pytest.approx(math.exp(expected.item()), rel=1e-5)
 
 
-def test_memory_counts_what_is_alive_at_the_peak():
+def test_memory_is_that_of_the_tensors_alive_at_the_peak():
     weight = torch.zeros(1000)
 
     def step():
         first = weight + 1  # 1000 floats
         second = first * 2  # 2000
         del first
-        return second.view(-1) + 1  # 2000; a view is no new memory
+        return second.view(-1) + 1  # 2000; a view takes no memory
 
     assert memory.training_memory(step, [weight]) == 3 * 1000 * 4
 
 
-def test_batches_show_every_block_once_before_any_comes_again():
+def test_batches_contain_every_block_once_before_any_is_repeated():
     blocks = torch.arange(5)[:, None]
     seen = [batch["input_ids"].flatten().tolist() for batch in text.batches(blocks, 2, 6, seed=0)]
     first, second = ([i for batch in part for i in batch] for part in (seen[:3], seen[3:]))
@@ -193,18 +193,18 @@ def test_batches_show_every_block_once_before_any_comes_again():
         ("a.txt", "A one\n\nA two\n\n\nA one\n"),
     ],
 )
-def test_files_are_read_and_their_text_column_found(tmp_path, name, content):
+def test_files_are_read_and_their_text_column_is_recognised(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     assert sorted(text.read_texts(str(tmp_path / name))) == ["A one", "A two"]
 
 
-def test_without_a_known_column_the_longest_text_is_taken(data):
+def test_without_a_known_column_name_the_longest_texts_are_read(data):
     assert sorted(text.read_texts(str(data))) == sorted(SENTENCES)
     assert len(text.read_texts(str(data), column="id", limit=7)) == 7
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "options", "said"),
+    ("name", "content", "options", "message"),
     [
         ("missing.jsonl", None, {}, "there is no file"),
         ("a.md", "# A", {}, r"'a.md' ends in '.md', and only .jsonl, .* files can be read: copy plain text to a.txt"),
@@ -221,28 +221,30 @@ def test_without_a_known_column_the_longest_text_is_taken(data):
         ("a.jsonl", '{"text": "A"}\n{"text": 5}', {}, "entry 2 of 'a.jsonl' is not text but 5"),
     ],
 )
-def test_bad_text_is_refused(tmp_path, monkeypatch, name, content, options, said):
+def test_bad_text_is_refused(tmp_path, monkeypatch, name, content, options, message):
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         text.read_texts(name, **options)
 
 
 @pytest.mark.parametrize(
-    ("file", "said"), [("a.csv", "one of its files, for example texts/a.csv"), ("a.md", "a .jsonl, .json, ")]
+    ("file", "message"), [("a.csv", "one of its files, for example texts/a.csv"), ("a.md", "a .jsonl, .json, ")]
 )
-def test_a_folder_that_is_not_a_dataset_is_refused_with_what_to_pass(tmp_path, monkeypatch, file, said):
+def test_a_folder_that_is_not_a_dataset_is_refused_and_the_message_says_what_to_pass(
+    tmp_path, monkeypatch, file, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / file).write_text("text\n---\n")
     (tmp_path / "texts" / "README.md").write_text("no card")
-    with pytest.raises(ValueError, match=f"'texts' is a folder but not a dataset: pass {said}"):
+    with pytest.raises(ValueError, match=f"'texts' is a folder but not a dataset: pass {message}"):
         text.read_texts("texts")
 
 
 def test_a_dataset_is_read_by_name_with_its_config_and_split(tmp_path):
-    """The real loader, on a dataset in a folder, because tests have no hub."""
+    """Use the real loader on a dataset in a folder, because tests are offline."""
     folder = tmp_path / "stories"
     for config in ("short", "long"):
         for split in ("train", "test"):
@@ -269,7 +271,7 @@ def test_a_dataset_that_cannot_be_reached_raises_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--heldout-samples", "400"], "all 400 texts are held out"),
         (["--max-length", "64"], "no held-out text has 64 tokens"),
@@ -283,17 +285,17 @@ def test_a_dataset_that_cannot_be_reached_raises_an_error(monkeypatch):
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_trained(
-    demo, models_that_do_not_fit, tmp_path, monkeypatch, flags, said
+    demo, incompatible_models, tmp_path, monkeypatch, flags, message
 ):
-    monkeypatch.chdir(models_that_do_not_fit)
-    monkeypatch.setattr(distill_lm, "fit", never)
-    with pytest.raises(ValueError, match=said):
+    monkeypatch.chdir(incompatible_models)
+    monkeypatch.setattr(distill_lm, "fit", must_not_run)
+    with pytest.raises(ValueError, match=message):
         distill_lm.main([*demo[0], "--output", str(tmp_path / "out"), *flags])
     assert not list(tmp_path.rglob("students"))
 
 
 @pytest.fixture(scope="module")
-def models_that_do_not_fit(demo, tmp_path_factory):
+def incompatible_models(demo, tmp_path_factory):
     _, runs, _ = demo
     folder = tmp_path_factory.mktemp("models")
     right = AutoTokenizer.from_pretrained(runs["none"][0]["student"])
@@ -312,12 +314,12 @@ def test_without_the_wikipedia_package_pythons_documentation_is_read(monkeypatch
     monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path))
     (tmp_path / "module.py").write_text(f'def f():\n    """{"Long. " * 40}"""\n')
-    found = text.read_texts()
-    assert ("Long. " * 40).strip() in found
-    assert len(found) > 50
+    texts = text.read_texts()
+    assert ("Long. " * 40).strip() in texts
+    assert len(texts) > 50
 
 
-def test_a_saved_folder_is_replaced_as_a_whole(tmp_path):
+def test_saving_into_an_existing_folder_replaces_it_completely(tmp_path):
     tokenizer = text.train_tokenizer(["a b c"], 260)
     for layers in (1, 2):
         models.save(new_model(layers), tokenizer, tmp_path / "model")
@@ -336,7 +338,7 @@ def test_a_saved_folder_is_replaced_as_a_whole(tmp_path):
         (["--pairing", "transformer.ln_f:model.norm"], ("auto", [("transformer.ln_f", "model.norm")])),
     ],
 )
-def test_layers_and_pairs_from_flags(flags, expected):
+def test_flags_set_layers_and_pairing(flags, expected):
     args = settings([*flags, "--method", "feature"])
     chosen = distill_lm.criterion_for(args).terms["feature"].layer_map
     assert (chosen.layers, chosen.pairing) == expected
@@ -365,7 +367,7 @@ def test_every_divergence_can_be_chosen(name):
         assert distill_lm.criterion_for(args).terms["kd"].divergence is getattr(kdloss.divergences, name)
 
 
-def test_work_is_done_once_unless_its_settings_change_or_its_product_is_gone(tmp_path):
+def test_a_cell_is_computed_once_unless_its_settings_change_or_its_product_is_missing(tmp_path):
     done = []
 
     def work(folder):
@@ -374,8 +376,8 @@ def test_work_is_done_once_unless_its_settings_change_or_its_product_is_gone(tmp
 
     product = tmp_path / "model"
     product.mkdir()
-    ask = [cells.cell(tmp_path, "a", {"x": x}, work, product)["value"] for x in (1, 1, 2, 1)]
-    assert ask == [1, 1, 2, 1]
+    values = [cells.cell(tmp_path, "a", {"x": x}, work, product)["value"] for x in (1, 1, 2, 1)]
+    assert values == [1, 1, 2, 1]
     product.rmdir()
     assert cells.cell(tmp_path, "a", {"x": 1}, work, product) == {"value": 3}
 
@@ -384,7 +386,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     file = tmp_path / "results.json"
     files.save_json({"a": 1}, file)
 
-    def half(partial):
+    def write_half(partial):
         partial.write_text("half")
         raise OSError("No space left on device")
 
@@ -392,12 +394,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         pytest.raises(OSError, match=r"results.json could not be written \(No space left"),
         files.replacing(file) as partial,
     ):
-        half(partial)
+        write_half(partial)
     assert json.loads(file.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_the_previous_one_is_loaded(tmp_path):
     model, notes = new_model(), {"step": 0}
     checkpoint = Checkpoint(tmp_path, every=0.0, model=model)
     weights = []
@@ -415,36 +417,36 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     assert torch.equal(model.lm_head.weight, weights[1])
     torch.manual_seed(2)
     torch.nn.init.normal_(torch.empty_like(weights[1]))
-    assert torch.equal(drawn, torch.rand(3))  # random numbers go on as they did after step 2
+    assert torch.equal(drawn, torch.rand(3))  # the random state after step 2 is restored
 
 
-def test_rouge_by_hand():
-    """F1 by shared words, by shared pairs of words, by the longest common subsequence."""
-    first = evaluation.rouge(["the cat sat"], ["the cat ran off"])  # 2 of 3 and 4; 1 of 2 and 3; 2
+def test_rouge_equals_values_computed_by_hand():
+    """F1 scores of the shared words, of the shared pairs of words and of the longest common subsequence."""
+    first = evaluation.rouge(["the cat sat"], ["the cat ran off"])  # shared: 2 of 3 and 4; 1 of 2 and 3; 2
     assert first == pytest.approx({"rouge_1": 400 / 7, "rouge_2": 200 / 5, "rouge_l": 400 / 7})
-    second = evaluation.rouge(["cat the sat"], ["the cat ran off"])  # 2 of 3 and 4; none; 1
+    second = evaluation.rouge(["cat the sat"], ["the cat ran off"])  # shared: 2 of 3 and 4; none; 1
     assert second == pytest.approx({"rouge_1": 400 / 7, "rouge_2": 0, "rouge_l": 200 / 7})
 
 
 def test_a_judge_scores_sampled_text_token_by_token():
     writer, judge = (model.train() for model in (new_model(), new_model(3, 24)))
-    writer.transformer.drop.p = judge.transformer.drop.p = 0.5  # which nobody writes or reads with
+    writer.transformer.drop.p = judge.transformer.drop.p = 0.5  # evaluation switches dropout off
     prompts, reference = torch.randint(0, 11, (5, 4)), torch.randint(0, 11, (5, 6))
     tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: [" ".join(f"w{i}" for i in row) for row in ids.tolist()])
-    found, again = (evaluation.evaluate(writer, tokenizer, prompts, reference, judge) for _ in range(2))
-    assert found["samples"] == again["samples"]
+    scores, repeated = (evaluation.evaluate(writer, tokenizer, prompts, reference, judge) for _ in range(2))
+    assert scores["samples"] == repeated["samples"]
     written = evaluation.sample(writer, prompts, 10, torch.Generator().manual_seed(0))
     for column, model in {"samples": judge, "own": writer}.items():
-        logs = model.eval()(input_ids=written).logits.double().log_softmax(-1)[:, 3:9]  # at 3 to 8, of 4 to 9
-        said = logs.gather(-1, written[:, 4:, None]).mean()
-        assert found[column] == pytest.approx(math.exp(-said.item()), rel=1e-5)
+        logs = model.eval()(input_ids=written).logits.double().log_softmax(-1)[:, 3:9]  # of tokens 4 to 9
+        mean_log_prob = logs.gather(-1, written[:, 4:, None]).mean()
+        assert scores[column] == pytest.approx(math.exp(-mean_log_prob.item()), rel=1e-5)
     greedy = evaluation.generate(writer, prompts, 6)[0].tolist()
     pairs = [pair for row in greedy for pair in itertools.pairwise(row)]
-    assert found["distinct_2"] == 100 * len(set(pairs)) / 25
+    assert scores["distinct_2"] == 100 * len(set(pairs)) / 25
     assert "samples" not in evaluation.evaluate(writer, tokenizer, prompts, reference)
 
 
-def test_a_table_shows_means_deviations_and_only_columns_that_are_known():
+def test_a_table_shows_means_deviations_and_only_columns_with_values():
     runs = {"teacher": [{"perplexity": 9.0}], "none": [{"perplexity": 10.0}, {"perplexity": 14.0}]}
     header, line, teacher, none = report.table(runs).splitlines()
     assert set(line) == {"|", "-"}  # Markdown
@@ -453,12 +455,12 @@ def test_a_table_shows_means_deviations_and_only_columns_that_are_known():
     assert "12.0 ± 2.8" in none  # sqrt(((10-12)² + (14-12)²) / (2-1))
 
 
-# --- an encoder of some blocks
+# --- encoder.py: students of some of an encoder's blocks
 
 
 @pytest.fixture
-def tiny_encoder(tmp_path):
-    """Flags of a run that takes seconds: a new BERT with four blocks, and texts of two topics."""
+def encoder_flags(tmp_path):
+    """Return flags of a run that takes seconds, with a new BERT of four blocks and texts of two topics."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *(f"w{i}" for i in range(20))]
     (tmp_path / "words.txt").write_text("\n".join(words))
     sizes = {"vocab_size": len(words), "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 4}
@@ -473,10 +475,10 @@ def tiny_encoder(tmp_path):
     return [*files, *more.split(), "--keep", "0,3", "--seeds", "0"]
 
 
-def test_an_encoders_students_are_compared_with_one_without_a_teacher_at_equal_steps_and_operations(
-    tiny_encoder, tmp_path, monkeypatch
+def test_distilled_encoders_are_compared_with_one_without_a_teacher_at_equal_steps_and_at_equal_operations(
+    encoder_flags, tmp_path, monkeypatch
 ):
-    runs = encoder.main(tiny_encoder)
+    runs = encoder.main(encoder_flags)
     rows = {
         "topics": ["labels", "labels, equal operations", "logits", "hidden", "relations", "logits and hidden"],
         "sentences": ["pairs", "pairs, equal operations", "embedding", "hidden", "relations", "embedding and hidden"],
@@ -486,17 +488,17 @@ def test_an_encoders_students_are_compared_with_one_without_a_teacher_at_equal_s
         assert list(runs[task]) == ["teacher, 4 blocks", "blocks 0, 3 as cut", *trained]
         alone, longer, *distilled = (runs[task][row][0] for row in trained)
         assert longer["steps"] > alone["steps"] == 4
-        dearest, one = max(x["teraflop"] for x in distilled), alone["teraflop"] / 4
-        assert longer["teraflop"] == pytest.approx(dearest, abs=one)
+        costliest, one_step = max(x["teraflop"] for x in distilled), alone["teraflop"] / 4
+        assert longer["teraflop"] == pytest.approx(costliest, abs=one_step)
         assert longer["share"] == pytest.approx(100 * longer[measure] / runs[task]["teacher, 4 blocks"][0][measure])
         assert longer["lr"] == alone["lr"]
     assert "| blocks 0, 3: relations " in (tmp_path / "runs" / "results.md").read_text()
     assert (tmp_path / "runs" / "results.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(encoder.encoders, "train", never)
-    assert encoder.main(tiny_encoder) == runs
+    monkeypatch.setattr(encoder.encoders, "train", must_not_run)
+    assert encoder.main(encoder_flags) == runs
 
 
-def test_every_row_takes_the_learning_rate_that_is_best_on_validation_texts():
+def test_every_row_uses_the_learning_rate_that_is_best_on_validation_texts():
     rates = {"labels": 0.3, "logits": 0.1, "hidden": 0.2, "relations": 0.3, "logits and hidden": 0.2}
 
     def student(kept, row, lr, steps, seed):
@@ -508,7 +510,7 @@ def test_every_row_takes_the_learning_rate_that_is_best_on_validation_texts():
     assert encoder.Study.learning_rates(study, [0, 5]) == rates
 
 
-def test_each_kept_block_is_compared_with_the_teachers_last_block_before_the_next_kept():
+def test_each_kept_block_is_compared_with_the_teachers_last_block_before_the_next_kept_one():
     hidden = encoder.criteria("topics", [0, 2, 5], 6, 4)["hidden"].terms["hidden"]
     assert [(s, t) for s, t, _ in hidden.layer_map.pairs((3, 6))] == [(0, 1), (1, 4), (2, 5)]
     relations = encoder.criteria("sentences", [0, 5], 6, 4)["relations"].terms["relations"]
@@ -517,7 +519,7 @@ def test_each_kept_block_is_compared_with_the_teachers_last_block_before_the_nex
     assert teacher == tuple(f"bert.encoder.layer.5.attention.self.{x}" for x in ("query", "key", "value"))
 
 
-def test_texts_that_belong_together_are_ranked_by_similarity():
+def test_the_rests_of_texts_are_ranked_by_similarity():
     """A text is an angle in degrees, so the nearest angle is the most similar text."""
 
     class Circle(torch.nn.Module):
@@ -525,13 +527,13 @@ def test_texts_that_belong_together_are_ranked_by_similarity():
             angle = torch.deg2rad(input_ids[:, 0].double())
             return torch.stack([angle.cos(), angle.sin()], -1)
 
-    pairs = [([10], [12]), ([50], [90]), ([82], [70])]  # their own rest is first, third and second
-    found = encoder.Sentences.measure(None, Circle(), pairs)
-    assert found == pytest.approx({"mrr": 100 * (1 + 1 / 3 + 1 / 2) / 3, "recall_1": 100 / 3, "recall_10": 100.0})
+    pairs = [([10], [12]), ([50], [90]), ([82], [70])]  # the right rest is ranked first, third and second
+    measures = encoder.Sentences.measure(None, Circle(), pairs)
+    assert measures == pytest.approx({"mrr": 100 * (1 + 1 / 3 + 1 / 2) / 3, "recall_1": 100 / 3, "recall_10": 100.0})
 
 
-def test_the_contrastive_loss_by_hand():
-    """Similarities are 1, 0 and 0.6, 0.8: log(1 + exp(-20)) and log(1 + exp(20 (0.6 - 0.8)))."""
+def test_the_contrastive_loss_equals_the_value_computed_by_hand():
+    """The similarities 1, 0 and 0.6, 0.8 give log(1 + exp(-20)) and log(1 + exp(20 (0.6 - 0.8)))."""
     first, rest = [[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, 1.0]]
-    found = encoder.contrast(torch.tensor([*first, *rest]), None)
-    assert found.item() == pytest.approx((math.log1p(math.exp(-20)) + math.log1p(math.exp(-4))) / 2, rel=1e-5)
+    loss = encoder.contrast(torch.tensor([*first, *rest]), None)
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-20)) + math.log1p(math.exp(-4))) / 2, rel=1e-5)
