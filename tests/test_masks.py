@@ -1,4 +1,4 @@
-"""Each mask counts where it stands, and nowhere else."""
+"""Each mask applies only to what it describes: text or images, inputs or outputs, logits or features."""
 
 from types import SimpleNamespace
 
@@ -14,19 +14,19 @@ from torch import nn
 import kdloss
 from kdloss import CrossEntropy, Distillation, Distiller, Features, Logits, Sum
 
-same = torch.testing.assert_close
-FIRST = {"pairing": [(0, 1)]}
+assert_close = torch.testing.assert_close
+FIRST = {"pairing": [(0, 1)]}  # the first block of the student with the second of the teacher
 
 
-def squares(student, teacher, batch, where, pair=(0, 1)):
-    """The mean squared error at every position of a pair of blocks, asked of the models themselves."""
-    found = []
+def squared_errors(student, teacher, batch, where, pair=(0, 1)):
+    """Return the mean squared error at every position of a pair of blocks, recorded with plain hooks."""
+    outputs = []
     for model, i in zip((student, teacher), pair, strict=True):
         hooked = model.get_submodule(where if i is None else f"{where}.{i}")
-        handle = hooked.register_forward_hook(lambda m, a, out: found.append(out if torch.is_tensor(out) else out[0]))
+        handle = hooked.register_forward_hook(lambda m, a, out: outputs.append(out if torch.is_tensor(out) else out[0]))
         model(**batch)
         handle.remove()
-    return (found[0] - found[1].detach()).square().mean(-1)
+    return (outputs[0] - outputs[1].detach()).square().mean(-1)
 
 
 # -- two towers --
@@ -42,7 +42,7 @@ def clip(depth, seed, kind="CLIP", patch=8):
     return getattr(hf, f"{kind}Model")(config).eval()
 
 
-def captions(length):
+def captioned_images(length):
     lengths = torch.tensor([[length], [3], [1]])
     return {
         "input_ids": torch.randint(3, 40, (3, length)),
@@ -55,31 +55,31 @@ VISION, TEXT = "vision_model.encoder.layers", "text_model.encoder.layers"
 
 
 @pytest.mark.parametrize(("kind", "length"), [("CLIP", 8), ("CLIP", 17), ("Siglip", 16)])
-def test_a_captions_padding_weighs_no_patch_even_where_there_are_as_many(kind, length):
-    student, teacher, batch = clip(2, 0, kind), clip(3, 1, kind), captions(length)
-    values = squares(student, teacher, batch, VISION)
+def test_caption_padding_excludes_no_image_patch_even_if_there_are_as_many_tokens_as_patches(kind, length):
+    student, teacher, batch = clip(2, 0, kind), clip(3, 1, kind), captioned_images(length)
+    values = squared_errors(student, teacher, batch, VISION)
     assert (values.shape[1] == length) == (length > 8)
     loss = Distiller(teacher, 1.0 * Features(blocks=VISION, **FIRST))(student, **batch).loss
-    same(loss, values.mean())
+    assert_close(loss, values.mean())
 
 
 @pytest.mark.parametrize("length", [8, 17])
-def test_each_towers_term_is_the_same_alone_and_beside_the_other(length):
-    student, teacher, batch = clip(2, 0), clip(3, 1), captions(length)
+def test_the_term_of_a_tower_has_the_same_value_alone_and_beside_the_other_towers_term(length):
+    student, teacher, batch = clip(2, 0), clip(3, 1), captioned_images(length)
     mask = batch["attention_mask"].bool()
-    pictures = squares(student, teacher, batch, VISION).mean()
-    words = squares(student, teacher, batch, TEXT)[mask].mean()
+    pictures = squared_errors(student, teacher, batch, VISION).mean()
+    words = squared_errors(student, teacher, batch, TEXT)[mask].mean()
     terms = [Features(blocks=blocks, name=name, **FIRST) for blocks, name in ((TEXT, "words"), (VISION, "pictures"))]
     for order in (terms, terms[::-1]):
         out = Distiller(teacher, Sum(*order))(student, **batch)
-        same(out.loss, pictures + words)
-        same(out.components["words"], words.detach())
-        same(out.components["pictures"], pictures.detach())
-    same(Distiller(teacher, Sum(terms[0]))(student, **batch).loss, words)
+        assert_close(out.loss, pictures + words)
+        assert_close(out.components["words"], words.detach())
+        assert_close(out.components["pictures"], pictures.detach())
+    assert_close(Distiller(teacher, Sum(terms[0]))(student, **batch).loss, words)
 
 
-def test_towers_are_recognised_once_and_the_students_mode_and_random_numbers_stay():
-    student, teacher, batch = clip(2, 0).train(), clip(3, 1), captions(17)
+def test_towers_are_recognised_once_and_the_students_mode_and_random_numbers_are_unchanged():
+    student, teacher, batch = clip(2, 0).train(), clip(3, 1), captioned_images(17)
     runs = []
     student.register_forward_hook(lambda m, a, out: runs.append(m.training))
     distill = Distiller(teacher, 1.0 * Features(blocks=VISION, **FIRST))
@@ -87,13 +87,13 @@ def test_towers_are_recognised_once_and_the_students_mode_and_random_numbers_sta
         torch.manual_seed(3)
         distill(student, **batch)
         assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(3)))
-    steps = runs[-4:]  # transformers 5's CLIP takes any keyword: whether it has a loss of its own is asked before
-    assert steps == [True, False, False, True], "none of these follows the first step"
+    modes = runs[-4:]  # CLIP of transformers 5 takes any keyword, so it is first asked for its own loss
+    assert modes == [True, False, False, True], "none of these follows the first step"
     assert student.vision_model.training
 
 
 class Towers(nn.Module):
-    """Somebody's own two towers."""
+    """A user's model with two towers."""
 
     def __init__(self, embeds=True):
         super().__init__()
@@ -106,18 +106,18 @@ class Towers(nn.Module):
         return {"words": self.words(embedded), "pictures": self.patches(pictures)}
 
 
-def test_towers_of_a_custom_model_are_recognised_too():
+def test_towers_of_a_custom_model_are_recognised():
     student, teacher = Towers(), Towers()
     batch = {"input_ids": torch.randint(40, (2, 5)), "pictures": torch.randn(2, 5, 6)}
     batch["attention_mask"] = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
-    own, its = student(**batch), teacher(**batch)
-    gaps = {name: (own[name] - its[name].detach()).square().mean(-1) for name in own}
+    s, t = student(**batch), teacher(**batch)
+    gaps = {name: (s[name] - t[name].detach()).square().mean(-1) for name in s}
     for name, counted in (("words", gaps["words"][batch["attention_mask"].bool()]), ("patches", gaps["pictures"])):
         loss = Distiller(teacher, 1.0 * Features([name], pairing="same"))(student, **batch).loss
-        same(loss, counted.mean())
+        assert_close(loss, counted.mean())
 
 
-def test_a_feature_mask_is_required_where_towers_cannot_be_recognised():
+def test_a_feature_mask_is_required_if_towers_cannot_be_recognised():
     student, teacher = Towers(embeds=False), Towers(embeds=False)
     batch = {"input_ids": torch.randint(40, (2, 5)), "pictures": torch.randn(2, 5, 6)}
     batch["attention_mask"] = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
@@ -125,7 +125,7 @@ def test_a_feature_mask_is_required_where_towers_cannot_be_recognised():
     with pytest.raises(ValueError, match=r"nothing tells whether attention_mask .*feature_mask=\{"):
         distill(student, **batch)
     gaps = (student(**batch)["pictures"] - teacher(**batch)["pictures"].detach()).square().mean(-1)
-    same(distill(student, **batch, feature_mask={"feature": None}).loss, gaps.mean())
+    assert_close(distill(student, **batch, feature_mask={"feature": None}).loss, gaps.mean())
 
 
 def llava(depth, seed):
@@ -137,9 +137,9 @@ def llava(depth, seed):
     return hf.LlavaForConditionalGeneration(config).double().eval()
 
 
-def test_inside_a_vision_language_model_only_the_language_models_features_follow_the_texts_mask():
+def test_in_a_vision_language_model_the_text_mask_applies_only_to_features_of_the_language_model():
     student, teacher = llava(2, 0), llava(3, 1)
-    ids = torch.cat([torch.full((2, 16), 39), torch.randint(3, 39, (2, 1))], 1)  # 17, as many as the tower has patches
+    ids = torch.cat([torch.full((2, 16), 39), torch.randint(3, 39, (2, 1))], 1)  # 17, as in the vision tower
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch |= {"pixel_values": torch.randn(2, 3, 32, 32, dtype=torch.float64)}
     batch["attention_mask"][1, 16] = 0
@@ -152,17 +152,17 @@ def test_inside_a_vision_language_model_only_the_language_models_features_follow
     ):
         term = Features([where], **settings) if pair[0] is None else Features(**FIRST, **settings)
         loss = Distiller(teacher, Sum(term, causal=False))(student, **batch).loss
-        values = squares(student, teacher, batch, where, pair)
-        same(loss, values.mean() if counted is None else values[counted].mean())
+        values = squared_errors(student, teacher, batch, where, pair)
+        assert_close(loss, values.mean() if counted is None else values[counted].mean())
 
 
 @pytest.mark.parametrize("length", [8, 17])
-def test_blocks_of_pictures_resemble_each_other_whatever_their_captions_lengths(length):
-    student, teacher, batch = clip(2, 0), clip(3, 1), captions(length)
-    every = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
-    masked, whole = (kdloss.analysis.cka_matrix(student, teacher, [b], blocks=VISION).values for b in (batch, every))
-    same(masked, whole)
-    wrong = every | {"mask": torch.ones(3, 5).bool()}
+def test_the_similarity_of_image_blocks_does_not_depend_on_caption_padding(length):
+    student, teacher, batch = clip(2, 0), clip(3, 1), captioned_images(length)
+    full = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
+    masked, unmasked = (kdloss.analysis.cka_matrix(student, teacher, [b], blocks=VISION).values for b in (batch, full))
+    assert_close(masked, unmasked)
+    wrong = full | {"mask": torch.ones(3, 5).bool()}
     with pytest.raises(ValueError, match=r"mask has shape \(3, 5\) but features have shape \(3, 17\)"):
         kdloss.analysis.cka_matrix(student, teacher, [wrong], blocks=VISION)
 
@@ -182,16 +182,16 @@ def llamas():
     return build("llama", depth=2).double().eval(), build("llama", depth=3, seed=1).double().eval()
 
 
-@pytest.mark.parametrize("given", ["attention_mask", "attention_mask and mask"])
+@pytest.mark.parametrize("masks", ["attention_mask", "attention_mask and mask"])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("positions", ["labels", "mask"])
-def test_logits_and_features_of_padding_on_the_left_teach_nothing(given, labelled, positions):
+def test_logits_and_features_at_left_padding_are_excluded(masks, labelled, positions):
     (student, teacher), batch = llamas(), padded_left()
     labels = batch.pop("labels").masked_fill(torch.arange(8) == 5, -100)
     settings = {"labels": labels} if labelled else {}
     real = batch["attention_mask"].bool()
     keep = real[:, 1:] & real[:, :-1]
-    if given.endswith("and mask"):
+    if masks.endswith("and mask"):
         settings["mask"] = torch.arange(8).expand(2, 8) != 6
         keep = keep & settings["mask"][:, 1:]
     if labelled and positions == "labels":
@@ -201,22 +201,22 @@ def test_logits_and_features_of_padding_on_the_left_teach_nothing(given, labelle
     with torch.no_grad():
         target = teacher(**batch).logits
     logits = kl(student(**batch).logits, target, 2.0)[:, :-1][keep].mean()
-    expected = logits + 0.5 * squares(student, teacher, batch, "model.layers")[:, :-1][keep].mean()
-    same(loss, expected)
+    expected = logits + 0.5 * squared_errors(student, teacher, batch, "model.layers")[:, :-1][keep].mean()
+    assert_close(loss, expected)
     weight = student.model.layers[0].mlp.up_proj.weight
-    same(*(torch.autograd.grad(x, weight)[0] for x in (loss, expected)))
+    assert_close(*(torch.autograd.grad(x, weight)[0] for x in (loss, expected)))
 
 
 @pytest.mark.parametrize("positions", ["labels", "mask"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("first", ["ce", "kd"])
-def test_with_padding_on_the_left_cross_entropy_counts_the_labels_of_the_models_own_loss(positions, reduction, first):
+def test_with_left_padding_cross_entropy_uses_the_same_labels_as_the_models_own_loss(positions, reduction, first):
     (student, teacher), batch = llamas(), padded_left()
     terms = [0.3 * CrossEntropy(), 0.7 * Logits(temperature=2.0, positions=positions)]
     sums = Sum(*(terms if first == "ce" else terms[::-1]), reduction=reduction)
     out = Distiller(teacher, sums)(student, **batch)
     own = student(**batch).loss
-    same(out.components["ce"], own.detach(), rtol=1e-6, atol=0.0, check_dtype=False)
+    assert_close(out.components["ce"], own.detach(), rtol=1e-6, atol=0.0, check_dtype=False)
     inputs = {k: x for k, x in batch.items() if k != "labels"}
     with torch.no_grad():
         target = teacher(**inputs).logits
@@ -230,21 +230,21 @@ def test_with_padding_on_the_left_cross_entropy_counts_the_labels_of_the_models_
     else:
         expected = 0.3 * ce + 0.7 * learned
         expected = expected.sum() if reduction == "sum" else expected
-    same(out.loss, expected)
+    assert_close(out.loss, expected)
     weight = student.lm_head.weight
-    same(*(torch.autograd.grad(x.sum(), weight)[0] for x in (out.loss, expected)))
+    assert_close(*(torch.autograd.grad(x.sum(), weight)[0] for x in (out.loss, expected)))
 
 
-def test_a_loop_of_ones_own_gives_attention_mask_beside_mask():
+def test_a_criterion_called_in_a_users_loop_takes_attention_mask_and_mask():
     (student, teacher), batch = llamas(), padded_left()
     labels, real = batch.pop("labels"), batch["attention_mask"].bool()
     s, t = student(**batch).logits, teacher(**batch).logits.detach()
     loss = kdloss.VanillaKD(1.0, alpha=0.0, causal=True)(s, t, labels, attention_mask=real)
     keep = real[:, 1:] & real[:, :-1]
-    same(loss, kl(s, t, 1.0)[:, :-1][keep].mean())
-    answer = torch.arange(8).expand(2, 8) > 4  # a mask stands beside labels: the first token of an answer counts
+    assert_close(loss, kl(s, t, 1.0)[:, :-1][keep].mean())
+    answer = torch.arange(8).expand(2, 8) > 4  # masks align with labels: the first token of an answer counts
     loss = kdloss.VanillaKD(1.0, alpha=0.0, causal=True)(s, t, mask=answer)
-    same(loss, kl(s, t, 1.0)[:, :-1][answer[:, 1:]].mean())
+    assert_close(loss, kl(s, t, 1.0)[:, :-1][answer[:, 1:]].mean())
     with pytest.raises(ValueError, match=r"\(2, 7\).*\(2, 8\)"):
         kdloss.VanillaKD(causal=True)(s, t, labels, mask=answer, attention_mask=real[:, 1:])
 
@@ -254,7 +254,7 @@ def test_a_loop_of_ones_own_gives_attention_mask_beside_mask():
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("labelled", [True, False])
-def test_an_encoder_that_reads_as_many_tokens_as_its_decoder_writes_keeps_its_own_mask(masked, labelled):
+def test_an_encoder_with_as_many_tokens_as_its_decoder_is_masked_by_its_own_attention_mask(masked, labelled):
     student, teacher = (build("t5", depth=n, seed=n).double().eval() for n in (2, 3))
     batch = texts_of("t5")
     batch = {"input_ids": batch["input_ids"][:, :6], "attention_mask": batch["attention_mask"][:, :6]} | {
@@ -267,38 +267,38 @@ def test_an_encoder_that_reads_as_many_tokens_as_its_decoder_writes_keeps_its_ow
     labels = batch["labels"] if labelled else batch.pop("labels")
     inputs = {k: x for k, x in batch.items() if k != "labels"}
     loss = Distiller(teacher, 1.0 * Features(blocks="encoder.block", **FIRST))(student, **batch).loss
-    values = squares(student, teacher, inputs, "encoder.block")
+    values = squared_errors(student, teacher, inputs, "encoder.block")
     examples = torch.stack([values[i][keep[i]].mean() for i in range(2)])
     count = (labels != -100).sum(1) if labelled else torch.ones(2)
-    same(loss, (examples * count).sum() / count.sum())
+    assert_close(loss, (examples * count).sum() / count.sum())
 
 
-def test_a_token_classifiers_labels_and_padding_take_out_the_same_positions_of_every_term():
+def test_labels_and_padding_of_a_token_classifier_exclude_the_same_positions_from_every_term():
     config = [build("bert", depth=n).config for n in (2, 3)]
     student, teacher = (hf.AutoModelForTokenClassification.from_config(c).double().eval() for c in config)
     batch = texts_of("bert")
-    batch["labels"] = torch.tensor([[0, 1, -100, 1, 0, 0, 1, 1], [1, 0, 0, 1, 1, 1, 1, 1]])  # of padding, too
+    batch["labels"] = torch.tensor([[0, 1, -100, 1, 0, 0, 1, 1], [1, 0, 0, 1, 1, 1, 1, 1]])  # also at padding
     inputs = {k: x for k, x in batch.items() if k != "labels"}
     keep = batch["attention_mask"].bool() & (batch["labels"] != -100)
     criterion = CrossEntropy() + Logits(temperature=1.0) + Features(**FIRST)
     loss = Distiller(teacher, criterion)(student, **batch).loss
     s, t = student(**inputs).logits, teacher(**inputs).logits.detach()
-    own = F.cross_entropy(s[keep], batch["labels"][keep])
-    values = squares(student, teacher, inputs, "bert.encoder.layer")
-    same(loss, own + kl(s, t, 1.0)[keep].mean() + values[keep].mean())
+    ce = F.cross_entropy(s[keep], batch["labels"][keep])
+    values = squared_errors(student, teacher, inputs, "bert.encoder.layer")
+    assert_close(loss, ce + kl(s, t, 1.0)[keep].mean() + values[keep].mean())
 
 
-def test_a_classifiers_pooled_vector_has_no_padding():
+def test_padding_does_not_apply_to_the_pooled_vector_of_a_classifier():
     config = [build("bert", depth=n).config for n in (2, 3)]
     student, teacher = (hf.AutoModelForSequenceClassification.from_config(c).double().eval() for c in config)
     batch = texts_of("bert") | {"labels": torch.tensor([1, 0])}
     inputs = {k: x for k, x in batch.items() if k != "labels"}
     loss = Distiller(teacher, 1.0 * Features(["bert.pooler"], pairing="same"))(student, **batch).loss
-    same(loss, squares(student, teacher, inputs, "bert.pooler", (None, None)).mean())
+    assert_close(loss, squared_errors(student, teacher, inputs, "bert.pooler", (None, None)).mean())
 
 
 class Maps(nn.Module):
-    """Attention maps `[B, H, T, T]` of queries and keys."""
+    """A model with an attention map `[B, H, T, T]` of queries and keys."""
 
     def __init__(self):
         super().__init__()
@@ -312,7 +312,7 @@ class Maps(nn.Module):
         return self.head(x)
 
 
-def test_an_attention_map_counts_where_query_and_key_do():
+def test_a_position_of_an_attention_map_counts_if_neither_query_nor_key_is_padding():
     student, teacher = Maps(), Maps()
     ids, mask = torch.randint(9, (2, 4)), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     scores = Features(["scores"], pairing="same", layout="b c q k")
@@ -323,10 +323,10 @@ def test_an_attention_map_counts_where_query_and_key_do():
         model(ids)
     gaps = (found[0] - found[1]).square().mean(1).detach()
     examples = torch.stack([gaps[0].mean(), gaps[1, :2, :2].mean()])
-    same(loss.loss.detach(), (4 * examples[0] + 2 * examples[1]) / 6)  # an example's value stands at its tokens
+    assert_close(loss.loss.detach(), (4 * examples[0] + 2 * examples[1]) / 6)  # weighted by the number of tokens
 
 
-# -- what is said --
+# -- masks that do not fit, and masks of features --
 
 
 def test_a_mask_that_fits_nothing_is_an_error():
@@ -347,7 +347,7 @@ def test_a_mask_that_fits_nothing_is_an_error():
 
 
 class Halves(nn.Module):
-    """Reads text, makes half as many vectors, and knows lengths of sound."""
+    """A text model that halves the sequence length and has the length function of audio models."""
 
     def __init__(self):
         super().__init__()
@@ -361,7 +361,7 @@ class Halves(nn.Module):
         return self.embed(input_ids) + self.halves(self.conv(self.embed(input_ids).mT).mT).mean(1, keepdim=True)
 
 
-def test_a_text_mask_is_not_mapped_by_a_length_function_of_sound():
+def test_a_text_mask_is_not_mapped_by_the_length_function_of_audio_models():
     student, teacher = Halves(), Halves()
     batch = {"input_ids": torch.randint(9, (2, 6)), "attention_mask": torch.ones(2, 6)}
     distill = Distiller(teacher, 1.0 * Features(["halves"], pairing="same"))
@@ -370,27 +370,27 @@ def test_a_text_mask_is_not_mapped_by_a_length_function_of_sound():
     distill(student, **batch, feature_mask=torch.ones(2, 3).bool())
 
 
-def test_a_mask_beside_features_alone_fits_them_or_is_an_error():
+def test_a_mask_for_a_criterion_of_features_only_must_fit_the_features():
     student, teacher = ({"features": torch.randn(2, 5, 4)} for _ in range(2))
     outputs = [SimpleNamespace(hidden_states=[side["features"]] * 2) for side in (student, teacher)]
     criterion = kdloss.FeatureKD("last", alpha=0.0)
     keep = torch.arange(5).expand(2, 5) < torch.tensor([[5], [2]])
     gaps = (student["features"] - teacher["features"]).square().mean(-1)
-    same(criterion(*outputs, mask=keep), gaps[keep].mean())
-    same(criterion(*outputs, mask=torch.tensor([True, False])), gaps[0].mean())
+    assert_close(criterion(*outputs, mask=keep), gaps[keep].mean())
+    assert_close(criterion(*outputs, mask=torch.tensor([True, False])), gaps[0].mean())
     with pytest.raises(ValueError, match=r"mask \(2, 4\) fits neither logits nor features, which stand at .*\(2, 5\)"):
         criterion(*outputs, mask=keep[:, 1:])
 
 
-def test_values_at_different_positions_are_not_added_one_by_one():
-    student, teacher, batch = clip(2, 0), clip(3, 1), captions(8)
+def test_values_at_different_positions_cannot_be_added_with_reduction_none():
+    student, teacher, batch = clip(2, 0), clip(3, 1), captioned_images(8)
     terms = [Features(blocks=blocks, name=name, **FIRST) for blocks, name in ((TEXT, "words"), (VISION, "pictures"))]
     with pytest.raises(ValueError, match=r"different ones, \[\(3,\), \(3, 8\)\]; write reduction='mean' or 'sum'"):
         Distiller(teacher, Sum(*terms, reduction="none"))(student, **batch)
 
 
 class Embeds(nn.Module):
-    """Reads its mask, whatever its length."""
+    """An embedding that takes an attention mask of any length."""
 
     def __init__(self):
         super().__init__()
@@ -402,30 +402,30 @@ class Embeds(nn.Module):
 
 def test_a_feature_mask_that_no_term_reads_is_an_error():
     (student, teacher), batch = llamas(), padded_left()
-    own = torch.ones(2, 8).bool()
+    mask = torch.ones(2, 8).bool()
     with pytest.raises(ValueError, match=r"feature_mask has \['features'\], and the terms are \['feature'\]"):
-        Distiller(teacher, 1.0 * Features(**FIRST))(student, **batch, feature_mask={"features": own})
+        Distiller(teacher, 1.0 * Features(**FIRST))(student, **batch, feature_mask={"features": mask})
     with pytest.raises(ValueError, match=r"\(2, 8\) is a mask of features, and none of the terms \['ce', 'kd'\]"):
-        Distiller(teacher, kdloss.VanillaKD())(student, **batch, feature_mask=own)
+        Distiller(teacher, kdloss.VanillaKD())(student, **batch, feature_mask=mask)
 
 
-def test_feature_masks_go_by_term_and_meet_the_batchs_own():
+def test_feature_masks_are_passed_by_term_and_combined_with_the_attention_mask():
     (student, teacher), batch = llamas(), padded_left()
-    own = torch.arange(8).expand(2, 8) % 2 == 0
+    even = torch.arange(8).expand(2, 8) % 2 == 0
     terms = Features(**FIRST, name="some") + Features(**FIRST, name="all")
     criterion = Sum(CrossEntropy(), terms, causal=False)
     model = Distillation(student, teacher, criterion).eval()
-    out = model(**batch, teacher=None, feature_mask={"some": own})
+    out = model(**batch, teacher=None, feature_mask={"some": even})
     assert set(out.components) == {"ce"}
-    out = model.train()(**batch, feature_mask={"some": own})
+    out = model.train()(**batch, feature_mask={"some": even})
     inputs = {k: x for k, x in batch.items() if k != "labels"}
-    values = squares(student, teacher, inputs, "model.layers").detach()
+    values = squared_errors(student, teacher, inputs, "model.layers").detach()
     real = batch["attention_mask"].bool()
-    keep = own & real
+    keep = even & real
     examples = torch.stack([values[i][keep[i]].mean() for i in range(2)])
     count = real.sum(1)
-    same(out.components["some"], (examples * count).sum() / count.sum())
-    same(out.components["all"], values[real].mean())
+    assert_close(out.components["some"], (examples * count).sum() / count.sum())
+    assert_close(out.components["all"], values[real].mean())
 
 
 # -- examples without labels --
