@@ -1,4 +1,4 @@
-"""What docs/errors.md is about, as a user does it: each function ends in an error, or in a line of the log."""
+"""Trigger every message of docs/errors.md as a user would: each function raises an error or logs a line."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ LABELS = torch.zeros(2, 3).long()
 
 
 class Net(nn.Module):
-    """A model of one's own, with blocks or without."""
+    """A user's model, with or without blocks."""
 
     def __init__(self, width=4, classes=3, blocks=0):
         super().__init__()
@@ -37,7 +37,7 @@ class Twice(Net):
 
 
 class Pair(nn.Module):
-    """Two heads."""
+    """A model with two heads."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Named(Net):
 
 
 class Several(Net):
-    """A backbone that gives a list."""
+    """A model whose backbone returns a list."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +79,7 @@ class Channels(nn.Module):
 
 
 class NoMask(nn.Module):
-    """A language model that tells no padding apart."""
+    """A language model that takes no attention mask."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +94,7 @@ def gpt2(depth=2, width=16, seed=0):
 
 
 def step(student, teacher, criterion, **more):
-    """One step of two language models."""
+    """Run one step with two language models."""
     return kdloss.Distillation(student, teacher, criterion)(**batch("gpt2"), **more)
 
 
@@ -103,19 +103,19 @@ def images(student, teacher, criterion, shape=(2, 4)):
 
 
 def maps(criterion):
-    """A net of maps, whose classes are the second axis."""
+    """Run one step with convolutions, whose classes are on the second axis."""
     net = nn.Conv2d(3, 4, 1)
     return kdloss.Distillation(net, nn.Conv2d(3, 4, 1), criterion)(torch.randn(2, 3, 4, 4))
 
 
-def projections_left_out():
+def projections_not_in_the_optimizer():
     student, criterion = gpt2(), kdloss.FeatureKD("last")
     distill = kdloss.Distiller(gpt2(4, 24), criterion).prepare(student)
     distill(student, **batch("gpt2")).loss.backward()
     SGD(student.parameters(), lr=0.1).step()
 
 
-def projections_never_zeroed():
+def projection_gradients_never_zeroed():
     student, criterion = gpt2(), kdloss.FeatureKD("last")
     distill = kdloss.Distiller(gpt2(4, 24), criterion).prepare(student)
     optimizer = SGD([*student.parameters(), *criterion.parameters()], lr=0.1)
@@ -134,27 +134,27 @@ def step_not_counted():
         optimizer.step()
 
 
-def loaded_unprepared():
-    def made():
+def load_before_prepare():
+    def new_model():
         return kdloss.Distillation(Net(5), Net(7), CrossEntropy() + Features(["body"], pairing="same"))
 
-    made().load_state_dict(made().prepare(torch.randn(2, 4)).state_dict())
+    new_model().load_state_dict(new_model().prepare(torch.randn(2, 4)).state_dict())
 
 
-def replaced():
+def criterion_replaced():
     model = kdloss.Distillation(Net(), Net(), kdloss.VanillaKD())
     model.criterion = kdloss.VanillaKD()
     model(torch.randn(2, 4))
 
 
-def overwritten():
+def second_backward_through_overwritten_logits():
     student = LOGITS[0].clone().requires_grad_()
     loss = kdloss.VanillaKD(overwrite_logits=True)(student, LOGITS[0] + 1, LABELS[0])
     loss.backward(retain_graph=True)
     loss.backward()
 
 
-def frozen_backbone():
+def backbone_under_no_grad():
     class Frozen(Net):
         def forward(self, x):
             with torch.no_grad():
@@ -164,7 +164,7 @@ def frozen_backbone():
     images(Frozen(), Net(), CrossEntropy() + Features(["body"], pairing="same"))
 
 
-def twice_in_place():
+def feature_changed_in_place():
     class Inner(Net):
         def forward(self, x):
             return self.head(self.body(x).relu_())
@@ -172,7 +172,7 @@ def twice_in_place():
     images(Inner(), Net(), CrossEntropy() + Features(["body"], pairing="same"))
 
 
-def its_own_teacher():
+def student_is_its_own_teacher():
     student = gpt2()
     step(student, student, kdloss.VanillaKD())
 
@@ -181,26 +181,26 @@ def images_with(**more):
     kdloss.Distillation(Net(), Net(), kdloss.VanillaKD())(torch.randn(2, 4), labels=torch.zeros(2).long(), **more)
 
 
-def drops_blocks():
+def student_with_layer_drop():
     shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
     convolutions = {"conv_dim": (8,), "conv_stride": (4,), "conv_kernel": (8,), "num_conv_pos_embedding_groups": 2}
     student = Wav2Vec2ForCTC(Wav2Vec2Config(**shape, **convolutions, vocab_size=9)).train()
     kdloss.Distillation(student, student, 1.0 * Features("all"))(torch.randn(2, 400))
 
 
-def another_width():
+def second_student_of_another_width():
     criterion = CrossEntropy() + Features(["body"], pairing="same")
     for width in (5, 6):
         kdloss.Distiller(Net(7), criterion).prepare(Net(width), torch.randn(2, 4))
 
 
-def packed():
+def packed_sequence():
     ids = torch.ones(1, 6).long()
-    places = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    kdloss.Distillation(gpt2(), NoMask(), kdloss.VanillaKD())(input_ids=ids, labels=ids, position_ids=places)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    kdloss.Distillation(gpt2(), NoMask(), kdloss.VanillaKD())(input_ids=ids, labels=ids, position_ids=positions)
 
 
-def compiled_whole():
+def model_compiled_as_a_whole():
     student = torch.compile(gpt2(), backend="eager")
     step(student, gpt2(4), kdloss.FeatureKD("last"))
 
@@ -222,30 +222,30 @@ def trainer(folder, teacher=None, criterion=None, arguments=None, **more):
     )
 
 
-def optimizer_given(folder):
+def optimizer_passed_to_the_trainer(folder):
     student = gpt2()
-    one = trainer(folder, optimizers=(SGD(student.parameters(), lr=0.1), None))
-    one.create_optimizer()
+    hf_trainer = trainer(folder, optimizers=(SGD(student.parameters(), lr=0.1), None))
+    hf_trainer.create_optimizer()
 
 
-def resumed_without(folder):
+def resume_without_saved_criterion(folder):
     trainer(folder, criterion=kdloss.VanillaKD(), arguments={"save_steps": 1}).train()
     trainer(folder, arguments={"max_steps": 2}).train(resume_from_checkpoint=True)
 
 
 def cached(folder, first="a"):
-    """A cache, opened with a tokenizer whose first word is this."""
+    """Write a cache, and open it with a tokenizer whose first word is `first`."""
     from datasets import Dataset
 
     import kdloss.cache as cache
 
     rows = Dataset.from_list([{"id": k, "input_ids": [1, 2, 3]} for k in range(4)])
-    written, now = (SimpleNamespace(get_vocab=lambda word=word: {word: 0, "b": 1}) for word in ("a", first))
+    written, current = (SimpleNamespace(get_vocab=lambda word=word: {word: 0, "b": 1}) for word in ("a", first))
     cache.write(folder, gpt2(), rows, tokenizer=written, k=4)
-    return cache.open(folder, tokenizer=now)
+    return cache.open(folder, tokenizer=current)
 
 
-def uncompiled(monkeypatch):
+def failing_compiler(monkeypatch):
     def failing(*_, **__):
         raise RuntimeError("no compiler here")
 
@@ -256,7 +256,7 @@ def uncompiled(monkeypatch):
     kdloss.VanillaKD(divergence=kdloss.divergences.jsd)(student.requires_grad_(), teacher, torch.zeros(8).long())
 
 
-def own_module(model):
+def criterion_without_plan(model):
     class Own(nn.Module):
         def forward(self, *args, **settings):
             return torch.zeros(())
@@ -264,7 +264,7 @@ def own_module(model):
     kdloss.Distiller(model, Own())
 
 
-def another_loss(folder):
+def trainer_with_another_loss(folder):
     from transformers import Trainer, TrainingArguments
 
     from kdloss.hf import Distilling
@@ -280,8 +280,8 @@ def another_loss(folder):
     Both(gpt2(), arguments, teacher=gpt2(4), criterion=kdloss.VanillaKD())
 
 
-def without_import():
-    """In a Python of its own, as others have imported it here."""
+def cache_without_import():
+    """Run in a new process, because kdloss.cache is already imported in this one."""
     done = subprocess.run([sys.executable, "-c", "import kdloss; kdloss.cache"], capture_output=True, text=True)
     raise AttributeError(done.stderr.splitlines()[-1].removeprefix("AttributeError: "))
 
@@ -294,18 +294,18 @@ def extra_missing():
 
 
 def kd(*args, labels=LABELS, **settings):
-    """A call of a recipe: what has a name of `VanillaKD` is a setting, the rest is given with the logits."""
-    own = {"temperature", "alpha", "causal", "reduction", "check_finite"}
-    made = kdloss.VanillaKD(**{k: v for k, v in settings.items() if k in own})
-    return made(*args, labels, **{k: v for k, v in settings.items() if k not in own})
+    """Call `VanillaKD`: keywords in `names` are settings of the recipe, all others are passed with the logits."""
+    names = {"temperature", "alpha", "causal", "reduction", "check_finite"}
+    criterion = kdloss.VanillaKD(**{k: v for k, v in settings.items() if k in names})
+    return criterion(*args, labels, **{k: v for k, v in settings.items() if k not in names})
 
 
-HF = CausalLMOutput(logits=LOGITS)
-ONE, TWO = torch.zeros(2, 3, 2).long() + torch.arange(2), torch.zeros(2, 3, 2)
-BODY = CrossEntropy() + Features(["body"], pairing="same")
+HF_OUTPUT = CausalLMOutput(logits=LOGITS)
+TOP_IDS, TOP_LOG_PROBS = torch.zeros(2, 3, 2).long() + torch.arange(2), torch.zeros(2, 3, 2)
+BODY_FEATURES = CrossEntropy() + Features(["body"], pairing="same")
 
 CASES = {
-    "module 'kdloss' has no attribute": without_import,
+    "module 'kdloss' has no attribute": cache_without_import,
     "needs …; write: pip install": extra_missing,
     "temperature must be": lambda: kdloss.VanillaKD(temperature=0),
     "two terms are called": lambda: Logits() + Logits(),
@@ -329,48 +329,48 @@ CASES = {
     "several heads": lambda: images(Pair(), Pair(), kdloss.VanillaKD()),
     "num_items_in_batch divides": lambda: kd(LOGITS, LOGITS, reduction="sum", num_items_in_batch=3),
     "rows with each other": lambda: kdloss.distances.rkd_angle(torch.zeros(2, 4), torch.zeros(2, 4)),
-    "were overwritten": overwritten,
-    "nothing says whether those at t": lambda: kd(HF, HF),
+    "were overwritten": second_backward_through_overwritten_logits,
+    "nothing says whether those at t": lambda: kd(HF_OUTPUT, HF_OUTPUT),
     "nothing tells whether its logits at t": lambda: kdloss.Distillation(NoMask(), NoMask(), kdloss.VanillaKD())(
         input_ids=LABELS, labels=LABELS
     ),
     "shifts time": lambda: kd(LOGITS[0], LOGITS[0], labels=LABELS[0], causal=True),
     "takes no attention_mask": lambda: step(gpt2(), NoMask(), kdloss.VanillaKD()),
-    "takes no position_ids": packed,
+    "takes no position_ids": packed_sequence,
     "no model reads": lambda: kdloss.Distillation(Net(), Net(), kdloss.VanillaKD())(torch.randn(2, 4), colour=1),
-    "no projection between them": lambda: images(Net(5), Net(7), BODY),
-    "cannot be chosen before": lambda: kdloss.FeatureKD("last", causal=True)(HF, HF, LABELS),
+    "no projection between them": lambda: images(Net(5), Net(7), BODY_FEATURES),
+    "cannot be chosen before": lambda: kdloss.FeatureKD("last", causal=True)(HF_OUTPUT, HF_OUTPUT, LABELS),
     "does not exist": lambda: kdloss.Distillation(gpt2(), gpt2(4), kdloss.FeatureKD([7])),
     "has no module": lambda: kdloss.Distillation(Net(), Net(), 1.0 * Features(["bodi"], pairing="same")),
     "lists of blocks": lambda: kdloss.Distillation(Net(blocks=3), Net(blocks=3), kdloss.FeatureKD()),
     "has no nn.ModuleList": lambda: kdloss.Distillation(Net(), Net(), kdloss.FeatureKD()),
     "ran more than once": lambda: images(Twice(), Twice(), CrossEntropy() + Features(["act"], pairing="same")),
-    "LayerDrop": drops_blocks,
-    "several features": lambda: images(Several(), Several(), BODY, (2, 3, 4)),
-    "where nothing else is said": lambda: images(Channels(), Channels(), BODY, (2, 4, 5)),
-    "and now come": another_width,
-    "without gradient although": frozen_backbone,
-    "changed in place": twice_in_place,
-    "the student is its own teacher": its_own_teacher,
+    "LayerDrop": student_with_layer_drop,
+    "several features": lambda: images(Several(), Several(), BODY_FEATURES, (2, 3, 4)),
+    "where nothing else is said": lambda: images(Channels(), Channels(), BODY_FEATURES, (2, 4, 5)),
+    "and now come": second_student_of_another_width,
+    "without gradient although": backbone_under_no_grad,
+    "changed in place": feature_changed_in_place,
+    "the student is its own teacher": student_is_its_own_teacher,
     "has the outputs of 1 stored teachers": lambda: images_with(teacher=LOGITS),
-    "come to …, more than 1": lambda: kd(LOGITS, kdloss.TopKLogits(ONE, TWO, vocabulary=5), alpha=0.0),
+    "come to …, more than 1": lambda: kd(LOGITS, kdloss.TopKLogits(TOP_IDS, TOP_LOG_PROBS, vocabulary=5), alpha=0.0),
     "begin with None": lambda: kdloss.TopKLogits.from_served([{1: -0.1}], vocabulary=5),
     "has no example": lambda folder: cached(folder)[[9]],
     "another tokenizer": lambda folder: cached(folder, first="c"),
     "the criterion computes the loss": lambda folder: trainer(folder, arguments={"label_smoothing_factor": 0.1}),
-    "the optimizer that was given": optimizer_given,
-    "has no criterion.safetensors": resumed_without,
-    "which this criterion has not built yet": loaded_unprepared,
-    "was replaced after": replaced,
+    "the optimizer that was given": optimizer_passed_to_the_trainer,
+    "has no criterion.safetensors": resume_without_saved_criterion,
+    "which this criterion has not built yet": load_before_prepare,
+    "was replaced after": criterion_replaced,
     "Task() reads": lambda: kdloss.Task()(LOGITS, labels=LABELS),
-    "took a step with": projections_left_out,
-    "gradients of the step before": projections_never_zeroed,
+    "took a step with": projections_not_in_the_optimizer,
+    "gradients of the step before": projection_gradients_never_zeroed,
     "an optimizer stepped": step_not_counted,
-    "was compiled as a whole": compiled_whole,
-    "is done uncompiled": uncompiled,
+    "was compiled as a whole": model_compiled_as_a_whole,
+    "is done uncompiled": failing_compiler,
     "gives whole logits": lambda: step(gpt2(), gpt2(4), kdloss.Task() + Logits()),
     "measured": lambda: step(gpt2(), gpt2(4), kdloss.VanillaKD()),
-    "has no `plan`": lambda: own_module(Net()),
-    "the criterion replaces the loss of": another_loss,
+    "has no `plan`": lambda: criterion_without_plan(Net()),
+    "the criterion replaces the loss of": trainer_with_another_loss,
 }
-"""What to do, by words of the heading that it is about."""
+"""The function that triggers each message, by words of its heading."""
