@@ -1,4 +1,4 @@
-"""Divergences by powers and squares of probabilities: their limits, digits, infinities and second derivatives."""
+"""Divergences of powers and squares of probabilities: limits, precision, infinities and second derivatives."""
 
 from functools import cache, partial
 
@@ -14,7 +14,7 @@ import kdloss
 from kdloss.divergences import ab_divergence, alpha_divergence, forward_kl, renyi, reverse_kl, triangular
 
 INF = float("inf")
-WAYS = pytest.mark.parametrize("way", ["plain", "closed form"])
+BOTH_FORMS = pytest.mark.parametrize("form", ["plain", "closed form"])
 LOSSES = [
     *(partial(alpha_divergence, alpha=a) for a in (-0.5, 0.0, 1e-6, 0.3, 0.5, 1 - 1e-6, 1.0, 1.5)),
     *(partial(renyi, order=a) for a in (1e-6, 0.5, 1 - 1e-6, 1 + 1e-6, 2.0)),
@@ -38,10 +38,10 @@ def grad(value, *inputs, **options):
     return torch.autograd.grad(value.sum(), inputs, **options)
 
 
-def run(way, loss, student, teacher, temperature):
-    """Value and gradient of all rows together, by the plain function or in a criterion."""
+def run(form, loss, student, teacher, temperature):
+    """Return the sum of the values of all rows and its gradient, by the plain function or by a criterion."""
     student = student.detach().clone().requires_grad_()
-    if way == "plain":
+    if form == "plain":
         value = loss(student, teacher, temperature=temperature).sum()
     else:
         value = kdloss.VanillaKD(temperature, 0.0, divergence=loss, reduction="sum")(student, teacher)
@@ -49,7 +49,7 @@ def run(way, loss, student, teacher, temperature):
 
 
 def by_mpmath(loss, student, teacher, temperature):
-    """Value and gradient from the definition, in a hundred digits."""
+    """Return the same from the definition, computed with 100 digits."""
     value, rows = mpmath.mpf(0), []
     with mpmath.workdps(100):
         T = mpmath.mpf(temperature)
@@ -62,7 +62,7 @@ def by_mpmath(loss, student, teacher, temperature):
 
 
 def _definition(loss, q, p):
-    """The sum, and q times its derivative by q; a power of 0 is one of 1e-25."""
+    """Return the divergence, and q times its derivative by q; an exponent of 0 is replaced by 1e-25."""
     pairs, options = list(zip(p, q, strict=True)), {k: mpmath.mpf(x or 1e-25) for k, x in settings_of(loss).items()}
     if name(loss) == "triangular":
         return sum((x - y) ** 2 / (x + y) for x, y in pairs), [
@@ -80,23 +80,23 @@ def _definition(loss, q, p):
 
 
 @cache
-def errors(way, loss, temperature, apart):
-    """Of value and gradient in float32, relative to their sizes."""
+def relative_errors(form, loss, temperature, distance):
+    """Return the relative errors of value and gradient in float32."""
     generator = torch.Generator().manual_seed(3)
     teacher, noise = torch.randn(2, 2, 16, generator=generator)
-    teacher, student = 3 * teacher, 3 * teacher + apart * noise
-    value, slope = run(way, loss, student, teacher, temperature)
+    teacher, student = 3 * teacher, 3 * teacher + distance * noise
+    value, slope = run(form, loss, student, teacher, temperature)
     definition = partial(alpha_divergence, alpha=1.0) if loss is forward_kl else loss
     exact, exact_slope = by_mpmath(definition, student, teacher, temperature)
     return abs(value / exact - 1), np.linalg.norm(slope - exact_slope) / np.linalg.norm(exact_slope)
 
 
-@WAYS
+@BOTH_FORMS
 @every_loss
 @pytest.mark.parametrize("temperature", [2.0, 100.0])
-@pytest.mark.parametrize("apart", [1e-2, 1.0])
-def test_next_to_the_teacher_and_to_every_limit_it_has_the_digits_of_forward_kl(loss, way, temperature, apart):
-    ours, theirs = (errors(way, f, temperature, apart) for f in (loss, forward_kl))
+@pytest.mark.parametrize("distance", [1e-2, 1.0])
+def test_near_the_teacher_and_every_limit_a_divergence_is_as_precise_as_forward_kl(loss, form, temperature, distance):
+    ours, theirs = (relative_errors(form, f, temperature, distance) for f in (loss, forward_kl))
     assert ours[0] <= 6 * theirs[0] + 1e-6
     assert ours[1] <= 6 * theirs[1] + 1e-6
 
@@ -106,15 +106,17 @@ def test_next_to_the_teacher_and_to_every_limit_it_has_the_digits_of_forward_kl(
 @given(
     rows=st.lists(st.floats(-8, 8, width=32), min_size=12, max_size=12), temperature=st.sampled_from([0.3, 1.0, 20.0])
 )
-def test_it_is_never_negative_and_both_ways_agree(loss, rows, temperature):
+def test_values_are_never_negative_and_both_forms_agree(loss, rows, temperature):
     student, teacher = torch.tensor(rows, dtype=torch.float64).view(2, 2, 3)
-    (value, slope), (again, slope_again) = (run(way, loss, student, teacher, temperature) for way in WAYS.args[1])
+    (value, slope), (other_value, other_slope) = (
+        run(form, loss, student, teacher, temperature) for form in BOTH_FORMS.args[1]
+    )
     assert value >= 0
-    assert again == pytest.approx(value, rel=1e-9, abs=1e-12)
-    np.testing.assert_allclose(slope_again, slope, rtol=1e-7, atol=1e-9 * max(abs(slope).max(), 1e-3))
+    assert other_value == pytest.approx(value, rel=1e-9, abs=1e-12)
+    np.testing.assert_allclose(other_slope, slope, rtol=1e-7, atol=1e-9 * max(abs(slope).max(), 1e-3))
 
 
-def test_alpha_goes_from_reverse_kl_by_the_squared_hellinger_distance_to_forward_kl_and_chi_square():
+def test_at_known_exponents_alpha_divergence_equals_the_known_divergence():
     student, teacher = sample(4, 7, dtype=torch.float64)
     q, p = student.softmax(-1), teacher.softmax(-1)
     for alpha, expected in (
@@ -129,11 +131,11 @@ def test_alpha_goes_from_reverse_kl_by_the_squared_hellinger_distance_to_forward
         torch.testing.assert_close(
             grad(value, student), grad(expected, student, retain_graph=True), rtol=1e-8, atol=1e-11
         )
-        other_way = alpha_divergence(teacher, student.detach(), alpha=1 - alpha)
-        torch.testing.assert_close(other_way, value.detach(), rtol=1e-10, atol=0)
+        mirrored = alpha_divergence(teacher, student.detach(), alpha=1 - alpha)
+        torch.testing.assert_close(mirrored, value.detach(), rtol=1e-10, atol=0)
 
 
-def test_at_known_exponents_alpha_beta_equals_the_known_divergence():
+def test_at_known_exponents_ab_divergence_equals_the_known_divergence():
     student, teacher = sample(4, 7, dtype=torch.float64)
     q, p = student.softmax(-1), teacher.softmax(-1)
     for alpha, beta, expected in (
@@ -142,7 +144,7 @@ def test_at_known_exponents_alpha_beta_equals_the_known_divergence():
         (0.3, 0.7, alpha_divergence(student, teacher, alpha=0.3)),
         (1.0, 1.0, (p - q).square().sum(-1) / 2),
         (0.0, 0.0, (p.log() - q.log()).square().sum(-1) / 2),
-        (1.0, -1.0, (p / q - (p / q).log() - 1).sum(-1)),  # Itakura and Saito's
+        (1.0, -1.0, (p / q - (p / q).log() - 1).sum(-1)),  # Itakura-Saito
     ):
         value = ab_divergence(student, teacher, alpha=alpha, beta=beta)
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
@@ -156,25 +158,25 @@ def test_renyi_grows_with_its_order_and_is_forward_kl_at_1():
     assert torch.equal(renyi(student, teacher, order=1.0), forward_kl(student, teacher))
     values = [renyi(student, teacher, order=order) for order in (0.1, 0.5, 0.999999, 1.0, 1.000001, 2.0, 10.0, 1e3)]
     assert (torch.stack(values).diff(dim=0) >= -1e-6).all()
-    most = (teacher.log_softmax(-1) - student.log_softmax(-1)).amax(-1)  # the limit of orders without end
-    torch.testing.assert_close(values[-1], most, rtol=1e-2, atol=0)
+    limit = (teacher.log_softmax(-1) - student.log_softmax(-1)).amax(-1)  # the limit for large orders
+    torch.testing.assert_close(values[-1], limit, rtol=1e-2, atol=0)
 
 
-@WAYS
-def test_renyi_is_finite_where_its_sum_is_too_large_or_too_small_for_a_number(way):
+@BOTH_FORMS
+def test_renyi_is_finite_where_its_sum_overflows_or_underflows(form):
     student, teacher = torch.tensor([[1e4, 0.0, 3.0]]), torch.tensor([[0.0, 1e4, 3.0]])
-    value, slope = run(way, partial(renyi, order=2.0), student, teacher, 0.5)
+    value, slope = run(form, partial(renyi, order=2.0), student, teacher, 0.5)
     assert value == pytest.approx(0.25 * 2e4)  # one class: p = 1, log q = -2e4
     np.testing.assert_allclose(slope, [[0.5, -0.5, 0.0]], rtol=1e-3)
-    value, slope = run(way, partial(renyi, order=0.5), student, teacher, 0.5)
+    value, slope = run(form, partial(renyi, order=0.5), student, teacher, 0.5)
     assert value == pytest.approx(0.25 * (2e4 - 2 * np.log(2)))  # two classes with e^-1e4
     np.testing.assert_allclose(slope, [[0.25, -0.25, 0.0]], rtol=1e-3)
 
 
-@WAYS
-def test_a_class_that_one_side_excludes_is_finite_or_infinite_as_it_truly_is(way):
-    half, none = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -INF]])
-    for loss, q_less, p_less in (
+@BOTH_FORMS
+def test_the_value_where_one_side_excludes_a_class_is_finite_or_infinite_as_defined(form):
+    uniform, one_class = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -INF]])
+    for loss, q_excludes, p_excludes in (
         (triangular, 2 / 3, 2 / 3),
         (partial(alpha_divergence, alpha=0.5), 4 - 8**0.5, 4 - 8**0.5),
         (partial(alpha_divergence, alpha=1.0), INF, np.log(2)),
@@ -193,29 +195,29 @@ def test_a_class_that_one_side_excludes_is_finite_or_infinite_as_it_truly_is(way
         (partial(ab_divergence, alpha=-0.3, beta=0.3), INF, INF),
         (partial(ab_divergence, alpha=0.0, beta=0.0), INF, INF),
     ):
-        for student, teacher, expected in ((none, half, q_less), (half, none, p_less)):
-            value, slope = run(way, loss, student, teacher, 1.0)
+        for student, teacher, expected in ((one_class, uniform, q_excludes), (uniform, one_class, p_excludes)):
+            value, slope = run(form, loss, student, teacher, 1.0)
             assert value == (pytest.approx(expected, rel=1e-6) if expected else pytest.approx(value)), loss
             assert np.isfinite(value) == (expected != INF)
             assert expected == INF or np.isfinite(slope).all(), loss
 
 
-@WAYS
+@BOTH_FORMS
 @every_loss
-def test_nan_among_logits_is_nan_in_the_loss(way, loss):
+def test_nan_among_logits_gives_nan_in_value_and_gradient(form, loss):
     student, teacher = torch.tensor([[0.0, float("nan"), 1.0]]), torch.tensor([[0.0, 1.0, 2.0]])
     for s, t in ((student, teacher), (teacher, student)):
-        value, slope = run(way, loss, s, t, 2.0)
+        value, slope = run(form, loss, s, t, 2.0)
         assert np.isnan(value)
         assert np.isnan(slope).all()
 
 
 @every_loss
-@pytest.mark.parametrize("apart", [0.0, 1e-7, 0.1])
-def test_second_derivatives_are_right_at_the_teacher_and_next_to_it(loss, apart):
+@pytest.mark.parametrize("distance", [0.0, 1e-7, 0.1])
+def test_second_derivatives_are_correct_at_the_teacher_and_near_it(loss, distance):
     _, teacher = sample(1, 4, dtype=torch.float64)
-    teacher, away = teacher / 3, torch.tensor([[1.0, -0.5, 0.25, 2.0]], dtype=torch.float64)
-    student = (teacher + apart * away).requires_grad_()
+    teacher, direction = teacher / 3, torch.tensor([[1.0, -0.5, 0.25, 2.0]], dtype=torch.float64)
+    student = (teacher + distance * direction).requires_grad_()
     slope = grad(loss(student, teacher, temperature=1.5), student, create_graph=True)[0]
     for v in range(4):
         row = grad(slope[0, v], student, retain_graph=True)[0]
@@ -241,14 +243,14 @@ def test_second_derivatives_are_right_at_the_teacher_and_next_to_it(loss, apart)
         (partial(renyi, order=0.0), ValueError, "order must be above 0, got 0.0"),
     ],
 )
-def test_exponents_without_a_divergence_are_refused_by_name(loss, error, words):
-    for way in WAYS.args[1]:
+def test_invalid_exponents_are_refused_and_named(loss, error, words):
+    for form in BOTH_FORMS.args[1]:
         with pytest.raises(error, match=words):
-            run(way, loss, torch.zeros(2, 3), torch.zeros(2, 3), 2.0)
+            run(form, loss, torch.zeros(2, 3), torch.zeros(2, 3), 2.0)
 
 
 @every_loss
-def test_t_squared_is_one_flag(loss):
+def test_t_squared_multiplies_value_and_gradient(loss):
     student, teacher = sample(4, 7, dtype=torch.float64)
     value, plain = (loss(student, teacher, temperature=3.0, t_squared=flag) for flag in (True, False))
     torch.testing.assert_close(value, 9 * plain)
