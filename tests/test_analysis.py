@@ -1,4 +1,4 @@
-"""How alike blocks are, against the definition; and the pairing that follows."""
+"""CKA between blocks, compared with its definition, and the pairing that it suggests."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def by_hand(student, teacher):
 
 
 class Tokens(nn.Module):
-    """Blocks that turn `[B, T]` numbers into features by what each was given: a table of rows."""
+    """A model whose blocks look up the features of `[B, T]` ids, each in one table."""
 
     def __init__(self, *tables):
         super().__init__()
@@ -50,37 +50,37 @@ def tables(*widths, seed=0, tokens=40):
     return [3 + rng.normal(size=(tokens, d)) @ np.diag(np.arange(1, d + 1)) for d in widths]
 
 
-def test_it_is_the_minibatch_cka_of_the_papers():
+def test_values_equal_the_minibatch_cka_of_the_papers():
     s, t = tables(5, 3), tables(4, 6, 5, seed=1)
     student, teacher = Tokens(*s), Tokens(*t)
     ids = [torch.randint(0, 40, (2, n), generator=torch.Generator().manual_seed(n)) for n in (9, 4, 6)]
-    found = kdloss.analysis.cka_matrix(student, teacher, [{"ids": x} for x in ids])
+    cka = kdloss.analysis.cka_matrix(student, teacher, [{"ids": x} for x in ids])
     rows = [x.flatten().numpy() for x in ids]
     expected = by_hand([[x[r] for x in s] for r in rows], [[x[r] for x in t] for r in rows])
-    np.testing.assert_allclose(found.values, expected, rtol=1e-9, atol=1e-12)
-    assert found.values.dtype == torch.float64
+    np.testing.assert_allclose(cka.values, expected, rtol=1e-9, atol=1e-12)
+    assert cka.values.dtype == torch.float64
     as_tuples = kdloss.analysis.cka_matrix(student, teacher, ((x,) for x in ids))
-    assert torch.equal(as_tuples.values, found.values)
+    assert torch.equal(as_tuples.values, cka.values)
 
 
-def test_rotations_shifts_and_scale_change_nothing():
+def test_rotations_shifts_and_scaling_do_not_change_cka():
     (x,), (y,) = tables(5), tables(5, seed=1)
-    turn = np.linalg.qr(np.random.default_rng(2).normal(size=(5, 5)))[0]
+    rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(5, 5)))[0]
     ids = {"ids": torch.arange(40)[None]}
     plain = kdloss.analysis.cka_matrix(Tokens(x), Tokens(y), [ids]).values
-    moved = kdloss.analysis.cka_matrix(Tokens(x), Tokens(1e3 * y @ turn - 50), [ids]).values
+    moved = kdloss.analysis.cka_matrix(Tokens(x), Tokens(1e3 * y @ rotation - 50), [ids]).values
     np.testing.assert_allclose(moved, plain, rtol=1e-9)
-    same = kdloss.analysis.cka_matrix(Tokens(x), Tokens(0.1 * x @ turn + 7), [ids]).values
-    assert same.item() == pytest.approx(1, abs=1e-12)
+    with_itself = kdloss.analysis.cka_matrix(Tokens(x), Tokens(0.1 * x @ rotation + 7), [ids]).values
+    assert with_itself.item() == pytest.approx(1, abs=1e-12)
     stretched = kdloss.analysis.cka_matrix(Tokens(x), Tokens(x @ np.diag([9, 1, 1, 1, 1])), [ids]).values
     assert stretched.item() < 0.9
 
 
 @pytest.mark.parametrize("number", [0.1, 1 / 3, 7e5 + 0.1])
-def test_features_that_never_vary_resemble_nothing(number):
+def test_constant_features_have_a_cka_of_0(number):
     constant, varying = np.full((40, 3), number), tables(4)
-    found = kdloss.analysis.cka_matrix(Tokens(constant), Tokens(*varying), [torch.arange(37)[None]])
-    assert found.values.tolist() == [[0.0]]
+    cka = kdloss.analysis.cka_matrix(Tokens(constant), Tokens(*varying), [torch.arange(37)[None]])
+    assert cka.values.tolist() == [[0.0]]
 
 
 def test_cka_of_vectors_compares_the_examples():
@@ -95,7 +95,7 @@ def test_cka_of_vectors_compares_the_examples():
     np.testing.assert_allclose(kdloss.analysis.cka_matrix(model, model, [x]).values, by_hand(rows, rows), rtol=1e-6)
 
 
-def test_dropout_is_off_and_modes_are_left_as_they_were():
+def test_dropout_is_switched_off_and_training_modes_are_restored():
     model, inputs = build("gpt2").train(), batch("gpt2")
     plain = kdloss.analysis.cka_matrix(model, model, [inputs]).values
     for module in model.modules():
@@ -106,47 +106,47 @@ def test_dropout_is_off_and_modes_are_left_as_they_were():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_resembles_itself_and_padding_does_not_count(family):
+def test_the_blocks_of_a_model_have_a_cka_of_1_with_themselves_and_padding_does_not_count(family):
     model, inputs = build(family), batch(family)
     blocks = blocks_argument(family)
-    found = kdloss.analysis.cka_matrix(model, model, [inputs], blocks=blocks)
-    assert found.values.shape == (3, 3)
-    np.testing.assert_allclose(found.values.diagonal(), 1, rtol=1e-9)
-    np.testing.assert_allclose(found.values, found.values.T, rtol=1e-9)
+    cka = kdloss.analysis.cka_matrix(model, model, [inputs], blocks=blocks)
+    assert cka.values.shape == (3, 3)
+    np.testing.assert_allclose(cka.values.diagonal(), 1, rtol=1e-9)
+    np.testing.assert_allclose(cka.values, cka.values.T, rtol=1e-9)
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     if family != "vit":
         ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 9)
-        again = kdloss.analysis.cka_matrix(model, model, [inputs | {"input_ids": ids}], blocks=blocks)
-        np.testing.assert_allclose(again.values, found.values, rtol=1e-5)
+        repeated = kdloss.analysis.cka_matrix(model, model, [inputs | {"input_ids": ids}], blocks=blocks)
+        np.testing.assert_allclose(repeated.values, cka.values, rtol=1e-5)
 
 
-def test_an_encoders_own_padding_does_not_count_either():
+def test_padding_of_an_encoder_does_not_count():
     model, inputs = build("t5"), batch("t5")
-    found = kdloss.analysis.cka_matrix(model, model, [inputs], blocks="encoder.block")
+    cka = kdloss.analysis.cka_matrix(model, model, [inputs], blocks="encoder.block")
     ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 9)
-    again = kdloss.analysis.cka_matrix(model, model, [inputs | {"input_ids": ids}], blocks="encoder.block")
-    np.testing.assert_allclose(again.values, found.values, rtol=1e-5)
+    repeated = kdloss.analysis.cka_matrix(model, model, [inputs | {"input_ids": ids}], blocks="encoder.block")
+    np.testing.assert_allclose(repeated.values, cka.values, rtol=1e-5)
 
 
-def test_positions_that_count_are_those_of_feature_kd():
-    """Causal: the features at t belong to the label at t+1."""
+def test_the_same_positions_count_as_in_feature_kd():
+    """The model is causal: features at t belong to the label at t+1."""
     model, inputs = build("gpt2").eval(), batch("gpt2")
     inputs["labels"] = inputs["labels"].clone()
     inputs["labels"][0, :4] = -100
-    found = kdloss.analysis.cka_matrix(model, model, [inputs])
+    cka = kdloss.analysis.cka_matrix(model, model, [inputs])
     with torch.no_grad(), kdloss.capture(model, [0, 1, 2]) as seen:
         model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     keep = (inputs["labels"] != -100)[:, 1:]
     rows = [[seen[i][:, :-1][keep].double().numpy() for i in range(3)]]
-    np.testing.assert_allclose(found.values, by_hand(rows, rows), rtol=1e-6)
+    np.testing.assert_allclose(cka.values, by_hand(rows, rows), rtol=1e-6)
 
 
 @pytest.mark.parametrize("student", [ResNet((1, 2), width=6), ResNet((2, 1))])
 def test_cka_of_a_cnn_compares_flattened_examples(student):
     teacher, images = ResNet((1, 1, 1)).eval(), torch.randn(5, 3, 8, 8)
     student.eval()
-    found = kdloss.analysis.cka_matrix(student, teacher, [{"x": images}, images + 1])
+    cka = kdloss.analysis.cka_matrix(student, teacher, [{"x": images}, images + 1])
     sides = []
     for model, depth in ((student, 3), (teacher, 3)):
         sides.append([])
@@ -154,10 +154,10 @@ def test_cka_of_a_cnn_compares_flattened_examples(student):
             with torch.no_grad(), kdloss.capture(model, range(depth)) as seen:
                 model(x)
             sides[-1].append([seen[i].flatten(1).double().numpy() for i in range(depth)])
-    np.testing.assert_allclose(found.values, by_hand(*sides), rtol=1e-6)
+    np.testing.assert_allclose(cka.values, by_hand(*sides), rtol=1e-6)
 
 
-def test_samples_are_capped_and_drawn_alike_in_every_run():
+def test_samples_are_limited_and_every_run_draws_the_same():
     s, t = Tokens(*tables(5, tokens=400)), Tokens(*tables(4, seed=1, tokens=400))
     batches = [{"ids": torch.arange(400).view(8, 50)}]
     sizes, square = [], torch.Tensor.fill_diagonal_
@@ -189,7 +189,7 @@ def matrix(values):
     return kdloss.analysis.CKAMatrix(torch.tensor(values, dtype=torch.float64))
 
 
-def test_the_suggested_pairing_is_the_best_that_never_descends():
+def test_the_suggested_pairing_is_the_best_non_decreasing_one():
     rng = np.random.default_rng(0)
     for students, teachers in [(1, 5), (3, 6), (4, 3), (4, 4)]:
         values = rng.random((students, teachers))
@@ -203,12 +203,12 @@ def test_the_suggested_pairing_is_the_best_that_never_descends():
     assert len(matrix(np.eye(12).tolist()).pairing()) == 4  # "auto"
 
 
-def test_a_student_of_kept_blocks_is_suggested_its_own_and_learns_from_them():
+def test_a_student_of_kept_blocks_is_paired_with_the_blocks_it_was_copied_from_and_has_no_loss():
     teacher = build("llama", width=32, depth=6, seed=3)
     student = kdloss.keep_blocks(teacher, [0, 1, 2])
-    found = kdloss.analysis.cka_matrix(student, teacher, [batch("llama")])
-    np.testing.assert_allclose(found.values.diagonal(), 1, rtol=1e-6)
-    pairs = found.pairing("all")
+    cka = kdloss.analysis.cka_matrix(student, teacher, [batch("llama")])
+    np.testing.assert_allclose(cka.values.diagonal(), 1, rtol=1e-6)
+    pairs = cka.pairing("all")
     assert [p[:2] for p in pairs] == [(0, 0), (1, 1), (2, 2)]
     criterion = kdloss.FeatureKD(pairing=pairs, alpha=0.0)
     assert kdloss.Distiller(teacher, criterion).prepare(student)(student, **batch("llama")).loss < 1e-9
@@ -217,15 +217,15 @@ def test_a_student_of_kept_blocks_is_suggested_its_own_and_learns_from_them():
 def test_the_heat_map_has_the_teacher_on_x_and_block_0_at_the_bottom_left(tmp_path):
     from matplotlib.figure import Figure
 
-    found = matrix([[0.9, 0.5, 0.1], [0.2, 0.3, 0.8]])
+    cka = matrix([[0.9, 0.5, 0.1], [0.2, 0.3, 0.8]])
     figure = Figure()
     axes = figure.subplots()
-    found.heatmap(axes)
+    cka.heatmap(axes)
     image = axes.get_images()[0]
-    np.testing.assert_array_equal(image.get_array(), found.values)
+    np.testing.assert_array_equal(image.get_array(), cka.values)
     assert image.origin == "lower"
     assert image.get_clim() == (0, 1)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("teacher block", "student block")
     assert [tuple(p) for p in axes.lines[0].get_xydata()] == [(0, 0), (2, 1)]
-    found.heatmap(tmp_path / "map.png")
+    cka.heatmap(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
