@@ -1,4 +1,4 @@
-"""Two gloo processes give the results of one; after SIGKILL the script resumes, with the same result."""
+"""Two gloo processes give the results of one; after SIGKILL the script resumes and gives the same result."""
 
 import itertools
 import json
@@ -34,12 +34,12 @@ SMALL = {
     "vocabulary": 300,
 }
 SMALL = [f"--{name}={value}" for name, value in SMALL.items()]
-WAYS = {"fsdp": (["--fsdp"], (distributed.dcp, "save")), "ddp": ([], (distributed.Accelerator, "save_state"))}
+STRATEGIES = {"fsdp": (["--fsdp"], (distributed.dcp, "save")), "ddp": ([], (distributed.Accelerator, "save_state"))}
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    """Flags for text and a teacher trained on it; the results of one process; a student with dropout."""
+def trained(tmp_path_factory):
+    """Run one process; return flags with text and teacher, its output folder, its results, a student with dropout."""
     folder = tmp_path_factory.mktemp("given")
     file = folder / "numbers.jsonl"
     file.write_text("\n".join(json.dumps({"text": sentence}) for sentence in SENTENCES))
@@ -68,57 +68,57 @@ def start(output, flags):
 
 def kill(process):
     """Send SIGKILL to the launcher and to every process that it started."""
-    for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
+    for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):
-            one.kill()
+            each.kill()
     process.communicate()
 
 
-def test_two_processes_killed_in_the_middle_under_fsdp_and_ddp_do_what_one_undisturbed_does(given, tmp_path):
-    """One test, because processes start slowly: the same command three times, twice ended by SIGKILL."""
-    flags, one, results, _ = given
-    for way in WAYS:
+def test_two_processes_killed_and_resumed_under_fsdp_and_ddp_match_one_undisturbed_process(trained, tmp_path):
+    """Run the same command three times, twice ended by SIGKILL; in one test, because processes start slowly."""
+    flags, single, results, _ = trained
+    for strategy in STRATEGIES:
         process = start(tmp_path, flags)
-        checkpoint = tmp_path / way / "checkpoints/alone/step-00000004"
+        checkpoint = tmp_path / strategy / "checkpoints/alone/step-00000004"
         while process.poll() is None and not checkpoint.exists():
             time.sleep(0.005)
         kill(process)
         assert checkpoint.exists()
-        assert not (tmp_path / way / "results.json").exists()
+        assert not (tmp_path / strategy / "results.json").exists()
     last = start(tmp_path, flags)
-    said = last.communicate()[0]
-    assert last.returncode == 0, said
-    assert "alone:   0%" not in said  # both go on, neither begins again
+    printed = last.communicate()[0]
+    assert last.returncode == 0, printed
+    assert "alone:   0%" not in printed  # both resume, neither starts again
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for case, (_, sharded, *rest) in two_processes.CASES.items():
         ours = [rank[case] for rank in ranks]
-        gradients_are_those_of_one_process(ours, two_processes.train(None, False, *rest))
-        all_ranks_hold_the_same_weights_and_projections(*ours)
-        assert [found["teacher in shards"] for found in ours] == [sharded, sharded]
-    for way in WAYS:
-        results_are_those_of_one_process(tmp_path / way, one, results)
+        assert_gradients_match_one_process(ours, two_processes.train(None, False, *rest))
+        assert_all_ranks_have_the_same_weights(*ours)
+        assert [result["teacher in shards"] for result in ours] == [sharded, sharded]
+    for strategy in STRATEGIES:
+        assert_results_match_one_process(tmp_path / strategy, single, results)
 
 
-def gradients_are_those_of_one_process(ranks, one):
-    assert any(name.startswith("criterion.terms.feature.projections") for name in one["weights"])
-    for found in ranks:
-        torch.testing.assert_close(found["gradients"], one["gradients"], rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(found["norms"], one["norms"], rtol=1e-5, atol=0.0)
-        torch.testing.assert_close(found["weights"], one["weights"], rtol=1e-5, atol=1e-7)
+def assert_gradients_match_one_process(ranks, single):
+    assert any(name.startswith("criterion.terms.feature.projections") for name in single["weights"])
+    for result in ranks:
+        torch.testing.assert_close(result["gradients"], single["gradients"], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(result["norms"], single["norms"], rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(result["weights"], single["weights"], rtol=1e-5, atol=1e-7)
 
 
-def all_ranks_hold_the_same_weights_and_projections(first, second):
+def assert_all_ranks_have_the_same_weights(first, second):
     for name, weight in first["weights"].items():
         assert torch.equal(weight, second["weights"][name])
 
 
-def results_are_those_of_one_process(two, one, results):
-    found = json.loads((two / "results.json").read_text())
-    assert found["perplexity"] == pytest.approx(results, rel=1e-4)
-    assert [step for step, _ in found["curves"]["distilled"]] == [4, 8, 12]
+def assert_results_match_one_process(folder, single, results):
+    saved = json.loads((folder / "results.json").read_text())
+    assert saved["perplexity"] == pytest.approx(results, rel=1e-4)
+    assert [step for step, _ in saved["curves"]["distilled"]] == [4, 8, 12]
     tokens = torch.arange(32).view(2, 16)
-    for name in results:  # weights alone tell little: AdamW makes steps of gradients that are rounding only
-        ours, theirs = (models.load(str(folder / name))[0].eval()(tokens).logits for folder in (two, one))
+    for name in results:  # not weights: AdamW makes full steps even of rounding errors
+        ours, theirs = (models.load(str(saved_in / name))[0].eval()(tokens).logits for saved_in in (folder, single))
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -129,34 +129,36 @@ def _a_fresh_accelerator():
     GradientState._reset_state()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_run_interrupted_while_it_saves_ends_bit_for_bit_as_one_undisturbed(given, tmp_path, monkeypatch, way):
-    flags, _, _, student = given
-    more, saver = WAYS[way]
-    flags = [*flags, *more, "--student", str(student)]  # its dropout has to repeat itself
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_interrupted_while_saving_ends_bit_for_bit_like_an_undisturbed_one(
+    trained, tmp_path, monkeypatch, strategy
+):
+    flags, _, _, student = trained
+    more, saver = STRATEGIES[strategy]
+    flags = [*flags, *more, "--student", str(student)]  # its dropout must be the same after resuming
     undisturbed = distributed.main([*flags, "--output", str(tmp_path / "whole")])
     flags, checkpoints = [*flags, "--output", str(tmp_path / "broken")], tmp_path / "broken/checkpoints"
 
     full = OSError(28, "No space left on device")
-    monkeypatch.setattr(*saver, half_of(getattr(*saver), number=5, error=full))  # of the distilled: its second
+    monkeypatch.setattr(*saver, failing_save(getattr(*saver), number=5, error=full))  # the distilled student's second
     with pytest.raises(OSError, match=r"could not be written, .* MB are free there.*same command again"):
-        restarted(flags)
+        restart(flags)
     assert [path.name for path in (checkpoints / "distilled").iterdir()] == ["step-00000004"]
     monkeypatch.undo()
-    monkeypatch.setattr(*saver, half_of(getattr(*saver), number=1, error=KeyboardInterrupt()))
+    monkeypatch.setattr(*saver, failing_save(getattr(*saver), number=1, error=KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        restarted(flags)
+        restart(flags)
     assert [path.parent.parent.name for path in checkpoints.glob("**/half")] == ["distilled"]
     monkeypatch.undo()
-    assert restarted(flags) == undisturbed
+    assert restart(flags) == undisturbed
     ours, theirs = ((tmp_path / run / "distilled/model.safetensors").read_bytes() for run in ("broken", "whole"))
     assert ours == theirs
-    kept = sorted(folder.name for folder in (checkpoints / "distilled").iterdir())
-    assert kept == ["step-00000008", "step-00000012"]
+    remaining = sorted(folder.name for folder in (checkpoints / "distilled").iterdir())
+    assert remaining == ["step-00000008", "step-00000012"]
 
 
-def half_of(save, number, error):
-    """A function that saves until a given call, which starts to write and fails."""
+def failing_save(save, number, error):
+    """Return a function that saves, until call `number` starts to write and raises `error`."""
     calls = itertools.count(1)
 
     def saving(*args, **kwargs):
@@ -170,30 +172,30 @@ def half_of(save, number, error):
     return saving
 
 
-def restarted(flags):
+def restart(flags):
     AcceleratorState._reset_state(reset_partial_state=True)
     return distributed.main(flags)
 
 
-def test_the_written_student_is_the_one_that_was_measured(given):
-    flags, output, results, _ = given
+def test_saved_students_have_the_measured_perplexity(trained):
+    flags, output, results, _ = trained
     unseen = text.read_texts(flags[1])[-5:]
     for name, perplexity in results.items():
         student, tokenizer = models.load(str(output / name))
         blocks = text.pack(text.tokenize(tokenizer, unseen), 16)
-        whole = blocks[: len(blocks) // 4 * 4]
-        assert evaluation.perplexity(student, whole) == pytest.approx(perplexity, rel=1e-4)
+        full_batches = blocks[: len(blocks) // 4 * 4]
+        assert evaluation.perplexity(student, full_batches) == pytest.approx(perplexity, rel=1e-4)
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_resuming_with_other_flags_is_refused(given):
-    flags, output, _, _ = given
+def test_resuming_with_other_flags_is_refused(trained):
+    flags, output, _, _ = trained
     with pytest.raises(ValueError, match=r"holds a run with other settings: .*seed 0, not 3.*another --output"):
         distributed.main([*flags, "--seed", "3", "--output", str(output)])
 
 
-def test_a_batch_that_does_not_divide_is_refused(given, tmp_path):
-    flags, _, _, _ = given
+def test_a_batch_size_not_divisible_by_the_accumulation_steps_is_refused(trained, tmp_path):
+    flags, _, _, _ = trained
     with pytest.raises(ValueError, match=r"batch of 4 does not divide into 3 .*--batch-size 6"):
         distributed.main([*flags, "--accumulate", "3", "--output", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()

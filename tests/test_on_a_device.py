@@ -1,4 +1,4 @@
-"""On this device (tests/device.py), in every dtype that models are trained in, a step is that of float64 on the CPU."""
+"""On this device (tests/device.py), a step in every training dtype matches float64 on the CPU."""
 
 import device
 import pytest
@@ -25,45 +25,45 @@ def labels_for(rows):
     return labels
 
 
-def held_to_float64(value, leaves, recipe, whole, teacher, labels, dtype, rounding=1):
-    """`whole` makes logits of the leaves' numbers; the recipe sees the positions that count."""
+def assert_matches_float64(value, leaves, recipe, to_logits, teacher, labels, dtype, rounding=1):
+    """`to_logits` computes logits from the leaves; the recipe gets only the positions that count."""
     exact = [x.detach().cpu().double().requires_grad_() for x in leaves]
     keep = (labels != -100).cpu()
-    expected = recipe(whole(*exact)[keep], teacher.cpu()[keep], labels.cpu()[keep])
+    expected = recipe(to_logits(*exact)[keep], teacher.cpu()[keep], labels.cpu()[keep])
     assert value.device.type == torch.device(device.NAME).type
     assert value.item() == pytest.approx(expected.item(), rel=ROUNDING[dtype])
-    found = torch.autograd.grad(value, leaves)
-    for ours, slope in zip(found, torch.autograd.grad(expected, exact), strict=True):
+    gradients = torch.autograd.grad(value, leaves)
+    for ours, expected_gradient in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
         assert ours.dtype == dtype
-        assert (ours.cpu().double() - slope).norm() <= rounding * ROUNDING[dtype] * slope.norm()
+        assert (ours.cpu().double() - expected_gradient).norm() <= rounding * ROUNDING[dtype] * expected_gradient.norm()
 
 
 @every_dtype
 @every_loss
-def test_given_logits(name, dtype):
+def test_full_logits_match_float64(name, dtype):
     ours, recipe = LOSSES[name]
     student, teacher = (3 * torch.randn(2, 70, 300)).to(dtype)
     student, labels = student.clone().requires_grad_(), labels_for(70)
     value = ours(student, teacher, labels)
-    held_to_float64(value, [student], recipe, lambda z: z, teacher.double(), labels, dtype)
+    assert_matches_float64(value, [student], recipe, lambda z: z, teacher.double(), labels, dtype)
 
 
 @every_dtype
 @every_loss
-def test_hidden_states_and_heads(name, dtype):
+def test_hidden_states_and_heads_match_float64(name, dtype):
     ours, recipe = LOSSES[name]
     student, teacher = ([torch.randn(n, 16).to(dtype) for n in (70, 300)] for _ in range(2))
     leaves, labels = [(x / 2).requires_grad_() for x in student], labels_for(70)
     value = ours(LazyLogits(*leaves), LazyLogits(*teacher), labels)
     hidden, weight = (x.double() for x in teacher)
-    rounding = 10 if name == "TVD" else 1  # its slope jumps where logits that are rounded meet
-    held_to_float64(value, leaves, recipe, lambda h, w: h @ w.T, hidden @ weight.T, labels, dtype, rounding)
+    rounding = 10 if name == "TVD" else 1  # its gradient jumps where rounded logits are equal
+    assert_matches_float64(value, leaves, recipe, lambda h, w: h @ w.T, hidden @ weight.T, labels, dtype, rounding)
 
 
-@pytest.mark.skipif(device.NAME != "cuda", reason="of CUDA alone PyTorch tells what waited")
+@pytest.mark.skipif(device.NAME != "cuda", reason="PyTorch reports synchronisations of CUDA only")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("models", [False, True])
-def test_a_training_step_waits_for_nothing(models):
+def test_a_training_step_does_not_wait_for_the_device(models):
     student, teacher = (torch.nn.Linear(16, 300) for _ in range(2))
     x, criterion = torch.randn(70, 16), VanillaKD()
     distill = Distiller(teacher, criterion)
@@ -75,7 +75,7 @@ def test_a_training_step_waits_for_nothing(models):
     batches = [labels_for(70) for _ in range(3)]
     batches[1][:9] = -100
     for labels in batches[:2]:
-        step(labels)  # what is compiled is tried
+        step(labels)  # the first steps check what is compiled
     try:
         torch.cuda.set_sync_debug_mode("error")
         step(batches[2])
@@ -83,7 +83,7 @@ def test_a_training_step_waits_for_nothing(models):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_another_device_is_where_tensors_are_made(monkeypatch):
+def test_tensors_are_made_on_the_chosen_device(monkeypatch):
     monkeypatch.setattr(torch, "Generator", torch.Generator)
     for name in ("numpy", "__array__"):
         monkeypatch.setattr(torch.Tensor, name, getattr(torch.Tensor, name))
@@ -97,7 +97,7 @@ def test_another_device_is_where_tensors_are_made(monkeypatch):
         torch.set_default_device(None if before.type == "cpu" else before)
 
 
-def test_what_is_left_out_elsewhere_is_not_left_out_on_the_cpu(monkeypatch):
+def test_tests_left_out_on_another_device_run_on_the_cpu(monkeypatch):
     monkeypatch.setattr(device, "NAME", "cuda")
     assert "autocast" in device.left_out("test_autocast_changes_nothing[forward_kl]")
     assert device.left_out("test_same_inputs_give_the_same_bits[forward_kl]") is None
