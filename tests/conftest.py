@@ -20,12 +20,12 @@ def pytest_collection_modifyitems(items):
 def _same_numbers_every_time():
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    torch.set_flush_denormal(False)  # what torch 2.4 compiles for a CPU leaves it on
+    torch.set_flush_denormal(False)  # code that torch 2.4 compiles for a CPU switches it on
 
 
 @pytest.fixture(autouse=True)
 def _old_torch_compiles_in_pieces(monkeypatch):
-    """What is compiled in one graph now, torch before 2.10 compiles with breaks in it, to the same values."""
+    """Allow graph breaks before torch 2.10, which needs them and computes the same values."""
     if torch.__version__ < (2, 10):
         compiled = torch.compile
         monkeypatch.setattr(torch, "compile", lambda *args, fullgraph=False, **options: compiled(*args, **options))
@@ -33,7 +33,7 @@ def _old_torch_compiles_in_pieces(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A file of texts for the examples."""
+    """Return a file of texts for the examples."""
     import tiny
 
     return tiny.data(tmp_path_factory.mktemp("data"))
@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teachers(data, tmp_path_factory):
-    """The folder where teachers are kept, one of them trained."""
+    """Return a folder for teachers that contains one trained teacher."""
     import distill_lm
     import tiny
     from parts import options
@@ -54,7 +54,7 @@ def teachers(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start():
-    """Starts a real process that has the Trainer's runs imported: `start(target, *args)`."""
+    """Return a function `start(target, *args)` that starts a process with `hf_runs` imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_runs"])
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +70,7 @@ def start():
 
 @pytest.fixture(scope="module")
 def run(start):
-    """Runs such a process to its end; its exit code."""
+    """Return a function that runs such a process to its end and returns its exit code."""
 
     def ran(target, *args):
         process = start(target, *args)

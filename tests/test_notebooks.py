@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "docs" / "notebooks"
-BOOKS = sorted(FOLDER.glob("*.ipynb"))
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 def cells(book):
@@ -15,7 +15,7 @@ def cells(book):
 
 
 def run(book):
-    """Every cell of code in one namespace; the figure that it drew."""
+    """Run every code cell in one namespace, and return the figure that it drew."""
     matplotlib.use("agg")
     names = {}
     for number, cell in enumerate(cells(book)):
@@ -25,18 +25,18 @@ def run(book):
 
 
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
-@pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.stem)
+@pytest.mark.parametrize("book", NOTEBOOKS, ids=lambda book: book.stem)
 def test_a_notebook_runs(book, capsys):
     assert run(book).axes
     assert capsys.readouterr().out
 
 
-def test_the_notebooks_hold_no_outputs():
-    assert BOOKS
-    code = [cell for book in BOOKS for cell in cells(book) if cell["cell_type"] == "code"]
+def test_the_notebooks_contain_no_outputs():
+    assert NOTEBOOKS
+    code = [cell for book in NOTEBOOKS for cell in cells(book) if cell["cell_type"] == "code"]
     assert [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None] == []
 
 
 if __name__ == "__main__":
-    for book in BOOKS:
+    for book in NOTEBOOKS:
         run(book).savefig(book.with_suffix(".png"), dpi=80)

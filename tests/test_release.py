@@ -1,4 +1,4 @@
-"""What a release rests on: one version everywhere, and workflows that run what a newcomer runs."""
+"""What a release needs: one version everywhere, and workflows that run the same checks as contributors."""
 
 import os
 import re
@@ -13,7 +13,7 @@ yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / ".github" / "workflows"
 
-of_the_repository = pytest.mark.skipif(not WORKFLOWS.is_dir(), reason="workflows are in the repository alone")
+needs_the_repository = pytest.mark.skipif(not WORKFLOWS.is_dir(), reason="workflows are only in the repository")
 
 
 def jobs(name):
@@ -32,19 +32,19 @@ def test_the_version_is_the_same_in_package_citation_and_changelog():
     assert cited["license"] == "Apache-2.0"
 
 
-@of_the_repository
-def test_a_change_and_a_release_both_run_the_whole_ci():
+@needs_the_repository
+def test_a_change_and_a_release_both_run_the_complete_ci():
     assert commands(jobs("ci.yml")["check"]) == [".ci/run"]
     assert commands(jobs("publish.yml")["check"])[-1] == ".ci/run"
 
 
-@of_the_repository
+@needs_the_repository
 def test_nothing_is_published_before_the_checks():
     needs = {name: job.get("needs") for name, job in jobs("publish.yml").items()}
     assert needs == {"check": None, "build": "check", "pypi": "build", "pages": "pypi"}
 
 
-@of_the_repository
+@needs_the_repository
 @pytest.mark.parametrize(
     ("tag", "title", "accepted"),
     [
@@ -54,7 +54,7 @@ def test_nothing_is_published_before_the_checks():
         ("v1.2.3", "## 1.2.2 (2027-01-02)", False),
     ],
 )
-def test_a_tag_is_published_only_if_it_is_the_version_that_has_a_date(tag, title, accepted, tmp_path):
+def test_a_tag_is_published_only_if_it_is_the_version_and_the_changelog_dates_it(tag, title, accepted, tmp_path):
     (tmp_path / "src" / "kdloss").mkdir(parents=True)
     (tmp_path / "src" / "kdloss" / "__init__.py").write_text('"""Losses."""\n\n__version__ = "1.2.3"\n')
     (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{title}\n")
@@ -66,8 +66,8 @@ def test_a_tag_is_published_only_if_it_is_the_version_that_has_a_date(tag, title
     assert (done.returncode == 0) is accepted
 
 
-@of_the_repository
-def test_templates_and_hooks_are_yaml_and_hooks_download_nothing():
+@needs_the_repository
+def test_issue_templates_and_hooks_are_yaml_and_hooks_download_nothing():
     forms = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "ISSUE_TEMPLATE").iterdir()}
     assert set(forms) == {"bug", "question", "new_loss", "config"}
     assert all({"name", "description", "body"} <= set(form) for name, form in forms.items() if name != "config")

