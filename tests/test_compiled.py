@@ -263,7 +263,7 @@ def test_compiled_code_that_gives_wrong_numbers_is_not_used(monkeypatch, caplog)
 
 
 def expect_uncompiled(monkeypatch, caplog, why):
-    monkeypatch.setattr("kdloss.engine.at_once.AT_ONCE", 0)  # uncompiled code then works in blocks, too
+    monkeypatch.setattr("kdloss.engine.at_once.AT_ONCE", 0)  # so that both modes work in blocks
     student, teacher = (x.float() for x in logits())
     results = []
     for mode in (True, False):
