@@ -19,7 +19,7 @@ import kdloss
 
 STEPS = 3
 SHARED = {"projection": kdloss.projections.mlp, "shared": True, "distance": kdloss.distances.VID}
-CASES = {  # how the student is wrapped, whether the teacher is sharded, whether its pass stops early, criterion settings
+CASES = {  # how the student is wrapped, whether the teacher is sharded, whether its pass stops early, settings
     "ddp": ("ddp", False, False),
     "fsdp": ("fsdp", False, False),
     "fsdp, sharded teacher": ("fsdp", True, False),
