@@ -1,4 +1,4 @@
-"""What each gloo process runs: torchrun --nproc-per-node N tests/capture_processes.py OUTPUT."""
+"""Capturing in each gloo process: torchrun --nproc-per-node N tests/capture_processes.py OUTPUT."""
 
 import sys
 from pathlib import Path
@@ -56,7 +56,7 @@ def data():
 
 
 def step(student, teacher, x):
-    """Student blocks 0 and 2 against the teacher's 1 and 3, which ends there, and the output small."""
+    """Compare student blocks 0 and 2 with teacher blocks 1 and 3, where the teacher stops; penalise the output."""
     with kdloss.capture(student, [0, 2]) as s:
         out = student(x)
     with torch.no_grad(), kdloss.capture(teacher, [1, 3], stop=True) as t:
@@ -104,7 +104,7 @@ def partial(model, x):
 
 
 class Part(nn.Module):
-    """A student whose forward is a loss of features: its head and its last block have no part in it."""
+    """A student whose forward returns a loss of features that uses neither its head nor its last block."""
 
     def __init__(self, student):
         super().__init__()
@@ -115,7 +115,7 @@ class Part(nn.Module):
 
 
 def run_part():
-    """Two steps under DDP, inside which the pass is stopped: what isn't run leads nowhere."""
+    """Run two steps under DDP with the pass stopped early, so that the modules after it are unused parameters."""
     student, _, x = data()
     wrapped = DistributedDataParallel(Part(student), find_unused_parameters=True)
     for _ in (1, 2):

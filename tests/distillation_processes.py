@@ -1,6 +1,6 @@
-"""What each of two gloo processes runs: torchrun --nproc-per-node 2 tests/distillation_processes.py OUTPUT.
+"""Distillation in each of two gloo processes: torchrun --nproc-per-node 2 tests/distillation_processes.py OUTPUT.
 
-The same functions, called in one process, give what the two have to come to.
+The same functions, called in one process, give the results that the two processes must reach.
 """
 
 import copy
@@ -27,12 +27,12 @@ LINEAR = kdloss.schedules.linear
 
 
 def rows(steps=4):
-    """So many batches: rows of padded tokens, each with as many labels, so that a mean is a mean of means."""
+    """Return padded examples for so many batches, with equally many labels, so a mean of means is the mean."""
     tokens = torch.randint(3, VOCAB, (steps * BATCH, 8), generator=torch.Generator().manual_seed(1))
     attention = torch.ones_like(tokens)
     attention[:, 6:] = 0
     labels = tokens.masked_fill(attention == 0, -100)
-    labels[:, 0] = -100  # which nothing predicts
+    labels[:, 0] = -100  # the first token is not predicted
     return [
         {"input_ids": t, "attention_mask": a, "labels": y} for t, a, y in zip(tokens, attention, labels, strict=True)
     ]
@@ -43,12 +43,12 @@ def recipe():
 
 
 def switched_off():
-    """The projections' term has no weight at all."""
+    """Give the term with the projections the weight 0."""
     return kdloss.CrossEntropy() + 0.0 * kdloss.Features("all", pairing="first")
 
 
 def turned_on():
-    """Features from the second step on; logits fade, and so does their temperature."""
+    """Add features from the second step on, while the weight and temperature of the logits decrease."""
     logits = LINEAR(1.0, 0.0, steps=2) * kdloss.Logits(temperature=LINEAR(4.0, 1.0, steps=4))
     features = LINEAR(0.0, 1.0, steps=3) * kdloss.Features("all", pairing="first")
     return 0.3 * kdloss.CrossEntropy() + logits + features
@@ -58,7 +58,7 @@ CRITERIA = {"recipe": recipe, "switched off": switched_off, "turned on": turned_
 
 
 def made(criterion=recipe):
-    """A wide and deep teacher, a small student, projections between them."""
+    """Return a distillation of a wide, deep teacher into a small student, with projections."""
     teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
     torch.manual_seed(0)
     return kdloss.Distillation(student, teacher, criterion())
@@ -81,7 +81,7 @@ def gradients(model):
 
 
 def plain(criterion=recipe, wrap=lambda model: model, epochs=1):
-    """README's loop in torch alone: each step's logits and gradients, and the weights they lead to."""
+    """Run README's loop in plain torch; return the logits and gradients of every step, and the final weights."""
     model = made(criterion)
     wrapped = wrap(model)
     optimizer = sgd(wrapped)
@@ -109,7 +109,7 @@ def rank():
 
 
 def sharded(model, whole_only=False):
-    """FSDP2 of the student's blocks and of the whole module, or of the whole alone."""
+    """Apply FSDP2 to the student's blocks and the whole module, or only to the whole module."""
     from torch.distributed.fsdp import fully_shard  # since torch 2.6
 
     for block in () if whole_only else kdloss.layers.find_blocks(model.student):
@@ -118,7 +118,7 @@ def sharded(model, whole_only=False):
 
 
 def accelerated(folder, criterion=recipe, accumulate=1, resume=None, precision="no", steps=4):
-    """README's loop under Accelerate; saved before its last step, or taken up from there."""
+    """Run README's loop under Accelerate, and save before the last step or resume from there."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision)
@@ -147,7 +147,7 @@ def accelerated(folder, criterion=recipe, accumulate=1, resume=None, precision="
 
 
 def kept_apart(sharding=True):
-    """torch.distributed.checkpoint's state dict, of a module trained for a step into a fresh one and on."""
+    """Load the distributed state dict of a trained module into a fresh one, and train both on."""
     full = dcp.StateDictOptions(full_state_dict=True)
     model, other = (sharded(made(turned_on)) if sharding else made(turned_on) for _ in range(2))
     optimizers = sgd(model), sgd(other)
@@ -172,7 +172,7 @@ def kept_apart(sharding=True):
 
 
 def main(folder):
-    from lightning_runs import lightened  # which needs this module
+    from lightning_runs import lightened  # imported here, because it imports this module
 
     dist.init_process_group("gloo")
     found = {f"ddp, {name}": plain(criterion, DistributedDataParallel) for name, criterion in CRITERIA.items()}

@@ -1,6 +1,6 @@
-"""The README's Python blocks run from what `pip install` gives; `make package` calls this, not pytest.
+"""Run the README's Python blocks with the package that pip installed; `make package` runs this file, pytest does not.
 
-Without transformers two models of plain torch stand for the reader's, and the Trainer's blocks are left out.
+Without transformers, two models in plain torch take the place of the reader's, and the Trainer's blocks are skipped.
 """
 
 import sys
@@ -22,7 +22,7 @@ HF = find_spec("transformers") is not None
 
 
 class Trunk(nn.Module):
-    """Hidden states of tokens, named as GPT-2 names them."""
+    """The hidden states of tokens, with the module names of GPT-2."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Trunk(nn.Module):
 
 
 class Model(nn.Module):
-    """A language model that is nobody's."""
+    """A language model that no library provides."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def with_transformers(code: str) -> None:
 
 
 def main() -> None:
-    """Run the blocks, and say how many."""
+    """Run the blocks and print how many ran."""
     assert Path(kdloss.__file__).is_relative_to(sys.prefix), f"kdloss was imported from {kdloss.__file__}"
     torch.manual_seed(0)
     found = [code for _, _, code in readme.blocks(readme.ROOT / "README.md")]

@@ -1,4 +1,4 @@
-"""How a test's own process ends after it has used DDP on gloo."""
+"""End a process of a test after it has used DDP on gloo."""
 
 import os
 import sys
@@ -7,10 +7,10 @@ import torch.distributed as dist
 
 
 def leave():
-    """When all processes are done, and without taking anything down.
+    """Wait for all processes, then exit without any cleanup.
 
-    torch 2.13's DDP ends its process group while it holds the interpreter's lock, which a gloo thread may
-    be waiting for to let go of its last tensor: now and then the process hangs, or aborts.
+    torch 2.13's DDP destroys its process group while it holds the interpreter's lock. A gloo thread may need that lock
+    to release its last tensor, and then the process sometimes hangs or aborts.
     """
     dist.barrier()
     sys.stdout.flush()

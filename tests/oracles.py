@@ -1,7 +1,7 @@
-"""Every loss once more, in float64 numpy from its formula, with exact gradients.
+"""Independent implementations of every loss, in float64 numpy from its formula, with exact gradients.
 
-Nothing here imports kdloss. A gradient is a complex-step derivative: for an analytic f,
-Im f(x + ih) / h is f'(x) to rounding, without the cancellation of finite differences
+This file does not import kdloss. A gradient is a complex-step derivative: for an analytic f,
+Im f(x + ih) / h equals f'(x) up to rounding, without the cancellation of finite differences
 (Squire and Trapp 1998, "Using complex variables to estimate derivatives of real functions").
 """
 
@@ -34,7 +34,7 @@ def symmetric_kl(s, t, temperature=1.0):
 
 
 def _to_mixture(log_a, log_b, share):
-    """KL of a to share a + (1 - share) b."""
+    """KL(a || share · a + (1 - share) · b)."""
     if share == 0:
         return _kl(log_a, log_b)
     log_a, log_b = log_a + np.log(share), log_b + np.log(1 - share)
@@ -60,7 +60,7 @@ def skewed_reverse_kl(s, t, temperature=1.0, skew=0.1):
 
 
 def _abs(x):
-    """Analytic on either side of 0."""
+    """The absolute value, as a function that is analytic on either side of 0."""
     return x * np.sign(x.real)
 
 
@@ -75,7 +75,7 @@ def _power(log_p, k):
 
 
 def ab_divergence(s, t, temperature=1.0, alpha=0.2, beta=0.7):
-    """The definition, and each limit as Cichocki, Cruces and Amari write it."""
+    """The definition and its limits, as written by Cichocki, Cruces and Amari."""
     q, p = log_softmax(s, temperature), log_softmax(t, temperature)
     total = alpha + beta
     if alpha == beta == 0:
@@ -109,8 +109,8 @@ def renyi(s, t, temperature=1.0, order=0.5):
 
 def triangular(s, t, temperature=1.0):
     p, q = np.exp(log_softmax(t, temperature)), np.exp(log_softmax(s, temperature))
-    nothing = (p + q).real < 1e-300  # of which the square is 0
-    return temperature**2 * np.where(nothing, 0, (p - q) ** 2 / np.where(nothing, 1, p + q)).sum(-1)
+    both_zero = (p + q).real < 1e-300  # both probabilities are 0, so the term is 0
+    return temperature**2 * np.where(both_zero, 0, (p - q) ** 2 / np.where(both_zero, 1, p + q)).sum(-1)
 
 
 def with_teacher_temperature(s, t, temperature=1.0):
@@ -118,7 +118,7 @@ def with_teacher_temperature(s, t, temperature=1.0):
 
 
 def _transport(log_a, log_b, cost, epsilon, steps):
-    """Sinkhorn's own algorithm for the entropic transport from a to b."""
+    """The cost of the entropic transport from a to b, by Sinkhorn's algorithm."""
     kernel = np.exp(-cost / epsilon).astype(log_a.dtype)  # symmetric
 
     def log_sum(x):
@@ -143,7 +143,7 @@ def sinkhorn(s, t, temperature=1.0, epsilon=0.3, cost=None, steps=60):
 
 
 def adaptive_kl(s, t, temperature=1.0, head=0.5):
-    """One position after the other, as the paper says it; the weights are numbers, not functions."""
+    """Position by position, as in the paper; the weights are constants, without a gradient."""
     p, q = np.exp(log_softmax(t, temperature)), np.exp(log_softmax(s, temperature))
     forward, reverse = forward_kl(s, t, temperature), reverse_kl(s, t, temperature)
     value = np.zeros(p.shape[:-1], dtype=complex if np.iscomplexobj(q) else float)
@@ -154,8 +154,8 @@ def adaptive_kl(s, t, temperature=1.0, head=0.5):
             gaps[0 if rank == 0 or mass <= head else 1] += abs(p[index][v] - q[index][v].real)
         share = gaps[0] / sum(gaps) if sum(gaps) > 0 else 0.5
         with np.errstate(invalid="ignore"):
-            parts = [w * x for w, x in ((share, forward[index]), (1 - share, reverse[index])) if w > 0]
-        value[index] = sum(parts)
+            weighted = [w * x for w, x in ((share, forward[index]), (1 - share, reverse[index])) if w > 0]
+        value[index] = sum(weighted)
     return value
 
 
@@ -164,7 +164,7 @@ def logit_mse(s, t, temperature=1.0):
 
 
 def _log_sigmoid(x):
-    """-log(1 + exp(-x)), by whichever exponential is small."""
+    """-log(1 + exp(-x)), computed from the exponential that is below 1."""
     positive = x.real > 0
     small = np.exp(np.where(positive, -x, x))
     return np.where(positive, 0, x) - np.log(1 + small)
@@ -177,7 +177,7 @@ def bernoulli_kl(s, t, temperature=1.0):
 
 
 def _others(z, labels, temperature):
-    """Log-probabilities of all classes but the label, among themselves, with the label cut out."""
+    """Log-probabilities of all classes except the label, normalised without the label."""
     rest = np.arange(z.shape[-1])[None] != labels.reshape(-1)[:, None]
     rows = z.reshape(-1, z.shape[-1])[rest].reshape(*labels.shape, z.shape[-1] - 1)
     return log_softmax(rows, temperature)
@@ -186,7 +186,7 @@ def _others(z, labels, temperature):
 def _label_or_not(z, labels, temperature):
     log_p = log_softmax(z, temperature)
     rest = np.zeros(labels.shape, log_p.dtype)
-    for index in np.ndindex(labels.shape):  # relative to the largest of the others, which may be too small for exp
+    for index in np.ndindex(labels.shape):  # shifted by the largest of the others, whose exp may underflow
         others = np.delete(log_p[index], labels[index])
         top = max(others.real.max(), -1e300) if others.size else 0.0
         with np.errstate(divide="ignore"):
@@ -209,7 +209,7 @@ def nkd(s, t, labels, temperature=1.0, gamma=1.5):
 
 def dist(s, t, temperature=1.0, beta=1.0, gamma=1.0, eps=1e-8):
     def decorrelation(a, b):
-        """1 - Pearson's correlation, which is half the squared distance of the unit vectors."""
+        """1 - Pearson's correlation, computed as half the squared distance of the unit vectors."""
         units = []
         for x in (a, b):
             x = x - x.mean(-1, keepdims=True)
@@ -243,7 +243,7 @@ def hard_labels(s, t, temperature=1.0):
 
 
 def cross_entropy(z, labels, smoothing=0.0, weight=None):
-    """Class by class; labels are classes, or the probabilities of all."""
+    """Class by class; labels are class indices, or probabilities of all classes."""
     log_q, classes, total = log_softmax(z), z.shape[-1], 0
     for c in range(classes):
         y = labels[..., c] if labels.dtype.kind == "f" else labels == c
@@ -288,7 +288,7 @@ def similarity(s, t):
 
 
 def _u_centred(k):
-    """Entry by entry, as Székely and Rizzo define it."""
+    """U-centre a matrix entry by entry, as defined by Székely and Rizzo."""
     n = len(k)
     k = k - np.diag(np.diag(k))
     u = np.zeros_like(k)
@@ -307,22 +307,22 @@ def cka(s, t, unbiased=False):
     return n * (gap * gap).sum(-1) / 2
 
 
-def _seen(scores, causal):
-    """Every query's scores of the keys it sees, in a list."""
+def _visible(scores, causal):
+    """List, for every query, its scores of the keys that it may attend to."""
     return [row[: i + 1] if causal else row for i, row in enumerate(scores)]
 
 
 def _head_scores(x, parts, heads):
-    """Scaled products of two parts, given by their indices: one matrix for each head."""
+    """Return a function of two parts' indices that gives their scaled products, one matrix per head."""
     d = x.shape[-1] // parts // heads
     cut = [[x[:, (p * heads + a) * d :][:, :d] for a in range(heads)] for p in range(parts)]
     return lambda p, q: [cut[p][a] @ cut[q][a].T / np.sqrt(d) for a in range(heads)]
 
 
 def _relation_kl(s, t, causal):
-    """KL(teacher || student), the mean over heads."""
+    """KL(teacher || student), averaged over heads."""
     values = [
-        [_kl(log_softmax(b), log_softmax(a)) for a, b in zip(_seen(x, causal), _seen(y, causal), strict=True)]
+        [_kl(log_softmax(b), log_softmax(a)) for a, b in zip(_visible(x, causal), _visible(y, causal), strict=True)]
         for x, y in zip(s, t, strict=True)
     ]
     return np.array(values).mean(0)
@@ -330,7 +330,7 @@ def _relation_kl(s, t, causal):
 
 def attention_mse(s, t, heads, causal=False):
     pairs = zip(_head_scores(s, 2, heads)(0, 1), _head_scores(t, 2, heads)(0, 1), strict=True)
-    return np.array([[(row * row).mean() for row in _seen(x - y, causal)] for x, y in pairs]).mean(0)
+    return np.array([[(row * row).mean() for row in _visible(x - y, causal)] for x, y in pairs]).mean(0)
 
 
 def minilm(s, t, heads, causal=False):
@@ -353,7 +353,7 @@ def vid(s, t, p, eps=1e-5):
 
 
 def _convolution(grid, weight, bias):
-    """Three by three, position by position, with zeros outside: grid [H, W, C]."""
+    """A 3 x 3 convolution with zero padding, position by position; `grid` is [H, W, C]."""
     height, width, _ = grid.shape
     out = np.zeros((height, width, len(weight)), dtype=np.result_type(grid, weight)) + bias
     for y, x, dy, dx in np.ndindex(height, width, 3, 3):
@@ -376,9 +376,9 @@ def crd(s, t, p, temperature, **_):
     def h(products):
         return 1 / (1 + noise * np.exp(-products / temperature))
 
-    own = h((s * t).sum(-1))
-    others = np.log(1 - h(s @ p["teachers"].T)).sum(-1) + np.log(1 - h(t @ p["students"].T)).sum(-1)
-    return -2 * np.log(own) - others
+    positive = h((s * t).sum(-1))
+    negatives = np.log(1 - h(s @ p["teachers"].T)).sum(-1) + np.log(1 - h(t @ p["students"].T)).sum(-1)
+    return -2 * np.log(positive) - negatives
 
 
 def _smooth(x, beta=1.0):
@@ -415,7 +415,7 @@ def rkd_distance(s, t):
 
 
 def _angle(x, i, j, k):
-    """The cosine at vertex i, one triple at a time."""
+    """The cosine of the angle at vertex i, for one triple."""
     if i in (j, k):
         return 0.0
     return (_normalised(x[j] - x[i]) * _normalised(x[k] - x[i])).sum()
@@ -447,7 +447,7 @@ def correlation_congruence(s, t, gamma=0.4, order=2):
 
 
 def nst(s, t):
-    """Mean outer products of the channels, added one by one."""
+    """Compare the mean outer products of the channels, which are added one by one."""
     both = []
     for x in (s, t):
         channels = [_normalised(x[:, c]) for c in range(x.shape[1])]
@@ -480,7 +480,11 @@ def word_relation(s, t, window=21, triple_weight=1.0):
 
 
 def gradient(f, x, positions_apart=False):
-    """Derivative of sum(f(x)) by every entry of x; by one class of all positions at once where they have no other."""
+    """Return the derivative of sum(f(x)) with respect to every entry of x.
+
+    With `positions_apart`, where each value depends on its own position only, one class is perturbed at all positions
+    at once.
+    """
     out, step = np.zeros(x.shape), 1e-30
     for index in np.ndindex(x.shape[-1:] if positions_apart else x.shape):
         at, moved = (..., *index), x.astype(complex)

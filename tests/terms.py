@@ -1,4 +1,4 @@
-"""The table of terms: how each is made, and its value at every row by plain torch."""
+"""The table of terms: how each is made, and its values at the valid positions in plain torch."""
 
 from types import SimpleNamespace as Output
 
@@ -31,51 +31,51 @@ class Batch:
 
     @property
     def inputs(self):
-        """What gradients are compared of."""
+        """The tensors whose gradients are compared."""
         return [self.logits, *self.hidden[1:]]
 
     def args(self):
-        """How a criterion is called."""
+        """The arguments with which a criterion is called."""
         return self.student, self.teacher, self.labels
 
 
 def grad(value, inputs):
-    """Gradients, zeros where nothing leads."""
+    """Return gradients, with zeros for inputs that the value does not depend on."""
     found = torch.autograd.grad(value, inputs, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
 def close(value, expected, batch, rtol=1e-11, atol=1e-13):
-    """The same number, and the same gradients of all that the student gave."""
+    """Assert equal values, and equal gradients with respect to everything that the student returned."""
     torch.testing.assert_close(value, expected, rtol=rtol, atol=0)
     torch.testing.assert_close(grad(value, batch.inputs), grad(expected, batch.inputs), rtol=rtol, atol=atol)
 
 
 def kl(student, teacher, temperature):
-    """T² KL(teacher || student) at every row."""
+    """T² KL(teacher || student) at every position."""
     log_q, log_p = ((z / temperature).log_softmax(-1) for z in (student, teacher))
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 class Confidence(Term):
-    """A term of somebody's own: the sum of squared probabilities."""
+    """A custom term: the sum of squared probabilities."""
 
     def loss(self, step):
         return step.where.take(step.student_logits()).softmax(-1).square().sum(-1)
 
 
 def size(output, labels):
-    """A loss of somebody's own, that knows how many positions causal models have labels for."""
+    """A custom loss that leaves out the last position of a causal model, which has no label."""
     values = output.logits.square().mean(-1)
     return values[:, :-1] if output.causal else values
 
 
 def smoothed(labels):
-    """A fifth of each label for all seven classes, and class c weighs c + 1."""
+    """Spread a fifth of each label over all seven classes, and weight class c by c + 1."""
     return torch.arange(1, 8) * (0.8 * F.one_hot(labels, 7).double() + 0.2 / 7)
 
 
-# Of the rows that count: logits of student and teacher, their blocks' features, labels.
+# Arguments at the valid positions: logits of student s and teacher t, features of their blocks h and k, labels y.
 TERMS = {
     "ce": (CrossEntropy, lambda s, t, h, k, y: F.cross_entropy(s, y, reduction="none")),
     "smooth": (
@@ -99,12 +99,12 @@ TERMS = {
 
 
 def made(name, **options):
-    """A term of the table, called by its name there."""
+    """Make a term of the table, with its name there."""
     return TERMS[name][0](name=name, **options)
 
 
 def by_hand(name, batch, mask=None, *, by_mask=False):
-    """A term's values at the positions that count."""
+    """Compute a term's values at the valid positions in plain torch."""
     s, t, y = batch.logits, batch.teacher.logits, batch.labels
     h, k = batch.hidden[1:], batch.teacher.hidden_states[1:]
     if batch.causal:

@@ -1,4 +1,4 @@
-"""The measuring functions of `make bench` on known cases, and each of its sections at a tiny size."""
+"""The measuring functions of `make bench` on cases with known results, and each of its sections at a tiny size."""
 
 import math
 import os
@@ -21,7 +21,7 @@ from sections import functions, heads, logits, steps
 import kdloss
 
 
-def test_the_peak_is_that_of_what_was_allocated():
+def test_the_peak_is_that_of_the_allocated_tensors():
     x = torch.randn(250, 1000)
 
     def step():
@@ -29,27 +29,27 @@ def test_the_peak_is_that_of_what_was_allocated():
         b = a * 2
         del a
         c = b.exp()
-        d = c + 1  # three
+        d = c + 1  # three megabytes are allocated
         return d.sum()
 
     assert measure.peak(step) == pytest.approx(3 * x.nbytes, abs=100)
 
 
-def test_the_peak_is_that_of_living_tensors_if_operators_allocate_nothing_inside():
-    """Operators may: a sum of float32 in float64 makes a copy first."""
+def test_the_peak_is_that_of_live_tensors_if_operators_allocate_nothing_inside():
+    """Operators may allocate inside: a float64 sum of float32 numbers makes a copy first."""
     student, teacher = torch.randn(2, 64, 3000)
     labels = torch.zeros(64).long()
     step = measure.backward(recipes.kl_ce, student.requires_grad_(), teacher, labels)
     with LiveTensors() as live:
-        for given in (student, teacher, labels):
-            live.count(given.untyped_storage())
+        for tensor in (student, teacher, labels):
+            live.count(tensor.untyped_storage())
         before = live.now
         step()
     assert measure.peak(step) == pytest.approx(live.peak - before, rel=0.02)
     assert measure.peak(lambda: student.sum(dtype=torch.float64)) == pytest.approx(2 * student.nbytes, rel=0.01)
 
 
-def test_the_ratio_is_the_median_of_pairs_in_turn(monkeypatch):
+def test_the_ratio_is_the_median_over_pairs_of_alternating_order(monkeypatch):
     now, ran = [0.0], []
     monkeypatch.setattr(measure.time, "process_time", lambda: now[0])
 
@@ -63,13 +63,13 @@ def test_the_ratio_is_the_median_of_pairs_in_turn(monkeypatch):
         return run
 
     monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
-    # two first runs of each, then 1/2, 4/1, 3/1
+    # two warm-up runs of each, then the pairs 1/2, 4/1, 3/1
     ratio, ms = measure.paired(step("ours", 9, 9, 1, 4, 3), step("other", 9, 9, 2, 1, 1), rounds=3)
     assert (ratio, ms) == (3, 3000)
-    assert "".join(name[1] for name in ran[4:]) == "tu" + "ut" + "tu"  # first one, then the other
+    assert "".join(name[1] for name in ran[4:]) == "tu" + "ut" + "tu"  # the order alternates from pair to pair
 
 
-def test_with_memory_kept_the_warm_up_lasts_until_there_are_no_new_pages(monkeypatch):
+def test_if_freed_memory_is_kept_the_warm_up_lasts_until_there_are_no_new_pages(monkeypatch):
     faults = iter([0, 5000, 9000, 9000, 9020])
     monkeypatch.setattr(measure.resource, "getrusage", lambda _: SimpleNamespace(ru_minflt=next(faults)))
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
@@ -97,8 +97,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
-def test_with_memory_kept_large_buffers_are_no_new_pages():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the settings are those of glibc")
+def test_if_freed_memory_is_kept_large_buffers_need_no_new_pages():
     import ratios
 
     def faults(env):
@@ -128,7 +128,7 @@ TINY = {
 }
 
 
-def test_every_section_is_tried():
+def test_every_section_has_a_tiny_case():
     import ratios
 
     assert {section for section, _ in ratios.SECTIONS.values()} == {*TINY}
@@ -136,16 +136,16 @@ def test_every_section_is_tried():
 
 @pytest.mark.parametrize("section", TINY, ids=lambda section: f"{section.__module__}.{section.__name__}")
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
-def test_a_section_gives_rows(section, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)  # takes seconds
+def test_every_section_gives_distinct_finite_rows(section, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # compiling takes seconds
     monkeypatch.setattr(measure, "engine", lambda compiled: None)
-    monkeypatch.setattr(liger, "here", lambda: False)  # so does Liger
+    monkeypatch.setattr(liger, "here", lambda: False)  # Liger takes seconds
     monkeypatch.setattr(measure, "SECONDS", 0.0)
     monkeypatch.setattr(small, "seconds", partial(small.seconds, rounds=1))
     rows = list(section("fresh", **TINY[section]))
     assert rows
-    assert all(math.isfinite(row.ratio) and row.ratio != 0 for row in rows)  # what is added may seem less than nothing
-    assert len({(row.what, row.conditions) for row in rows}) == len(rows)  # each names what it is
+    assert all(math.isfinite(row.ratio) and row.ratio != 0 for row in rows)  # a measured overhead may be negative
+    assert len({(row.what, row.conditions) for row in rows}) == len(rows)  # no two rows have the same label
 
 
 def test_recipes_have_the_values_of_our_losses():
@@ -154,19 +154,20 @@ def test_recipes_have_the_values_of_our_losses():
     student, teacher = torch.randn(2, 5, 30, dtype=torch.float64, generator=generator)
     labels = torch.arange(5)
     for ours, recipe in (*logits.PAIRS.values(), *logits.BY_LOGARITHMS.values()):
-        same(ours, recipe, student, teacher, labels)
+        assert_same(ours, recipe, student, teacher, labels)
     wide = torch.cat([teacher, teacher[:, :4]], -1)
-    same(kdloss.VanillaKD(2.0, 0.5, vocabulary=kdloss.truncate), recipes.truncated, student, wide, labels)
+    assert_same(kdloss.VanillaKD(2.0, 0.5, vocabulary=kdloss.truncate), recipes.truncated, student, wide, labels)
     ids = torch.arange(20), torch.arange(20).flip(0)
     mapped = kdloss.VanillaKD(2.0, 0.5, vocabulary=kdloss.TokenMap(*ids))
-    same(mapped, lambda *given: recipes.mapped(*given, *ids), student, teacher, labels)
-    kept = kdloss.TopKLogits.of(teacher, 4)
+    assert_same(mapped, lambda *inputs: recipes.mapped(*inputs, *ids), student, teacher, labels)
+    top_k = kdloss.TopKLogits.of(teacher, 4)
     torch.testing.assert_close(
-        recipes.gathered(student, kept.indices, kept.log_probs), recipes.sparse(student, kept.indices, kept.log_probs)
+        recipes.gathered(student, top_k.indices, top_k.log_probs),
+        recipes.sparse(student, top_k.indices, top_k.log_probs),
     )
 
 
-def same(ours, recipe, student, teacher, labels):
+def assert_same(ours, recipe, student, teacher, labels):
     student = student.clone().requires_grad_()
     values = [loss(student, teacher, labels) for loss in (ours, recipe)]
     torch.testing.assert_close(*values)
@@ -177,18 +178,18 @@ SMALL = {"tokens": 3, "vocab": 50, "width": 4, "teacher_width": 8, "k": 4}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_table_of_a_gpu_can_be_made_on_a_cpu(dtype, monkeypatch):
+def test_the_gpu_table_can_be_made_on_a_cpu(dtype, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(gpu, "engine", lambda compiled: None)
-    monkeypatch.setattr(gpu, "peak", lambda step: step() or 2**20)  # it is tried above
+    monkeypatch.setattr(gpu, "peak", lambda step: step() or 2**20)  # it is tested above
     monkeypatch.setattr(liger, "here", lambda: False)
     rows = list(gpu.table("cpu", dtype, SMALL, rounds=1))
-    assert len(rows) == len(set(rows)) == 8 * 4  # eight losses, four ways
+    assert len(rows) == len(set(rows)) == 8 * 4  # eight losses, four implementations
     assert not any("out of memory" in row for row in rows)
 
 
 class Event:
-    """CUDA events that are one millisecond apart."""
+    """A CUDA event that is one millisecond away from every other event."""
 
     def __init__(self, enable_timing):
         pass
@@ -200,7 +201,7 @@ class Event:
         return 1.0
 
 
-def test_a_way_that_needs_too_much_memory_has_its_row_and_the_others_are_measured_on_the_gpu(monkeypatch):
+def test_an_implementation_that_runs_out_of_gpu_memory_has_a_row_and_the_others_are_measured(monkeypatch):
     def too_much():
         raise torch.OutOfMemoryError
 
@@ -213,7 +214,7 @@ def test_a_way_that_needs_too_much_memory_has_its_row_and_the_others_are_measure
     assert rows == ["| KL, fp32 | ours | 1 | 2 |", "| KL, fp32 | plain | out of memory | |"]
 
 
-def test_without_a_gpu_make_gpu_prints_one_sentence(monkeypatch, capsys):
+def test_without_a_gpu_make_gpu_prints_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpu.main()
     assert capsys.readouterr().out.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What is made block by block: how many rows, averages of lazy teachers, the head's gradient."""
+"""Computation in blocks: the sizes of blocks, averages of lazy teachers, and the gradient of a head."""
 
 import numpy as np
 import oracles
@@ -20,8 +20,8 @@ WEIGHTS = [0.2, 0.3, 0.0, 0.5]
 
 
 @pytest.fixture
-def cut(monkeypatch):
-    """Sets how many rows are made, and worked on, at a time."""
+def set_rows(monkeypatch):
+    """Set how many rows of logits are computed, and how many are processed, at a time."""
 
     def sizes(block, scratch):
         monkeypatch.setattr("kdloss.engine.block_sizes.block_rows", lambda *_: block)
@@ -32,14 +32,14 @@ def cut(monkeypatch):
 
 
 def lazy(seed, classes=V, dtype=torch.float64, tokens=N, bias=True, **options):
-    """A head of random numbers and hidden states."""
+    """Return lazy logits of random hidden states and a random head."""
     g = torch.Generator().manual_seed(seed)
     shapes = [(tokens, D), (classes, D), (classes,)][: 3 if bias else 2]
     return LazyLogits(*(torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes), **options)
 
 
 def group(classes=V, dtype=torch.float64):
-    """Four teachers; none has class 3, and the first no class 5."""
+    """Return four teachers, none of which has class 3; the first has no class 5 either."""
     teachers = [lazy(k, classes, dtype, softcap=4.0 if k == 4 else None) for k in (1, 2, 3)] + [lazy(4, classes, dtype)]
     for k, teacher in enumerate(teachers):
         teacher.bias[[3, 5] if k == 0 else [3]] = -INF
@@ -51,7 +51,7 @@ def numbers(x):
 
 
 def average(teachers, weights, how, temperature=T):
-    """Logits of the average of logits, in numpy."""
+    """Return the logits of the average of teachers, in numpy."""
     pairs = [(w, t) for w, t in zip(weights, teachers, strict=True) if w]
     if how == "logits":
         return sum(w * t for w, t in pairs)
@@ -63,7 +63,7 @@ def average(teachers, weights, how, temperature=T):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_gradient_of_an_average_is_a_number_where_no_teacher_has_a_class(dtype):
+def test_the_gradient_of_an_average_is_exact_where_no_teacher_has_a_class(dtype):
     teachers = [numbers(x.dense()) for x in group()]
     leaves = [torch.tensor(t, dtype=dtype, requires_grad=True) for t in teachers]
     z = Mixture(leaves, WEIGHTS).dense(T)
@@ -72,16 +72,16 @@ def test_the_gradient_of_an_average_is_a_number_where_no_teacher_has_a_class(dty
     exact = average(teachers, WEIGHTS, "probabilities")
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     np.testing.assert_allclose(numbers(z), exact, rtol=tolerance, atol=tolerance)
-    u = numpy_where_finite(numbers(upstream), exact)
+    u = zero_unless_finite(numbers(upstream), exact)
     for leaf, t, w in zip(leaves, teachers, WEIGHTS, strict=True):
         p = np.exp(oracles.log_softmax(t, T))
-        share = numpy_where_finite(w * p / np.exp(np.where(np.isfinite(exact), exact, 0) / T), exact)
-        slope = share * u - p * (share * u).sum(-1, keepdims=True)  # by hand: T leaves
-        found = np.zeros_like(slope) if leaf.grad is None else numbers(leaf.grad)
-        np.testing.assert_allclose(found, slope, rtol=0, atol=tolerance * 10)
+        share = zero_unless_finite(w * p / np.exp(np.where(np.isfinite(exact), exact, 0) / T), exact)
+        slope = share * u - p * (share * u).sum(-1, keepdims=True)  # the derivative by hand; T cancels out
+        gradient = np.zeros_like(slope) if leaf.grad is None else numbers(leaf.grad)
+        np.testing.assert_allclose(gradient, slope, rtol=0, atol=tolerance * 10)
 
 
-def numpy_where_finite(x, like):
+def zero_unless_finite(x, like):
     return np.where(np.isfinite(like), x, 0)
 
 
@@ -100,18 +100,18 @@ def test_an_average_has_second_derivatives(how):
 def test_eight_teachers_are_averaged_in_the_memory_of_two(how):
     teachers = [torch.randn(16, 512) for _ in range(8)]
 
-    def peak(many):
+    def peak(count):
         with LiveTensors() as live:
-            Mixture(teachers[:many], average=how).dense(T)
+            Mixture(teachers[:count], average=how).dense(T)
         return live.peak
 
     assert peak(8) == peak(2)
 
 
-# -- averages of lazy teachers, a block at a time --
+# -- averages of lazy teachers, block by block --
 
 VOCABULARIES = {
-    "one": (None, None, V, V),
+    "same": (None, None, V, V),
     "truncated": (kdloss.truncate, slice(0, 9), 9, V),
     "mapped": (kdloss.TokenMap(torch.arange(8), torch.arange(8).flip(0)), [7, 6, 5, 4, 3, 2, 1, 0], V, V),
 }
@@ -120,10 +120,10 @@ VOCABULARIES = {
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("how", ["probabilities", "logits"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_averages_of_lazy_teachers_are_those_of_their_logits(vocabulary, how, dtype, cut):
+def test_averages_of_lazy_teachers_equal_those_of_their_full_logits(vocabulary, how, dtype, set_rows):
     mapping, theirs, mine, classes = VOCABULARIES[vocabulary]
-    given, teachers = lazy(0, mine, dtype), group(classes, dtype)
-    leaves = [x.requires_grad_() for x in (given.hidden, given.weight, given.bias)]
+    student, teachers = lazy(0, mine, dtype), group(classes, dtype)
+    leaves = [x.requires_grad_() for x in (student.hidden, student.weight, student.bias)]
     labels = LABELS.clamp_max(mine - 1)
     loss = VanillaKD(T, 0.3, vocabulary=mapping)(LazyLogits(*leaves), Mixture(teachers, WEIGHTS, how), labels)
     dense = [numbers(x.dense())[KEEP][:, slice(None) if theirs is None else theirs] for x in teachers]
@@ -143,7 +143,7 @@ def test_averages_of_lazy_teachers_are_those_of_their_logits(vocabulary, how, dt
         np.testing.assert_allclose(numbers(leaf.grad), exact, rtol=0, atol=tolerance * abs(exact).max())
 
 
-def test_a_teacher_is_multiplied_once_for_itself_and_for_averages_at_all_temperatures(cut):
+def test_a_teachers_logits_are_computed_once_for_all_terms_averages_and_temperatures(set_rows):
     student, teachers = lazy(0, bias=False), [lazy(k, bias=False) for k in (1, 2, 3, 4)]
     student = LazyLogits(student.hidden.requires_grad_(), student.weight.requires_grad_())
     divergences = kdloss.divergences
@@ -161,7 +161,7 @@ def test_a_teacher_is_multiplied_once_for_itself_and_for_averages_at_all_tempera
     assert cost(TeacherTask(divergences.forward_kl, unread)) == 3 + 3
 
 
-def test_averages_and_single_teachers_that_share_logits_equal_the_oracle(cut):
+def test_averages_and_single_teachers_that_share_logits_equal_the_oracle(set_rows):
     student, teachers = lazy(0).dense().requires_grad_(), [lazy(k) for k in (1, 2, 3, 4)]
     mixed = [Mixture(teachers), Mixture(teachers[:3], [0.5, 0.25, 0.25]), Mixture(teachers, average="logits")]
     reads = [(m, t) for m in mixed for t in (1.0, 3.0)] + [(teachers[1], 2.0)]
@@ -175,9 +175,9 @@ def test_averages_and_single_teachers_that_share_logits_equal_the_oracle(cut):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("many", [2, 3, 4, 8])
-def test_several_lazy_teachers_take_the_memory_of_one(many, dtype, cut):
-    cut(256, 4)
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_averaging_several_lazy_teachers_takes_the_memory_of_one(count, dtype, set_rows):
+    set_rows(256, 4)
     tokens, classes = 256, 2_000
     teachers = [lazy(k, classes, dtype, tokens, bias=False) for k in range(1, 9)]
     student = lazy(0, classes, dtype, tokens, bias=False)
@@ -189,18 +189,18 @@ def test_several_lazy_teachers_take_the_memory_of_one(many, dtype, cut):
             VanillaKD(T, 0.5)(student, teacher, labels).backward()
         return live.peak
 
-    assert peak(Mixture(teachers[:many])) <= 1.1 * peak(teachers[0])
+    assert peak(Mixture(teachers[:count])) <= 1.1 * peak(teachers[0])
 
 
 # -- the head's gradient --
 
 
-def wrong(total, a, b, out_dtype, out):
-    """It forgets what was there."""
+def overwriting_addmm(total, a, b, out_dtype, out):
+    """Overwrite `out` instead of adding to `total`."""
     out.copy_(a.to(out_dtype) @ b.to(out_dtype))
 
 
-def right(total, a, b, out_dtype, out):
+def adding_addmm(total, a, b, out_dtype, out):
     out.copy_(total + a.to(out_dtype) @ b.to(out_dtype))
 
 
@@ -209,23 +209,23 @@ def product(a, b, out_dtype):
 
 
 @pytest.mark.parametrize(
-    ("here", "way"),
+    ("supported", "expected"),
     [
         ({}, None),
         ({"mm": product}, "_in_two_steps"),
-        ({"mm": product, "addmm": wrong}, "_in_two_steps"),
-        ({"mm": product, "addmm": right}, "_in_place"),
+        ({"mm": product, "addmm": overwriting_addmm}, "_in_two_steps"),
+        ({"mm": product, "addmm": adding_addmm}, "_in_place"),
     ],
 )
-def test_products_of_16_bits_are_added_unrounded_by_what_a_device_can(here, way, monkeypatch):
+def test_16_bit_products_are_added_unrounded_by_operators_that_the_device_supports(supported, expected, monkeypatch):
     class Torch:
         def __getattr__(self, name):
-            return here.get(name) or getattr(torch, name)
+            return supported.get(name) or getattr(torch, name)
 
     monkeypatch.setattr(gradients, "torch", Torch())
     gradients.wide_product.cache_clear()
-    found = gradients.wide_product("cpu", torch.bfloat16, torch.float32)
-    assert found is (None if way is None else getattr(gradients, way))
+    chosen = gradients.wide_product("cpu", torch.bfloat16, torch.float32)
+    assert chosen is (None if expected is None else getattr(gradients, expected))
     a, b = torch.randn(30, 40).bfloat16(), torch.randn(40, 5).bfloat16()
     total = torch.randn(30, 5)
     exact = total.double() + a.double() @ b.double()
@@ -236,11 +236,11 @@ def test_products_of_16_bits_are_added_unrounded_by_what_a_device_can(here, way,
 
 @pytest.mark.parametrize("block", [64, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_a_heads_gradient_is_rounded_once_and_wider_only_over_several_blocks(dtype, block, cut):
+def test_a_heads_gradient_is_rounded_once_and_held_in_float32_only_over_several_blocks(dtype, block, set_rows):
     tokens, classes, width = 64, 300, 100
     hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
     weight, bias = (torch.zeros(shape, dtype=dtype).requires_grad_() for shape in ((classes, width), (classes,)))
-    of = kdloss.engine.gradients.OfHead(LazyLogits(hidden, weight, bias), whole(hidden, weight, bias), None)
+    head = kdloss.engine.gradients.OfHead(LazyLogits(hidden, weight, bias), rows_of_head(hidden, weight, bias), None)
     slope = torch.randn(tokens, classes).to(dtype)
     largest = []
 
@@ -251,12 +251,12 @@ def test_a_heads_gradient_is_rounded_once_and_wider_only_over_several_blocks(dty
 
     with torch.no_grad(), Largest():
         for start, stop in equal_blocks(tokens, block):
-            of.rows_of.make(start, stop)
-            of.rows_of(start, stop).copy_(slope[start:stop])
-            of.block(start, stop)
-        found = of.tensors()
+            head.rows_of.make(start, stop)
+            head.rows_of(start, stop).copy_(slope[start:stop])
+            head.block(start, stop)
+        results = head.tensors()
     exact = [slope.double() @ weight.double(), slope.double().T @ hidden.double(), slope.double().sum(0)]
-    for ours, expected in zip(found, exact, strict=True):
+    for ours, expected in zip(results, exact, strict=True):
         assert ours.dtype == dtype
         rounding = 1e-5 if dtype.itemsize >= 4 else torch.finfo(dtype).eps
         assert (ours.double() - expected).abs().max() <= rounding * expected.abs().max()
@@ -267,28 +267,28 @@ def test_a_heads_gradient_is_rounded_once_and_wider_only_over_several_blocks(dty
     assert max(largest) == (narrow if dtype.itemsize >= 4 or block == tokens else classes * width * 4)
 
 
-def whole(hidden, weight, bias):
+def rows_of_head(hidden, weight, bias):
     return kdloss.engine.rows.Rows(LazyLogits(hidden.detach(), weight.detach(), bias.detach()), None)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_a_head_gets_a_gradient_of_zeros_where_no_position_counts(alpha):
+def test_a_head_gets_a_gradient_of_zeros_if_all_labels_are_ignored(alpha):
     x = lazy(0)
     leaves = [t.requires_grad_() for t in (x.hidden, x.weight, x.bias)]
     VanillaKD(T, alpha)(LazyLogits(*leaves), lazy(1), torch.full_like(LABELS, -100)).backward()
     assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
 
 
-# -- how many rows --
+# -- sizes of blocks --
 
 
-def test_blocks_are_of_2_to_27_bytes_and_on_an_accelerator_of_1024_rows_at_least():
+def test_blocks_fit_in_128_mib_except_for_1024_rows_on_an_accelerator():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     fp32, bf16 = (lambda classes, size=size: 2 * size * classes for size in (4, 2))
-    found = {
+    rows = {
         vocab: [block_rows(d, size(vocab)) for d in (cpu, cuda) for size in (fp32, bf16)] for vocab in (32_000, 128_256)
     }
-    assert found == {32_000: [512, 1024, 1024, 1024], 128_256: [128, 256, 1024, 1024]}
+    assert rows == {32_000: [512, 1024, 1024, 1024], 128_256: [128, 256, 1024, 1024]}
     assert block_rows(cpu, fp32(1_000)) == 1024
     assert block_rows(cuda, fp32(1_000)) == 2**27 // 8_000 // 128 * 128
     assert block_rows(cpu, 0) > 0

@@ -1,4 +1,4 @@
-"""A teacher on disk says what it says live, whatever the batch; what was cut or mixed up is noticed."""
+"""A cached teacher gives the outputs of the live teacher in every batch; damaged or mismatched files are refused."""
 
 import json
 import os
@@ -22,7 +22,7 @@ import kdloss
 import kdloss.cache
 from kdloss.cache import _files, _shard
 
-HALF = 2.0**-11  # the most by which rounding to float16 changes a normal number, relative to it
+FLOAT16_ERROR = 2.0**-11  # largest relative error of rounding a normal number to float16
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def opened(folder, **settings):
 
 
 def live(i):
-    """The teacher's log-probabilities for one example by itself, float64, at the cache's temperature."""
+    """Return the live teacher's float64 log-probabilities for a batch of one example, at the cache's temperature."""
     ids = torch.tensor([caching.tokens()[i]])
     with torch.no_grad():
         z = Teacher().eval()(ids, torch.ones_like(ids))[0].double().numpy() / SETTINGS["temperature"]
@@ -55,40 +55,40 @@ def name(i):
     return f"example {i}"
 
 
-# -- what is stored, and what is read --
+# -- what is stored and what is read --
 
 
-def test_stored_are_the_most_probable_classes_and_what_the_others_have_together(folder):
+def test_the_most_probable_classes_and_the_total_of_the_others_are_stored(folder):
     cache = opened(folder)
     for i, ids in enumerate(caching.tokens()):
         x, expected = cache[[name(i)]], live(i)
         assert x.shape == (1, len(ids), SETTINGS["k"])
         order = np.argsort(-expected, -1)
         assert x.indices[0].tolist() == order[:, :5].tolist()
-        kept = np.take_along_axis(expected, order, -1)
-        np.testing.assert_allclose(x.log_probs[0], kept[:, :5], rtol=1.01 * HALF, atol=1e-6)
-        rest = np.log(np.exp(kept[:, 5:]).sum(-1))
-        np.testing.assert_allclose(x.log_rest[0], rest, rtol=1.01 * HALF, atol=1e-6)
+        ordered = np.take_along_axis(expected, order, -1)
+        np.testing.assert_allclose(x.log_probs[0], ordered[:, :5], rtol=1.01 * FLOAT16_ERROR, atol=1e-6)
+        rest = np.log(np.exp(ordered[:, 5:]).sum(-1))
+        np.testing.assert_allclose(x.log_rest[0], rest, rtol=1.01 * FLOAT16_ERROR, atol=1e-6)
         assert (x.temperature, x.vocabulary, x.tail) == (2.0, VOCAB, "bucket")
 
 
-def test_a_shard_holds_no_padding_and_the_manifest_says_what_it_was_made_of(folder):
+def test_a_shard_has_no_padding_and_the_manifest_records_settings_and_checksums(folder):
     lengths = [len(ids) for ids in caching.tokens()]
-    for shard, mine in (("shard-00000", lengths[:4]), ("shard-00002", lengths[8:])):
+    for shard, in_shard in (("shard-00000", lengths[:4]), ("shard-00002", lengths[8:])):
         tensors = load_file(folder / f"{shard}.safetensors")
-        assert tensors["offsets"].tolist() == [0, *np.cumsum(mine)]
+        assert tensors["offsets"].tolist() == [0, *np.cumsum(in_shard)]
         assert {x: (tuple(t.shape), t.dtype) for x, t in tensors.items() if x != "offsets"} == {
-            "indices": ((sum(mine), 5), torch.uint8),
-            "log_probs": ((sum(mine), 5), torch.float16),
-            "log_rest": ((sum(mine),), torch.float16),
+            "indices": ((sum(in_shard), 5), torch.uint8),
+            "log_probs": ((sum(in_shard), 5), torch.float16),
+            "log_rest": ((sum(in_shard),), torch.float16),
         }
     manifest = json.loads((folder / "manifest.json").read_text())
     expected = {"format": 1, "teacher": "Teacher", "vocabulary": VOCAB, "k": 5, "temperature": 2.0}
     assert manifest.items() >= (expected | {"dtype": "float16", "examples": 10}).items()
     assert manifest["tokenizer"] == kdloss.cache.tokenizer_hash(caching.tokenizer())
     for shard, sums in manifest["shards"].items():
-        printed = subprocess.check_output(["sha256sum", folder / f"{shard}.safetensors"], text=True)
-        assert printed.split()[0] == sums["sha256"]
+        output = subprocess.check_output(["sha256sum", folder / f"{shard}.safetensors"], text=True)
+        assert output.split()[0] == sums["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_a_shard_holds_no_padding_and_the_manifest_says_what_it_was_made_of(fold
         (262144, torch.int32),
     ],
 )
-def test_indices_are_as_narrow_as_the_vocabulary_allows(tmp_path, vocabulary, dtype):
+def test_indices_have_the_smallest_type_that_fits_the_vocabulary(tmp_path, vocabulary, dtype):
     class Last(torch.nn.Module):
-        """Knows the last classes best."""
+        """A teacher that gives the last classes the highest logits."""
 
         def __init__(self):
             super().__init__()
@@ -118,20 +118,20 @@ def test_indices_are_as_narrow_as_the_vocabulary_allows(tmp_path, vocabulary, dt
     assert opened(tmp_path)[[name(1)]].indices[0, 0].tolist() == [vocabulary - 1, vocabulary - 2]
 
 
-def test_any_order_and_any_batch_give_the_same_numbers(folder):
+def test_values_depend_on_neither_the_order_nor_the_other_examples_of_a_batch(folder):
     cache = opened(folder)
-    alone = {i: cache[[name(i)]] for i in range(10)}
+    single = {i: cache[[name(i)]] for i in range(10)}
     for order in ([9, 0, 5, 5, 2], [3, 1], [4, 8, 7, 6]):
         x = cache[[name(i) for i in order]]
         lengths = [len(caching.tokens()[i]) for i in order]
         assert x.shape == (len(order), max(lengths), 5)
         for row, (i, n) in enumerate(zip(order, lengths, strict=True)):
-            for part in ("indices", "log_probs", "log_rest"):
-                assert torch.equal(getattr(x, part)[row, :n], getattr(alone[i], part)[0])
+            for field in ("indices", "log_probs", "log_rest"):
+                assert torch.equal(getattr(x, field)[row, :n], getattr(single[i], field)[0])
             assert (x.ids()[row, n:] == -1).all()
 
 
-def test_empty_slots_cost_nothing_even_where_no_label_masks_them(folder):
+def test_positions_past_the_end_of_an_example_have_zero_loss_without_a_mask(folder):
     x = opened(folder).batch([name(0)], 12)
     student = torch.randn(1, 12, VOCAB, requires_grad=True)
     value = kdloss.divergences.forward_kl(student, x, temperature=2.0)
@@ -141,7 +141,7 @@ def test_empty_slots_cost_nothing_even_where_no_label_masks_them(folder):
     assert not torch.autograd.grad(value.sum(), student)[0][0, n:].any()
 
 
-def test_ids_may_be_integers_and_come_as_a_tensor(tmp_path):
+def test_ids_may_be_integers_in_a_list_or_a_tensor(tmp_path):
     data = caching.dataset().remove_columns("id").add_column("number", list(range(100, 110)))
     caching.write(tmp_path, data=data, id_column="number")
     cache = opened(tmp_path)
@@ -152,7 +152,7 @@ def test_ids_may_be_integers_and_come_as_a_tensor(tmp_path):
         cache[["103"]]
 
 
-def test_padding_at_either_side_is_neither_read_nor_stored(folder, tmp_path):
+def test_padding_on_either_side_is_neither_read_nor_stored(folder, tmp_path):
     width = max(map(len, caching.tokens()))
     left, right = ({"input_ids": [], "attention_mask": []} for _ in range(2))
     for ids in caching.tokens():
@@ -176,29 +176,29 @@ def test_padding_at_either_side_is_neither_read_nor_stored(folder, tmp_path):
         assert (x.ids()[row, : width - n] == -1).all()
 
 
-def test_only_the_shards_of_a_batch_are_read_and_each_is_tested_once(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where no earlier test is remembered
+def test_only_the_shards_of_a_batch_are_read_and_each_is_verified_once(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # forgets what earlier tests verified
     cache = opened(folder)
-    tested = []
+    verified = []
     sha256 = _files.sha256
-    monkeypatch.setattr(_files, "sha256", lambda file: tested.append(file.name) or sha256(file))
+    monkeypatch.setattr(_files, "sha256", lambda file: verified.append(file.name) or sha256(file))
     for ids in ([name(9)], [name(8), name(9)], [name(0), name(9)]):
         cache[ids]
-    assert tested == ["shard-00002.safetensors", "shard-00000.safetensors"]
+    assert verified == ["shard-00002.safetensors", "shard-00000.safetensors"]
 
 
-def test_a_cache_goes_to_workers_and_holds_no_teacher(folder, tmp_path):
+def test_writing_restores_the_teachers_modes_and_the_cache_pickles_without_the_teacher(folder, tmp_path):
     teacher = Teacher()
     teacher.gru.train()
     teacher.head.eval()
     kdloss.cache.write(tmp_path, teacher, caching.dataset(), tokenizer=caching.tokenizer(), **SETTINGS)
     assert [teacher.training, teacher.gru.training, teacher.head.training] == [True, True, False]
-    cache, gone = opened(tmp_path), weakref.ref(teacher)
+    cache, reference = opened(tmp_path), weakref.ref(teacher)
     del teacher
-    assert gone() is None
+    assert reference() is None
     cache[[name(1)]]
-    again = pickle.loads(pickle.dumps(cache))
-    assert torch.equal(again[[name(1)]].log_probs, cache[[name(1)]].log_probs)
+    unpickled = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(unpickled[[name(1)]].log_probs, cache[[name(1)]].log_probs)
 
 
 # -- the loss --
@@ -209,12 +209,12 @@ def dense_kl(log_p, log_q):
 
 
 @pytest.mark.parametrize("k", [1, 5, 20, VOCAB])
-def test_the_loss_from_the_cache_is_the_live_one_within_the_tails_bound(tmp_path, k):
-    r"""Dense KL is the bucket's plus r · KL(tail of p || tail of q), each tail normalised, r its mass of p.
+def test_the_cached_loss_equals_the_live_loss_within_the_bound_from_the_tail(tmp_path, k):
+    r"""Dense KL = bucket KL + r · KL(tail of p || tail of q), with both tails normalised and r the mass of p's tail.
 
-    So bucket <= dense <= bucket + r · (log of q's tail mass - the smallest log q in it), where nothing
-    of the teacher but r is used; gradients by student logits are at most 2 r T apart (sum of absolutes).
-    Rounding to float16 moves every log p by at most e = max |log p| · 2^-11, the normalised one by 2 e.
+    So bucket <= dense <= bucket + r · (log of q's tail mass - smallest log q in the tail), a bound that depends on
+    the teacher only by r. Gradients with respect to the student's logits differ by at most 2 r T (sum of absolute
+    values). Rounding to float16 changes each log p by at most e = max |log p| · 2^-11, and the normalised one by 2 e.
     """
     caching.write(tmp_path, k=k)
     generator = torch.Generator().manual_seed(3)
@@ -234,54 +234,55 @@ def test_the_loss_from_the_cache_is_the_live_one_within_the_tails_bound(tmp_path
         tail = np.argsort(-log_p, -1)[:, k:]
         p, q = (np.take_along_axis(y, tail, -1) for y in (log_p, log_q))
         r = np.exp(p).sum(-1)
-        moved = 2.02 * HALF * np.abs(np.where(np.isin(log_p, p), 0, log_p)).max(-1)
+        change = 2.02 * FLOAT16_ERROR * np.abs(np.where(np.isin(log_p, p), 0, log_p)).max(-1)
         if k < VOCAB:
-            moved = np.maximum(moved, 2.02 * HALF * np.abs(np.log(r)))
-        rounding = t * t * (np.expm1(moved) * (np.abs(log_p - log_q).max(-1) + 2 * moved) + moved) + 1e-6
+            change = np.maximum(change, 2.02 * FLOAT16_ERROR * np.abs(np.log(r)))
+        rounding = t * t * (np.expm1(change) * (np.abs(log_p - log_q).max(-1) + 2 * change) + change) + 1e-6
         assert (ours <= dense + rounding).all()
         bound = r * (np.log(np.exp(q).sum(-1)) - q.min(-1)) if k < VOCAB else 0
         assert (dense <= ours + t * t * bound + rounding).all()
-        apart = np.abs(slope[row, :n] - t * (np.exp(log_q) - np.exp(log_p))).sum(-1)
-        assert (apart <= t * (2 * r + 2 * np.expm1(moved)) + 1e-6).all()
+        gradient_gap = np.abs(slope[row, :n] - t * (np.exp(log_q) - np.exp(log_p))).sum(-1)
+        assert (gradient_gap <= t * (2 * r + 2 * np.expm1(change)) + 1e-6).all()
         gaps.append((dense - ours).max())
-    assert max(gaps) < 0.02 if k == VOCAB else max(gaps) > 0.02  # of a tail there is something to see
+    assert max(gaps) < 0.02 if k == VOCAB else max(gaps) > 0.02  # a tail makes a visible difference
 
 
-def test_a_plain_loop_takes_a_batch_from_the_cache_where_the_teachers_logits_were(tmp_path):
-    """Causal, padded: all V classes kept give the live teacher's loss and gradient, but for float16."""
+def test_a_cached_batch_replaces_the_teachers_logits_in_a_plain_loop(tmp_path):
+    """Causal and padded: with all V classes stored, loss and gradient are the live teacher's up to float16 rounding."""
     teacher, student, inputs = build("gpt2", width=24), build("gpt2", depth=2, seed=1), batch("gpt2")
     labels = inputs.pop("labels")
     data = {"id": ["a", "b"]} | {column: x.tolist() for column, x in inputs.items()}
-    words = caching.tokenizer(61)
-    settings = {"tokenizer": words, "k": 61, "temperature": 2.0}
+    tokenizer = caching.tokenizer(61)
+    settings = {"tokenizer": tokenizer, "k": 61, "temperature": 2.0}
     kdloss.cache.write(tmp_path, teacher, caching.datasets.Dataset.from_dict(data), **settings)
-    cache = kdloss.cache.open(tmp_path, tokenizer=words)
+    cache = kdloss.cache.open(tmp_path, tokenizer=tokenizer)
     criterion = kdloss.VanillaKD(temperature=2.0, alpha=0.3, causal=True)
     student_logits = student(**inputs).logits
     losses = [
-        criterion(student_logits, kept, labels) for kept in (cache.batch(["a", "b"]), teacher(**inputs).logits.detach())
+        criterion(student_logits, target, labels)
+        for target in (cache.batch(["a", "b"]), teacher(**inputs).logits.detach())
     ]
     slopes = [torch.autograd.grad(loss, student_logits, retain_graph=True)[0] for loss in losses]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
     torch.testing.assert_close(*slopes, rtol=0, atol=2e-3 * slopes[1].abs().max().item())
 
 
-def test_a_student_with_another_vocabulary_is_refused_by_both_sizes(folder):
+def test_a_student_with_another_vocabulary_is_refused_with_both_sizes(folder):
     student = torch.randn(1, len(caching.tokens()[0]), VOCAB + 1)
     with pytest.raises(ValueError, match="the student has 41 classes and the teacher 40"):
         kdloss.VanillaKD(alpha=0.0)(student, opened(folder)[[name(0)]])
 
 
-# -- what was cut, altered or mixed up --
+# -- damaged, altered and mismatched files --
 
 
-def flipped(file):
+def flip_one_bit(file):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
 
 
-def exchanged(file):
+def exchange_with_shard_0(file):
     other = file.with_name(file.name.replace("00001", "00000"))
     ours, theirs = file.read_bytes(), other.read_bytes()
     file.write_bytes(theirs)
@@ -289,21 +290,23 @@ def exchanged(file):
 
 
 DAMAGE = {
-    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-3]), "was cut or altered"),
-    "one bit": (flipped, "was cut or altered"),
-    "two exchanged": (exchanged, "was cut or altered"),
-    "gone": (lambda file: file.unlink(), "is gone"),
+    "truncated": (lambda file: file.write_bytes(file.read_bytes()[:-3]), "was cut or altered"),
+    "one bit flipped": (flip_one_bit, "was cut or altered"),
+    "two files exchanged": (exchange_with_shard_0, "was cut or altered"),
+    "deleted": (lambda file: file.unlink(), "is gone"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_shard_is_named_when_it_is_needed_and_written_again_by_the_same_call(copy, damage, folder):
-    harm, said = DAMAGE[damage]
-    harm(copy / "shard-00001.safetensors")
+def test_a_damaged_shard_is_named_when_it_is_read_and_rewritten_by_the_same_call(copy, damage, folder):
+    damage_file, message = DAMAGE[damage]
+    damage_file(copy / "shard-00001.safetensors")
     cache = opened(copy)
-    assert cache[[name(8)]].shape[0] == 1  # of a shard that is whole
+    assert cache[[name(8)]].shape[0] == 1  # from an undamaged shard
     for read in (lambda: cache[[name(8), name(5)]], cache.verify):
-        with pytest.raises(ValueError, match=rf"shard-0000.\.safetensors {said}.*kdloss.cache.write writes it again"):
+        with pytest.raises(
+            ValueError, match=rf"shard-0000.\.safetensors {message}.*kdloss.cache.write writes it again"
+        ):
             read()
     caching.write(copy)
     assert caching.contents(copy) == caching.contents(folder)
@@ -311,24 +314,24 @@ def test_a_damaged_shard_is_named_when_it_is_needed_and_written_again_by_the_sam
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_index_is_named_at_once(copy, damage, folder):
-    harm, said = DAMAGE[damage]
-    harm(copy / "shard-00001.json")
-    with pytest.raises(ValueError, match=rf"shard-0000.\.json {said}"):
+def test_a_damaged_index_is_named_when_the_cache_is_opened(copy, damage, folder):
+    damage_file, message = DAMAGE[damage]
+    damage_file(copy / "shard-00001.json")
+    with pytest.raises(ValueError, match=rf"shard-0000.\.json {message}"):
         opened(copy)
     caching.write(copy)
     assert caching.contents(copy) == caching.contents(folder)
 
 
-def test_a_manifest_that_is_absent_broken_or_of_another_format_is_said_so(copy):
+def test_a_manifest_that_is_missing_broken_or_of_another_format_is_refused(copy):
     manifest = copy / "manifest.json"
     content = json.loads(manifest.read_text())
-    for text, said in [
+    for text, message in [
         (json.dumps(content | {"format": 2}), r"has format 2; kdloss reads 1 here"),
         ("{", r"manifest.json can't be read"),
     ]:
         manifest.write_text(text)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             opened(copy)
     manifest.unlink()
     with pytest.raises(ValueError, match=r"holds no manifest.json, so it is no cache: kdloss.cache.write makes"):
@@ -359,7 +362,7 @@ def test_invalid_requests_for_a_batch_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"k": 6}, "k=5, not 6"),
         ({"temperature": 1.0}, r"temperature=2.0, not 1.0"),
@@ -371,13 +374,13 @@ def test_invalid_requests_for_a_batch_are_refused(folder):
         ({"data": caching.dataset(9)}, "examples=10, not 9"),
     ],
 )
-def test_the_same_folder_with_other_settings_is_refused_naming_them(copy, folder, settings, said):
-    with pytest.raises(ValueError, match=rf"written with other settings: .*{said}.*into another folder"):
+def test_writing_with_other_settings_into_the_same_folder_is_refused_and_names_them(copy, folder, settings, message):
+    with pytest.raises(ValueError, match=rf"written with other settings: .*{message}.*into another folder"):
         caching.write(copy, **settings)
     assert caching.contents(copy) == caching.contents(folder)
 
 
-def test_other_examples_of_the_same_number_are_refused(copy):
+def test_another_dataset_of_the_same_length_is_refused(copy):
     rows = caching.dataset().to_dict()
     rows["input_ids"][5] = [1, *rows["input_ids"][5]]
     with pytest.raises(ValueError, match=r"shard-00001.safetensors was written from other examples"):
@@ -385,7 +388,7 @@ def test_other_examples_of_the_same_number_are_refused(copy):
 
 
 @pytest.mark.parametrize(
-    ("change", "settings", "error", "said"),
+    ("change", "settings", "error", "message"),
     [
         ({"id": None}, {}, ValueError, r"columns \['input_ids'\], not \['id'\].*with_indices=True"),
         ({"id": ["a", "b", "a"]}, {}, ValueError, "id 'a' stands for 2 examples"),
@@ -411,10 +414,10 @@ def test_other_examples_of_the_same_number_are_refused(copy):
         ({}, {"tokenizer": "gpt2"}, TypeError, r"tokenizer needs get_vocab\(\), got str"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_the_teacher_is_run(tmp_path, change, settings, error, said):
-    rows = {"id": ["a", "b", "c"], "input_ids": [[1, 2], [3], [4, 5, 6]]} | change
-    data = caching.datasets.Dataset.from_dict({column: x for column, x in rows.items() if x is not None})
-    with pytest.raises(error, match=said):
+def test_invalid_data_or_settings_are_refused_before_a_shard_is_written(tmp_path, change, settings, error, message):
+    columns = {"id": ["a", "b", "c"], "input_ids": [[1, 2], [3], [4, 5, 6]]} | change
+    data = caching.datasets.Dataset.from_dict({column: x for column, x in columns.items() if x is not None})
+    with pytest.raises(error, match=message):
         caching.write(tmp_path, data=data, **settings)
     assert not list(tmp_path.glob("shard*"))
 
@@ -424,7 +427,7 @@ def test_a_dataset_without_length_is_refused(tmp_path):
         caching.write(tmp_path, data=caching.dataset().to_iterable_dataset())
 
 
-def test_a_teacher_that_says_nan_is_not_kept(tmp_path):
+def test_nan_outputs_of_a_teacher_are_refused(tmp_path):
     teacher = Teacher()
     token = caching.tokens()[5][0]
     with torch.no_grad():
@@ -442,7 +445,7 @@ def test_an_example_without_tokens_has_no_positions(tmp_path):
     assert opened(tmp_path)[["a", "b"]].ids()[0].tolist() == [[-1] * 5] * 2
 
 
-# -- killed, with a full disk, by several processes --
+# -- writing that is killed, runs out of disk space, or is done by several processes --
 
 
 def script(file, *arguments, **environment):
@@ -454,46 +457,46 @@ def script(file, *arguments, **environment):
     )  # fmt: skip
 
 
-def beside(file):
+def next_to_this_file(file):
     return str(Path(__file__).parent / file)
 
 
-def test_killed_at_any_instant_it_ends_with_the_bytes_of_an_undisturbed_run(tmp_path):
-    """Before every call of the teacher, every fsync and rename, and half way through every file."""
-    process = script(beside("killed_writer.py"), tmp_path)
-    said, wrong = process.communicate()
-    assert process.returncode == 0, wrong[-3000:]
-    instants, left_over = map(int, said.split())
-    # the teacher 1 + 5 times; 3 shards, 3 indices, the manifest twice: fsynced with their folder, renamed
+def test_writing_again_after_a_kill_at_any_instant_gives_the_bytes_of_an_undisturbed_run(tmp_path):
+    """Kill before every call of the teacher, every fsync and every rename, and halfway through every file."""
+    process = script(next_to_this_file("killed_writer.py"), tmp_path)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    instants, half_written = map(int, output.split())
+    # 1 + 5 calls of the teacher; 3 shards, 3 indices, 2 manifests: each written, fsynced with its folder, and renamed
     assert instants == 6 + 8 + 2 * 8 + 8
-    assert left_over > 0  # half-written files were there, and are gone
+    assert half_written > 0  # some kills left half-written files
 
 
-def test_two_processes_one_of_them_killed_at_first_write_what_one_does(folder, tmp_path):
+def test_two_processes_restarted_after_a_kill_write_the_files_of_one_process(folder, tmp_path):
     def ranks(store, dies_at):
-        file, arguments = beside("cache_rank.py"), (tmp_path / "two", tmp_path / store, dies_at)
+        file, arguments = next_to_this_file("cache_rank.py"), (tmp_path / "two", tmp_path / store, dies_at)
         return [script(file, *arguments, RANK=rank, WORLD_SIZE="2") for rank in ("0", "1")]
 
     first, second = ranks("store", 2)
-    said = second.communicate()
-    first.kill()  # it waits for the other one
+    outputs = second.communicate()
+    first.kill()  # it is still waiting for the killed process
     first.communicate()
-    assert second.returncode == -9, said[1][-3000:]
+    assert second.returncode == -9, outputs[1][-3000:]
     with pytest.raises(ValueError, match=r"is not complete: [123] of 3 shards are missing; the same call"):
         opened(tmp_path / "two")
-    again = ranks("another-store", 0)
-    said = [rank.communicate()[1] for rank in again]
-    assert [rank.returncode for rank in again] == [0, 0], said
+    restarted = ranks("another-store", 0)
+    outputs = [rank.communicate()[1] for rank in restarted]
+    assert [rank.returncode for rank in restarted] == [0, 0], outputs
     assert caching.contents(tmp_path / "two") == caching.contents(folder)
 
 
-def test_two_processes_of_torchrun_write_what_one_does(folder, tmp_path):
+def test_two_processes_of_torchrun_write_the_files_of_one_process(folder, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, beside("cache_rank.py"), tmp_path / "two", "torchrun", "0"], check=True)
+    subprocess.run([*torchrun, next_to_this_file("cache_rank.py"), tmp_path / "two", "torchrun", "0"], check=True)
     assert caching.contents(tmp_path / "two") == caching.contents(folder)
 
 
-def test_torchruns_variables_are_enough_and_the_last_process_completes(folder, tmp_path, monkeypatch):
+def test_the_variables_of_torchrun_suffice_and_the_last_process_completes_the_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, missing in (("1", 2), ("0", 0)):
         monkeypatch.setenv("RANK", rank)
@@ -504,14 +507,14 @@ def test_torchruns_variables_are_enough_and_the_last_process_completes(folder, t
     assert caching.contents(tmp_path) == caching.contents(folder)
 
 
-def test_what_a_killed_process_left_is_swept_by_a_run_of_fewer(folder, tmp_path):
+def test_partial_files_of_killed_processes_are_deleted_by_a_run_with_fewer_processes(folder, tmp_path):
     for rank in (0, 3):
         (tmp_path / f"manifest.json.{rank}.partial").write_text("{")
     caching.write(tmp_path)
     assert caching.contents(tmp_path) == caching.contents(folder)
 
 
-def test_a_full_disk_says_so_and_keeps_what_was_finished(folder, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_finished_shards_remain(folder, tmp_path, monkeypatch):
     save_file, calls = _shard.save_file, []
 
     def full(tensors, path):
@@ -529,25 +532,27 @@ def test_a_full_disk_says_so_and_keeps_what_was_finished(folder, tmp_path, monke
         "shard-00000.json",
         "shard-00000.safetensors",
     ]
-    ran = []
-    caching.write(tmp_path, watched(ran))
+    batch_sizes = []
+    caching.write(tmp_path, teacher_that_records(batch_sizes))
     assert caching.contents(tmp_path) == caching.contents(folder)
-    assert sum(ran) == 1 + 6  # a probe of the vocabulary, and the examples of the two shards that were missing
+    assert sum(batch_sizes) == 1 + 6  # one to find the vocabulary's size, and the examples of the two missing shards
 
 
-def watched(ran):
+def teacher_that_records(batch_sizes):
     teacher = Teacher()
-    teacher.register_forward_pre_hook(lambda _, args, inputs: ran.append(len(inputs["input_ids"])), with_kwargs=True)
+    teacher.register_forward_pre_hook(
+        lambda _, args, inputs: batch_sizes.append(len(inputs["input_ids"])), with_kwargs=True
+    )
     return teacher
 
 
-def test_a_finished_cache_runs_no_teacher_again(copy):
-    ran = []
-    caching.write(copy, watched(ran))
-    assert ran == [1]  # the vocabulary's size
+def test_writing_a_finished_cache_again_runs_the_teacher_only_for_the_vocabularys_size(copy):
+    batch_sizes = []
+    caching.write(copy, teacher_that_records(batch_sizes))
+    assert batch_sizes == [1]  # one example, to find the vocabulary's size
 
 
-def test_a_bar_shows_how_far_the_teacher_is_where_tqdm_is_installed(tmp_path, capsys, monkeypatch):
+def test_a_progress_bar_is_shown_if_tqdm_is_installed(tmp_path, capsys, monkeypatch):
     caching.write(tmp_path / "with")
     assert "teacher: 100%" in (shown := capsys.readouterr().err)
     assert "10/10" in shown
@@ -557,7 +562,7 @@ def test_a_bar_shows_how_far_the_teacher_is_where_tqdm_is_installed(tmp_path, ca
     assert caching.contents(tmp_path / "without") == caching.contents(tmp_path / "with")
 
 
-def test_the_library_imports_neither_datasets_nor_transformers_and_safetensors_with_the_cache_only():
+def test_kdloss_does_not_import_safetensors_and_the_cache_imports_no_datasets_or_transformers():
     code = (
         "import sys, kdloss; assert 'safetensors' not in sys.modules\n"
         "import kdloss.cache; assert not {'datasets', 'transformers'} & set(sys.modules)"
@@ -569,14 +574,14 @@ def test_the_library_imports_neither_datasets_nor_transformers_and_safetensors_w
 # -- the tokenizer --
 
 
-def test_a_tokenizers_hash_is_its_content_wherever_and_whenever(tmp_path):
+def test_the_hash_of_a_tokenizer_depends_only_on_its_content(tmp_path):
     ours = kdloss.cache.tokenizer_hash(caching.bpe())
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=caching.bpe())
     for place in ("here", "there"):
         tokenizer.save_pretrained(tmp_path / place)
         assert kdloss.cache.tokenizer_hash(PreTrainedTokenizerFast.from_pretrained(tmp_path / place)) == ours
     code = "import caching; print(caching.kdloss.cache.tokenizer_hash(caching.bpe()))"
-    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"  # not this process's
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"  # another seed than this process's
     process = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": seed},

@@ -13,42 +13,42 @@ import torch
 
 @pytest.fixture(scope="module")
 def study(data, tmp_path_factory):
-    """A small run of all methods: arguments, results, output folder."""
+    """Run all methods at a small size; return arguments, results and the output folder."""
     torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("runs")
     arguments = tiny.flags(data, output)
     return arguments, compare.main([*arguments, "--seeds", "0", "1"]), output
 
 
-def test_all_methods_start_from_one_student_and_learn(study):
+def test_all_methods_start_from_the_same_student_and_learn(study):
     _, runs, _ = study
     assert list(runs) == ["teacher", *compare.METHODS]
     for seed in (0, 1):
         found = [runs[method][seed] for method in compare.METHODS]
         (start,) = {result["curve"][0]["perplexity"] for result in found}
         assert all(result["perplexity"] < 0.8 * start for result in found)
-        assert len({result["perplexity"] for result in found}) == len(found)  # no two methods are one
-    assert runs["none"][0]["curve"][0] != runs["none"][1]["curve"][0]  # nor two seeds one student
+        assert len({result["perplexity"] for result in found}) == len(found)  # no two methods give the same result
+    assert runs["none"][0]["curve"][0] != runs["none"][1]["curve"][0]  # two seeds give two students
 
 
-def test_training_alone_gets_the_operations_of_the_most_expensive_distilled_student(study):
+def test_training_without_distillation_gets_the_operations_of_the_most_expensive_distilled_student(study):
     _, runs, _ = study
-    for alone, longer, *distilled in zip(
+    for plain, longer, *distilled in zip(
         *(runs[m] for m in ("none", "none-same-compute", "vanilla", "feature", "both")), strict=True
     ):
-        assert all(found["teraflop"] > alone["teraflop"] for found in distilled)  # the teacher's passes
-        dearest = max(found["teraflop"] for found in distilled)
-        assert longer["teraflop"] == pytest.approx(dearest, abs=alone["teraflop"] / alone["steps"])
+        assert all(student["teraflop"] > plain["teraflop"] for student in distilled)  # by the teacher's passes
+        most_expensive = max(student["teraflop"] for student in distilled)
+        assert longer["teraflop"] == pytest.approx(most_expensive, abs=plain["teraflop"] / plain["steps"])
     assert len({longer["steps"] for longer in runs["none-same-compute"]}) == 1
 
 
-def test_a_slow_machine_changes_nothing_but_the_seconds(study, tmp_path, monkeypatch):
+def test_a_slow_machine_changes_only_the_measured_times(study, tmp_path, monkeypatch):
     arguments, runs, output = study
     now, ends = [0.0], []
     schedule = distill_lm.get_linear_schedule_with_warmup
 
     def clock(device):
-        now[0] += 1 + now[0] / 100  # ever slower
+        now[0] += 1 + now[0] / 100  # every step takes longer than the one before
         return now[0]
 
     def recorded(optimizer, warmup, steps):
@@ -57,16 +57,16 @@ def test_a_slow_machine_changes_nothing_but_the_seconds(study, tmp_path, monkeyp
 
     monkeypatch.setattr(distill_lm.evaluation, "clock", clock)
     monkeypatch.setattr(distill_lm, "get_linear_schedule_with_warmup", recorded)
-    given = ["--teachers", str(output / "teachers"), "--output", str(tmp_path)]
-    slow = compare.main([*arguments, "--seeds", "0", "1", *given])
+    options = ["--teachers", str(output / "teachers"), "--output", str(tmp_path)]
+    slow = compare.main([*arguments, "--seeds", "0", "1", *options])
     timed = ("seconds", "tokens_per_second", "student", "curve")
     for row, seeds in runs.items():
-        for found, ours in zip(slow[row], seeds, strict=True):
-            assert {k: x for k, x in found.items() if not k.endswith(timed)} == {
-                k: x for k, x in ours.items() if not k.endswith(timed)
+        for result, expected in zip(slow[row], seeds, strict=True):
+            assert {k: x for k, x in result.items() if not k.endswith(timed)} == {
+                k: x for k, x in expected.items() if not k.endswith(timed)
             }
     of_each_seed = [runs[method][0]["steps"] for method in compare.METHODS]
-    assert ends == 2 * of_each_seed  # the learning rate falls to 0 at a run's own end
+    assert ends == 2 * of_each_seed  # the learning rate reaches 0 at the end of each run
 
 
 def test_means_and_deviations_are_over_the_seeds(study):
@@ -108,7 +108,7 @@ def test_a_grid_has_every_pair_of_values_and_trains_nothing_twice(data, study, t
     runs = compare.main([*study[0], *grid.split(), "--output", str(tmp_path)])
     pairs = [(1.0, 0.1), (1.0, 0.5), (2.0, 0.1), (2.0, 0.5)]
     assert [x[1:] for x in asked if x[0] == "vanilla"] == pairs
-    assert [x[0] for x in asked].count("none") == 1  # it has neither
+    assert [x[0] for x in asked].count("none") == 1  # it has neither temperature nor alpha
     assert [x[2] for x in asked if x[0] == "feature"] == [0.1, 0.5]  # it has no temperature
     assert list(runs)[2:5] == [
         "vanilla, temperature 1, alpha 0.1",
@@ -120,31 +120,31 @@ def test_a_grid_has_every_pair_of_values_and_trains_nothing_twice(data, study, t
 def test_one_by_one_changes_one_flag_at_a_time():
     flags = "--one-by-one --vary alpha 0 1 --vary layers last 0,-1"
     args = compare.options.read(compare.DEFAULTS, flags.split(), None)
-    alone = [{"alpha": "0"}, {"alpha": "1"}, {"layers": "last"}, {"layers": "0,-1"}]
-    assert list(compare.changes(args)) == [{}, *alone]
+    single = [{"alpha": "0"}, {"alpha": "1"}, {"layers": "last"}, {"layers": "0,-1"}]
+    assert list(compare.changes(args)) == [{}, *single]
 
 
-def test_the_same_compute_needs_a_distilled_student_to_take_it_from(study):
+def test_training_at_the_same_compute_needs_a_distilled_student_for_comparison(study):
     with pytest.raises(ValueError, match="'none-same-compute' needs 'none' and a method that distils"):
         compare.main([*study[0], "--methods", "none-same-compute"])
 
 
-@pytest.mark.parametrize(("vary", "said"), [("alpha 0.1 1.5", "alpha"), ("layers last lats", "lats")])
-def test_a_value_that_cannot_be_is_refused_before_the_first_cell(study, monkeypatch, vary, said):
+@pytest.mark.parametrize(("vary", "message"), [("alpha 0.1 1.5", "alpha"), ("layers last lats", "lats")])
+def test_an_invalid_value_is_refused_before_the_first_cell(study, monkeypatch, vary, message):
     monkeypatch.setattr(distill_lm, "prepare", None)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         compare.main([*study[0], "--vary", *vary.split()])
 
 
 @pytest.mark.parametrize("study", results.STUDIES)
-def test_what_make_results_runs_can_be_planned(study):
+def test_every_study_of_make_results_can_be_planned(study):
     args = compare.options.read(compare.DEFAULTS, results.STUDIES[study].split(), None)
     rows = {cell.row for cell in compare.plan(args)}
     assert len(rows) == len(compare.plan(args)) >= len(args.methods)
 
 
 @pytest.mark.parametrize("name", [name for name, flags in results.EXAMPLES.items() if flags])
-def test_the_flags_of_examples_in_make_results_can_be_read(name):
+def test_the_flags_of_the_examples_in_make_results_can_be_parsed(name):
     defaults = importlib.import_module(name.partition("-")[0]).DEFAULTS
     args = compare.options.read(defaults, results.EXAMPLES[name].split(), None)
     assert args.seeds == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""VanillaKD, FeatureKD and MultiTeacherKD against their formulas."""
+"""VanillaKD, FeatureKD and MultiTeacherKD, compared with their formulas in numpy."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ MASK = torch.tensor([[True, True, False, True], [True, False, True, True], [True
 
 
 def batch(dtype=torch.float64, positions=(3, 4), classes=7):
-    """Student and teacher logits, labels with one ignored, and a mask."""
+    """Return student and teacher logits, labels of which one is ignored, and a mask."""
     student, teacher = sample(*positions, classes, dtype=dtype)
     labels = torch.randint(0, classes, positions)
     labels[0, 0] = -100
@@ -28,7 +28,7 @@ def batch(dtype=torch.float64, positions=(3, 4), classes=7):
 
 
 def by_hand(student, teacher, labels, keep, *, alpha, temperature, divergence=oracles.forward_kl):
-    """The formula over the positions that count, in numpy."""
+    """Compute the loss in numpy, averaged over the positions in `keep`."""
     s, t = student.detach().double().numpy()[keep], teacher.double().numpy()[keep]
     ce = oracles.cross_entropy(s, labels.numpy()[keep]).mean()
     return alpha * ce + (1 - alpha) * divergence(s, t, temperature).mean()
@@ -40,7 +40,7 @@ def grad(value, *inputs):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 7.0])
-def test_vanilla_is_alpha_ce_plus_the_rest_kl_times_t_squared(alpha, temperature):
+def test_vanilla_is_alpha_ce_plus_one_minus_alpha_kl_times_t_squared(alpha, temperature):
     student, teacher, labels, mask = batch()
     criterion = kdloss.VanillaKD(temperature, alpha)
     loss = criterion(student, teacher, labels, mask=mask)
@@ -65,27 +65,27 @@ def test_defaults_are_those_of_the_guide():
     assert feature.terms["feature"].distance is kdloss.distances.mse
 
 
-def test_t_squared_multiplies_value_and_gradient_alike_and_one_flag_turns_it_off():
+def test_t_squared_multiplies_value_and_gradient_and_can_be_turned_off():
     student, teacher, _, _ = batch()
-    with_it = kdloss.VanillaKD(3.0, 0.0)(student, teacher)
+    scaled = kdloss.VanillaKD(3.0, 0.0)(student, teacher)
     plain = partial(kdloss.divergences.forward_kl, t_squared=False)
-    without = kdloss.VanillaKD(3.0, 0.0, divergence=plain)(student, teacher)
-    torch.testing.assert_close(with_it, 9 * without)
-    torch.testing.assert_close(grad(with_it, student)[0], 9 * grad(without, student)[0])
+    unscaled = kdloss.VanillaKD(3.0, 0.0, divergence=plain)(student, teacher)
+    torch.testing.assert_close(scaled, 9 * unscaled)
+    torch.testing.assert_close(grad(scaled, student)[0], 9 * grad(unscaled, student)[0])
 
 
-def test_mean_divides_by_positions_neither_by_classes_nor_by_batch():
+def test_the_mean_depends_on_neither_the_number_of_classes_nor_of_positions():
     student, teacher, _, _ = batch()
-    one = kdloss.VanillaKD(1.0, 0.0)(student, teacher)
+    loss = kdloss.VanillaKD(1.0, 0.0)(student, teacher)
     twice_the_classes = kdloss.VanillaKD(1.0, 0.0)(
         *(torch.cat([x, torch.full_like(x, -torch.inf)], -1) for x in (student, teacher))
     )
     longer = kdloss.VanillaKD(1.0, 0.0)(student.repeat(1, 5, 1), teacher.repeat(1, 5, 1))
-    torch.testing.assert_close(twice_the_classes, one)
-    torch.testing.assert_close(longer, one)
+    torch.testing.assert_close(twice_the_classes, loss)
+    torch.testing.assert_close(longer, loss)
 
 
-def test_alpha_one_needs_no_teacher_and_alpha_zero_no_labels():
+def test_alpha_one_needs_no_teacher_and_alpha_zero_needs_no_labels():
     student, teacher, labels, _ = batch()
     assert kdloss.VanillaKD(alpha=1.0)(student, None, labels).isfinite()
     assert kdloss.VanillaKD(alpha=0.0)(student, teacher).isfinite()
@@ -96,32 +96,32 @@ def test_alpha_one_needs_no_teacher_and_alpha_zero_no_labels():
 
 
 @pytest.mark.parametrize("make", [kdloss.VanillaKD, kdloss.MultiTeacherKD], ids=lambda c: c.__name__)
-def test_what_stands_at_an_ignored_position_reaches_neither_term_nor_gradient(make):
+def test_values_at_ignored_positions_change_neither_loss_nor_gradient(make):
     student, teacher, labels, mask = batch()
     criterion = make()
     wrap = (lambda t: [t]) if make is kdloss.MultiTeacherKD else (lambda t: t)
     clean = criterion(student, wrap(teacher), labels, mask=mask)
     clean_grad = grad(clean, student)[0]
-    out = ~(mask & (labels != -100))
+    ignored = ~(mask & (labels != -100))
     dirty, dirty_teacher, dirty_labels = student.detach().clone(), teacher.clone(), labels.clone()
-    dirty[out], dirty_teacher[out] = float("nan"), float("inf")
+    dirty[ignored], dirty_teacher[ignored] = float("nan"), float("inf")
     dirty_labels[~mask] = 10**9
     dirty.requires_grad_()
     value = criterion(dirty, wrap(dirty_teacher), dirty_labels, mask=mask)
     slope = grad(value, dirty)[0]
     assert torch.equal(value, clean)
     assert torch.equal(slope, clean_grad)
-    assert not slope[out].any()
+    assert not slope[ignored].any()
 
 
-def test_all_ignored_gives_zero_and_zero_gradients():
+def test_labels_that_are_all_ignored_give_zero_loss_and_zero_gradients():
     student, teacher, labels, _ = batch()
     loss = kdloss.VanillaKD()(student, teacher, torch.full_like(labels, -100))
     assert loss == 0
     assert not grad(loss, student)[0].any()
 
 
-def test_causal_holds_logits_against_the_next_label_in_every_term():
+def test_causal_compares_logits_with_the_next_label_in_every_term():
     student, teacher, labels, mask = batch()
     criterion = kdloss.VanillaKD(2.0, 0.4, causal=True)
     loss = criterion(student, teacher, labels, mask=mask)
@@ -140,18 +140,18 @@ def test_unequal_micro_batches_add_up_to_the_gradient_of_one_batch(causal):
     criterion = kdloss.FeatureKD(layers="last", logit_weight=0.5, depths=(1, 1), causal=causal)
     counted = (labels[:, 1:] if causal else labels) != -100
 
-    def loss(rows, **settings):
-        s = Output(logits=student[rows], hidden_states=[h_student[rows], h_student[rows]])
-        t = Output(logits=teacher[rows], hidden_states=[h_teacher[rows], h_teacher[rows]])
-        return criterion(s, t, labels[rows], **settings)
+    def loss(examples, **settings):
+        s = Output(logits=student[examples], hidden_states=[h_student[examples], h_student[examples]])
+        t = Output(logits=teacher[examples], hidden_states=[h_teacher[examples], h_teacher[examples]])
+        return criterion(s, t, labels[examples], **settings)
 
-    whole = loss(slice(None))
-    parts = [loss(slice(i, i + 1), num_items_in_batch=counted.sum()) for i in range(3)]
-    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
-    one, many = grad(whole, student, h_student), grad(sum(parts), student, h_student)
+    full = loss(slice(None))
+    micro_losses = [loss(slice(i, i + 1), num_items_in_batch=counted.sum()) for i in range(3)]
+    torch.testing.assert_close(sum(micro_losses), full, rtol=1e-12, atol=0)
+    one, many = grad(full, student, h_student), grad(sum(micro_losses), student, h_student)
     torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-14)
     means = sum(loss(slice(i, i + 1)) for i in range(3)) / 3
-    assert not torch.isclose(means, whole), "the mean of means is another number here"
+    assert not torch.isclose(means, full), "the mean of the micro-batch means differs here"
 
 
 def test_components_are_the_detached_terms_of_the_loss():
@@ -163,7 +163,7 @@ def test_components_are_the_detached_terms_of_the_loss():
     torch.testing.assert_close(0.25 * ce + 0.75 * kd, loss.detach())
 
 
-def test_reduction_none_gives_a_value_per_position():
+def test_reduction_none_gives_one_value_per_position():
     student, teacher, labels, mask = batch()
     for make in (kdloss.VanillaKD, partial(kdloss.FeatureKD, "last", logit_weight=1.0)):
         none, mean, total = (make(reduction=r) for r in ("none", "mean", "sum"))
@@ -175,7 +175,7 @@ def test_reduction_none_gives_a_value_per_position():
         torch.testing.assert_close(values.sum(), total(s, t, labels, mask=mask))
 
 
-def test_any_function_of_the_right_shape_is_a_divergence():
+def test_any_function_that_returns_one_value_per_position_can_be_a_divergence():
     def squared(student, teacher, *, temperature):
         return (student - teacher).square().sum(-1) / temperature
 
@@ -184,7 +184,7 @@ def test_any_function_of_the_right_shape_is_a_divergence():
     torch.testing.assert_close(loss, (student - teacher).square().sum(-1)[mask].mean() / 4)
 
 
-def test_the_teacher_is_detached_from_a_function_that_does_not_do_it_itself():
+def test_the_teacher_gets_no_gradient_from_a_function_that_does_not_detach_it():
     def squared(student, teacher, **_):
         return (student - teacher).square().mean(-1)
 
@@ -249,10 +249,10 @@ def test_feature_loss_is_the_mean_over_pairs_positions_and_width():
     ce = oracles.cross_entropy(s, labels.numpy()[keep]).mean()
     feature, kl = np.mean([x.mean() for x in squares]), oracles.forward_kl(s, t, 2.0).mean()
     assert loss.item() == pytest.approx(0.3 * ce + 0.7 * (feature + 0.5 * kl), rel=1e-5)
-    parts = {name: part.item() for name, part in criterion.components.items()}
-    assert parts["feature"] == pytest.approx(feature, rel=1e-5)
-    assert parts["feature/3-7"] == pytest.approx(squares[1].mean(), rel=1e-5)
-    assert parts["kd"] == pytest.approx(kl, rel=1e-5)
+    components = {name: value.item() for name, value in criterion.components.items()}
+    assert components["feature"] == pytest.approx(feature, rel=1e-5)
+    assert components["feature/3-7"] == pytest.approx(squares[1].mean(), rel=1e-5)
+    assert components["kd"] == pytest.approx(kl, rel=1e-5)
     loss.backward()
     assert student.hidden_states[1].grad[keep].abs().min() > 0
     assert not student.hidden_states[1].grad[~torch.from_numpy(keep)].any()
@@ -260,7 +260,7 @@ def test_feature_loss_is_the_mean_over_pairs_positions_and_width():
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_pairs_weigh_what_they_are_given_in_value_and_gradient(named):
+def test_pairs_have_their_specified_weights_in_value_and_gradient(named):
     student, teacher = feature_outputs()
     s, t = student.hidden_states, teacher.hidden_states
     pairing = [(3, 7, 0.2), (0, 1, 1.5), (0, 4, 0.5), (2, 2, 0.0)]
@@ -283,8 +283,8 @@ def test_pairs_weigh_what_they_are_given_in_value_and_gradient(named):
     )
     expected = 0.2 * last + 1.5 * low + 0.5 * high
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    parts = [part.item() for part in criterion.components.values()]
-    assert parts == pytest.approx([last, low, high, expected], rel=1e-5)
+    values = [value.item() for value in criterion.components.values()]
+    assert values == pytest.approx([last, low, high, expected], rel=1e-5)
     name = "feature/block.0-block.4" if named else "feature/0-4"
     assert [list(criterion.components)[i] for i in (2, 3)] == [name, "feature"]
     slopes = grad(loss, s[4], s[1])
@@ -293,7 +293,7 @@ def test_pairs_weigh_what_they_are_given_in_value_and_gradient(named):
 
 
 def captured(*outputs):
-    """What a capture of all blocks of these outputs' models would have recorded."""
+    """Return what `kdloss.capture` of all blocks would have recorded for these outputs."""
     seen = [Captured() for _ in outputs]
     for c, output in zip(seen, outputs, strict=True):
         c.output = output
@@ -301,16 +301,16 @@ def captured(*outputs):
     return seen
 
 
-def test_a_learned_pairing_is_told_features_and_mean_distances_and_its_weights_are_constants():
+def test_a_learned_pairing_gets_features_and_mean_distances_and_its_weights_are_constants():
     student, teacher = feature_outputs(s_width=5, t_width=6)
-    asked = {}
+    received = {}
 
     fixed = torch.tensor(2.0, requires_grad=True)
 
     def pairing(student, teacher, distances):
-        asked.update(student=student, teacher=teacher, distances=distances)
+        received.update(student=student, teacher=teacher, distances=distances)
         assert not torch.is_grad_enabled()
-        weight = student[2].square().sum(-1)  # one per position
+        weight = student[2].square().sum(-1)  # one weight per position
         return [(0, 1, 0.5), (2, 7, fixed), (2, 0, weight)]
 
     criterion = kdloss.FeatureKD([0, 2], pairing=pairing, alpha=0.0, depths=(4, 8), widths=(5, 6))
@@ -318,30 +318,30 @@ def test_a_learned_pairing_is_told_features_and_mean_distances_and_its_weights_a
     s = {i: criterion.projections[str(i)](student.hidden_states[i + 1]) for i in (0, 2)}
     t = dict(enumerate(teacher.hidden_states[1:]))
     gaps = {(i, j): (s[i] - t[j]).square().mean(-1)[MASK] for i in s for j in t}
-    assert list(asked["student"]) == [0, 2]
-    assert list(asked["teacher"]) == list(range(8))
-    assert list(asked["distances"]) == list(gaps)
-    for i, h in asked["student"].items():
+    assert list(received["student"]) == [0, 2]
+    assert list(received["teacher"]) == list(range(8))
+    assert list(received["distances"]) == list(gaps)
+    for i, h in received["student"].items():
         torch.testing.assert_close(h[MASK], s[i][MASK])
         assert not h.requires_grad
-    for pair, d in asked["distances"].items():
+    for pair, d in received["distances"].items():
         torch.testing.assert_close(d, gaps[pair].mean())
         assert not d.requires_grad
     weight = s[2].detach().square().sum(-1)[MASK]
-    parts = [0.5 * gaps[0, 1].mean(), 2 * gaps[2, 7].mean() + (weight * gaps[2, 0]).mean()]
-    torch.testing.assert_close(loss, sum(parts))
+    losses = [0.5 * gaps[0, 1].mean(), 2 * gaps[2, 7].mean() + (weight * gaps[2, 0]).mean()]
+    torch.testing.assert_close(loss, sum(losses))
     assert list(criterion.components) == ["feature/0", "feature/2", "feature"]
-    torch.testing.assert_close(list(criterion.components.values()), [p.detach() for p in (*parts, sum(parts))])
+    torch.testing.assert_close(list(criterion.components.values()), [p.detach() for p in (*losses, sum(losses))])
     assert torch.autograd.grad(loss, fixed, retain_graph=True, allow_unused=True) == (None,)
     inputs = [student.hidden_states[1], student.hidden_states[3], *criterion.parameters()]
-    for got, expected in zip(grad(loss, *inputs), grad(sum(parts), *inputs), strict=True):
+    for got, expected in zip(grad(loss, *inputs), grad(sum(losses), *inputs), strict=True):
         torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(
     "learned", [kdloss.layers.pair_by_emd, kdloss.layers.pair_by_attention], ids=["emd", "attention"]
 )
-def test_what_is_masked_moves_no_learned_pairing(learned):
+def test_masked_positions_do_not_change_a_learned_pairing(learned):
     outputs = feature_outputs()
     criterion = kdloss.FeatureKD("all", pairing=learned, alpha=0.0, depths=(4, 8))
     clean = criterion(*captured(*outputs), mask=MASK)
@@ -356,7 +356,7 @@ def test_what_is_masked_moves_no_learned_pairing(learned):
     assert criterion(*captured(*outputs), mask=torch.zeros_like(MASK)) == 0
 
 
-def test_attention_has_the_gradient_of_the_distance_to_the_papers_mixture():
+def test_pairing_by_attention_has_the_gradient_of_the_distance_to_the_papers_mixture():
     student, teacher = feature_outputs(t_depth=5)
     criterion = kdloss.FeatureKD("all", pairing=kdloss.layers.pair_by_attention, alpha=0.0, depths=(4, 5))
     loss = criterion(*captured(student, teacher))
@@ -371,17 +371,17 @@ def test_attention_has_the_gradient_of_the_distance_to_the_papers_mixture():
     torch.testing.assert_close(loss, paper + spread.mean())
 
 
-def test_learned_weights_count_positions_that_stand_elsewhere_before_their_mean():
+def test_learned_weights_multiply_distances_before_the_mean_over_other_positions_than_the_labels():
     s, t = sample(2, 6, 5)
     weight = torch.rand(2, 6)
-    own = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
-    labels = torch.tensor([[1, 2, 3], [4, -100, -100]])  # a decoder's, of another length
+    feature_mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    labels = torch.tensor([[1, 2, 3], [4, -100, -100]])  # a decoder's labels, at other positions than the features
     logits = torch.randn(2, 3, 7)
     outputs = [Output(logits=logits, hidden_states=[h, h]) for h in (s, t)]
     criterion = kdloss.FeatureKD(
         "last", pairing=lambda student, teacher, distances: [(0, 0, weight)], alpha=0.0, depths=(1, 1)
     )
-    loss = criterion(*captured(*outputs), labels, feature_mask=own)
+    loss = criterion(*captured(*outputs), labels, feature_mask=feature_mask)
     squares = weight * (s.detach() - t).square().mean(-1)
     per_example = torch.stack([squares[0].mean(), squares[1, :2].mean()])
     torch.testing.assert_close(loss.detach(), (3 * per_example[0] + per_example[1]) / 4)
@@ -397,13 +397,13 @@ def test_learned_weights_count_positions_that_stand_elsewhere_before_their_mean(
         ([(0, 1, torch.ones(4))], ValueError, r"shape \(4,\).*\(3, 4\)"),
     ],
 )
-def test_a_learned_pairing_that_answers_wrongly_is_refused(chosen, error, match):
+def test_a_learned_pairing_that_returns_invalid_pairs_is_refused(chosen, error, match):
     criterion = kdloss.FeatureKD("all", pairing=lambda student, teacher, distances: chosen, alpha=0.0, depths=(4, 8))
     with pytest.raises(error, match=match):
         criterion(*captured(*feature_outputs()))
 
 
-def test_a_student_layer_has_one_projection_for_all_its_teachers():
+def test_a_student_layer_has_one_projection_for_all_its_teacher_layers():
     pairing = [(0, 1, 0.5), (0, 4, 0.5)]
     criterion = kdloss.FeatureKD(pairing=pairing, depths=(4, 8), widths=(5, 6), alpha=0.0)
     assert list(criterion.state_dict()) == [f"terms.feature.projections.0.{part}" for part in ("weight", "bias")]
@@ -429,13 +429,13 @@ def test_projections_receive_no_garbage_from_masked_positions():
         assert torch.equal(a, b)
 
 
-def test_a_width_mismatch_without_projection_says_what_to_write():
+def test_the_error_for_a_width_mismatch_says_how_to_add_a_projection():
     student, teacher = feature_outputs(s_width=5, t_width=6)
     with pytest.raises(ValueError, match=r"width 5 .* 6.*distill\.prepare\(student\).*widths=\(5, 6\)"):
         kdloss.FeatureKD(alpha=0.0)(student, teacher)
 
 
-def test_projections_exist_from_given_widths_before_the_optimizer_and_are_saved():
+def test_projections_are_made_at_construction_from_widths_and_are_saved():
     criterion = kdloss.FeatureKD(depths=(4, 8), widths=(5, 6))
     assert len(list(criterion.parameters())) == 8
     other = kdloss.FeatureKD(depths=(4, 8), widths=(5, 6))
@@ -452,7 +452,7 @@ def test_projections_exist_from_given_widths_before_the_optimizer_and_are_saved(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_projections_take_features_of_any_precision(dtype):
+def test_projections_accept_features_of_any_precision(dtype):
     student, teacher = feature_outputs(s_width=5, t_width=6)
     criterion = kdloss.FeatureKD(alpha=0.0, depths=(4, 8), widths=(5, 6))
     plain = criterion(student, teacher)
@@ -469,7 +469,7 @@ def test_equal_widths_need_no_parameters():
     assert kdloss.VanillaKD().state_dict() == {}
 
 
-def test_maps_images_and_vectors_average_within_their_example():
+def test_features_of_any_shape_are_averaged_within_their_example():
     labels = torch.tensor([1, -100, 2])
     counted = [0, 2]
     for shape in [(3, 5, 2, 4), (3, 9, 5), (3, 5)]:
@@ -487,22 +487,22 @@ def test_maps_images_and_vectors_average_within_their_example():
         assert slope[0].any()
 
 
-def test_features_at_other_positions_follow_their_own_mask():
+def test_features_at_other_positions_than_the_labels_use_feature_mask():
     s, t = sample(2, 6, 5)
-    own = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
-    labels = torch.tensor([[1, 2, 3], [4, -100, -100]])  # a decoder's, of another length
+    feature_mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    labels = torch.tensor([[1, 2, 3], [4, -100, -100]])  # a decoder's labels, at other positions than the features
     logits = torch.randn(2, 3, 7)
     criterion = kdloss.FeatureKD("last", alpha=0.0)
     student = Output(logits=logits, hidden_states=[s, s])
     teacher = Output(logits=logits, hidden_states=[t, t])
-    loss = criterion(student, teacher, labels, feature_mask=own)
+    loss = criterion(student, teacher, labels, feature_mask=feature_mask)
     squares = (s.detach() - t).square().mean(-1)
     per_example = torch.stack([squares[0].mean(), squares[1, :2].mean()])
     torch.testing.assert_close(loss.detach(), (3 * per_example[0] + per_example[1]) / 4)
     assert not grad(loss, s)[0][1, 2:].any()
 
 
-def test_feature_needs_features_and_says_where_they_come_from():
+def test_feature_kd_without_features_says_how_to_get_them():
     logits = torch.randn(3, 4, 7)
     with pytest.raises(ValueError, match=r"distill\.prepare.*output_hidden_states=True"):
         kdloss.FeatureKD(alpha=0.0)(logits, logits)
@@ -520,12 +520,12 @@ def test_feature_needs_features_and_says_where_they_come_from():
         ({"logit_weight": -1.0}, "not negative"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_at_construction(settings, match):
+def test_invalid_settings_are_refused_at_construction(settings, match):
     with pytest.raises(ValueError, match=match):
         kdloss.FeatureKD(**settings)
 
 
-def test_hidden_states_hold_a_last_block_against_a_last_block_only():
+def test_with_hidden_states_a_last_block_pairs_only_with_a_last_block():
     student, teacher = feature_outputs()
     with pytest.raises(ValueError, match="final norm"):
         kdloss.FeatureKD(alpha=0.0, pairing="first")(student, teacher)
@@ -534,7 +534,7 @@ def test_hidden_states_hold_a_last_block_against_a_last_block_only():
 # -- several teachers --
 
 
-def test_one_teacher_equals_the_single_teacher_loss_exactly():
+def test_a_list_of_one_teacher_gives_exactly_the_single_teacher_loss():
     student, teacher, labels, mask = batch()
     single = kdloss.VanillaKD()(student, teacher, labels, mask=mask)
     for average in ("probabilities", "logits"):
@@ -544,7 +544,7 @@ def test_one_teacher_equals_the_single_teacher_loss_exactly():
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 0.5], [0.9, 0.1], [1.0, 0.0]])
-def test_teachers_are_averaged_in_probability_or_logits(weights):
+def test_teachers_are_averaged_by_probabilities_or_by_logits(weights):
     student, first, labels, mask = batch()
     second = sample(3, 4, 7, dtype=torch.float64, seed=5)[1]
     keep = (mask & (labels != -100)).numpy()
@@ -571,7 +571,7 @@ def test_the_gradient_of_the_average_is_the_average_of_the_gradients():
     torch.testing.assert_close(slope, 0.3 * parts[0] + 0.7 * parts[1])
 
 
-def test_teachers_that_do_not_fit_are_refused():
+def test_invalid_teachers_and_weights_are_refused():
     student, teacher, labels, _ = batch()
     with pytest.raises(ValueError, match="no teacher"):
         kdloss.MultiTeacherKD()(student, [], labels)
@@ -584,10 +584,10 @@ def test_teachers_that_do_not_fit_are_refused():
             kdloss.MultiTeacherKD(weights)(student, [teacher, teacher], labels)
 
 
-# -- bad input, copies --
+# -- edge cases, invalid input, copies, compilation --
 
 
-def test_rows_may_be_none_but_classes_may_not():
+def test_there_may_be_zero_positions_but_not_zero_classes():
     student = torch.zeros(0, 5, requires_grad=True)
     labels = torch.zeros(0, dtype=torch.long)
     for loss in (
@@ -600,7 +600,7 @@ def test_rows_may_be_none_but_classes_may_not():
         kdloss.divergences.forward_kl(torch.zeros(2, 0), torch.zeros(2, 0))
 
 
-def test_a_student_that_is_its_own_teacher_has_nothing_to_learn():
+def test_a_student_that_is_its_own_teacher_gets_zero_loss_and_gradient():
     student = sample(3, 4, 7)[0]
     loss = kdloss.VanillaKD(alpha=0.0)(student, student)
     assert loss == 0
@@ -616,35 +616,35 @@ def test_criteria_give_meta_scalars_for_meta_tensors():
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf")])
 def test_a_temperature_that_is_not_finite_and_positive_is_refused(temperature):
-    for ask in (
+    for call in (
         lambda: kdloss.VanillaKD(temperature),
         lambda: kdloss.FeatureKD(temperature=temperature),
         lambda: kdloss.divergences.forward_kl(torch.zeros(3), torch.zeros(3), temperature=temperature),
     ):
         with pytest.raises(ValueError, match="temperature must be finite and above 0"):
-            ask()
+            call()
 
 
 @pytest.mark.parametrize("temperature", ["2", None, True, torch.tensor([1.0, 2.0])])
-def test_a_temperature_that_is_no_number_is_refused(temperature):
+def test_a_temperature_of_another_type_than_a_number_is_refused(temperature):
     with pytest.raises(TypeError, match="temperature must be a number"):
         kdloss.VanillaKD(temperature)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
-def test_alpha_outside_zero_and_one_is_refused(alpha):
+def test_an_alpha_below_zero_or_above_one_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
         kdloss.VanillaKD(alpha=alpha)
     with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
         kdloss.FeatureKD(alpha=alpha)
 
 
-def test_vocabularies_that_differ_raise_with_both_sizes_and_the_two_ways_out():
+def test_the_error_for_different_vocabularies_names_both_sizes_and_two_solutions():
     with pytest.raises(ValueError, match=r"50257.*50272.*kdloss\.truncate.*TokenMap\.of"):
         kdloss.VanillaKD(alpha=0.0)(torch.zeros(2, 50257), torch.zeros(2, 50272))
 
 
-def test_uld_compares_vocabularies_of_any_sizes_beside_cross_entropy():
+def test_uld_compares_vocabularies_of_different_sizes_in_a_loss_with_cross_entropy():
     student, _, labels, mask = batch()
     teacher = sample(3, 4, 9, dtype=torch.float64, seed=5)[1]
     criterion = kdloss.VanillaKD(2.0, 0.3, divergence=kdloss.divergences.uld)
@@ -658,7 +658,7 @@ def test_uld_compares_vocabularies_of_any_sizes_beside_cross_entropy():
 
 
 @pytest.mark.parametrize("wrong", ["jsd", torch.zeros(2), 3])
-def test_what_is_no_function_is_refused_with_what_to_write(wrong):
+def test_a_setting_that_is_not_a_function_is_refused_with_an_example(wrong):
     for make in (kdloss.VanillaKD, kdloss.FeatureKD):
         with pytest.raises(TypeError, match=r"divergence=kdloss\.divergences\.forward_kl"):
             make(divergence=wrong)
@@ -668,7 +668,7 @@ def test_what_is_no_function_is_refused_with_what_to_write(wrong):
         kdloss.FeatureKD(distance=wrong)
 
 
-def test_a_divergence_without_a_temperature_is_refused_when_it_is_given():
+def test_a_divergence_without_a_temperature_argument_is_refused_at_construction():
     def gap(student, teacher):
         return (student - teacher).square().sum(-1)
 
@@ -678,7 +678,7 @@ def test_a_divergence_without_a_temperature_is_refused_when_it_is_given():
         kdloss.VanillaKD(divergence=gap)
 
 
-def test_a_divergence_by_labels_asks_for_them():
+def test_a_divergence_that_needs_labels_asks_for_them():
     student, teacher, labels, _ = batch()
     for divergence in (
         kdloss.divergences.dkd,
@@ -691,7 +691,7 @@ def test_a_divergence_by_labels_asks_for_them():
         assert criterion(student, teacher, labels).isfinite()
 
 
-def test_labels_that_do_not_fit_are_refused():
+def test_labels_and_masks_of_another_shape_or_type_are_refused():
     student, teacher, labels, _ = batch()
     with pytest.raises(ValueError, match=r"\(3, 3\).*\(3, 4, 7\)"):
         kdloss.VanillaKD()(student, teacher, labels[:, 1:])
@@ -753,7 +753,7 @@ NAMELESS = [kdloss.divergences.standardized(getattr(kdloss.divergences, name)) f
 
 
 @pytest.mark.parametrize("divergence", NAMELESS, ids=lambda d: d.divergence.__name__)
-def test_a_divergence_without_a_name_compiles_within_a_criterion_too(divergence):
+def test_a_divergence_without_a_name_compiles_inside_a_criterion(divergence):
     labels, teacher = torch.randint(0, 7, (3, 4)), torch.randn(3, 4, 7)
     student = torch.randn(3, 4, 7, requires_grad=True)
     criterion = kdloss.VanillaKD(3.0, 0.4, divergence=divergence)
@@ -764,32 +764,32 @@ def test_a_divergence_without_a_name_compiles_within_a_criterion_too(divergence)
     torch.testing.assert_close(*(torch.autograd.grad(value, student) for value in values))
 
 
-MADE = {
-    "recipe": lambda: kdloss.VanillaKD(3.0, 0.4),
+MAKERS = {
+    "VanillaKD": lambda: kdloss.VanillaKD(3.0, 0.4),
     "standardized": lambda: kdloss.VanillaKD(divergence=kdloss.divergences.standardized(kdloss.divergences.dkd)),
-    "of whole batches": lambda: kdloss.VanillaKD(divergence=kdloss.divergences.standardized(kdloss.divergences.dist)),
+    "relational": lambda: kdloss.VanillaKD(divergence=kdloss.divergences.standardized(kdloss.divergences.dist)),
     "scheduled": lambda: kdloss.VanillaKD(temperature=kdloss.schedules.linear(1.0, 2.0, steps=10)),
     "task": lambda: 1.0 * kdloss.Task(lambda output, labels: output.square().mean(-1)),
 }
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch.compile traces no modules being made")
-@pytest.mark.parametrize("made", MADE)
-def test_a_criterion_made_inside_a_compiled_function_is_the_one_made_outside(made):
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch.compile cannot trace the construction of modules")
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_criterion_made_inside_a_compiled_function_equals_one_made_outside(kind):
     student, teacher, labels = torch.randn(3, 7, requires_grad=True), torch.randn(3, 7), torch.tensor([0, 6, 2])
 
     def loss(s, t, y):
-        return MADE[made]()(s, t, y)
+        return MAKERS[kind]()(s, t, y)
 
     torch._dynamo.reset()
-    values = [way(student, teacher, labels) for way in (torch.compile(loss, fullgraph=True, backend="eager"), loss)]
+    values = [f(student, teacher, labels) for f in (torch.compile(loss, fullgraph=True, backend="eager"), loss)]
     torch.testing.assert_close(*values)
     torch.testing.assert_close(*(torch.autograd.grad(value, student) for value in values))
 
 
-@pytest.mark.skipif(torch.__version__ >= (2, 13), reason="torch.compile traces modules being made")
+@pytest.mark.skipif(torch.__version__ >= (2, 13), reason="torch.compile traces the construction of modules")
 @since_torch(2, 10)
-def test_a_criterion_made_inside_a_compiled_function_breaks_the_graph_or_is_refused_by_name():
+def test_a_criterion_made_inside_a_compiled_function_breaks_the_graph_or_is_refused_with_a_reason():
     student, teacher, labels = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([0, 6, 2])
 
     def loss(s, t, y):
@@ -805,28 +805,29 @@ def test_a_criterion_made_inside_a_compiled_function_breaks_the_graph_or_is_refu
     torch.testing.assert_close(broken, loss(student, teacher, labels))
 
 
-# -- no classes: one output, numbers, several yes or no --
+# -- outputs without classes: one number, several binary outputs --
 
-ONE = "one class.*logit_mse.*bernoulli_kl"
-OF_CLASSES = [n for n in kdloss.divergences.__all__ if n not in ("logit_mse", "bernoulli_kl")]
-AROUND = {
+ONE_CLASS_ERROR = "one class.*logit_mse.*bernoulli_kl"
+NEEDS_CLASSES = [n for n in kdloss.divergences.__all__ if n not in ("logit_mse", "bernoulli_kl")]
+# How the divergences that need further arguments get them.
+COMPLETE = {
     "standardized": lambda f: f(kdloss.divergences.forward_kl),
     "with_teacher_temperature": lambda f: f(kdloss.divergences.forward_kl, 4.0),
     "sinkhorn": partial(partial, cost=torch.zeros(1, 1)),
 }
 
 
-@pytest.mark.parametrize("name", OF_CLASSES)
+@pytest.mark.parametrize("name", NEEDS_CLASSES)
 def test_a_divergence_of_probabilities_refuses_one_class(name):
     divergence = getattr(kdloss.divergences, name)
-    divergence = AROUND.get(name, partial)(divergence)
+    divergence = COMPLETE.get(name, partial)(divergence)
     student, teacher = torch.randn(8, 1), torch.randn(8, 1)
     lazy = kdloss.LazyLogits(torch.randn(8, 3), torch.randn(1, 3))
     for s in (student, lazy):
-        with pytest.raises(ValueError, match=ONE):
+        with pytest.raises(ValueError, match=ONE_CLASS_ERROR):
             kdloss.VanillaKD(1.0, 0.0, divergence=divergence)(s, teacher, torch.zeros(8).long())
     criterion = kdloss.Logits(kdloss.divergences.logit_mse) + kdloss.Logits(divergence, name="second")
-    with pytest.raises(ValueError, match=ONE):
+    with pytest.raises(ValueError, match=ONE_CLASS_ERROR):
         criterion(student, teacher, torch.zeros(8).long())
 
 
@@ -838,9 +839,9 @@ def test_a_cross_entropy_refuses_one_class_whatever_the_labels_are():
         (torch.rand(8, 1), TypeError),
     ):
         for criterion in (kdloss.VanillaKD(1.0, 0.5), kdloss.VanillaKD(1.0, 1.0), 1.0 * kdloss.CrossEntropy()):
-            with pytest.raises(error, match=r"one class.*kdloss\.Task") as told:
+            with pytest.raises(error, match=r"one class.*kdloss\.Task") as raised:
                 criterion(student, teacher, labels)
-            assert ".long()" not in str(told.value)
+            assert ".long()" not in str(raised.value)
 
 
 def test_a_common_vocabulary_of_one_class_is_refused():
@@ -850,23 +851,23 @@ def test_a_common_vocabulary_of_one_class_is_refused():
         )
 
 
-def test_one_output_is_distilled_by_what_the_error_says():
+def test_one_output_is_distilled_by_the_terms_that_the_error_names():
     s, t = torch.randn(8, 1, dtype=torch.float64, requires_grad=True), torch.randn(8, 1, dtype=torch.float64)
     y = torch.rand(8, dtype=torch.float64)
     task = kdloss.Task(lambda output, labels: (output.logits.squeeze(-1) - labels).square())
-    found = (task + kdloss.Logits(kdloss.divergences.logit_mse))(Output(logits=s), Output(logits=t), y)
+    loss = (task + kdloss.Logits(kdloss.divergences.logit_mse))(Output(logits=s), Output(logits=t), y)
     expected = ((s.squeeze(-1) - y) ** 2).mean() + ((s - t) ** 2).mean()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, s), torch.autograd.grad(expected, s))
-    found = kdloss.VanillaKD(1.0, 0.0, divergence=kdloss.divergences.bernoulli_kl)(s, t, y)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, s), torch.autograd.grad(expected, s))
+    loss = kdloss.VanillaKD(1.0, 0.0, divergence=kdloss.divergences.bernoulli_kl)(s, t, y)
     p, q = t.sigmoid(), s.sigmoid()
     expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, s), torch.autograd.grad(expected, s))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, s), torch.autograd.grad(expected, s))
 
 
 @pytest.mark.parametrize("labels", [torch.rand(8), torch.rand(8, 3), torch.full((8, 4), torch.nan)])
-def test_float_labels_that_no_term_reads_are_not_looked_at(labels):
+def test_float_labels_that_no_term_reads_are_not_checked(labels):
     s, t = torch.randn(8, 5), torch.randn(8, 5)
     for criterion in (kdloss.VanillaKD(1.0, 0.0, check_finite=True), 0.0 * kdloss.CrossEntropy() + kdloss.Logits()):
         assert criterion(s, t, labels) == criterion(s, t)
@@ -876,19 +877,19 @@ def test_float_labels_that_no_term_reads_are_not_looked_at(labels):
     ("labels", "error"),
     [(torch.rand(8), TypeError), (torch.rand(8, 3), ValueError), (torch.ones(8, 5).long(), ValueError)],
 )
-def test_labels_that_are_no_classes_are_told_their_ways(labels, error):
+def test_the_error_for_labels_that_are_not_classes_names_the_alternatives(labels, error):
     for criterion in (kdloss.VanillaKD(1.0, 0.5), 1.0 * kdloss.CrossEntropy()):
         with pytest.raises(error, match=r"kdloss\.Task.*logit_mse.*binary_cross_entropy_with_logits.*bernoulli_kl"):
             criterion(torch.randn(8, 5), torch.randn(8, 5), labels)
 
 
-def test_several_yes_or_no_are_distilled_by_what_the_error_says():
+def test_several_binary_outputs_are_distilled_by_the_terms_that_the_error_names():
     s, t = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5)
     y = torch.randint(0, 2, (8, 5)).float()
     task = kdloss.Task(torch.nn.functional.binary_cross_entropy_with_logits)
-    found = (task + kdloss.Logits(kdloss.divergences.bernoulli_kl))(s, t, y)
+    loss = (task + kdloss.Logits(kdloss.divergences.bernoulli_kl))(s, t, y)
     p, q = t.sigmoid(), s.sigmoid()
     expected = -(y * q.log() + (1 - y) * (1 - q).log()).mean()
     expected = expected + (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(-1).mean()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, s), torch.autograd.grad(expected, s), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, s), torch.autograd.grad(expected, s), rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Every distance in its place: in `FeatureKD`, on models, under peft and in an optimizer."""
+"""Every distance in use: in `FeatureKD`, on models, with peft and with an optimizer."""
 
 import inspect
 from functools import partial
@@ -35,7 +35,7 @@ def criterion_for(name, **settings):
     options = OPTIONS.get(name, {})
     distance = getattr(distances, name)
     settings = {"distance": partial(distance, **options) if options else distance, "alpha": 0.0, **settings}
-    if name in QKV:  # BERT's projections, side by side
+    if name in QKV:  # BERT's projections, concatenated
         pairs = [(0, 1), (2, 4)]
         return kdloss.FeatureKD(pairing=[(qkv(name, s), qkv(name, t)) for s, t in pairs], **settings)
     return kdloss.FeatureKD("auto", **settings)
@@ -46,7 +46,7 @@ def models():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_distance_trains_a_narrower_student_blind_to_what_is_padded(name):
+def test_every_distance_trains_a_narrower_student_and_ignores_padding(name):
     teacher, student = models()
     data = batch("bert")
     data["attention_mask"][0, -2:] = 0
@@ -63,14 +63,14 @@ def test_every_distance_trains_a_narrower_student_blind_to_what_is_padded(name):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in distill.criterion.parameters())
     assert max(g.abs().max() for g in trained) > 0
     if name == "CRD":
-        return  # its memory has moved on
-    # Which token is padded is seen by nothing, neither by attention nor by the loss.
+        return  # the first step has changed its memory
+    # Other padding tokens change nothing, because neither attention nor the loss reads them.
     data["input_ids"][0, -2:] = (data["input_ids"][0, -2:] + 1) % 7
     torch.manual_seed(0)
     torch.testing.assert_close(distill(student, **data).loss, out.loss)
 
 
-# CRD's memory fills with this very batch, so that its negatives grow harder: see test_module_distances.
+# Without CRD: its memory fills with this same batch, so its negatives become harder; see test_module_distances.
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"CRD"}))
 def test_an_optimizer_lowers_every_distance(name):
     teacher, student = models()
@@ -85,38 +85,38 @@ def test_an_optimizer_lowers_every_distance(name):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    # Features after a layer norm are of one size at every position: attention transfer has nothing to do.
+    # After a layer norm, features have the same norm at every position, so attention transfer starts at 0.
     assert losses[-1] < (1e-6 if name == "attention_transfer" else losses[0])
 
 
-def test_a_tuple_of_names_is_their_outputs_side_by_side():
+def test_a_tuple_of_module_names_stands_for_their_concatenated_outputs():
     teacher, student = models()
     distill = kdloss.Distiller(teacher, criterion_for("minilm"))
     out = distill(student.eval(), **batch("bert"))
-    part = "bert.encoder.layer.{}.attention.self.{}"
+    module_name = "bert.encoder.layer.{}.attention.self.{}"
     values = []
     for s, t in ((0, 1), (2, 4)):
-        sides = []
+        outputs = []
         for model, i in ((student, s), (teacher.eval(), t)):
-            names = [part.format(i, x) for x in QKV["minilm"]]
+            names = [module_name.format(i, x) for x in QKV["minilm"]]
             inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
             with kdloss.capture(model, names) as seen:
                 model(**inputs)
-            sides.append(torch.cat([seen[n] for n in names], -1))
+            outputs.append(torch.cat([seen[n] for n in names], -1))
         keep = batch("bert")["labels"] != -100
         keep &= batch("bert")["attention_mask"].bool()
-        value = kdloss.masked(partial(kdloss.distances.minilm, heads=2), *sides, keep)
+        value = kdloss.masked(partial(kdloss.distances.minilm, heads=2), *outputs, keep)
         values.append(value)
     torch.testing.assert_close(out.loss, torch.stack(values).mean())
     assert "+" in next(name for name in out.components if name.startswith("feature/"))
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # raised inside peft
 @pytest.mark.parametrize(
     "settings",
     [{}, {"projection": kdloss.projections.mlp}, {"shared": True}, {"distance": kdloss.distances.VID}],
 )
-def test_projections_train_beside_a_peft_student(settings):
+def test_projections_train_together_with_a_peft_student(settings):
     peft = pytest.importorskip("peft")
     teacher, student = build("gpt2", width=24, depth=4), build("gpt2", seed=1)
     lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
@@ -131,15 +131,15 @@ def test_projections_train_beside_a_peft_student(settings):
         distill(student, **batch("gpt2")).loss.backward()
         optimizer.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
-    again = kdloss.FeatureKD("auto", **settings)
-    kdloss.Distiller(teacher, again).prepare(student)
-    again.load_state_dict(criterion.state_dict())
+    restored = kdloss.FeatureKD("auto", **settings)
+    kdloss.Distiller(teacher, restored).prepare(student)
+    restored.load_state_dict(criterion.state_dict())
     with torch.no_grad():
-        losses = [kdloss.Distiller(teacher, c)(student.eval(), **batch("gpt2")).loss for c in (criterion, again)]
+        losses = [kdloss.Distiller(teacher, c)(student.eval(), **batch("gpt2")).loss for c in (criterion, restored)]
     assert torch.equal(*losses)
 
 
-def test_every_distance_says_where_its_formula_comes_from():
+def test_every_distance_documents_its_errors_an_example_and_its_source():
     for name in NAMES:
         text = inspect.getdoc(getattr(distances, name))
         assert "Raises:" in text, name
@@ -147,7 +147,7 @@ def test_every_distance_says_where_its_formula_comes_from():
         assert "arXiv" in text or "20" in text or name in ("normalized_mse", "standardized_mse"), name
 
 
-def test_maps_of_several_modules_stand_side_by_side_along_their_channels():
+def test_maps_of_several_modules_are_concatenated_along_their_channels():
     def tower():
         return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 1))
 
@@ -162,9 +162,9 @@ def test_maps_of_several_modules_stand_side_by_side_along_their_channels():
     torch.testing.assert_close(loss, (flows[0] - flows[1]).square().sum((1, 2)).mean())
 
 
-@since_transformers_5  # which return attention maps when they are not asked to
-def test_what_counts_of_an_output_can_be_named():
-    """The attention maps that an eager model returns, heads as channels: TinyBERT's form."""
+@since_transformers_5  # earlier versions return attention maps only on request
+def test_take_selects_one_entry_of_a_modules_output():
+    """As in TinyBERT, compare the attention maps that an eager model returns, with heads as channels."""
     teacher, student = (build("bert", depth=3, seed=seed) for seed in (0, 1))
     for model in (teacher, student):
         model.set_attn_implementation("eager")

@@ -1,4 +1,4 @@
-"""Which blocks, against which."""
+"""Selecting blocks, pairing them, and finding them in a model."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from kdloss.layers.names import resolve, unwrap
 from kdloss.layers.select import STRATEGIES
 
 
-def test_strategies_choose_what_the_guide_says_of_twelve_blocks():
+def test_strategies_choose_the_blocks_that_the_guide_lists_for_twelve_blocks():
     chosen = {name: kdloss.layers.select(name, 12) for name in STRATEGIES}
     assert chosen == {
         "auto": [0, 3, 6, 9],
@@ -32,7 +32,7 @@ def test_strategies_choose_what_the_guide_says_of_twelve_blocks():
 
 
 @given(depth=st.integers(1, 100), name=st.sampled_from(sorted(STRATEGIES)))
-def test_every_strategy_gives_ascending_existing_blocks_at_any_depth(depth, name):
+def test_every_strategy_chooses_existing_blocks_in_ascending_order_at_any_depth(depth, name):
     chosen = kdloss.layers.select(name, depth)
     assert chosen
     assert chosen == sorted(set(chosen))
@@ -51,12 +51,12 @@ def test_every_strategy_gives_ascending_existing_blocks_at_any_depth(depth, name
         ([True], TypeError, "integer"),
     ],
 )
-def test_a_selection_that_does_not_exist_is_refused_showing_what_does(layers, error, match):
+def test_an_invalid_selection_is_refused_with_the_valid_choices(layers, error, match):
     with pytest.raises(error, match=match):
         kdloss.layers.select(layers, 12)
 
 
-def test_pairings_of_four_student_blocks_in_twelve_teacher_blocks():
+def test_pairings_of_four_student_blocks_with_twelve_teacher_blocks():
     def teachers(pairing, **settings):
         pairs = kdloss.layers.pair([0, 1, 2, 3], 4, 12, pairing, **settings)
         assert [w for *_, w in pairs] == [1 / len(pairs)] * len(pairs)
@@ -74,7 +74,7 @@ def test_pairings_of_four_student_blocks_in_twelve_teacher_blocks():
 
 
 @given(student=st.integers(1, 40), teacher=st.integers(1, 40))
-def test_uniform_keeps_relative_depth_last_to_last(student, teacher):
+def test_uniform_pairing_keeps_relative_depths_and_pairs_the_last_blocks(student, teacher):
     pairs = kdloss.layers.pair(list(range(student)), student, teacher)
     partners = [t for _, t, _ in pairs]
     assert partners == sorted(partners)
@@ -83,7 +83,7 @@ def test_uniform_keeps_relative_depth_last_to_last(student, teacher):
         assert abs(t - s * (teacher - 1) / (student - 1)) <= 0.5
 
 
-def test_random_draws_anew_in_ascending_order_from_torchs_generator():
+def test_random_pairing_draws_ascending_blocks_from_torchs_generator_at_every_call():
     draws = {tuple(kdloss.layers.pair([0, 1, 2], 3, 12, "random")) for _ in range(50)}
     assert len(draws) > 10
     assert all([t for _, t, _ in d] == sorted({t for _, t, _ in d}) for d in draws)
@@ -120,36 +120,36 @@ def test_random_draws_anew_in_ascending_order_from_torchs_generator():
         ([0, 1], TypeError, "pairs"),
     ],
 )
-def test_a_pairing_that_does_not_fit_a_shallow_teacher_is_refused(pairing, error, match):
+def test_a_pairing_that_is_invalid_for_a_shallow_teacher_is_refused(pairing, error, match):
     with pytest.raises(error, match=match):
         kdloss.layers.pair([0, 1, 2, 3], 4, 3, pairing)
 
 
-def test_weights_are_taken_as_they_are_and_allow_several_teachers_for_one_student_block():
-    given = [(3, 1, 2), (3, -1, 0.25), (0, 1, 0)]
-    assert kdloss.layers.pair([], 4, 12, given) == [(3, 1, 2.0), (3, 11, 0.25), (0, 1, 0.0)]
+def test_weights_are_not_normalised_and_allow_several_teacher_blocks_per_student_block():
+    pairs = [(3, 1, 2), (3, -1, 0.25), (0, 1, 0)]
+    assert kdloss.layers.pair([], 4, 12, pairs) == [(3, 1, 2.0), (3, 11, 0.25), (0, 1, 0.0)]
     assert kdloss.layers.pair([0], 4, 12, lambda selected, s, t: [(0, 0, 0.1)]) == [(0, 0, 0.1)]
     assert kdloss.layers.pair([], 4, 12, [(0, 5), (1, 5)]) == [(0, 5, 0.5), (1, 5, 0.5)]
 
 
-def test_negative_indices_are_shown_as_what_they_mean_once_depths_are_known():
-    shown = [
+def test_repr_shows_the_blocks_of_negative_indices_once_depths_are_known():
+    cases = [
         (kdloss.FeatureKD([0, -1]), "layers=[0, -1], pairing='uniform', depths=None"),
         (kdloss.FeatureKD([0, -1], depths=(4, 8)), "layers=[0, 3], pairing='uniform', depths=(4, 8)"),
         (kdloss.FeatureKD(pairing=[(-1, -2)], depths=(4, 8)), "layers='auto', pairing=[(3, 6, 1.0)]"),
         (kdloss.FeatureKD(["a.-1"], pairing="same"), "layers=['a.-1'], pairing='same', depths=None"),
     ]
-    for criterion, expected in shown:
+    for criterion, expected in cases:
         assert expected in repr(criterion)
 
 
 @pytest.mark.parametrize("pairing", ["uniform", "reverse", "all_to_one"])
-def test_a_shallower_teacher_is_enough_where_blocks_need_not_differ(pairing):
+def test_a_shallower_teacher_is_enough_for_pairings_that_may_repeat_its_blocks(pairing):
     partners = {"uniform": [0, 0, 1, 1], "reverse": [1, 1, 0, 0], "all_to_one": [1] * 4}
     assert [t for _, t, _ in kdloss.layers.pair([0, 1, 2, 3], 4, 2, pairing)] == partners[pairing]
 
 
-def test_kept_of_another_teacher_is_refused():
+def test_kept_blocks_of_another_teacher_are_refused():
     with pytest.raises(ValueError, match="the teacher it was made from"):
         kdloss.layers.pair([0], 2, 4, "kept", kept=[0, 5])
     with pytest.raises(ValueError, match="the teacher it was made from"):
@@ -157,7 +157,7 @@ def test_kept_of_another_teacher_is_refused():
 
 
 def cheapest(cost):
-    """Optimal transport as a linear program over all flows, by another solver than ours."""
+    """Return the cost of the optimal transport, which scipy finds as a linear program over all flows."""
     students, teachers = cost.shape
     rows = [np.kron(np.eye(students)[i], np.ones(teachers)) for i in range(students)]
     columns = [np.kron(np.ones(students), np.eye(teachers)[j]) for j in range(teachers)]
@@ -166,7 +166,7 @@ def cheapest(cost):
 
 
 @pytest.mark.parametrize(("students", "teachers"), [(1, 1), (1, 5), (4, 12), (3, 4), (5, 5), (6, 4), (7, 3)])
-def test_emd_is_the_cheapest_transport_in_which_every_block_has_its_share(students, teachers):
+def test_emd_is_the_optimal_transport_with_uniform_marginals(students, teachers):
     cost = np.random.default_rng(students * teachers).random((students, teachers))
     distances = {(2 * i, j): torch.tensor(c) for (i, j), c in np.ndenumerate(cost)}
     flow = np.zeros_like(cost)
@@ -206,7 +206,7 @@ def test_learned_pairings_may_choose_from_all_teacher_blocks():
     assert kdloss.layers.pair([0, 2], 3, 4, partial(kdloss.layers.pair_by_attention, scale=0.1)) == pairs
 
 
-def test_resolutions_that_both_have_pair_their_last_blocks():
+def test_pairing_by_resolution_pairs_the_last_blocks_of_each_common_resolution():
     student = [(16, 16), (8, 8), (8, 8), (2, 2)]
     teacher = [(16, 16), (16, 16), (16, 8), (8, 8), (4, 4)]
     assert kdloss.layers.pair_by_resolution(student, teacher) == [(0, 1, 0.5), (2, 3, 0.5)]
@@ -217,7 +217,7 @@ def test_resolutions_that_both_have_pair_their_last_blocks():
 
 
 class Wrapper(nn.Module):
-    """What DDP looks like from outside."""
+    """A wrapper that holds its model as `module`, like DDP."""
 
     def __init__(self, module):
         super().__init__()
@@ -236,7 +236,7 @@ class Stack(nn.Module):
         return self.head(x)
 
 
-def test_wrapper_prefixes_are_seen_through():
+def test_wrappers_are_unwrapped_and_their_name_prefixes_ignored():
     model, compiled = Stack(), partial(torch.compile, backend="eager")
     for wrapped in (Wrapper(model), compiled(model), Wrapper(compiled(Wrapper(model)))):
         assert unwrap(wrapped) is model
@@ -245,7 +245,7 @@ def test_wrapper_prefixes_are_seen_through():
             assert resolve(wrapped, name) is model.body[1]
 
 
-def test_a_peft_model_is_seen_through():
+def test_blocks_are_found_inside_a_peft_model_and_a_wrapped_model_with_stages():
     from peft import LoraConfig, get_peft_model
 
     model = Stack()
@@ -259,12 +259,12 @@ def test_a_peft_model_is_seen_through():
     assert resolve(lora, "body.2") is block[2]
 
 
-def test_an_unknown_name_is_refused_with_near_ones():
+def test_an_unknown_name_is_refused_with_similar_names():
     with pytest.raises(ValueError, match=r"no module 'body\.7'.*'body\.[012]'"):
         resolve(Stack(), "body.7")
 
 
-def test_several_lists_of_blocks_are_listed_and_one_can_be_named():
+def test_several_lists_of_blocks_are_listed_in_the_error_and_one_can_be_named():
     both = nn.ModuleDict({"left": Stack(2), "right": Stack(5)})
     with pytest.raises(ValueError, match=r"right\.body': 5, 'left\.body': 2.*blocks='right\.body'"):
         kdloss.layers.find_blocks(both)
@@ -288,7 +288,7 @@ def blocks(depth):
 
 
 class WithExtras(nn.Module):
-    """Blocks with experts inside, a stem, and a list of heads."""
+    """A model with experts inside its blocks, a stem, and a list of heads."""
 
     def __init__(self):
         super().__init__()
@@ -297,7 +297,7 @@ class WithExtras(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(4, 2) for _ in range(5))
 
 
-def test_experts_stems_and_lists_of_heads_are_no_blocks():
+def test_experts_stems_and_lists_of_heads_are_not_blocks():
     model = WithExtras()
     assert list(kdloss.layers.find_blocks(model)) == list(model.body)
     model.body.append(Stack())
@@ -308,43 +308,43 @@ def test_experts_stems_and_lists_of_heads_are_no_blocks():
         kdloss.layers.find_blocks(model)
 
 
-def test_a_second_list_of_blocks_as_for_predicting_several_tokens_is_named_too():
+def test_a_second_list_of_blocks_for_multi_token_prediction_is_named_in_the_error():
     model = WithExtras()
     model.multi_token = nn.ModuleList(blocks(1))
     with pytest.raises(ValueError, match=r"\{'body': 3, 'multi_token': 1\}"):
         kdloss.layers.find_blocks(model)
 
 
-def test_blocks_may_be_an_nn_sequential_or_stand_in_numbered_stages():
-    def lists(**parts):
-        return {name: len(found) for name, found in block_lists(nn.ModuleDict(parts)).items()}
+def test_blocks_are_found_in_an_nn_sequential_and_in_numbered_stages():
+    def lists(**modules):
+        return {name: len(members) for name, members in block_lists(nn.ModuleDict(modules)).items()}
 
-    whole = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*blocks(3)), nn.Linear(4, 2))
-    assert lists(net=whole) == {"net.1": 3}
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*blocks(3)), nn.Linear(4, 2))
+    assert lists(net=net) == {"net.1": 3}
     assert len(kdloss.layers.find_blocks(nn.Sequential(*blocks(3)))) == 3
     first, second = nn.Sequential(*blocks(1)), nn.Sequential(*blocks(2))
     staged = nn.ModuleDict({"conv2_x": first, "conv3_x": second})
     assert list(kdloss.layers.find_blocks(staged)) == [*first, *second]
     assert lists(conv2_x=first, conv3_x=second) == {"conv*_x": 3}
-    held = {f"block{i}": nn.ModuleDict({"layer": stage}) for i, stage in enumerate((first, second))}
-    assert lists(**held) == {"block*.layer": 3}
+    stages = {f"block{i}": nn.ModuleDict({"layer": stage}) for i, stage in enumerate((first, second))}
+    assert lists(**stages) == {"block*.layer": 3}
     assert lists(stages=nn.ModuleList([first, second])) == {"stages.*": 3}
-    assert lists(stages=nn.ModuleList(held.values())) == {"stages.*.layer": 3}
-    assert lists(stages=nn.Sequential(*held.values())) == {"stages.*.layer": 3}
+    assert lists(stages=nn.ModuleList(stages.values())) == {"stages.*.layer": 3}
+    assert lists(stages=nn.Sequential(*stages.values())) == {"stages.*.layer": 3}
     assert lists(encoder1=nn.ModuleList(blocks(1)), encoder2=nn.ModuleList(blocks(2))) == {
         "encoder1": 1,
         "encoder2": 2,
     }
 
 
-def test_blocks_that_are_wrapped_one_by_one_are_still_equal():
+def test_blocks_that_are_wrapped_individually_are_still_one_list_of_blocks():
     model = WithExtras()
     model.body[1] = torch.compile(model.body[1], backend="eager")
     model.body[2] = Wrapper(model.body[2])
     assert list(kdloss.layers.find_blocks(model)) == list(model.body)
 
 
-def test_a_model_without_blocks_is_told_to_name_modules():
+def test_the_error_for_a_model_without_blocks_says_to_name_modules():
     with pytest.raises(ValueError, match=r"name the modules instead.*layers=\['0'\]"):
         kdloss.layers.find_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert block_lists(nn.ModuleDict({"mixed": nn.ModuleList([nn.ReLU(), nn.Tanh()])})) == {}

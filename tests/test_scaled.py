@@ -1,4 +1,4 @@
-"""Gradients times what comes from above keep its digits, on accelerators, too."""
+"""Multiplying gradients by the upstream gradient loses no digits, also on accelerators."""
 
 import logging
 
@@ -10,7 +10,7 @@ from kdloss.engine import scaled, switch
 
 @pytest.fixture(autouse=True)
 def as_on_an_accelerator(monkeypatch):
-    """With little to multiply at a time."""
+    """Take the code path of accelerators on a CPU, with small parts."""
     monkeypatch.setattr(scaled, "on_cpu", lambda device: False)
     monkeypatch.setattr(scaled, "PART", 8)
     monkeypatch.setattr(scaled, "_compiled", [])
@@ -19,14 +19,14 @@ def as_on_an_accelerator(monkeypatch):
 
 @pytest.fixture
 def compiles(monkeypatch):
-    """How often something is compiled; run as it is."""
-    seen = []
-    monkeypatch.setattr(torch, "compile", lambda f: seen.append(f) or f)
-    return seen
+    """Record the functions that are compiled, and run them uncompiled."""
+    functions = []
+    monkeypatch.setattr(torch, "compile", lambda f: functions.append(f) or f)
+    return functions
 
 
 def third(dtype):
-    """A gradient, and a third of it, in float64 and then rounded."""
+    """Return a gradient and a third of it, computed in float64 and rounded once."""
     gradient = torch.randn(5, 6).to(dtype)
     return gradient, (gradient.double() / 3).to(dtype)
 
@@ -37,16 +37,16 @@ def test_a_third_of_a_gradient_is_rounded_once(dtype, compiled, compiles):
     switch.set_compile(compiled)
     gradient, expected = third(dtype)
     for by in (torch.tensor(1 / 3, dtype=torch.float64), torch.tensor(1.0)):
-        found, nothing = scaled.scaled([gradient, None], by)
-        assert found is gradient
+        result, nothing = scaled.scaled([gradient, None], by)
+        assert result is gradient
         assert nothing is None
-        torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
-        if dtype.itemsize < 4:  # a third that is rounded to 16 bits itself changes every fourth
-            assert (found != expected).sum() <= 1
+        torch.testing.assert_close(result, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        if dtype.itemsize < 4:  # if 1/3 were rounded to 16 bits first, a quarter of the entries would differ
+            assert (result != expected).sum() <= 1
     assert len(compiles) == compiled
 
 
-def test_what_lies_otherwise_in_memory_and_little_is_multiplied_uncompiled(compiles):
+def test_non_contiguous_and_small_gradients_are_multiplied_uncompiled(compiles):
     switch.set_compile(True)
     for gradient in (torch.randn(6, 5).T, torch.randn(7)):
         expected = gradient.double() / 3
@@ -54,7 +54,7 @@ def test_what_lies_otherwise_in_memory_and_little_is_multiplied_uncompiled(compi
     assert not compiles
 
 
-def test_without_a_compiler_it_is_multiplied_uncompiled_which_is_said_once(monkeypatch, caplog):
+def test_without_a_compiler_gradients_are_multiplied_uncompiled_with_one_warning(monkeypatch, caplog):
     def none(function):
         raise RuntimeError("no compiler here")
 

@@ -1,4 +1,4 @@
-"""Settings with which the examples run in a second: a little text, a tiny teacher, a tiny student."""
+"""Settings with which the examples run in a second: a short text, a tiny teacher, a tiny student."""
 
 import json
 import multiprocessing
@@ -17,14 +17,14 @@ SENTENCES = [
 
 
 def data(folder):
-    """A .jsonl file of sentences."""
+    """Write a .jsonl file of sentences and return its path."""
     file = folder / "numbers.jsonl"
     file.write_text("\n".join(json.dumps({"id": str(i), "note": s}) for i, s in enumerate(SENTENCES)))
     return file
 
 
 def flags(file, output, teachers=None, **more):
-    """The command line of a tiny run."""
+    """Return the command line of a tiny run."""
     settings = {
         "data": file, "samples": 400, "heldout_samples": 40, "max_length": 16, "vocabulary": 300,
         "teacher_width": 32, "teacher_layers": 3, "teacher_heads": 2, "teacher_lr": 5e-3,
@@ -37,7 +37,7 @@ def flags(file, output, teachers=None, **more):
 
 
 def script(code, *arguments):
-    """Run Python code in a process of its own, which has all imported: its exit code and standard error."""
+    """Run Python code in a separate process with everything imported; return its exit code and standard error."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["distill_lm"])
     with tempfile.NamedTemporaryFile() as said:

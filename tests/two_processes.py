@@ -1,4 +1,4 @@
-"""What each of two gloo processes runs: torchrun --nproc-per-node 2 tests/two_processes.py OUTPUT FLAGS."""
+"""Training in each of two gloo processes: torchrun --nproc-per-node 2 tests/two_processes.py OUTPUT FLAGS."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ import kdloss
 
 STEPS = 3
 SHARED = {"projection": kdloss.projections.mlp, "shared": True, "distance": kdloss.distances.VID}
-CASES = {  # how the student is wrapped, whether the teacher is sharded, whether its pass ends early, ...
+CASES = {  # how the student is wrapped, whether the teacher is sharded, whether its pass stops early, settings
     "ddp": ("ddp", False, False),
     "fsdp": ("fsdp", False, False),
     "fsdp, sharded teacher": ("fsdp", True, False),
@@ -41,7 +41,7 @@ def whole(tensor):
 
 
 def train(wrap=None, sharded=False, early=False, settings=()):
-    """A few steps on this process's share of the batch: gradients, norms before clipping, weights."""
+    """Train on this process's share of the batch; return gradients, gradient norms before clipping, and weights."""
     teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
     torch.manual_seed(0)
     weight = 0.0 if early else 1.0
@@ -68,7 +68,7 @@ def train(wrap=None, sharded=False, early=False, settings=()):
     found = {"gradients": [], "norms": []}
     for _ in range(STEPS):
         step(**mine, num_items_in_batch=items).loss.backward()
-        if wrap == "ddp of the student alone":  # projections are outside, so they are averaged by hand
+        if wrap == "ddp of the student alone":  # projections are outside DDP, so their gradients are averaged here
             for parameter in criterion.parameters():
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= world
@@ -82,9 +82,9 @@ def train(wrap=None, sharded=False, early=False, settings=()):
 
 
 def main(output, flags):
-    """FSDP, then DDP, the cases above between them: killed at any time, it goes on with what is missing.
+    """Run FSDP, the cases above, and DDP; after a kill at any time, a new call runs only what is missing.
 
-    All in one process group: a second one in the same process can meet the first one's addresses in
+    Everything uses one process group: a second one in the same process can find the addresses of the first in
     torchrun's store, and hang.
     """
     file = output / f"{os.environ['RANK']}.pt"
