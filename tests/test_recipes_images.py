@@ -147,9 +147,7 @@ def test_nkd_weighs_the_label_by_the_teachers_probability_and_the_other_classes_
         others = [torch.log_softmax(x["fc"][~is_label].view(B, -1), 1) for x in (t, s)]
         soft_label = -(log_p[is_label].exp() * log_q[is_label]).mean()
         non_target = -(others[0].exp() * others[1]).sum(1).mean()
-        entropy = (
-            -(others[0].exp() * others[0]).sum(1).mean()
-        )  # our loss is a KL divergence: the cross-entropy minus this entropy
+        entropy = -(others[0].exp() * others[0]).sum(1).mean()  # our KL divergence leaves it out
         return ce(s) + soft_label + 1.5 * (non_target - entropy)
 
     assert_matches(page("NKD").criterion, paper, Net(), Net())
