@@ -25,7 +25,7 @@ def test_a_case_depends_only_on_its_number(number):
     assert draw(1, number).words != one.words
 
 
-def test_400_cases_cover_every_option_of_a_criterion():
+def test_400_cases_cover_the_options_of_a_criterion():
     words = " ".join(word for number in range(400) for word in draw(0, number).words)
     kinds = ("lazy student", "lazy teacher", "top-k", "teacher=all", "TokenMap", "truncate", "causal", "overwrite")
     kinds += ("kept by mask", "ignored", "soft labels", "-inf", "huge", "garbage=nan", "FeatureKD", "projection")

@@ -350,7 +350,7 @@ def test_schedules_multiply_terms(schedule):
 def test_a_batch_without_labels_and_with_zero_items_gives_zero_loss_and_zero_gradients(name, causal, items, positions):
     if positions == "mask" and name in ("ce", "smooth"):
         pytest.skip("cross-entropy with class labels takes its positions from the labels")
-    for others in (0.0, 0.5):  # at 0.5, with a term on logits and a term that compares positions with each other
+    for others in (0.0, 0.5):  # weights of a term on logits and of one that compares positions
         batch = Batch(causal)
         batch.labels = torch.full_like(batch.labels, -100)
         terms = [made(name, positions=positions) if positions == "mask" else made(name)]
