@@ -1,4 +1,4 @@
-"""What each of two gloo processes runs: cache_rank.py FOLDER STORE DIES_AT, STORE a file or torchrun's."""
+"""The script of each of two gloo processes: cache_rank.py FOLDER STORE DIES_AT; STORE is a file or "torchrun"."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def main(folder, store, dies_at):
 
         caching.Teacher.forward = dying
     caching.write(folder)
-    assert len(caching.kdloss.cache.open(folder, tokenizer=caching.tokenizer())) == 10  # on every rank
+    assert len(caching.kdloss.cache.open(folder, tokenizer=caching.tokenizer())) == 10  # every rank can open it
     dist.destroy_process_group()
 
 

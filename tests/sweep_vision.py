@@ -1,15 +1,15 @@
-"""What `FeatureKD()` does with the models of timm and torchvision: `python tests/sweep_vision.py [name ...]`.
+"""Run `FeatureKD()` on the models of timm and torchvision: `python tests/sweep_vision.py [name ...]`.
 
-Run by hand, in an environment of its own (`pip install torch==2.14.1 torchvision==0.29.1 timm einops jaxtyping`, with
-`src` in PYTHONPATH); prints the tables of docs/models.md. No weights are loaded. Each pair takes one step as a newcomer
-would write it. If kdloss refuses it, the pair takes the step again with the setting that the error names, at most three
-times.
+Run by hand, in a separate environment (`pip install torch==2.14.1 torchvision==0.29.1 timm einops jaxtyping`, with
+`src` in PYTHONPATH); it prints the tables of docs/models.md. No weights are loaded. Each pair takes one step as a
+newcomer would write it. If kdloss refuses it, the pair takes the step again with the setting that the error names, at
+most three times.
 
-A row is "right" where the feature loss equals one computed beside it, from plain hooks and in float64, over blocks that
-are the model's trunk: they run once and in order, everything that reaches the logits goes through each that was
-compared (without it the logits no longer depend on the picture), and they reach from the first third of the layers
-that run to the last. A layout that was told is that of the blocks: channels are the axis that stays when the picture
-grows. Anything but that and a refusal (words in capitals) is a fault.
+A row is "right" if the feature loss equals one computed separately, from plain hooks and in float64, and if the blocks
+are the model's trunk: they run once and in order, the logits depend on the picture only through each compared block
+(if its output is detached, they no longer depend on it), and the blocks reach from the first third of the layers that
+run to the last third. A layout that an error names must be that of the blocks: the axis of the channels keeps its size
+when the picture grows. Every other result except a refusal is a fault, which is printed in capitals.
 """
 
 import re
@@ -52,7 +52,7 @@ mobilenet_v3_small mobilenet_v3_large, densenet121 densenet161, inception_v3 inc
 shufflenet_v2_x0_5 shufflenet_v2_x1_0, squeezenet1_0 squeezenet1_1, mnasnet0_5 mnasnet1_0,
 regnet_x_400mf regnet_x_800mf, swin_t swin_b, swin_v2_t swin_v2_b, vit_b_32 vit_b_32, maxvit_t maxvit_t
 """
-SAID = {
+HINTS = {  # in errors: the settings that they name
     "blocks": r"blocks='([^']+)'",
     "pairing": r"pairing='(resolution)'",
     "resize": r"resize=kdloss\.resize\.(pool)",
@@ -78,7 +78,7 @@ def build(source, name, size):
 
 
 def picture_size(source, *names):
-    """The size that both models want; None where any does."""
+    """The picture size that both models need; None if any size works."""
     if source == "torchvision":
         return 224 if any(n.startswith(("vit", "swin", "maxvit")) for n in names) else None
     import timm
@@ -89,7 +89,7 @@ def picture_size(source, *names):
 
 
 def step(student, teacher, x, settings):
-    """A newcomer's step; the feature loss, and what plain hooks saw of both models' blocks."""
+    """Take a newcomer's step; return the term, its loss, and the outputs of both models' blocks from plain hooks."""
     criterion = kdloss.FeatureKD(**settings)
     distill = kdloss.Distiller(teacher, criterion).prepare(student, x)
     seen = {}
@@ -108,7 +108,7 @@ def step(student, teacher, x, settings):
 
 
 def first(output):
-    """A block's own tensor, of a tuple the first, as it is before anything changes it."""
+    """A copy of a block's output, the first tensor of a tuple, before a later layer can change it in place."""
     if isinstance(output, tuple):
         output = next(y for y in output if isinstance(y, torch.Tensor))
     if not isinstance(output, torch.Tensor):
@@ -137,11 +137,11 @@ def expected(term, seen, settings):
 
 
 class Fault(Exception):
-    """What must not be."""
+    """A result that must not happen."""
 
 
-def look_at_trunk(model, blocks, compared, x, told):
-    """Raise unless the blocks are the trunk; see above. Where the list was told, it need not be all of it."""
+def look_at_trunk(model, blocks, compared, x, named):
+    """Raise unless the blocks are the trunk, see above. A list that an error named may be a part of the trunk."""
     model.eval()
     order, handles = [], []
     for module in model.modules():
@@ -155,7 +155,7 @@ def look_at_trunk(model, blocks, compared, x, told):
         raise Fault("its blocks run several times or in another order")
     layers = [m for m in order if m not in set(blocks)]
     inside = [i for i, m in enumerate(layers) if any(m in set(b.modules()) for b in blocks)]
-    if inside and not told and (inside[0] > len(layers) / 3 or inside[-1] < len(layers) * 2 / 3):
+    if inside and not named and (inside[0] > len(layers) / 3 or inside[-1] < len(layers) * 2 / 3):
         raise Fault(f"its blocks hold layers {inside[0]} to {inside[-1]} of {len(layers)}")
     for i in compared:
         handle = blocks[i].register_forward_hook(lambda m, a, y: cut(y))
@@ -168,7 +168,7 @@ def look_at_trunk(model, blocks, compared, x, told):
 
 
 def channels(model, block, x):
-    """The axis of a map's channels: the one that stays when the picture grows; None for models of one size."""
+    """The axis of a map's channels: the one that stays when the picture grows; None for models of a fixed size."""
     shapes = []
     handle = block.register_forward_hook(lambda m, a, y: shapes.append(first(y).shape))
     try:
@@ -183,7 +183,7 @@ def channels(model, block, x):
 
 
 def look_at_layout(model, blocks, compared, x, layout):
-    """What is wrong with a layout that was told and isn't the blocks'; None where nothing is."""
+    """How a layout that an error named differs from that of the blocks; None if it doesn't."""
     for i in compared:
         axis = channels(model, blocks[i], x)
         if axis is not None and layout.split()[axis] != "c":
@@ -196,14 +196,14 @@ def weighs(module):
 
 
 def cut(output):
-    """An output without its past."""
+    """An output, detached from the graph."""
     if isinstance(output, torch.Tensor):
         return output.detach()
     return type(output)(map(cut, output)) if isinstance(output, tuple | list) else output
 
 
 def verdict(source, names):
-    """What became of a pair: a word, what was written, and how many blocks each has."""
+    """The result of a pair: the outcome, the settings or the reason, and the numbers of blocks."""
     size, settings, refused = picture_size(source, *names), {}, ""
     try:
         torch.manual_seed(0)
@@ -230,7 +230,7 @@ def verdict(source, names):
                 return "CRASH", f"{type(error).__name__}: {error}"[:200], ""
             refused = str(error)
             told = next(
-                ((k, m[1]) for k, p in SAID.items() if k not in settings and (m := re.search(p, refused))), None
+                ((k, m[1]) for k, p in HINTS.items() if k not in settings and (m := re.search(p, refused))), None
             )
             if told is None:
                 return "refused", refused[:160].replace("|", "/"), ""
@@ -258,7 +258,7 @@ def written(settings):
 
 
 def tables(rows):
-    """The page's part for vision models, of rows: source, student, teacher, outcome, setting or reason, blocks."""
+    """The page's tables of vision models, from rows: source, student, teacher, outcome, settings or reason, blocks."""
     parts = {
         "right": ("Right", '??? success "{}"', "| model | teacher | blocks |"),
         "refused, right as told": ("Right with a setting", None, "| model | teacher | add | blocks |"),

@@ -1,4 +1,4 @@
-"""Distances on queries, keys and values: what models compute themselves, and loops written out."""
+"""Distances on queries, keys and values, against the attention of models and against explicit loops."""
 
 import math
 from functools import partial
@@ -39,7 +39,7 @@ def bert(width, attention="sdpa", seed=0):
 
 
 def captured(model, names):
-    """Projections of the last block side by side, from a model with fused attention."""
+    """The concatenated projections of the last block, from a model with fused attention."""
     with torch.no_grad(), kdloss.capture(model, names) as seen:
         model(IDS, attention_mask=MASK)
     return torch.cat([seen[name] for name in names], -1)
@@ -62,8 +62,8 @@ def softmax(x):
 
 
 @families
-def test_minilm_of_projections_is_the_kl_of_the_models_own_attention_probabilities(family):
-    """And the value relations of the values, which no model computes itself."""
+def test_minilm_of_projections_is_the_kl_of_the_models_attention_probabilities_and_value_relations(family):
+    """The value relations, which no model computes, are added by explicit loops."""
     build, names, causal = FAMILIES[family]
     widths = (16, 24)
     features = [captured(build(w, seed=w), names) for w in widths]
@@ -91,8 +91,8 @@ def test_minilm_of_projections_is_the_kl_of_the_models_own_attention_probabiliti
 
 
 @families
-def test_attention_mse_is_that_of_scores_whose_softmax_are_the_models_own_probabilities(family):
-    """Scores are known up to a constant for each query: so is their gap, which is compared centred."""
+def test_attention_mse_compares_the_scores_behind_the_models_attention_probabilities(family):
+    """Probabilities determine scores up to a constant per query, so the model gives only the centred difference."""
     build, names, causal = FAMILIES[family]
     features = [captured(build(16, seed=seed), names)[..., :32].double() for seed in (1, 2)]
     gap = np.zeros((2, HEADS, 6, 6))
@@ -118,7 +118,7 @@ def test_attention_mse_by_hand_with_two_heads_a_mask_and_causality():
     queries = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 3.0]])  # one number for each head
     keys = torch.tensor([[1.0, 2.0], [3.0, 1.0], [1.0, 1.0]])
     student, teacher = torch.cat([queries, keys], -1), torch.zeros(3, 4)
-    # head 1: rows (1, 3, 1), (2, 6, 2), (0, 0, 0); head 2: (0, 0, 0), (2, 1, 1), (6, 3, 3)
+    # scores by query, head 1: (1, 3, 1), (2, 6, 2), (0, 0, 0); head 2: (0, 0, 0), (2, 1, 1), (6, 3, 3)
     every = kdloss.distances.attention_mse(student, teacher, heads=2)
     torch.testing.assert_close(every, torch.tensor([11 / 6, (44 + 6) / 6, 54 / 6]))
     earlier = kdloss.distances.attention_mse(student, teacher, heads=2, causal=True)
@@ -131,8 +131,8 @@ def test_attention_mse_by_hand_with_two_heads_a_mask_and_causality():
     torch.testing.assert_close(one, torch.tensor([11 / 6, 74 / 6, 54 / 6]))
 
 
-def test_minilm_v2_does_not_ask_for_the_same_heads_or_widths_and_cuts_anew():
-    """Twelve columns as two heads of six or six of two are the same to four relation heads of three."""
+def test_minilm_v2_splits_features_of_any_width_into_its_relation_heads():
+    """Twelve columns become four relation heads of width three, however many heads the model has."""
     torch.manual_seed(1)
     student, teacher = torch.randn(4, 36, dtype=torch.float64), torch.randn(4, 24, dtype=torch.float64)
     value = kdloss.distances.minilm_v2(student, teacher, relation_heads=4)
@@ -149,15 +149,15 @@ def test_minilm_v2_does_not_ask_for_the_same_heads_or_widths_and_cuts_anew():
     np.testing.assert_allclose(value, expected, rtol=1e-12)
 
 
-def test_parts_taken_alone_sum_to_all_parts_so_that_narrower_keys_and_values_can_be_compared():
+def test_minilm_v2_of_all_parts_is_the_sum_of_minilm_v2_of_each_part():
     student, teacher = torch.randn(2, 5, 24), torch.randn(2, 5, 36)
-    whole = kdloss.distances.minilm_v2(student, teacher, relation_heads=4)
-    alone = [
+    together = kdloss.distances.minilm_v2(student, teacher, relation_heads=4)
+    separate = [
         kdloss.distances.minilm_v2(s, t, relation_heads=4, parts=1)
         for s, t in zip(student.chunk(3, -1), teacher.chunk(3, -1), strict=True)
     ]
-    torch.testing.assert_close(sum(alone), whole)
-    assert all((x > 0.01).all() for x in alone)
+    torch.testing.assert_close(sum(separate), together)
+    assert all((x > 0.01).all() for x in separate)
 
 
 CALLS = [
@@ -169,7 +169,7 @@ every_call = pytest.mark.parametrize("distance", CALLS, ids=lambda x: x.func.__n
 
 
 @every_call
-def test_causal_means_that_later_positions_change_nothing_and_get_no_gradient(distance):
+def test_with_causal_later_positions_change_nothing_and_get_no_gradient(distance):
     student, teacher = torch.randn(2, 6, 12, requires_grad=True), torch.randn(2, 6, 12)
     value = distance(student, teacher, causal=True)
     changed = student.detach().clone()
@@ -182,15 +182,15 @@ def test_causal_means_that_later_positions_change_nothing_and_get_no_gradient(di
 
 
 @every_call
-def test_padding_left_or_right_is_as_if_it_were_not_there(distance):
+def test_padding_on_either_side_changes_nothing(distance):
     text, other = torch.randn(1, 4, 12), torch.randn(1, 4, 12)
     for causal in (False, True):
-        alone = distance(text, other, causal=causal)
+        unpadded = distance(text, other, causal=causal)
         for cut in (slice(0, 4), slice(3, 7)):
             student, teacher, mask = torch.randn(1, 7, 12), torch.randn(1, 7, 12), torch.zeros(1, 7).bool()
             student[:, cut], teacher[:, cut], mask[:, cut] = text, other, True
             value = distance(student, teacher, mask=mask, causal=causal)
-            torch.testing.assert_close(value[:, cut], alone)
+            torch.testing.assert_close(value[:, cut], unpadded)
             assert not value[~mask].any()
 
 
@@ -204,7 +204,7 @@ def test_large_scores_and_16_bit_projections_are_computed_in_float32(distance):
 
 
 @every_call
-def test_widths_that_heads_do_not_divide_are_refused_with_what_came(distance):
+def test_widths_that_heads_do_not_divide_and_invalid_heads_are_refused_with_their_values(distance):
     with pytest.raises(ValueError, match=r"multiple of \d+; got 14 \(student\) and 12 \(teacher\)"):
         distance(torch.zeros(3, 14), torch.zeros(3, 12))
     name = "relation_heads" if "relation_heads" in distance.keywords else "heads"

@@ -1,4 +1,4 @@
-"""How a cache is read: in the types on the disk, from a map of the file, tested once on a machine."""
+"""Reading a cache: the types on the disk are kept, files are memory-mapped, and checksums computed once per machine."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from kdloss.cache import _files, _intact
 
 @pytest.fixture(autouse=True)
 def marks(monkeypatch, tmp_path_factory):
-    """Where it is remembered what was found whole, in a folder of each test's own, and of files just written, too."""
+    """A new folder for the marks of files with the right checksum; even files written just now are marked."""
     folder = tmp_path_factory.mktemp("marks")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(_intact, "_SETTLED", -1.0)
@@ -30,15 +30,15 @@ def marks(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
-def tested(monkeypatch):
-    """The files whose checksum is computed."""
+def checksummed(monkeypatch):
+    """The names of the files whose checksum was computed."""
     names, sha256 = [], _files.sha256
     monkeypatch.setattr(_files, "sha256", lambda file: names.append(file.name) or sha256(file))
     return names
 
 
 class Ramp(nn.Module):
-    """Knows the last classes best, and others from token to token."""
+    """A teacher that prefers the last classes, except one that depends on the token."""
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -63,13 +63,13 @@ def opened(folder, **settings):
     ("vocabulary", "dtype"),
     [
         (255, torch.uint8),
-        (256, torch.uint16),  # all numbers of 8 bits are classes, and an empty slot needs another
+        (256, torch.uint16),  # all 8-bit numbers are classes, so an empty slot needs a wider type
         (257, torch.uint16),
         (65536, torch.int32),
         (65537, torch.int32),
     ],
 )
-def test_a_batch_is_in_the_types_of_the_disk_with_a_number_for_empty_slots(tmp_path, vocabulary, dtype):
+def test_a_batch_has_the_types_on_the_disk_with_one_number_for_empty_slots(tmp_path, vocabulary, dtype):
     caching.write(tmp_path, Ramp(vocabulary))
     lengths = [len(ids) for ids in caching.tokens()]
     x = opened(tmp_path)[["example 9", "example 2", "example 4"]]
@@ -90,7 +90,7 @@ def test_a_batch_is_in_the_types_of_the_disk_with_a_number_for_empty_slots(tmp_p
     assert torch.equal(*(torch.autograd.grad(loss, student)[0] for loss in losses))
 
 
-def test_a_batch_is_a_copy_and_what_is_done_to_it_reaches_no_file(tmp_path):
+def test_a_batch_is_a_copy_and_changing_it_changes_no_file(tmp_path):
     cache = opened(caching.write(tmp_path))
     one, before = cache[["example 1"]], caching.contents(tmp_path)
     again = cache[["example 1"]]
@@ -101,7 +101,7 @@ def test_a_batch_is_a_copy_and_what_is_done_to_it_reaches_no_file(tmp_path):
     assert caching.contents(tmp_path) == before
 
 
-def test_a_mask_with_holes_says_where_the_tokens_stand(tmp_path):
+def test_a_mask_with_holes_gives_the_positions_of_the_tokens(tmp_path):
     cache = opened(caching.write(tmp_path))
     n, m = (len(caching.tokens()[i]) for i in (0, 1))
     mask = torch.zeros(2, n + m + 1, dtype=torch.int64)
@@ -114,7 +114,7 @@ def test_a_mask_with_holes_says_where_the_tokens_stand(tmp_path):
     assert torch.equal(x.empty(), mask == 0)
 
 
-def test_no_row_of_a_cache_is_looked_at_in_a_step(tmp_path, monkeypatch):
+def test_numbers_from_a_cache_are_not_checked_in_a_step(tmp_path, monkeypatch):
     cache = opened(caching.write(tmp_path))
     monkeypatch.setattr(kdloss.targets.looks, "look", None)
     monkeypatch.setattr(kdloss.targets.looks, "in_range", None)
@@ -122,7 +122,7 @@ def test_no_row_of_a_cache_is_looked_at_in_a_step(tmp_path, monkeypatch):
     assert kdloss.VanillaKD(2.0, 0.0)(torch.randn(*x.shape[:2], caching.VOCAB), x).isfinite()
 
 
-def test_a_cache_that_was_sent_to_a_process_reads_the_same(tmp_path):
+def test_a_cache_that_was_sent_to_another_process_reads_the_same_batches(tmp_path):
     cache = opened(caching.write(tmp_path), tail="renormalise")
     again = pickle.loads(pickle.dumps(cache))
     assert (len(again), "example 3" in again, again.tail, again.folder) == (10, True, "renormalise", tmp_path)
@@ -137,25 +137,25 @@ def test_a_cache_that_was_sent_to_a_process_reads_the_same(tmp_path):
 # -- checksums --
 
 
-def test_a_checksum_is_computed_once_on_a_machine(tmp_path, tested):
+def test_a_checksum_is_computed_once_per_machine(tmp_path, checksummed):
     caching.write(tmp_path)
-    tested.clear()
+    checksummed.clear()
     opened(tmp_path)[["example 0", "example 9"]]
     opened(tmp_path)[["example 0", "example 9"]]
     pickle.loads(pickle.dumps(opened(tmp_path)))[["example 1"]]
-    assert tested == ["shard-00000.safetensors", "shard-00002.safetensors"]
+    assert checksummed == ["shard-00000.safetensors", "shard-00002.safetensors"]
     code = (
         "import sys, caching, kdloss.cache\nfrom kdloss.cache import _files; _files.sha256 = lambda file: print(file)\n"
         "kdloss.cache.open(sys.argv[1], tokenizer=caching.tokenizer())[['example 0', 'example 9']]"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": tempfile.gettempdir()}
-    said = subprocess.check_output([sys.executable, "-c", code, tmp_path], env=environment, text=True)
-    assert said == ""
-    opened(tmp_path).verify()  # whatever is remembered
-    assert tested[2:] == [f"shard-0000{i}.safetensors" for i in range(3)]
+    output = subprocess.check_output([sys.executable, "-c", code, tmp_path], env=environment, text=True)
+    assert output == ""
+    opened(tmp_path).verify()  # ignores the marks
+    assert checksummed[2:] == [f"shard-0000{i}.safetensors" for i in range(3)]
 
 
-def test_what_changed_is_tested_again_even_with_its_old_size_and_time(tmp_path, tested):
+def test_a_changed_file_is_checked_again_even_with_its_old_size_and_time(tmp_path, checksummed):
     file = caching.write(tmp_path) / "shard-00000.safetensors"
     opened(tmp_path)[["example 0"]]
     then, content = file.stat(), bytearray(file.read_bytes())
@@ -168,7 +168,7 @@ def test_what_changed_is_tested_again_even_with_its_old_size_and_time(tmp_path, 
             opened(tmp_path)[["example 0"]]
 
 
-def test_a_manifest_of_another_cache_in_the_same_place_is_not_taken_for_the_first(tmp_path):
+def test_files_are_checked_again_against_a_changed_manifest(tmp_path):
     caching.write(tmp_path)
     opened(tmp_path)[["example 0"]]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -178,50 +178,50 @@ def test_a_manifest_of_another_cache_in_the_same_place_is_not_taken_for_the_firs
         opened(tmp_path)[["example 0"]]
 
 
-def test_a_file_that_may_change_again_in_the_same_instant_is_not_remembered(tmp_path, tested, monkeypatch, marks):
+def test_a_file_that_was_written_just_now_is_not_marked_as_checked(tmp_path, checksummed, monkeypatch, marks):
     monkeypatch.setattr(_intact, "_SETTLED", 60.0)
     caching.write(tmp_path)
-    tested.clear()
+    checksummed.clear()
     for _ in range(2):
         opened(tmp_path)[["example 0"]]
-    assert tested == ["shard-00000.safetensors"] * 2
+    assert checksummed == ["shard-00000.safetensors"] * 2
     assert not list(marks.iterdir())
 
 
-def test_where_nothing_can_be_remembered_every_reader_tests_anew(tmp_path, tested, monkeypatch):
+def test_without_a_folder_for_marks_every_reader_computes_the_checksum(tmp_path, checksummed, monkeypatch):
     caching.write(tmp_path / "cache")
     (tmp_path / "file").write_text("no folder")
     for place in (str(tmp_path / "file"), str(tmp_path / "absent" / "folder"), None):
         monkeypatch.setattr(tempfile, "tempdir", place)
         if place is None:
             monkeypatch.setattr(tempfile, "_get_default_tempdir", _no_folder)
-        tested.clear()
+        checksummed.clear()
         for _ in range(2):
             opened(tmp_path / "cache")[["example 0"]]
-        assert tested == ["shard-00000.safetensors"] * 2
+        assert checksummed == ["shard-00000.safetensors"] * 2
 
 
-def test_what_another_user_noted_counts_for_nothing(tmp_path, tested, monkeypatch):
+def test_marks_of_another_user_are_ignored(tmp_path, checksummed, monkeypatch):
     caching.write(tmp_path)
-    monkeypatch.setattr(_intact, "_user", lambda: 2**31 - 5)  # whose are files that we make, then?
-    tested.clear()
+    monkeypatch.setattr(_intact, "_user", lambda: 2**31 - 5)  # so marks that this test makes belong to another user
+    checksummed.clear()
     for _ in range(2):
         opened(tmp_path)[["example 0"]]
-    assert tested == ["shard-00000.safetensors"] * 2
+    assert checksummed == ["shard-00000.safetensors"] * 2
 
 
-def test_a_machine_that_was_started_again_tests_anew(tmp_path, tested, monkeypatch):
+def test_a_checksum_is_computed_again_after_a_reboot(tmp_path, checksummed, monkeypatch):
     caching.write(tmp_path)
     opened(tmp_path)[["example 0"]]
     monkeypatch.setattr(_intact, "_machine", lambda: "another")
-    tested.clear()
+    checksummed.clear()
     opened(tmp_path)[["example 0"]]
-    assert tested == ["shard-00000.safetensors"]
+    assert checksummed == ["shard-00000.safetensors"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
-def test_the_numbers_of_a_shard_are_mapped_and_no_file_stays_open(tmp_path):
-    """A process may have as few as a thousand files open."""
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists mapped files in /proc/self/maps")
+def test_shards_are_memory_mapped_and_no_file_stays_open(tmp_path):
+    """Some systems allow a process a thousand open files."""
     cache = opened(caching.write(tmp_path, data=caching.dataset(40), shard_size=1))
     before = len(os.listdir("/proc/self/fd"))
     cache[[f"example {i}" for i in range(40)]]

@@ -1,4 +1,4 @@
-"""Classes that two models name in different orders, or not all alike; values in float64 by hand."""
+"""Models whose classes differ in order or in name, against float64 values by hand."""
 
 import copy
 import logging
@@ -63,46 +63,46 @@ def kl(student, teacher):
     return (t.exp() * (t - s)).sum(-1).mean()
 
 
-def only(inputs):
+def without_labels(inputs):
     return {name: x for name, x in inputs.items() if name != "labels"}
 
 
-def same(out, right, student):
-    torch.testing.assert_close(out.loss.double(), right, rtol=1e-5, atol=1e-7)
-    slopes = [torch.autograd.grad(x, [*student.parameters()], allow_unused=True) for x in (out.loss, right)]
+def same(out, expected, student):
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-7)
+    slopes = [torch.autograd.grad(x, [*student.parameters()], allow_unused=True) for x in (out.loss, expected)]
     for ours, theirs in zip(*slopes, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("teachers", [[NLI], [[n.upper() for n in NLI]], [["neutral", "entailment", "contradiction"]]])
-def test_a_teachers_classes_are_taken_in_the_students_order(kind, teachers, caplog):
+def test_a_teachers_classes_are_compared_in_the_students_order(kind, teachers, caplog):
     caplog.set_level(logging.INFO, logger="kdloss")
     make, inputs = MODELS[kind]
     (names,) = teachers
     student, teacher = make(NLI[::-1], 0), make(names, 1)
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0))
     order = [[n.casefold() for n in names].index(n) for n in NLI[::-1]]
-    right = kl(student(**only(inputs)).logits, teacher(**only(inputs)).logits[..., order])
-    same(distill(student, **inputs), right, student)
+    expected = kl(student(**without_labels(inputs)).logits, teacher(**without_labels(inputs)).logits[..., order])
+    same(distill(student, **inputs), expected, student)
     distill(student, **inputs)
-    said = [r.getMessage() for r in caplog.records if "order" in r.getMessage()]
-    assert said == [
+    messages = [r.getMessage() for r in caplog.records if "order" in r.getMessage()]
+    assert messages == [
         "teacher 0 has the student's classes in another order: paired by name, entailment, neutral, contradiction"
     ]
 
 
-def test_each_of_several_teachers_has_an_order_of_its_own():
+def test_each_of_several_teachers_may_have_another_order():
     make, inputs = MODELS["sequence"]
     student, teachers = make(NLI, 0), [make(NLI[::-1], 1), make(NLI, 2)]
     distill = kdloss.Distiller(teachers, kdloss.MultiTeacherKD(alpha=0.0, temperature=1.0))
-    first, second = (t(**only(inputs)).logits.softmax(-1) for t in teachers)
+    first, second = (t(**without_labels(inputs)).logits.softmax(-1) for t in teachers)
     mixture = (first[:, [2, 1, 0]] + second) / 2
-    same(distill(student, **inputs), kl(student(**only(inputs)).logits, mixture.log()), student)
+    same(distill(student, **inputs), kl(student(**without_labels(inputs)).logits, mixture.log()), student)
 
 
 @pytest.mark.parametrize("k", [2, 3])
-def test_a_stored_teachers_classes_are_known_by_their_names(k, tmp_path):
+def test_classes_of_a_stored_teacher_are_paired_by_name(k, tmp_path):
     make, inputs = MODELS["sequence"]
     student, teacher = make(NLI, 0), make([n.upper() for n in NLI[::-1]], 1)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(40)}, "0"))
@@ -110,19 +110,21 @@ def test_a_stored_teachers_classes_are_known_by_their_names(k, tmp_path):
     kdloss.cache.write(tmp_path, teacher, data, tokenizer=words, k=k)
     stored = kdloss.cache.open(tmp_path, tokenizer=words)[[0, 1, 2]]
     out = kdloss.Distiller(None, kdloss.VanillaKD(1.0, 0.0))(student, **inputs, teacher=stored)
-    said = teacher(**only(inputs)).logits[:, [2, 1, 0]]
-    live = kdloss.VanillaKD(1.0, 0.0)(student(**only(inputs)).logits, kdloss.TopKLogits.of(said, k), inputs["labels"])
+    teacher_logits = teacher(**without_labels(inputs)).logits[:, [2, 1, 0]]
+    live = kdloss.VanillaKD(1.0, 0.0)(
+        student(**without_labels(inputs)).logits, kdloss.TopKLogits.of(teacher_logits, k), inputs["labels"]
+    )
     torch.testing.assert_close(out.loss, live, rtol=5e-3, atol=1e-3)
     if k == 3:
-        right = kl(student(**only(inputs)).logits, said)
-        torch.testing.assert_close(out.loss.double(), right, rtol=5e-3, atol=1e-3)
+        expected = kl(student(**without_labels(inputs)).logits, teacher_logits)
+        torch.testing.assert_close(out.loss.double(), expected, rtol=5e-3, atol=1e-3)
     other = make(["x", "y", "z"], 0)
     with pytest.raises(ValueError, match="the student alone has"):
         kdloss.Distiller(None, kdloss.VanillaKD(1.0, 0.0))(other, **inputs, teacher=stored)
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "said"),
+    ("ours", "theirs", "message"),
     [
         (
             NLI,
@@ -133,34 +135,34 @@ def test_a_stored_teachers_classes_are_known_by_their_names(k, tmp_path):
         (["x", "y", "z"], NLI, r"the student alone has \['x', 'y', 'z'\] and the teacher alone has .* the same names"),
     ],
 )
-def test_other_classes_are_refused_by_their_names(ours, theirs, said):
+def test_different_classes_are_refused_with_their_names(ours, theirs, message):
     make, inputs = MODELS["sequence"]
     inputs = inputs | {"labels": inputs["labels"].clamp(max=1)}
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         kdloss.Distiller(make(theirs, 1), kdloss.VanillaKD())(make(ours, 0), **inputs)
     assert "vocabular" not in str(error.value).replace("vocabulary=", "")
 
 
-def test_the_line_of_the_error_compares_over_shared_classes_and_leaves_tokens_alone():
+def test_the_token_map_that_the_error_suggests_compares_shared_classes_and_leaves_input_ids_unchanged():
     make, inputs = MODELS["sequence"]
     student, teacher = make(NLI, 0), make(["other", "neutral", "contradiction", "more"], 1)
     shared = kdloss.TokenMap.of(student.config.label2id, teacher.config.label2id)
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0, vocabulary=shared))
-    s, t = student(**only(inputs)).logits[:, [0, 1]], teacher(**only(inputs)).logits[:, [2, 1]]
+    s, t = student(**without_labels(inputs)).logits[:, [0, 1]], teacher(**without_labels(inputs)).logits[:, [2, 1]]
     same(distill(student, **inputs), kl(s, t), student)
 
 
-def test_classes_without_names_are_taken_as_they_come_and_that_is_said(caplog):
+def test_classes_without_names_are_compared_in_the_models_order_and_this_is_logged(caplog):
     caplog.set_level(logging.INFO, logger="kdloss")
     make, inputs = MODELS["sequence"]
     student, teacher = make([f"LABEL_{i}" for i in range(3)], 0), make(NLI[::-1], 1)
     out = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0))(student, **inputs)
-    same(out, kl(student(**only(inputs)).logits, teacher(**only(inputs)).logits), student)
+    same(out, kl(student(**without_labels(inputs)).logits, teacher(**without_labels(inputs)).logits), student)
     assert "(entailment, neutral, contradiction) and the student doesn't: both are assumed" in caplog.text
 
 
-def test_names_that_are_not_of_the_logits_say_nothing():
-    """A language model keeps the names of a classifier that it was made from."""
+def test_class_names_are_ignored_where_the_logits_are_over_a_vocabulary():
+    """A language model may keep the class names of the classifier that it was made from."""
     student, teacher = build("bert", depth=1), build("bert", depth=1, seed=1)
     inputs = batch("bert")
     plain = kdloss.Distiller(teacher, kdloss.VanillaKD())(student.eval(), **inputs).loss
@@ -168,12 +170,12 @@ def test_names_that_are_not_of_the_logits_say_nothing():
     torch.testing.assert_close(kdloss.Distiller(teacher, kdloss.VanillaKD())(student, **inputs).loss, plain)
 
 
-def test_the_number_of_classes_is_said_in_words_that_fit_any_model():
+def test_the_error_about_different_numbers_of_classes_fits_any_model():
     with pytest.raises(ValueError, match=r"the student has 3 classes and the teacher 4 .* classes by vocabulary="):
         kdloss.VanillaKD()(torch.zeros(2, 3), torch.zeros(2, 4), torch.tensor([0, 1]))
 
 
-def test_an_encoder_decoders_teacher_reads_its_own_ids_on_both_sides():
+def test_an_encoder_decoder_teacher_gets_ids_of_its_own_vocabulary_in_encoder_and_decoder():
     teacher, student = build("t5", depth=1, seed=2).eval(), build("t5", depth=1).eval()
     renamed, ids = copy.deepcopy(teacher), torch.randperm(61, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -186,9 +188,9 @@ def test_an_encoder_decoders_teacher_reads_its_own_ids_on_both_sides():
     shared = kdloss.TokenMap(torch.arange(61), ids)
     mapped = kdloss.Distiller(renamed, kdloss.VanillaKD(alpha=0.0, vocabulary=shared))(student, **inputs).loss
     torch.testing.assert_close(mapped, plain)
-    given = inputs | {"decoder_input_ids": inputs["labels"].clamp_min(0)}
+    explicit = inputs | {"decoder_input_ids": inputs["labels"].clamp_min(0)}
     both = [
-        kdloss.Distiller(t, kdloss.VanillaKD(alpha=0.0, vocabulary=v))(student, **given).loss
+        kdloss.Distiller(t, kdloss.VanillaKD(alpha=0.0, vocabulary=v))(student, **explicit).loss
         for t, v in ((teacher, None), (renamed, shared))
     ]
     torch.testing.assert_close(*both)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(cli.__file__).parent
-ASKED = {"--data", "--samples", "--heldout-samples", "--max-length", "--steps", "--lr"}
+ASKED_FLAGS = {"--data", "--samples", "--heldout-samples", "--max-length", "--steps", "--lr"}
 ERASE, DOWN, UP = "\x15", "\x1b[B", "\x1b[A"
 
 
@@ -74,12 +74,14 @@ class Terminal:
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    """A whole session with a few bad answers: folder, what was shown, exit code."""
+    """A complete session with some invalid answers: its folder, the text on the screen and its exit code."""
     folder = tmp_path_factory.mktemp("cli")
     file = tiny.data(folder)
     flags = tiny.flags(file, folder / "runs", folder / "teachers")
-    said = [part for pair in zip(flags[::2], flags[1::2], strict=True) if pair[0] not in ASKED for part in pair]
-    terminal = Terminal(*said)
+    remaining = [
+        part for pair in zip(flags[::2], flags[1::2], strict=True) if pair[0] not in ASKED_FLAGS for part in pair
+    ]
+    terminal = Terminal(*remaining)
     terminal.answer("data: ", "missing.jsonl\r")
     terminal.shows("there is no file 'missing.jsonl'")
     terminal.answer("data: ", f"{ERASE}{file}\r")
@@ -134,18 +136,18 @@ def test_teacher_and_student_are_compared_before_training_and_measured_before_an
     runs = json.loads((folder / "runs" / "results.json").read_text())["runs"]
     assert list(runs) == ["teacher", "none", "both"]
     (both,), (none,), (teacher,) = runs["both"], runs["none"], runs["teacher"]
-    asked, _, trained = shown.partition("Train it?")
+    before, _, after = shown.partition("Train it?")
     for row, found in {"teacher": teacher, "student": both}.items():
-        assert re.search(rf"{row} +{found['parameters']:,} ", asked)
-    assert f"{teacher['parameters'] / both['parameters']:.2f}x\n" in asked
+        assert re.search(rf"{row} +{found['parameters']:,} ", before)
+    assert f"{teacher['parameters'] / both['parameters']:.2f}x\n" in before
     assert both["before"]["perplexity"] == both["curve"][0]["perplexity"] == none["curve"][0]["perplexity"]
     assert both["perplexity"] < none["curve"][0]["perplexity"]
     numbers = [f"{x['perplexity']:.1f}" for x in (teacher, both["before"], none, both)]
-    assert re.search("held-out perplexity +" + " +".join(map(re.escape, numbers)), trained)
+    assert re.search("held-out perplexity +" + " +".join(map(re.escape, numbers)), after)
     assert (folder / "runs" / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_line_shown_loads_the_model_that_was_measured(session):
+def test_the_printed_line_loads_the_model_that_was_measured(session):
     folder, shown, _ = session
     (written,) = re.findall(r'AutoModelForCausalLM.from_pretrained\("(.*)"\)', shown)
     student = AutoModelForCausalLM.from_pretrained(written)
@@ -155,7 +157,7 @@ def test_the_line_shown_loads_the_model_that_was_measured(session):
     assert evaluation.perplexity(student, blocks) == pytest.approx(both["perplexity"], rel=1e-4)
 
 
-def test_the_command_shown_repeats_the_run_after_sigkill_too_without_a_terminal(session, tmp_path):
+def test_the_printed_command_repeats_the_run_without_a_terminal_and_after_sigkill(session, tmp_path):
     folder, screen, _ = session
     (shown,) = re.findall(r"^  python (.*)$", screen, re.MULTILINE)
     _, *arguments = shlex.split(shown)
@@ -169,17 +171,17 @@ def test_the_command_shown_repeats_the_run_after_sigkill_too_without_a_terminal(
     assert "? " not in killed.text
     assert not list((tmp_path / "cells").glob("both-*.json"))
     command = [sys.executable, str(EXAMPLES / "cli.py"), *again]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the session: the same bits need it
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the session; more threads would change the last bits
     ends = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     resumed = subprocess.run(command, env=one_thread, check=True, **ends)
-    assert not re.search(r"both \(0\):   0%\|.* 0/", resumed.stderr)  # it didn't begin at the first step
+    assert not re.search(r"both \(0\):   0%\|.* 0/", resumed.stderr)  # it didn't start again from the first step
     first, second = (next(output.glob("students/both-*")) for output in (folder / "runs", tmp_path))
     ours, theirs = (load_file(student / "model.safetensors") for student in (first, second))
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-def test_control_c_at_a_question_ends_calmly_and_keeps_the_answers(tmp_path):
+def test_control_c_at_a_question_ends_without_a_traceback_and_prints_the_answers_as_flags(tmp_path):
     terminal = Terminal("--epochs", 3)
     terminal.answer("data: ", f"{tiny.data(tmp_path)}\r")
     terminal.answer("teacher: ", "\x03")
@@ -188,12 +190,12 @@ def test_control_c_at_a_question_ends_calmly_and_keeps_the_answers(tmp_path):
     assert terminal.text.strip().endswith(f"cli.py --epochs 3 --data={tmp_path / 'numbers.jsonl'}")
 
 
-# In this process: the questions, and errors without a terminal.
+# -- in this process: the questions, and errors without a terminal --
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """A terminal with prepared answers, and the names of the questions that it saw."""
+def questions(monkeypatch):
+    """A simulated terminal: the names of the questions so far, and the answers that it will give."""
     seen, answers = [], {}
 
     def prompt(words, *_, **__):
@@ -208,8 +210,8 @@ def asked(monkeypatch):
     return seen, answers
 
 
-def said(file, output, *names):
-    """The tiny settings as flags, without these."""
+def flags_without(file, output, *names):
+    """The tiny settings as flags, without those in `names`."""
     flags = tiny.flags(file, output)
     pairs = zip(flags[::2], flags[1::2], strict=True)
     return [part for pair in pairs if pair[0] not in names for part in pair]
@@ -224,10 +226,10 @@ def said(file, output, *names):
         ("both", ["temperature", "alpha", "layers", "pairing", "distance"]),
     ],
 )
-def test_only_questions_that_matter_and_have_no_flag_are_asked(asked, tmp_path, method, of_method):
-    seen, answers = asked
+def test_only_questions_of_the_method_that_have_no_flag_are_asked(questions, tmp_path, method, of_method):
+    seen, answers = questions
     answers |= {"method": method, "baseline": False, "student": "0,-1"}
-    flags = said(tiny.data(tmp_path), tmp_path, "--lr")
+    flags = flags_without(tiny.data(tmp_path), tmp_path, "--lr")
     settings, models = cli.Interview(flags).hold()
     baseline = [] if method == "none" else ["baseline"]
     assert seen == ["teacher", "student", "method", *of_method, "batch size", "lr", *baseline]
@@ -236,61 +238,61 @@ def test_only_questions_that_matter_and_have_no_flag_are_asked(asked, tmp_path, 
     assert models.student.config.kept_blocks == {"transformer.h": [0, 2]}
 
 
-def test_empty_answers_take_the_suggestions_for_the_chosen_method(asked, tmp_path, capsys):
-    _, answers = asked
+def test_empty_answers_take_the_suggestions_for_the_chosen_method(questions, tmp_path, capsys):
+    _, answers = questions
     answers |= {"method": "both", "student": "0,-1", "baseline": False, "alpha": "0.6"}
-    settings, models = cli.Interview(said(tiny.data(tmp_path), tmp_path)).hold()
+    settings, models = cli.Interview(flags_without(tiny.data(tmp_path), tmp_path)).hold()
     safe, both = (cli.kdloss.suggest(models.student, models.setup.teacher, goal=goal) for goal in ("safe", "quality"))
     assert capsys.readouterr().out == f"\n{safe}\n\n\n{both}\n\n"
     chosen = settings.temperature, settings.alpha, settings.layers, settings.pairing, settings.distance
     assert chosen == (1.0, 0.6, "auto", "kept", "normalized_mse")
 
 
-def test_pairs_of_layers_leave_no_layers_to_suggest(tmp_path):
-    flags = said(tiny.data(tmp_path), tmp_path)
+def test_no_layers_are_suggested_if_pairs_of_layers_are_set(tmp_path):
+    flags = flags_without(tiny.data(tmp_path), tmp_path)
     settings, _ = cli.Interview([*flags, "--method=feature", "--pairing=0:1,1:2"]).hold()
     assert (settings.layers, settings.pairing, settings.alpha) == (None, [(0, 1), (1, 2)], 0.3)
 
 
-def test_nothing_is_suggested_for_a_student_without_a_teacher(tmp_path, capsys):
-    cli.Interview([*said(tiny.data(tmp_path), tmp_path), "--method=none"]).hold()
+def test_nothing_is_suggested_for_training_without_a_teacher(tmp_path, capsys):
+    cli.Interview([*flags_without(tiny.data(tmp_path), tmp_path), "--method=none"]).hold()
     assert capsys.readouterr().out == ""
 
 
-def test_a_dataset_by_name_has_a_configuration_and_a_split(asked, tmp_path):
-    seen, answers = asked
+def test_a_dataset_by_name_has_questions_about_its_configuration_and_split(questions, tmp_path):
+    seen, answers = questions
     (tmp_path / "set").mkdir()
     tiny.data(tmp_path / "set").rename(tmp_path / "set" / "test.jsonl")
     (tmp_path / "set" / "README.md").write_text("---\nlanguage: en\n---\n")
     answers |= {"method": "none", "data": str(tmp_path / "set"), "split": "test"}
-    settings, _ = cli.Interview(said(None, tmp_path, "--data")).hold()
+    settings, _ = cli.Interview(flags_without(None, tmp_path, "--data")).hold()
     assert seen[:4] == ["data", "data config", "split", "teacher"]
     assert (settings.data, settings.split) == (str(tmp_path / "set"), "test")
 
 
-def test_a_flag_that_is_refused_is_asked(asked, tmp_path):
-    seen, answers = asked
+def test_a_refused_flag_becomes_a_question(questions, tmp_path):
+    seen, answers = questions
     answers |= {"method": "none", "data": str(tiny.data(tmp_path))}
     (tmp_path / "texts.md").write_text("# Texts")
-    settings, _ = cli.Interview(said(tmp_path / "texts.md", tmp_path)).hold()
-    assert seen[:2] == ["data", "teacher"]  # nor does anything ask for a .md file's split
+    settings, _ = cli.Interview(flags_without(tmp_path / "texts.md", tmp_path)).hold()
+    assert seen[:2] == ["data", "teacher"]  # there is no question about the split of a .md file
     assert settings.data == answers["data"]
 
 
-def test_an_answer_takes_the_place_of_a_flag_that_was_refused(asked, tmp_path):
-    seen, answers = asked
+def test_an_answer_replaces_a_refused_flag(questions, tmp_path):
+    seen, answers = questions
     answers |= {"method": "none", "student": "0,-1", "lr": ""}
-    flags = [*said(tiny.data(tmp_path), tmp_path, "--lr"), "--student", str(tmp_path / "missing"), "--lr=-1"]
+    flags = [*flags_without(tiny.data(tmp_path), tmp_path, "--lr"), "--student", str(tmp_path / "missing"), "--lr=-1"]
     settings, _ = cli.Interview(flags).hold()
     assert seen == ["teacher", "student", "method", "batch size", "lr"]
     assert (settings.student, settings.keep_blocks, settings.lr) == (None, [0, -1], 1e-3)
 
 
-def test_nothing_is_asked_if_every_question_has_a_flag(asked, session, tmp_path):
-    seen, _ = asked
+def test_nothing_is_asked_if_every_question_has_a_flag(questions, session, tmp_path):
+    seen, _ = questions
     (teacher,) = (session[0] / "teachers").iterdir()
     more = "--method vanilla --temperature 1 --alpha 0.2 --batch-size 8 --no-baseline --keep-blocks 0"
-    rows = cli.main([*said(tiny.data(tmp_path), tmp_path), "--teacher", str(teacher), *more.split()])
+    rows = cli.main([*flags_without(tiny.data(tmp_path), tmp_path), "--teacher", str(teacher), *more.split()])
     assert seen == []
     assert list(rows) == ["teacher", "before", "vanilla"]
     assert rows["vanilla"]["steps"] == 20
@@ -312,14 +314,14 @@ def test_nothing_is_asked_if_every_question_has_a_flag(asked, session, tmp_path)
         ("--lr -1", "Invalid learning rate"),
     ],
 )
-def test_without_a_terminal_bad_settings_end_it_before_anything_is_trained(tmp_path, flags, reason):
+def test_without_a_terminal_invalid_settings_stop_the_command_before_training(tmp_path, flags, reason):
     output = tmp_path / "runs"
     with pytest.raises(SystemExit, match=re.escape(reason)):
         cli.main([*tiny.flags(tiny.data(tmp_path), output), *flags.split()])
     assert not output.exists()
 
 
-def test_a_student_of_another_vocabulary_is_refused_before_anything_is_trained(session, tmp_path):
+def test_a_student_of_another_vocabulary_is_refused_before_training(session, tmp_path):
     (student,) = (session[0] / "runs" / "students").glob("both-*")
     flags = tiny.flags(tiny.data(tmp_path), tmp_path / "runs", vocabulary=310)
     with pytest.raises(SystemExit, match="the student has a vocabulary of 300 tokens"):
@@ -327,7 +329,7 @@ def test_a_student_of_another_vocabulary_is_refused_before_anything_is_trained(s
     assert not (tmp_path / "runs").exists()
 
 
-def test_stopped_while_training_it_prints_the_command_that_resumes(monkeypatch, tmp_path, capsys):
+def test_an_interrupted_training_prints_the_command_that_resumes_it(monkeypatch, tmp_path, capsys):
     def train(*_, **__):
         raise KeyboardInterrupt
 
@@ -338,5 +340,5 @@ def test_stopped_while_training_it_prints_the_command_that_resumes(monkeypatch, 
     assert stopped.value.code == 130
     shown = capsys.readouterr()
     line = f"--yes {shlex.join(flags)}"
-    assert line in shown.out  # before training, so that it is there after SIGKILL as well
+    assert line in shown.out  # printed before training, so it is on the screen even after SIGKILL
     assert line in shown.err

@@ -1,6 +1,6 @@
 """The factors that docs/coming_from.md states: other libraries' formulas, written out here, against the page's code.
 
-Their own code runs beside ours in nightly/test_peers.py, where it can be installed.
+nightly/test_peers.py runs the code of these libraries itself, where it can be installed.
 """
 
 import re
@@ -20,12 +20,12 @@ from kdloss import distances, divergences
 PAGE = (readme.ROOT / "docs" / "coming_from.md").read_text()
 B, T, V = 2, 4, 7
 LABELS = torch.tensor([[-100, 2, 5, 0], [-100, -100, 6, 1]])
-COUNTS = LABELS != -100
+COUNTED = LABELS != -100
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning", "ignore:.*loss_type=None.*")
 
 
 def block(title: str, number: int = 0, **names: object) -> SimpleNamespace:
-    """What one block of Python under a heading of the page makes of random logits."""
+    """The variables after running one Python block under a heading of the page; `names` are those before it."""
     section = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
     assert section, f"no heading '## {title}'"
     code = re.findall(r"```python\n(.*?)```", section[1], re.DOTALL)[number]
@@ -35,20 +35,20 @@ def block(title: str, number: int = 0, **names: object) -> SimpleNamespace:
 
 
 def logits(*shape: int) -> tuple[Tensor, Tensor]:
-    """A student's and a teacher's, in float64."""
+    """Random logits of a student and a teacher, in float64."""
     torch.manual_seed(0)
     student, teacher = 2 * torch.randn(2, *(shape or (B, T, V)), dtype=torch.float64)
     return student.requires_grad_(), teacher
 
 
 def of_page(title: str, number: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss that a block of tensors computes, and the logits it had."""
+    """The loss that a block of the page computes from random logits, and these logits."""
     student, teacher = logits()
     return block(title, number, student_logits=student, teacher_logits=teacher).loss, student, teacher
 
 
 def same(ours: Tensor, theirs: Tensor, student: Tensor, rtol: float = 1e-9) -> None:
-    """Equal in value and gradient."""
+    """Assert that values and gradients are equal."""
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=0)
     slopes = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in (ours, theirs)]
     torch.testing.assert_close(*slopes, rtol=rtol, atol=rtol * slopes[0].abs().max().item())
@@ -60,24 +60,24 @@ def probabilities(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """At every position, without T²."""
+    """KL(teacher || student) at every position, without T²."""
     return F.kl_div(*probabilities(student, teacher, temperature), reduction="none").sum(-1)
 
 
 def entropy(teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """The teacher's, at every position."""
+    """The teacher's entropy at every position."""
     p = (teacher / temperature).softmax(-1)
     return -(p * p.log()).sum(-1)
 
 
 def ce(student: Tensor, labels: Tensor) -> Tensor:
-    """The mean over the labels that count."""
+    """Cross-entropy, the mean over the labels that count."""
     return F.cross_entropy(student.flatten(0, -2), labels.flatten())
 
 
-def ahead(*given: Tensor) -> list[Tensor]:
-    """Logits at t, of which the last has no label t + 1."""
-    return [x[:, :-1] for x in given]
+def without_last(*tensors: Tensor) -> list[Tensor]:
+    """Logits without the last position, which has no label t + 1."""
+    return [x[:, :-1] for x in tensors]
 
 
 def counted(values: Tensor, labels: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def counted(values: Tensor, labels: Tensor) -> Tensor:
     return values[labels != -100].mean()
 
 
-def test_the_page_opens_with_t_squared_and_without():
+def test_the_first_block_of_the_page_has_a_loss_with_t_squared_and_one_without():
     student, teacher = logits()
     names = {"student_logits": student, "teacher_logits": teacher, "labels": LABELS}
     code = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
@@ -93,32 +93,32 @@ def test_the_page_opens_with_t_squared_and_without():
     exec(first, names)
     with_factor = names["loss"]
     exec(f"unscaled ={last}", names)
-    s, t = ahead(student, teacher)
+    s, t = without_last(student, teacher)
     both = [0.5 * ce(s, LABELS[:, 1:]) + 0.5 * x * counted(kl(s, t, 2.0), LABELS[:, 1:]) for x in (4.0, 1.0)]
     same(with_factor, both[0], student)
     same(names["loss"], both[1], student)
 
 
-def test_any_other_code_s_kl_div_counts_rows_positions_or_classes():
+def test_reductions_of_plain_kl_div_divide_by_examples_positions_or_classes():
     student, teacher = logits()
     ours = 1.0 * kdloss.Logits(partial(divergences.forward_kl, t_squared=False), temperature=3.0)
     pair = probabilities(student, teacher, 3.0)
-    rows = [x.flatten(0, 1) for x in pair]
-    same(ours(student, teacher), F.kl_div(*rows, reduction="batchmean"), student)
+    flat = [x.flatten(0, 1) for x in pair]
+    same(ours(student, teacher), F.kl_div(*flat, reduction="batchmean"), student)
     same(T * ours(student, teacher), F.kl_div(*pair, reduction="batchmean"), student)
     same(ours(student, teacher) / V, F.kl_div(*pair, reduction="mean"), student)
     soft = -(pair[1] * pair[0]).sum(-1).mean()
     same(ours(student, teacher) + entropy(teacher, 3.0).mean(), soft, student)
     scaled = 1.0 * kdloss.Logits(temperature=3.0)
-    same(scaled(student, teacher) / 9, F.kl_div(*rows, reduction="batchmean"), student)
+    same(scaled(student, teacher) / 9, F.kl_div(*flat, reduction="batchmean"), student)
     padded = 0.5 * kdloss.CrossEntropy() + 0.5 * kdloss.Logits(temperature=3.0, positions="mask")
     everywhere = 0.5 * ce(student, LABELS) + 0.5 * 9 * kl(student, teacher, 3.0).mean()
     same(padded(student, teacher, LABELS), everywhere, student)
 
 
-def test_any_other_code_s_shift_is_causal():
+def test_plain_code_that_shifts_logits_and_labels_equals_causal():
     student, teacher = logits()
-    s, t = ahead(student, teacher)
+    s, t = without_last(student, teacher)
     theirs = 0.3 * ce(s, LABELS[:, 1:]) + 0.7 * 4 * counted(kl(s, t, 2.0), LABELS[:, 1:])
     same(kdloss.VanillaKD(temperature=2.0, alpha=0.3, causal=True)(student, teacher, LABELS), theirs, student)
     shifted = kdloss.VanillaKD(temperature=2.0, alpha=0.3, causal=False)(s, t, LABELS[:, 1:])
@@ -126,7 +126,7 @@ def test_any_other_code_s_shift_is_causal():
 
 
 def jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """Of log-probabilities, in the direction of GKD."""
+    """The generalised JSD of log-probabilities, with beta as in GKD."""
     q, p = student.exp(), teacher.exp()
     if beta in (0, 1):
         return (p * (teacher - student) if beta == 0 else q * (student - teacher)).sum(-1)
@@ -137,20 +137,20 @@ def jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 def small() -> dict[str, object]:
     """Two small language models and a batch, in float64."""
     models = {"student": build("gpt2", depth=4, seed=1).double(), "teacher": build("gpt2", width=24, depth=8).double()}
-    given = batch("gpt2")
-    return {**models, "batch": given, "labels": given["labels"]}
+    inputs = batch("gpt2")
+    return {**models, "batch": inputs, "labels": inputs["labels"]}
 
 
 def run(names: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """The models' logits at t and the labels t + 1."""
+    """The logits of both models at t, and the labels t + 1."""
     plain = {k: v for k, v in names["batch"].items() if k != "labels"}
     with torch.no_grad():
         taught = names["teacher"](**plain).logits
-    return *ahead(names["student"](**plain).logits, taught), names["labels"][:, 1:]
+    return *without_last(names["student"](**plain).logits, taught), names["labels"][:, 1:]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
-def test_trl_s_loss_is_the_page_s_with_any_beta(beta):
+def test_trls_loss_equals_that_of_the_page_for_any_beta(beta):
     names = small()
     s, t, labels = run(names)
     theirs = counted(jsd(s.log_softmax(-1), t.log_softmax(-1), beta), labels)
@@ -162,35 +162,35 @@ def test_trl_s_loss_is_the_page_s_with_any_beta(beta):
         torch.testing.assert_close(code.loss, theirs)
 
 
-def test_torchtune_s_sum_is_vanilla_kd_of_one_minus_its_ratio_and_the_teacher_s_entropy():
+def test_torchtunes_sum_is_vanilla_kd_of_one_minus_its_ratio_plus_the_teachers_entropy():
     loss, student, teacher = of_page("torchtune")
-    s, t, labels = *ahead(student, teacher), LABELS[:, 1:]
+    s, t, labels = *without_last(student, teacher), LABELS[:, 1:]
     soft = -counted((t.softmax(-1) * s.log_softmax(-1)).sum(-1), labels)
     same(loss + 0.7 * counted(entropy(t), labels), 0.3 * ce(s, labels) + 0.7 * soft, student)
 
 
-def test_torchtune_s_symmetric_kl_is_a_sum():
+def test_torchtunes_symmetric_kl_is_a_sum_of_two_divergences_plus_the_teachers_entropy():
     loss, student, teacher = of_page("torchtune", 1)
-    s, t, labels = *ahead(student, teacher), LABELS[:, 1:]
+    s, t, labels = *without_last(student, teacher), LABELS[:, 1:]
     soft = -counted((t.softmax(-1) * s.log_softmax(-1)).sum(-1), labels)
     theirs = 0.3 * soft + 0.7 * counted(kl(t, s), labels)
     same(loss + 0.3 * counted(entropy(t), labels), theirs, student)
 
 
-def test_where_no_label_counts_ours_is_zero():
+def test_our_loss_is_zero_without_counted_labels():
     student, teacher = logits()
     criterion = 0.5 * kdloss.Logits(divergences.reverse_kl) + 0.5 * kdloss.CrossEntropy()
     assert criterion(student, teacher, torch.full_like(LABELS, -100)) == 0
 
 
-def test_nemo_automodel_divides_t_squared_kl_by_the_number_of_labels_of_the_whole_batch():
+def test_nemo_automodel_divides_t_squared_kl_by_the_number_of_labels_of_the_full_batch():
     loss, student, teacher = of_page("NeMo AutoModel")
     entries = F.cross_entropy(student.flatten(0, 1), LABELS.flatten(), reduction="sum")
-    taught = 4 * kl(student, teacher, 2.0)[COUNTS].sum()
+    taught = 4 * kl(student, teacher, 2.0)[COUNTED].sum()
     same(loss, 0.3 * entries / 20 + 0.7 * taught / 20, student)
 
 
-def test_liger_s_fused_head_is_the_page_s_lazy_one():
+def test_ligers_fused_head_equals_the_lazy_head_of_the_page():
     names = small()
     names["batch"] = {k: v for k, v in names["batch"].items() if k != "attention_mask"}
     s, t, labels = run(names)
@@ -199,7 +199,7 @@ def test_liger_s_fused_head_is_the_page_s_lazy_one():
     same(block("Liger Kernel", **names).loss, theirs, names["student"].lm_head.weight, rtol=1e-6)
 
 
-def test_liger_s_losses_of_rows_have_the_page_s_factors():
+def test_ligers_losses_of_flat_logits_differ_from_ours_by_the_factors_of_the_page():
     student, teacher = logits(B * T, V)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     for beta in (0.0, 0.3, 1.0):
@@ -212,19 +212,19 @@ def test_liger_s_losses_of_rows_have_the_page_s_factors():
     same(divergences.total_variation(student, teacher).mean(), varied, student)
 
 
-def test_liger_pads_a_smaller_vocabulary_with_zeros_where_ours_refuses():
+def test_different_vocabularies_that_liger_would_pad_are_refused():
     student, _ = logits()
     with pytest.raises(ValueError, match="truncate"):
         divergences.forward_kl(student, torch.zeros(B, T, V + 1).double())
 
 
-def test_distillkit_s_kl_is_ours_where_positions_count_by_their_own_label():
+def test_distillkits_kl_is_ours_without_the_causal_shift():
     student, teacher = logits()
     ours = kdloss.Sum(1.0 * kdloss.Logits(temperature=2.0), causal=False)
-    same(ours(student, teacher, LABELS), 4 * (kl(student, teacher, 2.0) * COUNTS).sum() / COUNTS.sum(), student)
+    same(ours(student, teacher, LABELS), 4 * (kl(student, teacher, 2.0) * COUNTED).sum() / COUNTED.sum(), student)
 
 
-def test_distillkit_s_weights_of_one_are_the_page_s_vanilla_kd():
+def test_distillkits_weights_that_sum_to_one_give_the_vanilla_kd_of_the_page():
     names = small()
     s, t, labels = run(names)
     theirs = (0.5 * ce(s, labels) + 0.5 * 4 * counted(kl(s, t, 2.0), labels)) / (0.5 + 0.5)
@@ -232,7 +232,7 @@ def test_distillkit_s_weights_of_one_are_the_page_s_vanilla_kd():
 
 
 @pytest.mark.parametrize("missing", ["zero", "symmetric_uniform"])
-def test_distillkit_s_missing_probability_is_a_tail(missing):
+def test_distillkits_missing_probability_is_a_tail_of_top_k_logits(missing):
     student, teacher = logits()
     kept = teacher.topk(4)
     if missing == "zero":
@@ -251,7 +251,7 @@ def test_distillkit_s_missing_probability_is_a_tail(missing):
     same(loss, 0.5 * ce(s, labels) + 0.5 * counted(v, labels), student, rtol=1e-6)
 
 
-def test_distillkit_s_first_script_divides_by_rows_and_length():
+def test_distillkits_first_script_divides_by_examples_and_length():
     student, teacher = logits()
     theirs = F.kl_div(*probabilities(student, teacher, 2.0), reduction="batchmean") * 4 / T
     ours = 1.0 * kdloss.Logits(temperature=2.0, positions="mask")
@@ -259,12 +259,12 @@ def test_distillkit_s_first_script_divides_by_rows_and_length():
 
 
 @pytest.mark.parametrize("title", ["torchdistill", "mdistiller and RepDistiller"])
-def test_cross_entropy_and_t_squared_kl_are_the_page_s(title):
+def test_the_loss_of_the_page_is_cross_entropy_plus_t_squared_kl(title):
     loss, student, teacher = of_page(title)
     same(loss, 0.1 * ce(student, LABELS) + 0.9 * 16 * counted(kl(student, teacher, 4.0), LABELS), student)
 
 
-def test_textbrewer_s_soft_cross_entropy_is_the_page_s_and_the_teacher_s_entropy():
+def test_textbrewers_soft_cross_entropy_is_the_loss_of_the_page_plus_the_teachers_entropy():
     loss, student, teacher = of_page("TextBrewer")
     log_q, p = probabilities(student, teacher, 8.0)
     soft = -counted((p * log_q).sum(-1), LABELS)
@@ -275,11 +275,11 @@ def test_textbrewer_s_soft_cross_entropy_is_the_page_s_and_the_teacher_s_entropy
 
 
 def features(*shape: int) -> tuple[Tensor, Tensor]:
-    """A student's and a teacher's."""
+    """Random features of a student and a teacher."""
     return logits(*shape)
 
 
-def test_textbrewer_s_fsp_is_a_mean_over_the_matrix():
+def test_textbrewers_fsp_is_a_mean_over_the_matrix():
     student, teacher = features(3, 6, 10)
     early, late = ([x[..., :4] for x in (student, teacher)], [x[..., 4:] for x in (student, teacher)])
     grams = [a.mT @ b / 6 for a, b in zip(early, late, strict=True)]
@@ -287,22 +287,22 @@ def test_textbrewer_s_fsp_is_a_mean_over_the_matrix():
     same(ours, F.mse_loss(*grams), student)
 
 
-def maps(distance: object, count: int = 3) -> kdloss.Sum:
-    """A mean over that many layers of one distance."""
+def features_criterion(distance: object, count: int = 3) -> kdloss.Sum:
+    """A criterion: the mean of one distance over `count` layers."""
     return 1.0 * kdloss.Features([f"layer{i}" for i in range(count)], pairing="same", distance=distance)
 
 
 class Stages(torch.nn.Module):
-    """Modules that give what they are given."""
+    """A model whose modules return these tensors."""
 
-    def __init__(self, **given: Tensor) -> None:
+    def __init__(self, **outputs: Tensor) -> None:
         super().__init__()
-        self.given = given
-        for name in given:
+        self.outputs = outputs
+        for name in outputs:
             self.add_module(name, torch.nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        for name, value in self.given.items():
+        for name, value in self.outputs.items():
             self.get_submodule(name)(value)
         return x
 
@@ -310,12 +310,14 @@ class Stages(torch.nn.Module):
 def of_stages(distance: object, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
     """The value of the page's term for three stages."""
     sides = [Stages(**{f"layer{i}": x for i, x in enumerate(values)}) for values in (students, teachers)]
-    found: Tensor = kdloss.Distiller(sides[1], maps(distance))(sides[0], torch.zeros(len(students[0]), 3)).loss
+    found: Tensor = kdloss.Distiller(sides[1], features_criterion(distance))(
+        sides[0], torch.zeros(len(students[0]), 3)
+    ).loss
     return found
 
 
 @pytest.mark.parametrize("name", ["attention_transfer", "nst"])
-def test_a_sum_over_stages_is_the_page_s_mean_times_their_number(name):
+def test_a_sum_over_stages_is_the_mean_of_the_page_times_the_number_of_stages(name):
     sizes = [(4, 6), (5, 4), (6, 2)]
     pairs = [features(3, c, n, n) for c, n in sizes]
     students, teachers = ([pair[i] for pair in pairs] for i in range(2))
@@ -336,7 +338,7 @@ def test_a_sum_over_stages_is_the_page_s_mean_times_their_number(name):
         same(ours, sum(values), student, rtol=1e-7)
 
 
-def test_mdistiller_s_decoupled_loss_is_the_page_s():
+def test_mdistillers_decoupled_loss_is_ours():
     student, teacher = logits(6, V)
     labels = torch.arange(6) % V
     own = F.one_hot(labels, V).bool()
@@ -350,7 +352,7 @@ def test_mdistiller_s_decoupled_loss_is_the_page_s():
     same(ours(student, teacher, labels), 1.0 * target + 8.0 * other * 16 / 6, student)
 
 
-def test_relations_of_images_are_the_page_s_without_a_factor():
+def test_losses_on_relations_between_images_are_ours_without_a_factor():
     student, teacher = features(6, 5)
 
     def of(loss: object) -> Tensor:
@@ -373,14 +375,14 @@ def test_relations_of_images_are_the_page_s_without_a_factor():
     same(of(distances.mse), F.mse_loss(student, teacher), student)
 
 
-def test_vid_is_the_mean_of_a_gaussian_s_log_likelihood_at_variance_five():
+def test_vid_is_the_mean_negative_log_likelihood_of_a_gaussian_with_variance_five():
     student, teacher = features(6, 5)
     variance = torch.full((5,), 5.0, dtype=torch.float64)
     theirs = 0.5 * ((student - teacher) ** 2 / variance + variance.log())
     same(distances.VID(5, 5).double()(student, teacher).mean(), theirs.mean(), student, rtol=1e-6)
 
 
-def test_timm_s_task_is_the_page_s_and_deit_divides_by_the_classes_too():
+def test_timms_loss_is_that_of_the_page_and_deits_is_also_divided_by_the_number_of_classes():
     loss, student, teacher = of_page("timm and DeiT")
     task, taught = ce(student, LABELS), 16 * counted(kl(student, teacher, 4.0), LABELS)
     same(loss, 0.3 * task + 0.7 * taught, student)
@@ -393,7 +395,7 @@ def test_timm_s_task_is_the_page_s_and_deit_divides_by_the_classes_too():
     same(ours(rows, teacher, labels), 0.4 * F.cross_entropy(rows, labels) + 0.6 * soft, rows)
 
 
-def test_the_expressions_in_the_page_s_tables_can_be_written():
+def test_the_expressions_in_the_tables_of_the_page_can_be_evaluated():
     given = dict.fromkeys(("beta", "gamma", "alpha", "kd_ratio", "task_loss_weight", "a", "w"), 0.5)
     given |= dict.fromkeys(("temperature", "T", "tau"), 2.0)
     given |= {
@@ -410,7 +412,7 @@ def test_the_expressions_in_the_page_s_tables_can_be_written():
         ours = [i for i, cell in enumerate(head) if cell in ("you write", "here")]
         for row, i in ((row, i) for row in rows for i in ours):
             for code in re.findall(r"`([^`]+)`", row[i]):
-                if not re.match(r"\w+=", code):  # an option by itself
+                if not re.match(r"\w+=", code):  # an option without its call can't be evaluated
                     eval(code, names)
                     written += 1
     assert written > 40

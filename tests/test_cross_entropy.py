@@ -1,4 +1,4 @@
-"""The laws that concern the one exported loss without a teacher; 50 digits are in test_extremes.py."""
+"""The laws of cross-entropy, the only exported loss without a teacher; test_extremes.py compares 50 digits."""
 
 import numpy as np
 import oracles
@@ -57,7 +57,7 @@ def test_gradcheck_and_gradgradcheck_hold():
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_what_stands_at_a_masked_position_never_matters(garbage):
+def test_values_at_masked_positions_never_matter(garbage):
     logits, _ = sample(3, 4, 5)
     clean = kdloss.masked(kdloss.cross_entropy, logits, LABELS, MASK)
     clean_grad = grad(clean, logits)
@@ -71,24 +71,24 @@ def test_what_stands_at_a_masked_position_never_matters(garbage):
     assert not slope[~MASK].any()
 
 
-def test_micro_batches_add_up_and_nothing_valid_gives_zero():
+def test_micro_batches_add_up_to_the_batch_and_an_empty_mask_gives_zero():
     logits, _ = sample(3, 4, 5, dtype=torch.float64)
-    whole = kdloss.masked(kdloss.cross_entropy, logits, LABELS, MASK)
-    parts = [
+    full = kdloss.masked(kdloss.cross_entropy, logits, LABELS, MASK)
+    micro_batches = [
         kdloss.masked(
             kdloss.cross_entropy, logits[i : i + 1], LABELS[i : i + 1], MASK[i : i + 1],
             num_items_in_batch=MASK.sum(),
         )
         for i in range(3)
     ]  # fmt: skip
-    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
-    torch.testing.assert_close(grad(sum(parts), logits), grad(whole, logits), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(sum(micro_batches), full, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad(sum(micro_batches), logits), grad(full, logits), rtol=1e-12, atol=1e-15)
     none = kdloss.masked(kdloss.cross_entropy, logits, LABELS, torch.zeros_like(MASK))
     assert none == 0
     assert not grad(none, logits).any()
 
 
-def test_it_compiles_without_a_graph_break_and_runs_on_meta():
+def test_cross_entropy_compiles_without_a_graph_break_and_runs_on_meta():
     logits, _ = sample(3, 4, 5)
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -1,4 +1,4 @@
-"""What needs an extra says which, and nothing else needs one."""
+"""Functions that need an extra name it in their error, and everything else works without extras."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# In a process of its own, in which no package is found but those that `pip install kdloss` brings.
+# Runs in a separate process that finds only the packages that `pip install kdloss` installs.
 HIDING = """
 import json, sys
 from importlib.machinery import PathFinder
@@ -49,7 +49,7 @@ HIDDEN = ["transformers", "datasets", "accelerate", "safetensors", "tqdm", "scip
 
 
 @pytest.fixture(scope="module")
-def said():
+def results():
     code = HIDING.format(hidden=set(HIDDEN))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -67,12 +67,12 @@ def said():
         ("picture", "a picture of a curve needs matplotlib; write: pip install 'kdloss[plot]'"),
     ],
 )
-def test_what_needs_an_extra_says_which(said, what, words):
-    assert said[0][what] == words
+def test_functions_that_need_an_extra_name_it(results, what, words):
+    assert results[0][what] == words
 
 
-def test_a_criterion_needs_no_extra(said):
-    assert said[1] is True
+def test_a_criterion_needs_no_extra(results):
+    assert results[1] is True
 
 
 def test_a_broken_module_of_ours_is_not_taken_for_a_missing_extra():

@@ -1,4 +1,4 @@
-"""What a loop forgets is told once, by the logger "kdloss"; a loop that forgets nothing hears nothing."""
+"""The logger "kdloss" warns once of what a training loop forgets; a correct loop gets no warning."""
 
 import logging
 from itertools import chain
@@ -28,12 +28,12 @@ def features():
 
 
 def distilled(criterion):
-    """A student in a loop of its own, a distiller, and the projections."""
+    """A student and a distiller prepared for it, for a hand-written loop."""
     student = net(6)
     return student, kdloss.Distiller(net(8), criterion).prepare(student, X)
 
 
-def test_an_optimizer_without_the_projections_is_warned_of_once(warned):
+def test_an_optimizer_without_the_projections_causes_one_warning(warned):
     student, distill = distilled(criterion := features())
     before = [p.clone() for p in criterion.parameters()]
     optimizer = AdamW(student.parameters())
@@ -49,12 +49,12 @@ def test_an_optimizer_without_the_projections_is_warned_of_once(warned):
     assert all(torch.equal(p, q) for p, q in zip(criterion.parameters(), before, strict=True)), "as the message says"
 
 
-@pytest.mark.parametrize("optimizers", ["one of both", "one for each", "of the module"])
+@pytest.mark.parametrize("optimizers", ["one for both", "one for each", "of the module"])
 def test_a_loop_that_trains_and_zeroes_everything_gets_no_warning(optimizers, warned):
     student, distill = distilled(criterion := features())
     model = kdloss.Distillation(student, distill.teachers[0], criterion)
     groups = {
-        "one of both": [chain(student.parameters(), criterion.parameters())],
+        "one for both": [chain(student.parameters(), criterion.parameters())],
         "one for each": [student.parameters(), criterion.parameters()],
         "of the module": [model.parameters()],
     }
@@ -68,19 +68,19 @@ def test_a_loop_that_trains_and_zeroes_everything_gets_no_warning(optimizers, wa
     assert warned() == []
 
 
-def test_projections_that_are_trained_and_never_zeroed_are_warned_of_once(warned):
+def test_projections_whose_gradients_are_never_zeroed_cause_one_warning(warned):
     student, distill = distilled(criterion := features())
     optimizer = SGD([*student.parameters(), *criterion.parameters()], lr=0.1)
     for _ in range(3):
         distill(student, X, labels=Y).loss.backward()
         optimizer.step()
-        student.zero_grad()  # as loops do that know the student alone
+        student.zero_grad()  # the loop doesn't know of the criterion's parameters
     (message,) = warned()
     assert "still have gradients of the step before" in message
     assert "optimizer.zero_grad()" in message
 
 
-def test_micro_batches_are_no_gradients_left_over(warned):
+def test_gradients_accumulated_over_micro_batches_cause_no_warning(warned):
     student, distill = distilled(criterion := features())
     optimizer = SGD([*student.parameters(), *criterion.parameters()], lr=0.1)
     for micro in range(6):
@@ -99,7 +99,7 @@ SCHEDULED = {
 
 
 @pytest.mark.parametrize("scheduled", SCHEDULED)
-def test_a_forgotten_advance_is_warned_of_once_where_something_is_scheduled(scheduled, warned):
+def test_a_forgotten_advance_causes_one_warning_if_something_is_scheduled(scheduled, warned):
     student, distill = distilled(criterion := SCHEDULED[scheduled]())
     optimizer = SGD(student.parameters(), lr=0.1)
     for _ in range(4):
@@ -112,7 +112,7 @@ def test_a_forgotten_advance_is_warned_of_once_where_something_is_scheduled(sche
 
 
 @pytest.mark.parametrize("scheduled", [*SCHEDULED, None])
-def test_a_loop_that_counts_its_steps_or_has_none_to_count_gets_no_warning(scheduled, warned):
+def test_a_loop_that_calls_advance_or_has_no_schedule_gets_no_warning(scheduled, warned):
     student, distill = distilled(criterion := SCHEDULED[scheduled]() if scheduled else kdloss.VanillaKD())
     optimizer = SGD(student.parameters(), lr=0.1)
     for _ in range(3):

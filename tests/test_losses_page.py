@@ -1,4 +1,4 @@
-"""docs/losses.md has a row for every loss, and says what docstrings and recipes say."""
+"""docs/losses.md has a row for every loss, and agrees with docstrings and recipes."""
 
 import inspect
 import re
@@ -17,12 +17,12 @@ LINK = re.compile(r"\[`(\w+)`\]\(api\.md#kdloss\.(\w+\.)?(\w+)\)")
 
 
 def cells(line: str) -> list[str]:
-    """Those of a row; no formula on the page has a bar."""
+    """The cells of a row; no formula on the page contains a bar."""
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
 def rows() -> dict[str, dict[str, str]]:
-    """By the name of the loss, that of a room before it."""
+    """The rows by the name of the loss, with that of its module in front."""
     found = {}
     for table in re.findall(r"((?:^\|.*\n)+)", PAGE, re.MULTILINE):
         head, _, *body = (cells(line) for line in table.splitlines())
@@ -37,19 +37,19 @@ def rows() -> dict[str, dict[str, str]]:
 
 
 ROWS = rows()
-NAMED = {f"{room.__name__.split('.')[-1]}.{name}" for room in (divergences, distances) for name in room.__all__}
+NAMED = {f"{module.__name__.split('.')[-1]}.{name}" for module in (divergences, distances) for name in module.__all__}
 HELPERS = {f"distances.{name}" for name in ("between_examples", "between_tokens", "examples", "tokens")}
 LOSSES = sorted(NAMED - HELPERS)
 
 
 def about(name: str) -> str:
     """The docstring in one line."""
-    room, _, own = name.rpartition(".")
-    return " ".join((inspect.getdoc(getattr(getattr(kdloss, room) if room else kdloss, own)) or "").split())
+    module, _, own = name.rpartition(".")
+    return " ".join((inspect.getdoc(getattr(getattr(kdloss, module) if module else kdloss, own)) or "").split())
 
 
 def plain(formula: str) -> str:
-    """Without the space and the names of bars, in which a table and a docstring differ."""
+    """A formula without spaces and with the bars of docstrings, which a table has to write in another way."""
     for table, docstring in ((r"\Vert", r"\|"), (r"\lvert", "|"), (r"\rvert", "|"), (r"\mid", "|"), (r"\,", "")):
         formula = formula.replace(table, docstring)
     return re.sub(r"\s", "", formula)
@@ -57,20 +57,20 @@ def plain(formula: str) -> str:
 
 def test_every_loss_has_a_row_and_a_link_to_its_place_in_the_api_page():
     assert set(ROWS) == set(LOSSES) | {"CrossEntropy", "Task"}
-    helpers = {f"{room}{name}" for shown, room, name in LINK.findall(PAGE) if shown == name}
+    helpers = {f"{module}{name}" for shown, module, name in LINK.findall(PAGE) if shown == name}
     assert helpers >= HELPERS
     assert [name for name in {*ROWS, *HELPERS} if f"::: kdloss.{name}\n" not in API] == []
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_row_s_formulas_are_in_the_docstring(name):
+def test_the_formulas_of_a_row_are_in_the_docstring(name):
     formulas, text = re.findall(r"\$(.+?)\$", ROWS[name]["formula"]), plain(about(name))
     assert formulas
     assert [x for x in formulas if plain(x) not in text and x != "T^2"] == []
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_row_s_papers_and_their_years_are_those_of_the_docstring(name):
+def test_the_papers_and_years_of_a_row_are_those_of_the_docstring(name):
     paper, text = ROWS[name]["paper"], about(name)
     written = re.findall(r"arXiv:(\d{4}\.\d{5}|\d{4}\.\d{4})", text)
     linked = re.findall(r"\[([\d.]+)\]\(https://arxiv\.org/abs/\1\)", paper)
@@ -82,7 +82,7 @@ def test_a_row_s_papers_and_their_years_are_those_of_the_docstring(name):
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
-def test_a_published_weight_stands_in_the_recipe_that_is_linked(name):
+def test_a_published_weight_is_in_the_linked_recipe(name):
     weight = ROWS[name]["published weight"]
     assert ("](recipes_" in weight) == (weight != "none stated") or name in ("CrossEntropy", "Task")
     for part in weight.split(";"):
@@ -106,10 +106,10 @@ def recipe_of(page: str, anchor: str) -> str:
     return code[1]
 
 
-def test_one_pass_is_said_of_divergences_with_a_closed_form():
+def test_the_cost_is_one_pass_exactly_for_divergences_with_a_closed_form():
     for name in divergences.__all__:
         function, cost = getattr(divergences, name), ROWS[f"divergences.{name}"]["cost"]
         closed = getattr(function, "closed_form", None) is not None and name != "sinkhorn"
-        if not isinstance(function, type):  # those around others have no form of their own
+        if not isinstance(function, type):  # a class wraps other divergences and has no closed form
             assert (cost == "one pass") == closed, name
             assert cost.startswith("full logits") == (name in ("dist", "uld")), name

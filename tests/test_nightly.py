@@ -25,7 +25,7 @@ def test_a_case_depends_only_on_its_number(number):
     assert draw(1, number).words != one.words
 
 
-def test_cases_differ_in_all_that_a_criterion_can_be_given():
+def test_400_cases_cover_the_options_of_a_criterion():
     words = " ".join(word for number in range(400) for word in draw(0, number).words)
     kinds = ("lazy student", "lazy teacher", "top-k", "teacher=all", "TokenMap", "truncate", "causal", "overwrite")
     kinds += ("kept by mask", "ignored", "soft labels", "-inf", "huge", "garbage=nan", "FeatureKD", "projection")
@@ -33,16 +33,16 @@ def test_cases_differ_in_all_that_a_criterion_can_be_given():
     assert [kind for kind in kinds if kind not in words and kind != "standardized"] == []
 
 
-def test_a_wrong_gradient_is_found_and_the_command_printed_that_runs_it_again(monkeypatch, capsys):
-    own = fuzz.ours
+def test_a_wrong_gradient_is_found_and_the_command_that_repeats_its_case_is_printed(monkeypatch, capsys):
+    correct = fuzz.ours
 
     def wrong(case):
-        value, gradients, components = own(case)
+        value, gradients, components = correct(case)
         return value, [1.001 * g + 1e-3 for g in gradients], components
 
     monkeypatch.setattr(fuzz, "ours", wrong)
     assert fuzz.main(["--cases", "20"]) == 1
     number = re.search(r"fuzz.py --seed 0 --first (\d+) --cases 1", capsys.readouterr().out).group(1)
     assert fuzz.main(["--first", number, "--cases", "1"]) == 1
-    monkeypatch.setattr(fuzz, "ours", own)
+    monkeypatch.setattr(fuzz, "ours", correct)
     assert fuzz.main(["--first", number, "--cases", "1"]) == 0

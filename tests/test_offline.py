@@ -1,4 +1,4 @@
-"""offline_teacher.py and on_policy.py at a small size."""
+"""The examples offline_teacher.py and on_policy.py at a small size."""
 
 import weakref
 from dataclasses import replace
@@ -22,7 +22,7 @@ def never(*args, **settings):
     raise AssertionError("this was done before")
 
 
-def test_from_the_cache_a_student_learns_what_it_learns_live_with_no_teacher_in_memory(
+def test_a_student_learns_the_same_from_the_cache_as_live_and_needs_no_teacher_in_memory(
     data, teachers, tmp_path, monkeypatch
 ):
     train, prepare, alive = distill_lm.train, offline_teacher.prepare, []
@@ -39,28 +39,28 @@ def test_from_the_cache_a_student_learns_what_it_learns_live_with_no_teacher_in_
 
     monkeypatch.setattr(offline_teacher, "prepare", watched)
     monkeypatch.setattr(distill_lm, "train", training)
-    arguments = [*tiny.flags(data, tmp_path, teachers), "--student-blocks", "40", "--ks", "300", "4"]  # all, few
+    arguments = [*tiny.flags(data, tmp_path, teachers), "--student-blocks", "40", "--ks", "300", "4"]  # 300 is all
     runs = {row: found[0] for row, found in offline_teacher.main(arguments).items()}
     assert list(runs) == ["teacher", "none", "live", "k 300", "k 4"]
     assert runs["k 300"]["curve"][0]["perplexity"] == runs["live"]["curve"][0]["perplexity"]
     assert runs["k 300"]["perplexity"] == pytest.approx(runs["live"]["perplexity"], rel=1e-3)
     assert runs["none"]["perplexity"] != pytest.approx(runs["live"]["perplexity"], rel=1e-2)
     assert runs["k 300"]["kd_from_cache"] == pytest.approx(runs["k 300"]["kd_live"], rel=1e-3)
-    assert runs["k 4"]["kd_from_cache"] < runs["k 4"]["kd_live"]  # of fewer classes, and never more
+    assert runs["k 4"]["kd_from_cache"] < runs["k 4"]["kd_live"]  # fewer classes can only lower the divergence
     assert runs["k 4"]["cache_megabytes"] < 0.1 * runs["k 300"]["cache_megabytes"]
     assert runs["k 4"]["samples"] > 1
-    assert runs["k 300"]["teraflop"] == runs["none"]["teraflop"] < runs["live"]["teraflop"]  # no teacher's passes
+    assert runs["k 300"]["teraflop"] == runs["none"]["teraflop"] < runs["live"]["teraflop"]  # no passes of the teacher
     monkeypatch.setattr(distill_lm, "train", never)
     again = offline_teacher.main(arguments)
     assert {row: found[0] for row, found in again.items()} == runs
 
 
-def test_features_are_not_in_a_cache(data, teachers, tmp_path):
+def test_feature_methods_are_refused_with_a_cache(data, teachers, tmp_path):
     with pytest.raises(ValueError, match="--method feature needs the teacher"):
         offline_teacher.main([*tiny.flags(data, tmp_path, teachers), "--method", "feature"])
 
 
-def test_a_student_learns_on_its_own_text_and_the_same_command_trains_nothing_again(
+def test_a_student_learns_on_its_own_text_and_repeating_the_command_trains_nothing(
     data, teachers, tmp_path, monkeypatch
 ):
     settings = {"start_epochs": 2, "divergence": "reverse_kl"}
@@ -73,7 +73,7 @@ def test_a_student_learns_on_its_own_text_and_the_same_command_trains_nothing_ag
     never_writes, half, always = (runs[f"lambda {x}"]["teraflop"] for x in ("0", "0.5", "1"))
     assert runs["cross-entropy goes on"]["teraflop"] < never_writes < always
     assert half == pytest.approx((never_writes + always) / 2)
-    assert runs["lambda 1"]["samples"] < runs["start"]["samples"]  # the teacher likes them better
+    assert runs["lambda 1"]["samples"] < runs["start"]["samples"]  # the teacher finds its samples more probable
     monkeypatch.setattr(distill_lm, "train", never)
     again = on_policy.main(arguments)
     assert {row: found[0] for row, found in again.items()} == runs
@@ -93,17 +93,17 @@ def test_a_sample_follows_the_students_predictions_and_begins_with_the_prompt():
     with torch.no_grad():
         first = student(input_ids=prompts[:1]).logits[0, -1].double().softmax(-1).numpy()
     seen = np.bincount(written[:, 3], minlength=len(first)) / 4000
-    assert 0.1 < first.max() < 0.9  # neither even nor certain: a greedy or uniform draw would be seen
+    assert 0.1 < first.max() < 0.9  # so greedy or uniform sampling would fail below
     assert abs(seen - first).sum() < 0.1
     token = int(first.argmax())
     after = written[written[:, 3] == token]
-    with torch.no_grad():  # the second token, drawn with keys and values kept: without them here
+    with torch.no_grad():  # sampled with stored keys and values, computed here without them
         second = student(input_ids=after[:1, :4]).logits[0, -1].double().softmax(-1).numpy()
     assert abs(np.bincount(after[:, 4], minlength=len(second)) / len(after) - second).sum() < 0.25
 
 
 @pytest.mark.parametrize("sampled", [0.0, 1.0])
-def test_the_loss_of_a_step_is_the_divergence_on_the_continuations_alone(sampled):
+def test_the_loss_of_a_step_is_the_divergence_on_the_continuations_only(sampled):
     teacher, student = build("gpt2", width=24).eval(), build("gpt2", depth=2, seed=1).eval()
     tokens = torch.randint(0, 61, (3, 8))
     loop = on_policy.OnPolicy(
@@ -115,7 +115,7 @@ def test_the_loss_of_a_step_is_the_divergence_on_the_continuations_alone(sampled
     loss = loop(student, tokens, tokens).loss
     if sampled:
         torch.manual_seed(5)
-        torch.rand(())  # whether to sample
+        torch.rand(())  # the draw that decides whether to sample
         written = evaluation.sample(student, tokens[:, :4], 8)
         assert not torch.equal(written, tokens)
         tokens = written
@@ -124,19 +124,19 @@ def test_the_loss_of_a_step_is_the_divergence_on_the_continuations_alone(sampled
     assert loss.item() == pytest.approx(oracles.reverse_kl(s, t).mean(), rel=1e-5)
 
 
-def test_a_share_beyond_one_is_refused(data, teachers, tmp_path):
+def test_a_lambda_above_one_is_refused(data, teachers, tmp_path):
     with pytest.raises(ValueError, match=r"--lambdas are shares between 0 and 1, got \[1.5\]"):
         on_policy.main([*tiny.flags(data, tmp_path, teachers), "--lambdas", "0", "1.5"])
 
 
-def test_jsd_takes_its_beta():
+def test_beta_is_passed_to_jsd_but_not_to_forward_kl():
     args = replace(on_policy.DEFAULTS, beta=0.3)
     assert on_policy.divergence(args).keywords == {"beta": 0.3}
     args = replace(on_policy.DEFAULTS, divergence="forward_kl")
     assert on_policy.divergence(args) is kdloss.divergences.forward_kl
 
 
-def test_interrupted_while_it_samples_text_it_ends_as_without_the_interruption(data, teachers, tmp_path, monkeypatch):
+def test_a_run_that_is_interrupted_while_it_samples_resumes_to_the_same_student(data, teachers, tmp_path, monkeypatch):
     settings = {"start_epochs": 1, "divergence": "reverse_kl", "steps": 8, "save_every": 0}
 
     def command(output):
@@ -147,7 +147,7 @@ def test_interrupted_while_it_samples_text_it_ends_as_without_the_interruption(d
         original, calls = evaluation.sample, []
 
         def interrupted(*args):
-            calls.append(len(args) == 3)  # of training: evaluation has a generator of its own
+            calls.append(len(args) == 3)  # in training; evaluation also passes a generator
             if sum(calls) == 3 and calls[-1]:
                 raise KeyboardInterrupt
             return original(*args)

@@ -1,4 +1,4 @@
-"""What a student's own loss shows of how it reads labels: shifted or not, and with what beside cross-entropy."""
+"""A student's own loss shows whether its labels are shifted and which losses it adds to cross-entropy."""
 
 import copy
 from types import SimpleNamespace
@@ -21,11 +21,11 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-SPREAD = {"initializer_range": 0.3}
+LARGE_WEIGHTS = {"initializer_range": 0.3}
 
 
 def llama(**changes):
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, **SPREAD, **changes))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, **LARGE_WEIGHTS, **changes))
 
 
 def bart():
@@ -45,7 +45,7 @@ def trocr():
 
 
 def xlnet():
-    config = hf.XLNetConfig(vocab_size=VOCAB, d_model=16, n_layer=2, n_head=2, d_inner=16, **SPREAD)
+    config = hf.XLNetConfig(vocab_size=VOCAB, d_model=16, n_layer=2, n_head=2, d_inner=16, **LARGE_WEIGHTS)
     return hf.XLNetLMHeadModel(config)
 
 
@@ -64,14 +64,14 @@ def gemma3():
 
 def mixtral():
     moe = {"num_key_value_heads": 1, "num_local_experts": 4, "router_aux_loss_coef": 0.1}
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**SMALL, **SPREAD, **moe, output_router_logits=True))
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**SMALL, **LARGE_WEIGHTS, **moe, output_router_logits=True))
 
 
 def bert(head=hf.BertForMaskedLM, **changes):
-    return head(hf.BertConfig(**SMALL, **SPREAD, **changes))
+    return head(hf.BertConfig(**SMALL, **LARGE_WEIGHTS, **changes))
 
 
-SHIFTED, BESIDE = [llama, gemma3, mixtral], [bart, trocr, xlnet, xlm, bert]
+SHIFTED, UNSHIFTED = [llama, gemma3, mixtral], [bart, trocr, xlnet, xlm, bert]
 
 
 def made(build, seed=0):
@@ -84,7 +84,7 @@ def tokens(rows=2, length=9):
 
 
 def divergence(student, teacher, keep):
-    """KL(teacher || student), mean over what is kept, in float64."""
+    """KL(teacher || student), the mean over the kept positions, in float64."""
     s, t = student[keep].double().log_softmax(-1), teacher[keep].detach().double().log_softmax(-1)
     return (t.exp() * (t - s)).sum(-1).mean()
 
@@ -95,17 +95,17 @@ def gradients(loss, model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def plainly(model, **inputs):
-    """Its output; a decoder of BART's alone can't store keys."""
+def output_of(model, **inputs):
+    """The model's output; BART's decoder without an encoder can't store keys."""
     return model(**inputs, **({"use_cache": False} if isinstance(model, hf.BartForCausalLM) else {}))
 
 
-@pytest.mark.parametrize("build", SHIFTED + BESIDE, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", SHIFTED + UNSHIFTED, ids=lambda build: build.__name__)
 def test_alpha_one_is_the_models_own_loss_in_value_and_gradient(build):
     student, teacher, ids = made(build), made(build, 1), tokens()
     labels = ids.clone()
     labels[0, :4] = -100
-    own = plainly(student, input_ids=ids, labels=labels).loss
+    own = output_of(student, input_ids=ids, labels=labels).loss
     expected = gradients(own, student)
     out = kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=1.0))(student, input_ids=ids, labels=labels)
     torch.testing.assert_close(out.loss, own.detach(), rtol=1e-5, atol=0, check_dtype=False)
@@ -115,12 +115,12 @@ def test_alpha_one_is_the_models_own_loss_in_value_and_gradient(build):
         torch.testing.assert_close(found[name], slope, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("build", SHIFTED + BESIDE, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", SHIFTED + UNSHIFTED, ids=lambda build: build.__name__)
 def test_the_teacher_is_compared_where_the_model_predicts_a_label(build):
     student, teacher, ids = made(build), made(build, 1), tokens()
     labels = ids.clone()
     labels[0, :4] = -100
-    s, t = (plainly(m, input_ids=ids).logits for m in (student, teacher))
+    s, t = (output_of(m, input_ids=ids).logits for m in (student, teacher))
     keep = labels != -100
     if build in SHIFTED:
         s, t, keep = s[:, :-1], t[:, :-1], keep[:, 1:]
@@ -130,9 +130,9 @@ def test_the_teacher_is_compared_where_the_model_predicts_a_label(build):
 
 
 @pytest.mark.parametrize("build", [llama, bart], ids=lambda build: build.__name__)
-def test_without_labels_the_input_ids_show_the_shift(build):
+def test_without_labels_the_shift_is_measured_with_the_input_ids(build):
     student, teacher, ids = made(build), made(build, 1), tokens()
-    s, t = (plainly(m, input_ids=ids).logits for m in (student, teacher))
+    s, t = (output_of(m, input_ids=ids).logits for m in (student, teacher))
     upto = -1 if build is llama else None
     expected = divergence(s[:, :upto], t[:, :upto], slice(None)).item()
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD(temperature=1.0, alpha=0.0))
@@ -140,13 +140,13 @@ def test_without_labels_the_input_ids_show_the_shift(build):
     assert distill(student, ids).loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_tokens_beyond_a_heads_classes_are_no_labels():
+def test_input_ids_beyond_the_number_of_classes_are_not_used_as_labels():
     student, ids = made(lambda: bert(hf.BertForTokenClassification, num_labels=3)), tokens()
     found = kdloss.Distiller(copy.deepcopy(student), kdloss.VanillaKD(alpha=0.0))(student, input_ids=ids).loss
     assert found.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_it_is_measured_once_in_eval_mode_and_changes_nothing():
+def test_the_shift_is_measured_once_in_eval_mode_and_the_measurement_changes_nothing():
     student, ids, ran = llama(attention_dropout=0.5), tokens(), []
     student.model.layers[0].eval()
     modes = [module.training for module in student.modules()]
@@ -169,18 +169,18 @@ def test_it_is_measured_once_in_eval_mode_and_changes_nothing():
 
 
 @pytest.mark.parametrize("build", [llama, bert, gemma3, xlnet], ids=lambda build: build.__name__)
-@pytest.mark.parametrize("labels", ["all", "none counts", "none"])
-def test_every_rank_makes_the_same_pass_whatever_its_labels(build, labels):
+@pytest.mark.parametrize("labels", ["all", "all ignored", "no labels"])
+def test_every_rank_makes_the_same_forward_pass_with_any_labels(build, labels):
     student, ids, ran = made(build), tokens(), []
-    given = {"all": {"labels": ids}, "none counts": {"labels": torch.full_like(ids, -100)}, "none": {}}[labels]
+    more = {"all": {"labels": ids}, "all ignored": {"labels": torch.full_like(ids, -100)}, "no labels": {}}[labels]
     student.register_forward_hook(lambda module, args, output: ran.append(output.loss))
     distill = kdloss.Distiller(None, kdloss.VanillaKD())
-    assert distill.shifts(student, input_ids=ids, **given) is (build in SHIFTED)
+    assert distill.shifts(student, input_ids=ids, **more) is (build in SHIFTED)
     assert len(ran) == 1
     assert ran[0].isfinite()
 
 
-def test_few_positions_of_a_long_text_show_the_shift():
+def test_the_shift_is_measured_on_few_positions_of_a_long_text():
     student, teacher, ids, widths = made(llama), made(llama, 1), tokens(2, 90), []
     labels = ids.clone()
     labels[:, :50] = -100
@@ -193,17 +193,17 @@ def test_few_positions_of_a_long_text_show_the_shift():
     assert found == pytest.approx(student(input_ids=ids, labels=labels).loss.item(), rel=1e-5)
 
 
-def test_each_student_is_measured_for_itself():
+def test_each_student_is_measured_separately():
     distill, ids = kdloss.Distiller(made(llama, 1), kdloss.VanillaKD(alpha=1.0)), tokens()
     for build in (llama, bart, llama):
         student = made(build)
-        own = plainly(student, input_ids=ids, labels=ids).loss.item()
+        own = output_of(student, input_ids=ids, labels=ids).loss.item()
         assert distill(student, input_ids=ids, labels=ids).loss.item() == pytest.approx(own, rel=1e-5)
 
 
-def test_shifted_labels_are_used_as_they_are():
+def test_shift_labels_are_not_shifted_again():
     student, teacher, ids = made(llama), made(llama, 1), tokens()
-    shifted = pad(ids[:, 1:], (0, 1), value=7)  # the last one comes from the next rank's part
+    shifted = pad(ids[:, 1:], (0, 1), value=7)  # where ranks share a text, the last label is the next rank's
     shifted[0, :3] = -100
     s, t, keep = student(ids).logits, teacher(ids).logits, shifted != -100
     ce = cross_entropy(s[keep].double(), shifted[keep])
@@ -215,7 +215,7 @@ def test_shifted_labels_are_used_as_they_are():
             assert found.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_students_own_loss_of_shifted_labels_is_a_term():
+def test_task_is_the_students_own_loss_of_shift_labels():
     student, teacher, ids = made(llama), made(llama, 1), tokens()
     shifted = pad(ids[:, 1:], (0, 1), value=7)
     own = student(ids, labels=ids, shift_labels=shifted).loss.item()
@@ -225,7 +225,7 @@ def test_a_students_own_loss_of_shifted_labels_is_a_term():
 
 
 class Balanced(hf.LlamaForCausalLM):
-    """Adds a term to its loss, which it makes with labels only."""
+    """Adds a z-loss to its loss, but computes it only if it gets labels."""
 
     def forward(self, *args, labels=None, **inputs):
         out = super().forward(*args, labels=labels, **inputs)
@@ -236,7 +236,7 @@ class Balanced(hf.LlamaForCausalLM):
 
 
 def balanced():
-    return Balanced(hf.LlamaConfig(**SMALL, **SPREAD, z_loss_coefficient=0.05))
+    return Balanced(hf.LlamaConfig(**SMALL, **LARGE_WEIGHTS, z_loss_coefficient=0.05))
 
 
 def switch():
@@ -276,14 +276,14 @@ def nllb():
 
 
 AUX, Z = {"encoder_aux_loss", "decoder_aux_loss"}, {"encoder_z_loss", "decoder_z_loss"}
-AROUND = [
+MODELS_WITH_NAMED_LOSSES = [
     (switch, {"output_router_logits": True}, AUX | Z),
     pytest.param(nllb, {}, AUX, marks=since_transformers_5),
     (balanced, {}, {"z_loss"}),
 ]
 
 
-@pytest.mark.parametrize(("build", "more", "names"), AROUND, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(("build", "more", "names"), MODELS_WITH_NAMED_LOSSES, ids=lambda x: getattr(x, "__name__", ""))
 def test_every_named_loss_of_a_model_is_added(build, more, names):
     student, ids = made(build), tokens()
     own = student(input_ids=ids, labels=ids, **more).loss
@@ -310,14 +310,14 @@ def smoothed():
     return student
 
 
-def undecided():
+def zero_head():
     student = llama()
     nn.init.zeros_(student.lm_head.weight)
     return student
 
 
-class Unlabelled(nn.Module):
-    """A language model of one's own, without a loss."""
+class WithoutLoss(nn.Module):
+    """A language model that computes no loss."""
 
     def __init__(self):
         super().__init__()
@@ -327,10 +327,10 @@ class Unlabelled(nn.Module):
         return SimpleNamespace(logits=self.head(self.embed(input_ids)), **more)
 
 
-def test_causal_is_required_for_logits_found_by_take_too():
-    """nanoGPT's models return (logits, loss), and their labels are shifted by whoever loads them."""
+def test_causal_is_required_for_logits_selected_by_take():
+    """nanoGPT's models return (logits, loss), and its data loader shifts the labels."""
 
-    class Pair(Unlabelled):
+    class Pair(WithoutLoss):
         def forward(self, input_ids):
             return self.head(self.embed(input_ids)), None
 
@@ -338,25 +338,25 @@ def test_causal_is_required_for_logits_found_by_take_too():
     distill = kdloss.Distiller(None, kdloss.Sum(CrossEntropy(take=0)))
     with pytest.raises(ValueError, match="causal=True where labels are the input's own ids"):
         distill(student, ids, labels=ids)
-    said = kdloss.Distiller(None, kdloss.Sum(CrossEntropy(take=0), causal=False))
+    explicit = kdloss.Distiller(None, kdloss.Sum(CrossEntropy(take=0), causal=False))
     expected = cross_entropy(student(ids)[0].flatten(0, 1), ids.flatten())
-    torch.testing.assert_close(said(student, ids, labels=ids).loss, expected)
+    torch.testing.assert_close(explicit(student, ids, labels=ids).loss, expected)
 
 
-@pytest.mark.parametrize("build", [smoothed, undecided, Unlabelled], ids=lambda build: build.__name__)
-def test_causal_is_required_where_the_own_loss_shows_nothing(build):
+@pytest.mark.parametrize("build", [smoothed, zero_head, WithoutLoss], ids=lambda build: build.__name__)
+def test_causal_is_required_where_the_own_loss_does_not_show_the_shift(build):
     student, teacher, ids = made(build), made(llama, 1), tokens()
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
     with pytest.raises(ValueError, match=r"causal=True where labels are the input's own ids.*kdloss\.Task\(\)"):
         distill(student, input_ids=ids, labels=ids)
     logits = student(input_ids=ids).logits
     for causal, x, y in ((True, logits[:, :-1], ids[:, 1:]), (False, logits, ids)):
-        said = kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=1.0, causal=causal))
-        found = said(student, input_ids=ids, labels=ids).loss.item()
+        explicit = kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=1.0, causal=causal))
+        found = explicit(student, input_ids=ids, labels=ids).loss.item()
         assert found == pytest.approx(cross_entropy(x.flatten(0, 1), y.flatten()).item(), rel=1e-5)
 
 
-def test_a_loss_of_the_users_own_is_a_term():
+def test_task_is_the_loss_function_that_a_user_gave_the_model():
     student, teacher, ids = made(smoothed), made(llama, 1), tokens()
     own = student(input_ids=ids, labels=ids)
     kd = divergence(own.logits[:, :-1], teacher(ids).logits[:, :-1], slice(None))
@@ -366,7 +366,7 @@ def test_a_loss_of_the_users_own_is_a_term():
 
 
 @pytest.mark.parametrize("build", [llama, bert], ids=lambda build: build.__name__)
-def test_a_criterion_alone_asks_what_the_labels_of_an_output_mean(build):
+def test_a_criterion_without_a_distiller_requires_causal_for_outputs_of_models(build):
     student, ids = made(build), tokens()
     output = student(input_ids=ids)
     with pytest.raises(ValueError, match="nothing says whether those at t learn label t"):
@@ -377,8 +377,8 @@ def test_a_criterion_alone_asks_what_the_labels_of_an_output_mean(build):
         torch.testing.assert_close(found, cross_entropy(x.flatten(0, 1), y.flatten()))
 
 
-def test_a_module_around_a_model_shows_the_same():
-    class Around(nn.Module):
+def test_a_module_that_wraps_a_model_shows_the_same_shift():
+    class Wrapper(nn.Module):
         def __init__(self, model):
             super().__init__()
             self.model = model
@@ -389,7 +389,7 @@ def test_a_module_around_a_model_shows_the_same():
     student, teacher, ids = made(llama), made(llama, 1), tokens()
     own = student(input_ids=ids, labels=ids).loss.item()
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD(alpha=1.0))
-    assert distill(Around(copy.deepcopy(student)), input_ids=ids, labels=ids).loss.item() == pytest.approx(own)
+    assert distill(Wrapper(copy.deepcopy(student)), input_ids=ids, labels=ids).loss.item() == pytest.approx(own)
 
 
 def fsmt():
@@ -410,23 +410,23 @@ def m2m():
 
 
 @pytest.mark.parametrize("build", [fsmt, m2m], ids=lambda build: build.__name__)
-def test_a_decoder_reads_what_the_models_own_forward_makes_of_labels(build):
-    """FSMT's method for collators gives other inputs than its forward, and writes into the labels it is given."""
+def test_a_decoder_gets_the_inputs_that_the_models_forward_makes_from_labels(build):
+    """FSMT's method for collators returns other inputs than its forward uses, and overwrites the labels."""
     student, teacher, ids = made(build), made(build, 1), tokens()
     labels = tokens(length=7)
     labels[0, 4:] = -100
     if build is fsmt:
         labels = labels.new_full((2, 9), -100)
         labels[:, :6] = ids[:, 3:]
-    kept = labels.clone()
+    before = labels.clone()
     own, theirs = (m(input_ids=ids.clone(), labels=labels) for m in (student, teacher))
     expected = 0.5 * own.loss + 0.5 * divergence(own.logits, theirs.logits, labels != -100)
     slopes = gradients(expected, student)
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD(temperature=1.0))
     out = distill(student, input_ids=ids, labels=labels)
-    assert torch.equal(labels, kept)
+    assert torch.equal(labels, before)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    if build is m2m:  # FSMT's forward writes into the input's ids, too, which the student's backward needs as they were
+    if build is m2m:  # FSMT's forward also overwrites input_ids, which the student's backward needs unchanged
         found = gradients(out.loss, student)
         for name, slope in slopes.items():
             torch.testing.assert_close(found[name], slope, rtol=1e-3, atol=1e-5)
@@ -442,7 +442,7 @@ def test_losses_in_half_precision_show_the_shift(build, dtype):
 
 
 @since_torch(2, 6)
-def test_what_is_measured_makes_no_graph():
+def test_the_measurement_compiles_no_graph():
     graphs = []
 
     def counting(graph, inputs):

@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes_images.md give the numbers and gradients of the papers' formulas, written out here."""
+"""The recipes of docs/recipes_images.md have the values and gradients of the papers' formulas, written out here."""
 
 import re
 from functools import partial
@@ -18,8 +18,8 @@ LABELS = torch.arange(B) % CLASSES
 page = partial(recipe, "recipes_images.md")
 
 
-class Given(nn.Module):
-    """A module that returns a parameter, whose gradient is then that of the features."""
+class Constant(nn.Module):
+    """A module whose features are a parameter, so that features have gradients in `model.parameters()`."""
 
     def __init__(self, shape):
         super().__init__()
@@ -30,7 +30,7 @@ class Given(nn.Module):
 
 
 class Net(nn.Module):
-    """Features of these shapes at modules of these names, and logits."""
+    """Modules of these names that return features of these shapes, and a module "fc" that returns logits."""
 
     def __init__(self, logits=(CLASSES,), **shapes):
         super().__init__()
@@ -42,7 +42,7 @@ class Net(nn.Module):
                 if folder not in place._modules:
                     place.add_module(folder, nn.Module())
                 place = place.get_submodule(folder)
-            place.add_module(last, Given(shape))
+            place.add_module(last, Constant(shape))
 
     def forward(self, images, labels=None):
         return [self.get_submodule(name)(images) for name in self.names][-1]
@@ -52,7 +52,7 @@ class Net(nn.Module):
 
 
 def stages(*widths, sizes=((8, 8), (4, 4), (2, 2)), pooled=(1, 1)):
-    """Three maps, and the last one's channels as pooled by torchvision, or as vectors."""
+    """Three feature maps, and pooled features: 1x1 maps as in torchvision, or vectors."""
     maps = {f"layer{i + 1}": (w, *size) for i, (w, size) in enumerate(zip(widths, sizes, strict=True))}
     return Net(**maps, avgpool=(widths[-1], *pooled))
 
@@ -62,8 +62,8 @@ def pair(**shapes):
     return stages(4, 6, 8, **shapes), stages(5, 7, 9, **shapes)
 
 
-def holds(criterion, paper, student, teacher, *, step=0, labels=LABELS):
-    """A criterion's loss and all of its gradients are those of the paper's formula of both models."""
+def assert_matches(criterion, paper, student, teacher, *, step=0, labels=LABELS):
+    """The criterion's loss and all gradients equal those of `paper`, the paper's formula on both models."""
     images = torch.zeros(B, 3, 8, 8, dtype=torch.float64)
     teachers = list(teacher) if isinstance(teacher, nn.ModuleList) else teacher
     model = Distillation(student, teachers, criterion).prepare(images).double()
@@ -83,7 +83,7 @@ def holds(criterion, paper, student, teacher, *, step=0, labels=LABELS):
 
 
 def trained(criterion, name="feature"):
-    """What a term learns: projections and distances, by layer."""
+    """The projections and the distances of a term, by layer."""
     term = criterion.terms[name]
     return term.projections, term.distances
 
@@ -100,15 +100,15 @@ def kl(log_p, log_q):
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-# -- by predictions --
+# -- predictions --
 
 
-def test_kd_is_a_tenth_of_cross_entropy_and_nine_of_kl_at_4():
+def test_kd_weighs_cross_entropy_by_0_1_and_kl_at_temperature_4_by_0_9():
     def paper(s, t):
         log_q, log_p = log_probs(4, s, t)
         return 0.1 * ce(s) + 0.9 * 16 * kl(log_p, log_q).mean()
 
-    holds(page("KD").criterion, paper, Net(), Net())
+    assert_matches(page("KD").criterion, paper, Net(), Net())
 
 
 def test_ca_mkd_weighs_each_teacher_by_its_cross_entropy():
@@ -120,11 +120,11 @@ def test_ca_mkd_weighs_each_teacher_by_its_cross_entropy():
         log_q, *log_ps = log_probs(4, s, *teachers)
         return ce(s) + sum(w[k] * 16 * kl(p.detach(), log_q) for k, p in enumerate(log_ps)).mean()
 
-    holds(page("CA-MKD").criterion, paper, student, nn.ModuleList(teachers))
+    assert_matches(page("CA-MKD").criterion, paper, student, nn.ModuleList(teachers))
 
 
-def test_mse_of_logits_alone():
-    holds(page("MSE").criterion, lambda s, t: (s["fc"] - t["fc"]).square().mean(), Net(), Net())
+def test_mse_compares_only_the_logits():
+    assert_matches(page("MSE").criterion, lambda s, t: (s["fc"] - t["fc"]).square().mean(), Net(), Net())
 
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 0), (5 * EPOCH, 0.25), (20 * EPOCH, 1), (30 * EPOCH, 1)])
@@ -137,20 +137,20 @@ def test_dkd_warms_up_over_twenty_epochs(step, weight):
         target, non_target = (kl(*(x.log() for x in both)).mean() for both in (binary, others))
         return ce(s) + weight * 16 * (target + 8 * non_target)
 
-    holds(page("DKD").criterion, paper, Net(), Net(), step=step)
+    assert_matches(page("DKD").criterion, paper, Net(), Net(), step=step)
 
 
-def test_nkd_takes_the_teachers_probability_of_the_label_and_1_5_of_the_other_classes():
+def test_nkd_weighs_the_label_by_the_teachers_probability_and_the_other_classes_by_1_5():
     def paper(s, t):
         log_q, log_p = log_probs(1, s, t)
         is_label = F.one_hot(LABELS, CLASSES).bool()
         others = [torch.log_softmax(x["fc"][~is_label].view(B, -1), 1) for x in (t, s)]
         soft_label = -(log_p[is_label].exp() * log_q[is_label]).mean()
         non_target = -(others[0].exp() * others[1]).sum(1).mean()
-        entropy = -(others[0].exp() * others[0]).sum(1).mean()  # which ours is without
+        entropy = -(others[0].exp() * others[0]).sum(1).mean()  # our KL divergence leaves it out
         return ce(s) + soft_label + 1.5 * (non_target - entropy)
 
-    holds(page("NKD").criterion, paper, Net(), Net())
+    assert_matches(page("NKD").criterion, paper, Net(), Net())
 
 
 def test_dist_weighs_correlations_of_images_and_of_classes_by_2():
@@ -162,37 +162,37 @@ def test_dist_weighs_correlations_of_images_and_of_classes_by_2():
         q, p = (x.exp() for x in log_probs(1, s, t))
         return ce(s) + 2 * (off(q, p) + off(q.T, p.T))
 
-    holds(page("DIST").criterion, paper, Net(), Net())
+    assert_matches(page("DIST").criterion, paper, Net(), Net())
 
 
-def test_lskd_weighs_9_at_a_base_temperature_of_2():
+def test_lskd_weighs_kl_by_9_at_a_base_temperature_of_2():
     def paper(s, t):
         z = ((x["fc"] - x["fc"].mean(1, keepdim=True)) / x["fc"].std(1, keepdim=True) for x in (t, s))
         return 0.1 * ce(s) + 9 * 4 * kl(*(torch.log_softmax(x / 2, 1) for x in z)).mean()
 
-    holds(page("LSKD").criterion, paper, Net(), Net())
+    assert_matches(page("LSKD").criterion, paper, Net(), Net())
 
 
-def test_ttm_takes_the_teachers_probabilities_to_a_tenth():
+def test_ttm_raises_the_teachers_probabilities_to_the_power_of_0_1():
     def paper(s, t):
         power = t["fc"].softmax(1) ** 0.1
         target = power / power.sum(1, keepdim=True)
         return ce(s) + 45 * kl(target.log(), next(log_probs(1, s))).mean()
 
-    holds(page("TTM").criterion, paper, Net(), Net())
+    assert_matches(page("TTM").criterion, paper, Net(), Net())
 
 
-def test_abkd_weighs_32_and_has_no_factor_of_temperature():
+def test_abkd_has_a_weight_of_32_and_no_factor_of_temperature():
     def paper(s, t):
         q, p = (x.exp() for x in log_probs(4, s, t))
         a, b = 0.8, 0.3
         each = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
         return ce(s) - 32 / (a * b) * each.sum(1).mean()
 
-    holds(page("ABKD").criterion, paper, Net(), Net())
+    assert_matches(page("ABKD").criterion, paper, Net(), Net())
 
 
-def test_wkd_weighs_the_label_by_the_teacher_and_what_mass_moves_by_its_classifiers_cosines():
+def test_wkd_weighs_the_label_by_the_teacher_and_moves_mass_at_the_cosine_costs_of_its_classifier():
     classifier, (student, teacher) = torch.randn(CLASSES, 64, dtype=torch.float64), (Net(), Net())
     criterion = page("WKD").wkd(classifier)
     cost = torch.stack([1 - F.cosine_similarity(row, classifier) for row in classifier]).fill_diagonal_(0)
@@ -201,12 +201,12 @@ def test_wkd_weighs_the_label_by_the_teacher_and_what_mass_moves_by_its_classifi
     log_q, log_p = (x[torch.arange(B), LABELS] for x in log_probs(1, student, teacher))
     expected = ce(student) - (log_p.exp() * log_q).mean() + 600 * moved
     value = criterion(student["fc"], teacher["fc"], LABELS)
-    torch.testing.assert_close(value, expected, rtol=2e-3, atol=0)  # in 100 iterations
+    torch.testing.assert_close(value, expected, rtol=2e-3, atol=0)  # the recipe stops after 100 iterations
     assert 600 * moved > 0.01 * value
 
 
 @pytest.mark.parametrize(("step", "reversal"), [(0, 0.0), (5 * EPOCH, 0.5), (10 * EPOCH, 1.0), (99 * EPOCH, 1.0)])
-def test_ctkd_learns_a_temperature_that_makes_it_harder(step, reversal):
+def test_ctkd_reverses_the_gradient_of_its_temperature_by_a_growing_factor(step, reversal):
     criterion = page("CTKD").criterion
 
     def paper(s, t):
@@ -216,17 +216,17 @@ def test_ctkd_learns_a_temperature_that_makes_it_harder(step, reversal):
         theta.register_hook(lambda slope: -reversal * slope)
         return 0.1 * ce(s) + 0.9 * (temperature**2 * kl(log_p, log_q)).mean()
 
-    holds(criterion, paper, Net(), Net(), step=step)
+    assert_matches(criterion, paper, Net(), Net(), step=step)
 
 
 def test_ctkd_saves_its_step_and_its_temperature():
     assert set(page("CTKD").criterion.state_dict()) >= {"terms.kd.theta", "step"}
 
 
-# -- by maps --
+# -- feature maps --
 
 
-def test_fitnets_weighs_100_behind_a_normalised_regressor():
+def test_fitnets_has_a_weight_of_100_and_a_regressor_with_batch_normalisation():
     criterion = page("FitNets").criterion
 
     def paper(s, t):
@@ -234,23 +234,23 @@ def test_fitnets_weighs_100_behind_a_normalised_regressor():
         gap = F.relu(normalised(one_by_one(s["layer2"], conv), norm)) - t["layer2"]
         return ce(s) + 100 * gap.square().mean()
 
-    holds(criterion, paper, *pair())
+    assert_matches(criterion, paper, *pair())
 
 
 def one_by_one(x, conv):
-    """What a 1x1 convolution makes of maps."""
+    """The output of a 1x1 convolution."""
     out = torch.einsum("bchw,dc->bdhw", x, conv.weight[:, :, 0, 0])
     return out if conv.bias is None else out + conv.bias[:, None, None]
 
 
 def normalised(x, norm):
-    """Over the images and positions of a batch, as in training."""
+    """The output of batch normalisation in training."""
     mean, variance = (f(x, (0, 2, 3), keepdim=True) for f in (torch.mean, partial(torch.var, correction=0)))
     scale, shift = (p[:, None, None] for p in (norm.weight, norm.bias))
     return (x - mean) / (variance + norm.eps).sqrt() * scale + shift
 
 
-def test_attention_transfer_weighs_1000_for_each_stage():
+def test_attention_transfer_has_a_weight_of_1000_for_each_stage():
     def attention(x):
         return F.normalize(x.square().mean(1).flatten(1), dim=1)
 
@@ -258,10 +258,10 @@ def test_attention_transfer_weighs_1000_for_each_stage():
         gaps = (attention(s[f"layer{i}"]) - attention(t[f"layer{i}"]) for i in (1, 2, 3))
         return ce(s) + 1000 * sum(gap.square().mean() for gap in gaps)
 
-    holds(page("AT").criterion, paper, *pair())
+    assert_matches(page("AT").criterion, paper, *pair())
 
 
-def test_neuron_selectivity_weighs_50_for_each_stage():
+def test_neuron_selectivity_has_a_weight_of_50_for_each_stage():
     def kernel(x, y):
         x, y = (F.normalize(z.flatten(2), dim=2) for z in (x, y))
         return torch.einsum("bcn,bdn->bcd", x, y).square().mean()
@@ -270,10 +270,10 @@ def test_neuron_selectivity_weighs_50_for_each_stage():
         sides = [(s[f"layer{i}"], t[f"layer{i}"]) for i in (1, 2, 3)]
         return ce(s) + 50 * sum(kernel(x, x) + kernel(y, y) - 2 * kernel(x, y) for x, y in sides)
 
-    holds(page("NST").criterion, paper, *pair())
+    assert_matches(page("NST").criterion, paper, *pair())
 
 
-def test_flow_of_the_solution_procedure_adds_up_a_matrix_for_each_stage():
+def test_flow_of_the_solution_procedure_compares_one_matrix_per_stage_and_sums_over_stages():
     def flow(model, i):
         early, late = (model[f"layer{i}.{k}"].flatten(2) for k in (0, 2))
         return torch.einsum("bcn,bdn->bcd", early, late) / early.shape[-1]
@@ -282,10 +282,10 @@ def test_flow_of_the_solution_procedure_adds_up_a_matrix_for_each_stage():
         return sum((flow(s, i) - flow(t, i)).square().sum((1, 2)).mean() for i in (1, 2, 3))
 
     shapes = {f"layer{i}.{k}": (2 * i, 8 // i, 4) for i in (1, 2, 3) for k in (0, 2)}
-    holds(page("FSP").criterion, paper, Net(**shapes), Net(**shapes))
+    assert_matches(page("FSP").criterion, paper, Net(**shapes), Net(**shapes))
 
 
-def test_activation_boundaries_weigh_three_thousandths_of_sums_halved_with_each_stage_down():
+def test_activation_boundary_has_a_weight_of_0_003_that_is_halved_for_each_earlier_stage():
     sizes = ((32, 32), (16, 16), (8, 8))
     criterion = page("AB").criterion
 
@@ -298,10 +298,10 @@ def test_activation_boundaries_weigh_three_thousandths_of_sums_halved_with_each_
             total = total + (below + above).sum() / B * 2.0 ** (i - 3)
         return 3 / 1000 * total
 
-    holds(criterion, paper, stages(2, 2, 2, sizes=sizes), stages(64, 128, 256, sizes=sizes))
+    assert_matches(criterion, paper, stages(2, 2, 2, sizes=sizes), stages(64, 128, 256, sizes=sizes))
 
 
-def test_variational_information_weighs_1_for_each_stage():
+def test_variational_information_has_a_weight_of_1_for_each_stage():
     criterion = page("VID").criterion
 
     def paper(s, t):
@@ -314,14 +314,14 @@ def test_variational_information_weighs_1_for_each_stage():
             total = total + 0.5 * ((mean - t[f"layer{i}"]).square() / variance + variance.log()).mean()
         return total
 
-    holds(criterion, paper, *pair())
+    assert_matches(criterion, paper, *pair())
     assert len([*criterion.parameters()]) == 3 * (3 + 1), "three convolutions and variances for each stage"
     alpha = trained(criterion)[1]["layer1"].alpha
     torch.testing.assert_close(torch.log(1 + torch.exp(alpha)) + 1e-5, torch.full_like(alpha, 5), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("teacher_width", [4, 6])
-def test_mgd_adds_up_what_is_generated_of_35_percent_of_the_positions_at_every_level(teacher_width):
+def test_mgd_sums_over_levels_the_errors_of_features_generated_from_35_percent_of_the_positions(teacher_width):
     sizes = [(8, 6), (4, 3), (2, 2), (2, 1), (1, 1)]
     shapes = [{f"neck.fpn_convs.{i}.conv": (w, *size) for i, size in enumerate(sizes)} for w in (4, teacher_width)]
     criterion = page("MGD").criterion
@@ -341,18 +341,18 @@ def test_mgd_adds_up_what_is_generated_of_35_percent_of_the_positions_at_every_l
             total = total + 2e-5 * (new - y).square().sum() / B
         return total
 
-    holds(criterion, paper, Detector(**shapes[0]), Detector(**shapes[1]))
+    assert_matches(criterion, paper, Detector(**shapes[0]), Detector(**shapes[1]))
 
 
 class Detector(Net):
-    """A model with a loss of its own."""
+    """A model that returns its own loss."""
 
     def forward(self, images, labels=None):
         logits = super().forward(images)
         return SimpleNamespace(logits=logits, loss=logits.square().mean())
 
 
-def test_channel_wise_distillation_weighs_3_on_all_pixels_of_a_map_of_logits():
+def test_channel_wise_distillation_has_a_weight_of_3_and_counts_all_pixels():
     labels = torch.randint(0, CLASSES, (B, 6, 8))
     labels[0, :, :5] = labels[2, 1:] = 255
 
@@ -362,20 +362,20 @@ def test_channel_wise_distillation_weighs_3_on_all_pixels_of_a_map_of_logits():
         return F.cross_entropy(s["fc"], labels, ignore_index=255) + 3 * divergence
 
     nets = (Net(logits=(CLASSES, 6, 8), head=(CLASSES, 3, 4)) for _ in "st")
-    holds(page("CWD").criterion, paper, *nets, labels=labels)
+    assert_matches(page("CWD").criterion, paper, *nets, labels=labels)
 
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 0), (5 * EPOCH, 1.25), (20 * EPOCH, 5)])
-@pytest.mark.parametrize("own_widths", [False, True])
-def test_review_fuses_deeper_stages_into_earlier_ones_and_compares_them_at_several_sizes(step, weight, own_widths):
+@pytest.mark.parametrize("other_widths", [False, True])
+def test_review_fuses_deeper_stages_into_earlier_ones_and_compares_them_at_several_sizes(step, weight, other_widths):
     made, layers = page("ReviewKD"), ["layer1", "layer2", "layer3", "avgpool"]
     criterion, models = made.criterion, [stages(64, 128, 256) for _ in "st"]
-    if own_widths:
+    if other_widths:
         *_, warmup = criterion.weights["review"].factors
         review = made.Review(layers, [4, 6, 8, 8], [5, 7, 9, 9], middle=3)
         criterion, models = CrossEntropy() + warmup * review, pair()
     review = criterion.terms["review"]
-    assert review.enter[0][0].out_channels == (3 if own_widths else 256)
+    assert review.enter[0][0].out_channels == (3 if other_widths else 256)
 
     def normal(x, block):
         return normalised(F.conv2d(x, block[0].weight, padding=block[0].weight.shape[-1] // 2), block[1])
@@ -400,11 +400,11 @@ def test_review_fuses_deeper_stages_into_earlier_ones_and_compares_them_at_sever
             loss = loss + sum(a * b for a, b in zip(shares, gaps, strict=True)) / sum(shares)
         return ce(s) + weight * loss
 
-    holds(criterion, paper, *models, step=step)
+    assert_matches(criterion, paper, *models, step=step)
 
 
 @pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (4, 4)])
-def test_simkd_learns_the_teachers_last_map_alone_at_the_coarser_size_and_keeps_its_classifier(sizes):
+def test_simkd_compares_only_the_last_map_at_the_coarser_size_and_reuses_the_teachers_classifier(sizes):
     made = page("SimKD")
     student, teacher = (stages(4, 6, w, sizes=((8, 8), (4, 4), (n, n))) for w, n in zip((8, 10), sizes, strict=True))
 
@@ -419,13 +419,13 @@ def test_simkd_learns_the_teachers_last_map_alone_at_the_coarser_size_and_keeps_
             x = F.relu(normalised(F.conv2d(x, conv.weight, padding=conv.weight.shape[-1] // 2), norm))
         return (x - sides[1]).square().mean()
 
-    holds(made.criterion, paper, student, teacher)
+    assert_matches(made.criterion, paper, student, teacher)
     teacher.fc = nn.Linear(10, CLASSES).double()
     used = made.deployed(nn.Identity(), teacher)
     assert torch.equal(used(student["layer3"]), teacher.fc(used[1](student["layer3"]).mean((2, 3))))
 
 
-# -- by relations between images --
+# -- relations between images --
 
 either_way = pytest.mark.parametrize("pooled", [(), (1, 1)])
 
@@ -434,16 +434,16 @@ def vectors(model, name):
     return model[name].flatten(1)
 
 
-def test_similarity_preserving_weighs_3000():
+def test_similarity_preserving_has_a_weight_of_3000():
     def paper(s, t):
         grams = [F.normalize(x @ x.T, dim=1) for x in (vectors(s, "layer3"), vectors(t, "layer3"))]
         return ce(s) + 3000 * (grams[0] - grams[1]).square().sum() / B**2
 
-    holds(page("SP").criterion, paper, *pair())
+    assert_matches(page("SP").criterion, paper, *pair())
 
 
 @either_way
-def test_rkd_weighs_25_and_50(pooled):
+def test_rkd_weighs_distances_by_25_and_angles_by_50(pooled):
     def relations(x):
         arms = x[None] - x[:, None]
         lengths = arms.square().sum(-1).add(torch.eye(B)).sqrt() * (1 - torch.eye(B))
@@ -454,25 +454,25 @@ def test_rkd_weighs_25_and_50(pooled):
         (d, a), (e, b) = (relations(vectors(model, "avgpool")) for model in (s, t))
         return ce(s) + 25 * F.smooth_l1_loss(d, e) + 50 * F.smooth_l1_loss(a, b)
 
-    holds(page("RKD").criterion, paper, *pair(pooled=pooled))
+    assert_matches(page("RKD").criterion, paper, *pair(pooled=pooled))
 
 
 @either_way
-def test_pkt_weighs_30000(pooled):
+def test_pkt_has_a_weight_of_30000(pooled):
     def neighbours(x):
         unit = F.normalize(x, dim=1)
-        near = (unit @ unit.T + 1) / 2 + 1e-7  # there where the authors' code adds it to the shares
+        near = (unit @ unit.T + 1) / 2 + 1e-7  # the authors' code adds it inside the logarithm only
         return near / near.sum(1, keepdim=True)
 
     def paper(s, t):
         q, p = (neighbours(vectors(model, "avgpool")) for model in (s, t))
         return ce(s) + 30000 * (p * (p / q).log()).mean()
 
-    holds(page("PKT").criterion, paper, *pair(pooled=pooled))
+    assert_matches(page("PKT").criterion, paper, *pair(pooled=pooled))
 
 
 @either_way
-def test_correlation_congruence_weighs_100(pooled):
+def test_correlation_congruence_has_a_weight_of_100(pooled):
     def kernel(x):
         cosines = F.normalize(x, dim=1) @ F.normalize(x, dim=1).T
         return torch.exp(torch.tensor(-0.8, dtype=torch.float64)) * (1 + 0.8 * cosines + 0.32 * cosines**2)
@@ -480,10 +480,10 @@ def test_correlation_congruence_weighs_100(pooled):
     def paper(s, t):
         return ce(s) + 100 * (kernel(vectors(s, "avgpool")) - kernel(vectors(t, "avgpool"))).square().sum() / B**2
 
-    holds(page("CC").criterion, paper, *pair(pooled=pooled))
+    assert_matches(page("CC").criterion, paper, *pair(pooled=pooled))
 
 
-# -- by several teachers --
+# -- several teachers --
 
 
 def test_takd_goes_from_teacher_to_assistant_to_student():
@@ -495,7 +495,7 @@ def test_takd_goes_from_teacher_to_assistant_to_student():
         log_q, log_p = log_probs(5, s, t)
         return 0.5 * ce(s) + 0.5 * 25 * kl(log_p, log_q).mean()
 
-    holds(made.criterion, paper, Net(), Net())
+    assert_matches(made.criterion, paper, Net(), Net())
 
 
 def test_the_table_has_a_row_for_every_recipe_and_a_test_for_every_mark():

@@ -1,4 +1,4 @@
-"""A mask of samples counts frames: brought there by the model's own lengths, or refused."""
+"""A mask of audio samples becomes a mask of frames by the model's length function, or is refused."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from stepping import Steps, holds_to, kl, recipe
 import kdloss
 from kdloss import Distillation, Distiller, Features, Logits, Task
 
-pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # WavLM's own
+pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # a warning in WavLM
 
 SMALL = {
     "vocab_size": 12,
@@ -58,7 +58,7 @@ def sound(samples=160, real=81):
 
 
 def frames(samples):
-    """By the definition of a convolution without padding: kernels 8 and 4, strides 4 and 2."""
+    """The number of frames, by the definition of a convolution: kernels 8 and 4, strides 4 and 2, no padding."""
     for kernel, stride in ((8, 4), (4, 2)):
         samples = (samples - kernel) // stride + 1
     return samples
@@ -71,12 +71,12 @@ def real_frames(batch):
 
 
 def blocks(model):
-    """Where the transformer's are."""
+    """The path of the transformer's blocks."""
     return f"{model.base_model_prefix}.encoder.layers"
 
 
 def captured(model, i, batch, where):
-    """What a block gives, asked of the model itself."""
+    """The output of block `i`, from a pass of the model."""
     found = []
     handle = model.get_submodule(f"{where}.{i}").register_forward_hook(lambda m, a, out: found.append(out))
     model(**batch)
@@ -85,7 +85,7 @@ def captured(model, i, batch, where):
 
 
 def squares(student, teacher, batch, where, pair=(0, 1)):
-    """The mean squared error of every frame of a pair of blocks."""
+    """The mean squared error between a pair of blocks, at every frame."""
     with torch.no_grad():
         target = captured(teacher, pair[1], batch, where)
     return (captured(student, pair[0], batch, where) - target).square().mean(-1)
@@ -118,14 +118,14 @@ def test_features_of_padded_frames_do_not_count(kind):
         torch.testing.assert_close(own, hand)
 
 
-def test_a_model_without_logits_counts_its_own_frames():
+def test_features_of_padded_frames_do_not_count_in_a_model_without_logits():
     student, teacher, batch = (ctc("Wav2Vec2", 2, 0).wav2vec2, ctc("Wav2Vec2", 3, 1).wav2vec2, sound())
     loss = Distiller(teacher, 1.0 * Features(pairing=[(0, 1)], blocks="encoder.layers"))(student, **batch).loss
     values = squares(student, teacher, batch, "encoder.layers")
     torch.testing.assert_close(loss, values[real_frames(batch)].mean())
 
 
-def test_blocks_in_front_of_an_adapter_stand_at_more_frames_than_what_it_gives():
+def test_the_mask_has_the_frames_of_blocks_in_front_of_an_adapter_not_those_of_its_output():
     config = SMALL | {"add_adapter": True, "num_adapter_layers": 1, "output_hidden_size": 16, "hidden_size": 16}
     models = [hf.Wav2Vec2Model(hf.Wav2Vec2Config(**config, num_hidden_layers=n)).double().eval() for n in (2, 3)]
     batch = sound()
@@ -134,8 +134,8 @@ def test_blocks_in_front_of_an_adapter_stand_at_more_frames_than_what_it_gives()
     torch.testing.assert_close(loss, values[real_frames(batch)].mean())
 
 
-def test_frames_that_no_function_of_the_model_counts_are_refused_with_the_line_to_write():
-    """SEW squeezes its frames inside, and tells nobody how."""
+def test_squeezed_frames_that_no_length_function_gives_are_refused_with_the_line_to_write():
+    """SEW squeezes the frames inside its encoder, and has no function that gives the number of squeezed frames."""
     student, teacher, batch = ctc("SEW", 2, 0), ctc("SEW", 3, 1), sound()
     where = blocks(student)
     distill = Distiller(teacher, 1.0 * Features(pairing=[(0, 1)], blocks=where))
@@ -151,7 +151,7 @@ def test_frames_that_no_function_of_the_model_counts_are_refused_with_the_line_t
     torch.testing.assert_close(everywhere, values.mean())
 
 
-def test_frames_by_hand_take_the_place_of_a_length_function():
+def test_a_mask_of_frames_replaces_a_missing_length_function():
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -189,7 +189,7 @@ def ctc_with_a_teacher(student, teacher, batch):
 
 
 def test_ctc_learns_from_transcripts_and_the_teachers_frames_in_one_pass():
-    """Transcripts have a length of their own: they are the task's, and count no frames."""
+    """Transcripts and frames differ in length: only the task reads the transcripts, and they select no frames."""
     student, teacher = ctc("Wav2Vec2", 2, 0), ctc("Wav2Vec2", 3, 1)
     batch = transcripts(sound())
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -213,7 +213,7 @@ def test_ctc_learns_from_transcripts_and_the_teachers_frames_in_one_pass():
     holds_to(steps, expected, rtol=1e-5, atol=1e-7)  # the model computes CTC in float32
 
 
-def test_ctc_and_features_alone_count_frames_not_letters():
+def test_features_with_ctc_and_without_a_logits_term_count_frames_not_letters():
     student, teacher, batch = ctc("Wav2Vec2", 2, 0), ctc("Wav2Vec2", 3, 1), sound()
     criterion = Task() + Features("last", blocks=BLOCKS)
     out = Distiller(teacher, criterion)(student, **transcripts(batch))
@@ -222,7 +222,7 @@ def test_ctc_and_features_alone_count_frames_not_letters():
     torch.testing.assert_close(out.components["task"], student(**transcripts(batch)).loss.detach())
 
 
-def test_labels_at_other_positions_are_refused_where_a_term_reads_them_or_none_has_use_for_them():
+def test_transcripts_are_refused_unless_a_task_is_the_only_term_that_reads_labels():
     student, teacher, batch = ctc("Wav2Vec2", 2, 0), ctc("Wav2Vec2", 3, 1), transcripts(sound())
     for criterion in (kdloss.VanillaKD(), kdloss.VanillaKD(alpha=0.0), Task() + kdloss.CrossEntropy()):
         with pytest.raises(ValueError, match=r"labels have shape \(2, 4\) but logits \(2, 18, 12\) need \(2, 18\)"):
@@ -241,7 +241,7 @@ def whisper(depth, seed):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_an_encoders_frames_are_held_over_their_own_mask_under_a_decoders_labels(masked):
+def test_features_of_an_encoder_are_averaged_over_its_mask_and_weighted_by_the_decoders_labels(masked):
     student, teacher = whisper(2, 0), whisper(3, 1)
     batch = {"input_features": torch.randn(2, 4, 20, dtype=torch.float64)}
     batch |= {"labels": torch.tensor([[3, 4, 5], [6, -100, -100]])}
@@ -268,7 +268,7 @@ def moonshine(depth, seed):
     return hf.MoonshineForConditionalGeneration(config).double().eval()
 
 
-def test_a_length_function_of_one_number_at_a_time_serves_as_well():
+def test_a_length_function_that_takes_one_number_at_a_time_works():
     student, teacher = moonshine(1, 0), moonshine(2, 1)
     batch = {"input_values": torch.randn(2, 4000, dtype=torch.float64)}
     batch |= {"attention_mask": (torch.arange(4000) < torch.tensor([[4000], [2000]])).long()}

@@ -1,4 +1,4 @@
-"""Laws of sums: what arithmetic makes of terms, against plain torch."""
+"""Laws of sums: arithmetic with terms, against plain torch."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ either_way = pytest.mark.parametrize("causal", [False, True])
 @every_term
 @either_way
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_term_is_its_mean_over_the_positions_that_count_times_its_weight(name, causal, masked):
+def test_a_term_is_its_weight_times_its_mean_over_the_counted_positions(name, causal, masked):
     batch = Batch(causal)
     mask = batch.mask if masked else None
     expected = 0.3 * by_hand(name, batch, mask).mean()
@@ -38,15 +38,15 @@ def test_a_term_is_its_mean_over_the_positions_that_count_times_its_weight(name,
 
 @pytest.mark.parametrize("name", [name for name in TERMS if name not in ("ce", "smooth")])
 @either_way
-def test_a_term_that_counts_by_the_mask_counts_unlabelled_positions_beside_one_that_does_not(name, causal):
+def test_a_term_with_positions_mask_counts_unlabelled_positions_and_another_term_does_not(name, causal):
     batch = Batch(causal)
-    beside = "kd" if name == "own" else "own"
-    criterion = Sum(made(name, positions="mask"), 2.0 * made(beside), causal=causal)
-    expected = by_hand(name, batch, batch.mask, by_mask=True).mean() + 2 * by_hand(beside, batch, batch.mask).mean()
+    other = "kd" if name == "own" else "own"
+    criterion = Sum(made(name, positions="mask"), 2.0 * made(other), causal=causal)
+    expected = by_hand(name, batch, batch.mask, by_mask=True).mean() + 2 * by_hand(other, batch, batch.mask).mean()
     close(criterion(*batch.args(), mask=batch.mask), expected, batch)
 
 
-def test_cross_entropy_by_the_mask_alone_is_for_soft_labels():
+def test_cross_entropy_with_positions_mask_needs_soft_labels():
     batch, criterion = Batch(), 1.0 * CrossEntropy(positions="mask")
     with pytest.raises(ValueError, match=r"'ce' counts unlabelled positions.*positions='labels'"):
         criterion(*batch.args(), mask=batch.mask)
@@ -56,7 +56,7 @@ def test_cross_entropy_by_the_mask_alone_is_for_soft_labels():
 
 
 @either_way
-def test_soft_labels_are_those_of_their_position(causal):
+def test_soft_labels_are_shifted_and_masked_like_labels(causal):
     batch = Batch(causal)
     soft = torch.rand(3, 4, 7).double()
     soft /= soft.sum(-1, keepdim=True)
@@ -69,7 +69,7 @@ def test_soft_labels_are_those_of_their_position(causal):
 
 
 @pytest.mark.parametrize("weight", [2, 0.5, 0.0, warmup(10, 1.0), lambda step: 0.5, nn.Parameter(torch.tensor(2.0))])
-def test_a_term_times_a_weight_holds_the_term_itself(weight):
+def test_a_term_times_a_weight_is_a_sum_with_the_same_term_object(weight):
     term = Features("last", widths=(4, 8), depths=(2, 3))
     for product in (weight * term, term * weight, weight * (1.0 * term), weight * Sum(term), sum([weight * term])):
         assert isinstance(product, Sum)
@@ -78,7 +78,7 @@ def test_a_term_times_a_weight_holds_the_term_itself(weight):
         assert {id(p) for p in term.parameters()} <= {id(p) for p in product.parameters()}
 
 
-def test_a_sum_of_sums_is_flat_and_is_the_sum_in_value_and_gradient():
+def test_a_sum_of_sums_is_flat_and_adds_values_and_gradients():
     batch = Batch()
     a, b = 0.3 * made("ce") + made("kd"), 2.0 * made("last") + 0.5 * made("task")
     both = a + b
@@ -107,16 +107,16 @@ def test_the_order_of_terms_does_not_matter(seed):
 def test_a_weight_distributes_over_a_sum(weight):
     batch = Batch()
     together = weight * (0.5 * made("ce") + made("kd") + 2 * made("last"))
-    apart = weight * (0.5 * made("ce")) + weight * made("kd") + 2 * (weight * made("last"))
+    separate = weight * (0.5 * made("ce")) + weight * made("kd") + 2 * (weight * made("last"))
     for step in range(3):
         w = weight(step) if callable(weight) else weight
         expected = w * sum(x * by_hand(name, batch).mean() for name, x in (("ce", 0.5), ("kd", 1), ("last", 2)))
-        for criterion in (together, apart):
+        for criterion in (together, separate):
             close(criterion(*batch.args()), expected, batch)
             criterion.advance()
 
 
-def test_what_makes_no_sense_in_a_sum_is_refused_with_what_to_write():
+def test_invalid_sums_are_refused_with_the_code_to_write():
     term = Logits()
     with pytest.raises(ValueError, match="'kd' is in the sum twice; give it once, with the sum of its weights"):
         0.5 * term + 0.5 * term
@@ -149,15 +149,15 @@ def test_what_makes_no_sense_in_a_sum_is_refused_with_what_to_write():
     "contract", [{"causal": True}, {"ignore_index": -1}, {"reduction": "sum"}, {"check_finite": True}]
 )
 def test_settings_of_one_added_sum_hold_for_both(contract):
-    said, silent = Sum(made("ce"), **contract), made("kd")
+    explicit, default = Sum(made("ce"), **contract), made("kd")
     sums = (
-        said + silent,
-        silent + said,
-        0.5 * said + Sum(silent),
-        Sum(said, silent),
-        Sum(0.5 * said, Sum(silent, **contract)),
+        explicit + default,
+        default + explicit,
+        0.5 * explicit + Sum(default),
+        Sum(explicit, default),
+        Sum(0.5 * explicit, Sum(default, **contract)),
     )
-    for criterion in (*sums, Sum(Sum(made("ce")), silent, **contract)):
+    for criterion in (*sums, Sum(Sum(made("ce")), default, **contract)):
         (name, value), *more = criterion.contract.said().items()
         assert ({name: value}, more) == (contract, [])
     batch = Batch()
@@ -174,7 +174,7 @@ def test_settings_of_one_added_sum_hold_for_both(contract):
 
 
 def mean(values, keep):
-    """0 where nothing counts."""
+    """The mean of the kept values; 0 if there are none."""
     return values[keep].sum() / max(int(keep.sum()), 1)
 
 
@@ -189,7 +189,7 @@ SETTINGS = {
 
 @settings(max_examples=40, deadline=None)
 @given(**SETTINGS)
-def test_recipes_equal_the_sums_they_stand_for(alpha, temperature, logit_weight, kept, causal):
+def test_recipes_equal_the_sums_that_they_abbreviate(alpha, temperature, logit_weight, kept, causal):
     batch, mask = Batch(), torch.tensor(kept).view(3, 4)
     second = Batch(seed=1).teacher
     ce, kd, last = CrossEntropy, lambda **o: Logits(temperature=temperature, **o), lambda: Features("last")
@@ -241,22 +241,22 @@ def test_a_recipe_is_a_sum(recipe):
 
 
 @pytest.mark.parametrize("recipe", [VanillaKD, FeatureKD, MultiTeacherKD])
-def test_assigned_settings_are_as_given_ones_and_checked_like_them(recipe):
+def test_assigned_settings_work_and_are_checked_like_arguments(recipe):
     batch = Batch()
     teacher = [batch.teacher] if recipe is MultiTeacherKD else batch.teacher
     base = {"layers": "last"} if recipe is FeatureKD else {}
     settings = {"alpha": 0.9, "temperature": 3.0} | ({"logit_weight": 1.5} if recipe is FeatureKD else {})
     settings |= {"alpha": linear(0.0, 1.0, steps=2), "temperature": linear(4.0, 1.0, steps=3)}
     for chosen in (settings, {name: settings[name] for name in reversed(settings)}):
-        assigned, given_ = recipe(**base), recipe(**base, **chosen)
+        assigned, constructed = recipe(**base), recipe(**base, **chosen)
         for name, value in chosen.items():
             setattr(assigned, name, value)
-            assert getattr(assigned, name) == value == getattr(given_, name)
+            assert getattr(assigned, name) == value == getattr(constructed, name)
         for _ in range(3):
-            values = [c(batch.student, teacher, batch.labels) for c in (assigned, given_)]
+            values = [c(batch.student, teacher, batch.labels) for c in (assigned, constructed)]
             close(*values, batch)
             assigned.advance()
-            given_.advance()
+            constructed.advance()
     wrong = {"alpha": (1.5, -0.1, float("nan"), "1"), "temperature": (0.0, -1.0, float("inf"), "2", True)}
     wrong |= {"logit_weight": (-1.0, float("nan"), "1")} if recipe is FeatureKD else {}
     for name, values in wrong.items():
@@ -274,7 +274,7 @@ def test_assigned_settings_are_as_given_ones_and_checked_like_them(recipe):
 # -- weights --
 
 
-def test_a_weight_of_zero_asks_no_distance_and_gives_its_parameters_zero_gradients():
+def test_a_weight_of_zero_calls_no_distance_and_gives_its_parameters_zero_gradients():
     def never(student, teacher):
         raise AssertionError("asked")
 
@@ -296,7 +296,7 @@ def test_a_weight_of_zero_asks_no_distance_and_gives_its_parameters_zero_gradien
 
 
 @pytest.mark.parametrize("name", ["ce", "kd", "last", "task"])
-def test_a_weight_that_is_a_parameter_learns_by_the_mean_of_its_term_and_is_saved(name):
+def test_a_parameter_as_weight_has_the_mean_of_its_term_as_gradient_and_is_saved(name):
     batch, weight = Batch(), nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
     criterion = 2.0 * (weight * made(name)) + made("own")
     assert [p is weight for p in criterion.parameters()] == [True]
@@ -311,7 +311,7 @@ def test_a_weight_that_is_a_parameter_learns_by_the_mean_of_its_term_and_is_save
     assert torch.equal(other(*batch.args(), mask=batch.mask), value)
 
 
-def test_one_parameter_over_a_sum_learns_by_all_its_terms():
+def test_one_parameter_as_weight_of_a_sum_gets_gradients_from_all_its_terms():
     batch, weight = Batch(), nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
     criterion = linear(0.0, 1.0, steps=4) * (weight * (made("ce") + 3.0 * made("last")))
     assert [p is weight for p in criterion.parameters()] == [True]
@@ -347,10 +347,10 @@ def test_schedules_multiply_terms(schedule):
 @either_way
 @pytest.mark.parametrize("items", [torch.tensor(0), torch.tensor(0.0), torch.tensor(0, dtype=torch.int32)], ids=str)
 @pytest.mark.parametrize("positions", ["labels", "mask"])
-def test_a_batch_in_which_nothing_counts_anywhere_gives_zero_and_zero_gradients(name, causal, items, positions):
+def test_a_batch_without_labels_and_with_zero_items_gives_zero_loss_and_zero_gradients(name, causal, items, positions):
     if positions == "mask" and name in ("ce", "smooth"):
-        pytest.skip("counts by its labels")
-    for others in (0.0, 0.5):  # alone, beside a term on logits, and beside one between positions
+        pytest.skip("cross-entropy with class labels takes its positions from the labels")
+    for others in (0.0, 0.5):  # weights of a term on logits and of one that compares positions
         batch = Batch(causal)
         batch.labels = torch.full_like(batch.labels, -100)
         terms = [made(name, positions=positions) if positions == "mask" else made(name)]
@@ -423,7 +423,7 @@ def test_components_are_unweighted_means_of_the_call_whatever_the_loss_is_divide
 
 
 def mean_of_labelled(output, labels):
-    """One number, as many losses give: the mean over labelled positions."""
+    """A scalar loss: the mean over labelled positions."""
     return output.logits.square().mean(-1)[labels != -100].mean()
 
 
@@ -432,13 +432,13 @@ def test_scalar_terms_of_micro_batches_add_up_to_one_batch():
     values = by_hand("task", batch)
     for criterion in (1.0 * Task(mean_of_labelled), made("ce") + Task(mean_of_labelled)):
         beside = by_hand("ce", batch) if "ce" in criterion.terms else 0 * values
-        whole = criterion(*batch.args())
-        close(whole, values.mean() + beside.mean(), batch)
-        parts = 0
+        full = criterion(*batch.args())
+        close(full, values.mean() + beside.mean(), batch)
+        accumulated = 0
         for i in range(3):
-            row = type(batch.student)(logits=batch.logits[i : i + 1])
-            parts = parts + criterion(row, None, batch.labels[i : i + 1], num_items_in_batch=11)
-        close(parts, whole, batch)
+            example = type(batch.student)(logits=batch.logits[i : i + 1])
+            accumulated = accumulated + criterion(example, None, batch.labels[i : i + 1], num_items_in_batch=11)
+        close(accumulated, full, batch)
         summed = Sum(criterion, reduction="sum")
         close(summed(*batch.args()), values.sum() + beside.sum(), batch)
         torch.testing.assert_close(summed.components["task"], values.mean().detach())
@@ -461,7 +461,7 @@ def test_the_same_teacher_twice_at_half_the_weight_equals_it_once():
         close(together(batch.student, [batch.teacher, batch.teacher], batch.labels, mask=batch.mask), value, batch)
 
 
-def test_weights_are_those_of_the_teachers_in_the_order_in_which_they_are_named():
+def test_weights_of_teachers_follow_the_order_of_the_teacher_argument():
     batch, second = Batch(), Batch(seed=1).teacher
     other = torch.where(batch.mask & (batch.labels != -100), 1.0, 0.0)
     t = 0.25 * second.logits + 0.75 * batch.teacher.logits
@@ -470,7 +470,7 @@ def test_weights_are_those_of_the_teachers_in_the_order_in_which_they_are_named(
     close(criterion(batch.student, [batch.teacher, second], batch.labels, mask=batch.mask), expected, batch)
 
 
-# -- what doesn't count, and copies --
+# -- masked positions, empty batches, copies --
 
 
 @either_way
@@ -481,12 +481,12 @@ def test_garbage_under_the_mask_reaches_no_term(causal):
     terms = [made(name, positions=p) for name in TERMS if name != "task" for p in ["labels"]]
     criterion = Sum(*terms, *more, causal=causal)
     clean, dirty = Batch(causal), Batch(causal)
-    clean.labels[0, 0] = 3  # NaN at an unlabelled position reaches what counts by the mask: it counts there
+    clean.labels[0, 0] = 3  # a NaN at an unlabelled position would be counted by terms with positions="mask"
     value = criterion(*clean.args(), mask=clean.mask)
     slopes, parts = grad(value, clean.inputs), dict(criterion.components)
     dirty.labels[0, 0] = 3
     out = ~dirty.mask
-    if causal:  # a mask is that of labels: logits at t belong to label t + 1
+    if causal:  # the mask is aligned with the labels: logits at t predict label t + 1
         out = torch.cat([out[:, 1:], torch.ones(3, 1, dtype=torch.bool)], 1)
     for own in (dirty.logits, *dirty.hidden[1:]):
         own.data[out] = float("nan")
@@ -504,7 +504,7 @@ def test_garbage_under_the_mask_reaches_no_term(causal):
 
 
 @either_way
-def test_nothing_that_counts_is_a_zero_that_backpropagates_zeros(causal):
+def test_without_counted_positions_loss_gradients_and_components_are_zero(causal):
     batch, criterion = Batch(causal), Sum(*map(made, TERMS), causal=causal)
     batch.labels[:] = -100
     value = criterion(*batch.args())
@@ -514,8 +514,8 @@ def test_nothing_that_counts_is_a_zero_that_backpropagates_zeros(causal):
 
 
 @pytest.mark.parametrize(("contract", "more"), [({}, {}), ({}, {"num_items_in_batch": 4}), ({"reduction": "sum"}, {})])
-def test_a_mean_over_nothing_is_a_zero_beside_the_other_terms(contract, more):
-    """Cross-entropy's own mean is NaN where no label is; a micro-batch without any must not spoil the others."""
+def test_a_task_without_labels_adds_zero_to_the_other_terms(contract, more):
+    """The mean of cross-entropy is NaN without labels; a micro-batch without labels must not make the loss NaN."""
     batch = Batch()
     batch.labels[:] = -100
     own = Task(lambda output, labels: F.cross_entropy(output.logits.flatten(0, 1), labels.flatten()))
@@ -553,7 +553,7 @@ def test_sums_survive_deepcopy_pickle_and_state_dict():
     ]
 
 
-def test_a_term_by_itself_is_the_sum_of_it_alone():
+def test_a_term_can_be_called_like_a_sum_of_one_term():
     student, teacher = torch.randn(2, 5, 7)
     value = Logits(temperature=2.0)(student, teacher)
     torch.testing.assert_close(value, kl(student, teacher, 2.0).mean())
@@ -562,7 +562,7 @@ def test_a_term_by_itself_is_the_sum_of_it_alone():
     torch.testing.assert_close(model(x, labels=y).loss, F.cross_entropy(model.student(x), y))
 
 
-def test_arguments_in_the_wrong_order_are_refused_with_the_right_one():
+def test_arguments_in_the_wrong_order_are_refused_with_the_right_order():
     net = nn.Linear(4, 3)
     with pytest.raises(TypeError, match=r"Distillation\(student, teacher, criterion\)"):
         kdloss.Distillation(net, kdloss.VanillaKD(), net)
@@ -570,7 +570,7 @@ def test_arguments_in_the_wrong_order_are_refused_with_the_right_one():
         kdloss.Distillation(net, net, lambda output, labels: output.sum())
 
 
-def test_a_task_reads_the_part_of_the_output_that_it_takes():
+def test_a_task_reads_the_part_of_the_output_that_take_names():
     aux, labels = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
     output = {"logits": torch.randn(5, 3), "heads": {"aux": aux}, "mlm_loss": aux.square().mean()}
     of_part = 1.0 * Task(lambda part, labels: F.cross_entropy(part, labels, reduction="none"), take=("heads", "aux"))
@@ -582,13 +582,13 @@ def test_a_task_reads_the_part_of_the_output_that_it_takes():
         (1.0 * Task())(output, None, labels)
 
 
-def test_a_divergence_by_labels_does_not_count_unlabelled_positions():
+def test_a_divergence_that_reads_labels_is_refused_with_positions_mask():
     criterion = 1.0 * Logits(divergences.dkd, positions="mask")
     with pytest.raises(ValueError, match=r"divergence of the term 'kd' reads labels.*positions='labels'"):
         criterion(*torch.randn(2, 4, 5), torch.tensor([0, 1, -100, 2]))
 
 
-def test_numbers_of_numpy_are_weights():
+def test_numpy_numbers_are_accepted_as_weights():
     term = CrossEntropy()
     for product in (term * np.float32(0.5), np.float64(0.5) * term):
         assert product.weights["ce"].at(0) == 0.5

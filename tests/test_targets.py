@@ -1,4 +1,4 @@
-"""Kinds of logits: what each stands for, against numpy; what it refuses."""
+"""Each kind of logits against the dense logits that it represents, in numpy; and what each kind refuses."""
 
 import copy
 import dataclasses
@@ -24,13 +24,13 @@ INF = float("inf")
 TEXTS = [s for m in (kdloss, math, np.linalg, torch.nn.Linear, F) for s in (m.__doc__ or "").splitlines()]
 
 
-def rows(*shape, seed=0):
+def random_logits(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def loss_and_slope(student, teacher, temperature=1.0, divergence=kdloss.divergences.forward_kl, **settings):
-    """Per-position values by the criterion, and the gradient of their sum."""
+    """The criterion's value at each position, and the gradient of their sum."""
     student = student.clone().requires_grad_()
     criterion = VanillaKD(temperature, 0.0, divergence=divergence, reduction="none", **settings)
     values = criterion(student, teacher)
@@ -38,7 +38,7 @@ def loss_and_slope(student, teacher, temperature=1.0, divergence=kdloss.divergen
 
 
 def agrees(ours, oracle, student, tolerance=1e-10):
-    """Values and gradient are those of a function of the student's logits in numpy."""
+    """Values and gradient equal those of `oracle`, a function of the student's logits in numpy."""
     values, slope = ours
     z = student.double().numpy()
     np.testing.assert_allclose(values, oracle(z), rtol=tolerance, atol=tolerance)
@@ -54,8 +54,8 @@ def agrees(ours, oracle, student, tolerance=1e-10):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_lazy_logits_are_scaled_then_capped_and_gradients_go_back_through_both(softcap, scale, with_bias, monkeypatch):
     monkeypatch.setattr("kdloss.engine.block_sizes.block_rows", lambda *_: 2)
-    leaves = [rows(5, 4), rows(9, 4, seed=1), rows(9, seed=2)][: 3 if with_bias else 2]
-    teacher, labels = rows(5, 9, seed=3), torch.tensor([1, 0, 8, 3, 3])
+    leaves = [random_logits(5, 4), random_logits(9, 4, seed=1), random_logits(9, seed=2)][: 3 if with_bias else 2]
+    teacher, labels = random_logits(5, 9, seed=3), torch.tensor([1, 0, 8, 3, 3])
 
     def oracle(*x):
         z = scale * (x[0] @ x[1].T + (x[2] if with_bias else 0))
@@ -108,7 +108,7 @@ def test_lazy_logits_that_do_not_fit_are_refused():
 
 
 def bucket(t, k, temperature):
-    """Classes kept, in numpy: the others' probabilities come to one class on both sides."""
+    """Return a function, in numpy: log-probabilities of the teacher's top k classes, and of all others as one class."""
     kept = np.argsort(-t, -1)[..., :k]
 
     def grouped(z):
@@ -125,11 +125,11 @@ def bucket(t, k, temperature):
 @pytest.mark.parametrize("k", [1, 3, 10, 11])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
-@pytest.mark.parametrize("stated", [True, False], ids=["rest stated", "rest from the sum"])
-def test_the_bucket_is_one_class_of_all_that_was_left_out(k, temperature, name, stated):
-    student, teacher = rows(4, 11), rows(4, 11, seed=1)
+@pytest.mark.parametrize("with_rest", [True, False], ids=["with log_rest", "without log_rest"])
+def test_the_bucket_is_one_class_of_all_classes_left_out(k, temperature, name, with_rest):
+    student, teacher = random_logits(4, 11), random_logits(4, 11, seed=1)
     kept = TopKLogits.of(teacher, k, temperature=temperature)
-    if not stated:
+    if not with_rest:
         kept = TopKLogits(kept.indices, kept.log_probs, temperature=temperature)
     grouped = bucket(teacher.numpy(), k, temperature)
 
@@ -144,8 +144,8 @@ def test_the_bucket_is_one_class_of_all_that_was_left_out(k, temperature, name, 
 
 @pytest.mark.parametrize("k", [1, 3, 11])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
-def test_renormalised_the_kept_classes_are_all_there_is(k, name):
-    student, teacher = rows(4, 11), rows(4, 11, seed=1)
+def test_renormalise_compares_only_the_kept_classes(k, name):
+    student, teacher = random_logits(4, 11), random_logits(4, 11, seed=1)
     order = np.argsort(-teacher.numpy(), -1)[..., :k]
 
     def oracle(z):
@@ -164,7 +164,7 @@ def test_renormalised_the_kept_classes_are_all_there_is(k, name):
 
 
 def spread(log_probs, indices, vocabulary):
-    """A dense teacher in numpy whose tail is even over what has no index."""
+    """Dense log-probabilities in numpy: the remaining mass is spread evenly over the classes without an index."""
     p = np.full((len(indices), vocabulary), np.nan)
     for row, ids, values in zip(p, indices, np.exp(log_probs), strict=True):
         there = ids >= 0
@@ -176,29 +176,29 @@ def spread(log_probs, indices, vocabulary):
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("empty", [False, True])
-def test_a_uniform_tail_is_a_dense_teacher_with_that_tail(name, empty):
-    student, teacher = rows(4, 11), rows(4, 11, seed=1)
+def test_a_uniform_tail_equals_a_dense_teacher_with_that_tail(name, empty):
+    student, teacher = random_logits(4, 11), random_logits(4, 11, seed=1)
     kept = TopKLogits.of(teacher, 4, temperature=2.0)
     indices = kept.indices.clone()
     if empty:
         indices[0, 2:], indices[1, 0], indices[3, 3] = -1, -1, -1
     log_p = spread(kept.log_probs.numpy(), indices.numpy(), 11)
-    dense = 2.0 * log_p  # logits that give these at T = 2
+    dense = 2.0 * log_p  # logits that have these log-probabilities at T = 2
     uniform = TopKLogits(indices, kept.log_probs, "uniform", 2.0)
     ours = loss_and_slope(student, uniform, 2.0, getattr(kdloss.divergences, name))
     agrees(ours, lambda z: getattr(oracles, name)(z, dense, 2.0), student, 1e-9)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
-def test_an_empty_slot_is_as_if_it_were_not_there(tail):
-    student, teacher = rows(4, 11), rows(4, 11, seed=1)
+def test_empty_slots_change_nothing(tail):
+    student, teacher = random_logits(4, 11), random_logits(4, 11, seed=1)
     kept = TopKLogits.of(teacher, 3, tail=tail)
     pad = torch.full((4, 2), -1)
     indices = torch.cat([pad[:, :1], kept.indices, pad[:, :1]], -1)
     log_probs = torch.cat([torch.full((4, 1), -0.5), kept.log_probs, torch.full((4, 1), 3.0)], -1)
     padded = TopKLogits(indices, log_probs, tail)
-    alone = TopKLogits(kept.indices, kept.log_probs, tail)
-    for ours, expected in zip(loss_and_slope(student, padded), loss_and_slope(student, alone), strict=True):
+    unpadded = TopKLogits(kept.indices, kept.log_probs, tail)
+    for ours, expected in zip(loss_and_slope(student, padded), loss_and_slope(student, unpadded), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -211,7 +211,7 @@ NUMBERS = st.floats(-20, 20, width=32)
     k=st.integers(1, 6),
     temperature=st.sampled_from([0.5, 1.0, 4.0]),
 )
-def test_a_bucket_is_never_negative_and_for_forward_kl_never_more_than_dense(values, k, temperature):
+def test_losses_with_a_bucket_are_never_negative_and_forward_kl_is_at_most_the_dense_one(values, k, temperature):
     student, teacher = torch.tensor(values).view(2, 1, 6)
     kept = TopKLogits.of(teacher, k, temperature=temperature)
     dense = oracles.forward_kl(student.double().numpy(), teacher.double().numpy(), temperature)
@@ -225,8 +225,8 @@ def test_a_bucket_is_never_negative_and_for_forward_kl_never_more_than_dense(val
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_at_the_teacher_a_stored_teacher_has_loss_zero_and_no_gradient(tail, dtype):
-    teacher = rows(5, 50).float()
+def test_loss_and_gradient_are_zero_where_the_student_equals_a_top_k_teacher(tail, dtype):
+    teacher = random_logits(5, 50).float()
     for k in (50, 8) if tail != "uniform" else (50,):
         for temperature in (1.0, 2.0):
             kept = TopKLogits.of(teacher, k, tail=tail, temperature=temperature)
@@ -248,7 +248,7 @@ def test_at_the_teacher_a_stored_teacher_has_loss_zero_and_no_gradient(tail, dty
 )
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
 def test_indices_may_be_of_any_integer_type_and_log_probs_of_any_precision(dtype, tail):
-    student, teacher = rows(4, 3, 11), rows(4, 3, 11, seed=1)
+    student, teacher = random_logits(4, 3, 11), random_logits(4, 3, 11, seed=1)
     labels = torch.tensor([[1, -100, 2]] * 4)
     kept = TopKLogits.of(teacher, 4, tail=tail)
     expected = VanillaKD()(student, kept, labels)
@@ -264,8 +264,8 @@ def test_indices_may_be_of_any_integer_type_and_log_probs_of_any_precision(dtype
     assert kdloss.divergences.forward_kl(student, narrow).shape == (4, 3)
 
 
-def test_log_probs_kept_at_one_temperature_are_softened_to_another_the_bucket_as_one_class():
-    student, teacher = rows(4, 11), rows(4, 11, seed=1)
+def test_log_probs_stored_at_one_temperature_are_softened_to_another_with_the_bucket_as_one_class():
+    student, teacher = random_logits(4, 11), random_logits(4, 11, seed=1)
     k, stored, asked = 3, 2.0, 3.0
     grouped = bucket(teacher.numpy(), k, stored)
 
@@ -282,7 +282,7 @@ def test_log_probs_kept_at_one_temperature_are_softened_to_another_the_bucket_as
     )
 
 
-def test_the_largest_vocabularies_and_a_student_without_mass_on_the_rest():
+def test_a_bucket_is_exact_with_262144_classes_and_where_the_student_has_no_mass_on_the_rest():
     student = torch.zeros(1, 262_144)
     kept = TopKLogits(torch.tensor([[262_143, 7]], dtype=torch.int32), torch.tensor([[0.5, 0.25]]).log())
     rest = math.log(0.25 / (262_142 / 262_144))
@@ -293,23 +293,23 @@ def test_the_largest_vocabularies_and_a_student_without_mass_on_the_rest():
     assert value.item() == 0
     assert not slope.any()
     value, _ = loss_and_slope(only, TopKLogits.of(torch.zeros(1, 4), 2))
-    assert value.item() == INF  # a quarter each on what the student excludes
+    assert value.item() == INF  # the teacher has a quarter on each class that the student excludes
 
 
-SURE = [
-    [[50.0, 0.0, 0.5, -0.3]],  # the others are below float32's digits beside the first,
-    [[110.0, 0.0, 0.5, -0.3]],  # below its numbers,
-    [[1e4, 0.0, 0.5, -0.3]],  # below float64's,
-    [[1e4, 9999.0, -1e4, -9990.0]],  # and far from each other, too
-    [[1e4, 1e4 - 2, 9997.0, 9999.5]],  # or all are large
+SURE_STUDENTS = [
+    [[50.0, 0.0, 0.5, -0.3]],  # the other probabilities are below float32's precision relative to the first,
+    [[110.0, 0.0, 0.5, -0.3]],  # below float32's smallest number,
+    [[1e4, 0.0, 0.5, -0.3]],  # below float64's smallest number,
+    [[1e4, 9999.0, -1e4, -9990.0]],  # and far from each other
+    [[1e4, 1e4 - 2, 9997.0, 9999.5]],  # all logits are large
     [[0.25, -1e4, -1e4 - 2, -INF]],
-    [[0.0, 0.5, 50.0, -0.3]],  # or sure of what was not kept
+    [[0.0, 0.5, 50.0, -0.3]],  # the student is sure of a class that is not kept
     [[0.0, 0.5, -0.3, 1e4]],
 ]
 
 
 def few_by_mpmath(student, teacher, k, temperature, name, tail):
-    """A divergence of k classes and all others as one, and its slope, with sixty digits."""
+    """A divergence over k classes, and the others as one under "bucket", and its gradient, with sixty digits."""
     with mpmath.workdps(60):
         kept = np.argsort(-np.array(teacher))[:k]
         left = [v for v in range(len(teacher)) if v not in kept]
@@ -332,11 +332,11 @@ def few_by_mpmath(student, teacher, k, temperature, name, tail):
         return float(temperature**2 * value), slope
 
 
-@pytest.mark.parametrize("sure", SURE)
+@pytest.mark.parametrize("sure", SURE_STUDENTS)
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_student_sure_of_what_was_kept_still_tells_the_others_apart(sure, tail, name, dtype):
+def test_values_and_gradients_keep_their_digits_where_the_student_is_sure_of_one_class(sure, tail, name, dtype):
     teacher = [2.0, 1.0, 0.0, -1.0]
     student = torch.tensor(sure).to(dtype)
     divergence = getattr(kdloss.divergences, name)
@@ -359,33 +359,33 @@ def test_a_student_sure_of_what_was_kept_still_tells_the_others_apart(sure, tail
             np.testing.assert_allclose(got[0].double(), slope, rtol=0, atol=max(1, abs(slope).max()) * coarse)
 
 
-OF_FEW = sorted(
+OF_FEW_CLASSES = sorted(
     {*kdloss.divergences.__all__}
     - {"bernoulli_kl", "dkd", "hard_labels", "logit_mse", "nkd", "sinkhorn"}  # these need every class
     - {"standardized", "with_teacher_temperature"}
 )
 
 
-@pytest.mark.parametrize("name", OF_FEW)
+@pytest.mark.parametrize("name", OF_FEW_CLASSES)
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
-def test_no_divergence_of_few_classes_is_lost_where_the_student_is_sure(name, tail):
+def test_divergences_of_few_classes_agree_with_float64_where_the_student_is_sure_of_one_class(name, tail):
     divergence = getattr(kdloss.divergences, name)
     options = {"gamma": 0.0} if name == "dist" else {}
     for gap in (50.0, 110.0, 1e4):
         z = torch.tensor([[gap, 0.0, 0.5, -0.3]])
         kept = TopKLogits.of(torch.tensor([[2.0, 1.0, 0.0, -1.0]]), 2, tail=tail, temperature=0.5)
-        found = []
+        results = []
         for student in (z.clone().requires_grad_(), z.double().requires_grad_()):
             value = divergence(student, kept, temperature=0.5, **options).sum()
-            found.append((value.item(), torch.autograd.grad(value, student)[0].double()))
-        assert found[0][0] == pytest.approx(found[1][0], rel=1e-5, abs=1e-5)
-        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
+            results.append((value.item(), torch.autograd.grad(value, student)[0].double()))
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-5, abs=1e-5)
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
-def test_a_stored_teacher_of_more_digits_is_compared_with_as_many(tail):
-    student = rows(4, 11).float()
-    kept = TopKLogits.of(rows(4, 11, seed=1), 3, tail=tail, temperature=2.0)
+def test_a_float64_top_k_teacher_is_compared_in_float64(tail):
+    student = random_logits(4, 11).float()
+    kept = TopKLogits.of(random_logits(4, 11, seed=1), 3, tail=tail, temperature=2.0)
     for name in ("forward_kl", "jsd", "adaptive_kl", "total_variation"):
         divergence = getattr(kdloss.divergences, name)
         (ours, slope), (exact, expected) = (
@@ -397,7 +397,7 @@ def test_a_stored_teacher_of_more_digits_is_compared_with_as_many(tail):
         torch.testing.assert_close(few, wide, rtol=1e-12, atol=1e-12)
 
 
-def test_an_infinity_among_classes_that_are_not_compared_reaches_nothing():
+def test_a_nan_logit_of_a_class_that_is_not_compared_leaves_the_loss_finite_and_gets_no_gradient():
     kept = TopKLogits.of(torch.tensor([[2.0, 1.0, 0.0, -1.0]]), 2, tail="renormalise")
     value, slope = loss_and_slope(torch.tensor([[1.0, 0.0, float("nan"), 3.0]]), kept)
     assert value.isfinite().all()
@@ -433,9 +433,9 @@ def test_top_k_logits_that_do_not_fit_are_refused():
         VanillaKD(alpha=0.0)(torch.zeros(3, 11), TopKLogits(ids, log_probs))
 
 
-def stored_rows(seed=0):
-    """Two rows of three classes each that are as they should be."""
-    kept = TopKLogits.of(rows(2, 11, seed=seed), 3)
+def valid_top_k(seed=0):
+    """Valid indices and log-probabilities: two positions of three classes each."""
+    kept = TopKLogits.of(random_logits(2, 11, seed=seed), 3)
     return kept.indices, kept.log_probs
 
 
@@ -447,36 +447,36 @@ WRONG = {
     ),
     "an id below -1": (lambda i, p: (i.index_fill(1, torch.tensor([2]), -100), p), "is -100, outside the"),
     "raw logits": (lambda i, p: (i, p + 5), r"log_softmax\(-1\) over all classes.*TopKLogits\.of\(logits, k\)"),
-    "one of them above 0": (lambda i, p: (i, torch.tensor([[-9.0, -9.0, 0.5]]).expand(2, 3)), "more than 1"),
+    "one log-probability above 0": (lambda i, p: (i, torch.tensor([[-9.0, -9.0, 0.5]]).expand(2, 3)), "more than 1"),
     "probabilities": (lambda i, p: (i, p.exp()), r"probabilities; write log_probs=probabilities\.log\(\)"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("wrong", "match"), WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
-def test_impossible_rows_are_refused_when_they_are_given(wrong, match, tail):
+def test_impossible_top_k_logits_are_refused_at_construction(wrong, match, tail):
     with pytest.raises(ValueError, match=match):
-        TopKLogits(*wrong(*stored_rows()), tail)
+        TopKLogits(*wrong(*valid_top_k()), tail)
 
 
 @pytest.mark.parametrize(("wrong", "match"), WRONG.values(), ids=WRONG)
-def test_impossible_rows_on_an_accelerator_are_refused_under_check_finite(wrong, match, monkeypatch):
+def test_impossible_top_k_logits_on_an_accelerator_are_refused_under_check_finite(wrong, match, monkeypatch):
     monkeypatch.setattr(kdloss.targets.looks, "free_to_look", lambda *x: False)  # as on an accelerator
-    kept, student = TopKLogits(*wrong(*stored_rows())), rows(2, 11, seed=2)
+    kept, student = TopKLogits(*wrong(*valid_top_k())), random_logits(2, 11, seed=2)
     with pytest.raises(ValueError, match=match):
         VanillaKD(alpha=0.0, check_finite=True)(student, kept)
-    with pytest.raises(ValueError, match=match):  # a term that is computed by itself
+    with pytest.raises(ValueError, match=match):  # dist is computed separately, outside the sweep
         VanillaKD(alpha=0.0, check_finite=True, divergence=kdloss.divergences.dist)(
             student, dataclasses.replace(kept, tail="renormalise")
         )
 
 
-def test_an_id_out_of_range_is_refused_and_one_that_counts_nowhere_is_not():
-    indices, log_probs = stored_rows()
+def test_an_id_out_of_range_is_refused_unless_its_position_is_masked():
+    indices, log_probs = valid_top_k()
     indices[1, 2] = 11
     with pytest.raises(ValueError, match=r"indices\[1, 2\] is 11, outside the 11 classes, 0 to 10"):
         TopKLogits(indices, log_probs, vocabulary=11)
-    kept, student = TopKLogits(indices, log_probs), rows(2, 11, seed=2)
+    kept, student = TopKLogits(indices, log_probs), random_logits(2, 11, seed=2)
     for loss in (VanillaKD(alpha=0.0), kdloss.divergences.forward_kl):
         with pytest.raises(ValueError, match="is 11, outside"):
             loss(student, kept)
@@ -486,9 +486,9 @@ def test_an_id_out_of_range_is_refused_and_one_that_counts_nowhere_is_not():
 
 @pytest.mark.parametrize("fill", [0.0, -torch.inf, torch.nan])
 def test_padding_is_refused_only_where_it_counts(fill):
-    indices, log_probs = stored_rows()
+    indices, log_probs = valid_top_k()
     indices[1], log_probs[1] = 0, fill
-    kept, student = TopKLogits(indices, log_probs), rows(2, 11, seed=2)
+    kept, student = TopKLogits(indices, log_probs), random_logits(2, 11, seed=2)
     mask = torch.tensor([True, False])
     for check in (False, True):
         loss = VanillaKD(alpha=0.0, check_finite=check)
@@ -498,14 +498,14 @@ def test_padding_is_refused_only_where_it_counts(fill):
         with pytest.raises(ValueError, match="class 0 twice"):
             loss(student, kept)
     causal = VanillaKD(alpha=0.0, causal=True)
-    assert causal(student[None], kept.at(lambda t: t[None])).isfinite()  # the last position stands for no label
+    assert causal(student[None], kept.at(lambda t: t[None])).isfinite()  # the last position predicts no label
     assert kdloss.masked(kdloss.divergences.forward_kl, student, kept, mask).isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_what_was_rounded_to_16_bits_passes(dtype):
+def test_log_probs_rounded_to_16_bits_are_accepted(dtype):
     for size in (0.01, 1.0, 10.0):
-        kept = TopKLogits.of(rows(64, 300) * size, 290)
+        kept = TopKLogits.of(random_logits(64, 300) * size, 290)
         for again in (kept.log_probs.to(dtype), kept.log_probs.to(dtype).float()):
             TopKLogits(kept.indices, again, log_rest=kept.log_rest.to(dtype))
 
@@ -513,16 +513,16 @@ def test_what_was_rounded_to_16_bits_passes(dtype):
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
 @pytest.mark.parametrize("path", ["engine", "autograd", "compiled"])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation", "hard_labels"])
-def test_a_row_without_classes_has_no_loss_and_no_gradient(tail, path, name):
+def test_a_position_without_classes_has_no_loss_and_no_gradient(tail, path, name):
     if name == "hard_labels" and tail != "uniform":
         return
-    indices, log_probs = stored_rows()
-    said = TopKLogits(indices, log_probs, tail)
+    indices, log_probs = valid_top_k()
+    valid = TopKLogits(indices, log_probs, tail)
     indices, log_probs = indices.clone(), log_probs.clone()
     indices[1], log_probs[1] = -1, torch.nan if path == "engine" else -torch.inf
-    kept, student = TopKLogits(indices, log_probs, tail), rows(2, 11, seed=2).requires_grad_()
+    kept, student = TopKLogits(indices, log_probs, tail), random_logits(2, 11, seed=2).requires_grad_()
     divergence = getattr(kdloss.divergences, name)
-    other = divergence(student[:1], said.at(lambda t: t[:1]))
+    other = divergence(student[:1], valid.at(lambda t: t[:1]))
     if path == "engine":
         values = divergence(student, kept)
     elif path == "autograd":
@@ -541,13 +541,13 @@ def test_a_row_without_classes_has_no_loss_and_no_gradient(tail, path, name):
     assert torch.equal(slope[1], torch.zeros_like(slope[1]))
 
 
-def test_stored_rows_go_through_meta_tensors_and_copies():
-    indices, log_probs = (x.to("meta") for x in stored_rows())
+def test_top_k_logits_work_as_meta_tensors_and_survive_copy_and_pickle():
+    indices, log_probs = (x.to("meta") for x in valid_top_k())
     loss = VanillaKD(1.0, 0.0)(torch.zeros(2, 11, device="meta"), TopKLogits(indices, log_probs))
     assert loss.is_meta
-    kept = TopKLogits(*stored_rows())
+    kept = TopKLogits(*valid_top_k())
     again = pickle.loads(pickle.dumps(copy.deepcopy(kept)))
-    student = rows(2, 11, seed=2)
+    student = random_logits(2, 11, seed=2)
     assert VanillaKD(1.0, 0.0)(student, again).item() == VanillaKD(1.0, 0.0)(student, kept).item()
 
 
@@ -558,22 +558,26 @@ class Logprob:
 
 
 def served(t, tokens, k, form):
-    """What a server says of these tokens: None, then the k most probable ones and the one that was there."""
-    rows = [None]
+    """What a server returns for these tokens: None, then for each token its log-probability and the top k."""
+    answer = [None]
     for position, token in enumerate(tokens[1:].tolist()):
         p = t[position].log_softmax(-1)
         ids = [token, *p.topk(k).indices.tolist()]
-        rows.append([(p[i].item(), i, f"text of {i}") for i in ids] if form == "tuples" else dict.fromkeys(ids))
+        answer.append([(p[i].item(), i, f"text of {i}") for i in ids] if form == "tuples" else dict.fromkeys(ids))
         if form != "tuples":
             wrap = {"numbers": float, "objects": Logprob, "json": lambda x: {"logprob": x, "rank": 1}}[form]
-            rows[-1] = {str(i) if form == "json" else i: wrap(p[i].item()) for i in ids}
-    return rows
+            answer[-1] = {str(i) if form == "json" else i: wrap(p[i].item()) for i in ids}
+    return answer
 
 
 @pytest.mark.parametrize("form", ["numbers", "objects", "json", "tuples"])
-def test_a_servers_rows_are_compared_over_the_tokens_they_list_and_a_bucket(form):
-    teacher, student, tokens = rows(6, 11), rows(6, 11, seed=1).requires_grad_(), torch.tensor([3, 10, 2, 9, 1, 4])
-    tokens[3] = teacher[2].argmax()  # one that is among the most probable
+def test_served_rows_are_compared_over_their_tokens_and_a_bucket(form):
+    teacher, student, tokens = (
+        random_logits(6, 11),
+        random_logits(6, 11, seed=1).requires_grad_(),
+        torch.tensor([3, 10, 2, 9, 1, 4]),
+    )
+    tokens[3] = teacher[2].argmax()  # this token is also among the top k
     kept = TopKLogits.from_served(served(teacher, tokens, 2, form), vocabulary=11)
     named = [sorted({tokens[i + 1].item(), *teacher[i].topk(2).indices.tolist()}) for i in range(5)]
     assert [sorted(x for x in row if x >= 0) for row in kept.indices.tolist()] == [*named, []]
@@ -590,8 +594,8 @@ def test_a_servers_rows_are_compared_over_the_tokens_they_list_and_a_bucket(form
 
 
 @pytest.mark.parametrize("form", ["numbers", "tuples"])
-def test_a_batch_of_texts_is_padded_at_the_right(form):
-    teacher, tokens = rows(6, 11), torch.tensor([3, 10, 2, 9, 1, 4])
+def test_served_texts_of_a_batch_are_padded_at_the_right(form):
+    teacher, tokens = random_logits(6, 11), torch.tensor([3, 10, 2, 9, 1, 4])
     long, short = (served(teacher, tokens[:n], 2, form) for n in (6, 3))
     both = TopKLogits.from_served([long, short])
     assert both.shape == (2, 6, 3)
@@ -605,10 +609,10 @@ def test_a_batch_of_texts_is_padded_at_the_right(form):
     assert torch.equal(in_place.indices[0, 1:], both.indices[0, :-1])
     empty = TopKLogits.from_served([None, None])
     assert empty.shape == (2, 1)
-    assert VanillaKD(1.0, 0.0)(rows(2, 11), empty).item() == 0
+    assert VanillaKD(1.0, 0.0)(random_logits(2, 11), empty).item() == 0
 
 
-def test_a_servers_rows_of_another_form_are_refused():
+def test_served_rows_of_another_form_are_refused():
     with pytest.raises(ValueError, match=r"\[None, \*rows\], or of='logits'"):
         TopKLogits.from_served([{1: -0.5}, {2: -0.1}])
     with pytest.raises(ValueError, match="choose one of"):
@@ -623,7 +627,7 @@ def test_a_servers_rows_of_another_form_are_refused():
         TopKLogits.from_served([None, {1: 3.5, 2: 1.0}])
 
 
-def test_an_index_below_minus_1_is_refused_whether_or_not_it_is_known_how_many_classes_there_are():
+def test_an_index_below_minus_1_is_refused_with_and_without_a_vocabulary():
     for vocabulary, words in ((None, "classes"), (5, "5 classes, 0 to 4")):
         with pytest.raises(ValueError, match=f"is -3, outside the {words}; an empty slot has an index of -1"):
             TopKLogits(torch.tensor([[0, -3]]), torch.tensor([[-1.0, -2.0]]), vocabulary=vocabulary)
@@ -634,23 +638,23 @@ def test_an_index_below_minus_1_is_refused_whether_or_not_it_is_known_how_many_c
 
 @pytest.mark.parametrize("weights", [None, [0.2, 0.8, 0.0]])
 @pytest.mark.parametrize("average", ["probabilities", "logits"])
-def test_a_mixture_is_the_weighted_average_whatever_kinds_it_is_of(weights, average):
-    hidden, head = rows(4, 3, seed=2), rows(11, 3, seed=3)
+def test_a_mixture_is_the_weighted_average_of_logits_of_any_kind(weights, average):
+    hidden, head = random_logits(4, 3, seed=2), random_logits(11, 3, seed=3)
     lazy = LazyLogits(hidden, head, softcap=5.0)
-    teachers = [rows(4, 11, seed=1), lazy, rows(4, 11, seed=5)]
+    teachers = [random_logits(4, 11, seed=1), lazy, random_logits(4, 11, seed=5)]
     t = np.stack([x.numpy() for x in (teachers[0], lazy.dense(), teachers[2])])
     w = np.array(weights or [1 / 3] * 3)[:, None, None]
     mixed = (w * t).sum(0)
     if average == "probabilities":
         mixed = 2.0 * np.log((w * np.exp(oracles.log_softmax(t, 2.0))).sum(0))
-    student = rows(4, 11)
+    student = random_logits(4, 11)
     ours = loss_and_slope(student, Mixture(teachers, weights, average), 2.0)
     agrees(ours, lambda z: oracles.forward_kl(z, mixed, 2.0), student)
     criterion = kdloss.MultiTeacherKD(weights, 2.0, 0.0, average=average)
     assert criterion(student, teachers).item() == pytest.approx(ours[0].mean().item(), rel=1e-12)
 
 
-def test_a_mixture_of_logits_far_from_0_rounds_their_small_gaps_and_not_where_they_are():
+def test_a_mixture_keeps_small_differences_between_logits_far_from_0():
     student, first, second = 1e4 + torch.randint(0, 200, (3, 4, 11)) / 1024  # exact in float32
     exact = oracles.log_softmax(np.stack([x.double().numpy() for x in (first, second)]), 0.3)
     mixed = 0.3 * np.log(0.25 * np.exp(exact[0]) + 0.75 * np.exp(exact[1]))
@@ -662,7 +666,7 @@ def test_a_mixture_of_logits_far_from_0_rounds_their_small_gaps_and_not_where_th
         np.testing.assert_allclose(value[:4], exact, rtol=1e-5)
 
 
-def test_mixtures_that_make_no_sense_are_refused():
+def test_invalid_mixtures_are_refused():
     a, b = torch.zeros(2, 5), torch.zeros(2, 5)
     cases = [
         (ValueError, "at least one teacher", ([],)),
@@ -681,14 +685,14 @@ def test_mixtures_that_make_no_sense_are_refused():
             Mixture(*arguments)
 
 
-# -- vocabularies that differ --
+# -- different vocabularies --
 
 
-def test_truncated_every_kind_is_the_renormalised_prefix():
-    hidden, weight, bias = rows(4, 3, seed=2), rows(14, 3, seed=3), rows(14, seed=4)
+def test_truncate_compares_the_renormalised_prefix_of_every_kind():
+    hidden, weight, bias = random_logits(4, 3, seed=2), random_logits(14, 3, seed=3), random_logits(14, seed=4)
     lazy = LazyLogits(hidden, weight, bias)
     t = lazy.dense()
-    student = rows(4, 11)
+    student = random_logits(4, 11)
     criterion = VanillaKD(2.0, 0.0, vocabulary=kdloss.truncate, reduction="none")
     targets = [
         t,
@@ -701,7 +705,7 @@ def test_truncated_every_kind_is_the_renormalised_prefix():
         agrees(ours, lambda z: oracles.forward_kl(z, t[:, :11].numpy(), 2.0), student, 1e-9)
         short, _ = kdloss.truncate(student, target)
         assert short is student or short.shape == student.shape
-    wide = rows(4, 14, seed=6)
+    wide = random_logits(4, 14, seed=6)
     ours = loss_and_slope(wide, t[:, :11], 2.0, vocabulary=kdloss.truncate)
     agrees(ours, lambda z: oracles.forward_kl(z[:, :11], t[:, :11].numpy(), 2.0), wide)
     assert not ours[1][:, 11:].any()
@@ -711,13 +715,13 @@ def test_truncated_every_kind_is_the_renormalised_prefix():
     )
 
 
-@pytest.mark.parametrize("stated", [True, False], ids=["rest stated", "rest from the sum"])
-def test_truncated_top_k_keeps_the_mass_of_its_rest(stated):
-    """Classes 0 to 4 of 6 are shared; 0, 1 and 5 were kept, and 2 to 4 left out."""
+@pytest.mark.parametrize("with_rest", [True, False], ids=["with log_rest", "without log_rest"])
+def test_truncate_keeps_the_mass_of_the_rest_of_top_k_logits(with_rest):
+    """Classes 0 to 4 of 6 are shared; the teacher stores 0, 1 and 5, so classes 2 to 4 are the rest."""
     p = torch.tensor([[0.4, 0.1, 0.1, 0.06, 0.04, 0.3]], dtype=torch.float64)
     kept = TopKLogits.of(p.log(), 3)
     assert sorted(kept.indices[0].tolist()[:2]) == [0, 5]
-    rest = kept.log_rest if stated else None
+    rest = kept.log_rest if with_rest else None
     indices = torch.tensor([[0, 5, 1]])
     kept = TopKLogits(
         indices,
@@ -725,7 +729,7 @@ def test_truncated_top_k_keeps_the_mass_of_its_rest(stated):
         log_rest=None if rest is None else torch.tensor([0.2], dtype=torch.float64).log(),
         vocabulary=6,
     )
-    student = rows(1, 5)
+    student = random_logits(1, 5)
 
     def oracle(z):
         log_q = oracles.log_softmax(z)
@@ -745,7 +749,7 @@ def test_top_k_logits_of_an_unknown_vocabulary_are_not_mapped():
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    """One byte-level BPE under two vocabularies, as GPT-2 and OPT have it: other ids, specials in front."""
+    """One byte-level BPE in two vocabularies, as in GPT-2 and OPT: special tokens at the start shift all ids."""
     made = []
     for specials in ([], ["<s>", "<pad>", "</s>", "<unk>"]):
         bpe = ByteLevelBPETokenizer()
@@ -764,7 +768,7 @@ def test_two_real_tokenizers_are_mapped_by_token_string_and_end_of_text(tokenize
     assert s == sorted(s)
     assert len(set(s)) == len(set(t)) == len(s)
     assert len(s) > 350
-    assert s != t  # the specials in front move every id
+    assert s != t  # the special tokens at the start shift every id
     end = student.eos_token_id
     for i, j in zip(s, t, strict=True):
         if i == end:
@@ -778,13 +782,13 @@ def test_two_real_tokenizers_are_mapped_by_token_string_and_end_of_text(tokenize
     assert TokenMap.of(student.get_vocab(), teacher.get_vocab()).student_ids.tolist() == [i for i in s if i != end]
 
 
-def test_losses_over_mapped_vocabularies_compare_tokens_of_one_name(tokenizers):
+def test_losses_over_a_token_map_compare_the_mapped_tokens(tokenizers):
     student_tokenizer, teacher_tokenizer = tokenizers
     shared = TokenMap.of(student_tokenizer, teacher_tokenizer)
     s, t = shared.student_ids.numpy(), shared.teacher_ids.numpy()
-    hidden, head = rows(3, 4, seed=2), rows(len(teacher_tokenizer), 4, seed=3)
+    hidden, head = random_logits(3, 4, seed=2), random_logits(len(teacher_tokenizer), 4, seed=3)
     lazy = LazyLogits(hidden, head)
-    teacher, student = lazy.dense(), rows(3, len(student_tokenizer))
+    teacher, student = lazy.dense(), random_logits(3, len(student_tokenizer))
     assert teacher.shape != student.shape
     targets = [
         teacher,
@@ -806,7 +810,7 @@ def test_losses_over_mapped_vocabularies_compare_tokens_of_one_name(tokenizers):
         np.testing.assert_allclose(slope, exact, rtol=0, atol=1e-8 * abs(exact).max())
     several = kdloss.MultiTeacherKD(temperature=2.0, alpha=0.0, vocabulary=shared)
     assert several(student, [teacher, lazy]).item() == pytest.approx(oracle(student.numpy()).mean(), rel=1e-12)
-    labels = torch.tensor([len(student_tokenizer) - 1, -100, 3])  # over the student's own vocabulary
+    labels = torch.tensor([len(student_tokenizer) - 1, -100, 3])  # ids of the student's vocabulary
     with_ce = VanillaKD(2.0, 0.3, vocabulary=shared)(student, teacher, labels)
     keep = [0, 2]
     ce = oracles.cross_entropy(student.numpy()[keep], labels.numpy()[keep])
@@ -842,12 +846,12 @@ def test_a_token_map_that_names_a_class_twice_is_refused_with_both_ids():
         TokenMap.of({"a": 0, "b": 1}, {"a": 7, "b": 7})
 
 
-def test_the_ends_of_a_text_are_paired_even_where_one_has_the_others_name():
+def test_end_of_text_tokens_are_paired_though_another_token_has_the_same_name():
     class Tokenizer:
         def __init__(self, eos_token_id, **vocabulary):
             self.eos_token_id, self.get_vocab = eos_token_id, lambda: vocabulary
 
-    student = Tokenizer(3, a=0, end=1, b=2, stop=3)  # whose own "end" ends nothing
+    student = Tokenizer(3, a=0, end=1, b=2, stop=3)  # its token "end" is not its end of text
     teacher = Tokenizer(0, end=0, b=1, a=2)
-    found = TokenMap.of(student, teacher)
-    assert dict(zip(found.student_ids.tolist(), found.teacher_ids.tolist(), strict=True)) == {0: 2, 2: 1, 3: 0}
+    mapped = TokenMap.of(student, teacher)
+    assert dict(zip(mapped.student_ids.tolist(), mapped.teacher_ids.tolist(), strict=True)) == {0: 2, 2: 1, 3: 0}

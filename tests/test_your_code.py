@@ -1,4 +1,4 @@
-"""The page "your code, and the lines to add": what it marks is what changed, and all of it runs."""
+"""docs/your_code.md: the marked lines are those that were added, and the code runs."""
 
 import difflib
 import re
@@ -19,9 +19,9 @@ every_tab = pytest.mark.parametrize("name", TABS)
 
 
 def blocks(name):
-    """What a tab's fences say beside the language, and their code."""
+    """The options and the code of each Python block in a tab."""
     found = re.findall(r"```(?:python|py)([^\n]*)\n(.*?)```", TABS[name], re.DOTALL)
-    return [(told, textwrap.dedent(code)) for told, code in found]
+    return [(options, textwrap.dedent(code)) for options, code in found]
 
 
 def test_there_is_a_tab_for_each_kind_of_training_code():
@@ -30,8 +30,8 @@ def test_there_is_a_tab_for_each_kind_of_training_code():
 
 @every_tab
 def test_the_marked_lines_are_those_that_are_not_in_the_code_before(name):
-    (plain, before), (told, after) = blocks(name)
-    marked = {int(n) for n in re.fullmatch(r' hl_lines="([\d ]+)"', told)[1].split()}
+    (plain, before), (options, after) = blocks(name)
+    marked = {int(n) for n in re.fullmatch(r' hl_lines="([\d ]+)"', options)[1].split()}
     lines = after.splitlines()
     matcher = difflib.SequenceMatcher(None, before.splitlines(), lines, autojunk=False)
     kept = {j + 1 for _, start, size in matcher.get_matching_blocks() for j in range(start, start + size)}
@@ -39,9 +39,9 @@ def test_the_marked_lines_are_those_that_are_not_in_the_code_before(name):
     assert {n for n in marked if lines[n - 1]} == {n for n, line in enumerate(lines, 1) if line and n not in kept}
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning's own, under torch 2.13
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # a warning in Lightning under torch 2.13
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-def test_lightning_trains_either_module():
+def test_lightning_trains_each_module_of_the_page():
     for _, code in blocks("Lightning"):
         student, teacher = build("gpt2", depth=4, seed=1), build("gpt2", width=24, depth=8)
         names = {"AdamW": AdamW}
@@ -56,8 +56,8 @@ def test_lightning_trains_either_module():
 
 
 @pytest.mark.filterwarnings("ignore:This sequence already has", "ignore:`gradient_checkpointing` is deprecated")
-def test_trl_trains_by_either_trainer(tmp_path):
-    trl = pytest.importorskip("trl")  # not among the oldest versions
+def test_each_trl_trainer_of_the_page_trains(tmp_path):
+    trl = pytest.importorskip("trl")  # not installed with the oldest versions
     tokenizer = hf.ByT5Tokenizer()
     data = datasets.Dataset.from_list([{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}."} for i in range(4)])
     shape = {"vocab_size": len(tokenizer), "num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
