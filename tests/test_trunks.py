@@ -143,7 +143,7 @@ def test_a_stem_is_no_list_of_blocks(stem):
     assert list(find_blocks(model)) == [*stages[0], *stages[1]]
 
 
-def test_of_several_lists_the_longest_is_proposed_first():
+def test_of_several_lists_the_largest_is_proposed_first():
     stem = nn.Sequential(Residual(2), Residual(2))
     model = Attributes(
         stem=stem, body=nn.ModuleList(Residual(2) for _ in range(3)), tokens=nn.ModuleList([Branches(9)])
