@@ -99,13 +99,13 @@ def test_loss_and_every_gradient_are_those_of_full_logits(family, dtype):
     rel = 1e-10 if dtype == torch.float64 else 1e-5
     for alpha in (0.0, 0.5, 1.0):
         criterion = kdloss.VanillaKD(alpha=alpha, causal=True)
-        expected, slopes = loss_and_gradients_of_full_logits(criterion, student, teacher, family)
+        expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher, family)
         distill = kdloss.Distiller(teacher, criterion)
         for _ in range(2):  # the first pass measures what the model does to its logits
             out = distill(student, **batch(family))
             assert is_lazy(out)
             assert out.loss.item() == pytest.approx(expected.item(), rel=rel)
-            assert_close(gradients(out.loss, student), slopes, rel)
+            assert_close(gradients(out.loss, student), grads, rel)
 
 
 @pytest.mark.parametrize("family", [*CAUSAL, *MORE])
@@ -173,11 +173,11 @@ def test_a_features_term_works_with_lazy_logits(family):
     with kdloss.capture(student, [0, 1]) as s:
         student(**without_labels(family))
     expected = criterion(s, t, inputs["labels"], mask=inputs["attention_mask"].bool())
-    slopes = gradients(expected, student)
+    grads = gradients(expected, student)
     out = kdloss.Distiller(teacher, criterion)(student, **inputs)
     assert is_lazy(out)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    assert_close(gradients(out.loss, student), slopes, 1e-10)
+    assert_close(gradients(out.loss, student), grads, 1e-10)
 
 
 class Largest(TorchDispatchMode):
@@ -226,12 +226,12 @@ def test_peft_students_have_lazy_logits_with_and_without_their_adapters(trained)
                 p.add_(torch.randn_like(p), alpha=0.1)
     criterion = kdloss.VanillaKD(causal=True)
     distill = kdloss.Distiller(teacher, criterion)
-    expected, slopes = loss_and_gradients_of_full_logits(criterion, student, teacher)
+    expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     out = distill(student, **batch("llama"))
     assert is_lazy(out)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     found = gradients(out.loss, student)
-    assert_close(found, slopes, 1e-10)
+    assert_close(found, grads, 1e-10)
     assert any("lm_head" in name for name in found) == (trained is not None)
     with student.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(distill(student, **batch("llama")).logits, student(**without_labels("llama")).logits)
@@ -332,13 +332,13 @@ def test_where_lazy_logits_are_impossible_full_ones_are_computed_and_the_reason_
     student = make()
     teacher = like(CutsForCausalLM) if case == "cuts the classes" else model("llama", seed=1)
     criterion = kdloss.VanillaKD(causal=True)
-    expected, slopes = loss_and_gradients_of_full_logits(criterion, student, teacher)
+    expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     distill = kdloss.Distiller(teacher, criterion)
     for _ in range(2):
         out = distill(student, **batch("llama"))
         assert out.logits is out.output.logits
         assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
-        assert_close(gradients(out.loss, student), slopes, 1e-10)
+        assert_close(gradients(out.loss, student), grads, 1e-10)
     ours = [r for r in caplog.records if r.name == "kdloss"]  # torch 2.4 logs messages about its graphs
     messages = [r.getMessage() for r in ours if r.args[0] != "CutsForCausalLM" or "cuts" in case]
     assert reason in messages[0]
@@ -352,10 +352,10 @@ def test_full_logits_are_computed_for_a_head_with_lora(caplog):
     caplog.set_level(logging.INFO, logger="kdloss")
     student = get_peft_model(model("llama"), LoraConfig(target_modules=["q_proj", "lm_head"])).double()
     teacher, criterion = model("llama", seed=1), kdloss.VanillaKD(causal=True)
-    expected, slopes = loss_and_gradients_of_full_logits(criterion, student, teacher)
+    expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     out = kdloss.Distiller(teacher, criterion)(student, **batch("llama"))
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    assert_close(gradients(out.loss, student), slopes, 1e-10)
+    assert_close(gradients(out.loss, student), grads, 1e-10)
     assert "its head is a Linear, no plain nn.Linear" in caplog.text
 
 
@@ -365,12 +365,12 @@ def test_a_compiled_step_computes_full_logits(caplog):
     caplog.set_level(logging.INFO, logger="kdloss")
     student, teacher = model("llama"), model("llama", seed=1)
     criterion = kdloss.VanillaKD(causal=True)
-    expected, slopes = loss_and_gradients_of_full_logits(criterion, student, teacher)
+    expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     distill = kdloss.Distiller(teacher, criterion)
     step = torch.compile(lambda **inputs: distill(student, **inputs), backend="eager")
     loss = step(**batch("llama")).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    assert_close(gradients(loss, student), slopes, 1e-10)
+    assert_close(gradients(loss, student), grads, 1e-10)
     assert "the step is being compiled" in caplog.text
 
 
@@ -390,13 +390,13 @@ def test_models_that_do_not_shift_their_labels_have_lazy_logits(family):
     keep = labels != -100
     ce = nn.functional.cross_entropy(logits[keep], labels[keep])
     kl = nn.functional.kl_div((logits / 2)[keep].log_softmax(-1), (target / 2)[keep].softmax(-1), reduction="batchmean")
-    slopes = gradients(0.5 * ce + 0.5 * 4 * kl, student)
+    grads = gradients(0.5 * ce + 0.5 * 4 * kl, student)
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
     for _ in range(2):
         out = distill(student, **inputs)
         assert is_lazy(out)
         assert out.loss.item() == pytest.approx((0.5 * ce + 2 * kl).item(), rel=1e-10)
-        assert_close(gradients(out.loss, student), slopes, 1e-9)
+        assert_close(gradients(out.loss, student), grads, 1e-9)
 
 
 def mean_over_positions_subtracted(student, teacher, *, temperature=1.0, mask=None):
@@ -443,10 +443,10 @@ def test_a_student_and_teachers_may_mix_full_and_lazy_logits():
     mask = inputs["attention_mask"].bool()
     for learner in (student, model("llama")):
         expected = criterion(learner(**without_labels("llama")).logits, targets, inputs["labels"], mask=mask)
-        slopes = gradients(expected, learner)
+        grads = gradients(expected, learner)
         loss = kdloss.Distiller(teachers, criterion)(learner, **inputs).loss
         assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-        assert_close(gradients(loss, learner), slopes, 1e-10)
+        assert_close(gradients(loss, learner), grads, 1e-10)
 
 
 def test_a_student_equal_to_its_teacher_has_a_zero_loss_and_zero_gradients():
@@ -462,23 +462,23 @@ def test_a_frozen_head_stays_frozen_and_lets_gradients_through():
     student, teacher = model("llama"), model("llama", seed=1)
     student.lm_head.requires_grad_(False)
     criterion = kdloss.VanillaKD(causal=True)
-    _, slopes = loss_and_gradients_of_full_logits(criterion, student, teacher)
+    _, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     out = kdloss.Distiller(teacher, criterion)(student, **batch("llama"))
     assert is_lazy(out)
     found = gradients(out.loss, student)
-    assert_close(found, slopes, 1e-10)
+    assert_close(found, grads, 1e-10)
     assert "lm_head.weight" not in found
 
 
 def test_gradient_checkpointing_does_not_change_the_gradients():
     student, teacher = model("llama"), model("llama", seed=1)
     criterion = kdloss.VanillaKD(causal=True)
-    _, slopes = loss_and_gradients_of_full_logits(criterion, student, teacher)
+    _, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     checkpointing(student, {"use_reentrant": False})
     student.train()
     out = kdloss.Distiller(teacher, criterion)(student, **batch("llama"))
     assert is_lazy(out)
-    assert_close(gradients(out.loss, student), slopes, 1e-10)
+    assert_close(gradients(out.loss, student), grads, 1e-10)
 
 
 @pytest.mark.parametrize("around", ["the step", "only the student"])
@@ -499,7 +499,7 @@ def test_under_autocast_gradients_are_as_accurate_as_those_of_full_logits(family
         with torch.no_grad():
             target = teacher(**without_labels(family)).logits
         loss = criterion(logits, target, inputs["labels"], mask=inputs["attention_mask"].bool())
-    slopes = gradients(loss, student)
+    grads = gradients(loss, student)
     student.forward = forward
     found = gradients(out.loss, student)
     assert out.output.logits.hidden.dtype == torch.bfloat16
@@ -509,7 +509,7 @@ def test_under_autocast_gradients_are_as_accurate_as_those_of_full_logits(family
     def error(approximate):
         return torch.stack([(approximate[name] - g).norm() / g.norm() for name, g in exact.items()]).mean()
 
-    assert error(found) <= 1.1 * error(slopes)
+    assert error(found) <= 1.1 * error(grads)
 
 
 def number_of_hooks(module):
