@@ -1,8 +1,8 @@
-"""The device that tests run on: the CPU, or what the environment variable KDLOSS_DEVICE says ("cuda"), see `make gpu`.
+"""The device that tests run on: the CPU, or the environment variable KDLOSS_DEVICE (such as "cuda"; see `make gpu`).
 
-There tensors are made on the device, random numbers are drawn there, numpy gets copies, and convolutions have the
-digits of float32. Everything else is as it is, so that what mixes devices fails. Processes that tests start look here
-as well.
+Tensors are then created on that device, random numbers are drawn there, numpy gets copies, and convolutions have the
+precision of float32. Nothing else changes, so code that mixes devices fails. Processes started by tests use this
+module as well.
 """
 
 import os
@@ -11,24 +11,24 @@ import torch
 
 NAME = os.environ.get("KDLOSS_DEVICE", "cpu")
 
-# Tests that stay on the CPU, by words in their names, and why.
+# Words in the names of tests that run on the CPU only, with the reason.
 LEFT_OUT = {
-    "autocast": "it is written for the CPU's autocast",
-    "under_a_scaler": "it is written for the CPU's autocast",
+    "autocast": "it tests the autocast of the CPU",
+    "under_a_scaler": "it tests the autocast of the CPU",
     "without_data": "it is about tensors without data",
     "meta_tensors": "it is about tensors without data",
-    "three_digits": "rows are compared term by term only where reading numbers needs no synchronisation",
-    "few_logits_are_compared": "few logits are one block in float64 on a CPU",
-    "never_multiplied": "how many positions count is not known there before the models run",
-    "size_of_the_logits": "blocks of rows are larger there",
-    "after_an_exception": "an index out of range ends all work on a card",
+    "three_digits": "rows are compared term by term only on a CPU, where reading a number needs no synchronisation",
+    "few_logits_are_compared": "few logits are one block in float64 only on a CPU",
+    "never_multiplied": "on a GPU, the number of counted positions is not known before the models run",
+    "size_of_the_logits": "blocks of rows are larger on a GPU",
+    "after_an_exception": "after an index out of range, a process can't use its GPU any more",
     "wrong_types_devices": "its messages name the CPU",
-    "several_processes": "gloo gathers nothing on a card, and NCCL wants one for each process",
+    "several_processes": "gloo can't gather on a GPU, and NCCL needs one GPU for each process",
 }
 
 
 def use():
-    """Run what follows on the device."""
+    """Use the device from now on."""
     if NAME != "cpu":
         put_on(NAME)
 
@@ -49,5 +49,5 @@ def put_on(name):
 
 
 def left_out(test):
-    """Why a test of this name is left out on this device; None if it isn't."""
+    """The reason why a test of this name is left out on this device, or None."""
     return None if NAME == "cpu" else next((why for word, why in LEFT_OUT.items() if word in test), None)

@@ -1,4 +1,4 @@
-"""Where blocks of the docs run: in a folder of their own, with stand-ins for loggers that nobody has installed."""
+"""Blocks of the docs run in a temporary folder, with mocks for loggers that are not installed."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ LOGGERS = ["wandb", "trackio", "mlflow", "tensorboard"]
 
 
 def go_there(monkeypatch, folder):
-    """Files that a block writes are the test's, and what it logs goes nowhere."""
+    """Change to a folder, so that a block writes its files there, and mock the loggers that are missing."""
     monkeypatch.chdir(folder)
     for name in LOGGERS:
         if importlib.util.find_spec(name) is None:

@@ -1,4 +1,4 @@
-"""Small runs of the Trainer, also in child processes, which import them from here."""
+"""Small runs of the Trainer, in this process and in child processes, which import this module."""
 
 import os
 import resource
@@ -22,13 +22,13 @@ from kdloss.hf import DistillationTrainer
 
 def rows():
     """Four examples with 7, 1, 7 and 4 labels that a causal model predicts."""
-    both = batch("gpt2")
-    found = [{name: x[i].clone() for name, x in both.items()} for i in (0, 1, 0, 1)]
-    found[1]["labels"][2:] = -100
-    for row in found[2:]:
+    two = batch("gpt2")
+    examples = [{name: x[i].clone() for name, x in two.items()} for i in (0, 1, 0, 1)]
+    examples[1]["labels"][2:] = -100
+    for row in examples[2:]:
         row["input_ids"] = row["input_ids"].flip(0)
         row["labels"] = row["input_ids"].masked_fill(row["labels"] == -100, -100)
-    return found
+    return examples
 
 
 PLAIN = {
@@ -39,18 +39,18 @@ PLAIN = {
 
 
 def make(folder, student, teacher, criterion, data=None, *, of=DistillationTrainer, distilling=None, **settings):
-    """A trainer that takes plain gradient steps and saves nothing, unless told otherwise.
+    """A trainer that takes plain gradient steps and saves nothing, unless `settings` change that.
 
-    It divides by the labels that the student predicts, unless `distilling` says otherwise.
+    It divides by the number of labels that the student predicts, unless `distilling` changes `count`.
     """
     arguments = TrainingArguments(str(folder), **(PLAIN | settings))
     data = data or rows()
-    taught = {"teacher": teacher, "criterion": criterion, "count": "student"} | (distilling or {})
-    return of(student, arguments, train_dataset=data, eval_dataset=data, **taught)
+    distillation = {"teacher": teacher, "criterion": criterion, "count": "student"} | (distilling or {})
+    return of(student, arguments, train_dataset=data, eval_dataset=data, **distillation)
 
 
 def pair(family="gpt2", criterion=None, dropout=0.0):
-    """A student, a wider and deeper teacher, and a criterion that learns projections."""
+    """A student, a wider and deeper teacher, and a criterion with trained projections."""
     teacher, student = build(family, width=24, depth=4), build(family, depth=2, seed=1)
     for module in student.modules():
         if isinstance(module, nn.Dropout):
@@ -63,7 +63,7 @@ def trained(student, criterion):
 
 
 def two_steps_of(rank, port, folder):
-    """One of two processes, each with two micro-batches a step; its weights go into a file."""
+    """Train in one of two processes with two micro-batches per step, and write the weights to a file."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def two_steps_of(rank, port, folder):
     trainer = make(folder, student, teacher, criterion, ddp_backend="gloo", **settings, **saving)
     criterion.double()
     for p in criterion.parameters():
-        p.data.fill_(0.1 + rank)  # rank 0's count
+        p.data.fill_(0.1 + rank)  # training starts from rank 0's values
     if rank == 1:
         save = Trainer._save_rng_state
         Trainer._save_rng_state = lambda *args: time.sleep(0.5) or save(*args)
@@ -86,11 +86,11 @@ def two_steps_of(rank, port, folder):
 
 
 def as_the_trainer(rank, port, folder):
-    """One of two processes that train without a teacher, then with hardly any of one; the changes go into a file."""
+    """In one of two processes, train without a teacher, then with a negligible weight of one; save the changes."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    found = {}
+    changes = {}
     for family in ("gpt2", "strict"):
         for kind in ("stock", "near"):
             student, teacher, _ = pair("gpt2")
@@ -103,20 +103,20 @@ def as_the_trainer(rank, port, folder):
             trainer = Trainer if kind == "stock" else partial(DistillationTrainer, **near)
             done = trainer(student, arguments, train_dataset=rows()).train()
             change = torch.cat([(p.detach() - b).flatten() for p, b in zip(student.parameters(), before, strict=True)])
-            found[family, kind] = (change, done.training_loss)
-    torch.save(found, f"{folder}/{rank}.pt")
+            changes[family, kind] = (change, done.training_loss)
+    torch.save(changes, f"{folder}/{rank}.pt")
     leave()
 
 
 class Strict(GPT2LMHeadModel):
-    """A student whose forward takes no further arguments, such as num_items_in_batch."""
+    """A student whose forward takes no other arguments, such as num_items_in_batch."""
 
     def forward(self, input_ids, attention_mask=None, labels=None):
         return super().forward(input_ids, attention_mask=attention_mask, labels=labels)
 
 
-class StartNoted(TrainerCallback):
-    """Which step training begins at."""
+class RecordsStart(TrainerCallback):
+    """Append the step at which training begins to a file."""
 
     def on_train_begin(self, args, state, control, **_):
         with open(f"{args.output_dir}/starts", "a") as file:
@@ -124,7 +124,7 @@ class StartNoted(TrainerCallback):
 
 
 class DiskFull(TrainerCallback):
-    """No file may grow beyond this size any more, from a step on."""
+    """From a step on, no file may grow beyond a size."""
 
     def __init__(self, step, size):
         self.step, self.size = step, size
@@ -138,8 +138,8 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Mortal:
-    """Kills its process at the n-th function call, C's included, inside a `with`; counts them."""
+class KilledAtCall:
+    """Count the function calls inside a `with`, those of C functions included, and kill the process at the n-th."""
 
     def __init__(self, at=None):
         self.calls, self.at = 0, at
@@ -157,13 +157,13 @@ class Mortal:
 
 
 def save_half(state, path):
-    """A TrainerState that dies while it is written, at step 4."""
+    """Save a TrainerState, but at step 4 write only half of it and kill the process."""
     if state.global_step != 4:
         return save_to_json(state, path)
-    whole_text = Path(path).with_name("whole")
-    save_to_json(state, whole_text)
-    text = whole_text.read_text()
-    whole_text.unlink()
+    full_text = Path(path).with_name("whole")
+    save_to_json(state, full_text)
+    text = full_text.read_text()
+    full_text.unlink()
     Path(path).write_text(text[: len(text) // 2])
     die()
 
@@ -172,31 +172,31 @@ save_to_json = TrainerState.save_to_json
 
 
 def seven_steps(folder, where=None, at=None, full=None):
-    """Train to step 7, a checkpoint each 2, from whatever is in the folder; the end is `folder/final`.
+    """Train to step 7 with a checkpoint every 2 steps, resumed from what is in the folder, and save `folder/final`.
 
-    The process dies `where` it is told, at its `at`-th call: in "step", "save", "state" (half-written)
-    or "rotation" (half-removed) at step 4, or at the "end". Or the disk is `full` at a size.
+    The process is killed in `where`, at its `at`-th function call: in "step", "save", "state" (half-written) or
+    "rotation" (half-removed) at step 4, or at the "end". With `full`, no file may grow beyond that size after step 3.
     """
     torch.set_num_threads(1)
     os.makedirs(folder, exist_ok=True)
     sys.stderr = open(f"{folder}/stderr", "w")  # noqa: SIM115
     student, teacher, criterion = pair(dropout=0.1)
-    data = [row for _ in range(3) for row in rows()]  # 4 steps an epoch
+    data = [row for _ in range(3) for row in rows()]  # 4 steps per epoch
     saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "eval_strategy": "steps"}
     trainer = make(
         folder, student, teacher, criterion, data, max_steps=7, per_device_train_batch_size=3, optim="adamw_torch",
         learning_rate=1e-2, eval_steps=2, **saving,
     )  # fmt: skip
-    trainer.add_callback(StartNoted())
+    trainer.add_callback(RecordsStart())
     if full is not None:
         trainer.add_callback(DiskFull(3, full))
-    mortal = Mortal(at)
+    killed_at_call = KilledAtCall(at)
 
-    def watched(function, condition):
+    def killable(function, condition):
         def call(*args, **settings):
             if not condition():
                 return function(*args, **settings)
-            with mortal:
+            with killed_at_call:
                 return function(*args, **settings)
 
         return call
@@ -205,16 +205,16 @@ def seven_steps(folder, where=None, at=None, full=None):
         return lambda: trainer.state.global_step == step
 
     if where == "save":
-        trainer._save_checkpoint = watched(trainer._save_checkpoint, at_step(4))
+        trainer._save_checkpoint = killable(trainer._save_checkpoint, at_step(4))
     if where == "step":
-        trainer.training_step = watched(trainer.training_step, at_step(4))
+        trainer.training_step = killable(trainer.training_step, at_step(4))
     if where == "rotation":
 
         def half_removed(checkpoint, ignore_errors):
             Path(checkpoint, "model.safetensors").unlink()
             die()
 
-        shutil.rmtree = half_removed  # what removes checkpoint-2 when checkpoint-4 is there
+        shutil.rmtree = half_removed  # the Trainer's call that removes checkpoint-2 once checkpoint-4 exists
     if where == "state":
         TrainerState.save_to_json = save_half
     try:
@@ -223,8 +223,8 @@ def seven_steps(folder, where=None, at=None, full=None):
         def finish():
             trainer.save_model(f"{folder}/final")
 
-        watched(finish, lambda: where == "end")()
+        killable(finish, lambda: where == "end")()
     except OSError:
         traceback.print_exc()
         sys.exit(1)
-    Path(folder, "calls").write_text(str(mortal.calls))
+    Path(folder, "calls").write_text(str(killed_at_call.calls))

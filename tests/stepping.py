@@ -1,4 +1,4 @@
-"""Steps of a training, watched: what they were made from, what came out, and how often each model ran."""
+"""Record training steps: the module before each step, its output, and how often each module ran."""
 
 import ast
 import copy
@@ -14,29 +14,29 @@ import kdloss
 
 
 class Steps:
-    """Inside the `with`, every step that a `Distillation` takes.
+    """Record every step that a `Distillation` takes inside the `with`.
 
-    `before` has a copy of the module as it was before each step, `outs` what each step gave, `ran` how often every
-    module ran, but for the one pass that shows how a student reads labels; `model` is the module itself.
+    `before` has a copy of the module from before each step, `outs` the output of each step, and `ran` how often each
+    module ran, except in the one pass that finds out how a student reads labels. `model` is the module itself.
     """
 
     def __enter__(self):
         self.before, self.outs, self.ran, self.model = [], [], Counter(), None
-        self._shows, kdloss.distiller.own_loss = kdloss.distiller.own_loss, self._show
+        self._own_loss, kdloss.distiller.own_loss = kdloss.distiller.own_loss, self._uncounted_own_loss
         self._handles = [hooks.register_module_forward_pre_hook(self._begin)]
         self._handles.append(hooks.register_module_forward_hook(self._end))
         return self
 
     def __exit__(self, *_):
-        kdloss.distiller.own_loss = self._shows
+        kdloss.distiller.own_loss = self._own_loss
         for handle in self._handles:
             handle.remove()
 
-    def _show(self, *args):
+    def _uncounted_own_loss(self, *args):
         ran = self.ran.copy()
-        own = self._shows(*args)
+        loss = self._own_loss(*args)
         self.ran = ran
-        return own
+        return loss
 
     def _begin(self, module, args):
         self.ran[module] += 1
@@ -50,7 +50,7 @@ class Steps:
 
 
 def recipe(function):
-    """A recipe for users: criterion and training step in eight lines of code, or it is none."""
+    """Mark a recipe for users: its criterion and training step may take at most eight lines of code."""
     lines = user_lines(function)
     assert len(lines) <= 8, f"{function.__name__} takes {len(lines)} lines:\n" + "\n".join(lines)
     return function
@@ -65,9 +65,9 @@ def user_lines(function):
 
 
 def holds_to(steps, expected, *, lr=0.1, rtol=1e-9, atol=1e-12):
-    """The only step taken: its loss, its gradients and what SGD made of them are those of an independent loss.
+    """Assert that the loss, gradients and SGD update of the only step are those of an independent loss.
 
-    `expected` is a function of the copy from before the step.
+    `expected` computes that loss from the copy of the module from before the step.
     """
     (before,), (out,) = steps.before, steps.outs
     loss = expected(before)
@@ -78,11 +78,11 @@ def holds_to(steps, expected, *, lr=0.1, rtol=1e-9, atol=1e-12):
     assert list(was) == list(now)
     moved = 0
     for name, p in now.items():
-        slope = torch.zeros_like(p) if was[name].grad is None else was[name].grad
-        got = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.testing.assert_close(got, slope, **close, msg=lambda text, name=name: f"gradient of {name}: {text}")
-        torch.testing.assert_close(p.detach(), was[name].detach() - lr * slope, **close)
-        moved += bool(slope.any())
+        gradient = torch.zeros_like(p) if was[name].grad is None else was[name].grad
+        found = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(found, gradient, **close, msg=lambda text, name=name: f"gradient of {name}: {text}")
+        torch.testing.assert_close(p.detach(), was[name].detach() - lr * gradient, **close)
+        moved += bool(gradient.any())
     assert moved > len(now) / 2, "most of it learns"
 
 
@@ -93,7 +93,7 @@ def kl(student, teacher, temperature):
 
 
 def texts(*, labelled=0.5):
-    """Two texts, the second padded, some of whose tokens have labels."""
+    """Two texts, the second one padded; some tokens have labels."""
     tokens = torch.randint(3, VOCAB, (2, 8))
     attention = torch.ones(2, 8, dtype=torch.long)
     attention[1, 5:] = 0
@@ -102,6 +102,6 @@ def texts(*, labelled=0.5):
 
 
 def asked(model, batch):
-    """A model's output with its hidden states, asked of itself."""
+    """The output of a direct call of a model, with hidden states and without labels."""
     inputs = {name: x for name, x in batch.items() if name != "labels"}
     return model.eval()(**inputs, output_hidden_states=True)

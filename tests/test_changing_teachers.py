@@ -19,7 +19,7 @@ import kdloss
 PAGE = "changing_teachers.md"
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
-EVERY = torch.ones(6, dtype=torch.bool).numpy()
+ALL = torch.ones(6, dtype=torch.bool).numpy()
 hugging_face = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 
 
@@ -37,22 +37,22 @@ def kl(p, q):
     return (p * (np.log(p) - np.log(q))).sum(-1).mean()
 
 
-def cross_entropy(weight, seen=EVERY):
+def cross_entropy(weight, examples=ALL):
     """Mean cross-entropy of a linear model on some of the examples, and its gradient."""
-    x = X.numpy()[seen]
-    p, target = softmax(x @ weight.T), np.eye(3)[LABELS.numpy()[seen]]
+    x = X.numpy()[examples]
+    p, target = softmax(x @ weight.T), np.eye(3)[LABELS.numpy()[examples]]
     return -np.log((p * target).sum(-1)).mean(), (p - target).T @ x / len(x)
 
 
-def forward_kl(weight, taught, temperature=1.0):
-    """T² KL(taught || softmax(x W / T)) of a linear model, and its gradient: T (student - taught) x."""
+def forward_kl(weight, targets, temperature=1.0):
+    """T² KL(targets || softmax(x W / T)) of a linear model, and its gradient: T (student - targets) x."""
     x = X.numpy()
     q = softmax(x @ weight.T / temperature)
-    return temperature**2 * kl(taught, q), temperature * (q - taught).T @ x / len(x)
+    return temperature**2 * kl(targets, q), temperature * (q - targets).T @ x / len(x)
 
 
-def runs_of(*models):
-    """How often each model runs from now on."""
+def count_runs(*models):
+    """Count how often each model runs from now on."""
     runs = Counter()
     for k, model in enumerate(models):
         model.register_forward_hook(lambda *_, k=k: runs.update([k]))
@@ -62,7 +62,7 @@ def runs_of(*models):
 # --- a moving average of the student
 
 
-def test_three_steps_with_a_moving_average_are_those_of_the_formula():
+def test_three_steps_with_a_moving_average_follow_the_formula():
     student, decay, lr, alpha, T = linear(), 0.8, 0.5, 0.3, 2.0
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay))
     model = kdloss.Distillation(student, average, kdloss.VanillaKD(T, alpha))
@@ -86,7 +86,7 @@ def test_three_steps_with_a_moving_average_are_those_of_the_formula():
     assert kd > 0
 
 
-def test_an_average_is_nobodys_parameter_and_has_no_gradient():
+def test_an_average_is_no_parameter_of_the_module_and_has_no_gradient():
     student = linear()
     average = AveragedModel(student)
     model = kdloss.Distillation(student, average, kdloss.VanillaKD())
@@ -99,7 +99,7 @@ def test_an_average_is_nobodys_parameter_and_has_no_gradient():
     assert average.n_averaged == 0
 
 
-def test_an_average_that_stands_on_the_students_own_weights_is_refused():
+def test_an_average_that_shares_the_students_weights_is_refused():
     student = linear()
     average = AveragedModel(student)
     average.module = student
@@ -117,8 +117,8 @@ CRITERIA = {
 
 @hugging_face
 @pytest.mark.parametrize("case", CRITERIA)
-def test_an_average_teaches_what_the_model_in_it_does(case):
-    """Its features, its lazy logits, its decoder's inputs: those of a copy without the wrapper."""
+def test_an_average_teaches_like_the_model_inside_it(case):
+    """Features, lazy logits and decoder inputs are those of a copy without the wrapper."""
     family = case.split()[0]
     student = build(family, depth=4)
     average = AveragedModel(build(family, depth=4, seed=1))
@@ -135,12 +135,12 @@ def test_an_average_teaches_what_the_model_in_it_does(case):
     assert components[0] == components[1]
     assert components[0]["kd"] > 0
     assert len(gradients[0]) > 10
-    assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 @hugging_face
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
-def test_the_average_of_a_student_with_adapters_is_a_model_of_its_own():
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft warns
+def test_the_average_of_a_student_with_adapters_is_a_separate_model():
     settings = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "init_lora_weights": False}
     student = get_peft_model(build("gpt2", depth=4), LoraConfig(**settings))
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.5))
@@ -148,16 +148,16 @@ def test_the_average_of_a_student_with_adapters_is_a_model_of_its_own():
     model = kdloss.Distillation(student.eval(), average, kdloss.VanillaKD(alpha=0.0))
     model.training = True
     assert model(**batch("gpt2")).loss.item() == pytest.approx(0, abs=1e-6)
-    moved = [p for p in student.parameters() if p.requires_grad]
-    for p in moved:
+    trained = [p for p in student.parameters() if p.requires_grad]
+    for p in trained:
         p.data += 0.5
     assert model(**batch("gpt2")).loss.item() > 1e-3
     model(**batch("gpt2")).loss.backward()
-    assert all(p.grad is not None for p in moved)
+    assert all(p.grad is not None for p in trained)
     assert all(p.grad is None for p in average.parameters())
 
 
-def test_statistics_of_batches_are_the_students_in_its_average_and_stay_as_they_were_told():
+def test_batch_norm_statistics_of_an_average_change_only_when_it_is_updated():
     student = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
     average = AveragedModel(student)
     model = kdloss.Distillation(student, average, kdloss.VanillaKD())
@@ -169,8 +169,8 @@ def test_statistics_of_batches_are_the_students_in_its_average_and_stay_as_they_
     assert torch.equal(average.module[1].running_mean, student[1].running_mean)
 
 
-def test_a_function_lets_an_average_keep_its_own_noise():
-    """Mean Teacher's has dropout on; a model's is off while it teaches."""
+def test_an_average_behind_a_function_keeps_its_dropout():
+    """The teacher of Mean Teacher has dropout, but a model runs in eval mode while it teaches."""
     student = nn.Sequential(nn.Dropout(0.5), linear())
     average = AveragedModel(student)
     seen = []
@@ -186,11 +186,11 @@ def test_a_function_lets_an_average_keep_its_own_noise():
 def test_an_average_follows_its_student_in_a_trainer(tmp_path, monkeypatch):
     seen, update = [], AveragedModel.update_parameters
 
-    def seeing(average, model):
+    def recording(average, model):
         seen.append(model.lm_head.weight.detach().double().clone())
         update(average, model)
 
-    monkeypatch.setattr(AveragedModel, "update_parameters", seeing)
+    monkeypatch.setattr(AveragedModel, "update_parameters", recording)
     small = {"max_steps": 3, "use_cpu": True, "dataloader_pin_memory": False, "report_to": "none"}
     arguments = TrainingArguments(str(tmp_path), learning_rate=0.1, **small)
     data = [{name: x[0] for name, x in batch("gpt2").items()}] * 24
@@ -209,24 +209,24 @@ def test_an_average_follows_its_student_in_a_trainer(tmp_path, monkeypatch):
 # --- students that teach each other
 
 
-def test_a_step_of_mutual_learning_is_the_papers_for_both():
+def test_a_step_of_mutual_learning_follows_the_papers_formula_for_both_students():
     first, second = linear(0), linear(1)
     criterion = kdloss.CrossEntropy() + kdloss.Logits()
-    runs = runs_of(first, second)
+    runs = count_runs(first, second)
     one, other = first(X), second(X)
     loss = criterion(one, other, LABELS) + criterion(other, one, LABELS)
     loss.backward()
     total = 0.0
     for model, peer in ((first, second), (second, first)):
-        weight, taught = model.weight.detach().numpy(), softmax((X @ peer.weight.T).detach().numpy())
-        (ce, ce_gradient), (kd, kd_gradient) = cross_entropy(weight), forward_kl(weight, taught)
+        weight, targets = model.weight.detach().numpy(), softmax((X @ peer.weight.T).detach().numpy())
+        (ce, ce_gradient), (kd, kd_gradient) = cross_entropy(weight), forward_kl(weight, targets)
         np.testing.assert_allclose(model.weight.grad.numpy(), ce_gradient + kd_gradient, rtol=1e-9, atol=1e-15)
         total += ce + kd
     np.testing.assert_allclose(loss.item(), total, rtol=1e-9)
     assert runs == {0: 1, 1: 1}
 
 
-def test_two_distillers_may_hold_each_others_student_at_one_more_pass_each():
+def test_two_distillers_with_each_others_student_give_the_same_gradients_with_one_more_pass_each():
     first, second = linear(0), linear(1)
     criterion = kdloss.CrossEntropy() + kdloss.Logits()
     one, other = first(X), second(X)
@@ -234,7 +234,7 @@ def test_two_distillers_may_hold_each_others_student_at_one_more_pass_each():
     expected = [model.weight.grad.clone() for model in (first, second)]
     first.zero_grad()
     second.zero_grad()
-    runs = runs_of(first, second)
+    runs = count_runs(first, second)
     taught_by_second, taught_by_first = (
         kdloss.Distiller(teacher, kdloss.CrossEntropy() + kdloss.Logits()) for teacher in (second, first)
     )
@@ -245,19 +245,19 @@ def test_two_distillers_may_hold_each_others_student_at_one_more_pass_each():
         assert model.training
 
 
-def test_students_learn_from_the_mixture_of_all_and_none_through_it():
+def test_students_learn_from_their_mixture_which_passes_no_gradient_on():
     students, T = [linear(seed) for seed in range(3)], 3.0
     criterion = kdloss.CrossEntropy() + kdloss.Logits(temperature=T)
-    runs = runs_of(*students)
+    runs = count_runs(*students)
     logits = [student(X) for student in students]
     ensemble = kdloss.Mixture(logits)
-    loss = sum(criterion(own, ensemble, LABELS) for own in logits)
+    loss = sum(criterion(output, ensemble, LABELS) for output in logits)
     loss.backward()
     weights = [student.weight.detach().numpy() for student in students]
-    taught = np.mean([softmax(X.numpy() @ weight.T / T) for weight in weights], axis=0)
+    targets = np.mean([softmax(X.numpy() @ weight.T / T) for weight in weights], axis=0)
     total = 0.0
     for student, weight in zip(students, weights, strict=True):
-        (ce, ce_gradient), (kd, kd_gradient) = cross_entropy(weight), forward_kl(weight, taught, T)
+        (ce, ce_gradient), (kd, kd_gradient) = cross_entropy(weight), forward_kl(weight, targets, T)
         np.testing.assert_allclose(student.weight.grad.numpy(), ce_gradient + kd_gradient, rtol=1e-9, atol=1e-15)
         total += ce + kd
     np.testing.assert_allclose(loss.item(), total, rtol=1e-9)
@@ -267,20 +267,20 @@ def test_students_learn_from_the_mixture_of_all_and_none_through_it():
 # --- chains
 
 
-def test_a_chain_trains_each_model_by_the_one_before_and_returns_what_each_stage_gave():
+def test_a_chain_trains_each_model_with_the_one_before_and_returns_the_result_of_each_stage():
     models = [linear(seed) for seed in range(4)]
-    asked = []
+    calls = []
 
     def train(student, teacher):
-        asked.append((student, teacher))
-        return len(asked)
+        calls.append((student, teacher))
+        return len(calls)
 
     assert kdloss.chain(models, train) == [1, 2, 3]
-    assert asked == [(models[1], models[0]), (models[2], models[1]), (models[3], models[2])]
+    assert calls == [(models[1], models[0]), (models[2], models[1]), (models[3], models[2])]
     assert kdloss.chain(nn.ModuleList(models[:2]), lambda student, teacher: None) == [None]
 
 
-def test_two_stages_of_a_chain_are_those_of_the_formula_and_train_no_teacher():
+def test_two_stages_of_a_chain_follow_the_formula_and_train_no_teacher():
     models, lr = [linear(seed) for seed in range(3)], 0.5
     weights = [model.weight.detach().numpy().copy() for model in models]
 
@@ -294,8 +294,8 @@ def test_two_stages_of_a_chain_are_those_of_the_formula_and_train_no_teacher():
 
     losses = kdloss.chain(models, train)
     for k in (1, 2):
-        taught = softmax(X.numpy() @ weights[k - 1].T)
-        (ce, ce_gradient), (kd, kd_gradient) = cross_entropy(weights[k]), forward_kl(weights[k], taught)
+        targets = softmax(X.numpy() @ weights[k - 1].T)
+        (ce, ce_gradient), (kd, kd_gradient) = cross_entropy(weights[k]), forward_kl(weights[k], targets)
         np.testing.assert_allclose(losses[k - 1], (ce + kd) / 2, rtol=1e-9)
         weights[k] = weights[k] - lr * (ce_gradient + kd_gradient) / 2
     for model, weight in zip(models, weights, strict=True):
@@ -303,7 +303,7 @@ def test_two_stages_of_a_chain_are_those_of_the_formula_and_train_no_teacher():
     assert models[0].weight.grad is None
 
 
-def test_a_chain_that_is_interrupted_has_trained_the_stages_before():
+def test_an_interrupted_chain_has_trained_the_stages_before():
     models, done = [linear(seed) for seed in range(4)], []
 
     def train(student, teacher):
@@ -316,10 +316,10 @@ def test_a_chain_that_is_interrupted_has_trained_the_stages_before():
     assert done == [models[1]]
 
 
-def test_a_chain_holds_two_models_that_are_made_when_they_are_needed():
+def test_a_chain_of_a_generator_holds_two_models_at_a_time():
     alive = weakref.WeakSet()
 
-    def made():
+    def models():
         for seed in range(4):
             assert len(alive) <= 1
             model = linear(seed)
@@ -330,10 +330,10 @@ def test_a_chain_holds_two_models_that_are_made_when_they_are_needed():
     def train(student, teacher):
         return len(alive)
 
-    assert kdloss.chain(made(), train) == [2, 2, 2]
+    assert kdloss.chain(models(), train) == [2, 2, 2]
 
 
-def test_chains_without_a_student_and_models_that_would_teach_themselves_are_refused():
+def test_chains_without_a_student_or_with_a_model_that_would_teach_itself_are_refused():
     model, trained = linear(), []
 
     def train(student, teacher):
@@ -357,7 +357,7 @@ def test_chains_without_a_student_and_models_that_would_teach_themselves_are_ref
 
 @hugging_face
 @pytest.mark.parametrize("title", ["Two students", "Several students"])
-def test_what_the_page_shows_runs_each_model_once_a_step(title, monkeypatch):
+def test_recipes_of_the_page_run_each_model_once_per_step(title, monkeypatch):
     runs, steps, forward = Counter(), 2, type(build("gpt2")).forward
 
     def counted(self, *args, **inputs):
@@ -366,14 +366,14 @@ def test_what_the_page_shows_runs_each_model_once_a_step(title, monkeypatch):
 
     monkeypatch.setattr(type(build("gpt2")), "forward", counted)
     student = build("gpt2", depth=4)
-    given = {"student": student, "loader": [batch("gpt2")] * steps, "AdamW": torch.optim.AdamW, "nn": nn}
-    readme.recipe(PAGE, title, **given)
+    names = {"student": student, "loader": [batch("gpt2")] * steps, "AdamW": torch.optim.AdamW, "nn": nn}
+    readme.recipe(PAGE, title, **names)
     assert len(runs) >= 2
     assert set(runs.values()) == {steps}
 
 
-def test_the_papers_consistency_is_the_squared_difference_of_probabilities_under_a_ramp():
-    """Mean Teacher: 100 exp(-5 (1 - t)²), the mean over classes and over all examples, labelled or not."""
+def test_the_consistency_cost_of_the_mean_teacher_recipe_is_the_papers():
+    """The weight is 100 exp(-5 (1 - t)²), the cost a mean over classes and all examples, labelled or not."""
     student = linear(0)
     page = readme.recipe(PAGE, "Mean Teacher", student=student)
     page.average.module.load_state_dict(linear(1).state_dict())
@@ -388,8 +388,8 @@ def test_the_papers_consistency_is_the_squared_difference_of_probabilities_under
         ce, gradient = cross_entropy(student.weight.detach().numpy(), labels.numpy() >= 0)
         p, q = (softmax(x @ model.weight.detach().numpy().T) for model in (student, page.average.module))
         np.testing.assert_allclose(loss.item(), ce + ramp * np.mean((p - q) ** 2), rtol=1e-9)
-        of_all = distill(student, X, labels=labels, num_items_in_batch=6).loss
-        np.testing.assert_allclose(of_all.item(), ce / 2 + ramp * np.mean((p - q) ** 2), rtol=1e-9)
-        slope = 2 * (p - q) / p.size  # of the mean by p; then through the softmax
+        over_six = distill(student, X, labels=labels, num_items_in_batch=6).loss
+        np.testing.assert_allclose(over_six.item(), ce / 2 + ramp * np.mean((p - q) ** 2), rtol=1e-9)
+        slope = 2 * (p - q) / p.size  # by p; the next line goes through the softmax
         gradient = gradient + ramp * (p * (slope - (slope * p).sum(-1, keepdims=True))).T @ x
         np.testing.assert_allclose(student.weight.grad.numpy(), gradient, rtol=1e-8, atol=1e-14)

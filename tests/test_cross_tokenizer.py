@@ -1,4 +1,4 @@
-"""A teacher and a student that cut the same text into other tokens."""
+"""A teacher and a student whose tokenizers split the same text into different tokens."""
 
 import math
 
@@ -15,11 +15,11 @@ from parts import alignment, options, text
 import kdloss
 
 WORDS = ["The naïve café: 12 → 13 😀 numbers follow.", "Even, odd, and even again…", "x"]
-WHOLE = "".join(f"{words}\0" for words in WORDS * 3).encode()
-PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = {chr(b): b for b in PRINTED} | {
-    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in PRINTED)
-}  # GPT-2's: a byte that is no letter to print is written as one of the letters from 256 on
+CORPUS = "".join(f"{words}\0" for words in WORDS * 3).encode()
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in PRINTABLE} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in PRINTABLE)
+}  # as in GPT-2's vocabulary, an unprintable byte is written as a character from 256 on
 
 
 def never(*args, **settings):
@@ -28,12 +28,12 @@ def never(*args, **settings):
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    """The student's, of hardly more than single bytes, and the teacher's, of longer pieces."""
+    """The student's tokenizer, with few tokens beyond single bytes, and the teacher's, with longer tokens."""
     return text.train_tokenizer(WORDS, 265), text.train_tokenizer([*tiny.SENTENCES, *WORDS], 400)
 
 
-def written(tokenizer, ids):
-    """The bytes of these tokens; the end of a text as 0."""
+def bytes_of(tokenizer, ids):
+    """The bytes that these tokens spell, with 0 for the end of a text."""
     end = tokenizer.eos_token_id
     pieces = ([0] if i == end else map(BYTES.get, tokenizer.convert_ids_to_tokens(i)) for i in ids.tolist())
     return b"".join(map(bytes, pieces))
@@ -42,24 +42,24 @@ def written(tokenizer, ids):
 def test_tokens_are_aligned_where_both_have_read_the_same_complete_characters(tokenizers):
     mine, theirs = tokenizers
     context = 9
-    both = (alignment.read(tokenizer, WORDS * 3) for tokenizer in tokenizers)
-    found = alignment.aligned(*both, length=12, context=context)
+    tokens = (alignment.read(tokenizer, WORDS * 3) for tokenizer in tokenizers)
+    blocks = alignment.aligned(*tokens, length=12, context=context)
     read, counted = 0, 0
     starts = [0]
     for token in alignment.read(theirs, WORDS * 3)[0]:
-        starts.append(starts[-1] + len(written(theirs, token[None])))
-    for ids, beside, at, mask in zip(*found.values(), strict=True):
-        block = written(mine, ids)
-        assert WHOLE[read : read + len(block)] == block
-        whole_before = read == 0 or WHOLE[read : read + 1].decode(errors="ignore") != "" or WHOLE[read] >= 0xC0
-        begin = next(s for s in starts if s >= read and (whole_before or s > read) and not 0x80 <= WHOLE[s] < 0xC0)
-        assert (WHOLE[begin:] + bytes(99)).startswith(written(theirs, beside[:3]))
+        starts.append(starts[-1] + len(bytes_of(theirs, token[None])))
+    for ids, teacher_ids, at, mask in zip(*blocks.values(), strict=True):
+        block = bytes_of(mine, ids)
+        assert CORPUS[read : read + len(block)] == block
+        complete_before = read == 0 or CORPUS[read : read + 1].decode(errors="ignore") != "" or CORPUS[read] >= 0xC0
+        begin = next(s for s in starts if s >= read and (complete_before or s > read) and not 0x80 <= CORPUS[s] < 0xC0)
+        assert (CORPUS[begin:] + bytes(99)).startswith(bytes_of(theirs, teacher_ids[:3]))
         assert not mask[0]
         for j in range(len(ids) - 1):
-            end = read + len(written(mine, ids[: j + 1]))
-            ends = [begin + len(written(theirs, beside[: i + 1])) for i in range(min(context, len(beside)))]
-            whole = end == len(WHOLE) or not 0x80 <= WHOLE[end] < 0xC0  # else the character has more bytes
-            assert mask[j + 1].item() == (whole and end in ends)
+            end = read + len(bytes_of(mine, ids[: j + 1]))
+            ends = [begin + len(bytes_of(theirs, teacher_ids[: i + 1])) for i in range(min(context, len(teacher_ids)))]
+            complete = end == len(CORPUS) or not 0x80 <= CORPUS[end] < 0xC0  # otherwise the character has more bytes
+            assert mask[j + 1].item() == (complete and end in ends)
             if mask[j + 1]:
                 assert ends[at[j]] == end
                 counted += 1
@@ -69,11 +69,11 @@ def test_tokens_are_aligned_where_both_have_read_the_same_complete_characters(to
 
 def test_a_token_of_the_teacher_counts_as_the_first_of_the_students_tokens_that_spell_it():
     student, teacher = text.train_tokenizer(["ab ab ab"], 258), text.train_tokenizer(["abc abc abc abd abd"], 262)
-    student.add_special_tokens({"eos_token": "<end>"})  # another name for the same
+    student.add_special_tokens({"eos_token": "<end>"})  # the end token has another name
     words = {i: teacher.decode([i]) for i in range(len(teacher))}
-    over = alignment.begun(student, teacher)
+    to_student = alignment.begun(student, teacher)
     logits = torch.randn(3, len(teacher), dtype=torch.float64)
-    s, found = over("the student's, as they are", logits)
+    s, log_p = to_student("the student's, as they are", logits)
     assert s == "the student's, as they are"
     p, expected = logits.softmax(-1).numpy(), np.zeros((3, len(student)))
     for i, word in words.items():
@@ -83,20 +83,20 @@ def test_a_token_of_the_teacher_counts_as_the_first_of_the_students_tokens_that_
             longest = max(n for n in range(1, len(word) + 1) if token_of(student, word[:n]) is not None)
             expected[:, token_of(student, word[:longest])] += p[:, i]
     assert token_of(student, "ab") is not None
-    np.testing.assert_allclose(found.exp().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(log_p.exp().numpy(), expected, rtol=1e-5)
 
 
 def token_of(tokenizer, word):
-    """The one token that is this word, if there is one."""
+    """The token that spells this word, or None."""
     letters = {byte: letter for letter, byte in BYTES.items()}
     return tokenizer.get_vocab().get("".join(letters[byte] for byte in word.encode()))
 
 
-def test_every_token_counts_once_by_its_label_and_if_aligned_by_the_teacher_too():
+def test_aligned_tokens_learn_from_label_and_teacher_and_the_others_from_the_label():
     student, teacher = build("gpt2", depth=2, seed=1).eval(), build("gpt2", width=24).eval()
     ids, theirs = torch.randint(0, 61, (2, 6)), torch.randint(0, 61, (2, 5))
     at, mask = torch.tensor([[0, 1, 1, 3, 4, 0], [2, 0, 0, 0, 0, 0]]), torch.zeros(2, 6, dtype=torch.bool)
-    mask[0, [2, 5]] = mask[1, 1] = True  # predicted at 1 and 4, and at 0
+    mask[0, [2, 5]] = mask[1, 1] = True  # predicted at positions 1 and 4, and at 0
     shared = kdloss.Logits(vocabulary=kdloss.TokenMap(torch.arange(40), torch.arange(20, 60)))
     criterion = kdloss.Sum(0.25 * kdloss.CrossEntropy() + 0.75 * shared, causal=True)
     loop = cross_tokenizer.AlignedLoss(alignment.TeacherAtStudentTokens(teacher), criterion)
@@ -124,9 +124,9 @@ def test_students_learn_across_tokenizers_and_the_same_command_trains_nothing_ag
             assert found[0]["perplexity"] < 0.9 * found[0]["curve"][0]["perplexity"]
     first = {row: found[0] for row, found in runs.items()}
     assert len({round(x["perplexity"], 4) for row, x in first.items() if row != "teacher"}) == 5
-    assert "perplexity" not in first["teacher"]  # of other tokens
-    dearest = max(first[row]["teraflop"] for row in ("shared", "begun", "uld"))
-    assert first["none-same-compute"]["teraflop"] == pytest.approx(dearest, rel=0.05)
+    assert "perplexity" not in first["teacher"]  # it would be per token of another tokenizer
+    most = max(first[row]["teraflop"] for row in ("shared", "begun", "uld"))
+    assert first["none-same-compute"]["teraflop"] == pytest.approx(most, rel=0.05)
     texts = text.read_texts(str(data))[-40:]
     tokenizer = cross_tokenizer.tokenizer_of(options.read(cross_tokenizer.DEFAULTS, arguments, None))
     tokens = sum(len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])

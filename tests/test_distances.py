@@ -1,4 +1,4 @@
-"""What single distances promise beyond the laws: published sums, hand-worked numbers, memory, `between`."""
+"""Single distances beyond the laws: published formulas, numbers worked out by hand, memory, `between_...`."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def huber(x):
     return np.where(abs(x) < 1, x**2 / 2, abs(x) - 0.5)
 
 
-# -- the published form, written as its authors do: a sum or mean over the whole at once --
+# -- the formulas as published: one sum or mean over all rows --
 
 
 def rkd_distance_as_published(s, t):
@@ -95,7 +95,7 @@ PUBLISHED = {
 def test_the_mean_over_rows_is_the_published_loss(distance):
     student, teacher = f64(7, 6)
     expected = PUBLISHED[distance](*numbers(student, teacher))
-    # PKT's authors have their epsilon, 1e-7, in another place
+    # the published PKT adds its epsilon, 1e-7, in another place
     tolerance = 1e-5 if distance is kdloss.distances.pkt else 1e-12
     assert distance(student, teacher).mean().item() == pytest.approx(expected, rel=tolerance)
     examples = [f64(7, 6, seed=seed) for seed in range(3)]
@@ -107,54 +107,56 @@ def test_the_mean_over_rows_is_the_published_loss(distance):
 # -- RKD --
 
 
-def test_distances_of_near_duplicates_keep_their_digits():
-    """|a|² + |b|² - 2ab has none left in float32: it is off by all of the distance here."""
+def test_distances_of_near_duplicates_are_accurate():
+    """In float32, the formula |a|² + |b|² - 2ab has no correct digit here."""
     base = torch.full((3, 4), 100.0)
     near = base + torch.tensor([0.0, 2**-13, 2**-12]).unsqueeze(-1)
-    found = _relations.pairwise_distances(near.unsqueeze(0))[0]
+    distances = _relations.pairwise_distances(near.unsqueeze(0))[0]
     step = 2.0**-12  # 2 · 2^-13: four equal gaps
-    torch.testing.assert_close(found, torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]]) * step, rtol=1e-6, atol=0)
+    torch.testing.assert_close(distances, torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]]) * step, rtol=1e-6, atol=0)
 
 
-def test_distances_of_wide_rows_keep_their_digits():
-    """Added up one number after the other in float32 they are off by 1e-5."""
+def test_distances_of_wide_rows_are_accurate():
+    """A sequential sum in float32 has a relative error of 1e-5 here."""
     rows = torch.randn(1, 8, 50_000) ** 4
     exact = np.linalg.norm(gaps(rows[0].double().numpy()), axis=-1)
     np.testing.assert_allclose(_relations.pairwise_distances(rows)[0], exact, rtol=1e-6)
 
 
-def test_slopes_of_near_duplicates_among_far_rows_keep_their_digits():
-    """As a product, the sum of weights times a row less the weighted sum of the others, they have two left here."""
+def test_gradients_of_near_duplicates_among_distant_rows_are_accurate():
+    """As a matrix product, row · (sum of weights) - weighted sum of rows, they have two correct digits here."""
     rows = 100 * torch.randn(1, 6, 5)
     rows[0, 1] = rows[0, 0] + 2.0**-10 * torch.randint(1, 9, (5,))
     rows.requires_grad_()
     weight = torch.rand(1, 6, 6, dtype=torch.float64)
-    slope = torch.autograd.grad((_relations.pairwise_distances(rows) * weight).sum(), rows)[0]
-    both = (weight + weight.mT).numpy()[0, :, :, None]
-    exact = -(both * units(gaps(rows.detach().double().numpy()[0]))).sum(1)
-    np.testing.assert_allclose(slope[0], exact, rtol=1e-5, atol=1e-6)
+    gradient = torch.autograd.grad((_relations.pairwise_distances(rows) * weight).sum(), rows)[0]
+    symmetric = (weight + weight.mT).numpy()[0, :, :, None]
+    exact = -(symmetric * units(gaps(rows.detach().double().numpy()[0]))).sum(1)
+    np.testing.assert_allclose(gradient[0], exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "distance", [kdloss.distances.rkd_distance, kdloss.distances.rkd_angle], ids=lambda x: x.__name__
 )
-def test_rkd_is_blind_to_shift_rotation_and_scale_of_either_side(distance):
+def test_rkd_does_not_depend_on_shift_rotation_or_scale_of_either_side(distance):
     student, teacher = f64(6, 4)
-    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
     value = distance(student, teacher)
-    torch.testing.assert_close(distance(3 * student @ turn + 5, teacher / 7 - 1), value)
+    torch.testing.assert_close(distance(3 * student @ rotation + 5, teacher / 7 - 1), value)
 
 
-def test_the_angle_of_a_right_triangle_by_hand():
-    """3-4-5 against an equilateral one: cosines (0, 3/5, 4/5) against 1/2 each."""
+def test_rkd_angle_of_a_right_triangle_is_the_value_worked_out_by_hand():
+    """A 3-4-5 triangle and an equilateral one: cosines (0, 3/5, 4/5) and 1/2 each."""
     right = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
-    even = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
+    equilateral = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
     by_hand = [2 * (c - 0.5) ** 2 / 2 / 9 for c in (0.0, 0.6, 0.8)]
-    torch.testing.assert_close(kdloss.distances.rkd_angle(even, right), torch.tensor(by_hand, dtype=torch.float64))
+    torch.testing.assert_close(
+        kdloss.distances.rkd_angle(equilateral, right), torch.tensor(by_hand, dtype=torch.float64)
+    )
 
 
 def test_very_different_relations_are_in_the_linear_part_of_smooth_l1():
-    """Distances (3, 0, 3) and (0, 3, 3) over their mean 2: gaps of 1.5 cost 1."""
+    """Distances (3, 0, 3) and (0, 3, 3), divided by their mean 2: a difference of 1.5 costs 1."""
     teacher = torch.tensor([[0.0], [0.0], [3.0]])
     student = torch.tensor([[0.0], [3.0], [3.0]])
     torch.testing.assert_close(kdloss.distances.rkd_distance(student, teacher), torch.tensor([1.0, 2.0, 1.0]) / 3)
@@ -168,24 +170,24 @@ RELATIONS = [
 
 
 @pytest.mark.parametrize("distance", RELATIONS, ids=["distance", "angle", "words"])
-def test_vertices_in_many_parts_give_what_one_part_gives(distance, monkeypatch):
+def test_vertices_in_many_chunks_give_the_values_and_gradients_of_one_chunk(distance, monkeypatch):
     student, teacher = f64(2, 7, 3)
     mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
 
     def outcome(run):
         value = run(student, teacher, mask=mask)
-        slope = torch.autograd.grad(value.sum(), student, create_graph=True)[0]
-        return value, slope, torch.autograd.grad(slope.square().sum(), student)[0]
+        gradient = torch.autograd.grad(value.sum(), student, create_graph=True)[0]
+        return value, gradient, torch.autograd.grad(gradient.square().sum(), student)[0]
 
-    whole = outcome(distance)
+    expected = outcome(distance)
     monkeypatch.setattr(_relations, "AT_A_TIME", 2 * 2 * 7 * 10)
     monkeypatch.setattr(_relations, "KEPT", 0)
     assert 1 < -(-7 // max(1, _relations.AT_A_TIME // (2 * 7 * 10))) < 7
-    torch.testing.assert_close(outcome(distance), whole)
+    torch.testing.assert_close(outcome(distance), expected)
     torch._dynamo.reset()
     compiled = torch.compile(distance, fullgraph=True, backend="aot_eager")(student, teacher, mask=mask)
-    torch.testing.assert_close(compiled, whole[0])
-    torch.testing.assert_close(torch.autograd.grad(compiled.sum(), student)[0], whole[1].detach())
+    torch.testing.assert_close(compiled, expected[0])
+    torch.testing.assert_close(torch.autograd.grad(compiled.sum(), student)[0], expected[1].detach())
 
 
 @pytest.mark.parametrize(
@@ -193,8 +195,8 @@ def test_vertices_in_many_parts_give_what_one_part_gives(distance, monkeypatch):
     [(kdloss.distances.rkd_distance, 512), (kdloss.distances.rkd_angle, 64)],
     ids=["distance", "angle"],
 )
-def test_memory_of_relations_is_far_below_one_tensor_of_all_they_compare(distance, width):
-    """All differences would be N² D floats, all angles N³."""
+def test_memory_of_relations_is_far_below_one_tensor_of_all_differences_or_angles(distance, width):
+    """A tensor of all differences has N² D floats, one of all angles N³."""
     n = 256
     student, teacher = sample(n, width)
     peak = training_memory(lambda: distance(student, teacher).sum().backward(), [student, teacher])
@@ -208,7 +210,7 @@ def test_memory_of_relations_is_far_below_one_tensor_of_all_they_compare(distanc
 def test_word_relations_are_kl_of_pairs_and_squared_angles_in_the_window():
     student, teacher = f64(1, 9, 4)
     mask = (torch.arange(9) < 6).unsqueeze(0)
-    found = kdloss.distances.word_relation(student, teacher, mask=mask, window=5, triple_weight=3.0)
+    value = kdloss.distances.word_relation(student, teacher, mask=mask, window=5, triple_weight=3.0)
     s, t = (x[0, :6] for x in numbers(student, teacher))
     n = 6
     q, p = (np.exp(units(x) @ units(x).T) * (1 - np.eye(n)) for x in (s, t))
@@ -216,14 +218,14 @@ def test_word_relations_are_kl_of_pairs_and_squared_angles_in_the_window():
     pairs = np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1)), 0).sum(1) / n
     a, b = (np.einsum("ijd,ikd->ijk", *[units(gaps(x))] * 2) for x in (s, t))
     triples = [((a - b)[i, max(0, i - 2) : i + 3, max(0, i - 2) : i + 3] ** 2).mean() for i in range(n)]
-    np.testing.assert_allclose(found[0, :6].detach(), pairs + 3 * np.array(triples), rtol=1e-12)
-    assert not found[0, 6:].any()
+    np.testing.assert_allclose(value[0, :6].detach(), pairs + 3 * np.array(triples), rtol=1e-12)
+    assert not value[0, 6:].any()
     with pytest.raises(ValueError, match="odd number, got 4"):
         kdloss.distances.word_relation(student, teacher, window=4)
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-def test_a_word_alone_in_its_sentence_costs_nothing_and_computes_no_nan():
+def test_a_sentence_of_one_word_costs_nothing_and_computes_no_nan():
     student, teacher = sample(64, 3, 5)
     mask = torch.tensor([True, False, False]).expand(64, 3)
     with torch.autograd.detect_anomaly(check_nan=True):
@@ -246,26 +248,26 @@ def test_pkt_of_opposite_rows_is_finite_where_rounding_puts_their_cosine_below_m
     assert torch.autograd.grad(value.sum(), row)[0].isfinite().all()
 
 
-# -- positions --
+# -- distances of single positions --
 
 
-def test_activation_boundary_asks_for_the_teachers_side_and_a_margin():
+def test_activation_boundary_penalises_the_wrong_side_of_zero_and_a_margin():
     teacher = torch.tensor([[3.0, -0.2, 0.0, 1e-9]])
     student = torch.tensor([[-1.0, -2.0, 0.5, 1.5]], requires_grad=True)
     value = kdloss.distances.activation_boundary(student, teacher)
     assert value.item() == pytest.approx((2.0**2 + 0 + 1.5**2 + 0) / 4)
-    slope = torch.autograd.grad(value.sum(), student)[0]
-    torch.testing.assert_close(slope, torch.tensor([[-4.0, 0.0, 3.0, 0.0]]) / 4)
+    gradient = torch.autograd.grad(value.sum(), student)[0]
+    torch.testing.assert_close(gradient, torch.tensor([[-4.0, 0.0, 3.0, 0.0]]) / 4)
 
 
-def test_pkd_is_twice_cosine_and_blind_to_length():
+def test_pkd_is_twice_cosine_and_does_not_depend_on_length():
     student, teacher = f64(5, 4)
     torch.testing.assert_close(
         kdloss.distances.pkd(3 * student, teacher / 9), 2 * kdloss.distances.cosine(student, teacher)
     )
 
 
-def test_standardized_mse_sees_each_feature_in_its_own_unit_over_the_whole_batch():
+def test_standardized_mse_divides_by_each_features_variance_over_all_counted_positions():
     student, teacher = f64(3, 4, 5)
     mask = torch.arange(4) < torch.tensor([[4], [2], [3]])
     scale = torch.tensor([1.0, 1e4, 1e-1, 3.0, 50.0], dtype=torch.float64)
@@ -277,7 +279,7 @@ def test_standardized_mse_sees_each_feature_in_its_own_unit_over_the_whole_batch
     np.testing.assert_allclose(value[mask].detach(), ((s - t) ** 2 / t.var(0)).mean(1), rtol=1e-12)
 
 
-def test_fsp_refuses_a_split_that_leaves_nothing():
+def test_fsp_refuses_a_split_with_an_empty_side():
     for split in (0, 4, 9):
         with pytest.raises(ValueError, match=rf"split={split} of width 4; write torch\.cat"):
             kdloss.distances.fsp(torch.zeros(2, 4), torch.zeros(2, 4), split=split)
@@ -288,7 +290,7 @@ def test_cwd_at_an_impossible_temperature_is_refused():
         kdloss.distances.cwd(torch.zeros(2, 4), torch.zeros(2, 4), temperature=0.0)
 
 
-# -- maps: their channels stand far from each other in memory --
+# -- feature maps: one position's channels are far from each other in memory --
 
 between = kdloss.distances.between_examples
 MAPS = [
@@ -305,8 +307,8 @@ of_maps = pytest.mark.parametrize(
 
 
 @of_maps
-def test_maps_are_compared_as_they_lie_in_memory(distance, copies):
-    """At most so many tensors of their size, the gradient among them: none is turned around, none is masked."""
+def test_maps_are_compared_without_transposed_or_masked_copies(distance, copies):
+    """At most `copies` tensors of a map's size are allocated, the gradient included."""
     student, teacher = sample(4, 32, 16, 16)
     tokens = kdloss.distances.tokens
     held = [student, teacher]
@@ -316,8 +318,8 @@ def test_maps_are_compared_as_they_lie_in_memory(distance, copies):
 
 
 @of_maps
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-def test_maps_with_channels_first_and_last_in_memory_are_the_same(distance, copies, masked):
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+def test_maps_with_channels_first_or_last_in_memory_give_equal_values_and_gradients(distance, copies, masked):
     student, teacher = f64(4, 3, 5, 2)
     mask = torch.arange(10) % 4 != torch.arange(4).unsqueeze(1) if masked else None
     for x in student, student.contiguous(memory_format=torch.channels_last):
@@ -327,29 +329,29 @@ def test_maps_with_channels_first_and_last_in_memory_are_the_same(distance, copi
             rows = [z.detach().flatten(2).mT.contiguous() for z in (x, y)]
             expected = kdloss.masked(distance, rows[0].requires_grad_(), rows[1], mask, reduction="none")
             torch.testing.assert_close(value, expected)
-            slope, plain = grad(value, student)[0], grad(expected, rows[0])[0]
-            torch.testing.assert_close(slope.flatten(2).mT, plain)
+            gradient, of_rows = grad(value, student)[0], grad(expected, rows[0])[0]
+            torch.testing.assert_close(gradient.flatten(2).mT, of_rows)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4, 5, 6)], ids=["map", "volume"])
-def test_what_a_mask_leaves_of_a_map_lies_in_memory_as_the_map_does(shape):
+def test_a_masked_map_has_the_memory_layout_of_the_map(shape):
     x = torch.randn(shape, requires_grad=True)
     last = x.movedim(1, -1)
     mask = torch.rand(last.shape[:-1]) > 0.4
-    left = fill(last, mask)
-    assert torch.equal(left, torch.where(mask.unsqueeze(-1), last, 0))
-    assert left.stride() == last.stride()
-    slope = torch.autograd.grad(left.sum(), x)[0]
-    assert torch.equal(slope, mask.unsqueeze(1).float().expand(shape))
-    assert slope.is_contiguous()
+    masked = fill(last, mask)
+    assert torch.equal(masked, torch.where(mask.unsqueeze(-1), last, 0))
+    assert masked.stride() == last.stride()
+    gradient = torch.autograd.grad(masked.sum(), x)[0]
+    assert torch.equal(gradient, mask.unsqueeze(1).float().expand(shape))
+    assert gradient.is_contiguous()
 
 
-# -- what is compared: between tokens, between examples --
+# -- between_tokens and between_examples --
 
 MASK = torch.arange(4) < torch.tensor([[4], [2], [3], [1]])
 
 
-def test_between_tokens_is_the_distance_of_all_positions_that_count_as_one_set():
+def test_between_tokens_compares_all_counted_positions_as_one_set():
     student, teacher = f64(4, 4, 5)
     value = kdloss.masked(
         kdloss.distances.between_tokens(kdloss.distances.similarity),
@@ -365,7 +367,7 @@ def test_between_tokens_is_the_distance_of_all_positions_that_count_as_one_set()
     np.testing.assert_allclose(torch.autograd.grad(value.sum(), student)[0][MASK], exact, rtol=1e-9, atol=1e-12)
 
 
-def test_between_examples_compares_masked_means_or_positions_side_by_side():
+def test_between_examples_compares_masked_means_or_concatenated_positions():
     student, teacher = f64(4, 4, 5)
     for mean in (True, False):
         distance = kdloss.distances.between_examples(kdloss.distances.similarity, mean=mean)
@@ -385,19 +387,19 @@ def test_between_examples_compares_masked_means_or_positions_side_by_side():
             assert not none[b, n:].any()
 
 
-def test_an_example_without_a_position_that_counts_is_not_compared():
+def test_an_example_without_a_counted_position_is_not_compared():
     student, teacher = f64(4, 3, 5)
     mask = torch.tensor([[True] * 3, [False] * 3, [True, True, False], [True] * 3])
     for mean in (True, False):
         distance = kdloss.distances.between_examples(kdloss.distances.rkd_distance, mean=mean)
-        there = torch.tensor([0, 2, 3])
+        compared = torch.tensor([0, 2, 3])
         value = kdloss.masked(distance, student, teacher, mask)
-        expected = kdloss.masked(distance, student[there], teacher[there], mask[there])
+        expected = kdloss.masked(distance, student[compared], teacher[compared], mask[compared])
         torch.testing.assert_close(value, expected)
         assert not torch.autograd.grad(value, student)[0][~mask].any()
 
 
-def test_between_takes_partials_and_shows_what_they_take():
+def test_between_takes_partials_and_tells_whether_they_allow_any_width():
     student, wide = f64(3, 4, 5)[0], f64(3, 4, 8)[1]
     distance = partial(kdloss.distances.cka, unbiased=True)
     for between in (kdloss.distances.between_tokens, partial(kdloss.distances.between_examples, mean=True)):
@@ -411,7 +413,7 @@ def test_between_takes_partials_and_shows_what_they_take():
     assert value.item() == pytest.approx(oracles.cka(s, t, unbiased=True).mean(), rel=1e-9)
 
 
-def test_between_leaves_features_of_examples_as_they_are():
+def test_between_does_not_change_the_distance_of_one_vector_per_example():
     student, teacher = f64(6, 5)
     for between in (kdloss.distances.between_tokens, kdloss.distances.between_examples):
         torch.testing.assert_close(
@@ -419,14 +421,14 @@ def test_between_leaves_features_of_examples_as_they_are():
         )
 
 
-def test_between_hands_on_the_options_of_the_call():
+def test_between_passes_the_options_of_the_call_to_the_distance():
     student, teacher = f64(3, 4, 5)
     for between in (kdloss.distances.between_tokens, kdloss.distances.between_examples):
-        found = between(kdloss.distances.correlation_congruence)(student, teacher, mask=MASK[:3], gamma=1.0)
+        passed = between(kdloss.distances.correlation_congruence)(student, teacher, mask=MASK[:3], gamma=1.0)
         bound = between(partial(kdloss.distances.correlation_congruence, gamma=1.0))(student, teacher, mask=MASK[:3])
-        other = between(kdloss.distances.correlation_congruence)(student, teacher, mask=MASK[:3])
-        torch.testing.assert_close(found, bound)
-        assert (found - other).abs().max() > 1e-4
+        default = between(kdloss.distances.correlation_congruence)(student, teacher, mask=MASK[:3])
+        torch.testing.assert_close(passed, bound)
+        assert (passed - default).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("between", [kdloss.distances.between_tokens, kdloss.distances.between_examples])
@@ -438,7 +440,7 @@ def test_between_refuses_a_distance_of_single_positions(between):
 
 
 def test_unbiased_cka_needs_four_rows_and_gives_zero_where_a_mask_leaves_fewer():
-    """With three, U-centring leaves nothing but rounding, which must not be blown up to unit length."""
+    """With three rows U-centring leaves only rounding errors, which must not be scaled up to unit length."""
     student, teacher = torch.randn(3, 5), torch.randn(3, 5)
     with pytest.raises(ValueError, match="at least 4 rows"):
         kdloss.distances.cka(student, teacher, unbiased=True)

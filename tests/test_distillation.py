@@ -1,4 +1,4 @@
-"""Student and criterion as one module: whatever trains it trains all that learns, and nothing of a teacher."""
+"""Student and criterion as one module: whoever trains it trains the student and the criterion, never a teacher."""
 
 import copy
 import gc
@@ -44,14 +44,14 @@ def inputs():
 
 
 @pytest.fixture(autouse=True)
-def _a_fresh_accelerator():
+def _reset_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
-def whole_logits():
-    """A divergence that needs the logits as a tensor."""
+def needs_full_logits():
+    """A criterion whose divergence needs the logits as a tensor."""
     return kdloss.VanillaKD(divergence=kdloss.divergences.dist)
 
 
@@ -70,94 +70,94 @@ def teacher_of(module, k=0):
     return module.teachers[k].module
 
 
-def slopes(module, inputs):
+def loss_and_gradients(module, inputs):
     module.zero_grad()
     loss = module(**inputs).loss
     loss.backward()
     return loss.detach(), runs.gradients(module)
 
 
-# Loops
+# Training loops
 
 
-def test_readmes_loop_trains_student_and_projections_and_leaves_the_teacher():
+def test_the_readme_loop_trains_student_and_projections_but_not_the_teacher():
     teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
     model = kdloss.Distillation(student, teacher, kdloss.FeatureKD(layers="auto"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    said = {name: x.clone() for name, x in teacher.state_dict().items()}
+    teacher_before = {name: x.clone() for name, x in teacher.state_dict().items()}
     losses = []
     for _ in range(10):
-        for one in DataLoader(runs.rows(), runs.BATCH):
-            loss = model(**one).loss
+        for batch in DataLoader(runs.rows(), runs.BATCH):
+            loss = model(**batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert all(not torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    equal(teacher.state_dict(), said)
+    assert_equal(teacher.state_dict(), teacher_before)
 
 
 @since_torch(2, 6)
 def test_two_processes_give_the_result_of_one(tmp_path):
-    """One test, for processes are slow to start: DDP, FSDP2, Accelerate and Lightning; see distillation_processes."""
+    """DDP, FSDP2, Accelerate and Lightning in one test, because processes start slowly; see distillation_processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    said = subprocess.run(
+    done = subprocess.run(
         [*command, runs.__file__, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert said.returncode == 0, said.stdout + said.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    alone = {name: runs.plain(criterion) for name, criterion in runs.CRITERIA.items()}
-    each_step_is_that_of_one_process(ranks, "fsdp of blocks", alone["recipe"])
-    each_step_is_that_of_one_process(ranks, "fsdp of the whole", alone["turned on"])
-    for name, one in alone.items():
-        each_step_is_that_of_one_process(ranks, f"ddp, {name}", one)
+    single = {name: runs.plain(criterion) for name, criterion in runs.CRITERIA.items()}
+    check_each_step_against_one_process(ranks, "fsdp of blocks", single["recipe"])
+    check_each_step_against_one_process(ranks, "fsdp of the whole", single["turned on"])
+    for name, one in single.items():
+        check_each_step_against_one_process(ranks, f"ddp, {name}", one)
         for accumulate in (1, 2):
             key = f"accelerate, {name}, {accumulate}"
-            a_run_taken_up_ends_like_one_undisturbed(ranks, key, one)
-            a_checkpoint_holds_what_learns(load_file(tmp_path / key / "model.safetensors"), name, tied=False)
+            check_a_resumed_run_against_one_process(ranks, key, one)
+            check_the_keys_of_a_checkpoint(load_file(tmp_path / key / "model.safetensors"), name, tied=False)
     for name in ("recipe", "turned on"):
         key = f"lightning, {name}"
-        a_run_taken_up_ends_like_one_undisturbed(ranks, key, runs.plain(runs.CRITERIA[name], epochs=2))
+        check_a_resumed_run_against_one_process(ranks, key, runs.plain(runs.CRITERIA[name], epochs=2))
         saved = torch.load(tmp_path / key / "epoch=0.ckpt")["state_dict"]
-        a_checkpoint_holds_what_learns({key.removeprefix("model."): value for key, value in saved.items()}, name)
-    for found in ranks:
-        equal(found["checkpoint"]["weights"], found["checkpoint"]["resumed"])
-        assert found["checkpoint"]["step"] == 4
-        a_checkpoint_holds_what_learns(found["checkpoint"]["keys"], "turned on")
+        check_the_keys_of_a_checkpoint({key.removeprefix("model."): value for key, value in saved.items()}, name)
+    for results in ranks:
+        assert_equal(results["checkpoint"]["weights"], results["checkpoint"]["resumed"])
+        assert results["checkpoint"]["step"] == 4
+        check_the_keys_of_a_checkpoint(results["checkpoint"]["keys"], "turned on")
 
 
-def equal(ours, theirs):
+def assert_equal(ours, theirs):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
-def each_step_is_that_of_one_process(ranks, key, one):
-    for rank, found in enumerate(ranks):
-        torch.testing.assert_close(found[key]["gradients"], one["gradients"], **CLOSE)
-        torch.testing.assert_close(found[key]["weights"], one["weights"], **CLOSE)
+def check_each_step_against_one_process(ranks, key, one):
+    for rank, results in enumerate(ranks):
+        torch.testing.assert_close(results[key]["gradients"], one["gradients"], **CLOSE)
+        torch.testing.assert_close(results[key]["weights"], one["weights"], **CLOSE)
         share = slice(2 * rank, 2 * rank + 2)
-        whole = [logits[share] for logits in one["logits"]]
-        torch.testing.assert_close(found[key]["logits"], whole, rtol=1e-4, atol=1e-6)
-    equal(ranks[0][key]["weights"], ranks[1][key]["weights"])
+        expected = [logits[share] for logits in one["logits"]]
+        torch.testing.assert_close(results[key]["logits"], expected, rtol=1e-4, atol=1e-6)
+    assert_equal(ranks[0][key]["weights"], ranks[1][key]["weights"])
     assert any("projections" in name for name in one["weights"])
 
 
-def a_run_taken_up_ends_like_one_undisturbed(ranks, key, one):
-    for found in ranks:
-        torch.testing.assert_close(found[key]["weights"], one["weights"], **CLOSE)
-        equal(found[key]["weights"], found[f"{key}, resumed"]["weights"])
-    equal(ranks[0][key]["weights"], ranks[1][key]["weights"])
+def check_a_resumed_run_against_one_process(ranks, key, one):
+    for results in ranks:
+        torch.testing.assert_close(results[key]["weights"], one["weights"], **CLOSE)
+        assert_equal(results[key]["weights"], results[f"{key}, resumed"]["weights"])
+    assert_equal(ranks[0][key]["weights"], ranks[1][key]["weights"])
     if "turned on" in key:
-        assert found[key]["step"] == found[f"{key}, resumed"]["step"] == len(one["gradients"])
+        assert results[key]["step"] == results[f"{key}, resumed"]["step"] == len(one["gradients"])
 
 
-def a_checkpoint_holds_what_learns(keys, criterion, tied=True):
+def check_the_keys_of_a_checkpoint(keys, criterion, tied=True):
     expected = {name for name in runs.made(runs.CRITERIA[criterion]).state_dict() if tied or "lm_head" not in name}
     assert set(keys) == expected
     assert ("criterion.step" in expected) == (criterion == "turned on")
@@ -175,39 +175,41 @@ def test_fsdp_in_one_process_changes_nothing(whole_only):
     finally:
         dist.destroy_process_group()
     torch.testing.assert_close(found, one, **CLOSE)
-    equal(stored["weights"], stored["resumed"])
+    assert_equal(stored["weights"], stored["resumed"])
 
 
-def test_a_term_of_weight_zero_leaves_parameters_sharded_by_zero_3_alone(inputs):
-    """There a parameter is empty outside of its module, and so would its gradient be."""
+def test_a_term_of_weight_zero_gives_no_gradient_to_parameters_sharded_by_zero_3(inputs):
+    """Such a parameter is empty outside its module's pass, so a gradient of zeros would be empty as well."""
     module = runs.made(runs.switched_off)
-    waited_for, sharded = list(module.criterion.parameters())[:2]
+    unsharded, sharded = list(module.criterion.parameters())[:2]
     sharded.ds_id = 1
     module(**inputs).loss.backward()
-    assert waited_for.grad.count_nonzero() == 0
+    assert unsharded.grad.count_nonzero() == 0
     assert sharded.grad is None
 
 
-def test_a_scheduled_sum_goes_through_the_distributed_state_dict():
+def test_a_scheduled_sum_is_restored_from_a_distributed_state_dict():
     stored = runs.kept_apart(sharding=False)
-    equal(stored["weights"], stored["resumed"])
+    assert_equal(stored["weights"], stored["resumed"])
     torch.testing.assert_close(stored["weights"], runs.plain(runs.turned_on)["weights"], **CLOSE)
     assert stored["step"] == 4
 
 
-def test_accelerate_in_bfloat16_goes_through_a_steps_parts_and_gives_nearly_the_same_losses(tmp_path):
+def test_accelerate_in_bfloat16_gives_nearly_the_same_losses(tmp_path):
     half = runs.accelerated(tmp_path, precision="bf16")
     full = runs.accelerated(tmp_path)
     assert half["losses"] == pytest.approx(full["losses"], rel=2e-2)
     assert half["losses"] != full["losses"]
     assert full["kinds"]["logits"] == "torch.float32"
-    assert half["kinds"]["logits"] == "torch.bfloat16"  # Accelerate converts what is there, which these are not yet
+    assert half["kinds"]["logits"] == "torch.bfloat16"  # Accelerate converts tensors, and these logits are lazy
     assert all(weight.dtype == torch.float32 for weight in half["weights"].values())
-    whole = runs.accelerated(tmp_path, whole_logits, precision="bf16")
-    assert whole["kinds"]["logits"] == "torch.float32"
+    full_logits = runs.accelerated(tmp_path, needs_full_logits, precision="bf16")
+    assert full_logits["kinds"]["logits"] == "torch.float32"
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:Checkpoint directory .* exists")  # Lightning's
+@pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*:FutureWarning", "ignore:Checkpoint directory .* exists"
+)  # Lightning warns
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_lightning_in_one_process_trains_logs_and_resumes(tmp_path, accumulate):
     from lightning_runs import lightened
@@ -218,12 +220,12 @@ def test_lightning_in_one_process_trains_logs_and_resumes(tmp_path, accumulate):
     assert found["step"] == 8
     assert {"ce", "kd", "feature", "validation"} <= set(found["metrics"])
     again = lightened(tmp_path, runs.turned_on, accumulate, resume=tmp_path / "epoch=0.ckpt")
-    equal(again["weights"], found["weights"])
+    assert_equal(again["weights"], found["weights"])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_hugging_faces_trainer_takes_it_as_its_model(tmp_path, accumulate):
-    """As it is, but for the columns, which it would look for in the module's own signature."""
+def test_the_hugging_face_trainer_trains_the_module(tmp_path, accumulate):
+    """Without `remove_unused_columns=False`, the Trainer drops the columns that the module's signature doesn't name."""
     teacher, student = build("llama", width=24, depth=4), build("llama", depth=2, seed=1)
     module = kdloss.Distillation(student, teacher, kdloss.FeatureKD(logit_weight=1.0))
     expected = copy.deepcopy(module)
@@ -241,15 +243,15 @@ def test_hugging_faces_trainer_takes_it_as_its_model(tmp_path, accumulate):
     trainer = InOrder(module, settings, train_dataset=runs.rows(), eval_dataset=runs.rows(1))
     trainer.train()
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.3)
-    for one in DataLoader(runs.rows(), runs.BATCH):
-        expected(**one).loss.backward()
+    for batch in DataLoader(runs.rows(), runs.BATCH):
+        expected(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     torch.testing.assert_close(runs.weights(module), runs.weights(expected), **CLOSE)
     saved = load_file(tmp_path / "checkpoint-4/model.safetensors")
-    equal(saved, module.state_dict())
-    own = module.eval()(**next(iter(DataLoader(runs.rows(1), runs.BATCH)))).loss.item()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(own, rel=1e-6)
+    assert_equal(saved, module.state_dict())
+    direct = module.eval()(**next(iter(DataLoader(runs.rows(1), runs.BATCH)))).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(direct, rel=1e-6)
 
 
 # Compilation and checkpointing
@@ -267,10 +269,10 @@ def counting(counter):
 
 
 @since_torch(2, 6)
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo warns
 @pytest.mark.parametrize("in_place", [False, True])
-def test_compiled_around_it_runs_as_it_is_and_blocks_inside_stay_compiled(module, inputs, in_place):
-    loss, expected = slopes(module, inputs)
+def test_compiling_the_module_leaves_it_eager_and_its_compiled_blocks_compiled(module, inputs, in_place):
+    loss, expected = loss_and_gradients(module, inputs)
     ran = []
     for block in kdloss.layers.find_blocks(module.student):
         block.compile(backend=counting(ran))
@@ -280,10 +282,10 @@ def test_compiled_around_it_runs_as_it_is_and_blocks_inside_stay_compiled(module
     else:
         compiled = torch.compile(module, backend="eager")
     for step in (1, 2):
-        found, gradients = slopes(compiled, inputs)
+        found, gradients = loss_and_gradients(compiled, inputs)
         assert len(ran) == 2 * step
     torch.testing.assert_close(found, loss, **CLOSE)
-    gradients = {name.removeprefix("_orig_mod."): slope for name, slope in gradients.items()}
+    gradients = {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
     torch.testing.assert_close(gradients, expected, **CLOSE)
     torch._dynamo.reset()
 
@@ -292,11 +294,11 @@ def test_compiled_around_it_runs_as_it_is_and_blocks_inside_stay_compiled(module
 @pytest.mark.parametrize("criterion", [kdloss.VanillaKD, runs.recipe])
 def test_checkpointing_inside_the_student_gives_the_plain_gradient(inputs, criterion, reentrant):
     module = runs.made(criterion)
-    loss, expected = slopes(module, inputs)
+    loss, expected = loss_and_gradients(module, inputs)
     checkpointing(module.student, {"use_reentrant": reentrant})
     attention = Passes(module.student.transformer.h[0].attn)
-    found, gradients = slopes(module.train(), inputs)
-    assert attention.count == 2  # once for backward
+    found, gradients = loss_and_gradients(module.train(), inputs)
+    assert attention.count == 2  # the second pass recomputes it in backward
     assert torch.equal(found, loss)
     torch.testing.assert_close(gradients, expected, **CLOSE)
 
@@ -305,9 +307,9 @@ def test_checkpointing_inside_the_student_gives_the_plain_gradient(inputs, crite
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("criterion", [kdloss.VanillaKD, runs.recipe])
 def test_checkpointing_around_the_whole_step_gives_the_plain_gradient(inputs, criterion, reentrant):
-    loss, expected = slopes(runs.made(criterion), inputs)
+    loss, expected = loss_and_gradients(runs.made(criterion), inputs)
     module, one = runs.made(criterion), torch.ones((), requires_grad=True)
-    for _ in (1, 2):  # what is measured in the first step is known in the second
+    for _ in (1, 2):  # the second step uses what the first one measured
         module.zero_grad()
         found = checkpoint(lambda x: x * module(**inputs).loss, one, use_reentrant=reentrant)
         found.backward()
@@ -315,7 +317,7 @@ def test_checkpointing_around_the_whole_step_gives_the_plain_gradient(inputs, cr
         torch.testing.assert_close(runs.gradients(module), expected, **CLOSE)
 
 
-# What it returns
+# What a step returns
 
 
 def test_a_step_has_attributes_and_keys(module, inputs):
@@ -333,20 +335,20 @@ def test_a_step_has_attributes_and_keys(module, inputs):
     assert step["loss"] is step.loss
 
 
-def test_logits_are_made_only_when_they_are_asked_for(module, inputs, monkeypatch):
-    made, dense = [], kdloss.LazyLogits.dense
-    monkeypatch.setattr(kdloss.LazyLogits, "dense", lambda lazy: made.append(lazy.shape) or dense(lazy))
+def test_logits_are_computed_only_on_request(module, inputs, monkeypatch):
+    computed, dense = [], kdloss.LazyLogits.dense
+    monkeypatch.setattr(kdloss.LazyLogits, "dense", lambda lazy: computed.append(lazy.shape) or dense(lazy))
     step = module.eval()(input_ids=inputs["input_ids"])
     assert isinstance(step.output.logits, kdloss.LazyLogits)
     assert not any(isinstance(value, torch.Tensor) for value in step.values())
-    made.clear()  # of one position, when the head was looked at
+    computed.clear()  # the first pass computes one position to measure the head
     assert step.loss is None
     assert step.logits.shape == (4, 8, 61)
-    assert made == [(4, 8, 61)]
+    assert computed == [(4, 8, 61)]
     torch.testing.assert_close(step["logits"], module.student(input_ids=inputs["input_ids"]).logits)
 
 
-def test_a_step_goes_through_pytrees_pickles_and_copies(module, inputs):
+def test_a_step_survives_pytrees_pickles_and_copies(module, inputs):
     with torch.no_grad():
         step = module(**inputs)
     leaves, tree = tree_flatten(step)
@@ -382,16 +384,16 @@ def test_in_evaluation_the_loss_is_plain_cross_entropy_and_no_teacher_runs(input
     assert teacher.count == (0 if alpha == 1.0 else 1)
 
 
-def test_in_evaluation_teachers_run_where_that_is_said(inputs):
+def test_in_evaluation_teachers_run_on_request(inputs):
     trained = runs.made().train()(**inputs).loss
     module = runs.made()
     module.teacher_in_eval = True
     assert torch.equal(module.eval()(**inputs).loss, trained)
-    said = kdloss.Distillation(build("gpt2", depth=2, seed=1), build("gpt2"), kdloss.VanillaKD(), teacher_in_eval=True)
-    assert set(said.eval()(**inputs).components) == {"ce", "kd"}
+    other = kdloss.Distillation(build("gpt2", depth=2, seed=1), build("gpt2"), kdloss.VanillaKD(), teacher_in_eval=True)
+    assert set(other.eval()(**inputs).components) == {"ce", "kd"}
 
 
-def test_training_and_evaluation_leave_the_teacher_alone(module, inputs):
+def test_training_and_evaluation_do_not_change_the_teacher(module, inputs):
     teacher, ran = teacher_of(module).train(), []
     teacher.transformer.h[1].eval()
     teacher.transformer.h[0].register_forward_hook(lambda m, *_: ran.append((m.training, torch.is_grad_enabled())))
@@ -409,7 +411,7 @@ def test_training_and_evaluation_leave_the_teacher_alone(module, inputs):
     assert [m.training for m in teacher.modules()] == modes
     assert [p.requires_grad for p in teacher.parameters()] == wanted
     assert all(p.grad is None for p in teacher.parameters())
-    equal(teacher.state_dict(), before)
+    assert_equal(teacher.state_dict(), before)
 
 
 def test_trained_parameters_are_those_of_student_and_criterion(module):
@@ -433,8 +435,8 @@ def test_a_stored_teacher_gives_the_loss_of_the_live_one(inputs):
     with torch.no_grad():
         logits = teacher(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     expected = live(**inputs).loss
-    for said in (logits, SimpleNamespace(logits=logits), [logits], kdloss.TopKLogits.of(logits, 61)):
-        torch.testing.assert_close(stored(**inputs, teacher=said).loss, expected, rtol=1e-5, atol=1e-6)
+    for output in (logits, SimpleNamespace(logits=logits), [logits], kdloss.TopKLogits.of(logits, 61)):
+        torch.testing.assert_close(stored(**inputs, teacher=output).loss, expected, rtol=1e-5, atol=1e-6)
     stored.eval()
     assert set(stored(**inputs).components) == {"ce"}
     assert set(stored(**inputs, teacher=logits).components) == {"ce", "kd"}
@@ -448,12 +450,12 @@ def test_stored_outputs_without_a_stored_teacher_are_refused(module, inputs):
         stored(**inputs, teacher=[torch.zeros(4, 8, 61)] * 2)
 
 
-# Where a teacher is
+# Device and dtype of a teacher
 
 
 def test_a_teacher_follows_the_student_but_not_its_dtype(module, inputs, monkeypatch):
     moves = []
-    monkeypatch.setattr("kdloss.teacher.place", lambda module: torch.device("cuda:7"))  # anywhere else
+    monkeypatch.setattr("kdloss.teacher.place", lambda module: torch.device("cuda:7"))  # any other device
     monkeypatch.setattr(teacher_of(module), "to", lambda *args, **settings: moves.append((args, settings)))
     here = ((torch.device("cpu"),), {})
     for n, move in enumerate([module.cpu, module.double, module.bfloat16, module.float], start=1):
@@ -462,12 +464,12 @@ def test_a_teacher_follows_the_student_but_not_its_dtype(module, inputs, monkeyp
     monkeypatch.setattr("kdloss.teacher.place", lambda module: torch.device("cpu"))
     module.double()
     module(**inputs)
-    assert moves == [here] * 4  # where it is already nothing is moved
+    assert moves == [here] * 4  # a teacher that is already there is not moved
     assert {p.dtype for p in module.parameters()} == {torch.float64}
     assert {p.dtype for p in teacher_of(module).parameters()} == {torch.float32}
 
 
-def test_a_teacher_follows_a_student_that_was_moved_by_itself(module, inputs, monkeypatch):
+def test_a_step_moves_a_teacher_to_the_students_device(module, inputs, monkeypatch):
     moves = []
     monkeypatch.setattr("kdloss.teacher.place", lambda module: torch.device("cuda:7"))
     monkeypatch.setattr(teacher_of(module), "to", lambda *args: moves.append(args))
@@ -476,7 +478,7 @@ def test_a_teacher_follows_a_student_that_was_moved_by_itself(module, inputs, mo
 
 
 def test_a_teacher_keeps_its_weights_while_the_student_is_on_meta(module):
-    """Where Accelerate shards a module it is on "meta" for a while."""
+    """While Accelerate shards a module, the module is on "meta"."""
     module.to("meta")
     assert all(p.is_meta for p in module.parameters())
     assert not any(p.is_meta for p in teacher_of(module).parameters())
@@ -510,21 +512,21 @@ def offloaded(model):
     model.transformer.h[0].to("meta")
 
 
-def in_shards(model):
+def sharded(model):
     model.lm_head.weight.ds_id = 3
 
 
-def spread(model):
+def on_two_devices(model):
     model.lm_head.weight = nn.Parameter(OnGpu(model.lm_head.weight.detach()))
 
 
 class OnGpu(torch.Tensor):
-    """Says that it is there."""
+    """A CPU tensor that reports a GPU as its device."""
 
     device = torch.device("cuda:1")
 
 
-@pytest.mark.parametrize("placed", [quantised, dispatched, hooked, offloaded, in_shards, spread])
+@pytest.mark.parametrize("placed", [quantised, dispatched, hooked, offloaded, sharded, on_two_devices])
 def test_teachers_that_cannot_be_moved_stay_where_they_are(module, placed, monkeypatch):
     teacher = teacher_of(module)
     placed(teacher)
@@ -534,43 +536,43 @@ def test_teachers_that_cannot_be_moved_stay_where_they_are(module, placed, monke
     kdloss.Teacher(teacher, device="cpu")
 
 
-def test_a_teacher_with_a_device_stays_there_and_inputs_and_outputs_travel(inputs, monkeypatch):
-    expected, _ = slopes(runs.made(), inputs)
+def test_a_teacher_with_a_device_stays_there_and_its_inputs_and_outputs_are_moved(inputs, monkeypatch):
+    expected, _ = loss_and_gradients(runs.made(), inputs)
     teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
-    to = []
-    own = kdloss.teacher.moved
-    monkeypatch.setattr("kdloss.teacher.moved", lambda x, device: to.append((x, device)) or own(x, device))
-    monkeypatch.setattr("kdloss._passes.moved", lambda x, device: to.append((x, device)) or own(x, device))
+    moves = []
+    original = kdloss.teacher.moved
+    monkeypatch.setattr("kdloss.teacher.moved", lambda x, device: moves.append((x, device)) or original(x, device))
+    monkeypatch.setattr("kdloss._passes.moved", lambda x, device: moves.append((x, device)) or original(x, device))
     torch.manual_seed(0)
-    there = kdloss.Teacher(teacher, device="cpu")
-    module = kdloss.Distillation(student, there, runs.recipe())
+    on_cpu = kdloss.Teacher(teacher, device="cpu")
+    module = kdloss.Distillation(student, on_cpu, runs.recipe())
     monkeypatch.setattr("kdloss.teacher.place", lambda module: torch.device("cuda:7"))
     monkeypatch.setattr(teacher, "to", lambda *_: pytest.fail("was moved"))
     module.cpu()
     step = module(**inputs)
     torch.testing.assert_close(step.loss.detach(), expected, **CLOSE)
-    (args, keywords), others = [x for x, device in to if device == "cpu"], [x for x, d in to if d != "cpu"]
+    (args, keywords), others = [x for x, device in moves if device == "cpu"], [x for x, d in moves if d != "cpu"]
     assert args == ()
     assert {"input_ids", "attention_mask"} <= set(keywords)
-    assert all(device == torch.device("cpu") for x, device in to[2:])
-    assert isinstance(others[0].logits, kdloss.LazyLogits)  # the output, and the features of each term
+    assert all(device == torch.device("cpu") for x, device in moves[2:])
+    assert isinstance(others[0].logits, kdloss.LazyLogits)  # first the output, then the features of each term
     assert [set(features) for features in others[1:]] == [{0, 1}]
 
 
-def test_lazy_logits_travel():
+def test_lazy_logits_are_moved_to_another_device():
     lazy = kdloss.LazyLogits(torch.ones(2, 3), torch.ones(5, 3), torch.ones(5), softcap=3.0)
-    there = kdloss.teacher.moved({"logits": lazy, "n": 3}, "meta")
-    assert there["logits"].hidden.is_meta
-    assert there["logits"].bias.is_meta
-    assert there["logits"].softcap == 3.0
-    assert there["n"] == 3
+    moved = kdloss.teacher.moved({"logits": lazy, "n": 3}, "meta")
+    assert moved["logits"].hidden.is_meta
+    assert moved["logits"].bias.is_meta
+    assert moved["logits"].softcap == 3.0
+    assert moved["n"] == 3
 
 
-# What a teacher reads
+# Inputs of a teacher
 
 
-class Reads(nn.Module):
-    """Logits of x, and a note of what it was given."""
+class RecordsInputs(nn.Module):
+    """A linear model that records its inputs."""
 
     def __init__(self, width=4):
         super().__init__()
@@ -582,14 +584,14 @@ class Reads(nn.Module):
 
 
 def test_a_teacher_reads_a_positional_batch_in_its_own_normalisation():
-    student, teacher = Reads(), Reads()
+    student, teacher = RecordsInputs(), RecordsInputs()
     module = kdloss.Distillation(student, kdloss.Teacher(teacher, lambda x: x / 255), kdloss.VanillaKD())
     x, y = torch.randn(2, 4), torch.tensor([0, 2])
     loss = module(x, labels=y).loss
     assert torch.equal(teacher.seen[0][0], x / 255)
     assert torch.equal(student.seen[0][0], x)
-    both = kdloss.VanillaKD()(student(x), teacher(x / 255), y)
-    torch.testing.assert_close(loss, both)
+    expected = kdloss.VanillaKD()(student(x), teacher(x / 255), y)
+    torch.testing.assert_close(loss, expected)
     module = kdloss.Distillation(student, kdloss.Teacher(teacher, lambda x: (x / 2, 3.0)), kdloss.VanillaKD())
     module(x, labels=y)
     assert teacher.seen[-1][1] == 3.0
@@ -600,30 +602,30 @@ def test_a_teacher_reads_a_positional_batch_in_its_own_normalisation():
     assert (student.seen[-1][1], teacher.seen[-1][1]) == (2.0, 4.0)
 
 
-def test_a_teacher_with_other_ids_reads_its_own_columns_and_the_student_does_not(inputs):
+def test_a_teacher_reads_its_own_columns_which_the_student_does_not_get(inputs):
     teacher, student = build("gpt2", depth=4).eval(), build("gpt2", depth=2, seed=1)
-    given = {"student": [], "teacher": []}
+    received = {"student": [], "teacher": []}
     for name, model in (("student", student), ("teacher", teacher)):
-        model.register_forward_pre_hook(lambda m, a, k, n=name: given[n].append(k), with_kwargs=True)
+        model.register_forward_pre_hook(lambda m, a, k, n=name: received[n].append(k), with_kwargs=True)
 
-    def own(columns):
+    def of_teacher(columns):
         return {
             "input_ids": columns["teacher_input_ids"],
             "attention_mask": columns["teacher_attention_mask"],
         }
 
     theirs = {"teacher_input_ids": inputs["input_ids"].flip(0), "teacher_attention_mask": inputs["attention_mask"]}
-    module = kdloss.Distillation(student, kdloss.Teacher(teacher, own), kdloss.VanillaKD())
+    module = kdloss.Distillation(student, kdloss.Teacher(teacher, of_teacher), kdloss.VanillaKD())
     loss = module(**inputs, **theirs).loss
-    assert torch.equal(given["teacher"][0]["input_ids"], inputs["input_ids"].flip(0))
-    assert not any(name.startswith("teacher_") for name in given["student"][0])
+    assert torch.equal(received["teacher"][0]["input_ids"], inputs["input_ids"].flip(0))
+    assert not any(name.startswith("teacher_") for name in received["student"][0])
     with torch.no_grad():
-        said = teacher(**own(theirs)).logits
-    expected = kdloss.Distillation(student, None, kdloss.VanillaKD())(**inputs, teacher=said).loss
+        target = teacher(**of_teacher(theirs)).logits
+    expected = kdloss.Distillation(student, None, kdloss.VanillaKD())(**inputs, teacher=target).loss
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_teacher_sees_another_resolution():
+def test_a_teacher_reads_images_of_another_resolution():
     teacher = build("vit", width=24, depth=4).eval()
     config = copy.deepcopy(build("vit", depth=2).config)
     config.image_size, config.patch_size = 8, 4
@@ -636,11 +638,11 @@ def test_a_teacher_sees_another_resolution():
     module = kdloss.Distillation(student, kdloss.Teacher(teacher, larger), kdloss.VanillaKD())
     loss = module(pixel_values=images, labels=labels).loss
     with torch.no_grad():
-        said = teacher(**larger({"pixel_values": images})).logits
-    torch.testing.assert_close(loss, kdloss.VanillaKD()(student(images).logits, said, labels))
+        target = teacher(**larger({"pixel_values": images})).logits
+    torch.testing.assert_close(loss, kdloss.VanillaKD()(student(images).logits, target, labels))
 
 
-# Copies, files
+# Copies and files
 
 
 def test_copies_share_the_teacher_and_train_separately(module, inputs):
@@ -653,14 +655,14 @@ def test_copies_share_the_teacher_and_train_separately(module, inputs):
     twin(**inputs).loss.backward()
     optimizer.step()
     twin.criterion.advance()
-    equal(module.state_dict(), before)
+    assert_equal(module.state_dict(), before)
     assert all(not torch.equal(x, before[name]) for name, x in twin.criterion.state_dict(prefix="criterion.").items())
     assert (module.criterion.step, twin.criterion.step) == (0, 1)
     assert not torch.equal(twin(**inputs).loss, module(**inputs).loss)
-    loss, expected = slopes(module, inputs)
-    again, gradients = slopes(copy.deepcopy(module), inputs)
+    loss, expected = loss_and_gradients(module, inputs)
+    again, gradients = loss_and_gradients(copy.deepcopy(module), inputs)
     assert torch.equal(loss, again)
-    equal(gradients, expected)
+    assert_equal(gradients, expected)
 
 
 def test_a_moving_average_follows_student_and_projections(module, inputs):
@@ -689,21 +691,21 @@ def test_training_continues_from_a_pickle(module, inputs, used):
     torch.save(module, file)
     file.seek(0)
     for one in (twin, torch.load(file, weights_only=False)):
-        loss, gradients = slopes(one, inputs)
-        expected = slopes(module, inputs)
+        loss, gradients = loss_and_gradients(one, inputs)
+        expected = loss_and_gradients(module, inputs)
         assert torch.equal(loss, expected[0])
-        equal(gradients, expected[1])
+        assert_equal(gradients, expected[1])
         assert one.criterion.step == 1
 
 
-def test_a_distiller_is_pickled_too(inputs):
+def test_a_pickled_distiller_gives_the_same_loss(inputs):
     teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
     distill = kdloss.Distiller(teacher, runs.recipe()).prepare(student)
     loss = distill(student, **inputs).loss
     assert torch.equal(pickle.loads(pickle.dumps(distill))(student, **inputs).loss, loss)
 
 
-def test_state_goes_strictly_into_a_fresh_module(inputs, tmp_path):
+def test_a_state_dict_loads_strictly_into_a_fresh_module(inputs, tmp_path):
     module = runs.made(runs.turned_on)
     for _ in range(2):
         module(**inputs).loss.backward()
@@ -719,7 +721,7 @@ def test_state_goes_strictly_into_a_fresh_module(inputs, tmp_path):
     assert torch.equal(fresh(**inputs).loss, module(**inputs).loss)
     module.student.save_pretrained(tmp_path / "student")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    equal(again.state_dict(), module.student.state_dict())
+    assert_equal(again.state_dict(), module.student.state_dict())
 
 
 class Plain(nn.Module):
@@ -733,26 +735,26 @@ class Plain(nn.Module):
         return self.head(self.body(x))
 
 
-def test_loading_before_projections_are_there_says_what_to_do():
-    def made():
+def test_loading_before_projections_exist_raises_an_error_that_names_prepare():
+    def unprepared():
         criterion = kdloss.CrossEntropy() + kdloss.Features(["body"], pairing="same")
         return kdloss.Distillation(Plain(5), Plain(7), criterion)
 
     x = torch.randn(2, 4)
-    module, fresh = made().prepare(x), made()
-    whole = nn.ModuleDict({"model": fresh})  # as in a LightningModule
+    module, fresh = unprepared().prepare(x), unprepared()
+    wrapper = nn.ModuleDict({"model": fresh})  # as in a LightningModule
     state = module.state_dict()
     key = "criterion.terms.feature.projections.body.weight"
     with pytest.raises(RuntimeError, match=rf"the parameter '{key}', .*model\.prepare\(\*\*batch\) before"):
         fresh.load_state_dict(state)
     with pytest.raises(RuntimeError, match=rf'Unexpected key.*"model\.{key}"'):
-        whole.load_state_dict({f"model.{name}": value for name, value in state.items()})
-    learned = {name.removeprefix("criterion."): x for name, x in state.items() if name.startswith("criterion.")}
+        wrapper.load_state_dict({f"model.{name}": value for name, value in state.items()})
+    of_criterion = {name.removeprefix("criterion."): x for name, x in state.items() if name.startswith("criterion.")}
     with pytest.raises(RuntimeError, match=r"'terms\.feature\.projections.*distill\.prepare\(student, \*\*batch\)"):
-        fresh.criterion.load_state_dict(learned)
+        fresh.criterion.load_state_dict(of_criterion)
     fresh.load_state_dict(state, strict=False)
     fresh.prepare(x).load_state_dict(state)
-    equal(fresh.state_dict(), state)
+    assert_equal(fresh.state_dict(), state)
 
 
 def test_a_replaced_criterion_is_refused(module, inputs):
@@ -763,27 +765,27 @@ def test_a_replaced_criterion_is_refused(module, inputs):
 
 def test_a_replaced_student_is_trained(module, inputs):
     module.student = copy.deepcopy(module.student)
-    loss, gradients = slopes(module, inputs)
-    expected, slopes_ = slopes(runs.made(), inputs)
+    loss, gradients = loss_and_gradients(module, inputs)
+    expected, expected_gradients = loss_and_gradients(runs.made(), inputs)
     assert torch.equal(loss, expected)
-    equal(gradients, slopes_)
+    assert_equal(gradients, expected_gradients)
 
 
-def test_ties_of_the_student_are_tied_again(module):
+def test_tie_weights_restores_the_ties_of_the_student(module):
     student = module.student
     student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().clone())
     module.tie_weights()
     assert student.lm_head.weight is student.transformer.wte.weight
-    kdloss.Distillation(Plain(5), None, kdloss.VanillaKD()).tie_weights()  # which ties none
+    kdloss.Distillation(Plain(5), None, kdloss.VanillaKD()).tie_weights()  # a model without ties
 
 
 # Memory
 
 
-def watched(model, found):
+def record_outputs_of_blocks(model, refs):
     for block in kdloss.layers.find_blocks(model):
         block.register_forward_hook(
-            lambda m, a, out: found.append(weakref.ref(out if isinstance(out, torch.Tensor) else out[0]))
+            lambda m, a, out: refs.append(weakref.ref(out if isinstance(out, torch.Tensor) else out[0]))
         )
 
 
@@ -800,7 +802,7 @@ def no_garbage_collection():
 
 
 @pytest.mark.usefixtures("no_garbage_collection")
-def test_features_of_a_teacher_are_freed_before_the_next_runs_and_nothing_is_held_after_the_step(inputs):
+def test_features_of_a_teacher_are_freed_before_the_next_one_runs_and_none_remain_after_the_step(inputs):
     teachers = [build("gpt2", width=24, depth=4, seed=k) for k in range(3)]
     student, of_student, of_teachers = build("gpt2", depth=2), [], [[], [], []]
     at_start, at_sweep = [], []
@@ -813,17 +815,17 @@ def test_features_of_a_teacher_are_freed_before_the_next_runs_and_nothing_is_hel
     for k in range(3):
         criterion += kdloss.Features("all", pairing="first", teacher=k, name=f"features of {k}")
     module = kdloss.Distillation(student, teachers, criterion)
-    module(**inputs).loss.backward()  # what is found once is found here
-    watched(student, of_student)
+    module(**inputs).loss.backward()  # the first step measures what later steps reuse
+    record_outputs_of_blocks(student, of_student)
     for k, teacher in enumerate(teachers):
-        watched(teacher, of_teachers[k])
+        record_outputs_of_blocks(teacher, of_teachers[k])
         teacher.register_forward_pre_hook(lambda *_: at_start.append([alive(refs) for refs in of_teachers]))
     at_sweep.clear()
     step = module(**inputs)
     assert len(of_teachers[2]) == 4
     assert at_start == [[0, 0, 0]] * 3
     assert at_sweep[0] == [0, 0, 0]
-    assert alive(of_student) == 2  # for backward
+    assert alive(of_student) == 2  # needed for backward
     step.loss.backward()
     del step
     assert alive(of_student) == 0
@@ -831,13 +833,13 @@ def test_features_of_a_teacher_are_freed_before_the_next_runs_and_nothing_is_hel
 
 
 @pytest.mark.usefixtures("no_garbage_collection")
-def test_nothing_is_held_after_a_step_that_nobody_backpropagates(module, inputs):
+def test_nothing_is_held_after_a_step_without_backward(module, inputs):
     refs, outputs = [], []
     module(**inputs)
-    watched(module.student, refs)
-    watched(teacher_of(module), refs)
+    record_outputs_of_blocks(module.student, refs)
+    record_outputs_of_blocks(teacher_of(module), refs)
     module.student.register_forward_hook(lambda m, a, out: outputs.append(weakref.ref(out.logits)))
     module(**inputs)
     module.eval()(**inputs)
-    assert len(refs) == 2 + 4 + 2  # the student's twice, the teacher's once
+    assert len(refs) == 2 + 4 + 2  # the student ran twice, the teacher once
     assert alive(refs) == alive(outputs) == 0

@@ -1,4 +1,4 @@
-"""Adapters that learn new text, with and without what keeps the old, in small."""
+"""Adapters that learn new text, with and without a loss on old text, at a small size."""
 
 import distill_lm
 import forgetting
@@ -9,7 +9,7 @@ import tiny
 import torch
 from families import build
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft warns
 
 
 def never(*args, **settings):
@@ -22,7 +22,7 @@ def test_the_loss_on_old_text_is_its_cross_entropy_or_the_divergence_from_the_ba
     base = build("gpt2", depth=2).eval()
     student = forgetting.adapted(base, args).eval()
     for name, parameter in student.named_parameters():
-        if "lora_B" in name:  # adapters begin at 0
+        if "lora_B" in name:  # adapters start at 0
             torch.nn.init.normal_(parameter)
     new, old = torch.randint(0, 61, (2, 5)), torch.randint(0, 61, (2, 5))
     loss = forgetting.NewAndOldLoss(student, row, 0.5)(student, new, new, old).loss

@@ -1,4 +1,4 @@
-"""The studies on images at a small size, on made-up digits, and their functions."""
+"""The studies on images and their functions, at a small size and on synthetic digits."""
 
 import gzip
 import os
@@ -19,8 +19,8 @@ PAGE = "recipes_images.md"
 
 
 @pytest.fixture(scope="module")
-def made_up(tmp_path_factory):
-    """A file like MNIST's: each digit is a bright row of its own, in noise."""
+def synthetic_mnist(tmp_path_factory):
+    """A file in MNIST's format: noise with one bright row, whose place depends on the digit."""
     rng, parts = np.random.default_rng(0), []
     for n in (400, 200, 300):
         y = rng.integers(10, size=n)
@@ -33,14 +33,14 @@ def made_up(tmp_path_factory):
     return path
 
 
-def test_images_are_read_as_they_were_written(made_up):
-    learn, choose, test = images.mnist(made_up)
+def test_images_are_read_as_they_were_written(synthetic_mnist):
+    learn, choose, test = images.mnist(synthetic_mnist)
     assert [len(part.y) for part in (learn, choose, test)] == [400, 200, 300]
     assert learn.x.shape == (400, 28, 28)
     assert torch.equal(learn.x[:, 4::2][torch.arange(400), learn.y], torch.ones(400, 28))
 
 
-def test_a_file_that_asks_for_code_is_refused(tmp_path):
+def test_a_file_that_would_run_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -61,19 +61,19 @@ def test_images_are_shifted_by_every_amount_up_to_the_largest_and_nothing_wraps_
     x = torch.zeros(1000, 7, 9)
     x[:, 3, 4], x[:, 0, 0] = 1, 2
     moved = images.shifted(x, 2)
-    found = torch.stack([(moved == 1).flatten(1).int().argmax(1) // 9, (moved == 1).flatten(1).int().argmax(1) % 9])
-    shifts = found - torch.tensor([[3], [4]])
+    places = torch.stack([(moved == 1).flatten(1).int().argmax(1) // 9, (moved == 1).flatten(1).int().argmax(1) % 9])
+    shifts = places - torch.tensor([[3], [4]])
     assert {tuple(s.tolist()) for s in shifts.T} == {(i, j) for i in range(-2, 3) for j in range(-2, 3)}
     for picture, (down, right) in zip(moved[:100], shifts.T[:100].tolist(), strict=True):
         expected = torch.zeros(7, 9)
         expected[3 + down, 4 + right] = 1
-        if down >= 0 and right >= 0:  # else the corner is out of sight
+        if down >= 0 and right >= 0:  # otherwise the corner is shifted out of the image
             expected[down, right] = 2
         assert torch.equal(picture, expected)
     assert images.shifted(x, 0) is x
 
 
-def test_rows_of_weights_are_shortened_where_they_are_longer():
+def test_rows_of_weights_that_are_too_long_are_shortened():
     net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([[3.0, 4.0], [0.3, 0.4], [-6.0, 8.0]]))
@@ -82,13 +82,13 @@ def test_rows_of_weights_are_shortened_where_they_are_longer():
 
 
 @pytest.fixture
-def small_mnist(made_up, tmp_path):
+def small_mnist(synthetic_mnist, tmp_path):
     sizes = "--teacher-width 40 --width 30 --narrow 12 5 --temperatures 1 4 --batch-size 50 --lr 0.01"
-    more = f"--teacher-epochs 2 --epochs 2 --jitter 0 --seeds 0 1 --mnist {made_up} --output {tmp_path}"
+    more = f"--teacher-epochs 2 --epochs 2 --jitter 0 --seeds 0 1 --mnist {synthetic_mnist} --output {tmp_path}"
     return [*sizes.split(), *more.split()]
 
 
-def test_the_study_of_mnist_is_written_beside_the_papers_numbers_and_done_once(small_mnist, tmp_path, monkeypatch):
+def test_the_study_of_mnist_shows_the_papers_numbers_and_runs_only_once(small_mnist, tmp_path, monkeypatch):
     found = published_mnist.main(small_mnist)
     table, narrow = (tmp_path / "results.md").read_text().split("\n\n")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
@@ -102,7 +102,7 @@ def test_the_study_of_mnist_is_written_beside_the_papers_numbers_and_done_once(s
     assert published_mnist.main(small_mnist) == found
 
 
-def test_a_digit_that_the_transfer_set_lacks_is_never_shown(small_mnist, monkeypatch):
+def test_a_digit_missing_from_the_transfer_set_is_not_trained_on(small_mnist, monkeypatch):
     args = published_mnist.options.read(published_mnist.Settings(), small_mnist, None)
     study, shown, fit = published_mnist.Study(args), [], published_mnist.Study.fit
     study.teach()
@@ -115,13 +115,13 @@ def test_a_digit_that_the_transfer_set_lacks_is_never_shown(small_mnist, monkeyp
 def test_the_bias_is_the_smallest_with_the_fewest_errors():
     logits = torch.tensor([[0.0, -9.0, -1.05], [0.0, -9.0, -3.05], [0.0, -1.0, -9.0]])
     best = published_mnist.best_bias(logits, torch.tensor([2, 0, 0]), torch.tensor([2]))
-    assert best == 1.1  # below, the first is misread; from 3.1 on the second
-    both = published_mnist.best_bias(logits, torch.tensor([2, 0, 1]), torch.tensor([1, 2]))
-    assert both == 1.1
+    assert best == 1.1  # below 1.1 the first example is misclassified, from 3.1 on the second
+    of_two_classes = published_mnist.best_bias(logits, torch.tensor([2, 0, 1]), torch.tensor([1, 2]))
+    assert of_two_classes == 1.1
 
 
 @pytest.mark.parametrize(("blocks", "layers"), [(1, 8), (5, 32)])
-def test_a_net_has_the_layers_of_its_name_and_a_quarter_of_the_picture_at_the_end(blocks, layers):
+def test_a_net_has_as_many_layers_as_its_name_says_and_ends_at_a_quarter_of_the_resolution(blocks, layers):
     net = vision_pair.resnet(blocks, 4)
     kernels = [m for m in net.modules() if isinstance(m, nn.Linear) or getattr(m, "kernel_size", 1) == (3, 3)]
     assert len(kernels) == layers
@@ -134,23 +134,23 @@ ROWS = ["KD", "DKD", "DIST", "AT", "VID", "SP", "RKD", "CRD"]
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_losses_are_those_of_the_recipes(row):
-    """DKD after its warm-up. The page's CRD also has KD, which is removed here."""
+    """DKD is compared after its warm-up. The page's CRD includes KD, which is subtracted here."""
     images, labels = torch.randn(12, 1, 8, 8), torch.arange(12) % 10
-    found = []
+    losses = []
     for criterion in (vision_pair.criteria(24)[row], recipe(PAGE, row).criterion):
         torch.manual_seed(1)
         student, teacher = vision_pair.resnet(1, 4), vision_pair.resnet(2, 4)
         model = kdloss.Distillation(student, teacher, criterion).prepare(images).train()
         criterion.step = 20_000
         loss = model(images, labels=labels).loss
-        found.append(loss if row != "CRD" else loss - criterion.components.get("kd", 0.0))
-    torch.testing.assert_close(*found)
-    assert found[0] > 0
+        losses.append(loss if row != "CRD" else loss - criterion.components.get("kd", 0.0))
+    torch.testing.assert_close(*losses)
+    assert losses[0] > 0
 
 
-def test_the_pair_is_trained_by_every_loss_and_done_once(made_up, tmp_path, monkeypatch):
+def test_the_pair_is_trained_with_every_loss_and_runs_only_once(synthetic_mnist, tmp_path, monkeypatch):
     sizes = "--width 4 --teacher-images 300 --images 100 --teacher-steps 8 --steps 6 --batch-size 20"
-    flags = [*sizes.split(), *f"--seeds 1 0 --mnist {made_up} --output {tmp_path}".split()]
+    flags = [*sizes.split(), *f"--seeds 1 0 --mnist {synthetic_mnist} --output {tmp_path}".split()]
     found = vision_pair.main(flags)
     assert list(found) == ["teacher", "none", *ROWS]
     assert all(len(seeds) == 2 and 0 <= error < 100 for seeds in found.values() for error in seeds)
@@ -162,8 +162,8 @@ def test_the_pair_is_trained_by_every_loss_and_done_once(made_up, tmp_path, monk
     assert vision_pair.main([*flags, "--seeds", "0"])["RKD"] == found["RKD"][1:]
 
 
-def test_all_students_of_a_seed_start_from_the_same_weights_and_see_the_same_images(made_up, monkeypatch):
-    args = vision_pair.Settings(mnist=made_up, images=50, width=4, batch_size=10)
+def test_all_students_of_a_seed_start_from_the_same_weights_and_see_the_same_images(synthetic_mnist, monkeypatch):
+    args = vision_pair.Settings(mnist=synthetic_mnist, images=50, width=4, batch_size=10)
     study, seen = vision_pair.Study(args, 0), {}
     shifted = vision_pair.images.shifted
     for row in ("none", "VID", "CRD"):
@@ -175,5 +175,5 @@ def test_all_students_of_a_seed_start_from_the_same_weights_and_see_the_same_ima
     for row in ("VID", "CRD"):
         assert len(seen[row]) == 4
         assert all(torch.equal(a, b) for a, b in zip(seen[row], seen["none"], strict=True))
-    firsts = {bytes(x.numpy().tobytes()) for x in study.learn.x[:50]}
-    assert {bytes(x.numpy().tobytes()) for batch in seen["none"][1:] for x in batch} <= firsts
+    training_images = {bytes(x.numpy().tobytes()) for x in study.learn.x[:50]}
+    assert {bytes(x.numpy().tobytes()) for batch in seen["none"][1:] for x in batch} <= training_images

@@ -1,4 +1,4 @@
-"""Which inputs of a batch student and teacher are given; values are held against the models called by hand."""
+"""Which inputs of a batch reach student and teacher; the expected values come from direct calls of the models."""
 
 import datasets
 import pytest
@@ -16,7 +16,7 @@ VOCAB = 30
 
 
 class Reader(nn.Module):
-    """A classifier that reads just what it names; segments, where it is told of them, add up to the tokens."""
+    """A classifier that takes input_ids only; its subclass `OfPairs` also takes segments and adds them to the ids."""
 
     def __init__(self, classes=3, seed=0):
         super().__init__()
@@ -49,49 +49,49 @@ def kl(student, teacher):
 CRITERION = {"temperature": 1.0, "alpha": 0.0}
 
 
-def test_what_a_teacher_reads_reaches_it_and_not_a_student_that_does_not_name_it():
+def test_an_input_reaches_the_teacher_that_names_it_and_not_the_student_that_does_not():
     ids, segments, y = inputs()
     student, teacher = Reader(), OfPairs(seed=1)
     out = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))(
         student, input_ids=ids, token_type_ids=segments, labels=y
     )
-    right = kl(student(ids), teacher(ids, segments))
-    assert out.loss.item() == pytest.approx(right.item(), rel=1e-5)
-    assert abs(right - kl(student(ids), teacher(ids))) > 1e-3
-    slopes = [torch.autograd.grad(x, list(student.parameters())) for x in (out.loss, right)]
-    torch.testing.assert_close(*slopes)
+    expected = kl(student(ids), teacher(ids, segments))
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(expected - kl(student(ids), teacher(ids))) > 1e-3
+    gradients = [torch.autograd.grad(x, list(student.parameters())) for x in (out.loss, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("teacher", [Reader(seed=1), Reader(seed=1).forward], ids=["module", "function"])
-def test_what_a_teacher_does_not_name_is_left_out_for_it_alone(teacher):
+def test_an_input_that_the_teacher_does_not_name_reaches_only_the_student(teacher):
     ids, segments, y = inputs()
     student = OfPairs()
     out = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))(
         student, input_ids=ids, token_type_ids=segments, labels=y
     )
-    right = kl(student(ids, segments), teacher(ids))
-    assert out.loss.item() == pytest.approx(right.item(), rel=1e-5)
+    expected = kl(student(ids, segments), teacher(ids))
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_each_of_several_teachers_gets_its_own():
+def test_each_of_several_teachers_gets_the_inputs_that_it_names():
     ids, segments, y = inputs()
     student, teachers = Reader(), [Reader(seed=1), OfPairs(seed=2)]
     criterion = 1.0 * kdloss.Logits() + 1.0 * kdloss.Logits(teacher=1, name="second")
     out = kdloss.Distiller(teachers, criterion)(student, input_ids=ids, token_type_ids=segments, labels=y)
-    right = kl(student(ids), teachers[0](ids)) + kl(student(ids), teachers[1](ids, segments))
-    assert out.loss.item() == pytest.approx(right.item(), rel=1e-5)
+    expected = kl(student(ids), teachers[0](ids)) + kl(student(ids), teachers[1](ids, segments))
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_an_input_that_nobody_reads_is_named():
+def test_an_input_that_no_model_takes_is_named_in_an_error():
     ids, segments, y = inputs()
     distill = kdloss.Distiller(Reader(), kdloss.VanillaKD())
     with pytest.raises(TypeError, match=r"no model reads \['token_type_ids'\]: Reader takes \['input_ids'\]"):
         distill(Reader(), input_ids=ids, token_type_ids=segments, labels=y)
-    anything = kdloss.Distiller(kdloss.Teacher(Reader(), inputs=lambda b: b["input_ids"]), kdloss.VanillaKD())
-    assert anything(Reader(), input_ids=ids, token_type_ids=segments, labels=y).loss.isfinite()
+    by_function = kdloss.Distiller(kdloss.Teacher(Reader(), inputs=lambda b: b["input_ids"]), kdloss.VanillaKD())
+    assert by_function(Reader(), input_ids=ids, token_type_ids=segments, labels=y).loss.isfinite()
 
 
-def test_an_input_of_a_teachers_own_is_kept_from_models_that_take_any():
+def test_an_input_that_one_teacher_names_does_not_reach_models_that_take_any():
     class Any(Reader):
         def forward(self, input_ids, **others):
             assert not others
@@ -105,13 +105,13 @@ def test_an_input_of_a_teachers_own_is_kept_from_models_that_take_any():
     criterion = 1.0 * kdloss.Logits() + 1.0 * kdloss.Logits(teacher=1, name="second")
     teachers, student = [Any(seed=1), Other(seed=2)], Any()
     out = kdloss.Distiller(teachers, criterion)(student, input_ids=ids, teacher_ids=ids.flip(0), labels=y)
-    right = kl(student(ids), teachers[0](ids)) + kl(student(ids), teachers[1](ids.flip(0)))
-    assert out.loss.item() == pytest.approx(right.item(), rel=1e-5)
+    expected = kl(student(ids), teachers[0](ids)) + kl(student(ids), teachers[1](ids.flip(0)))
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @since_torch(2, 6)  # before, transformers reads a packed row as one document
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
-def test_packed_rows_are_read_by_both_models_or_refused():
+def test_packed_rows_are_refused_unless_both_models_take_position_ids():
     teacher, student = build("llama", depth=2).eval(), build("llama", depth=1, seed=1).eval()
     docs = [torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[9, 8, 7]])]
     packed = {"input_ids": torch.cat(docs, 1), "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])}
@@ -119,20 +119,20 @@ def test_packed_rows_are_read_by_both_models_or_refused():
     labels[0, [0, 5]] = -100
     out = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))(student, **packed, labels=labels)
     logits = [[{"logits": m(d).logits[:, :-1].flatten(0, 1)} for d in docs] for m in (student, teacher)]
-    apart = [kl(s, t) * len(s["logits"]) for s, t in zip(*logits, strict=True)]
-    assert out.loss.item() == pytest.approx((sum(apart) / 6).item(), rel=1e-4)
+    separate = [kl(s, t) * len(s["logits"]) for s, t in zip(*logits, strict=True)]
+    assert out.loss.item() == pytest.approx((sum(separate) / 6).item(), rel=1e-4)
     bloom = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=61, hidden_size=8, n_layer=1, n_head=2))
-    for blind in (bloom, lambda input_ids: bloom(input_ids)):  # the first takes any keyword, and reads none
+    for blind in (bloom, lambda input_ids: bloom(input_ids)):  # the first takes any keyword, but ignores position_ids
         with pytest.raises(ValueError, match=r"teacher \(.* takes no position_ids, .* a packed row"):
             kdloss.Distiller(blind, kdloss.VanillaKD())(student, **packed, labels=labels)
     with pytest.raises(ValueError, match=r"student \(BloomForCausalLM takes .* takes no position_ids"):
         kdloss.Distiller(teacher, kdloss.VanillaKD())(bloom, **packed, labels=labels)
-    said = kdloss.Teacher(bloom, inputs=lambda b: {"input_ids": b["input_ids"]})
-    assert kdloss.Distiller(said, kdloss.VanillaKD())(student, **packed, labels=labels).loss.isfinite()
+    explicit = kdloss.Teacher(bloom, inputs=lambda b: {"input_ids": b["input_ids"]})
+    assert kdloss.Distiller(explicit, kdloss.VanillaKD())(student, **packed, labels=labels).loss.isfinite()
 
 
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
-def test_a_teacher_without_attention_mask_gets_no_padded_rows():
+def test_padded_rows_are_refused_for_a_teacher_without_attention_mask():
     student, net = build("bert", depth=1).eval(), build("bert", depth=1, seed=1).eval()
 
     def teacher(input_ids):
@@ -142,12 +142,12 @@ def test_a_teacher_without_attention_mask_gets_no_padded_rows():
     padded = batch("bert")
     with pytest.raises(ValueError, match="takes no attention_mask and would read padding"):
         distill(student, **padded)
-    whole = {name: x[:1] for name, x in padded.items()}
-    right = kl({"logits": student(**whole).logits}, {"logits": teacher(whole["input_ids"])})
-    assert distill(student, **whole).loss.item() == pytest.approx(right.item(), rel=1e-4)
+    unpadded = {name: x[:1] for name, x in padded.items()}
+    expected = kl({"logits": student(**unpadded).logits}, {"logits": teacher(unpadded["input_ids"])})
+    assert distill(student, **unpadded).loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_blocks_are_compared_on_what_each_model_reads():
+def test_cka_gives_each_model_the_inputs_that_it_names():
     class Deep(Reader):
         def __init__(self, seed):
             super().__init__(seed=seed)
@@ -165,35 +165,35 @@ def test_blocks_are_compared_on_what_each_model_reads():
 
     ids, segments, _ = inputs()
     student, teacher = Deep(0), OfSegments(1)
-    apart = {"input_ids": ids, "token_type_ids": segments}
-    found = kdloss.analysis.cka_matrix(student, teacher, [apart]).values
+    both = {"input_ids": ids, "token_type_ids": segments}
+    found = kdloss.analysis.cka_matrix(student, teacher, [both]).values
 
-    class Moved(Deep):  # the same segments, written into the tokens beforehand
+    class AddsSegments(Deep):  # adds the same segments to the ids itself
         def forward(self, input_ids):
             return super().forward((input_ids + 7 * segments) % VOCAB)
 
-    torch.testing.assert_close(found, kdloss.analysis.cka_matrix(student, Moved(1), [{"input_ids": ids}]).values)
+    torch.testing.assert_close(found, kdloss.analysis.cka_matrix(student, AddsSegments(1), [{"input_ids": ids}]).values)
     assert not torch.equal(found, kdloss.analysis.cka_matrix(student, teacher, [{"input_ids": ids}]).values)
     with pytest.raises(TypeError, match=r"no model reads \['other'\]"):
         kdloss.analysis.cka_matrix(student, teacher, [{"input_ids": ids, "other": ids}])
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
-def test_names_are_those_of_the_model_inside_its_wrappers():
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft warns
+def test_the_inputs_of_a_wrapped_model_are_those_of_the_model_inside():
     model = build("gpt2", depth=1)
     from peft import LoraConfig, get_peft_model
 
-    known = kdloss._inputs.taken_by(model)
-    assert {"input_ids", "position_ids"} <= set(known[0])
+    expected = kdloss._inputs.taken_by(model)
+    assert {"input_ids", "position_ids"} <= set(expected[0])
     adapted = get_peft_model(build("gpt2", depth=1), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     for wrapped in (torch.compile(model, backend="eager"), adapted):
-        assert kdloss._inputs.taken_by(wrapped) == known
+        assert kdloss._inputs.taken_by(wrapped) == expected
     assert kdloss._inputs.taken_by(torch.jit.trace(Reader(), inputs()[0], strict=False)) == (["input_ids"], False)
-    assert kdloss._inputs.taken_by(max) == ([], True)  # nothing tells
+    assert kdloss._inputs.taken_by(max) == ([], True)  # without a signature, it may take any
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["named", "by a function"])
-def test_the_trainer_keeps_the_teachers_columns_and_evaluates_without_them(own, tmp_path):
+@pytest.mark.parametrize("by_function", [False, True], ids=["named", "by a function"])
+def test_the_trainer_keeps_the_teachers_columns_and_evaluates_without_them(by_function, tmp_path):
     class Student(Reader):
         def forward(self, input_ids, labels=None):
             logits = super().forward(input_ids)["logits"]
@@ -202,14 +202,14 @@ def test_the_trainer_keeps_the_teachers_columns_and_evaluates_without_them(own, 
     ids, segments, y = inputs()
     student, net = Student(), OfPairs(seed=1)
     read = {"token_type_ids": segments.tolist()}
-    teacher = kdloss.Teacher(net, inputs=lambda b: (b["input_ids"], b["token_type_ids"])) if own else net
+    teacher = kdloss.Teacher(net, inputs=lambda b: (b["input_ids"], b["token_type_ids"])) if by_function else net
     data = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": y.tolist(), **read})
     arguments = hf.TrainingArguments(
         str(tmp_path), max_steps=1, per_device_train_batch_size=4, learning_rate=0.0, report_to=[], use_cpu=True,
         disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
-    taught = {"teacher": teacher, "criterion": kdloss.VanillaKD(**CRITERION)}
-    trainer = DistillationTrainer(student, arguments, train_dataset=data, eval_dataset=data, **taught)
-    right = kl(student(ids, y), net(ids, segments)).item()
-    assert trainer.train().training_loss == pytest.approx(right, rel=1e-4)
+    distillation = {"teacher": teacher, "criterion": kdloss.VanillaKD(**CRITERION)}
+    trainer = DistillationTrainer(student, arguments, train_dataset=data, eval_dataset=data, **distillation)
+    expected = kl(student(ids, y), net(ids, segments)).item()
+    assert trainer.train().training_loss == pytest.approx(expected, rel=1e-4)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(student(ids, y)["loss"].item(), rel=1e-5)

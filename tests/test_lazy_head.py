@@ -1,4 +1,4 @@
-"""Causal models whose logits are never made: the same loss and gradients, or a reason why they are made."""
+"""Lazy logits: the loss and gradients of full logits without computing them, or a logged reason for computing them."""
 
 import copy
 import logging
@@ -59,16 +59,18 @@ def model(family, seed=0, depth=2, dtype=torch.float64):
     return made.eval().to(dtype)
 
 
-def plain(family):
+def without_labels(family):
     return {name: x for name, x in batch(family).items() if name != "labels"}
 
 
-def by_hand(criterion, student, teacher, family="llama"):
-    """The loss from logits made by the models' own forward passes."""
+def loss_and_gradients_of_full_logits(criterion, student, teacher, family="llama"):
+    """The loss, and its gradients, from the logits that the models return when called directly."""
     with torch.no_grad():
-        target = teacher(**plain(family)).logits
+        target = teacher(**without_labels(family)).logits
     inputs = batch(family)
-    loss = criterion(student(**plain(family)).logits, target, inputs["labels"], mask=inputs["attention_mask"].bool())
+    loss = criterion(
+        student(**without_labels(family)).logits, target, inputs["labels"], mask=inputs["attention_mask"].bool()
+    )
     return loss, gradients(loss, student)
 
 
@@ -78,8 +80,8 @@ def gradients(loss, student):
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
-def close(found, expected, rel):
-    """Equal by the norm of each tensor; one of tiny norm (a key's bias) by that of all."""
+def assert_close(found, expected, rel):
+    """Assert a small relative error of each tensor; a tiny one (a key's bias) is compared with the largest norm."""
     assert found.keys() == expected.keys()
     floor = max(g.norm() for g in expected.values()) * 1e-3
     for name, g in expected.items():
@@ -97,13 +99,13 @@ def test_loss_and_every_gradient_are_those_of_full_logits(family, dtype):
     rel = 1e-10 if dtype == torch.float64 else 1e-5
     for alpha in (0.0, 0.5, 1.0):
         criterion = kdloss.VanillaKD(alpha=alpha, causal=True)
-        expected, slopes = by_hand(criterion, student, teacher, family)
+        expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher, family)
         distill = kdloss.Distiller(teacher, criterion)
-        for _ in range(2):  # the first pass finds out what the model does to its logits
+        for _ in range(2):  # the first pass measures what the model does to its logits
             out = distill(student, **batch(family))
             assert is_lazy(out)
             assert out.loss.item() == pytest.approx(expected.item(), rel=rel)
-            close(gradients(out.loss, student), slopes, rel)
+            assert_close(gradients(out.loss, student), grads, rel)
 
 
 @pytest.mark.parametrize("family", [*CAUSAL, *MORE])
@@ -113,17 +115,17 @@ def test_what_a_model_does_to_its_logits_is_measured(family):
     lazy = out.output.logits
     found = {"softcap": lazy.softcap, "scale": pytest.approx(lazy.scale, rel=1e-14)}
     assert found == SHAPING.get(family, {"softcap": None, "scale": 1.0})
-    torch.testing.assert_close(out.logits, student(**plain(family)).logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.logits, student(**without_labels(family)).logits, rtol=1e-12, atol=1e-12)
 
 
-def test_behind_the_first_pass_a_models_hooks_see_the_first_positions_logits():
+def test_after_the_first_pass_a_models_hooks_see_the_logits_of_the_first_position_only():
     student, seen = model("granite"), []
     distill = kdloss.Distiller(student, kdloss.VanillaKD(alpha=1.0))
     student.register_forward_hook(lambda m, a, out: seen.append(out.logits))
     for _ in range(2):
         distill(student, **batch("granite"))
     last = seen[-1]
-    expected = student(**plain("granite")).logits[:1, :1]
+    expected = student(**without_labels("granite")).logits[:1, :1]
     torch.testing.assert_close(last, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -162,24 +164,24 @@ def test_scale_and_soft_cap_are_recognised_and_nothing_else(change, found, vocab
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
-def test_features_beside_logits(family):
+def test_a_features_term_works_with_lazy_logits(family):
     student, teacher = model(family), model(family, seed=1, depth=4)
     criterion = kdloss.FeatureKD("all", logit_weight=0.7, causal=True).prepare(student, teacher)
     inputs = batch(family)
     with torch.no_grad(), kdloss.capture(teacher, [0, 3]) as t:
-        teacher(**plain(family))
+        teacher(**without_labels(family))
     with kdloss.capture(student, [0, 1]) as s:
-        student(**plain(family))
+        student(**without_labels(family))
     expected = criterion(s, t, inputs["labels"], mask=inputs["attention_mask"].bool())
-    slopes = gradients(expected, student)
+    grads = gradients(expected, student)
     out = kdloss.Distiller(teacher, criterion)(student, **inputs)
     assert is_lazy(out)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    close(gradients(out.loss, student), slopes, 1e-10)
+    assert_close(gradients(out.loss, student), grads, 1e-10)
 
 
 class Largest(TorchDispatchMode):
-    """The most elements in a storage of any tensor that an operator returned."""
+    """Record the largest storage, in elements, of any tensor that an operator returned."""
 
     entries = 0
 
@@ -191,19 +193,19 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_of_the_size_of_the_logits_is_ever_there():
+def test_no_tensor_of_the_size_of_the_logits_is_ever_allocated():
     vocab, b, t = 32_000, 4, 384
     shape = {"vocab_size": vocab, "n_head": 2, "n_positions": t, "bos_token_id": 0, "eos_token_id": 1}
     student, teacher = (hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=width, **shape)) for width in (8, 16))
     tokens = torch.randint(vocab, (b, t))
-    with Largest() as whole, torch.no_grad():
+    with Largest() as full, torch.no_grad():
         teacher(tokens)
-    assert whole.entries == b * t * vocab  # so the measure sees them where they are
+    assert full.entries == b * t * vocab  # full logits are seen by this measurement
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
     for _ in range(2):
-        with Largest() as lazily:
+        with Largest() as lazy:
             distill(student, input_ids=tokens, labels=tokens).loss.backward()
-        assert lazily.entries <= b * t * vocab / 3
+        assert lazy.entries <= b * t * vocab / 3
 
 
 def lora(student, **settings):
@@ -214,9 +216,9 @@ def lora(student, **settings):
     return get_peft_model(student, config).double()
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft warns
 @pytest.mark.parametrize("trained", [None, ["lm_head"]])
-def test_peft_students_in_and_out_of_their_adapters(trained):
+def test_peft_students_have_lazy_logits_with_and_without_their_adapters(trained):
     student, teacher = lora(model("llama"), modules_to_save=trained), model("llama", seed=1)
     with torch.no_grad():
         for p in student.parameters():
@@ -224,20 +226,20 @@ def test_peft_students_in_and_out_of_their_adapters(trained):
                 p.add_(torch.randn_like(p), alpha=0.1)
     criterion = kdloss.VanillaKD(causal=True)
     distill = kdloss.Distiller(teacher, criterion)
-    expected, slopes = by_hand(criterion, student, teacher)
+    expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     out = distill(student, **batch("llama"))
     assert is_lazy(out)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     found = gradients(out.loss, student)
-    close(found, slopes, 1e-10)
+    assert_close(found, grads, 1e-10)
     assert any("lm_head" in name for name in found) == (trained is not None)
     with student.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(distill(student, **batch("llama")).logits, student(**plain("llama")).logits)
-    assert is_lazy(distill(student, **batch("llama")))  # that pass said nothing about the next
+        torch.testing.assert_close(distill(student, **batch("llama")).logits, student(**without_labels("llama")).logits)
+    assert is_lazy(distill(student, **batch("llama")))  # the pass without adapters doesn't affect the next one
 
 
 class MasksForCausalLM(hf.LlamaForCausalLM):
-    """Forbids a token."""
+    """A model that gives one token a very low logit."""
 
     def forward(self, *args, **inputs):
         out = super().forward(*args, **inputs)
@@ -246,7 +248,7 @@ class MasksForCausalLM(hf.LlamaForCausalLM):
 
 
 class CutsForCausalLM(hf.LlamaForCausalLM):
-    """Cuts a vocabulary that was padded."""
+    """A model that cuts the padding of its vocabulary off its logits."""
 
     def forward(self, *args, **inputs):
         out = super().forward(*args, **inputs)
@@ -255,7 +257,7 @@ class CutsForCausalLM(hf.LlamaForCausalLM):
 
 
 class TwiceForCausalLM(hf.LlamaForCausalLM):
-    """Uses its head for earlier layers too."""
+    """A model that applies its head to an earlier layer as well."""
 
     def forward(self, *args, **inputs):
         out = super().forward(*args, output_hidden_states=True, **inputs)
@@ -264,7 +266,7 @@ class TwiceForCausalLM(hf.LlamaForCausalLM):
 
 
 class Scaled(nn.Linear):
-    """A head that is more than a linear map."""
+    """A head that scales the output of its linear map."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -322,53 +324,53 @@ REFUSALS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo warns
 @pytest.mark.parametrize("case", REFUSALS)
-def test_where_lazy_logits_are_impossible_full_ones_are_made_and_the_reason_logged_once(case, caplog):
+def test_where_lazy_logits_are_impossible_full_ones_are_computed_and_the_reason_is_logged_once(case, caplog):
     caplog.set_level(logging.INFO, logger="kdloss")
     make, reason = REFUSALS[case]
     student = make()
     teacher = like(CutsForCausalLM) if case == "cuts the classes" else model("llama", seed=1)
     criterion = kdloss.VanillaKD(causal=True)
-    expected, slopes = by_hand(criterion, student, teacher)
+    expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     distill = kdloss.Distiller(teacher, criterion)
     for _ in range(2):
         out = distill(student, **batch("llama"))
         assert out.logits is out.output.logits
         assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
-        close(gradients(out.loss, student), slopes, 1e-10)
-    ours = [r for r in caplog.records if r.name == "kdloss"]  # torch 2.4 says something of its graphs, too
-    said = [r.getMessage() for r in ours if r.args[0] != "CutsForCausalLM" or "cuts" in case]
-    assert reason in said[0]
-    assert len(said) == (2 if case == "cuts the classes" else 1), said  # two models
+        assert_close(gradients(out.loss, student), grads, 1e-10)
+    ours = [r for r in caplog.records if r.name == "kdloss"]  # torch 2.4 logs messages about its graphs
+    messages = [r.getMessage() for r in ours if r.args[0] != "CutsForCausalLM" or "cuts" in case]
+    assert reason in messages[0]
+    assert len(messages) == (2 if case == "cuts the classes" else 1), messages  # one for each model
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
-def test_full_logits_are_made_for_a_head_with_lora(caplog):
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft warns
+def test_full_logits_are_computed_for_a_head_with_lora(caplog):
     from peft import LoraConfig, get_peft_model
 
     caplog.set_level(logging.INFO, logger="kdloss")
     student = get_peft_model(model("llama"), LoraConfig(target_modules=["q_proj", "lm_head"])).double()
     teacher, criterion = model("llama", seed=1), kdloss.VanillaKD(causal=True)
-    expected, slopes = by_hand(criterion, student, teacher)
+    expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     out = kdloss.Distiller(teacher, criterion)(student, **batch("llama"))
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    close(gradients(out.loss, student), slopes, 1e-10)
+    assert_close(gradients(out.loss, student), grads, 1e-10)
     assert "its head is a Linear, no plain nn.Linear" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo warns
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
-def test_a_step_that_is_compiled_makes_its_logits(caplog):
+def test_a_compiled_step_computes_full_logits(caplog):
     caplog.set_level(logging.INFO, logger="kdloss")
     student, teacher = model("llama"), model("llama", seed=1)
     criterion = kdloss.VanillaKD(causal=True)
-    expected, slopes = by_hand(criterion, student, teacher)
+    expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     distill = kdloss.Distiller(teacher, criterion)
     step = torch.compile(lambda **inputs: distill(student, **inputs), backend="eager")
     loss = step(**batch("llama")).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    close(gradients(loss, student), slopes, 1e-10)
+    assert_close(gradients(loss, student), grads, 1e-10)
     assert "the step is being compiled" in caplog.text
 
 
@@ -382,27 +384,27 @@ def test_models_on_meta_give_a_loss_on_meta():
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
-def test_models_that_do_not_shift_make_no_logits_either(family):
+def test_models_that_do_not_shift_their_labels_have_lazy_logits(family):
     student, teacher, inputs = build(family).eval().double(), build(family, seed=1).eval().double(), batch(family)
     logits, target, labels = student(**inputs).logits, teacher(**inputs).logits.detach(), inputs["labels"]
     keep = labels != -100
     ce = nn.functional.cross_entropy(logits[keep], labels[keep])
     kl = nn.functional.kl_div((logits / 2)[keep].log_softmax(-1), (target / 2)[keep].softmax(-1), reduction="batchmean")
-    slopes = gradients(0.5 * ce + 0.5 * 4 * kl, student)
+    grads = gradients(0.5 * ce + 0.5 * 4 * kl, student)
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
     for _ in range(2):
         out = distill(student, **inputs)
         assert is_lazy(out)
         assert out.loss.item() == pytest.approx((0.5 * ce + 2 * kl).item(), rel=1e-10)
-        close(gradients(out.loss, student), slopes, 1e-9)
+        assert_close(gradients(out.loss, student), grads, 1e-9)
 
 
-def between_positions(student, teacher, *, temperature=1.0, mask=None):
+def mean_over_positions_subtracted(student, teacher, *, temperature=1.0, mask=None):
     values = (student - teacher).square().mean(-1)
     return values - values.masked_fill(~mask, 0).mean()
 
 
-class Own(nn.Module):
+class ReadsLogits(nn.Module):
     def __init__(self, causal):
         super().__init__()
         self.inner = kdloss.VanillaKD(causal=causal)
@@ -416,14 +418,14 @@ class Own(nn.Module):
     ("criterion", "reason"),
     [
         (
-            partial(kdloss.VanillaKD, divergence=between_positions),
+            partial(kdloss.VanillaKD, divergence=mean_over_positions_subtracted),
             "its divergence needs all of them",
         ),
         (partial(kdloss.VanillaKD, divergence=kdloss.divergences.uld), "its divergence needs all of them"),
-        (Own, "its criterion may want them"),
+        (ReadsLogits, "its criterion may want them"),
     ],
 )
-def test_criteria_that_may_look_at_all_logits_get_them(criterion, reason, caplog):
+def test_criteria_that_may_read_all_logits_get_full_ones(criterion, reason, caplog):
     caplog.set_level(logging.INFO, logger="kdloss")
     student, teacher, criterion = model("llama"), model("llama", seed=1), criterion(causal=True)
     out = kdloss.Distiller(teacher, criterion)(student, **batch("llama"))
@@ -432,22 +434,22 @@ def test_criteria_that_may_look_at_all_logits_get_them(criterion, reason, caplog
     assert out.loss.isfinite()
 
 
-def test_a_students_full_logits_go_with_lazy_ones_of_teachers():
+def test_a_student_and_teachers_may_mix_full_and_lazy_logits():
     student, criterion = like(MasksForCausalLM), kdloss.MultiTeacherKD([0.3, 0.5, 0.2], causal=True)
     teachers = [model("llama", seed=1), like(MasksForCausalLM), model("gemma2", seed=2)]
     with torch.no_grad():
-        targets = [teacher(**plain("llama")).logits for teacher in teachers]
+        targets = [teacher(**without_labels("llama")).logits for teacher in teachers]
     inputs = batch("llama")
     mask = inputs["attention_mask"].bool()
     for learner in (student, model("llama")):
-        expected = criterion(learner(**plain("llama")).logits, targets, inputs["labels"], mask=mask)
-        slopes = gradients(expected, learner)
+        expected = criterion(learner(**without_labels("llama")).logits, targets, inputs["labels"], mask=mask)
+        grads = gradients(expected, learner)
         loss = kdloss.Distiller(teachers, criterion)(learner, **inputs).loss
         assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-        close(gradients(loss, learner), slopes, 1e-10)
+        assert_close(gradients(loss, learner), grads, 1e-10)
 
 
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
+def test_a_student_equal_to_its_teacher_has_a_zero_loss_and_zero_gradients():
     student = model("gemma2")
     out = kdloss.Distiller(copy.deepcopy(student), kdloss.VanillaKD(alpha=0.0))(student, **batch("gemma2"))
     out.loss.backward()
@@ -460,83 +462,85 @@ def test_a_frozen_head_stays_frozen_and_lets_gradients_through():
     student, teacher = model("llama"), model("llama", seed=1)
     student.lm_head.requires_grad_(False)
     criterion = kdloss.VanillaKD(causal=True)
-    _, slopes = by_hand(criterion, student, teacher)
+    _, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     out = kdloss.Distiller(teacher, criterion)(student, **batch("llama"))
     assert is_lazy(out)
     found = gradients(out.loss, student)
-    close(found, slopes, 1e-10)
+    assert_close(found, grads, 1e-10)
     assert "lm_head.weight" not in found
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_does_not_change_the_gradients():
     student, teacher = model("llama"), model("llama", seed=1)
     criterion = kdloss.VanillaKD(causal=True)
-    _, slopes = by_hand(criterion, student, teacher)
+    _, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
     checkpointing(student, {"use_reentrant": False})
     student.train()
     out = kdloss.Distiller(teacher, criterion)(student, **batch("llama"))
     assert is_lazy(out)
-    close(gradients(out.loss, student), slopes, 1e-10)
+    assert_close(gradients(out.loss, student), grads, 1e-10)
 
 
-@pytest.mark.parametrize("around", ["the step", "the student alone"])
+@pytest.mark.parametrize("around", ["the step", "only the student"])
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
-def test_under_autocast_gradients_are_no_worse_than_those_of_whole_logits(family, around):
+def test_under_autocast_gradients_are_as_accurate_as_those_of_full_logits(family, around):
     student, teacher = (model(family, seed=s, dtype=torch.float32) for s in (0, 1))
     criterion = kdloss.VanillaKD(causal=True)
-    _, exact = by_hand(criterion, copy.deepcopy(student).double(), copy.deepcopy(teacher).double(), family)
-    inputs, whole, distill = batch(family), student.forward, kdloss.Distiller(teacher, criterion)
+    _, exact = loss_and_gradients_of_full_logits(
+        criterion, copy.deepcopy(student).double(), copy.deepcopy(teacher).double(), family
+    )
+    inputs, forward, distill = batch(family), student.forward, kdloss.Distiller(teacher, criterion)
     cast = torch.autocast("cpu", torch.bfloat16)
-    if around == "the student alone":  # as Accelerate does
+    if around == "only the student":  # as Accelerate does
         student.forward = cast(student.forward)
     with cast if around == "the step" else nullcontext():
         out = distill(student, **inputs)
-        logits = student(**plain(family)).logits
+        logits = student(**without_labels(family)).logits
         with torch.no_grad():
-            target = teacher(**plain(family)).logits
+            target = teacher(**without_labels(family)).logits
         loss = criterion(logits, target, inputs["labels"], mask=inputs["attention_mask"].bool())
-    slopes = gradients(loss, student)
-    student.forward = whole
+    grads = gradients(loss, student)
+    student.forward = forward
     found = gradients(out.loss, student)
     assert out.output.logits.hidden.dtype == torch.bfloat16
     assert out.logits.dtype == torch.bfloat16
     assert out.loss.item() == pytest.approx(loss.item(), rel=2e-2)
 
-    def error(these):
-        return torch.stack([(these[name] - g).norm() / g.norm() for name, g in exact.items()]).mean()
+    def error(approximate):
+        return torch.stack([(approximate[name] - g).norm() / g.norm() for name, g in exact.items()]).mean()
 
-    assert error(found) <= 1.1 * error(slopes)
+    assert error(found) <= 1.1 * error(grads)
 
 
-def hooks(module):
+def number_of_hooks(module):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
-def test_a_model_is_as_it_was_after_a_step_and_after_an_exception():
+def test_a_model_is_unchanged_after_a_step_and_after_an_exception():
     student, teacher = model("gemma2"), model("gemma2", seed=1)
-    inputs = plain("gemma2")
-    whole, before = student(**inputs).logits, hooks(student)
+    inputs = without_labels("gemma2")
+    logits, before = student(**inputs).logits, number_of_hooks(student)
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
     distill(student, **batch("gemma2")).loss.backward()
     with pytest.raises(IndexError):
         distill(student, input_ids=torch.full((1, 4), 999))
-    assert hooks(student) == before
+    assert number_of_hooks(student) == before
     assert "forward" not in vars(student.lm_head)
     for other in (student, copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
-        assert torch.equal(other(**inputs).logits, whole)
+        assert torch.equal(other(**inputs).logits, logits)
 
 
-def test_another_thread_gets_its_logits_meanwhile():
+def test_another_thread_gets_full_logits_during_a_step():
     student, teacher = model("llama"), model("llama", seed=1)
-    expected, found = student(**plain("llama")).logits, []
+    expected, found = student(**without_labels("llama")).logits, []
 
-    def beside(*_):
+    def call_in_another_thread(*_):
         handle.remove()
-        thread = threading.Thread(target=lambda: found.append(student(**plain("llama")).logits))
+        thread = threading.Thread(target=lambda: found.append(student(**without_labels("llama")).logits))
         thread.start()
         thread.join()
 
-    handle = student.model.norm.register_forward_hook(beside)
+    handle = student.model.norm.register_forward_hook(call_in_another_thread)
     out = kdloss.Distiller(teacher, kdloss.VanillaKD())(student, **batch("llama"))
     assert is_lazy(out)
     assert out.output.logits.shape == expected.shape
@@ -544,7 +548,7 @@ def test_another_thread_gets_its_logits_meanwhile():
 
 
 class Net(nn.Module):
-    """A causal model of one's own, without a loss."""
+    """A user's causal model, which computes no loss."""
 
     def __init__(self):
         super().__init__()
@@ -555,7 +559,7 @@ class Net(nn.Module):
         return SimpleNamespace(logits=self.head(self.embed(input_ids)) / 6)
 
 
-def test_an_empty_batch_teaches_nothing_about_the_model():
+def test_an_empty_batch_does_not_count_as_the_measuring_pass():
     net, tokens = Net(), batch("llama")["input_ids"]
     net.get_output_embeddings = lambda: net.head
     distill = kdloss.Distiller(net, kdloss.VanillaKD(alpha=1.0, causal=True))
@@ -574,7 +578,7 @@ def test_a_teacher_that_stops_early_runs_no_head(caplog):
     assert "whole" not in caplog.text
 
 
-def test_a_model_without_output_embeddings_makes_its_logits(caplog):
+def test_a_model_without_output_embeddings_computes_full_logits(caplog):
     caplog.set_level(logging.INFO, logger="kdloss")
     net, tokens = Net(), batch("llama")["input_ids"]
     criterion = kdloss.VanillaKD(causal=True)
@@ -584,7 +588,7 @@ def test_a_model_without_output_embeddings_makes_its_logits(caplog):
 
 
 @since_torch(2, 6)
-def test_two_processes_have_the_gradients_of_one(tmp_path):
+def test_two_processes_give_the_gradients_of_one(tmp_path):
     script = Path(processes.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -595,8 +599,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for name, (family, settings) in processes.CASES.items():
-            whole = settings is None or "static_graph" in settings
-            assert found[name]["kinds"] == {"Tensor" if whole else "LazyLogits"}, name
+            full = settings is None or "static_graph" in settings
+            assert found[name]["kinds"] == {"Tensor" if full else "LazyLogits"}, name
             one = processes.train(family, settings, wrap=False)
             for ours, theirs in zip(found[name]["gradients"], one["gradients"], strict=True):
                 for parameter, gradient in theirs.items():

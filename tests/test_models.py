@@ -1,4 +1,4 @@
-"""Every family of models: blocks found, captured, distilled, thinned, saved."""
+"""Every family of models: blocks are found, captured, distilled, kept in a smaller student, and saved."""
 
 import copy
 
@@ -44,7 +44,7 @@ def test_an_encoder_decoders_blocks_are_the_decoders_unless_others_are_named():
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 
 
-def test_blocks_behind_an_images_encoder_are_the_language_models():
+def test_blocks_of_a_vision_language_model_are_those_of_its_language_model():
     vision = hf.CLIPVisionConfig(**TINY, num_hidden_layers=2, image_size=16, patch_size=8)
     text = FAMILIES["llama"][0](16, 3)
     llava = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text))
@@ -53,7 +53,7 @@ def test_blocks_behind_an_images_encoder_are_the_language_models():
     assert len(kdloss.layers.find_blocks(llava, *vision)) == 2
 
 
-def test_experts_are_parts_of_their_blocks():
+def test_experts_are_not_listed_as_blocks():
     sizes = TINY | {"vocab_size": VOCAB, "num_key_value_heads": 1}
     mixtral = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, num_hidden_layers=3))
     assert {name: len(blocks) for name, blocks in block_lists(mixtral).items()} == {"model.layers": 3}
@@ -84,18 +84,18 @@ def test_a_resnets_blocks_are_those_of_all_its_stages(kind):
 
 
 @every_family
-def test_captured_blocks_are_what_the_model_reports_as_hidden_states(family):
+def test_captured_blocks_are_the_hidden_states_that_the_model_returns(family):
     model, inputs = build(family).eval(), batch(family)
     with kdloss.capture(model, [0, 1, 2], blocks=blocks_argument(family)) as seen:
         out = model(**inputs, output_hidden_states=True)
     hidden = out.decoder_hidden_states if family == "t5" else out.hidden_states
-    for i in (0, 1):  # the last one has passed the final norm in some families
+    for i in (0, 1):  # in some families the last hidden state is the one after the final norm
         assert torch.equal(seen[i], hidden[i + 1])
     assert seen.output is out
 
 
 @every_family
-def test_a_narrower_shallower_student_learns_from_features_and_logits(family):
+def test_a_narrower_and_shallower_student_learns_from_features_and_logits(family):
     teacher, student = build(family, width=24, depth=5), build(family, width=16, depth=3, seed=1)
     criterion = kdloss.FeatureKD(layers="auto", logit_weight=1.0, blocks=blocks_argument(family))
     distill = kdloss.Distiller(teacher, criterion).prepare(student)
@@ -118,7 +118,7 @@ def test_a_narrower_shallower_student_learns_from_features_and_logits(family):
 
 
 @every_family
-def test_keep_blocks_makes_a_student_that_computes_what_its_blocks_compute(family):
+def test_keep_blocks_makes_a_student_that_runs_the_kept_blocks_in_order(family):
     teacher, inputs = build(family, depth=4).eval(), batch(family)
     student = kdloss.keep_blocks(teacher, [0, 1, 3])
     by_hand = copy.deepcopy(teacher)
@@ -127,20 +127,20 @@ def test_keep_blocks_makes_a_student_that_computes_what_its_blocks_compute(famil
         kept = nn.ModuleList(blocks[i] for i in (0, 1, 3))
         parent, _, child = name.rpartition(".")
         setattr(by_hand.get_submodule(parent), child, kept)
-    by_hand.config.num_hidden_layers = 3  # some loop over this rather than over the list
+    by_hand.config.num_hidden_layers = 3  # some models loop over this number, not over the list
     if family in CAUSAL or family == "t5":
-        inputs["use_cache"] = False  # a cut list keeps its old cache indices
+        inputs["use_cache"] = False  # blocks of a shortened list keep their old cache indices
     assert torch.equal(student(**inputs).logits, by_hand(**inputs).logits)
     assert type(student) is type(teacher)
     assert not student.training
     assert student.config.num_hidden_layers == 3
     assert teacher.config.num_hidden_layers == 4
-    mine = {p.data_ptr() for p in teacher.parameters()}
-    assert not any(p.data_ptr() in mine for p in student.parameters())
+    of_teacher = {p.data_ptr() for p in teacher.parameters()}
+    assert not any(p.data_ptr() in of_teacher for p in student.parameters())
 
 
 @every_family
-def test_a_kept_student_is_held_against_the_block_before_the_next_kept_one(family):
+def test_pairing_kept_compares_each_block_with_the_teachers_block_before_the_next_kept_one(family):
     teacher = build(family, depth=6)
     student = kdloss.keep_blocks(teacher, [0, 2, 5])
     blocks = blocks_argument(family)
@@ -152,7 +152,7 @@ def test_a_kept_student_is_held_against_the_block_before_the_next_kept_one(famil
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "t5"])
-def test_a_kept_student_survives_saving(family, tmp_path):
+def test_a_student_of_kept_blocks_survives_saving(family, tmp_path):
     teacher = build(family, depth=4)
     student = kdloss.keep_blocks(teacher, "late").eval()
     student.save_pretrained(tmp_path)
@@ -163,7 +163,7 @@ def test_a_kept_student_survives_saving(family, tmp_path):
     kdloss.FeatureKD("all", pairing="kept", blocks=blocks_argument(family)).prepare(loaded, teacher)
 
 
-def test_keep_blocks_takes_every_selection_and_refuses_what_it_cannot_do():
+def test_keep_blocks_takes_every_kind_of_selection_and_refuses_invalid_ones():
     teacher = build("gpt2", depth=6)
     for blocks, kept in [("key", [0, 2, 5]), ([1, -1], [1, 5]), (lambda d: range(0, d, 3), [0, 3])]:
         assert kdloss.keep_blocks(teacher, blocks).config.kept_blocks == {"transformer.h": kept}
@@ -177,14 +177,14 @@ def test_keep_blocks_takes_every_selection_and_refuses_what_it_cannot_do():
     assert half.dtype == torch.bfloat16
 
 
-def test_keep_blocks_refuses_models_of_several_towers_or_none():
+def test_keep_blocks_refuses_a_model_of_two_towers():
     small = TINY | {"num_hidden_layers": 2}
     clip = hf.CLIPModel(hf.CLIPConfig(text_config=small, vision_config=small | {"image_size": 16, "patch_size": 8}))
     with pytest.raises(ValueError, match=r"2 lists of blocks.*text_model.*vision_model"):
         kdloss.keep_blocks(clip, [0])
 
 
-def test_layer_types_and_position_bias_go_with_their_blocks():
+def test_kept_blocks_keep_their_layer_types_and_the_first_one_gets_the_position_bias():
     teacher = build("gemma2", depth=4)
     student = kdloss.keep_blocks(teacher, [1, 2])
     assert student.config.layer_types == [teacher.config.layer_types[i] for i in (1, 2)]
@@ -198,7 +198,7 @@ def test_layer_types_and_position_bias_go_with_their_blocks():
     )
 
 
-def test_a_kept_student_generates_with_its_cache():
+def test_a_student_of_kept_blocks_generates_with_its_cache():
     teacher = build("llama", depth=4).eval()
     student = kdloss.keep_blocks(teacher, [0, 3])
     tokens = torch.tensor([[5, 6, 7]])
@@ -209,7 +209,7 @@ def test_a_kept_student_generates_with_its_cache():
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_hugging_face_outputs_give_the_distillers_loss(family):
-    """Except for the last block, which hidden_states hold after the final norm."""
+    """The last block is left out, because hidden_states hold it after the final norm."""
     teacher, student = build(family, depth=5).eval(), build(family, depth=4, seed=1).eval()
     inputs = batch(family)
     criterion = kdloss.FeatureKD([0, 1, 2], logit_weight=0.5)
@@ -223,7 +223,7 @@ def test_hugging_face_outputs_give_the_distillers_loss(family):
     torch.testing.assert_close(direct, loss)
 
 
-def test_an_encoders_features_are_held_over_its_own_padding():
+def test_features_of_an_encoder_are_masked_by_its_own_padding():
     teacher, student = build("t5", depth=3).eval(), build("t5", depth=2, seed=1).eval()
     inputs = batch("t5")
     criterion = kdloss.FeatureKD("last", alpha=0.0, blocks="encoder.block")
@@ -240,7 +240,7 @@ def test_an_encoders_features_are_held_over_its_own_padding():
     torch.testing.assert_close(out.loss, (examples * counted).sum() / counted.sum())
 
 
-def test_a_classifiers_features_are_held_over_its_padding():
+def test_the_loss_of_a_classifiers_features_does_not_depend_on_padding_tokens():
     teacher, student = (
         hf.AutoModelForSequenceClassification.from_config(build("bert", depth=d).config).eval() for d in (3, 2)
     )
@@ -253,7 +253,7 @@ def test_a_classifiers_features_are_held_over_its_padding():
     torch.testing.assert_close(distill(student, **inputs).loss, loss)
 
 
-def test_cnns_pair_by_resolution_once_a_batch_has_told_their_sizes():
+def test_cnns_pair_by_resolution_after_prepare_has_seen_a_batch():
     teacher, student = ResNet((2, 2, 2), width=6), ResNet((1, 2))
     images = {"x": torch.randn(2, 3, 8, 8)}
     criterion = kdloss.FeatureKD(pairing="resolution", alpha=0.0)
@@ -265,7 +265,7 @@ def test_cnns_pair_by_resolution_once_a_batch_has_told_their_sizes():
         model.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
     distill.prepare(student, **images)
     assert calls[0] == 1
-    assert calls[1] <= 1  # it may end early
+    assert calls[1] <= 1  # its pass may stop early
     assert criterion.terms["feature"].layer_map.pairs() == [(0, 1, 0.5), (2, 3, 0.5)]
     assert [tuple(p.shape) for p in criterion.parameters()] == [(6, 4), (6,), (12, 8), (12,)]
     loss = distill(student, **images).loss
@@ -327,7 +327,7 @@ def test_a_plain_cnn_is_distilled_by_module_names():
     assert set(out.components) == {"ce", "kd", "feature", "feature/1-1", "feature/3-5"}
 
 
-def test_modules_of_the_same_names_pair_by_same_only_when_asked():
+def test_modules_of_the_same_names_are_paired_only_by_pairing_same():
     teacher, student = cnn(6, 8), cnn(6, 8)
     x, y = torch.randn(4, 1, 8, 8), torch.randint(0, 10, (4,))
     with pytest.raises(ValueError, match="pairing='same'"):
@@ -340,14 +340,14 @@ def test_modules_of_the_same_names_pair_by_same_only_when_asked():
         kdloss.Distiller(teacher, kdloss.FeatureKD()).prepare(student)
 
 
-def test_block_names_are_as_good_as_their_indices():
+def test_blocks_may_be_named_instead_of_indexed():
     teacher, student = build("gpt2", depth=6), build("gpt2", depth=3, seed=1)
     criterion = kdloss.FeatureKD(["transformer.h.0", "transformer.h.2"])
     kdloss.Distiller(teacher, criterion).prepare(student)
     assert criterion.terms["feature"].layer_map.pairs() == [(0, 0, 0.5), (2, 5, 0.5)]
 
 
-def test_a_base_model_without_head_is_distilled_by_features_alone():
+def test_a_base_model_without_head_is_distilled_from_features_only():
     teacher = hf.AutoModel.from_config(build("bert", width=24, depth=4).config)
     student = hf.AutoModel.from_config(build("bert", depth=2).config)
     inputs = {k: v for k, v in batch("bert").items() if k != "labels"}

@@ -1,4 +1,4 @@
-"""`kdloss.suggest`: every line of the guide's rules, what was measured beside it, and criteria that train."""
+"""`kdloss.suggest`: each rule of the guide, the measured numbers beside it, and the training of suggested criteria."""
 
 import copy
 import re
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
 class Net(nn.Module):
-    """A model that is nobody's language model, of as many parameters as are asked for."""
+    """A model of no named family, with a chosen number of parameters."""
 
     def __init__(self, parameters):
         super().__init__()
@@ -27,10 +27,10 @@ class Net(nn.Module):
 
 
 class Other(Net):
-    """One of another family."""
+    """A model of another class, which counts as another family."""
 
 
-# The rules. A model of torch's own layers has no family, and is no text either, so that the rule alone holds.
+# The rules. `Net` is no language model, so only the rules apply to it, not what was measured on text.
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ class Other(Net):
         (10, 400, "4 to 6", 4.0),
     ],
 )
-def test_temperature_goes_by_how_much_smaller_the_student_is(student, teacher, rule, by_rule):
+def test_temperature_depends_on_how_much_smaller_the_student_is(student, teacher, rule, by_rule):
     sizes, models = kdloss.suggest(student, teacher), kdloss.suggest(Net(student), Net(teacher))
-    assert (sizes.temperature, models.temperature) == (1.0, by_rule)  # measured, and the rule's end towards it
+    assert (sizes.temperature, models.temperature) == (1.0, by_rule)  # the measured value; the rule's end nearest to it
     for advice in (sizes, models):
         assert f"rule: {rule} for a student" in advice.reasons["temperature"]
         assert "measured on text: 1 " in advice.reasons["temperature"]
@@ -57,7 +57,7 @@ def test_temperature_goes_by_how_much_smaller_the_student_is(student, teacher, r
 
 
 @pytest.mark.parametrize("teacher", [5, 10, 30, 400])
-def test_temperature_is_that_of_unlike_architectures_whatever_their_sizes(teacher):
+def test_temperature_of_unlike_architectures_does_not_depend_on_their_sizes(teacher):
     advice = kdloss.suggest(Net(10), Other(teacher))
     assert advice.temperature == 7.0
     assert "rule: 7 to 10 for unlike architectures" in advice.reasons["temperature"]
@@ -75,38 +75,38 @@ def test_temperature_is_that_of_unlike_architectures_whatever_their_sizes(teache
         ("weak", "hard", "0.7 to 0.9 for a weak teacher and a hard task", 0.9, 0.9),
     ],
 )
-def test_alpha_goes_by_teacher_and_task(quality, task, rule, by_rule, on_text):
-    said = {"teacher_quality": quality, "task": task}
-    models, sizes = kdloss.suggest(Net(10), Net(20), **said), kdloss.suggest(10, 20, **said)
+def test_alpha_depends_on_teacher_and_task(quality, task, rule, by_rule, on_text):
+    settings = {"teacher_quality": quality, "task": task}
+    models, sizes = kdloss.suggest(Net(10), Net(20), **settings), kdloss.suggest(10, 20, **settings)
     assert (models.alpha, sizes.alpha) == (by_rule, on_text)
     assert f"rule: {rule}; measured" in models.reasons["alpha"] == sizes.reasons["alpha"]
 
 
 @pytest.mark.parametrize("goal", ["quality", "speed"])
 @pytest.mark.parametrize("quality", ["strong", "moderate", "weak"])
-def test_alpha_of_features_is_their_own_unless_the_teacher_is_weak(goal, quality):
+def test_alpha_of_features_has_its_own_rule_unless_the_teacher_is_weak(goal, quality):
     advice = kdloss.suggest(10, 20, goal=goal, teacher_quality=quality)
     assert advice.alpha == (0.9 if quality == "weak" else 0.3)
     rule = "0.7 to 0.9 for a weak teacher" if quality == "weak" else "0.2 to 0.4 for features"
     assert f"rule: {rule}" in advice.reasons["alpha"]
 
 
-def gpt2(**more):
-    return build("gpt2", **more)
+def gpt2(**settings):
+    return build("gpt2", **settings)
 
 
 @pytest.mark.parametrize(
     ("pair", "goal", "method", "reason", "warns"),
     [
         (
-            "like",
+            "alike",
             "safe",
             "vanilla",
             "rule: features, where architectures are alike; measured on text: vanilla was ahead",
             None,
         ),
-        ("like", "quality", "both", "rule: features and output", None),
-        ("like", "speed", "feature", "rule: features, whose teacher stops early", None),
+        ("alike", "quality", "both", "rule: features and output", None),
+        ("alike", "speed", "feature", "rule: features, whose teacher stops early", None),
         ("unlike", "safe", "vanilla", "rule: the output, where architectures are unlike", None),
         ("unlike", "quality", "vanilla", "rule: the output, where architectures are unlike", "unlike families"),
         ("unlike", "speed", "vanilla", "rule: the output, where architectures are unlike", "unlike families"),
@@ -117,9 +117,9 @@ def gpt2(**more):
         ("sizes", "speed", "feature", "rule: features, whose teacher stops early", "nothing tells whether"),
     ],
 )
-def test_method_goes_by_the_goal_and_by_what_can_be_compared(pair, goal, method, reason, warns):
+def test_method_depends_on_the_goal_and_on_what_can_be_compared(pair, goal, method, reason, warns):
     pairs = {
-        "like": (gpt2(width=16), gpt2(width=24)),
+        "alike": (gpt2(width=16), gpt2(width=24)),
         "unlike": (build("llama", width=16), gpt2(width=24)),
         "blockless": (Net(10), Net(20)),
         "sizes": (10, 20),
@@ -136,7 +136,7 @@ def test_method_goes_by_the_goal_and_by_what_can_be_compared(pair, goal, method,
     assert set(advice.reasons) == {"smaller", "method", "alpha"} | used[method]
 
 
-def test_features_of_text_are_the_last_blocks_layer_normalised():
+def test_suggested_features_for_text_are_those_of_the_last_block_layer_normalised():
     for student, teacher in ((gpt2(width=16), gpt2(width=24)), (10, 20)):
         advice = kdloss.suggest(student, teacher, goal="quality")
         chosen = advice.layers, advice.pairing, advice.distance
@@ -146,35 +146,35 @@ def test_features_of_text_are_the_last_blocks_layer_normalised():
     assert "linear map" not in kdloss.suggest(gpt2(), gpt2(depth=6), goal="quality").reasons["distance"]
 
 
-def test_features_of_other_transformers_are_those_of_the_rule():
+def test_suggested_features_for_other_transformers_follow_the_rule():
     advice = kdloss.suggest(build("vit", width=16), build("vit", width=24), goal="speed")
     assert (advice.layers, advice.pairing, advice.distance) == ("auto", "uniform", distances.layer_norm_mse)
 
 
-def test_features_of_maps_are_paired_by_their_size():
+def test_feature_maps_are_paired_by_their_resolution():
     for pair in ((ResNet(), ResNet(width=8)), (hf_resnet(8), hf_resnet(16))):
         advice = kdloss.suggest(*pair, goal="speed")
         assert (advice.layers, advice.pairing, advice.distance) == ("auto", "resolution", distances.mse)
 
 
-def test_a_student_of_the_teachers_own_blocks_is_paired_by_what_it_kept():
+def test_a_student_made_of_the_teachers_blocks_is_paired_by_the_blocks_it_kept():
     teacher = gpt2(depth=6)
     advice = kdloss.suggest(kdloss.keep_blocks(teacher, [0, 2, 4]), teacher, goal="quality")
     assert (advice.layers, advice.pairing, advice.distance) == ("auto", "kept", distances.normalized_mse)
     shallow = kdloss.suggest(kdloss.keep_blocks(teacher, [0, 2, 4]), gpt2(depth=4), goal="quality")
-    assert shallow.pairing == "uniform"  # block 4 is not in there: it was made of another teacher
+    assert shallow.pairing == "uniform"  # this teacher has no block 4: the student was made of another one
 
 
 # Warnings.
 
 
 @pytest.mark.parametrize(("teacher", "warned"), [(100, False), (101, True), (1000, True)])
-def test_more_than_ten_times_smaller_is_warned_of(teacher, warned):
+def test_a_student_more_than_ten_times_smaller_gets_a_warning(teacher, warned):
     warnings = kdloss.suggest(10, teacher).warnings
     assert [f"{teacher / 10:.3g} times smaller" in text for text in warnings] == [True] * warned
 
 
-def test_a_student_larger_than_its_teacher_is_warned_of():
+def test_a_student_larger_than_its_teacher_gets_a_warning():
     (warning,) = kdloss.suggest(30, 10).warnings
     assert warning.startswith("the student is 3 times as large as the teacher")
     assert not kdloss.suggest(10, 10).warnings
@@ -191,31 +191,31 @@ def classifier(labels):
     )  # fmt: skip
 
 
-def test_vocabularies_that_differ_are_warned_of_with_the_ways_out():
+def test_the_warning_about_different_vocabularies_names_the_solutions():
     (warning,) = kdloss.suggest(of_vocabulary(50), of_vocabulary(60)).warnings
     assert warning.startswith("the student predicts 50 tokens and the teacher 60")
     (of_classes,) = kdloss.suggest(classifier(3), classifier(4)).warnings
     assert of_classes.startswith("the student predicts 3 classes and the teacher 4")
     assert "kdloss.TokenMap.of(student.config.label2id, teacher.config.label2id)" in of_classes
-    for ways in (warning, of_classes):
-        assert all(way in ways for way in ("kdloss.truncate", "kdloss.TokenMap.of", "kdloss.divergences.uld"))
+    for text in (warning, of_classes):
+        assert all(solution in text for solution in ("kdloss.truncate", "kdloss.TokenMap.of", "kdloss.divergences.uld"))
     resized = of_vocabulary(50)
     resized.resize_token_embeddings(60)
     assert not kdloss.suggest(resized, of_vocabulary(60)).warnings
 
 
-def test_the_ways_out_of_a_warning_train():
+def test_the_solutions_named_by_the_warning_train():
     student, teacher = of_vocabulary(50), of_vocabulary(60)
     advice = kdloss.suggest(student, teacher)
     tokens = torch.arange(12).view(2, 6)
-    for way in ({"vocabulary": kdloss.truncate}, {"divergence": kdloss.divergences.uld}):
-        one_step(student, teacher, advice.criterion(**way), input_ids=tokens, labels=tokens)
+    for solution in ({"vocabulary": kdloss.truncate}, {"divergence": kdloss.divergences.uld}):
+        one_step(student, teacher, advice.criterion(**solution), input_ids=tokens, labels=tokens)
 
 
 # Families.
 
 
-def test_families_go_by_their_names_of_which_one_may_hold_the_other():
+def test_families_are_alike_if_one_name_contains_the_other():
     pairs = {("bert", "distilbert"): True, ("roberta", "bert"): True, ("llama", "gpt2"): False, ("bert", "gpt2"): False}
     for (student, teacher), alike in pairs.items():
         reason = kdloss.suggest(build(student), build(teacher)).reasons["smaller"]
@@ -224,7 +224,7 @@ def test_families_go_by_their_names_of_which_one_may_hold_the_other():
         assert teacher in reason
 
 
-def test_families_without_names_go_by_the_class_of_the_model_or_of_its_blocks():
+def test_models_without_a_family_name_are_compared_by_their_class_or_that_of_their_blocks():
     class Deeper(nn.Module):
         """Blocks of ResNet's class."""
 
@@ -232,28 +232,28 @@ def test_families_without_names_go_by_the_class_of_the_model_or_of_its_blocks():
             super().__init__()
             self.blocks = nn.ModuleList(copy.deepcopy(ResNet().layer3))
 
-    def said(student, teacher):
+    def verdict(student, teacher):
         return kdloss.suggest(student, teacher).reasons["smaller"].partition("; ")[2]
 
-    assert said(ResNet(), ResNet((3, 3))) == said(Deeper(), ResNet()) == "architectures are alike"
-    assert said(ResNet(), Net(9)) == "architectures are unlike"
-    assert said(gpt2(), ResNet()) == "architectures are unlike (gpt2)"
+    assert verdict(ResNet(), ResNet((3, 3))) == verdict(Deeper(), ResNet()) == "architectures are alike"
+    assert verdict(ResNet(), Net(9)) == "architectures are unlike"
+    assert verdict(gpt2(), ResNet()) == "architectures are unlike (gpt2)"
     linear = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    assert said(linear, nn.Sequential(nn.Linear(3, 2))) == "whether architectures are alike is not known"
+    assert verdict(linear, nn.Sequential(nn.Linear(3, 2))) == "whether architectures are alike is not known"
 
 
-def test_wrappers_are_seen_through():
+def test_a_wrapped_model_gets_the_advice_for_the_model_inside():
     student, teacher = gpt2(width=16), gpt2(width=24)
     wrapped = nn.Module()
-    wrapped.module = student  # as DistributedDataParallel holds it
-    plain = kdloss.suggest(student, teacher, goal="quality")
-    assert kdloss.suggest(wrapped, torch.compile(teacher), goal="quality") == plain
+    wrapped.module = student  # as in DistributedDataParallel
+    expected = kdloss.suggest(student, teacher, goal="quality")
+    assert kdloss.suggest(wrapped, torch.compile(teacher), goal="quality") == expected
 
 
 # Sizes.
 
 
-def test_tied_weights_count_once_and_all_experts_of_a_mixture():
+def test_tied_weights_count_once_and_every_expert_of_a_mixture_counts():
     tied = of_vocabulary(50)
     block = 4 * 8 * 8 + 4 * 8 + 2 * 4 * 8 * 8 + 5 * 8 + 4 * 8  # attention, its biases, the MLP, its biases, two norms
     assert size(tied) == 50 * 8 + 1024 * 8 + block + 2 * 8
@@ -264,7 +264,7 @@ def test_tied_weights_count_once_and_all_experts_of_a_mixture():
 
 
 class Packed(nn.Module):
-    """A linear layer whose weight stands two to a byte, as bitsandbytes keeps it, or in a buffer, as GPTQ does."""
+    """A linear layer with two weights in each byte, in a parameter as in bitsandbytes or in a buffer as in GPTQ."""
 
     def __init__(self, in_features, out_features, buffer):
         super().__init__()
@@ -278,21 +278,21 @@ class Packed(nn.Module):
 
 
 @pytest.mark.parametrize("buffer", [False, True])
-def test_quantised_weights_count_as_what_they_stand_for(buffer):
+def test_a_quantised_layer_has_the_size_of_the_layer_it_represents(buffer):
     plain = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
     packed = nn.Sequential(Packed(8, 6, buffer), nn.ReLU(), nn.Linear(6, 4))
     assert size(packed) == size(plain) == 8 * 6 + 6 + 6 * 4 + 4
-    around = nn.Module()  # as peft does
-    around.in_features, around.out_features, around.base_layer = 8, 6, Packed(8, 6, buffer)
-    around.adapter = nn.Linear(8, 2)
-    assert size(around) == 8 * 6 + 6 + 8 * 2 + 2
+    wrapper = nn.Module()  # like a layer of peft
+    wrapper.in_features, wrapper.out_features, wrapper.base_layer = 8, 6, Packed(8, 6, buffer)
+    wrapper.adapter = nn.Linear(8, 2)
+    assert size(wrapper) == 8 * 6 + 6 + 8 * 2 + 2
 
 
 def test_a_parametrized_weight_counts_once():
     assert size(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))) == 4 * 4 + 4
 
 
-def test_any_kind_of_number_is_a_size():
+def test_a_size_may_be_any_kind_of_number():
     assert kdloss.suggest(np.int64(4), np.float32(9)).smaller == 2.25
 
 
@@ -308,7 +308,7 @@ def test_a_graph_has_a_size_and_no_blocks():
     assert advice.reasons["smaller"].endswith("whether architectures are alike is not known")
 
 
-def test_models_are_only_looked_at():
+def test_suggest_does_not_change_the_models():
     student, teacher = gpt2(width=16).train(), gpt2(width=24).eval()
     before = copy.deepcopy(student.state_dict())
     with torch.device("meta"):
@@ -319,11 +319,11 @@ def test_models_are_only_looked_at():
     assert all(torch.equal(a, before[name]) for name, a in student.state_dict().items())
 
 
-# What was measured.
+# Measured numbers.
 
 
 def perplexity(study, row):
-    """As the tables of docs/results have it, rounded."""
+    """The perplexity of a row in a table of docs/results, rounded."""
     return cell(study, row, 2)
 
 
@@ -334,7 +334,7 @@ def cell(study, row, column):
 
 
 @pytest.mark.parametrize(
-    ("name", "said", "study", "rows"),
+    ("name", "settings", "study", "rows"),
     [
         ("method", {}, "demo", "feature; vanilla"),
         ("method", {"goal": "quality"}, "smollm2-20-little", "both; vanilla"),
@@ -348,39 +348,41 @@ def cell(study, row, column):
         ("alpha", {"teacher_quality": "weak"}, "weak-teacher", "*alpha 0.9; none"),
         ("alpha", {"goal": "quality"}, "features", "*alpha 0.1; feature; *alpha 0.5; *alpha 0.7"),
         ("layers", {"goal": "quality"}, "features", "*layers last; *layers late; feature; *layers all; *layers key"),
-        ("pairing", {"goal": "quality"}, "features", "*pairing random; *pairing same"),  # the least and the most
+        ("pairing", {"goal": "quality"}, "features", "*pairing random; *pairing same"),  # the lowest and the highest
         ("distance", {"goal": "quality"}, "features", "feature; *distance mse; *distance cosine; *distance norm"),
     ],
 )
-def test_the_measured_numbers_are_those_of_the_results(name, said, study, rows):
+def test_the_measured_numbers_in_the_reasons_are_those_of_the_results_pages(name, settings, study, rows):
     method = "feature" if study == "features" else "vanilla"
-    found = [
+    expected = [
         perplexity(study, row.replace("*", f"{method}, ").replace("norm", "normalized_mse")) for row in rows.split("; ")
     ]
     pair = {"gap": (10, 110), "unlike": (Net(1), Other(1))}.get(study, (10, 25))
-    reason = kdloss.suggest(*pair, **said).reasons[name]
+    reason = kdloss.suggest(*pair, **settings).reasons[name]
     numbers = re.findall(r"[\d.]*\d", reason.partition("measured on text: ")[2])
-    assert found in [numbers[i : i + len(found)] for i in range(len(numbers))]
+    assert expected in [numbers[i : i + len(expected)] for i in range(len(numbers))]
 
 
-def test_the_gain_at_other_sizes_is_that_of_the_results():
+def test_the_gain_at_other_sizes_is_that_of_the_results_page():
     (warning,) = kdloss.suggest(10, 250).warnings
     rows = ["vanilla", *(f"vanilla, student-width {n}" for n in (64, 32, 16))]
     assert "by {}, {}, {} and {} %".format(*(cell("size", row, 3) for row in rows)) in warning
 
 
-def test_what_kept_blocks_came_to_is_that_of_the_results():
+def test_the_perplexities_of_kept_blocks_are_those_of_the_results_page():
     teacher = gpt2(depth=4)
     reasons = kdloss.suggest(kdloss.keep_blocks(teacher, [0, 2]), teacher, goal="quality").reasons
-    came, alone = perplexity("smollm2-15-little", "both"), perplexity("smollm2-15-little", "none")
-    assert all(f"15 of 30 blocks {came}, against {alone} alone" in reasons[name] for name in ("layers", "distance"))
+    distilled, plain = perplexity("smollm2-15-little", "both"), perplexity("smollm2-15-little", "none")
+    assert all(
+        f"15 of 30 blocks {distilled}, against {plain} alone" in reasons[name] for name in ("layers", "distance")
+    )
 
 
 # Criteria.
 
 
 def one_step(student, teacher, criterion, *args, prepare=False, **inputs):
-    """One step of training, after which student and all that the criterion trains have moved."""
+    """Train for one step; assert that the criterion's parameters have gradients and that the student has changed."""
     model = kdloss.Distillation(student, teacher, criterion)
     if prepare:
         model.prepare(*args, **inputs)
@@ -408,8 +410,8 @@ def test_the_criterion_trains_language_models(goal, pair):
     criterion = kdloss.suggest(student, teacher, goal=goal).criterion()
     model = one_step(student, teacher, criterion, **batch("gpt2"))
     projected = pair == "other widths" and goal != "safe"
-    made = getattr(model.criterion, "projections", {}).values()
-    assert [tuple(p.weight.shape) for p in made] == [(24, 16)] * projected
+    projections = getattr(model.criterion, "projections", {}).values()
+    assert [tuple(p.weight.shape) for p in projections] == [(24, 16)] * projected
 
 
 @pytest.mark.parametrize("goal", ["safe", "quality", "speed"])
@@ -452,15 +454,15 @@ def test_the_criterion_takes_the_recipes_other_settings():
     criterion = advice.criterion(alpha=0.5, reduction="sum", logit_weight=2.0)
     assert (criterion.alpha, criterion.logit_weight, criterion.temperature) == (0.5, 2.0, 1.0)
     assert kdloss.suggest(10, 20).criterion(alpha=0.7).alpha == 0.7
-    assert advice.criterion() is not advice.criterion()  # each trains projections of its own
+    assert advice.criterion() is not advice.criterion()  # each has its own projections to train
     with pytest.raises(TypeError, match="nothing"):
         advice.criterion(nothing=1)
 
 
-# As text.
+# Printing.
 
 
-def test_printed_it_is_a_table_of_aligned_columns():
+def test_advice_prints_as_a_table_of_aligned_columns():
     lines = str(kdloss.suggest(gpt2(width=16), gpt2(width=24, depth=40), goal="quality")).splitlines()
     table = lines[: lines.index("")]
     second, third = table[0].index("suggested"), table[0].index("because")
@@ -485,7 +487,7 @@ def test_every_word_of_reasons_and_warnings_is_printed():
     assert sorted(set(words) - set(shown)) == []
 
 
-def test_the_session_in_the_docs_shows_the_table_of_its_models():
+def test_the_session_in_the_docs_shows_the_advice_for_its_models():
     def model(layers, width, heads):
         shape = {"n_layer": layers, "n_embd": width, "n_head": heads}
         return hf.GPT2LMHeadModel(hf.GPT2Config(**shape, vocab_size=2048, n_positions=64))
@@ -505,7 +507,7 @@ def test_advice_is_frozen():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "error", "reason"),
+    ("arguments", "settings", "error", "reason"),
     [
         (("gpt2", 20), {}, TypeError, "student is a model or its number of parameters, got str"),
         ((10, True), {}, TypeError, "teacher is a model or its number of parameters, got bool"),
@@ -520,9 +522,9 @@ def test_advice_is_frozen():
         ((10, 20), {"goal": "fast"}, ValueError, "goal='fast' is unknown; choose one of ['safe', 'quality', 'speed']"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(arguments, said, error, reason):
+def test_invalid_arguments_are_refused(arguments, settings, error, reason):
     with pytest.raises(error, match=re.escape(reason)):
-        kdloss.suggest(*arguments, **said)
+        kdloss.suggest(*arguments, **settings)
 
 
 def hf_resnet(width):

@@ -1,4 +1,4 @@
-"""Which blocks a model's trunk is made of, in the forms that vision models and stacks of several towers have."""
+"""The blocks of a model's trunk, in the forms of vision models and in models with several stacks."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ from kdloss.layers.lists import block_lists
 
 
 def conv(before, after, stride=1):
-    """One layer, though of three parts."""
+    """One layer, made of three modules."""
     return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1), nn.BatchNorm2d(after), nn.ReLU())
 
 
 class Residual(nn.Module):
-    """MobileNet's: all that it holds is one list of layers, as a stage's is of blocks."""
+    """A block like MobileNet's: its only child is a list of layers, like a stage's list of blocks."""
 
     def __init__(self, width=4):
         super().__init__()
@@ -30,7 +30,7 @@ class Residual(nn.Module):
 
 
 class Branches(nn.Module):
-    """Inception's: layers side by side."""
+    """A block like Inception's: parallel layers."""
 
     def __init__(self, width=4):
         super().__init__()
@@ -42,11 +42,11 @@ class Branches(nn.Module):
 
 
 class OtherBranches(Branches):
-    """Inception's next kind."""
+    """A second kind of Inception's blocks."""
 
 
-class Last(Branches):
-    """And its last."""
+class ThirdBranches(Branches):
+    """A third kind of Inception's blocks."""
 
 
 class Separable(nn.Module):
@@ -58,7 +58,7 @@ class Separable(nn.Module):
 
 
 class Xception(nn.Module):
-    """A block with a list of composed modules among others inside."""
+    """A block that contains a list of composed modules and single layers."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ class Xception(nn.Module):
 
 
 class Attributes(nn.Module):
-    """Modules beside each other, run in this order."""
+    """Modules in attributes of their own, run in this order."""
 
     def __init__(self, **modules):
         super().__init__()
@@ -97,7 +97,7 @@ def test_layers_without_weights_between_blocks_are_no_blocks():
     assert list(find_blocks(model)) == fire
 
 
-def test_blocks_beside_each_other_are_found_by_their_numbers():
+def test_blocks_in_numbered_attributes_are_found():
     names = ("inception3a", "inception3b", "inception4a", "inception4b")
     model = Attributes(conv1=conv(3, 4), **{name: Branches() for name in names}, fc=nn.Conv2d(4, 2, 1))
     assert list(find_blocks(model)) == [model.get_submodule(name) for name in names]
@@ -106,7 +106,7 @@ def test_blocks_beside_each_other_are_found_by_their_numbers():
     assert list(find_blocks(model)) == [model.block1, model.block2, model.block3]
 
 
-def test_blocks_beside_each_other_yield_to_a_list_that_holds_more():
+def test_a_list_is_preferred_to_fewer_blocks_in_numbered_attributes():
     heads = {f"head{i}": Residual() for i in range(3)}
     model = Attributes(layers=nn.ModuleList(Residual() for _ in range(4)), **heads)
     assert list(find_blocks(model)) == list(model.layers)
@@ -116,8 +116,8 @@ def test_blocks_beside_each_other_yield_to_a_list_that_holds_more():
 
 
 @pytest.mark.parametrize("kind", ["sequential", "attributes"])
-def test_blocks_of_several_classes_are_no_branches_of_theirs_and_can_be_named(kind):
-    blocks = [Branches(), Branches(), OtherBranches(), OtherBranches(), Last()]
+def test_blocks_of_several_classes_are_listed_without_their_branches_and_can_be_named(kind):
+    blocks = [Branches(), Branches(), OtherBranches(), OtherBranches(), ThirdBranches()]
     if kind == "sequential":
         model, name = Attributes(features=nn.Sequential(conv(3, 4), *blocks)), "features"
         blocks = list(model.features)
@@ -143,7 +143,7 @@ def test_a_stem_is_no_list_of_blocks(stem):
     assert list(find_blocks(model)) == [*stages[0], *stages[1]]
 
 
-def test_of_several_lists_the_one_that_holds_most_is_proposed_first():
+def test_of_several_lists_the_largest_is_proposed_first():
     stem = nn.Sequential(Residual(2), Residual(2))
     model = Attributes(
         stem=stem, body=nn.ModuleList(Residual(2) for _ in range(3)), tokens=nn.ModuleList([Branches(9)])
@@ -160,7 +160,7 @@ def test_a_short_list_behind_a_larger_one_of_unequal_modules_is_not_taken_for_th
     assert list(find_blocks(model, "network")) == list(network)
 
 
-def test_blocks_among_other_modules_are_located_once_and_captured_where_they_are(monkeypatch):
+def test_blocks_among_other_modules_are_located_once_and_captured(monkeypatch):
     from kdloss._capture import located
 
     model, x, found = mobilenet(), torch.randn(2, 3, 4, 4), Located()
@@ -174,7 +174,7 @@ def test_blocks_among_other_modules_are_located_once_and_captured_where_they_are
         monkeypatch.setattr(located, "find_blocks", None)
 
 
-def test_a_mobilenet_learns_the_features_of_its_own_blocks():
+def test_the_feature_loss_of_a_mobilenet_is_that_of_its_blocks():
     torch.manual_seed(0)
     student, teacher = mobilenet().eval(), mobilenet().eval()
     x, criterion = torch.randn(2, 3, 4, 4), kdloss.FeatureKD("all", alpha=0.0)
@@ -187,12 +187,12 @@ def test_a_mobilenet_learns_the_features_of_its_own_blocks():
 
 
 def vgg():
-    """Convolutions, each changed in place by what follows it."""
+    """Convolutions, whose outputs are changed in place by the next module."""
     layers = [nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
     return Attributes(features=nn.Sequential(*layers, nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2)))
 
 
-def test_layers_in_a_row_are_no_blocks_but_can_be_named_as_such():
+def test_single_layers_in_a_row_are_no_blocks_but_can_be_named_as_blocks():
     deep = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(4)))
     model = Attributes(features=deep, classifier=nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))))
     with pytest.raises(
@@ -202,7 +202,7 @@ def test_layers_in_a_row_are_no_blocks_but_can_be_named_as_such():
     assert list(find_blocks(model, "features")) == list(deep)
 
 
-def test_resolution_captures_what_it_may_pair_alone():
+def test_pairing_by_resolution_captures_only_modules_that_it_may_pair():
     torch.manual_seed(0)
     student, teacher, x = vgg().eval(), vgg().eval(), torch.randn(2, 3, 8, 8)
     criterion = kdloss.FeatureKD(pairing="resolution", blocks="features", alpha=0.0)
@@ -212,7 +212,7 @@ def test_resolution_captures_what_it_may_pair_alone():
     torch.testing.assert_close(out.loss, sum(expected) / 3)
 
 
-# -- several stacks of Hugging Face's ----------------------------------------------------------------
+# -- Hugging Face models with several stacks ---------------------------------------------------------
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 
@@ -248,17 +248,17 @@ def captioner():
         pytest.param(
             lambda: hf.T5ForSequenceClassification(FAMILIES["t5"][0](16, 3)),
             "transformer.decoder.block",
-            marks=since_transformers_5,  # before, it calls itself its decoder, and `blocks` has to be said
+            marks=since_transformers_5,  # before, it returns itself as its decoder, and `blocks` must be set
         ),
     ],
 )
-def test_the_decoders_blocks_are_taken_where_logits_come_from_it(model, decoder):
+def test_the_decoders_blocks_are_found_where_logits_come_from_the_decoder(model, decoder):
     model = model()
     assert len(block_lists(model)) == 2
     assert list(find_blocks(model)) == list(model.get_submodule(decoder))
 
 
-def test_two_towers_side_by_side_are_listed():
+def test_two_parallel_towers_raise_an_error_that_lists_both():
     clip = hf.CLIPModel(
         hf.CLIPConfig(
             text_config=SMALL | {"num_hidden_layers": 2},
@@ -289,7 +289,7 @@ def test_an_encoder_decoders_features_are_those_of_its_decoder_on_both_sides():
 def test_a_kept_student_of_an_encoder_decoder_is_paired_by_its_decoders_blocks():
     teacher = build("t5", depth=4).eval()
     student = kdloss.keep_blocks(teacher, [0, 2])
-    student.config.kept_blocks["encoder.block"] = [0, 1]  # as if the stacks had been thinned apart
+    student.config.kept_blocks["encoder.block"] = [0, 1]  # as if other blocks of the encoder had been kept
     criterion = kdloss.FeatureKD("all", pairing="kept", alpha=0.0)
     kdloss.Distiller(teacher, criterion).prepare(student)
     assert [pair[:2] for pair in criterion.terms["feature"].layer_map.pairs()] == [(0, 1), (1, 3)]

@@ -1,4 +1,4 @@
-"""Prompt tuning lengthens what a model gives; what is held against labels and teacher is the text's."""
+"""Prompt tuning adds positions to a model's outputs; only those of the text are compared with labels and teacher."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from kdloss import CrossEntropy, Distiller, Features, Logits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*loss_type=None.*"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft's own
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft warns
 ]
 KINDS = {"prompt": {}, "p-tuning": {"encoder_hidden_size": 8}}
 
@@ -27,12 +27,12 @@ def tuned(model, kind="prompt", task="CAUSAL_LM", tokens=4):
 
 
 def first_block(model, batch, where, i=0):
-    found = []
+    outputs = []
     base = kdloss.layers.names.unwrap(model)
-    handle = base.get_submodule(f"{where}.{i}").register_forward_hook(lambda m, a, out: found.append(out))
+    handle = base.get_submodule(f"{where}.{i}").register_forward_hook(lambda m, a, out: outputs.append(out))
     model(**batch)
     handle.remove()
-    return found[0] if torch.is_tensor(found[0]) else found[0][0]
+    return outputs[0] if torch.is_tensor(outputs[0]) else outputs[0][0]
 
 
 def prompts(model):
@@ -41,15 +41,15 @@ def prompts(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tuned_teacher", [False, True])
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_causal_models_virtual_tokens_are_cut_off_logits_and_features(kind, tuned_teacher, whole):
+@pytest.mark.parametrize("full_logits", [False, True])
+def test_a_causal_models_virtual_tokens_are_cut_off_logits_and_features(kind, tuned_teacher, full_logits):
     student, teacher = tuned(build("llama", depth=2), kind), build("llama", depth=3, seed=1).double().eval()
     if tuned_teacher:
         teacher = tuned(teacher, tokens=2)
     batch = texts_of("llama")
-    batch["labels"][:, 0] = -100  # peft's own loss has it behind the last virtual token, where no teacher can be
+    batch["labels"][:, 0] = -100  # peft predicts it at the last virtual token, where a teacher may have no position
     inputs = {k: x for k, x in batch.items() if k != "labels"}
-    divergence = kdloss.divergences.dist if whole else kdloss.divergences.forward_kl
+    divergence = kdloss.divergences.dist if full_logits else kdloss.divergences.forward_kl
     criterion = 0.5 * CrossEntropy() + 0.3 * Logits(divergence, temperature=1.0) + 0.2 * Features(pairing=[(0, 1)])
     out = Distiller(teacher, criterion)(student, **batch)
     assert out.logits.shape[:2] == batch["labels"].shape
@@ -57,19 +57,19 @@ def test_a_causal_models_virtual_tokens_are_cut_off_logits_and_features(kind, tu
     s, t = student(**inputs).logits[:, 4:-1], teacher(**inputs).logits[:, 2 if tuned_teacher else 0 : -1].detach()
     h, g = first_block(student, inputs, "model.layers"), first_block(teacher, inputs, "model.layers", 1).detach()
     gaps = (h[:, 4:-1] - g[:, 2 if tuned_teacher else 0 : -1]).square().mean(-1)
-    ce, own = F.cross_entropy(s[keep], batch["labels"][:, 1:][keep]), student(**batch).loss
-    torch.testing.assert_close(ce, own, rtol=1e-6, atol=0.0, check_dtype=False)
+    ce, peft_loss = F.cross_entropy(s[keep], batch["labels"][:, 1:][keep]), student(**batch).loss
+    torch.testing.assert_close(ce, peft_loss, rtol=1e-6, atol=0.0, check_dtype=False)
     torch.testing.assert_close(out.components["ce"], ce.detach())
     torch.testing.assert_close(out.components["feature"], gaps[keep].mean().detach())
-    if not whole:
+    if not full_logits:
         expected = 0.5 * ce + 0.3 * kl(s, t, 1.0)[keep].mean() + 0.2 * gaps[keep].mean()
         torch.testing.assert_close(out.loss, expected)
-        slopes = (torch.autograd.grad(x, prompts(student))[0] for x in (out.loss, expected))
-        torch.testing.assert_close(*slopes)
+        gradients = (torch.autograd.grad(x, prompts(student))[0] for x in (out.loss, expected))
+        torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("length", [0, 2, 6])
-def test_an_encoders_virtual_tokens_are_cut_off_and_nothing_of_its_decoders(length):
+def test_virtual_tokens_of_an_encoder_are_cut_off_and_the_decoder_keeps_all_positions(length):
     student = tuned(build("t5", depth=2), task="SEQ_2_SEQ_LM")
     teacher, batch = build("t5", depth=3, seed=1).double().eval(), texts_of("t5")
     batch["labels"] = torch.cat([batch["labels"], batch["labels"][:, :length]], 1)
@@ -101,14 +101,14 @@ def test_a_token_classifiers_virtual_tokens_have_no_labels():
     batch = texts_of("bert")
     batch["labels"] = (batch["labels"] % 2).masked_fill(batch["attention_mask"] == 0, -100)
     inputs = {k: x for k, x in batch.items() if k != "labels"}
-    out = Distiller(teacher, kdloss.VanillaKD(1.0, 0.5, causal=False))(student, **batch)  # peft has no such loss
+    out = Distiller(teacher, kdloss.VanillaKD(1.0, 0.5, causal=False))(student, **batch)  # peft computes no such loss
     keep = batch["labels"] != -100
     s, t = student(**inputs).logits[:, 4:], teacher(**inputs).logits.detach()
     expected = 0.5 * F.cross_entropy(s[keep], batch["labels"][keep]) + 0.5 * kl(s, t, 1.0)[keep].mean()
     torch.testing.assert_close(out.loss, expected)
 
 
-def test_a_prefix_lengthens_nothing_and_nothing_is_cut():
+def test_prefix_tuning_adds_no_positions_and_none_are_cut_off():
     student = get_peft_model(build("gpt2", depth=2), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     student, teacher = student.double().eval(), build("gpt2", depth=3, seed=1).double().eval()
     batch = texts_of("gpt2")

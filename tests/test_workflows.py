@@ -1,4 +1,4 @@
-"""Several teachers, chains, phases and summaries at a small size."""
+"""The applications with several teachers, chains, phases and summaries, at a small size."""
 
 import json
 
@@ -29,11 +29,11 @@ def test_several_teachers_are_averaged_by_their_weights(data, teachers, tmp_path
     weights = ["--weights", "0.5,0.5", "1.0,0.0", "0.3,0.7"]
     arguments = [*tiny.flags(data, tmp_path, teachers), *weights]
     runs = multi_teacher.main(arguments)
-    found = {row: x[0] for row, x in runs.items()}
-    assert len(found) == 5 + 3 * 2 + 3
-    assert not close(found["teacher"], found["teacher 2"])  # each saw its own half
-    assert close(found["probabilities-1.0-0.0"], found["of-teacher-1"])
-    assert close(found["logits-1.0-0.0"], found["of-teacher-1"])
+    first = {row: x[0] for row, x in runs.items()}
+    assert len(first) == 5 + 3 * 2 + 3
+    assert not close(first["teacher"], first["teacher 2"])  # each was trained on its own half
+    assert close(first["probabilities-1.0-0.0"], first["of-teacher-1"])
+    assert close(first["logits-1.0-0.0"], first["of-teacher-1"])
     distinct = [
         "of-teacher-1",
         "of-teacher-2",
@@ -43,8 +43,8 @@ def test_several_teachers_are_averaged_by_their_weights(data, teachers, tmp_path
         "confidence",
         "entropy",
     ]
-    assert len({found[row]["perplexity"] for row in distinct}) == len(distinct)
-    assert found["none"]["perplexity"] > found["probabilities-0.5-0.5"]["perplexity"]
+    assert len({first[row]["perplexity"] for row in distinct}) == len(distinct)
+    assert first["none"]["perplexity"] > first["probabilities-0.5-0.5"]["perplexity"]
     trained, fit = [], distill_lm.fit
     monkeypatch.setattr(distill_lm, "fit", lambda *a: trained.append(a[-1]) or fit(*a))
     assert multi_teacher.main(arguments) == runs
@@ -53,40 +53,40 @@ def test_several_teachers_are_averaged_by_their_weights(data, teachers, tmp_path
     assert trained == ["logits-0.9-0.1 (0)"]
 
 
-def test_given_teachers_are_used_and_need_a_weight_each(data, teachers, tmp_path):
+def test_teachers_from_the_command_line_are_used_and_need_one_weight_each(data, teachers, tmp_path):
     teacher = next(str(folder) for folder in teachers.iterdir() if folder.is_dir())
-    given = ["--several", teacher, teacher]
-    arguments = [*tiny.flags(data, tmp_path, teachers, steps=3), *given]
-    found = {row: x[0] for row, x in multi_teacher.main([*arguments, "--weights", "0.5,0.5"]).items()}
-    assert close(found["teacher"], found["teacher 2"])
-    for row in ("probabilities-0.5-0.5", "confidence", "entropy", "learned"):  # of two that say the same
-        assert close(found[row], found["of-teacher-1"])
+    several = ["--several", teacher, teacher]
+    arguments = [*tiny.flags(data, tmp_path, teachers, steps=3), *several]
+    first = {row: x[0] for row, x in multi_teacher.main([*arguments, "--weights", "0.5,0.5"]).items()}
+    assert close(first["teacher"], first["teacher 2"])
+    for row in ("probabilities-0.5-0.5", "confidence", "entropy", "learned"):  # both teachers are the same model
+        assert close(first[row], first["of-teacher-1"])
     with pytest.raises(ValueError, match="--weights need one number for each of 2 teachers"):
         multi_teacher.main([*arguments, "--weights", "0.5,0.3,0.2"])
 
 
 def test_in_a_chain_each_student_is_the_teacher_of_the_next(data, teachers, tmp_path, monkeypatch):
-    asked, fit = [], distill_lm.fit
+    pairs, fit = [], distill_lm.fit
 
-    def seen(distill, student, *rest):
-        asked.append((distill.teachers[0].module.num_parameters(), student.num_parameters()))
+    def recording(distill, student, *rest):
+        pairs.append((distill.teachers[0].module.num_parameters(), student.num_parameters()))
         return fit(distill, student, *rest)
 
-    monkeypatch.setattr(distill_lm, "fit", seen)
+    monkeypatch.setattr(distill_lm, "fit", recording)
     arguments = [*tiny.flags(data, tmp_path, teachers), "--stages", "2x24", "1x16"]
     runs = chain.main(arguments)
     assert list(runs) == ["teacher", "2x24", "2x24 > 1x16", "direct", "direct, the chain's compute", "none"]
     teacher, middle, last = (runs[row][0]["parameters"] for row in list(runs)[:3])
-    assert asked == [(teacher, middle), (middle, last), (teacher, last), (teacher, last), (teacher, last)]
+    assert pairs == [(teacher, middle), (middle, last), (teacher, last), (teacher, last), (teacher, last)]
     chained = runs["2x24"][0]["teraflop"] + runs["2x24 > 1x16"][0]["teraflop"]
     direct, longer = runs["direct"][0], runs["direct, the chain's compute"][0]
     assert longer["teraflop"] == pytest.approx(chained, abs=direct["teraflop"] / direct["steps"])
 
-    asked.clear()  # finished stages are not trained again
+    pairs.clear()  # finished stages are not trained again
     (lost,) = (tmp_path / "cells").glob("2x24-1x16-*.json")
     lost.unlink()
     again = chain.main(arguments)
-    assert asked == [(middle, last)]
+    assert pairs == [(middle, last)]
     assert again["2x24 > 1x16"][0]["perplexity"] == runs["2x24 > 1x16"][0]["perplexity"]
 
 
@@ -94,14 +94,14 @@ def test_each_phase_starts_from_the_student_of_the_one_before(data, teachers, tm
     epochs = ["--train-epochs", "1", "--distil-epochs", "2", "--finetune-epochs", "1", "--hardest", "0.5"]
     flags = tiny.flags(data, tmp_path, teachers, steps=None)
     runs = {row: found[0] for row, found in phases.main([*flags, *epochs]).items()}
-    first, second, third, alone, distilled = list(runs.values())[1:]
+    first, second, third, undistilled, distilled = list(runs.values())[1:]
     assert second["curve"][0]["perplexity"] == pytest.approx(first["perplexity"], rel=1e-5)
     assert third["curve"][0]["perplexity"] == pytest.approx(second["perplexity"], rel=1e-5)
     assert second["gained"] == pytest.approx(first["perplexity"] - second["perplexity"])
     assert second["steps"] == 2 * first["steps"]
     assert third["steps"] == pytest.approx(first["steps"] / 2, abs=1)
     total = first["steps"] + second["steps"] + third["steps"]
-    assert alone["steps"] == distilled["steps"] == total
+    assert undistilled["steps"] == distilled["steps"] == total
 
 
 def test_the_hardest_blocks_are_those_of_the_highest_loss():
@@ -117,13 +117,13 @@ def test_the_hardest_blocks_are_those_of_the_highest_loss():
 def test_a_prompt_is_the_beginning_of_a_training_example():
     tokenizer = text.train_tokenizer([f"{s}{summarise.ARROW} {s}" for s in tiny.SENTENCES], 300)
     arrow = tokenizer(summarise.ARROW)["input_ids"]
-    whole = tokenizer(f"A text.{summarise.ARROW} Number 5", add_special_tokens=False)["input_ids"]
+    example = tokenizer(f"A text.{summarise.ARROW} Number 5", add_special_tokens=False)["input_ids"]
     ((document, summary),) = summarise.encode(tokenizer, [("A text.", "Number 5")], 48, 24)
     assert summary[: len(arrow)] == arrow
-    assert [*document, *summary] == [*whole, tokenizer.eos_token_id]
+    assert [*document, *summary] == [*example, tokenizer.eos_token_id]
 
 
-def test_only_summaries_count_and_padding_changes_nothing():
+def test_only_summary_tokens_have_labels_and_padding_is_masked():
     batch = summarise.batch_of([([1, 2, 3], [8, 9]), ([4], [7])], pad=0)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 8, 9], [4, 7, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
@@ -149,7 +149,7 @@ def test_a_summarising_student_learns_and_is_measured(teachers, tmp_path, monkey
     assert summarise.main([*flags, *task.split()]) == runs
 
 
-def test_perplexity_of_summaries_counts_their_tokens_alone():
+def test_the_perplexity_of_summaries_is_over_their_tokens_only():
     tokenizer = text.train_tokenizer(tiny.SENTENCES, 300)
     model = models.gpt2(1, 16, 2, dropout=0.0, tokenizer=tokenizer, length=8).eval()
     pairs = [([5, 6, 7], [8, 9]), ([4], [7, 11, 12])]
@@ -162,29 +162,29 @@ def test_perplexity_of_summaries_counts_their_tokens_alone():
     assert summarise.perplexity(model, pairs, pad=0) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_criterion_of_the_task_uses_late_layers_and_alpha_of_a_fifth():
+def test_the_default_criterion_for_summaries_uses_late_layers_and_an_alpha_of_a_fifth():
     criterion = distill_lm.criterion_for(summarise.DEFAULTS)
     assert isinstance(criterion, kdloss.FeatureKD)
     assert (criterion.alpha, criterion.terms["feature"].layer_map.layers) == (0.2, "late")
 
 
-def test_an_empty_column_of_summaries_is_named(tmp_path):
+def test_an_empty_column_of_summaries_is_named_in_an_error(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"article": "A", "title": ""}\n{"article": "B", "title": null}')
-    said = "0 of 2 entries have both 'article' and 'title', no more than the 200 held out: change --document"
-    with pytest.raises(ValueError, match=said):
+    message = "0 of 2 entries have both 'article' and 'title', no more than the 200 held out: change --document"
+    with pytest.raises(ValueError, match=message):
         summarise.main(["--data", str(file), "--document", "article", "--summary", "title"])
 
 
 def test_choose_layers_prints_similarities_and_a_pairing(data, teachers, tmp_path, capsys, monkeypatch):
     teacher = next(str(folder) for folder in teachers.iterdir() if folder.is_dir())
     arguments = [*tiny.flags(data, tmp_path, teachers), "--teacher", teacher, "--batches", "2"]
-    kept = choose_layers.main([*arguments, "--keep-blocks", "0,1"])
-    assert kept.values.shape == (2, 3)
-    assert kept.values.diagonal().tolist() == pytest.approx([1, 1], abs=1e-6)
-    said = capsys.readouterr().out
-    assert "suggested: FeatureKD(pairing=[(0, 0), (1, 1)])" in said
-    assert "  0  1.00" in said
+    of_kept_blocks = choose_layers.main([*arguments, "--keep-blocks", "0,1"])
+    assert of_kept_blocks.values.shape == (2, 3)
+    assert of_kept_blocks.values.diagonal().tolist() == pytest.approx([1, 1], abs=1e-6)
+    printed = capsys.readouterr().out
+    assert "suggested: FeatureKD(pairing=[(0, 0), (1, 1)])" in printed
+    assert "  0  1.00" in printed
     assert [p[:2] for p in json.loads((tmp_path / "results.json").read_text())["pairing"]] == [
         [0, 0],
         [1, 1],
@@ -192,7 +192,7 @@ def test_choose_layers_prints_similarities_and_a_pairing(data, teachers, tmp_pat
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     trained, fit = [], distill_lm.fit
     monkeypatch.setattr(distill_lm, "fit", lambda *a: trained.append(a[-1]) or fit(*a))
-    alone = choose_layers.main(arguments)
-    assert alone.values.shape == (2, 3)
-    assert torch.equal(choose_layers.main(arguments).values, alone.values)
-    assert trained == ["none (0)"]  # once, and kept
+    of_trained_student = choose_layers.main(arguments)
+    assert of_trained_student.values.shape == (2, 3)
+    assert torch.equal(choose_layers.main(arguments).values, of_trained_student.values)
+    assert trained == ["none (0)"]  # once; the second call loads the stored student

@@ -1,4 +1,4 @@
-"""What each of several gloo processes runs: torchrun --nproc-per-node 4 this_file OUTPUT."""
+"""Run by each of several gloo processes: torchrun --nproc-per-node 4 this_file OUTPUT."""
 
 import sys
 from functools import partial
@@ -17,7 +17,7 @@ try:
 except ImportError:  # before torch 2.5
     from torch.distributed._tensor import Shard, distribute_tensor
 
-SIZES = {2: (8, 11), 4: (7, 0, 5, 7)}  # classes of each process, one of them without any
+SIZES = {2: (8, 11), 4: (7, 0, 5, 7)}  # the number of classes of each process; one has none
 CASES = {
     "forward_kl": kdloss.VanillaKD(2.0, 0.0),
     "reverse_kl": kdloss.VanillaKD(3.0, 0.0, divergence=kdloss.divergences.reverse_kl),
@@ -28,7 +28,7 @@ CASES = {
 
 
 def data():
-    """Student (hidden, weight, bias), teacher's logits and labels, the same in every process."""
+    """Student (hidden, weight, bias), logits of the teacher, and labels; the same in every process."""
     g = torch.Generator().manual_seed(0)
     shapes = {"hidden": (2, 3, 5), "weight": (19, 5), "bias": (19,), "teacher": (2, 3, 19)}
     tensors = {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
@@ -39,14 +39,15 @@ def data():
 
 def gradients(criterion, student, leaves, teacher, labels):
     loss = criterion(student, teacher, labels)
-    found = torch.autograd.grad(2 * loss, leaves)
-    whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
-    return {"loss": loss.detach(), "grad": whole, "components": criterion.components}
+    grads = torch.autograd.grad(2 * loss, leaves)
+    full = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+    return {"loss": loss.detach(), "grad": full, "components": criterion.components}
 
 
 def main():
     dist.init_process_group("gloo")
-    kdloss.engine.block_sizes.block_rows = lambda device, row_bytes: 1 + row_bytes // 8 % 3  # cut, and everywhere alike
+    # several blocks of rows, the same on every rank
+    kdloss.engine.block_sizes.block_rows = lambda device, row_bytes: 1 + row_bytes // 8 % 3
     rank, world = dist.get_rank(), dist.get_world_size()
     x, labels = data()
     start = sum(SIZES[world][:rank])
@@ -57,25 +58,25 @@ def main():
     lazy = kdloss.ShardedLogits(kdloss.LazyLogits(*head))
     results = {}
     for name, criterion in CASES.items():
-        given = gradients(criterion, kdloss.ShardedLogits(logits), [logits], teacher, labels)
-        made = gradients(criterion, lazy, head, teacher, labels)
-        results[name] = {"logits": given, "lazy": made}
+        of_logits = gradients(criterion, kdloss.ShardedLogits(logits), [logits], teacher, labels)
+        of_lazy = gradients(criterion, lazy, head, teacher, labels)
+        results[name] = {"logits": of_logits, "lazy": of_lazy}
     each = kdloss.divergences.forward_kl(kdloss.ShardedLogits(logits), teacher)
     results["each position"] = torch.autograd.grad((each * torch.arange(6).view(2, 3)).sum(), logits)[0]
     if world == 2:
         mesh = init_device_mesh("cpu", (2,))
         placed = distribute_tensor(x["teacher"], mesh, [Shard(-1)])
-        whole = x["hidden"] @ x["weight"].T + x["bias"]
-        student = distribute_tensor(whole, mesh, [Shard(-1)]).requires_grad_()
+        full = x["hidden"] @ x["weight"].T + x["bias"]
+        student = distribute_tensor(full, mesh, [Shard(-1)]).requires_grad_()
         hidden = x["hidden"].clone().requires_grad_()
-        parts = [distribute_tensor(x[name], mesh, [Shard(0)]).requires_grad_() for name in ("weight", "bias")]
+        shards = [distribute_tensor(x[name], mesh, [Shard(0)]).requires_grad_() for name in ("weight", "bias")]
         for name, criterion in CASES.items():
             results[name]["dtensor"] = gradients(criterion, student, [student], placed, labels)
-            lazy = kdloss.LazyLogits(hidden, *parts)
-            results[name]["lazy dtensor"] = gradients(criterion, lazy, [hidden, *parts], placed, labels)
+            lazy = kdloss.LazyLogits(hidden, *shards)
+            results[name]["lazy dtensor"] = gradients(criterion, lazy, [hidden, *shards], placed, labels)
     for name, student, leaves in (
         ("several", kdloss.ShardedLogits(logits), [logits]),
-        ("lazy several", lazy_again(head), head),
+        ("lazy several", lazy_logits(head), head),
     ):
         loss, values = fused(*Problem.of(tasks(teacher, labels), student, None, 6), several_weights())
         results[name] = {"values": values, "grad": torch.autograd.grad(loss, leaves)}
@@ -84,7 +85,7 @@ def main():
     dist.destroy_process_group()
 
 
-def lazy_again(head):
+def lazy_logits(head):
     return kdloss.ShardedLogits(kdloss.LazyLogits(*head))
 
 
@@ -107,28 +108,28 @@ def tasks(teacher, labels):
     ]
 
 
-def refused(logits, teacher, whole):
-    """What the user reads who mixes sharded and whole logits, or wants what there is not."""
+def refused(logits, teacher, full_teacher):
+    """The error messages for a mix of sharded and full logits and for what sharded logits don't support."""
     student = kdloss.ShardedLogits(logits)
-    asks = {
-        "whole teacher": lambda: kdloss.divergences.forward_kl(student, whole),
-        "own divergence": lambda: kdloss.VanillaKD(alpha=0.0, divergence=own)(student, teacher),
-        "soft labels": lambda: LabelTask(whole.softmax(-1)).check(student),
+    calls = {
+        "whole teacher": lambda: kdloss.divergences.forward_kl(student, full_teacher),
+        "own divergence": lambda: kdloss.VanillaKD(alpha=0.0, divergence=custom_divergence)(student, teacher),
+        "soft labels": lambda: LabelTask(full_teacher.softmax(-1)).check(student),
         "hard labels": lambda: kdloss.divergences.hard_labels(student, teacher),
         "second derivative": lambda: torch.autograd.grad(
             kdloss.divergences.forward_kl(student, teacher).sum(), logits, create_graph=True
         ),
     }
-    said = {}
-    for name, ask in asks.items():
+    messages = {}
+    for name, call in calls.items():
         try:
-            ask()
+            call()
         except (ValueError, RuntimeError) as error:
-            said[name] = str(error)
-    return said
+            messages[name] = str(error)
+    return messages
 
 
-def own(student, teacher, *, temperature):
+def custom_divergence(student, teacher, *, temperature):
     return (student - teacher).square().sum(-1)
 
 
