@@ -185,8 +185,8 @@ def verdict(kind: str, model_type: str, name: str) -> tuple[str, str]:
         inputs = batch(student, kind)
         more = {"use_cache": False} if "use_cache" in vars(student.config) else {}
         with torch.no_grad():
-            own, theirs = student(**inputs, **more), teacher(**inputs, **more)
-        if not own.loss.isfinite():
+            ours, theirs = student(**inputs, **more), teacher(**inputs, **more)
+        if not ours.loss.isfinite():
             raise ValueError("its loss is not finite")
     except Exception as error:
         return "not run", f"{type(error).__name__}: {error}".splitlines()[0][:90]
@@ -201,18 +201,18 @@ def verdict(kind: str, model_type: str, name: str) -> tuple[str, str]:
         raise
     parts = {key: value.item() for key, value in out.components.items()}
     task_loss = sum(value for key, value in parts.items() if key != "kd")
-    if abs(task_loss - own.loss.item()) > 2e-4 * max(1, abs(own.loss.item())):
-        return "silent", f"its own loss is {own.loss.item()}, the task's {task_loss}"
+    if abs(task_loss - ours.loss.item()) > 2e-4 * max(1, abs(ours.loss.item())):
+        return "silent", f"its own loss is {ours.loss.item()}, the task's {task_loss}"
     added = task_loss - parts["ce"]
-    expected = divergence(*compared(kind, own, theirs, labels, own.loss.item() - added))
+    expected = divergence(*compared(kind, ours, theirs, labels, ours.loss.item() - added))
     if abs(parts["kd"] - expected) > 2e-4 * max(1, expected):
         return "silent", f"the divergence is {expected}, and came as {parts['kd']}"
     return "right", ", ".join(sorted(parts.keys() - {"ce", "kd"}))
 
 
-def compared(kind: str, own: Any, theirs: Any, labels: Tensor, loss: float) -> tuple[Tensor, Tensor, Any]:
+def compared(kind: str, ours: Any, theirs: Any, labels: Tensor, loss: float) -> tuple[Tensor, Tensor, Any]:
     """Logits of student and teacher, and the mask of positions where the model's loss has a label."""
-    s, t = own.logits, theirs.logits
+    s, t = ours.logits, theirs.logits
     if kind in ("class", "transcript"):
         return s, t, torch.ones(s.shape[:-1], dtype=torch.bool)
     unshifted = cross_entropy(s.flatten(0, 1).float(), labels.flatten()).item()
@@ -225,31 +225,31 @@ def compared(kind: str, own: Any, theirs: Any, labels: Tensor, loss: float) -> t
 Verdicts = dict[str, list[tuple[str, str, str]]]  # for each mapping: class, verdict, reason
 
 
-def table(found: Verdicts) -> str:
+def table(verdicts: Verdicts) -> str:
     """The section of the page on transformers."""
     lines = ["| models | loaded by | right | refused | not run |", "|---|---|---|---|---|"]
-    for mapping, rows in found.items():
+    for mapping, rows in verdicts.items():
         counts = [sum(what == state for _, what, _ in rows) for state in ("right", "refused", "not run")]
         _, title, auto = MAPPINGS[mapping]
         lines.append(f"| {title} | AutoModelFor{auto} | {' | '.join(map(str, counts))} |")
     lines += ["", "### Right", ""]
-    for title, rows in of_state(found, "right"):
+    for title, rows in of_state(verdicts, "right"):
         lines += [f'??? success "{title}: {len(rows)}"', "", *by_letter([name for name, _ in rows])]
-    every = sorted((row for rows in found.values() for row in rows), key=lambda row: row[0].lower())
+    every = sorted((row for rows in verdicts.values() for row in rows), key=lambda row: row[0].lower())
     joined = [f"`{name}` ({why})" for name, what, why in every if what == "right" and why]
     lines += ["### With a loss term of their own", "", "The loss of these models has a term beside cross-entropy:"]
     lines += [", ".join(joined) + ".", "", "### Refused", "", "| class | message |", "|---|---|"]
     lines += [f"| `{name}` | {why} |" for name, what, why in every if what == "refused"]
     lines += ["", "### Not run", ""]
-    for title, rows in of_state(found, "not run"):
+    for title, rows in of_state(verdicts, "not run"):
         lines += [f'??? note "{title}: {len(rows)}"', "", "    | class | message |", "    |---|---|"]
         lines += [*(f"    | `{name}` | {why} |" for name, why in rows), ""]
     return "\n".join(lines)
 
 
-def of_state(found: Verdicts, state: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def of_state(verdicts: Verdicts, state: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Yield the title of each mapping with classes in this state, and these with reasons in alphabetical order."""
-    for mapping, every in found.items():
+    for mapping, every in verdicts.items():
         rows = sorted(((name, why) for name, what, why in every if what == state), key=lambda row: row[0].lower())
         if rows:
             yield MAPPINGS[mapping][1], rows
@@ -268,22 +268,22 @@ def stated() -> dict[str, tuple[str, str]]:
     text = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
     parts = dict(re.findall(r"^### (.+)\n((?:(?!### ).*\n)*)", text, re.MULTILINE))
     joined = dict(re.findall(r"`(\w+)` \((.+?)\)", parts["With a loss term of their own"]))
-    found = {name: ("right", joined.get(name, "")) for name in re.findall(r"`(\w+)`", parts["Right"])}
+    verdicts = {name: ("right", joined.get(name, "")) for name in re.findall(r"`(\w+)`", parts["Right"])}
     for state in ("Refused", "Not run"):
         rows = re.findall(r"^ *\| `(\w+)` \| (.*) \|$", parts[state], re.MULTILINE)
-        found |= {name: (state.lower(), why) for name, why in rows}
-    return found
+        verdicts |= {name: (state.lower(), why) for name, why in rows}
+    return verdicts
 
 
 def main() -> None:
     """Write the tables."""
-    found: Verdicts = {}
+    verdicts: Verdicts = {}
     for mapping, kind, model_type, name in classes():
         what, why = verdict(kind, model_type, name)
-        found.setdefault(mapping, []).append((name, what, why.replace("|", "/")))
-        print(*found[mapping][-1], sep=" | ", flush=True)
+        verdicts.setdefault(mapping, []).append((name, what, why.replace("|", "/")))
+        print(*verdicts[mapping][-1], sep=" | ", flush=True)
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(found)}\n{END}{rest.partition(END)[2]}")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(verdicts)}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

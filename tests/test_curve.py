@@ -293,7 +293,7 @@ def test_no_symptom_is_reported_where_noise_could_hide_a_fall():
 def test_a_symptom_does_not_depend_on_the_scale_of_the_losses(scale, name):
     terms, term, _ = ILL[name]
     scaled = curve_of(**{name: scale * x for name, x in terms.items()})
-    assert [found for found, _ in told(scaled)] == [term]
+    assert [reported for reported, _ in told(scaled)] == [term]
 
 
 def test_flat_terms_of_a_resumed_run_are_no_symptom():

@@ -68,8 +68,8 @@ def test_a_ten_line_loop_trains_student_and_projections(tmp_path):
     fresh_student.load_state_dict(saved["student"])
     fresh.load_state_dict(saved["criterion"])
     resumed.prepare(fresh_student)  # a second call, as in a script that is run again, loses nothing
-    out = resumed(fresh_student, **batch("gpt2"))
-    assert torch.equal(out.loss, distill(student, **batch("gpt2")).loss)
+    continued = resumed(fresh_student, **batch("gpt2"))
+    assert torch.equal(continued.loss, distill(student, **batch("gpt2")).loss)
 
 
 def test_nothing_of_the_teacher_is_in_any_state_dict_or_parameter_list():
@@ -173,10 +173,10 @@ def test_a_measured_causal_setting_is_logged_once(caplog):
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
     for _ in range(2):
         distill(student, **batch("gpt2"))
-    own = student.eval()(**batch("gpt2")).loss.item()
+    loss = student.eval()(**batch("gpt2")).loss.item()
     (message,) = [r.getMessage() for r in caplog.records if r.name == "kdloss"]
     assert message.startswith(
-        f"causal=True, measured: GPT2LMHeadModel's own loss is {own:.6g}, cross-entropy {own:.6g} "
+        f"causal=True, measured: GPT2LMHeadModel's own loss is {loss:.6g}, cross-entropy {loss:.6g} "
     )
 
 

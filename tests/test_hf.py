@@ -26,7 +26,7 @@ pytestmark = [
 NEAR = 1 - 1e-9  # an alpha at which the teacher runs but its weight is negligible
 
 
-# --- students of several kinds and their data -----------------------------------------------------
+# --- students of several kinds and their data ----------------------------------------------------
 
 
 def tokens():
@@ -198,7 +198,7 @@ def test_with_the_students_count_of_labels_micro_batches_add_up_to_one_batch(kin
     assert trainer.criterion.components.keys() == {"ce", "kd"}
 
 
-# --- two steps without a Trainer ------------------------------------------------------------------
+# --- two steps without a Trainer -----------------------------------------------------------------
 
 
 def exact(kind):
@@ -397,7 +397,7 @@ def test_columns_that_a_teacher_reads_are_passed_and_unread_columns_are_dropped(
     assert trainer.args.remove_unused_columns
 
 
-def test_the_column_index_is_passed_to_a_distance_that_takes_it(tmp_path):
+def test_the_index_of_each_example_is_passed_to_a_distance_that_takes_it(tmp_path):
     """CRD stores a feature per example of the data set. Without such a distance the column is not read."""
 
     def numbered(student, teacher, index):

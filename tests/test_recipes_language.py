@@ -440,22 +440,22 @@ def test_dskd_across_tokenizers():
         words, hidden = embeddings[1][ids[:, 1:]], t.hidden_states[-1].detach()
         total, tokens = 0, int(counted(batch).sum())
         for b in range(2):
-            ours, its = (counted(x)[b].nonzero()[:, 0] for x in (batch, theirs))
+            s_at, t_at = (counted(x)[b].nonzero()[:, 0] for x in (batch, theirs))
             tokens_read = batch["input_ids"][b]
             queries = dual.query(
                 torch.stack(
-                    [torch.cat([embeddings[0][tokens_read[i]], embeddings[0][tokens_read[i + 1]]]) for i in ours]
+                    [torch.cat([embeddings[0][tokens_read[i]], embeddings[0][tokens_read[i + 1]]]) for i in s_at]
                 )
             )
-            scores = queries @ (keys[b, its] / keys.std()).T / 48**0.5
-            values = dual.to_student(hidden[b, its] / hidden.std() + words[b, its] / words.std())
+            scores = queries @ (keys[b, t_at] / keys.std()).T / 48**0.5
+            values = dual.to_student(hidden[b, t_at] / hidden.std() + words[b, t_at] / words.std())
             t_in_student = scores.softmax(1) @ values @ head.T
-            right = t_in_student.argmax(1) == tokens_read[ours + 1]
+            right = t_in_student.argmax(1) == tokens_read[s_at + 1]
             assert 0 < right.sum() < len(right)
-            s_in_teacher = scores.T.softmax(1) @ dual.to_teacher(s.hidden_states[-1][b, ours]) @ its_head.T
-            total = total + F.cross_entropy(t_in_student, tokens_read[ours + 1], reduction="sum")
-            total = total + (kl(s.logits[b, ours], t_in_student.detach(), 2.0) / 4)[right].sum()
-            total = total + (kl(s_in_teacher, t.logits[b, its].detach(), 2.0) / 4).sum()
+            s_in_teacher = scores.T.softmax(1) @ dual.to_teacher(s.hidden_states[-1][b, s_at]) @ its_head.T
+            total = total + F.cross_entropy(t_in_student, tokens_read[s_at + 1], reduction="sum")
+            total = total + (kl(s.logits[b, s_at], t_in_student.detach(), 2.0) / 4)[right].sum()
+            total = total + (kl(s_in_teacher, t.logits[b, t_at].detach(), 2.0) / 4).sum()
         return 0.5 * ce(logits(model.student, batch), batch) + 0.5 * total / tokens
 
     both = {**batch, "teacher_input_ids": ids, "teacher_labels": theirs["labels"]}
