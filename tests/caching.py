@@ -1,4 +1,4 @@
-"""A small teacher and its dataset for tests of the cache; without transformers, so processes start fast."""
+"""A small teacher and its dataset for tests of the cache, without transformers, so that processes start fast."""
 
 import datasets
 import torch
@@ -12,7 +12,7 @@ SETTINGS = {"k": 5, "temperature": 2.0, "batch_size": 2, "shard_size": 4}
 
 
 class Teacher(nn.Module):
-    """A recurrent language model: right padding reaches nothing."""
+    """A recurrent language model, on which right padding has no effect."""
 
     def __init__(self, vocabulary=VOCAB, seed=0):
         super().__init__()
@@ -41,7 +41,7 @@ def tokens(examples=10):
 
 
 def dataset(examples=10):
-    """Three shards of the settings above: 4, 4 and 2 examples."""
+    """A dataset that these settings split into shards of 4, 4 and 2 examples."""
     ids = [f"example {i}" for i in range(examples)]
     return datasets.Dataset.from_dict({"id": ids, "input_ids": tokens(examples)})
 

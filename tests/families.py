@@ -1,4 +1,4 @@
-"""A small random model of every family the library promises to know, and a batch for it."""
+"""A small random model of each family that the library supports, and a batch for it."""
 
 import copy
 
@@ -102,7 +102,7 @@ CAUSAL = ["gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "opt",
 
 
 def build(family: str, width: int = 16, depth: int = 3, seed: int = 0) -> torch.nn.Module:
-    """A random model; dropout is off so that two passes agree."""
+    """A random model without dropout, so that two passes agree."""
     config, auto, _ = FAMILIES[family]
     config = copy.deepcopy(config(width, depth))
     for name in ("dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout",
@@ -132,18 +132,18 @@ def batch(family: str) -> dict[str, torch.Tensor]:
 
 
 def blocks_argument(family: str) -> str | None:
-    """T5 has two lists of blocks."""
+    """The argument that names the blocks of T5, which has two lists of them."""
     return "decoder.block" if family == "t5" else None
 
 
 def checkpointing(model: nn.Module, settings: dict) -> None:
-    """Activation checkpointing by the name that the installed transformers has for it."""
+    """Turn on activation checkpointing, under the name that it has in the installed transformers."""
     old = getattr(model, "gradient_checkpointing_enable", None)
     getattr(model, "activation_checkpointing_enable", old)(settings)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions with a shortcut around them."""
 
     def __init__(self, before, after, stride):
         super().__init__()

@@ -1,6 +1,7 @@
-"""Writes a cache again and again, dying by SIGKILL at every instant there is; prints what came of it.
+"""Kill the writer of a cache by SIGKILL at each of its calls in turn, and check that a second writer completes it.
 
-Run as `python tests/killed_writer.py FOLDER`; each writer is a forked process of its own.
+Run as `python tests/killed_writer.py FOLDER`. Each writer is a forked process. Prints the number of calls, and the
+number of killed writers that left a partial cache.
 """
 
 import itertools
@@ -18,9 +19,9 @@ from kdloss.cache import _shard
 left = 0
 
 
-def dies(place, name, part=lambda *args: None):
-    """Count the calls of a function; the one whose turn it is does a part of its work, and no more."""
-    original = getattr(place, name)
+def die_in(owner, name, part=lambda *args: None):
+    """Count the calls of a function. The call whose turn it is does part of its work and kills the process."""
+    original = getattr(owner, name)
 
     def call(*args, **settings):
         global left
@@ -30,20 +31,20 @@ def dies(place, name, part=lambda *args: None):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **settings)
 
-    setattr(place, name, call)
+    setattr(owner, name, call)
 
 
-def half(tensors, path):
+def write_half_of_a_shard(tensors, path):
     pathlib.Path(path).write_bytes(b"half of a shard")
 
 
-def half_of_text(path, text, **settings):
+def write_half_of_a_text(path, text, **settings):
     with path.open("w") as file:
         file.write(text[: len(text) // 2])
 
 
-def forked(work, *arguments):
-    """How a process ended that did this."""
+def run_forked(work, *arguments):
+    """Run a function in a forked process, and return its exit code."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -55,14 +56,14 @@ def forked(work, *arguments):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def killed(folder, turn):
+def write_until_killed(folder, turn):
     global left
     left = turn
-    dies(caching.Teacher, "forward")
-    dies(_shard, "save_file", half)
-    dies(pathlib.Path, "write_text", half_of_text)
-    dies(os, "fsync")
-    dies(os, "replace")
+    die_in(caching.Teacher, "forward")
+    die_in(_shard, "save_file", write_half_of_a_shard)
+    die_in(pathlib.Path, "write_text", write_half_of_a_text)
+    die_in(os, "fsync")
+    die_in(os, "replace")
     caching.write(folder)
 
 
@@ -70,17 +71,17 @@ def main(folder):
     torch.set_num_threads(1)
     data = caching.dataset()
     caching.dataset = lambda: data
-    whole = caching.contents(caching.write(folder / "undisturbed"))
+    expected = caching.contents(caching.write(folder / "undisturbed"))
     left_over = 0
     for turn in itertools.count(1):
-        mine = folder / f"killed-{turn}"
-        if forked(killed, mine, turn) == 0:  # there are fewer instants than that
+        target = folder / f"killed-{turn}"
+        if run_forked(write_until_killed, target, turn) == 0:  # the writer makes fewer calls
             break
-        left_over += bool(list(mine.glob("*.partial")))
-        if turn % 2:  # every other one is killed again, a little later
-            forked(killed, mine, 3)
-        assert forked(caching.write, mine) == 0
-        assert caching.contents(mine) == whole, f"killed at instant {turn}"
+        left_over += bool(list(target.glob("*.partial")))
+        if turn % 2:  # kill every other writer once more, at its third call
+            run_forked(write_until_killed, target, 3)
+        assert run_forked(caching.write, target) == 0
+        assert caching.contents(target) == expected, f"killed at instant {turn}"
     print(turn - 1, left_over)
 
 

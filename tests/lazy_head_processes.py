@@ -1,4 +1,4 @@
-"""What each of two gloo processes runs: torchrun --nproc-per-node 2 tests/lazy_head_processes.py OUTPUT."""
+"""The script of each of two gloo processes: torchrun --nproc-per-node 2 tests/lazy_head_processes.py OUTPUT."""
 
 import sys
 import warnings
@@ -22,12 +22,12 @@ CASES = {
     "a static graph": ("llama", {"static_graph": True}),
     "in shards": ("llama", None),
 }
-if device.NAME != "cpu":  # gloo scatters nothing on a card
+if device.NAME != "cpu":  # gloo cannot scatter on a GPU
     del CASES["in shards"]
 
 
 def train(family, settings, wrap=True):
-    """Gradients of a few steps of this process's share, and the kind of logits the loss took."""
+    """Gradients of a few steps on this process's part of the batch, and the types of logits that the loss got."""
     from torch.distributed.fsdp import fully_shard  # since torch 2.6
 
     student, teacher = build(family), build(family, seed=1).eval()
@@ -38,23 +38,23 @@ def train(family, settings, wrap=True):
     inputs, world = batch(family), 2 if wrap else 1
     items = (inputs["labels"][:, 1:] != -100).sum() / world  # gradients are averaged over ranks
     share = slice(dist.get_rank(), dist.get_rank() + 1) if wrap else slice(None)
-    mine = {name: tensor[share] for name, tensor in inputs.items()}
+    local = {name: tensor[share] for name, tensor in inputs.items()}
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
     gradients, kinds = [], set()
     for _ in range(STEPS):
-        out = distill(model, **mine, num_items_in_batch=items)
+        out = distill(model, **local, num_items_in_batch=items)
         kinds.add(type(out.output.logits).__name__)
         out.loss.backward()
-        gradients.append({name: whole(p.grad) for name, p in student.named_parameters()})
+        gradients.append({name: unsharded(p.grad) for name, p in student.named_parameters()})
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        for _ in range(2):  # FSDP keeps its root whole after the first
-            kinds.add(type(distill(model, **mine).output.logits).__name__)
+        for _ in range(2):  # FSDP does not shard its root again after the first pass
+            kinds.add(type(distill(model, **local).output.logits).__name__)
     return {"gradients": gradients, "kinds": kinds}
 
 
-def whole(tensor):
+def unsharded(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
@@ -63,6 +63,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     device.use()
     dist.init_process_group("gloo")
-    found = {name: train(*case) for name, case in CASES.items()}
-    torch.save(found, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
+    results = {name: train(*case) for name, case in CASES.items()}
+    torch.save(results, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
     leave()

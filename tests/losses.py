@@ -1,4 +1,4 @@
-"""The table of all losses: whatever `kdloss.divergences` and `kdloss.distances` export is in it."""
+"""The table of all losses that `kdloss.divergences` and `kdloss.distances` export."""
 
 import inspect
 from dataclasses import dataclass, replace
@@ -11,11 +11,11 @@ import torch
 from kdloss import distances, divergences
 from kdloss.reduction import takes
 
-# Against the oracle on the same rounded inputs; 16-bit inputs are computed in float32.
+# The tolerance against the oracle on the same rounded inputs. 16-bit inputs are computed in float32.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
 
-# The options of each divergence that the laws are checked with, beside every temperature.
+# The options with which the laws are checked. Divergences are also checked at several temperatures.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "jsd": [{}, *({"beta": beta, "normalize": True} for beta in (0.0, 1.0, 0.1, 1e-4))],
     "skewed_forward_kl": [{}, {"skew": 0.0}],
@@ -42,38 +42,38 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "standardized_mse": [{}, {"eps": 0.1}],
     "word_relation": [{}, {"window": 3, "triple_weight": 0.5}],
 }
-# What a loss is not, by its definition; each says so in its docstring. One that takes a mask compares
-# positions with each other ("relational"), one marked `any_width` takes teachers of other widths ("width").
+# Laws that a loss breaks by definition, as its docstring says. `_exempt` adds "relational" where a loss takes a mask,
+# because it compares positions with each other, and "width" where `any_width` allows a teacher of another width.
 EXEMPT = {
     "logit_mse": {"shift"},
     "bernoulli_kl": {"shift"},
     "nkd": {"teacher"},  # its first term is a cross-entropy
-    "hard_labels": {"teacher"},  # a cross-entropy: it pulls beyond the teacher
+    "hard_labels": {"teacher"},  # a cross-entropy: its minimum is not at the teacher
     "dist": {"relational"},
-    "attention_transfer": {"alone"},  # one row is enough
+    "attention_transfer": {"alone"},  # one position is enough
     "attention_mse": {"alone"},  # a text may be one token
     "minilm": {"alone"},
     "VID": {"teacher", "negative"},  # a log-likelihood
-    "MGD": {"teacher", "alone", "place"},  # generated from the neighbours, by where they stand
-    "CRD": {"teacher", "alone"},  # others are to be told apart, too
+    "MGD": {"teacher", "alone", "place"},  # each value depends on the neighbours on the grid
+    "CRD": {"teacher", "alone"},  # contrastive: it depends on the negatives as well
     "minilm_v2": {"alone"},
     "fsp": {"alone"},
-    "standardized_mse": {"batch"},  # the teacher's variance is that of all positions of the call
-    "activation_boundary": {"teacher"},  # a margin beyond the teacher's own activations
+    "standardized_mse": {"batch"},  # it uses the teacher's variance over all positions of the call
+    "activation_boundary": {"teacher"},  # it asks for a margin beyond the teacher's activations
     "sinkhorn": {"few"},  # time and memory grow with the square of the classes
-    "with_teacher_temperature": {"teacher"},  # 0 where both are softened to the same
+    "with_teacher_temperature": {"teacher"},  # 0 where both are equal after softening
     "uld": {"vocabulary", "kink"},
     "total_variation": {"kink"},
     "adaptive_kl": {"frozen"},  # its weights are constants for the gradient
 }
-# What the width of a distance is a multiple of.
+# The number of which the width must be a multiple, for each distance.
 MULTIPLE = {"attention_mse": 4, "minilm": 6, "minilm_v2": 6}
 TEMPERATURES = (0.5, 1.0, 10.0)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss with its settings, and the oracle with the same ones."""
+    """A loss, its oracle, and the settings of both."""
 
     name: str
     function: Any
@@ -85,45 +85,45 @@ class Loss:
     multiple: int = 1
 
     def at(self, temperature: float) -> "Loss":
-        """The same at another temperature."""
+        """The same loss at another temperature."""
         return replace(self, settings={**self.settings, "temperature": temperature})
 
     def width(self, least: int) -> int:
-        """The next width it takes: heads of queries and keys side by side divide it."""
+        """The smallest width from `least` on that the loss takes: the heads of the queries and keys must divide it."""
         return -(-least // self.multiple) * self.multiple
 
     def sample(self, *shape: int, **options: Any) -> tuple[Any, Any]:
-        """A student that requires gradient, and a teacher, this wide or a little wider."""
+        """A student that requires gradient, and a teacher, with the width rounded up to one that the loss takes."""
         return sample(*shape[:-1], self.width(shape[-1]), **options)
 
     def call(self, student: Any, teacher: Any, **more: Any) -> Any:
-        """The loss of these logits or features; labels, where it wants some, follow from their shape."""
+        """The loss of these logits or features, with labels made from their shape if it takes labels."""
         if self.labelled:
             more.setdefault("labels", labels_for(student.shape, student.device))
         return self.function(student, teacher, **self.settings, **more)
 
     def expected(self, s: Any, t: Any) -> Any:
-        """The oracle's value, in float64."""
+        """The value of the oracle, in float64."""
         more = {"labels": labels_for(s.shape).numpy()} if self.labelled else {}
         return self.oracle(s, t, **self.settings, **more)
 
     def slope(self, s: Any, t: Any) -> Any:
-        """The gradient of the oracle's values, summed."""
+        """The gradient of the sum of the oracle's values."""
         return oracles.gradient(lambda x: self.expected(x, t), s, positions_apart="relational" not in self.exempt)
 
     def bare(self, student: Any) -> Any:
-        """The function itself with its settings, for `kdloss.masked` to see what it takes."""
+        """The function with its settings; `kdloss.masked` reads its signature."""
         labels = {"labels": labels_for(student.shape, student.device)} if self.labelled else {}
         return partial(self.function, **self.settings, **labels)
 
     @property
     def labelled(self) -> bool:
-        """Whether it wants labels."""
+        """Whether the loss takes labels."""
         return "labels" in inspect.signature(self.function).parameters
 
     @property
     def rounding(self) -> float:
-        """What float32 may leave of a sum of probabilities, in units of the loss."""
+        """The rounding error of a sum of probabilities in float32, in units of the loss."""
         return 4 * torch.finfo(torch.float32).eps * self.scale
 
     def __str__(self) -> str:
@@ -131,15 +131,15 @@ class Loss:
 
 
 def labels_for(shape: Any, device: Any = None) -> torch.Tensor:
-    """Some class at every position."""
+    """A class for each position."""
     positions = torch.Size(shape[:-1])
     return (torch.arange(positions.numel(), device=device) * 5 % min(shape[-1], 3)).reshape(positions)
 
 
 def _table() -> list[Loss]:
     table = []
-    around = {"standardized", "with_teacher_temperature"}
-    functions = {name: getattr(divergences, name) for name in divergences.__all__ if name not in around}
+    wrappers = {"standardized", "with_teacher_temperature"}
+    functions = {name: getattr(divergences, name) for name in divergences.__all__ if name not in wrappers}
     functions["standardized_forward_kl"] = divergences.standardized(divergences.forward_kl)
     functions["with_teacher_temperature"] = divergences.with_teacher_temperature(divergences.forward_kl, 3.0)
     functions["sinkhorn"] = sinkhorn_of_scattered
@@ -168,23 +168,23 @@ def _table() -> list[Loss]:
             words = "-".join(f"{key}{value}" for key, value in options.items())
             label = f"{name}{words and '-' + words}"
             exempt = _exempt(name, function)
-            given = {} if function is not getattr(distances, name) else options
+            settings = {} if function is not getattr(distances, name) else options
             multiple = MULTIPLE.get(name, 1)
-            entry = Loss(label, function, oracle, "distance", given, exempt, multiple=multiple)
+            entry = Loss(label, function, oracle, "distance", settings, exempt, multiple=multiple)
             table.append(entry)
     return table
 
 
 def _built(module: Any, oracle: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-    """A module as a function of features, and its oracle with the same parameters, whatever the widths."""
-    made: dict[Any, Any] = {}
+    """A module as a function of features of any width, and its oracle with the same parameters."""
+    modules: dict[Any, Any] = {}
 
     def at(student: Any, teacher: Any, device: str) -> Any:
         widths = student.shape[-1] if hasattr(module, "any_width") else teacher.shape[-1], teacher.shape[-1]
-        if (widths, device) not in made:
+        if (widths, device) not in modules:
             torch.manual_seed(1)
-            made[widths, device] = module(*widths, **options).eval().to(device)
-        return made[widths, device]
+            modules[widths, device] = module(*widths, **options).eval().to(device)
+        return modules[widths, device]
 
     def relational(student: Any, teacher: Any, *, mask: Any = None) -> Any:
         return at(student, teacher, student.device.type)(student, teacher, mask=mask)
@@ -208,13 +208,13 @@ def _exempt(name: str, function: Any) -> frozenset[str]:
 
 
 def on_a_line(classes: int, device: Any = "cpu") -> torch.Tensor:
-    """A cost between classes: how far apart they are, 1 from the first to the last."""
+    """Costs between classes on a line: their distance, which is 1 between the first and the last."""
     places = torch.linspace(0, 1, classes, dtype=torch.float64, device=device)
     return (places - places[:, None]).abs()
 
 
 def scattered(classes: int, device: Any = "cpu") -> torch.Tensor:
-    """A cost between classes that more classes don't change."""
+    """Costs between classes that stay the same when classes are added."""
     places = torch.arange(classes, dtype=torch.float64, device=device) * 0.618 % 1
     return (places - places[:, None]).abs()
 
@@ -222,7 +222,7 @@ def scattered(classes: int, device: Any = "cpu") -> torch.Tensor:
 def sinkhorn_of_scattered(
     student: Any, teacher: Any, *, temperature: float = 1.0, epsilon: float = 0.3
 ) -> torch.Tensor:
-    """Of as many classes as there are."""
+    """The Sinkhorn divergence with `scattered` costs for the number of classes of the logits."""
     cost = scattered(student.shape[-1], student.device).float()
     return divergences.sinkhorn(student, teacher, cost=cost, temperature=temperature, epsilon=epsilon, iterations=60)
 
@@ -232,7 +232,7 @@ sinkhorn_of_scattered.needs_classes = True  # type: ignore[attr-defined]
 LOSSES = _table()
 DIVERGENCES = [loss for loss in LOSSES if loss.kind == "divergence"]
 DISTANCES = [loss for loss in LOSSES if loss.kind == "distance"]
-# Each with each of its options once, for laws that a temperature has no part in.
+# Each divergence once with each of its options, for laws in which temperature plays no role.
 ONE_EACH = [loss for loss in DIVERGENCES if loss.settings["temperature"] == 0.5]
 
 

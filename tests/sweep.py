@@ -1,9 +1,9 @@
-"""Every class of transformers' mappings as a tiny random model, and what becomes of it.
+"""Run each class of transformers' mappings as a tiny random model, and judge the result.
 
-`python tests/sweep.py` writes the tables of docs/models.md. A class is *right* if its loss at alpha = 1 is the model's
-own and its distillation term is the divergence of the logits at the positions where the model predicts a label, both
-computed here. It is *refused* if kdloss raises a ValueError or TypeError of its own. It is *not run* if transformers
-itself can't build or run a model so small. Anything else is a fault.
+`python tests/sweep.py` writes the tables of docs/models.md. A class is *right* if its loss at alpha = 1 equals the
+model's loss, and its distillation term equals the divergence of the logits at the positions where the model predicts a
+label; both are computed here. It is *refused* if kdloss raises a ValueError or TypeError. It is *not run* if
+transformers cannot build or run such a small model. Anything else is a fault of kdloss.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import kdloss
 VOCAB, CLASSES = 61, 3
 BEGIN, END = "<!-- by tests/sweep.py -->", "<!-- end -->"
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-MAPPINGS = {  # name of the mapping: kind of labels, what the models are called, the class that loads them
+MAPPINGS = {  # name of the mapping: kind of labels, title on the page, suffix of its AutoModelFor class
     "CAUSAL_LM": ("text", "Causal language models", "CausalLM"),
     "IMAGE_TEXT_TO_TEXT": ("text", "Vision-language models", "ImageTextToText"),
     "MULTIMODAL_LM": ("text", "Multimodal language models", "MultimodalLM"),
@@ -41,7 +41,7 @@ MAPPINGS = {  # name of the mapping: kind of labels, what the models are called,
     "SPEECH_SEQ_2_SEQ": ("text", "Speech to text", "SpeechSeq2Seq"),
     "CTC": ("transcript", "Speech to text by CTC", "CTC"),
 }
-SIZES = {  # what widths, depths and lengths are called
+SIZES = {  # size: the names of the settings that are reduced to it
     16: "hidden_size d_model n_embd embed_dim dim emb_dim word_embed_proj_dim d_embed model_dim embedding_size out_dim "
     "conv_channels projection_dim text_embed_dim attention_hidden_size lm_hidden_size rnn_hidden_size output_size",
     32: "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner feed_forward_hidden_size "
@@ -58,12 +58,12 @@ SIZES = {  # what widths, depths and lengths are called
     12: "kv_lora_rank q_lora_rank",
     64: "max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len n_ctx",
 }
-CALLED = {name: size for size, names in SIZES.items() for name in names.split()}
+SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 
 def classes() -> Iterator[tuple[str, str, str, str]]:
-    """Mapping, kind, model type and class, each class once."""
+    """Yield mapping, kind of labels, model type and name of each class, without duplicates."""
     seen = set()
     for mapping, (kind, *_) in MAPPINGS.items():
         for model_type, names in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").items():
@@ -73,16 +73,16 @@ def classes() -> Iterator[tuple[str, str, str, str]]:
                 yield mapping, kind, model_type, name
 
 
-def small(config: Any) -> Any:
-    """The same configuration with everything small, and weights so large that positions differ."""
+def shrink(config: Any) -> Any:
+    """Reduce all sizes of a configuration, and set initial weights so large that positions differ."""
     depth = None
     for key, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
-            small(value)
+            shrink(value)
         elif key.endswith("vocab_size"):
             setattr(config, key, VOCAB)
-        elif key in CALLED and isinstance(value, int) and not isinstance(value, bool):
-            setattr(config, key, min(value, CALLED[key]))
+        elif key in SIZE_OF and isinstance(value, int) and not isinstance(value, bool):
+            setattr(config, key, min(value, SIZE_OF[key]))
         elif key.endswith("token_id") and isinstance(value, int):
             setattr(config, key, TOKENS.get(key, value % VOCAB))
         elif key in ("initializer_range", "init_std", "initializer_factor"):
@@ -106,9 +106,9 @@ def small(config: Any) -> Any:
     return config
 
 
-def made(model_type: str, name: str) -> Any:
+def build_tiny(model_type: str, name: str) -> Any:
     """A tiny random model."""
-    config = small(getattr(hf, configuration_auto.CONFIG_MAPPING_NAMES[model_type])())
+    config = shrink(getattr(hf, configuration_auto.CONFIG_MAPPING_NAMES[model_type])())
     with contextlib.suppress(Exception):
         config.num_labels = CLASSES
     for key, value in TOKENS.items():
@@ -123,8 +123,8 @@ def made(model_type: str, name: str) -> Any:
     return kind(config).eval()
 
 
-def backwards(model: Any) -> Any:
-    """Another of its kind: every weight backwards."""
+def flipped(model: Any) -> Any:
+    """Another model of the same class: a copy with all weights flipped."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for weight in other.parameters():
@@ -133,7 +133,7 @@ def backwards(model: Any) -> Any:
 
 
 def mel_bins(config: Any) -> int:
-    """How many numbers a frame of sound has."""
+    """The number of mel bins in a frame of audio."""
     names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim")
     for part in (config, *(v for k, v in vars(config).items() if k.endswith("_config"))):
         for key in names:
@@ -143,7 +143,7 @@ def mel_bins(config: Any) -> int:
 
 
 def batch(model: Any, kind: str) -> dict[str, Any]:
-    """Inputs by the model's main one, and labels of its kind."""
+    """Inputs under the name of the model's main input, and labels of this kind."""
     torch.manual_seed(7)
     tokens, config = torch.randint(3, 57, (2, 9)), model.config
     main, labels, name = model.main_input_name, tokens.clone(), type(model).__name__
@@ -164,7 +164,7 @@ def batch(model: Any, kind: str) -> dict[str, Any]:
     elif main == "flattened_patches":
         inputs = {"flattened_patches": torch.cat([torch.ones(2, 4, 2), torch.randn(2, 4, 768)], -1)}
     else:
-        tokens[:, -1] = 2 if kind == "class" else tokens[:, -1]  # some classify where the end of the text is
+        tokens[:, -1] = 2 if kind == "class" else tokens[:, -1]  # some models classify at the end-of-text token
         inputs = {"input_ids": tokens}
     if kind in ("text", "tags"):
         labels[0, :2] = -100
@@ -172,21 +172,21 @@ def batch(model: Any, kind: str) -> dict[str, Any]:
 
 
 def divergence(student: Tensor, teacher: Tensor, keep: Any) -> float:
-    """KL(teacher || student) in float64, mean over what is kept."""
+    """KL(teacher || student) in float64, averaged over the positions of `keep`."""
     s, t = student[keep].double().log_softmax(-1), teacher[keep].double().log_softmax(-1)
     return (t.exp() * (t - s)).sum(-1).mean().item()
 
 
 def verdict(kind: str, model_type: str, name: str) -> tuple[str, str]:
-    """What becomes of one class, and why."""
+    """The verdict on a class, and the reason."""
     try:
-        student = made(model_type, name)
-        teacher = backwards(student)
+        student = build_tiny(model_type, name)
+        teacher = flipped(student)
         inputs = batch(student, kind)
         more = {"use_cache": False} if "use_cache" in vars(student.config) else {}
         with torch.no_grad():
-            own, theirs = student(**inputs, **more), teacher(**inputs, **more)
-        if not own.loss.isfinite():
+            ours, theirs = student(**inputs, **more), teacher(**inputs, **more)
+        if not ours.loss.isfinite():
             raise ValueError("its loss is not finite")
     except Exception as error:
         return "not run", f"{type(error).__name__}: {error}".splitlines()[0][:90]
@@ -200,63 +200,63 @@ def verdict(kind: str, model_type: str, name: str) -> tuple[str, str]:
             return "refused", str(error).splitlines()[0][:160]
         raise
     parts = {key: value.item() for key, value in out.components.items()}
-    alone = sum(value for key, value in parts.items() if key != "kd")
-    if abs(alone - own.loss.item()) > 2e-4 * max(1, abs(own.loss.item())):
-        return "silent", f"its own loss is {own.loss.item()}, the task's {alone}"
-    added = alone - parts["ce"]
-    expected = divergence(*compared(kind, own, theirs, labels, own.loss.item() - added))
+    task_loss = sum(value for key, value in parts.items() if key != "kd")
+    if abs(task_loss - ours.loss.item()) > 2e-4 * max(1, abs(ours.loss.item())):
+        return "silent", f"its own loss is {ours.loss.item()}, the task's {task_loss}"
+    added = task_loss - parts["ce"]
+    expected = divergence(*compared(kind, ours, theirs, labels, ours.loss.item() - added))
     if abs(parts["kd"] - expected) > 2e-4 * max(1, expected):
         return "silent", f"the divergence is {expected}, and came as {parts['kd']}"
     return "right", ", ".join(sorted(parts.keys() - {"ce", "kd"}))
 
 
-def compared(kind: str, own: Any, theirs: Any, labels: Tensor, loss: float) -> tuple[Tensor, Tensor, Any]:
-    """Student's and teacher's logits where they are compared: where the model's own loss has a label."""
-    s, t = own.logits, theirs.logits
+def compared(kind: str, ours: Any, theirs: Any, labels: Tensor, loss: float) -> tuple[Tensor, Tensor, Any]:
+    """Logits of student and teacher, and the mask of positions where the model's loss has a label."""
+    s, t = ours.logits, theirs.logits
     if kind in ("class", "transcript"):
         return s, t, torch.ones(s.shape[:-1], dtype=torch.bool)
-    beside = cross_entropy(s.flatten(0, 1).float(), labels.flatten()).item()
+    unshifted = cross_entropy(s.flatten(0, 1).float(), labels.flatten()).item()
     shifted = cross_entropy(s[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()).item()
-    if abs(loss - shifted) < abs(loss - beside):
+    if abs(loss - shifted) < abs(loss - unshifted):
         return s[:, :-1], t[:, :-1], labels[:, 1:] != -100
     return s, t, labels != -100
 
 
-Found = dict[str, list[tuple[str, str, str]]]  # by mapping: class, what became of it, why
+Verdicts = dict[str, list[tuple[str, str, str]]]  # for each mapping: class, verdict, reason
 
 
-def table(found: Found) -> str:
-    """The page's part for transformers."""
+def table(verdicts: Verdicts) -> str:
+    """The section of the page on transformers."""
     lines = ["| models | loaded by | right | refused | not run |", "|---|---|---|---|---|"]
-    for mapping, rows in found.items():
+    for mapping, rows in verdicts.items():
         counts = [sum(what == state for _, what, _ in rows) for state in ("right", "refused", "not run")]
         _, title, auto = MAPPINGS[mapping]
         lines.append(f"| {title} | AutoModelFor{auto} | {' | '.join(map(str, counts))} |")
     lines += ["", "### Right", ""]
-    for title, rows in of_state(found, "right"):
+    for title, rows in of_state(verdicts, "right"):
         lines += [f'??? success "{title}: {len(rows)}"', "", *by_letter([name for name, _ in rows])]
-    every = sorted((row for rows in found.values() for row in rows), key=lambda row: row[0].lower())
+    every = sorted((row for rows in verdicts.values() for row in rows), key=lambda row: row[0].lower())
     joined = [f"`{name}` ({why})" for name, what, why in every if what == "right" and why]
     lines += ["### With a loss term of their own", "", "The loss of these models has a term beside cross-entropy:"]
     lines += [", ".join(joined) + ".", "", "### Refused", "", "| class | message |", "|---|---|"]
     lines += [f"| `{name}` | {why} |" for name, what, why in every if what == "refused"]
     lines += ["", "### Not run", ""]
-    for title, rows in of_state(found, "not run"):
+    for title, rows in of_state(verdicts, "not run"):
         lines += [f'??? note "{title}: {len(rows)}"', "", "    | class | message |", "    |---|---|"]
         lines += [*(f"    | `{name}` | {why} |" for name, why in rows), ""]
     return "\n".join(lines)
 
 
-def of_state(found: Found, state: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """For every mapping that has some: its title, then classes and reasons, in the alphabet's order."""
-    for mapping, every in found.items():
+def of_state(verdicts: Verdicts, state: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield the title of each mapping with classes in this state, and these with reasons in alphabetical order."""
+    for mapping, every in verdicts.items():
         rows = sorted(((name, why) for name, what, why in every if what == state), key=lambda row: row[0].lower())
         if rows:
             yield MAPPINGS[mapping][1], rows
 
 
 def by_letter(names: list[str]) -> list[str]:
-    """A paragraph for each initial letter, indented as a collapsed block wants it."""
+    """A paragraph for each initial letter, indented for a collapsed block."""
     lines = []
     for letter, group in itertools.groupby(names, key=lambda name: name[0].upper()):
         lines += [f"    **{letter}**  " + ", ".join(f"`{name}`" for name in group), ""]
@@ -264,26 +264,26 @@ def by_letter(names: list[str]) -> list[str]:
 
 
 def stated() -> dict[str, tuple[str, str]]:
-    """What the page says of every class, and why."""
+    """The verdict and the reason on the page, for each class."""
     text = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
     parts = dict(re.findall(r"^### (.+)\n((?:(?!### ).*\n)*)", text, re.MULTILINE))
     joined = dict(re.findall(r"`(\w+)` \((.+?)\)", parts["With a loss term of their own"]))
-    found = {name: ("right", joined.get(name, "")) for name in re.findall(r"`(\w+)`", parts["Right"])}
+    verdicts = {name: ("right", joined.get(name, "")) for name in re.findall(r"`(\w+)`", parts["Right"])}
     for state in ("Refused", "Not run"):
         rows = re.findall(r"^ *\| `(\w+)` \| (.*) \|$", parts[state], re.MULTILINE)
-        found |= {name: (state.lower(), why) for name, why in rows}
-    return found
+        verdicts |= {name: (state.lower(), why) for name, why in rows}
+    return verdicts
 
 
 def main() -> None:
     """Write the tables."""
-    found: Found = {}
+    verdicts: Verdicts = {}
     for mapping, kind, model_type, name in classes():
         what, why = verdict(kind, model_type, name)
-        found.setdefault(mapping, []).append((name, what, why.replace("|", "/")))
-        print(*found[mapping][-1], sep=" | ", flush=True)
+        verdicts.setdefault(mapping, []).append((name, what, why.replace("|", "/")))
+        print(*verdicts[mapping][-1], sep=" | ", flush=True)
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(found)}\n{END}{rest.partition(END)[2]}")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(verdicts)}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

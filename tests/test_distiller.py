@@ -1,4 +1,4 @@
-"""One pass of each model, the teacher as it was found, Hugging Face's own loss at alpha 1."""
+"""The Distiller: one pass of each model, a teacher left unchanged, and Hugging Face's loss at alpha 1."""
 
 import copy
 import gc
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 
 
 class Runs:
-    """How often each block of a model and the model itself ran."""
+    """Count how often a model and each of its blocks run."""
 
     def __init__(self, model):
         self.model, self.blocks = 0, [0] * len(kdloss.layers.find_blocks(model))
@@ -38,7 +38,7 @@ def hooks(model):
 
 
 def pair(width=64, teacher_width=96):
-    """A student of 4 blocks x 64 and a wider, deeper teacher of 8 x 96."""
+    """A teacher with 8 blocks, 96 wide, and a student with 4 blocks, 64 wide."""
     return build("gpt2", width=teacher_width, depth=8), build("gpt2", width=width, depth=4, seed=1)
 
 
@@ -67,9 +67,9 @@ def test_a_ten_line_loop_trains_student_and_projections(tmp_path):
     resumed = kdloss.Distiller(teacher, fresh).prepare(fresh_student)
     fresh_student.load_state_dict(saved["student"])
     fresh.load_state_dict(saved["criterion"])
-    resumed.prepare(fresh_student)  # a second time, as a script run again would: nothing is lost
-    again = resumed(fresh_student, **batch("gpt2"))
-    assert torch.equal(again.loss, distill(student, **batch("gpt2")).loss)
+    resumed.prepare(fresh_student)  # a second call, as in a script that is run again, loses nothing
+    continued = resumed(fresh_student, **batch("gpt2"))
+    assert torch.equal(continued.loss, distill(student, **batch("gpt2")).loss)
 
 
 def test_nothing_of_the_teacher_is_in_any_state_dict_or_parameter_list():
@@ -95,15 +95,17 @@ def test_nothing_of_the_teacher_is_in_any_state_dict_or_parameter_list():
         ([0], "same", 1.0, 7),
     ],
 )
-def test_one_student_pass_and_no_teacher_block_behind_the_deepest_needed(layers, pairing, logit_weight, deepest):
+def test_the_student_runs_once_and_no_teacher_block_runs_after_the_deepest_needed(
+    layers, pairing, logit_weight, deepest
+):
     teacher, student = pair()
     criterion = kdloss.FeatureKD(layers, pairing=pairing, logit_weight=logit_weight)
     distill = kdloss.Distiller(teacher, criterion).prepare(student, **batch("gpt2"))
-    of_teacher, of_student = Runs(teacher), Runs(student)
+    teacher_runs, student_runs = Runs(teacher), Runs(student)
     before = hooks(teacher), hooks(student)
     distill(student, **batch("gpt2")).loss.backward()
-    assert (of_student.model, of_student.blocks) == (1, [1] * 4)
-    assert of_teacher.blocks == [1] * (deepest + 1) + [0] * (7 - deepest)
+    assert (student_runs.model, student_runs.blocks) == (1, [1] * 4)
+    assert teacher_runs.blocks == [1] * (deepest + 1) + [0] * (7 - deepest)
     assert (hooks(teacher), hooks(student)) == before
 
 
@@ -117,38 +119,38 @@ def test_at_alpha_one_the_teacher_does_not_run():
 
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_alpha_one_is_hugging_faces_own_loss_with_padding(family, padding):
+def test_alpha_one_equals_hugging_faces_loss_with_padding(family, padding):
     student, inputs = build(family).eval(), batch(family)
     if padding == "left":
         inputs = {name: x.flip(1) for name, x in inputs.items()}
-    own = student(**inputs)
-    own.loss.backward()
+    expected = student(**inputs)
+    expected.loss.backward()
     slopes = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
     criterion = kdloss.VanillaKD(alpha=1.0)
     out = kdloss.Distiller(student, criterion)(student, **inputs)
     out.loss.backward()
-    assert out.loss.item() == pytest.approx(own.loss.item(), rel=1e-6)
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     for p, slope in zip(student.parameters(), slopes, strict=True):
         torch.testing.assert_close(p.grad, slope, rtol=1e-5, atol=1e-7)
 
 
-def test_alpha_one_under_accumulation_is_hugging_faces_loss_of_the_whole_batch():
+def test_alpha_one_under_accumulation_equals_hugging_faces_loss_of_the_full_batch():
     student, inputs = build("llama").eval(), batch("llama")
     inputs["labels"][0, 3:] = -100
-    own = student(**inputs).loss
+    full = student(**inputs).loss
     counted = (inputs["labels"][:, 1:] != -100).sum()
     distill = kdloss.Distiller(student, kdloss.VanillaKD(alpha=1.0))
-    parts = []
+    losses = []
     for i in range(2):
         micro = {name: x[i : i + 1] for name, x in inputs.items()}
-        parts.append(distill(student, **micro, num_items_in_batch=counted).loss)
-        its = student(**micro, num_items_in_batch=counted).loss
-        assert parts[-1].item() == pytest.approx(its.item(), rel=1e-6)
-    assert sum(parts).item() == pytest.approx(own.item(), rel=1e-6)
+        losses.append(distill(student, **micro, num_items_in_batch=counted).loss)
+        expected = student(**micro, num_items_in_batch=counted).loss
+        assert losses[-1].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sum(losses).item() == pytest.approx(full.item(), rel=1e-6)
 
 
-def test_models_keep_no_generation_cache_and_compute_no_loss_of_their_own():
+def test_models_return_no_generation_cache_and_no_loss():
     teacher, student = pair()
     seen = []
     teacher.register_forward_hook(lambda m, a, out: seen.append(out))
@@ -159,24 +161,26 @@ def test_models_keep_no_generation_cache_and_compute_no_loss_of_their_own():
 
 
 @pytest.mark.parametrize("family", ["bert", "t5", "vit"])
-def test_models_that_do_not_shift_are_not_shifted(family):
+def test_labels_of_models_that_do_not_shift_are_not_shifted(family):
     model, inputs = build(family).eval(), batch(family)
     out = kdloss.Distiller(model, kdloss.VanillaKD(alpha=1.0))(model, **inputs)
     assert out.loss.item() == pytest.approx(model(**inputs).loss.item(), rel=1e-6)
 
 
-def test_what_was_measured_to_be_causal_is_said_once(caplog):
+def test_a_measured_causal_setting_is_logged_once(caplog):
     caplog.set_level(logging.INFO, logger="kdloss")
     teacher, student = pair()
     distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
     for _ in range(2):
         distill(student, **batch("gpt2"))
-    own = student.eval()(**batch("gpt2")).loss.item()
-    (said,) = [r.getMessage() for r in caplog.records if r.name == "kdloss"]
-    assert said.startswith(f"causal=True, measured: GPT2LMHeadModel's own loss is {own:.6g}, cross-entropy {own:.6g} ")
+    loss = student.eval()(**batch("gpt2")).loss.item()
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "kdloss"]
+    assert message.startswith(
+        f"causal=True, measured: GPT2LMHeadModel's own loss is {loss:.6g}, cross-entropy {loss:.6g} "
+    )
 
 
-def test_the_callers_own_setting_of_causal_stands():
+def test_a_causal_setting_of_the_caller_is_not_changed():
     teacher, student = pair()
     criterion = kdloss.VanillaKD(causal=False)
     inputs = batch("gpt2") | {"labels": torch.zeros(2, 8, dtype=torch.long)}
@@ -185,20 +189,20 @@ def test_the_callers_own_setting_of_causal_stands():
     assert loss.isfinite()
 
 
-def test_the_teacher_is_left_as_it_was_found():
+def test_a_step_does_not_change_the_modes_and_requires_grad_of_the_teacher():
     teacher, student = pair()
     teacher.train()
     teacher.transformer.h[2].eval()
     teacher.transformer.h[3].requires_grad_(False)
     modes = [m.training for m in teacher.modules()]
-    wanted = [p.requires_grad for p in teacher.parameters()]
+    requires_grad = [p.requires_grad for p in teacher.parameters()]
     distill = kdloss.Distiller(teacher, kdloss.FeatureKD(logit_weight=1.0)).prepare(student)
     seen = []
     teacher.transformer.h[0].register_forward_hook(lambda m, *_: seen.append((m.training, torch.is_grad_enabled())))
     distill(student, **batch("gpt2")).loss.backward()
     assert seen == [(False, False)]
     assert [m.training for m in teacher.modules()] == modes
-    assert [p.requires_grad for p in teacher.parameters()] == wanted
+    assert [p.requires_grad for p in teacher.parameters()] == requires_grad
     assert all(p.grad is None for p in teacher.parameters())
     with pytest.raises(IndexError):  # a token outside the vocabulary stops the pass
         distill(student, input_ids=torch.full((1, 4), 999))
@@ -206,7 +210,7 @@ def test_the_teacher_is_left_as_it_was_found():
 
 
 class Counted(nn.Module):
-    """Two layers and a head; notes how many hooks are on it, and on what is in it, while it runs."""
+    """Two layers and a head. Each pass records the number of hooks on the model, and on all its modules."""
 
     def __init__(self):
         super().__init__()
@@ -214,13 +218,13 @@ class Counted(nn.Module):
         self.seen = []
 
     def forward(self, x):
-        every = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules()]
-        self.seen.append((every[0], sum(every)))
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules()]
+        self.seen.append((hooks[0], sum(hooks)))
         return self.head(self.second(self.first(x)))
 
 
 @pytest.mark.parametrize("logit_weight", [0.0, 1.0])
-def test_what_is_captured_is_hooked_and_nothing_else(logit_weight):
+def test_only_captured_modules_get_hooks(logit_weight):
     student, teacher = Counted(), Counted()
     criterion = kdloss.FeatureKD(pairing=[("first", "first"), ("second", "second")], logit_weight=logit_weight)
     distill = kdloss.Distiller(teacher, criterion)
@@ -240,12 +244,12 @@ def test_without_masks_all_features_count(shape):
     criterion = kdloss.FeatureKD(pairing=[("first", "first")], causal=False)
     distill = kdloss.Distiller(teacher, criterion)
     expected = (student.first(x) - teacher.first(x)).square().mean().detach()
-    for every in (None, torch.ones(2, 3, dtype=torch.bool), None):
-        found = distill(student, x, labels=labels, feature_mask=every)
-        torch.testing.assert_close(found.components["feature"], expected)
+    for mask in (None, torch.ones(2, 3, dtype=torch.bool), None):
+        out = distill(student, x, labels=labels, feature_mask=mask)
+        torch.testing.assert_close(out.components["feature"], expected)
 
 
-def test_nothing_is_held_after_the_step():
+def test_no_feature_is_held_after_the_step():
     teacher, student = pair()
     distill = kdloss.Distiller(teacher, kdloss.FeatureKD(logit_weight=1.0)).prepare(student)
     features = []
@@ -271,13 +275,13 @@ def test_several_teachers_are_averaged():
     plain = {k: v for k, v in inputs.items() if k != "labels"}
     with torch.no_grad():
         targets = [teacher(**plain).logits for teacher in teachers]
-    by_hand = criterion(student(**plain), targets, inputs["labels"], mask=inputs["attention_mask"].bool())
-    torch.testing.assert_close(out.loss, by_hand)
+    expected = criterion(student(**plain), targets, inputs["labels"], mask=inputs["attention_mask"].bool())
+    torch.testing.assert_close(out.loss, expected)
     with pytest.raises(TypeError, match="MultiTeacherKD"):
         kdloss.Distiller(teachers, kdloss.VanillaKD())
 
 
-def test_captured_outputs_fit_every_criterion():
+def test_every_criterion_takes_captured_outputs():
     teacher, student = (m.eval() for m in pair())
     inputs = {k: v for k, v in batch("gpt2").items() if k != "labels"}
     labels, mask = batch("gpt2")["labels"], inputs["attention_mask"].bool()
@@ -296,19 +300,19 @@ def test_captured_outputs_fit_every_criterion():
     torch.testing.assert_close(several(s, [t, t], labels, mask=mask), vanilla(s, t, labels, mask=mask))
 
 
-def test_padding_reaches_no_term():
+def test_padding_changes_no_term():
     teacher, student = (m.eval() for m in pair())
     distill = kdloss.Distiller(teacher, kdloss.FeatureKD(logit_weight=1.0)).prepare(student)
     clean, dirty = batch("gpt2"), batch("gpt2")
-    dirty["input_ids"][1, 5:] = 9  # other padding
-    dirty["labels"][1, 5:] = 9  # and its labels not set to -100
+    dirty["input_ids"][1, 5:] = 9  # other tokens in the padding
+    dirty["labels"][1, 5:] = 9  # with labels that are not -100
     one, other = distill(student, **clean), distill(student, **dirty)
     torch.testing.assert_close(other.loss, one.loss)
     for name, value in one.components.items():
         torch.testing.assert_close(other.components[name], value)
 
 
-def test_a_forgotten_prepare_says_the_line_to_write():
+def test_a_missing_prepare_raises_an_error_with_the_line_to_write():
     teacher, student = pair()
     with pytest.raises(ValueError, match=r"Before building the optimizer write distill\.prepare\(student\)"):
         kdloss.Distiller(teacher, kdloss.FeatureKD())(student, **batch("gpt2"))
@@ -327,14 +331,14 @@ def test_equal_widths_need_no_prepare():
     }
 
 
-def test_random_pairing_captures_what_it_drew():
+def test_random_pairing_captures_the_blocks_that_it_drew():
     teacher, student = pair(width=96)
     distill = kdloss.Distiller(teacher, kdloss.FeatureKD(pairing="random", alpha=0.0))
     drawn = {tuple(sorted(distill(student, **batch("gpt2")).components)) for _ in range(10)}
     assert len(drawn) > 1
 
 
-def test_widths_are_measured_at_the_blocks_that_a_random_pairing_drew_for_it():
+def test_prepare_measures_widths_at_the_blocks_that_a_random_pairing_drew():
     teacher, student = pair()
     for seed in range(5):
         torch.manual_seed(seed)
@@ -366,7 +370,7 @@ def test_activation_checkpointing_gives_the_plain_gradient(reentrant):
         torch.testing.assert_close(p.grad, plain[n])
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # raised in peft
 def test_a_lora_student_trains_its_adapters_and_the_projections():
     from peft import LoraConfig, get_peft_model
 
@@ -387,7 +391,7 @@ def test_a_compiled_student_is_distilled_by_logits():
     torch.testing.assert_close(distill(compiled, **batch("gpt2")).loss, plain)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised in dynamo
 def test_a_student_of_compiled_blocks_is_distilled_by_features():
     teacher, student = (m.eval() for m in pair(width=96))
     distill = kdloss.Distiller(teacher, kdloss.FeatureKD())
@@ -398,7 +402,7 @@ def test_a_student_of_compiled_blocks_is_distilled_by_features():
         torch.testing.assert_close(distill(student, **batch("gpt2")).loss, plain)
 
 
-def test_a_criterion_of_ones_own_fits():
+def test_a_custom_criterion_works():
     class LogitMSE(nn.Module):
         def forward(self, student, teacher, labels, *, mask, num_items_in_batch):
             values = kdloss.distances.mse(student.output.logits, teacher.output.logits)
@@ -422,7 +426,7 @@ def test_a_loop_without_hugging_face_works_on_tensors():
 
 
 @pytest.mark.parametrize("wrap", [lambda x: Output(logits=x), lambda x: {"logits": x}], ids=["object", "dict"])
-def test_an_output_that_has_logits_is_enough(wrap):
+def test_any_output_with_logits_is_accepted(wrap):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -435,7 +439,7 @@ def test_an_output_that_has_logits_is_enough(wrap):
     assert kdloss.Distiller(Net(), kdloss.VanillaKD())(Net(), x, labels=y).logits.shape == (5, 4)
 
 
-def test_an_output_without_logits_says_what_is_needed():
+def test_an_output_without_logits_raises_an_error_with_the_term_to_write():
     class Net(nn.Linear):
         def forward(self, x):
             return (super().forward(x),)
@@ -444,8 +448,8 @@ def test_an_output_without_logits_says_what_is_needed():
         kdloss.Distiller(Net(6, 4), kdloss.VanillaKD(alpha=0.0))(Net(6, 4), torch.randn(5, 6))
 
 
-def test_a_teacher_with_other_ids_for_the_same_tokens_teaches_the_same():
-    """As gpt2 and opt: a token map renames what the teacher reads and what it says."""
+def test_with_a_token_map_a_teacher_with_other_token_ids_gives_the_same_loss():
+    """As for gpt2 and opt: a token map translates the inputs and the logits of the teacher."""
     teacher, student = build("gpt2", width=24, depth=4), build("gpt2", depth=2, seed=1)
     renamed = copy.deepcopy(teacher)
     ids = torch.randperm(renamed.config.vocab_size, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What single divergences promise beyond the laws, and what those do that are exempt from one."""
+"""Properties of single divergences beyond the laws, and the behaviour of those that are exempt from a law."""
 
 import copy
 import inspect
@@ -33,7 +33,7 @@ def test_jsd_is_exactly_forward_kl_at_0_and_reverse_kl_at_1():
             assert torch.equal(value, plain(student, teacher, temperature=2.0))
 
 
-def test_normalised_jsd_goes_to_both_kls_without_a_jump_and_the_plain_one_to_0():
+def test_normalised_jsd_converges_to_both_kls_and_plain_jsd_to_0():
     student, teacher = sample(4, 7, dtype=torch.float64)
     for beta, plain in ((1e-6, kdloss.divergences.forward_kl), (1 - 1e-6, kdloss.divergences.reverse_kl)):
         exact = plain(student, teacher)
@@ -44,7 +44,7 @@ def test_normalised_jsd_goes_to_both_kls_without_a_jump_and_the_plain_one_to_0()
 
 
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.3, 1 - 1e-3, 1 - 1e-6])
-def test_a_tiny_weight_is_accurate_in_float32_against_fifty_digits(beta):
+def test_jsd_in_float32_agrees_with_fifty_digits_at_tiny_weights(beta):
     logits = [[4.0, -3.0, 0.5, -60.0], [-2.0, 3.0, 0.25, 30.0]]
     with mpmath.workdps(50):
         q, p = ([mpmath.exp(z) / sum(map(mpmath.exp, row)) for z in row] for row in logits)
@@ -56,7 +56,7 @@ def test_a_tiny_weight_is_accurate_in_float32_against_fifty_digits(beta):
     assert kdloss.divergences.jsd(student, teacher, beta=beta).item() == pytest.approx(exact, rel=1e-5)
 
 
-def test_a_skewed_kl_is_bounded_and_without_skew_it_is_the_plain_kl():
+def test_a_skewed_kl_is_bounded_and_without_skew_equals_the_plain_kl():
     student, teacher = sample(4, 7)
     for skewed, plain in (
         (kdloss.divergences.skewed_forward_kl, kdloss.divergences.forward_kl),
@@ -106,7 +106,7 @@ def test_the_weights_of_adaptive_kl_are_constants_for_the_gradient():
 # -- logits and single classes --
 
 
-def test_logit_mse_and_bernoulli_kl_see_a_constant_that_a_softmax_does_not():
+def test_logit_mse_and_bernoulli_kl_depend_on_a_constant_that_a_softmax_ignores():
     teacher = torch.zeros(1, 4, dtype=torch.float64)
     assert kdloss.divergences.logit_mse(teacher + 3, teacher).item() == pytest.approx(9.0)
     odds = 4 * (0.5 * np.log(0.5 * (1 + np.exp(-3.0))) + 0.5 * np.log(0.5 * (1 + np.exp(3.0))))
@@ -123,24 +123,24 @@ def test_temperature_does_not_change_logit_mse_and_is_still_checked():
         kdloss.divergences.logit_mse(student, teacher, temperature=0.0)
 
 
-# -- those that know the label --
+# -- losses with labels --
 
 
-def test_forward_kl_is_dkd_with_the_weights_1_and_one_minus_the_label_s_probability():
+def test_forward_kl_equals_dkd_with_weights_1_and_one_minus_the_probability_of_the_label():
     student, teacher = sample(5, 7, dtype=torch.float64)
     labels = torch.tensor([0, 3, 6, 2, 2])
     T = 2.0
     target = kdloss.divergences.dkd(student, teacher, labels, temperature=T, beta=0.0)
     others = kdloss.divergences.dkd(student, teacher, labels, temperature=T, alpha=0.0, beta=1.0)
     p_y = (teacher / T).softmax(-1).gather(-1, labels[:, None])[:, 0]
-    whole = kdloss.divergences.forward_kl(student, teacher, temperature=T)
-    torch.testing.assert_close(target + (1 - p_y) * others, whole, rtol=1e-12, atol=0)
+    expected = kdloss.divergences.forward_kl(student, teacher, temperature=T)
+    torch.testing.assert_close(target + (1 - p_y) * others, expected, rtol=1e-12, atol=0)
     slope = grad(target + (1 - p_y) * others, student)
-    torch.testing.assert_close(slope, grad(whole, student), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(slope, grad(expected, student), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_nkd_has_the_gradient_of_the_paper_and_its_value_less_an_entropy(temperature):
+def test_nkd_has_the_gradient_of_the_paper_and_its_value_minus_an_entropy(temperature):
     student, teacher = sample(5, 7, dtype=torch.float64)
     labels = torch.tensor([0, 3, 6, 2, 2])
     rows = torch.arange(5)
@@ -178,24 +178,24 @@ def test_nkd_at_the_teacher_is_a_cross_entropy_with_a_gradient():
     ],
 )
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
-def test_what_stands_at_an_ignored_label_never_matters(loss, garbage):
+def test_logits_at_an_ignored_label_have_no_effect(loss, garbage):
     student, teacher = sample(3, 5)
     labels = torch.tensor([1, -100, 4])
-    kept = [0, 2]
-    clean = loss(student[kept], teacher[kept], labels[kept], temperature=2.0)
+    counted = [0, 2]
+    clean = loss(student[counted], teacher[counted], labels[counted], temperature=2.0)
     dirty, dirty_teacher = student.detach().clone(), teacher.clone()
     dirty[1] = dirty_teacher[1] = garbage
     dirty.requires_grad_()
     value = loss(dirty, dirty_teacher, labels, temperature=2.0)
     assert value[1] == 0
-    assert torch.equal(value[kept], clean)
+    assert torch.equal(value[counted], clean)
     slope = grad(value, dirty)[0]
     assert not slope[1].any()
-    torch.testing.assert_close(slope[kept], grad(clean, student)[0][kept])
+    torch.testing.assert_close(slope[counted], grad(clean, student)[0][counted])
 
 
 @pytest.mark.parametrize("loss", [kdloss.divergences.dkd, kdloss.divergences.nkd])
-def test_labels_of_another_kind_or_shape_are_refused(loss):
+def test_labels_of_another_type_or_shape_are_refused(loss):
     student, teacher = sample(3, 5)
     with pytest.raises(TypeError, match=r"labels\.long\(\)"):
         loss(student, teacher, torch.zeros(3))
@@ -203,7 +203,7 @@ def test_labels_of_another_kind_or_shape_are_refused(loss):
         loss(student, teacher, torch.zeros(3, 1, dtype=torch.int64))
 
 
-def test_a_label_alone_in_its_row_has_no_others_to_compare():
+def test_without_a_class_beside_the_label_dkd_and_nkd_are_0():
     rows = torch.tensor([[2.0, -INF, -INF]], requires_grad=True)
     labels = torch.tensor([0])
     for loss in (kdloss.divergences.dkd, kdloss.divergences.nkd):
@@ -212,16 +212,16 @@ def test_a_label_alone_in_its_row_has_no_others_to_compare():
         assert not grad(value, rows)[0].any()
 
 
-def test_where_only_one_side_has_other_classes_only_label_or_not_is_compared():
-    alone, even = torch.tensor([[0.0, -INF, -INF]]), torch.tensor([[0.0, 1.0, 2.0]])
+def test_with_other_classes_on_one_side_only_the_probability_of_the_label_is_compared():
+    label_only, all_classes = torch.tensor([[0.0, -INF, -INF]]), torch.tensor([[0.0, 1.0, 2.0]])
     labels = torch.tensor([0])
-    minus_log_q = F.cross_entropy(even, labels).item()
-    assert kdloss.divergences.dkd(even, alone, labels).item() == pytest.approx(minus_log_q)
-    assert kdloss.divergences.nkd(even, alone, labels).item() == pytest.approx(minus_log_q)
-    assert kdloss.divergences.dkd(alone, even, labels) == INF
+    minus_log_q = F.cross_entropy(all_classes, labels).item()
+    assert kdloss.divergences.dkd(all_classes, label_only, labels).item() == pytest.approx(minus_log_q)
+    assert kdloss.divergences.nkd(all_classes, label_only, labels).item() == pytest.approx(minus_log_q)
+    assert kdloss.divergences.dkd(label_only, all_classes, labels) == INF
 
 
-def test_an_infinite_term_without_weight_adds_nothing():
+def test_an_infinite_term_with_weight_0_adds_nothing():
     teacher, labels = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([0])
     no_label, no_other = torch.tensor([[-INF, 1.0, 2.0]]), torch.tensor([[0.0, -INF, 2.0]])
     assert kdloss.divergences.dkd(no_label, teacher, labels) == INF
@@ -243,38 +243,38 @@ def test_dist_is_one_minus_numpy_s_correlation_of_rows_and_columns():
     np.testing.assert_allclose(value.detach(), 4 * (3 * rows + 0.5 * columns), rtol=1e-9)
 
 
-def test_dist_relates_just_the_positions_that_count():
+def test_dist_correlates_only_the_positions_that_count():
     student, teacher = sample(3, 2, 5, dtype=torch.float64)
     mask = torch.tensor([[True, False], [True, True], [False, True]])
     value = kdloss.divergences.dist(student, teacher, mask=mask)
-    few = kdloss.divergences.dist(student[mask], teacher[mask])
-    torch.testing.assert_close(value[mask], few, rtol=1e-12, atol=0)
+    selected = kdloss.divergences.dist(student[mask], teacher[mask])
+    torch.testing.assert_close(value[mask], selected, rtol=1e-12, atol=0)
     assert not value[~mask].any()
-    torch.testing.assert_close(grad(value, student)[0], grad(few, student)[0], rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(grad(value, student)[0], grad(selected, student)[0], rtol=1e-10, atol=1e-14)
     dirty = student.detach().clone()
     dirty[~mask] = NAN
     dirty.requires_grad_()
-    again = kdloss.divergences.dist(dirty, teacher, mask=mask)
-    assert torch.equal(again, value)
-    assert not grad(again, dirty)[0][~mask].any()
+    dirty_value = kdloss.divergences.dist(dirty, teacher, mask=mask)
+    assert torch.equal(dirty_value, value)
+    assert not grad(dirty_value, dirty)[0][~mask].any()
 
 
-def test_micro_batches_of_dist_do_not_add_up_as_it_says():
+def test_micro_batches_of_dist_do_not_add_up_as_its_docstring_says():
     student, teacher = sample(6, 5, dtype=torch.float64)
     halves = torch.cat([kdloss.divergences.dist(student[cut], teacher[cut]) for cut in (slice(3), slice(3, 6))])
     assert abs(halves.mean() - kdloss.divergences.dist(student, teacher).mean()) > 1e-3
 
 
-def test_dist_refuses_one_position_unless_columns_are_not_asked_for():
+def test_dist_refuses_a_single_position_unless_gamma_is_0():
     student, teacher = sample(1, 5)
     with pytest.raises(ValueError, match="gamma=0"):
         kdloss.divergences.dist(student, teacher)
     assert kdloss.divergences.dist(student, teacher, gamma=0.0).shape == (1,)
-    alone = kdloss.divergences.dist(*sample(3, 5), mask=torch.tensor([True, False, False]))
-    assert alone.isfinite().all()
+    masked = kdloss.divergences.dist(*sample(3, 5), mask=torch.tensor([True, False, False]))
+    assert masked.isfinite().all()
 
 
-def test_dist_correlates_a_class_that_both_exclude_as_one_of_probability_0():
+def test_dist_treats_a_class_that_both_exclude_as_probability_0():
     student, teacher = sample(4, 5, dtype=torch.float64)
     extra = torch.full((4, 1), -INF)
     wide = [torch.cat([x.detach(), extra], 1) for x in (student, teacher)]
@@ -283,10 +283,10 @@ def test_dist_correlates_a_class_that_both_exclude_as_one_of_probability_0():
     np.testing.assert_allclose(kdloss.divergences.dist(*wide, gamma=0.0), rows, rtol=1e-9)
 
 
-# -- around others --
+# -- wrappers, and vocabularies of two sizes --
 
 
-def test_standardised_logits_are_blind_to_shift_and_scale_and_have_a_sample_deviation_of_1():
+def test_standardised_losses_ignore_shift_and_scale_and_use_the_sample_deviation():
     student, teacher = sample(4, 7, dtype=torch.float64)
     loss = kdloss.divergences.standardized(kdloss.divergences.forward_kl)
     value = loss(student, teacher, temperature=2.0)
@@ -296,7 +296,7 @@ def test_standardised_logits_are_blind_to_shift_and_scale_and_have_a_sample_devi
     torch.testing.assert_close(value, kdloss.divergences.forward_kl(*z, temperature=2.0), rtol=1e-5, atol=1e-9)
 
 
-def test_standardised_losses_pickle_copy_and_keep_their_signature():
+def test_standardised_losses_can_be_pickled_and_copied_and_have_the_signature_of_the_loss():
     student, teacher = sample(4, 7)
     labels = torch.tensor([0, 1, 2, -100])
     loss = kdloss.divergences.standardized(partial(kdloss.divergences.dkd, beta=2.0))
@@ -312,7 +312,7 @@ def test_standardised_losses_pickle_copy_and_keep_their_signature():
         kdloss.divergences.standardized("forward_kl")
 
 
-def test_uld_compares_any_two_vocabularies_and_no_order():
+def test_uld_compares_vocabularies_of_any_sizes_and_ignores_the_order():
     student = torch.tensor([[0.1, 0.6, 0.3]], dtype=torch.float64).log().requires_grad_()
     teacher = torch.tensor([[0.05, 0.2, 0.05, 0.7]], dtype=torch.float64).log()
     value = kdloss.divergences.uld(student, teacher)  # .6 .3 .1 0 against .7 .2 .05 .05
@@ -368,7 +368,7 @@ KLS = (
 
 
 @pytest.mark.parametrize("name", KLS)
-def test_t_squared_is_one_flag(name):
+def test_without_t_squared_the_loss_is_divided_by_the_squared_temperature(name):
     student, teacher = sample(4, 7, dtype=torch.float64)
     loss = getattr(kdloss.divergences, name)
     value = loss(student, teacher, temperature=3.0)
@@ -377,4 +377,4 @@ def test_t_squared_is_one_flag(name):
     torch.testing.assert_close(grad(value, student)[0], 9 * grad(plain, student)[0])
     twice = [loss(student, teacher, temperature=3.0, t_squared=flag).sum() for flag in (True, False)]
     slopes = [torch.autograd.grad(value, student, create_graph=True)[0] for value in twice]
-    torch.testing.assert_close(slopes[0], 9 * slopes[1])  # what is differentiated again is the function, too
+    torch.testing.assert_close(slopes[0], 9 * slopes[1])  # second derivatives have the same factor

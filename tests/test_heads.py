@@ -1,4 +1,4 @@
-"""Outputs of several heads, and logits under other names; values and gradients by hand."""
+"""Models with several heads, and logits under other names: values and gradients of the formulas."""
 
 from dataclasses import dataclass
 
@@ -16,17 +16,17 @@ def kl(student, teacher):
     return (t.exp() * (t - s)).sum(-1).mean()
 
 
-def same(loss, right, student):
-    torch.testing.assert_close(loss.double(), right.double(), rtol=1e-5, atol=1e-7)
-    slopes = [torch.autograd.grad(x, list(student.parameters()), allow_unused=True) for x in (loss, right)]
+def assert_same(loss, expected, student):
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-7)
+    slopes = [torch.autograd.grad(x, list(student.parameters()), allow_unused=True) for x in (loss, expected)]
     for ours, theirs in zip(*slopes, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-# -- question answering: where an answer begins, and where it ends --
+# -- question answering: a head for the start of the answer, and a head for its end --
 
 
-def answering(layers, seed):
+def question_answerer(layers, seed):
     torch.manual_seed(seed)
     config = hf.BertConfig(
         vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
@@ -42,21 +42,21 @@ def questions():
     return {"input_ids": ids, "attention_mask": mask}, torch.tensor([1, 2, 3]), torch.tensor([2, 4, 7])
 
 
-def test_both_heads_of_a_question_answerer_are_learned_beside_its_own_loss():
-    student, teacher, (inputs, start, end) = answering(1, 0), answering(2, 1), questions()
+def test_both_heads_of_a_question_answerer_are_distilled_in_addition_to_its_loss():
+    student, teacher, (inputs, start, end) = question_answerer(1, 0), question_answerer(2, 1), questions()
     heads = {head: kdloss.Logits(take=f"{head}_logits", name=head) for head in ("start", "end")}
     criterion = 0.5 * kdloss.Task() + 0.25 * heads["start"] + 0.25 * heads["end"]
     out = kdloss.Distiller(teacher, criterion)(student, **inputs, start_positions=start, end_positions=end)
     s, t = student(**inputs), teacher(**inputs)
-    own = (F.cross_entropy(s.start_logits, start) + F.cross_entropy(s.end_logits, end)) / 2
+    task = (F.cross_entropy(s.start_logits, start) + F.cross_entropy(s.end_logits, end)) / 2
     both = (kl(s.start_logits, t.start_logits) + kl(s.end_logits, t.end_logits)) / 2
-    same(out.loss, 0.5 * own + 0.5 * both, student)
+    assert_same(out.loss, 0.5 * task + 0.5 * both, student)
     assert sorted(out.components) == ["end", "start", "task"]
 
 
 @pytest.mark.parametrize("recipe", [kdloss.VanillaKD, kdloss.FeatureKD])
-def test_a_recipe_on_several_heads_says_the_sum_to_write(recipe):
-    student, teacher, (inputs, start, end) = answering(1, 0), answering(2, 1), questions()
+def test_a_recipe_on_several_heads_raises_an_error_with_the_sum_to_write(recipe):
+    student, teacher, (inputs, start, end) = question_answerer(1, 0), question_answerer(2, 1), questions()
     distill = kdloss.Distiller(teacher, recipe(1.0) if recipe is kdloss.VanillaKD else recipe("last"))
     with pytest.raises(TypeError, match=r"'start_logits': a Tensor of shape \(3, 8\).* several heads") as error:
         distill(student, **inputs, start_positions=start, end_positions=end)
@@ -69,7 +69,7 @@ def test_a_recipe_on_several_heads_says_the_sum_to_write(recipe):
 
 
 class Heads(nn.Module):
-    """Two heads of a few classes in an output of some form."""
+    """Two heads with five classes each, in the output that `wrap` makes of them."""
 
     def __init__(self, wrap, seed=0):
         super().__init__()
@@ -102,14 +102,14 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_labels_teach_one_head_and_the_teacher_the_other(form):
-    """As DeiT's distillation token."""
+def test_one_head_learns_from_labels_and_the_other_from_the_teacher(form):
+    """As with DeiT's distillation token."""
     wrap, first, second = FORMS[form]
     student, teacher, x, y = Heads(wrap), nn.Linear(4, 5), torch.randn(3, 4), torch.tensor([0, 1, 2])
     criterion = 0.5 * kdloss.CrossEntropy(take=first) + 0.5 * kdloss.Logits(take=second, teacher_take=None)
     out = kdloss.Distiller(teacher, criterion)(student, x, labels=y)
     a, b = student.parts(x)
-    same(out.loss, 0.5 * F.cross_entropy(a, y) + 0.5 * kl(b, teacher(x)), student)
+    assert_same(out.loss, 0.5 * F.cross_entropy(a, y) + 0.5 * kl(b, teacher(x)), student)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -117,11 +117,11 @@ def test_the_teachers_output_may_have_another_form(form):
     wrap, _, second = FORMS[form]
     student, teacher, x = nn.Linear(4, 5), Heads(wrap), torch.randn(3, 4)
     out = kdloss.Distiller(teacher, 1.0 * kdloss.Logits(teacher_take=second))(student, x)
-    same(out.loss, kl(student(x), teacher.parts(x)[1]), student)
+    assert_same(out.loss, kl(student(x), teacher.parts(x)[1]), student)
 
 
 @pytest.mark.parametrize(("form", "name"), [("tuple", "0"), ("dict", "'out'"), ("dataclass", "'main'")])
-def test_an_output_without_logits_names_the_way(form, name):
+def test_the_error_for_an_output_without_logits_names_the_take_to_write(form, name):
     student, teacher = Heads(FORMS[form][0]), nn.Linear(4, 5)
     x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
     with pytest.raises(TypeError, match=rf"student's logits .* kdloss\.CrossEntropy\(take={name}\)"):
@@ -139,7 +139,7 @@ def towers(seed):
     return model
 
 
-def test_a_pair_of_towers_is_learned_in_both_directions():
+def test_a_model_of_two_towers_is_distilled_in_both_directions():
     student, teacher = towers(0), towers(1)
     generator = torch.Generator().manual_seed(0)
     batch = {
@@ -156,5 +156,5 @@ def test_a_pair_of_towers_is_learned_in_both_directions():
     )
     out = kdloss.Distiller(teacher, criterion)(student, **batch, labels=pairs)
     s, t = student(**batch), teacher(**batch)
-    right = sum(0.25 * F.cross_entropy(s[n], pairs) + 0.25 * kl(s[n], t[n]) for n in names)
-    same(out.loss, right, student)
+    expected = sum(0.25 * F.cross_entropy(s[n], pairs) + 0.25 * kl(s[n], t[n]) for n in names)
+    assert_same(out.loss, expected, student)

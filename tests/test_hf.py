@@ -1,4 +1,4 @@
-"""`kdloss.hf` in small: what a distilling Trainer computes, logs, keeps and refuses, held against the stock one."""
+"""`kdloss.hf` on small models: what a distilling Trainer computes, logs and refuses, compared with the stock one."""
 
 import copy
 import shutil
@@ -23,10 +23,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*loss_type=None.*"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
-NEAR = 1 - 1e-9  # alpha: the teacher hardly counts, and everything runs
+NEAR = 1 - 1e-9  # an alpha at which the teacher runs but its weight is negligible
 
 
-# --- students of several kinds, with data of their own -------------------------------------------
+# --- students of several kinds and their data ----------------------------------------------------
 
 
 def tokens():
@@ -34,7 +34,7 @@ def tokens():
 
 
 def texts():
-    """Of unequal lengths, so that means of means would show."""
+    """Texts with unequal numbers of labels, so that a mean of means would differ."""
     return [
         {"input_ids": x, "labels": torch.where(torch.arange(8) < 8 - i % 5, x, -100)} for i, x in enumerate(tokens())
     ]
@@ -66,15 +66,15 @@ def model(kind, depth, width, dropout=0.1):
         return build("llama", width=width, depth=depth)
     drop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     shape = {"vocab_size": 61, "n_embd": width, "n_layer": depth, "n_head": 2, "n_positions": 16}
-    found = hf.GPT2LMHeadModel(hf.GPT2Config(**shape, **drop, bos_token_id=0, eos_token_id=1))
+    gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(**shape, **drop, bos_token_id=0, eos_token_id=1))
     if kind == "lora":
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
-        return get_peft_model(found, lora)
+        return get_peft_model(gpt2, lora)
     if kind == "strict":
-        found.__class__ = Strict
-    return found
+        gpt2.__class__ = Strict
+    return gpt2
 
 
 DATA = {"bert": classes, "vit": images}
@@ -82,33 +82,41 @@ KINDS = ["gpt2", "llama", "strict", "bert", "t5", "vit", "lora"]
 
 
 class Lines(TrainerCallback):
-    """What a logging integration is told."""
+    """Record the lines that a logging integration gets."""
 
     def __init__(self):
-        self.found = []
+        self.recorded = []
 
     def on_log(self, args, state, control, logs, **_):
-        self.found.append(dict(logs))
+        self.recorded.append(dict(logs))
 
 
-def ran(kind, folder, criterion=None, dropout=0.0, of=DistillationTrainer, distilling=None, train=None, **settings):
-    """The trained weights, the lines of the log, the trainer and the change, of a student of this kind."""
+def run_trainer(
+    kind, folder, criterion=None, dropout=0.0, of=DistillationTrainer, distilling=None, train=None, **settings
+):
+    """Train a student; return its weights, the lines of the log, the trainer and the change of the weights."""
     torch.manual_seed(0)
     student, data = model(kind, 2, 16, dropout), DATA.get(kind, texts)()
-    told = PLAIN | {"max_steps": 3, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
-    told |= {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    arguments = TrainingArguments(str(folder), **(told | settings))
-    lines, taught = Lines(), {}
+    defaults = PLAIN | {"max_steps": 3, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
+    defaults |= {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    arguments = TrainingArguments(str(folder), **(defaults | settings))
+    lines, distillation = Lines(), {}
     if criterion is not None:
         torch.manual_seed(7)
-        taught = {"teacher": model("gpt2" if kind == "lora" else kind, 4, 24), "criterion": criterion}
-    trainer = (of if taught else Trainer)(
-        student, arguments, train_dataset=data, eval_dataset=data, callbacks=[lines], **taught, **(distilling or {})
+        distillation = {"teacher": model("gpt2" if kind == "lora" else kind, 4, 24), "criterion": criterion}
+    trainer = (of if distillation else Trainer)(
+        student,
+        arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=[lines],
+        **distillation,
+        **(distilling or {}),
     )
     before = [p.detach().clone() for p in student.parameters()]
     trainer.train(**train or {})
     after = [p.detach().clone() for p in student.parameters()]
-    return after, lines.found, trainer, torch.cat([x.flatten() for x in changes(before, after)])
+    return after, lines.recorded, trainer, torch.cat([x.flatten() for x in changes(before, after)])
 
 
 def losses(lines):
@@ -127,11 +135,11 @@ def losses(lines):
         ("t5", lambda: kdloss.Sum(kdloss.Task())),
     ],
 )
-def test_cross_entropy_alone_is_the_stock_trainer_bit_for_bit(kind, criterion, tmp_path):
-    """Dropout, the order of the data, clipping, accumulation: everything."""
-    told = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
-    weights, lines, *_ = ran(kind, tmp_path, dropout=0.1, **told)
-    ours, our_lines, trainer, _ = ran(kind, tmp_path, criterion(), dropout=0.1, **told)
+def test_cross_entropy_alone_equals_the_stock_trainer_bit_for_bit(kind, criterion, tmp_path):
+    """Dropout, the order of the data, clipping and accumulation are the same."""
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
+    weights, lines, *_ = run_trainer(kind, tmp_path, dropout=0.1, **settings)
+    ours, our_lines, trainer, _ = run_trainer(kind, tmp_path, criterion(), dropout=0.1, **settings)
     assert all(map(torch.equal, ours, weights))
     assert losses(our_lines) == losses(lines)
     assert [line.keys() for line in our_lines] == [line.keys() for line in lines]
@@ -163,38 +171,38 @@ def test_a_criterion_that_may_be_something_else_is_not_left_to_the_trainer(crite
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_the_teacher_hardly_counts_it_is_the_stock_trainer_to_a_millionth(kind, micro_batches, tmp_path):
-    """The Trainer's own count of labels, or none, where a model ignores it: BERT's and T5's losses do."""
-    told = {"gradient_accumulation_steps": micro_batches, "max_steps": 2}
-    *_, lines, _, change = ran(kind, tmp_path, **told)
-    *_, our_lines, _, our_change = ran(kind, tmp_path, kdloss.VanillaKD(alpha=NEAR), **told)
+def test_with_a_negligible_teacher_the_trainer_equals_the_stock_trainer_to_a_millionth(kind, micro_batches, tmp_path):
+    """It divides by the Trainer's count of labels, except where the model ignores that count, as BERT and T5 do."""
+    settings = {"gradient_accumulation_steps": micro_batches, "max_steps": 2}
+    *_, lines, _, change = run_trainer(kind, tmp_path, **settings)
+    *_, our_lines, _, our_change = run_trainer(kind, tmp_path, kdloss.VanillaKD(alpha=NEAR), **settings)
     assert losses(our_lines) == pytest.approx(losses(lines), rel=1e-6)
     assert change.norm() > 0
-    assert (our_change - change).norm() < 1e-5 * change.norm()  # in float32, of a change
+    assert (our_change - change).norm() < 1e-5 * change.norm()  # a difference of float32 weights
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "strict", "bert", "t5"])
-def test_counting_the_students_labels_micro_batches_add_up_to_one_batch(kind, tmp_path):
-    def go(size, batches):
-        told = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches, "max_steps": 1}
-        return ran(kind, tmp_path, kdloss.VanillaKD(), distilling={"count": "student"}, **told)
+def test_with_the_students_count_of_labels_micro_batches_add_up_to_one_batch(kind, tmp_path):
+    def train(size, batches):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches, "max_steps": 1}
+        return run_trainer(kind, tmp_path, kdloss.VanillaKD(), distilling={"count": "student"}, **settings)
 
-    whole, (line, *_), trainer, _ = go(8, 1)
-    parts, (part, *_), *_ = go(2, 4)
-    for one, other in zip(parts, whole, strict=True):
+    expected, (line, *_), trainer, _ = train(8, 1)
+    accumulated, (accumulated_line, *_), *_ = train(2, 4)
+    for one, other in zip(accumulated, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     for name in ("ce", "kd"):
-        assert part[name] == pytest.approx(line[name], rel=1e-5, abs=1e-7)
-    for one in line, part:  # transformers 4 rounds it
+        assert accumulated_line[name] == pytest.approx(line[name], rel=1e-5, abs=1e-7)
+    for one in line, accumulated_line:  # transformers 4 rounds it
         assert one["loss"] == pytest.approx(0.5 * one["ce"] + 0.5 * one["kd"], abs=6e-5)
     assert trainer.criterion.components.keys() == {"ce", "kd"}
 
 
-# --- two plain steps, by hand --------------------------------------------------------------------
+# --- two steps without a Trainer -----------------------------------------------------------------
 
 
 def exact(kind):
-    """A student, its teacher and a criterion in float64, so that rounding hides nothing."""
+    """A student, its teacher and a criterion, with the models in float64 so that rounding hides no difference."""
     student, teacher, criterion = pair("llama" if kind == "llama" else "gpt2")
     if kind == "strict":
         student.__class__ = Strict
@@ -202,7 +210,7 @@ def exact(kind):
 
 
 def two_plain_steps(student, teacher, criterion, clip):
-    """What two steps on one big batch come to without any Trainer: the change of each weight."""
+    """The change of each weight in two steps on one big batch, without a Trainer."""
     distill = kdloss.Distiller(teacher, criterion).prepare(student)
     criterion.double()
     with torch.no_grad():
@@ -225,8 +233,8 @@ def changes(before, after):
     return [a - b for a, b in zip(after, before, strict=True)]
 
 
-def assert_near(found, expected):
-    for one, other in zip(found, expected, strict=True):
+def assert_near(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
         assert other.norm() > 0
 
@@ -249,15 +257,23 @@ def test_projections_are_optimised_zeroed_and_clipped_with_the_student(kind, cli
     assert_near(changes(before, trained(student, criterion)), expected)
 
 
-@since_torch(2, 6)  # transformers 4.57 loads no optimizer's state before
+@since_torch(2, 6)  # transformers 4.57 refuses to load the state of an optimizer with an older torch
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "t5", "lora"])
-def test_a_resumed_run_is_the_undisturbed_one_and_logs_the_same_terms(kind, tmp_path):
-    told = {"optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2, "max_steps": 3}
-    whole, lines, *_ = ran(kind, tmp_path, kdloss.FeatureKD(logit_weight=1.0), dropout=0.1, **told)
+def test_a_resumed_run_equals_an_uninterrupted_one_and_logs_the_same_terms(kind, tmp_path):
+    settings = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 3,
+    }
+    uninterrupted, lines, *_ = run_trainer(kind, tmp_path, kdloss.FeatureKD(logit_weight=1.0), dropout=0.1, **settings)
     shutil.rmtree(tmp_path / "checkpoint-3")
-    again = {"resume_from_checkpoint": True}
-    found, later, *_ = ran(kind, tmp_path, kdloss.FeatureKD(logit_weight=1.0), dropout=0.1, train=again, **told)
-    assert all(map(torch.equal, found, whole))
+    resume = {"resume_from_checkpoint": True}
+    resumed, later, *_ = run_trainer(
+        kind, tmp_path, kdloss.FeatureKD(logit_weight=1.0), dropout=0.1, train=resume, **settings
+    )
+    assert all(map(torch.equal, resumed, uninterrupted))
     terms = {"ce", "kd", "feature", "eval_ce", "eval_kd", "eval_feature"}
     ends = [{name: x for line in each for name, x in line.items() if name in terms} for each in (lines, later)]
     assert ends[0] == ends[1]
@@ -268,7 +284,7 @@ def test_a_resumed_run_is_the_undisturbed_one_and_logs_the_same_terms(kind, tmp_
 # --- several processes ---------------------------------------------------------------------------
 
 
-def both(start, target, folder):
+def run_both(start, target, folder):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -279,30 +295,30 @@ def both(start, target, folder):
 
 
 def test_two_processes_with_accumulation_take_the_steps_of_one_big_batch(start, tmp_path):
-    (first, evaluated, lines), (second, *_) = both(start, two_steps_of, tmp_path)
+    (first, evaluated, lines), (second, *_) = run_both(start, two_steps_of, tmp_path)
     assert all(map(torch.equal, first, second))
     student, teacher, criterion = exact("gpt2")
     expected = two_plain_steps(student, teacher, criterion, clip=0.5)
     fresh = [*exact("gpt2")[0].parameters(), *(torch.full_like(p, 0.1) for p in criterion.parameters())]
     assert_near(changes([p.detach() for p in fresh], first), expected)
     student.eval()
-    alone = [student(**{name: x[None] for name, x in row.items()}).loss.item() for row in rows()]
-    assert evaluated["eval_loss"] == pytest.approx(sum(alone) / 4, rel=1e-5)
-    assert evaluated["eval_ce"] == pytest.approx(sum(alone) / 4, rel=1e-5)
+    single = [student(**{name: x[None] for name, x in row.items()}).loss.item() for row in rows()]
+    assert evaluated["eval_loss"] == pytest.approx(sum(single) / 4, rel=1e-5)
+    assert evaluated["eval_ce"] == pytest.approx(sum(single) / 4, rel=1e-5)
     assert {"ce", "kd", "feature"} <= lines[0].keys()
     checkpoint = tmp_path / "checkpoint-2"
     projections = load_file(checkpoint / "criterion.safetensors")
     names = [name for name, _ in criterion.named_parameters()]
     assert all(torch.equal(projections[n], p) for n, p in zip(names, first[-len(names) :], strict=True))
     written = {file.name: file.stat().st_mtime_ns for file in checkpoint.iterdir()}
-    assert written.pop("trainer_state.json") > max(written.values())  # the slower process's too
+    assert written.pop("trainer_state.json") > max(written.values())  # including those of the slower process
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(written)
 
 
-def test_in_two_processes_the_loss_is_the_stock_trainers(start, tmp_path):
-    for found in both(start, as_the_trainer, tmp_path):
+def test_in_two_processes_the_loss_equals_the_stock_trainers(start, tmp_path):
+    for results in run_both(start, as_the_trainer, tmp_path):
         for family in ("gpt2", "strict"):
-            (stock, loss), (near, our_loss) = (found[family, kind] for kind in ("stock", "near"))
+            (stock, loss), (near, our_loss) = (results[family, kind] for kind in ("stock", "near"))
             assert stock.norm() > 0
             assert (near - stock).norm() < 1e-5 * stock.norm()
             assert our_loss == pytest.approx(loss, rel=1e-6)
@@ -312,7 +328,7 @@ def test_in_two_processes_the_loss_is_the_stock_trainers(start, tmp_path):
 
 
 def test_without_labels_micro_batches_are_averaged(tmp_path):
-    data = [{"input_ids": row["input_ids"]} for row in rows()]  # all as long: means of means are right
+    data = [{"input_ids": row["input_ids"]} for row in rows()]  # of equal length, so a mean of means is exact
 
     def step(size, micro_batches):
         student, teacher, criterion = pair(criterion=kdloss.FeatureKD(alpha=0.0))
@@ -324,7 +340,7 @@ def test_without_labels_micro_batches_are_averaged(tmp_path):
         torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-6)
 
 
-def test_labels_that_are_all_ignored_change_nothing(tmp_path):
+def test_a_run_with_only_ignored_labels_changes_no_weight(tmp_path):
     data = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows()]
     student, teacher, criterion = pair()
     trainer = make(tmp_path, student, teacher, criterion, data, logging_nan_inf_filter=False)
@@ -333,8 +349,8 @@ def test_labels_that_are_all_ignored_change_nothing(tmp_path):
     assert all(map(torch.equal, trained(student, criterion), before))
 
 
-def test_bf16_is_near_fp32_and_covers_the_teacher_but_no_weight(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # transformers 4 leaves another there
+def test_bf16_is_near_fp32_and_applies_to_the_teacher_but_not_to_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # transformers 4 leaves the value of an earlier run there
 
     def step(**settings):
         student, teacher, criterion = pair()
@@ -354,8 +370,8 @@ def test_bf16_is_near_fp32_and_covers_the_teacher_but_no_weight(tmp_path, monkey
     assert 0 < error < 0.03
 
 
-class Second(torch.nn.Module):
-    """A teacher that reads a column which the student doesn't."""
+class OtherColumn(torch.nn.Module):
+    """A teacher that reads a column that the student does not read."""
 
     def __init__(self):
         super().__init__()
@@ -366,12 +382,12 @@ class Second(torch.nn.Module):
 
 
 @pytest.mark.parametrize("packaged", [False, True])
-def test_columns_that_teachers_read_are_kept_and_those_that_nobody_reads_are_dropped(packaged, tmp_path):
+def test_columns_that_a_teacher_reads_are_passed_and_unread_columns_are_dropped(packaged, tmp_path):
     student, _, _ = pair()
     data = [row | {"teacher_ids": row["input_ids"], "comment": torch.zeros(3)} for row in rows()]
     if packaged:
         data = datasets.Dataset.from_list([{n: x.tolist() for n, x in row.items()} for row in data])
-    teacher, seen = Second(), []
+    teacher, seen = OtherColumn(), []
     teacher.register_forward_pre_hook(lambda _, args, batch: seen.append(set(batch)), with_kwargs=True)
     trainer = make(tmp_path, student, teacher, kdloss.VanillaKD(), data)
     trainer.train()
@@ -381,8 +397,8 @@ def test_columns_that_teachers_read_are_kept_and_those_that_nobody_reads_are_dro
     assert trainer.args.remove_unused_columns
 
 
-def test_the_numbers_of_the_examples_are_kept_where_a_distance_asks_for_them(tmp_path):
-    """CRD's memory is of the data set's examples; elsewhere a column of that name is nobody's."""
+def test_the_index_of_each_example_is_passed_to_a_distance_that_takes_it(tmp_path):
+    """CRD stores a feature per example of the data set. Without such a distance the column is not read."""
 
     def numbered(student, teacher, index):
         return (student - teacher).square().sum(-1) * index
@@ -395,68 +411,68 @@ def test_the_numbers_of_the_examples_are_kept_where_a_distance_asks_for_them(tmp
     trainer = make(tmp_path, student, teacher, criterion, data)
     assert reads_index(criterion)
     seen = []
-    criterion.register_forward_pre_hook(lambda _, args, given: seen.append(given["index"]), with_kwargs=True)
+    criterion.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["index"]), with_kwargs=True)
     trainer.train()
     assert all(index.numel() == 4 for index in seen)
-    held = {name: x.clone() for name, x in criterion.state_dict().items()}
-    trainer.evaluate()  # remembers nothing
-    assert all(torch.equal(x, held[name]) for name, x in criterion.state_dict().items())
+    before = {name: x.clone() for name, x in criterion.state_dict().items()}
+    trainer.evaluate()  # updates no memory
+    assert all(torch.equal(x, before[name]) for name, x in criterion.state_dict().items())
 
 
-def test_a_teacher_given_a_function_of_the_batch_may_read_any_column(tmp_path):
+def test_a_teacher_with_a_function_of_the_batch_may_read_any_column(tmp_path):
     data = [row | {"words": row["input_ids"]} for row in rows()]
     teacher = kdloss.Teacher(build("gpt2", width=24, depth=1), inputs=lambda batch: {"input_ids": batch["words"]})
     arguments = TrainingArguments(str(tmp_path), **PLAIN)
     student = pair()[0]
     trainer = DistillationTrainer(student, arguments, teacher=teacher, criterion=kdloss.VanillaKD(), train_dataset=data)
     trainer.train()
-    assert arguments.remove_unused_columns  # the user's own are left as they are
+    assert arguments.remove_unused_columns  # the user's arguments are not changed
 
 
-def test_a_stored_teachers_rows_come_with_the_batch(tmp_path):
+def test_stored_teacher_logits_come_with_the_batch(tmp_path):
     student, teacher, _ = pair()
     with torch.no_grad():
-        said = [teacher.eval()(input_ids=row["input_ids"][None]).logits[0] for row in rows()]
+        stored = [teacher.eval()(input_ids=row["input_ids"][None]).logits[0] for row in rows()]
     data = [row | {"number": i} for i, row in enumerate(rows())]
 
-    def collate(some):
-        batch = {name: torch.stack([row[name] for row in some]) for name in ("input_ids", "labels")}
-        logits = torch.stack([said[row["number"]] for row in some])
+    def collate(examples):
+        batch = {name: torch.stack([row[name] for row in examples]) for name in ("input_ids", "labels")}
+        logits = torch.stack([stored[row["number"]] for row in examples])
         return batch | {"teacher": kdloss.TopKLogits.of(logits, k=logits.shape[-1])}
 
-    def go(teacher, data, collator):
-        own = copy.deepcopy(student)
+    def train(teacher, data, collator):
+        trained_student = copy.deepcopy(student)
         trainer = DistillationTrainer(
-            own, TrainingArguments(str(tmp_path), **PLAIN), teacher=teacher, criterion=kdloss.VanillaKD(),
+            trained_student, TrainingArguments(str(tmp_path), **PLAIN), teacher=teacher, criterion=kdloss.VanillaKD(),
             train_dataset=data, eval_dataset=data, data_collator=collator,
         )  # fmt: skip
         return trainer.train().training_loss, trainer.evaluate()["eval_kd"]
 
     live = [{name: row[name] for name in ("input_ids", "labels")} for row in rows()]
-    assert go(None, data, collate) == pytest.approx(go(teacher, live, None), rel=1e-5)
+    assert train(None, data, collate) == pytest.approx(train(teacher, live, None), rel=1e-5)
 
 
 # --- evaluation and logs -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "strict", "llama", "bert", "t5"])
-def test_evaluation_reports_the_students_own_loss_and_the_terms_beside_it(kind, tmp_path):
-    _, lines, trainer, _ = ran(kind, tmp_path, kdloss.VanillaKD(temperature=2.0), max_steps=1)
+def test_evaluation_reports_the_models_loss_and_each_term(kind, tmp_path):
+    _, lines, trainer, _ = run_trainer(kind, tmp_path, kdloss.VanillaKD(temperature=2.0), max_steps=1)
     line = next(line for line in lines if "eval_loss" in line)
     student, (teacher,) = trainer.model.eval(), (t.module.eval() for t in trainer.distill.teachers)
     ce, kd = [], []
     for half in (trainer.eval_dataset[:4], trainer.eval_dataset[4:]):
         batch = {name: torch.stack([row[name] for row in half]) for name in half[0]}
         with torch.no_grad():
-            out, said = student(**batch), teacher(**batch).logits
+            out, teacher_logits = student(**batch), teacher(**batch).logits
         ce.append(out.loss.item())
         labels, logits = batch["labels"], out.logits
         if kind in ("gpt2", "strict", "llama"):
-            labels, logits, said = labels[:, 1:], logits[:, :-1], said[:, :-1]
-        logs, probabilities = (logits / 2).log_softmax(-1), (said / 2).softmax(-1)
+            labels, logits, teacher_logits = labels[:, 1:], logits[:, :-1], teacher_logits[:, :-1]
+        logs, probabilities = (logits / 2).log_softmax(-1), (teacher_logits / 2).softmax(-1)
         kl = (probabilities * (probabilities.log() - logs)).sum(-1)[labels != -100]
         kd.append(4 * kl.mean().item())
-    if kind in ("strict", "bert", "t5"):  # else the Trainer's count may be in it
+    if kind in ("strict", "bert", "t5"):  # for others it may include the Trainer's count of labels
         assert line["eval_loss"] == pytest.approx(sum(ce) / 2, rel=1e-5)
     assert line["eval_ce"] == pytest.approx(sum(ce) / 2, rel=1e-5)
     assert line["eval_kd"] == pytest.approx(sum(kd) / 2, rel=1e-4, abs=1e-6)
@@ -466,15 +482,15 @@ def test_evaluation_reports_the_students_own_loss_and_the_terms_beside_it(kind, 
 def test_metrics_get_the_logits_of_the_stock_trainer(kind, tmp_path):
     def predicted(criterion):
         gathered = []
-        trainer = ran(kind, tmp_path, criterion, max_steps=1, learning_rate=0.0, eval_strategy="no")[2]
-        trainer.compute_metrics = lambda found: gathered.append(found.predictions) or {"seen": 1.0}
+        trainer = run_trainer(kind, tmp_path, criterion, max_steps=1, learning_rate=0.0, eval_strategy="no")[2]
+        trainer.compute_metrics = lambda result: gathered.append(result.predictions) or {"seen": 1.0}
         assert trainer.evaluate()["eval_seen"] == 1.0
         return gathered[0]
 
     assert (predicted(kdloss.FeatureKD(logit_weight=1.0)) == predicted(None)).all()
 
 
-def test_evaluation_without_teachers_runs_none(tmp_path):
+def test_with_teacher_in_eval_false_evaluation_runs_no_teacher(tmp_path):
     student, teacher, criterion = pair()
     trainer = make(tmp_path, student, teacher, criterion, distilling={"teacher_in_eval": False})
     teacher.register_forward_hook(lambda *_: pytest.fail("the teacher ran"))
@@ -491,14 +507,14 @@ def test_a_trainer_that_generates_distils_and_evaluates(tmp_path):
     seen = []
     trainer = Generating(
         student, arguments, teacher=teacher, criterion=kdloss.FeatureKD(), train_dataset=data, eval_dataset=data,
-        compute_metrics=lambda found: seen.append(found.predictions) or {},
+        compute_metrics=lambda result: seen.append(result.predictions) or {},
     )  # fmt: skip
     trainer.train()
     assert {"eval_loss", "eval_feature"} <= trainer.evaluate().keys()
-    assert [found.dtype.kind for found in seen] == ["i"]  # tokens that were generated
+    assert [predictions.dtype.kind for predictions in seen] == ["i"]  # generated tokens
 
 
-def test_scheduled_terms_move_on_with_each_step_and_not_with_each_micro_batch(tmp_path):
+def test_schedules_advance_once_per_step_and_not_per_micro_batch(tmp_path):
     seen = []
     weight = lambda step: seen.append(step) or 1.0  # noqa: E731
     criterion = kdloss.CrossEntropy() + weight * kdloss.Logits()
@@ -508,7 +524,7 @@ def test_scheduled_terms_move_on_with_each_step_and_not_with_each_micro_batch(tm
     assert criterion.step == 2
 
 
-def test_a_student_made_anew_begins_with_projections_made_anew(tmp_path):
+def test_a_student_from_model_init_starts_with_new_projections_in_each_run(tmp_path):
     teacher = build("gpt2", width=24, depth=4)
     arguments = TrainingArguments(str(tmp_path), **PLAIN | {"optim": "adamw_torch", "learning_rate": 0.1})
     criterion = kdloss.FeatureKD()
@@ -532,7 +548,7 @@ def test_a_student_made_anew_begins_with_projections_made_anew(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:This sequence already has", "ignore:`gradient_checkpointing` is deprecated")
-def test_trls_trainer_keeps_its_own_log_and_its_loss_where_the_teacher_hardly_counts(tmp_path):
+def test_trls_trainer_keeps_its_log_and_with_a_negligible_teacher_its_loss(tmp_path):
     trl = pytest.importorskip("trl")  # not among the oldest versions
 
     class SFTDistiller(Distilling, trl.SFTTrainer):
@@ -542,7 +558,7 @@ def test_trls_trainer_keeps_its_own_log_and_its_loss_where_the_teacher_hardly_co
     sums = [{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}."} for i in range(8)]
     data = datasets.Dataset.from_list(sums)
 
-    def go(criterion):
+    def train(criterion):
         shape = {"vocab_size": len(tokenizer), "num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
         torch.manual_seed(0)
         teacher, student = (
@@ -551,17 +567,19 @@ def test_trls_trainer_keeps_its_own_log_and_its_loss_where_the_teacher_hardly_co
             )
             for w, d in ((24, 4), (16, 2))
         )
-        told = PLAIN | {"bf16": False, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-        arguments = trl.SFTConfig(str(tmp_path), **told, gradient_accumulation_steps=2, per_device_train_batch_size=2)
-        taught = {"teacher": teacher, "criterion": criterion} if criterion else {}
+        settings = PLAIN | {"bf16": False, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+        arguments = trl.SFTConfig(
+            str(tmp_path), **settings, gradient_accumulation_steps=2, per_device_train_batch_size=2
+        )
+        distillation = {"teacher": teacher, "criterion": criterion} if criterion else {}
         trainer = (SFTDistiller if criterion else trl.SFTTrainer)(
-            student, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer, **taught
+            student, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer, **distillation
         )
         trainer.train()
         return trainer.state.log_history
 
     stock, plain, near, feature = map(
-        go, (None, kdloss.VanillaKD(alpha=1.0), kdloss.VanillaKD(alpha=NEAR), kdloss.FeatureKD())
+        train, (None, kdloss.VanillaKD(alpha=1.0), kdloss.VanillaKD(alpha=NEAR), kdloss.FeatureKD())
     )
     assert losses(plain) == losses(stock)
     assert losses(near) == pytest.approx(losses(stock), rel=1e-6)
@@ -571,7 +589,7 @@ def test_trls_trainer_keeps_its_own_log_and_its_loss_where_the_teacher_hardly_co
     assert near[0]["entropy"] == pytest.approx(stock[0]["entropy"], rel=1e-6)
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- refused settings ----------------------------------------------------------------------------
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):
@@ -582,11 +600,11 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
         DistillationTrainer(student, arguments, teacher=teacher, criterion=criterion)
 
 
-def test_another_loss_beside_the_criterions_is_refused_and_named_in_its_words(tmp_path):
+def test_a_loss_setting_of_the_trainer_is_refused_with_the_criterions_setting_to_write(tmp_path):
     with pytest.raises(ValueError, match=r"leave out label_smoothing_factor.*CrossEntropy\(label_smoothing="):
         make(tmp_path, *pair(), label_smoothing_factor=0.1)
-    alone = make(tmp_path, *pair(criterion=kdloss.VanillaKD(alpha=1.0)), label_smoothing_factor=0.1)
-    assert alone.train().global_step == 2  # the Trainer's own affair
+    trainer = make(tmp_path, *pair(criterion=kdloss.VanillaKD(alpha=1.0)), label_smoothing_factor=0.1)
+    assert trainer.train().global_step == 2  # cross-entropy only: the Trainer computes it
 
 
 @pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
@@ -599,7 +617,7 @@ def test_a_trained_criterion_is_refused_under_fsdp_and_deepspeed(sharding, tmp_p
         make(tmp_path, *pair())
 
 
-def test_an_optimizer_without_what_the_criterion_learns_is_refused(tmp_path):
+def test_an_optimizer_without_the_criterions_parameters_is_refused(tmp_path):
     student, teacher, criterion = pair()
     trainer = make(tmp_path, student, teacher, criterion)
     trainer.optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -616,7 +634,7 @@ def test_an_unknown_count_is_refused(tmp_path):
         make(tmp_path, *pair(), distilling={"count": "labels"})
 
 
-def test_a_trainer_with_a_loss_of_its_own_is_told_that_the_criterion_takes_its_place(tmp_path, caplog):
+def test_a_trainer_with_its_own_loss_gets_a_warning_that_the_criterion_replaces_it(tmp_path, caplog):
     class Penalised(Trainer):
         def compute_loss(self, *args, **settings):
             return super().compute_loss(*args, **settings) + 1.0

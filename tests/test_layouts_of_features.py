@@ -1,4 +1,4 @@
-"""The axes of features: said by a pattern, told by modules, labels and inputs, or refused."""
+"""The axes of features: stated by a pattern, inferred from modules, labels and inputs, or refused."""
 
 import copy
 import pickle
@@ -17,8 +17,8 @@ SIZES = {"b": 3, "c": 5, "d": 2, "h": 4, "w": 6, "t": 4}
 LAYOUTS = ["b c h w", "b h w c", "b c t", "t b c", "b c d h w", "b d h w c", "w c b h", "b t d", "c b"]
 
 
-def of(pattern, seed, width=5):
-    """Features in a layout, and by hand `[B, N, D]`."""
+def features_in(pattern, seed, width=5):
+    """Random features in a layout, and the same features rearranged to `[B, N, D]`."""
     names = pattern.split()
     wide = "c" if "c" in names else "d"
     sizes = SIZES | {wide: width}
@@ -27,53 +27,53 @@ def of(pattern, seed, width=5):
     return x.requires_grad_(), rearrange(x, f"{pattern} -> b ({positions}) {wide}")
 
 
-def seen(x, name="stage"):
+def capture(x, name="stage"):
     captured = kdloss.Captured()
     captured.features[name] = x
     return captured
 
 
-def same(loss, expected, x):
+def assert_same(loss, expected, x):
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(*(torch.autograd.grad(y, x)[0] for y in (loss, expected)), rtol=1e-9, atol=1e-12)
 
 
-# -- what is said --
+# -- stated layouts --
 
 
 @pytest.mark.parametrize("pattern", LAYOUTS)
 @pytest.mark.parametrize("distance", [distances.mse, distances.cosine, distances.cwd, distances.similarity])
 def test_a_stated_layout_gives_value_and_gradient_of_the_permuted_features(pattern, distance):
-    (s, rows), (t, others) = of(pattern, 0), of(pattern, 1)
+    (s, flat_s), (t, flat_t) = features_in(pattern, 0), features_in(pattern, 1)
     if pattern == "c b":
-        rows, others = (x[:, 0] for x in (rows, others))  # examples are the rows
+        flat_s, flat_t = (x[:, 0] for x in (flat_s, flat_t))  # no axis of positions: examples are compared
     criterion = 1.0 * Features(["stage"], pairing="same", distance=distance, layout=pattern)
-    same(criterion(seen(s), seen(t)), distance(rows, others.detach()).mean(), s)
+    assert_same(criterion(capture(s), capture(t)), distance(flat_s, flat_t.detach()).mean(), s)
 
 
-def test_labels_stand_at_the_positions_in_the_patterns_order():
-    (s, rows), (t, others) = of("w c b h", 0), of("b h w c", 1)
-    labels = torch.zeros(3, 6, 4, dtype=torch.long)  # [B, W, H], as the student's are
+def test_labels_have_their_axes_in_the_order_of_the_pattern():
+    (s, flat_s), (t, flat_t) = features_in("w c b h", 0), features_in("b h w c", 1)
+    labels = torch.zeros(3, 6, 4, dtype=torch.long)  # [B, W, H], as in the student's layout
     labels[0, 1:] = -100
     criterion = 1.0 * Features(["stage"], pairing="same", layout="w c b h", teacher_layout="b w h c")
     keep = labels.flatten(1) != -100
     t = rearrange(t, "b h w c -> b w h c")
-    others = rearrange(others, "b (h w) c -> b (w h) c", h=4)
-    same(criterion(seen(s), seen(t), labels), (rows - others)[keep].square().mean(), s)
+    flat_t = rearrange(flat_t, "b (h w) c -> b (w h) c", h=4)
+    assert_same(criterion(capture(s), capture(t), labels), (flat_s - flat_t)[keep].square().mean(), s)
 
 
 def test_each_layer_may_have_its_own_layout():
-    (first, a), (second, b) = of("b h w c", 0), of("b c t", 1)
-    (first_t, c), (second_t, d) = of("b c h w", 2), of("t b d", 3)
-    captured = [seen(x) for x in (first, first_t)]
+    (first, a), (second, b) = features_in("b h w c", 0), features_in("b c t", 1)
+    (first_t, c), (second_t, d) = features_in("b c h w", 2), features_in("t b d", 3)
+    captured = [capture(x) for x in (first, first_t)]
     for one, x in zip(captured, (second, second_t), strict=True):
         one.features["last"] = x
-    said = {"layout": {"stage": "b h w c", "last": "b c t"}, "teacher_layout": {"last": "t b d"}}
-    criterion = FeatureKD(["stage", "last"], pairing="same", alpha=0.0, **said)
+    layouts = {"layout": {"stage": "b h w c", "last": "b c t"}, "teacher_layout": {"last": "t b d"}}
+    criterion = FeatureKD(["stage", "last"], pairing="same", alpha=0.0, **layouts)
     expected = ((a - c).square().mean() + (b - d).square().mean()) / 2
-    same(criterion(*captured), expected, first)
-    for again in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
-        torch.testing.assert_close(again(*captured), expected)
+    assert_same(criterion(*captured), expected, first)
+    for copied in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        torch.testing.assert_close(copied(*captured), expected)
     with pytest.raises(ValueError, match=r"layout names \['stag'\], and the layers are \['stage', 'last'\]"):
         FeatureKD(["stage", "last"], pairing="same", alpha=0.0, layout={"stag": "b h w c"})(*captured)
     with pytest.raises(
@@ -83,66 +83,68 @@ def test_each_layer_may_have_its_own_layout():
 
 
 @pytest.mark.parametrize(("axes", "kind"), [(1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)])
-def test_a_convolution_projects_features_of_as_many_axes_whatever_their_layout(axes, kind):
+def test_a_convolution_projects_features_with_its_number_of_axes_in_any_layout(axes, kind):
     pattern = {1: "b t c", 2: "b h w c", 3: "b d h w c"}[axes]
-    (s, _), (t, others) = of(pattern, 0), of(pattern, 1, width=7)
+    (s, _), (t, flat_t) = features_in(pattern, 0), features_in(pattern, 1, width=7)
     settings = {"projection": partial(kind, kernel_size=1), "widths": (5, 7), "layout": pattern}
     criterion = FeatureKD(["stage"], pairing="same", alpha=0.0, **settings).double()
     (projection,) = criterion.projections.values()
-    made = projection(s.movedim(-1, 1)).flatten(2).mT
-    same(criterion(seen(s), seen(t)), (made - others).square().mean(), s)
-    (s, _), (t, _) = of("b c", 0), of("b c", 1, width=7)
+    projected = projection(s.movedim(-1, 1)).flatten(2).mT
+    assert_same(criterion(capture(s), capture(t)), (projected - flat_t).square().mean(), s)
+    (s, _), (t, _) = features_in("b c", 0), features_in("b c", 1, width=7)
     criterion = FeatureKD(["stage"], pairing="same", alpha=0.0, **settings | {"layout": None}).double()
     with pytest.raises(ValueError, match=r"features with \d axes of positions.*projection=kdloss\.projections\.linear"):
-        criterion(seen(s), seen(t))
+        criterion(capture(s), capture(t))
 
 
-def test_layers_side_by_side_are_joined_along_their_widths_whatever_their_layouts():
-    (a, x), (b, y) = of("b h w c", 0), of("b c h w", 1, width=3)
-    (t, other) = of("b h w c", 2, width=8)
-    captured = seen(a)
+def test_layers_in_different_layouts_are_concatenated_along_their_widths():
+    (a, x), (b, y) = features_in("b h w c", 0), features_in("b c h w", 1, width=3)
+    (t, other) = features_in("b h w c", 2, width=8)
+    captured = capture(a)
     captured.features["norm"] = b
-    said = {"layout": {"stage": "b h w c"}, "teacher_layout": "b h w c"}
-    criterion = FeatureKD(pairing=[(("stage", "norm"), "stage")], alpha=0.0, **said)
-    same(criterion(captured, seen(t)), (torch.cat([x, y], -1) - other).square().mean(), a)
+    layouts = {"layout": {"stage": "b h w c"}, "teacher_layout": "b h w c"}
+    criterion = FeatureKD(pairing=[(("stage", "norm"), "stage")], alpha=0.0, **layouts)
+    assert_same(criterion(captured, capture(t)), (torch.cat([x, y], -1) - other).square().mean(), a)
 
 
-def test_resizing_gets_maps_with_their_channels_second_and_volumes_and_tokens_as_they_are():
-    asked = []
+def test_resize_gets_maps_and_volumes_with_channels_second_and_tokens_unchanged():
+    shapes = []
 
-    def watched(s, t):
-        asked.append((tuple(s.shape), tuple(t.shape)))
+    def recording_pool(s, t):
+        shapes.append((tuple(s.shape), tuple(t.shape)))
         return kdloss.resize.pool(s, t, size=(8, -1))
 
     s = torch.randn(2, 4, 6, 5).double().requires_grad_()  # [B, H, W, C]
     t = torch.randn(2, 96, 5).double()  # 8 x 12 patches
-    criterion = FeatureKD(["stage"], pairing="same", alpha=0.0, resize=watched, layout="b h w c", teacher_layout=None)
+    criterion = FeatureKD(
+        ["stage"], pairing="same", alpha=0.0, resize=recording_pool, layout="b h w c", teacher_layout=None
+    )
     blocks = t.unflatten(1, (4, 2, 6, 2)).mean((2, 4)).flatten(1, 2)
-    same(criterion(seen(s), seen(t)), (s.flatten(1, 2) - blocks).square().mean(), s)
-    assert asked == [((2, 5, 4, 6), (2, 96, 5))]
+    assert_same(criterion(capture(s), capture(t)), (s.flatten(1, 2) - blocks).square().mean(), s)
+    assert shapes == [((2, 5, 4, 6), (2, 96, 5))]
     s, t = torch.randn(2, 2, 4, 6, 5).double().requires_grad_(), torch.randn(2, 5, 2, 2, 3).double()
     criterion = FeatureKD(
-        ["stage"], pairing="same", alpha=0.0, resize=watched, layout="b d h w c", teacher_layout="b c d h w"
+        ["stage"], pairing="same", alpha=0.0, resize=recording_pool, layout="b d h w c", teacher_layout="b c d h w"
     )
     coarse = s.unflatten(3, (3, 2)).unflatten(2, (2, 2)).mean((3, 5))
-    same(criterion(seen(s), seen(t)), (coarse.movedim(-1, 1) - t).square().mean(), s)
+    assert_same(criterion(capture(s), capture(t)), (coarse.movedim(-1, 1) - t).square().mean(), s)
     with pytest.raises(ValueError, match=r"^stage-stage: teacher features.*97 positions.*fit a grid of size=\(8, -1\)"):
-        FeatureKD(["stage"], pairing="same", alpha=0.0, resize=watched)(
-            seen(torch.randn(2, 5, 4, 6)), seen(torch.randn(2, 97, 5))
+        FeatureKD(["stage"], pairing="same", alpha=0.0, resize=recording_pool)(
+            capture(torch.randn(2, 5, 4, 6)), capture(torch.randn(2, 97, 5))
         )
 
 
-def test_a_generator_of_maps_is_told_their_grid_and_that_of_tokens_has_to_be_said():
-    (s, _), (t, others) = of("b h w c", 0), of("b h w c", 1)
+def test_mgd_reads_the_grid_of_maps_from_the_layout_and_refuses_tokens_without_a_grid():
+    (s, _), (t, flat_t) = features_in("b h w c", 0), features_in("b h w c", 1)
     build = partial(distances.MGD, ratio=0.0)
     settings = {"pairing": "same", "alpha": 0.0, "widths": (5, 5), "layout": "b h w c"}
     criterion = FeatureKD(["stage"], distance=build, **settings).double()
     module = criterion.terms["feature"].distances["stage"]
-    made = module.second(module.first(s.movedim(-1, 1)).relu()).flatten(2).mT
-    same(criterion(seen(s), seen(t)), (made - others).square().mean(), s)
+    generated = module.second(module.first(s.movedim(-1, 1)).relu()).flatten(2).mT
+    assert_same(criterion(capture(s), capture(t)), (generated - flat_t).square().mean(), s)
     tokens = FeatureKD(["stage"], distance=build, **settings | {"layout": None}).double()
     with pytest.raises(ValueError, match=r"16 positions, and their grid isn't given"):
-        tokens(*(seen(torch.randn(3, 16, 5).double()) for _ in range(2)))
+        tokens(*(capture(torch.randn(3, 16, 5).double()) for _ in range(2)))
 
 
 @pytest.mark.parametrize("pattern", ["b h w c", "b c d h w"])
@@ -170,15 +172,15 @@ def test_resolutions_are_read_in_the_stated_layout(pattern):
     assert distill(Stages([8, 4, 4]), torch.zeros(2, 3)).loss == 0
 
 
-# -- what modules tell --
+# -- layouts inferred from modules --
 
 
-class Around(nn.Module):
-    """A module named "part" whose output, maybe turned around, is the model's feature; the model gives classes."""
+class WithPart(nn.Module):
+    """A model with a module named "part", whose output is the feature, and five logits."""
 
-    def __init__(self, part, turn=None):
+    def __init__(self, part, axes=None):
         super().__init__()
-        self.part, self.turn = part, turn
+        self.part, self.axes = part, axes
 
     def forward(self, x):
         x = self.part(x)
@@ -186,12 +188,12 @@ class Around(nn.Module):
         return x.flatten(1).mean(1, keepdim=True).expand(-1, 5)
 
 
-class Turned(nn.Module):
-    """Parts, one after the other, and the last one's output turned around."""
+class Permuted(nn.Module):
+    """Modules in sequence; the axes of the last output are permuted."""
 
-    def __init__(self, *parts, turn):
+    def __init__(self, *parts, axes):
         super().__init__()
-        self.parts, self.order = nn.ModuleList(parts), turn
+        self.parts, self.order = nn.ModuleList(parts), axes
 
     def forward(self, x):
         for part in self.parts:
@@ -199,8 +201,8 @@ class Turned(nn.Module):
         return x.permute(self.order)
 
 
-class Unfolded(nn.Module):
-    """Frames [B, T, C, H, W] that go through a part one by one."""
+class PerFrame(nn.Module):
+    """Apply a module to each of the frames [B, T, C, H, W]."""
 
     def __init__(self, part):
         super().__init__()
@@ -210,10 +212,10 @@ class Unfolded(nn.Module):
         return self.part(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-def read(part, x, labels=None, **said):
-    """The loss of a student against itself, and the feature's width in the projection that was built."""
-    student = Around(part).double()
-    criterion = FeatureKD(["part"], pairing="same", alpha=0.0, projection=kdloss.projections.linear, **said)
+def width_read(part, x, labels=None, **layouts):
+    """Distil a student from a copy of itself; return the width for which its projection was built."""
+    student = WithPart(part).double()
+    criterion = FeatureKD(["part"], pairing="same", alpha=0.0, projection=kdloss.projections.linear, **layouts)
     distill = Distiller(copy.deepcopy(student), criterion).prepare(student, x)
     criterion.double()
     distill(student, x, labels=labels)
@@ -226,62 +228,70 @@ def conv(n, *widths):
 
 
 x1, x2, x3 = (torch.randn(2, 3, *size).double() for size in ((7,), (4, 6), (2, 4, 6)))
-last2 = torch.randn(2, 4, 6, 3).double()  # [B, H, W, C]
-LAST, SECOND = (0, 2, 3, 1), (0, 3, 1, 2)
+x2_last = torch.randn(2, 4, 6, 3).double()  # [B, H, W, C]
+TO_LAST, TO_SECOND = (0, 2, 3, 1), (0, 3, 1, 2)
 REFUSED = {
     "a 1-d convolution": (nn.Conv1d(3, 8, 1), x1, "layout='b c t'"),
-    "one as wide as there are frames": (nn.Conv1d(3, 7, 1), x1, "layout='b c t'"),
-    "a stack of them": (nn.Sequential(*conv(1, 8)), x1, "layout='b c t'"),
-    "one with a pool behind it": (nn.Sequential(nn.Conv1d(3, 8, 1), nn.MaxPool1d(2)), x1, "layout='b c t'"),
-    "a map turned around behind a convolution": (Turned(*conv(2, 8), turn=LAST), x2, "layout='b h w c'"),
-    "channels last": (nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 8), nn.GELU()), last2, "layout='b h w c'"),
-    "as many as rows": (nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 4)), last2, "layout='b h w c'"),
-    "a norm alone": (nn.LayerNorm(3), last2, "layout='b h w c'"),
-    "of both kinds, and last": (Turned(nn.Conv2d(3, 8, 1), turn=LAST), x2, "layout='b h w c'"),
-    "volumes, channels last": (nn.Linear(3, 8), torch.randn(2, 2, 4, 6, 3).double(), "layout='b d h w c'"),
-    "frames, channels last, turned": (
-        Turned(nn.Linear(3, 8), turn=(0, 2, 1)),
+    "a 1-d convolution with as many channels as frames": (nn.Conv1d(3, 7, 1), x1, "layout='b c t'"),
+    "a stack of 1-d convolutions": (nn.Sequential(*conv(1, 8)), x1, "layout='b c t'"),
+    "a 1-d convolution, then a pool": (nn.Sequential(nn.Conv1d(3, 8, 1), nn.MaxPool1d(2)), x1, "layout='b c t'"),
+    "2-d convolutions, then channels last": (Permuted(*conv(2, 8), axes=TO_LAST), x2, "layout='b h w c'"),
+    "linear layers on maps": (nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 8), nn.GELU()), x2_last, "layout='b h w c'"),
+    "as many channels as rows": (nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 4)), x2_last, "layout='b h w c'"),
+    "only a norm": (nn.LayerNorm(3), x2_last, "layout='b h w c'"),
+    "one 2-d convolution, then channels last": (Permuted(nn.Conv2d(3, 8, 1), axes=TO_LAST), x2, "layout='b h w c'"),
+    "volumes with channels last": (nn.Linear(3, 8), torch.randn(2, 2, 4, 6, 3).double(), "layout='b d h w c'"),
+    "a linear layer, then channels second": (
+        Permuted(nn.Linear(3, 8), axes=(0, 2, 1)),
         torch.randn(2, 7, 3).double(),
         "'b c t'",
     ),
-    "an activation behind a convolution": (nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU()), x1, "layout='b c t'"),
-    "frames of maps": (Unfolded(nn.Conv2d(3, 8, 1)), torch.randn(2, 4, 3, 5, 6).double(), "'b c d h w' or layout="),
-    "volumes of nothing": (nn.Identity(), torch.randn(2, 3, 4, 5, 6).double(), "'b c d h w' or layout='b d h w c'"),
+    "a 1-d convolution, then an activation": (nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU()), x1, "layout='b c t'"),
+    "several maps per example": (
+        PerFrame(nn.Conv2d(3, 8, 1)),
+        torch.randn(2, 4, 3, 5, 6).double(),
+        "'b c d h w' or layout=",
+    ),
+    "volumes from a module without weights": (
+        nn.Identity(),
+        torch.randn(2, 3, 4, 5, 6).double(),
+        "'b c d h w' or layout='b d h w c'",
+    ),
     "six axes": (nn.Identity(), torch.randn(2, 3, 4, 5, 6, 7).double(), "name its axes by layout="),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_default_that_the_module_speaks_against_is_refused_with_the_layout_to_write(name):
+def test_a_default_layout_that_the_module_contradicts_is_refused_with_the_layout_to_write(name):
     part, x, write = REFUSED[name]
     with pytest.raises(ValueError, match=f"student layer 'part' gives.*{write}"):
-        read(part, x)
+        width_read(part, x)
 
 
-RIGHT = {
+ACCEPTED = {
     "a map": (nn.Sequential(*conv(2, 8)), x2, {}, 8),
-    "a map as wide as high and broad": (nn.Conv2d(3, 4, 1), x2[..., :4], {}, 4),
+    "a square map with as many channels as rows": (nn.Conv2d(3, 4, 1), x2[..., :4], {}, 4),
     "a volume": (nn.Sequential(*conv(3, 8)), x3, {}, 8),
-    "a volume of cubes": (nn.Conv3d(3, 4, 1), torch.randn(2, 3, 4, 4, 4).double(), {}, 4),
-    "frames": (nn.Sequential(*conv(1, 8)), x1, {"layout": "b c t"}, 8),
-    "channels last": (nn.Linear(3, 8), last2, {"layout": "b h w c"}, 8),
+    "a volume with all axes equal": (nn.Conv3d(3, 4, 1), torch.randn(2, 3, 4, 4, 4).double(), {}, 4),
+    "frames with channels second": (nn.Sequential(*conv(1, 8)), x1, {"layout": "b c t"}, 8),
+    "a map with channels last": (nn.Linear(3, 8), x2_last, {"layout": "b h w c"}, 8),
     "tokens": (nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 8)), torch.randn(2, 7, 3).double(), {}, 8),
     "as many tokens as channels": (nn.Linear(3, 7), torch.randn(2, 7, 3).double(), {}, 7),
-    "recurrent, both ways": (nn.LSTM(3, 4, batch_first=True, bidirectional=True), torch.randn(2, 8, 3).double(), {}, 8),
+    "a bidirectional LSTM": (nn.LSTM(3, 4, batch_first=True, bidirectional=True), torch.randn(2, 8, 3).double(), {}, 8),
     "vectors": (nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)), torch.randn(6, 3).double(), {}, 8),
-    "channels last and back": (Turned(nn.Linear(3, 8), turn=SECOND), last2, {}, 8),
-    "said and of another kind": (Turned(*conv(2, 8), turn=LAST), x2, {"layout": "b h w c"}, 8),
-    "maps of an activation": (nn.Sequential(nn.PReLU(), nn.Identity()), x2, {}, 3),
+    "a linear layer on a map, then channels second": (Permuted(nn.Linear(3, 8), axes=TO_SECOND), x2_last, {}, 8),
+    "2-d convolutions, then channels last": (Permuted(*conv(2, 8), axes=TO_LAST), x2, {"layout": "b h w c"}, 8),
+    "a map from an activation": (nn.Sequential(nn.PReLU(), nn.Identity()), x2, {}, 3),
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_a_layout_that_nothing_speaks_against_is_read(name):
-    part, x, said, width = RIGHT[name]
-    assert read(part, x, **said) == width
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_layout_that_nothing_contradicts_is_used(name):
+    part, x, layouts, width = ACCEPTED[name]
+    assert width_read(part, x, **layouts) == width
 
 
-def test_an_activation_is_told_by_what_stands_before_it():
+def test_the_layout_of_an_activation_follows_from_the_layer_before_it():
     class Stack(nn.Module):
         def __init__(self):
             super().__init__()
@@ -298,43 +308,43 @@ def test_an_activation_is_told_by_what_stands_before_it():
     Distiller(copy.deepcopy(student), FeatureKD(["gelu"], pairing="same", alpha=0.0)).prepare(student, x)
 
 
-def test_numbers_to_regress_tell_how_many_examples_there_are():
+def test_regression_targets_show_the_number_of_examples():
     s, t = torch.randn(6, 4, 5), torch.randn(6, 4, 5)
     score = torch.randn(4)
     regress = kdloss.Task(lambda output, y: (output - y).square().mean())
-    captured = [seen(x) for x in (s, t)]
+    captured = [capture(x) for x in (s, t)]
     captured[0].output = torch.randn(4)
     with pytest.raises(ValueError, match=r"gives \(6, 4, 5\).*there are 4 examples.*layout='t b d'"):
         (regress + Features(["stage"], pairing="same"))(*captured, score)
 
 
 class Mixed(nn.Module):
-    """A block that convolves maps, and mixes channels where they are last; it gives maps."""
+    """A block with a convolution on channels second and a linear layer on channels last."""
 
     def __init__(self, width, channels_last=False):
         super().__init__()
         self.conv, self.mlp, self.last = nn.Conv2d(3, width, 1), nn.Linear(width, width), channels_last
 
     def forward(self, x):
-        x = self.mlp(self.conv(x).permute(LAST))
-        return x if self.last else x.permute(SECOND)
+        x = self.mlp(self.conv(x).permute(TO_LAST))
+        return x if self.last else x.permute(TO_SECOND)
 
 
-def test_a_block_of_both_kinds_is_told_by_its_numbers_and_refused_where_they_say_nothing():
-    assert read(Mixed(8), x2) == 8
+def test_sizes_decide_the_layout_of_a_mixed_block_and_equal_sizes_are_refused():
+    assert width_read(Mixed(8), x2) == 8
     with pytest.raises(ValueError, match="layout='b h w c'"):
-        read(Mixed(8, channels_last=True), x2)
+        width_read(Mixed(8, channels_last=True), x2)
     square = torch.randn(2, 3, 6, 6).double()
     for last in (False, True):
         with pytest.raises(ValueError, match=r"nothing tells.*layout='b c h w' or layout='b h w c'"):
-            read(Mixed(6, channels_last=last), square)
-        assert read(Mixed(6, channels_last=last), square, layout="b h w c" if last else "b c h w") == 6
+            width_read(Mixed(6, channels_last=last), square)
+        assert width_read(Mixed(6, channels_last=last), square, layout="b h w c" if last else "b c h w") == 6
 
 
 @pytest.mark.parametrize("place", ["model", "module"])
-def test_the_format_that_timm_writes_on_models_counts_where_modules_say_nothing(place):
+def test_timms_output_fmt_decides_where_the_modules_do_not(place):
     square = torch.randn(2, 6, 6, 6).double()
-    student = Around(nn.Identity())
+    student = WithPart(nn.Identity())
     (student if place == "model" else student.part).output_fmt = "NHWC"
     criterion = FeatureKD(["part"], pairing="same", alpha=0.0)
     with pytest.raises(ValueError, match="layout='b h w c'"):
@@ -343,8 +353,8 @@ def test_the_format_that_timm_writes_on_models_counts_where_modules_say_nothing(
     Distiller(copy.deepcopy(student), FeatureKD(["part"], pairing="same", alpha=0.0)).prepare(student, square)
 
 
-def test_the_error_is_about_the_side_that_is_another():
-    student, teacher = Around(nn.Conv2d(3, 8, 1)), Around(nn.Sequential(Turned(nn.Conv2d(3, 8, 1), turn=LAST)))
+def test_the_error_names_the_side_whose_layout_differs():
+    student, teacher = WithPart(nn.Conv2d(3, 8, 1)), WithPart(nn.Sequential(Permuted(nn.Conv2d(3, 8, 1), axes=TO_LAST)))
     x = torch.randn(2, 3, 4, 6)
     criterion = FeatureKD(["part"], pairing="same", alpha=0.0)
     with pytest.raises(
@@ -353,13 +363,13 @@ def test_the_error_is_about_the_side_that_is_another():
         Distiller(teacher, criterion).prepare(student, x)
     criterion = FeatureKD(["part"], pairing="same", alpha=0.0, teacher_layout="b h w c")
     loss = Distiller(teacher, criterion).prepare(student, x)(student, x).loss
-    torch.testing.assert_close(loss, F.mse_loss(student.part(x), teacher.part(x).permute(SECOND)))
+    torch.testing.assert_close(loss, F.mse_loss(student.part(x), teacher.part(x).permute(TO_SECOND)))
     with pytest.raises(ValueError, match=r"layout='b h w c' reads student layer 'part'.*as 6 wide.*8 channels"):
         Distiller(teacher, FeatureKD(["part"], pairing="same", layout="b h w c")).prepare(student, x)
 
 
-def test_a_width_inside_a_block_that_is_as_long_as_a_map_is_no_advice():
-    """DenseNet's blocks append 32 channels to what came in, and 32 pixels make a row."""
+def test_an_inner_width_that_equals_the_width_of_a_map_does_not_decide_its_layout():
+    """DenseNet's blocks append 32 channels to their input, and a map may be 32 pixels wide."""
 
     class Appends(nn.Module):
         def __init__(self):
@@ -369,7 +379,7 @@ def test_a_width_inside_a_block_that_is_as_long_as_a_map_is_no_advice():
         def forward(self, x):
             return torch.cat([x, self.conv(x)], 1)
 
-    student, teacher, x = Around(Appends()), Around(Appends()), torch.randn(2, 3, 4, 6)
+    student, teacher, x = WithPart(Appends()), WithPart(Appends()), torch.randn(2, 3, 4, 6)
     criterion = FeatureKD(["part"], pairing="same", alpha=0.0)
     with pytest.raises(ValueError, match=r"nothing tells which axis.*layout='b c h w' or layout='b h w c'"):
         Distiller(teacher, criterion).prepare(student, x)
@@ -378,8 +388,8 @@ def test_a_width_inside_a_block_that_is_as_long_as_a_map_is_no_advice():
     torch.testing.assert_close(loss, F.mse_loss(student.part(x), teacher.part(x)))
 
 
-def test_one_layer_among_others_is_told_by_its_name():
-    """TinyViT's first blocks have channels second, the later ones last."""
+def test_the_layout_to_write_for_one_of_several_layers_is_given_by_name():
+    """TinyViT's first blocks have channels second, its later blocks have channels last."""
 
     class Both(nn.Module):
         def __init__(self):
@@ -387,7 +397,7 @@ def test_one_layer_among_others_is_told_by_its_name():
             self.first, self.second = nn.Conv2d(3, 8, 1), nn.Linear(8, 8)
 
         def forward(self, x):
-            return self.second(self.first(x).permute(LAST))
+            return self.second(self.first(x).permute(TO_LAST))
 
     student, teacher, x = Both(), Both(), torch.randn(2, 3, 4, 6)
     both = ["first", "second"]
@@ -399,12 +409,12 @@ def test_one_layer_among_others_is_told_by_its_name():
     torch.testing.assert_close(loss, expected / 2)
 
 
-def test_a_layer_is_decided_where_it_is_seen_first_and_held_to_it():
-    """Later numbers may meet by chance; they leave nothing open again, but they may contradict."""
-    student = Around(Mixed(8)).double()
+def test_the_first_call_decides_a_layout_and_later_calls_are_checked_against_it():
+    """Sizes that are equal by chance in a later call do not reopen the decision; a contradiction is an error."""
+    student = WithPart(Mixed(8)).double()
     distill = Distiller(copy.deepcopy(student), FeatureKD(["part"], pairing="same", alpha=0.0)).prepare(student, x2)
     distill(student, x2)
-    distill(student, torch.randn(2, 3, 8, 8).double())  # by itself this would be refused
+    distill(student, torch.randn(2, 3, 8, 8).double())  # as the first call this would be refused
     student.part.last = True
     with pytest.raises(ValueError, match=r"layout='b c h w' reads student layer 'part'.*as 4 wide.*8 channels"):
         distill(student, x2)
@@ -414,7 +424,7 @@ def test_a_layer_is_decided_where_it_is_seen_first_and_held_to_it():
 
 
 class Encoder(nn.Module):
-    """Tokens first [B, T], then layers that have time first."""
+    """Embed inputs [B, T, 3], then apply layers that have time first, or the batch first without `first`."""
 
     def __init__(self, layer, width=8, depth=2, first=True):
         super().__init__()
@@ -429,8 +439,8 @@ class Encoder(nn.Module):
         return self.head(x.mean(0 if self.first else 1))
 
 
-class Own(nn.Module):
-    """A block of which nothing tells that time is first."""
+class Custom(nn.Module):
+    """A block that does not show that time is first."""
 
     def __init__(self, width):
         super().__init__()
@@ -441,7 +451,7 @@ class Own(nn.Module):
 
 
 class Residual(nn.Module):
-    """Attention with time first inside a block, as in OpenAI's CLIP."""
+    """A residual block whose attention has time first, as in OpenAI's CLIP."""
 
     def __init__(self, width):
         super().__init__()
@@ -457,33 +467,33 @@ TIME_FIRST = {
     "lstm": lambda width: nn.LSTM(width, width),
     "gru": lambda width: nn.GRU(width, width),
     "residual": Residual,
-    "own": Own,
+    "custom": Custom,
 }
 
 
 @pytest.mark.parametrize("kind", TIME_FIRST)
-@pytest.mark.parametrize("known", ["labels", "inputs"])
-def test_time_first_is_found_out_and_right_where_it_is_said(kind, known):
+@pytest.mark.parametrize("batch_from", ["labels", "inputs"])
+def test_time_first_is_noticed_and_correct_once_it_is_stated(kind, batch_from):
     student, teacher = Encoder(TIME_FIRST[kind]).double(), Encoder(TIME_FIRST[kind], depth=3).double()
     x, labels = torch.randn(4, 6, 3).double(), torch.tensor([0, 1, -100, 2])
     settings = {"alpha": 0.0, "layers": "last"}
-    given = {"labels": labels} if known == "labels" else {}
+    extra = {"labels": labels} if batch_from == "labels" else {}
     with pytest.raises(ValueError, match=r"student block 1 gives \(6, 4, 8\).*batch.*layout='t b d'"):
-        Distiller(teacher, FeatureKD(**settings)).prepare(student, x)(student, x, **given)
+        Distiller(teacher, FeatureKD(**settings)).prepare(student, x)(student, x, **extra)
     criterion = FeatureKD(**settings, layout="t b d")
-    loss = Distiller(teacher, criterion).prepare(student, x)(student, x, **given).loss
-    s, t = (run(m, x) for m in (student, teacher))
+    loss = Distiller(teacher, criterion).prepare(student, x)(student, x, **extra).loss
+    s, t = (last_features(m, x) for m in (student, teacher))
     values = (s - t.detach()).square().mean(-1)  # [T, B]
-    expected = values[:, labels != -100].mean() if known == "labels" else values.mean()
+    expected = values[:, labels != -100].mean() if batch_from == "labels" else values.mean()
     torch.testing.assert_close(loss, expected)
-    one = next(p for p in student.parameters() if p.requires_grad)
-    torch.testing.assert_close(*(torch.autograd.grad(y, one)[0] for y in (loss, expected)))
-    if known == "labels":  # what was said is held against the numbers, too
+    weight = next(p for p in student.parameters() if p.requires_grad)
+    torch.testing.assert_close(*(torch.autograd.grad(y, weight)[0] for y in (loss, expected)))
+    if batch_from == "labels":  # a stated layout is also checked against the sizes
         with pytest.raises(ValueError, match=r"as 'b t d' is a batch of 6, but there are 4 examples.*layout='t b d'"):
-            Distiller(teacher, FeatureKD(**settings, layout="b t d"))(student, x, **given)
+            Distiller(teacher, FeatureKD(**settings, layout="b t d"))(student, x, **extra)
 
 
-def run(model, x):
+def last_features(model, x):
     x = model.embed(x).transpose(0, 1)
     for layer in model.layers:
         x = layer(x)
@@ -492,14 +502,14 @@ def run(model, x):
 
 
 @pytest.mark.parametrize("kind", ["transformer", "lstm", "gru", "residual"])
-def test_time_first_is_found_out_where_there_are_as_many_frames_as_examples(kind):
+def test_time_first_is_noticed_with_as_many_frames_as_examples(kind):
     student, x = Encoder(TIME_FIRST[kind]).double(), torch.randn(4, 4, 3).double()
     labels = torch.tensor([0, 1, 3, 2])
     with pytest.raises(ValueError, match=r"gives \(4, 4, 8\).*second axis.*layout='t b d'"):
         Distiller(copy.deepcopy(student), FeatureKD()).prepare(student, x)(student, x, labels=labels)
 
 
-def test_attention_that_has_time_first_only_inside_is_told_by_the_batch():
+def test_the_batch_shows_that_attention_has_time_first_only_inside_its_block():
     class Inside(Residual):
         def forward(self, x):
             return super().forward(x.transpose(0, 1)).transpose(0, 1)
@@ -507,11 +517,11 @@ def test_attention_that_has_time_first_only_inside_is_told_by_the_batch():
     student, x = Encoder(Inside, first=False).double(), torch.randn(4, 6, 3).double()
     distill = Distiller(copy.deepcopy(student), FeatureKD("last", alpha=0.0)).prepare(student, x)
     distill(student, x, labels=torch.tensor([0, 1, -100, 2]))
-    distill(student, x[:, :4], labels=torch.tensor([0, 1, -100, 2]))  # settled by then
+    distill(student, x[:, :4], labels=torch.tensor([0, 1, -100, 2]))  # already decided
     assert Distiller(copy.deepcopy(student), FeatureKD("last", alpha=0.0, layout="b t d"))(student, x[:, :4]).loss == 0
 
 
-def test_packed_rows_are_no_batch_and_padded_ones_are():
+def test_packed_sequences_are_refused_and_padded_ones_are_compared():
     class Packed(nn.Module):
         def __init__(self, width):
             super().__init__()
@@ -541,39 +551,39 @@ def pack(x):
     return nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2]), batch_first=True)
 
 
-# -- features of other positions than the labels --
+# -- features whose positions differ from those of the labels --
 
 
 @pytest.mark.parametrize("distance", [distances.mse, distances.similarity, distances.rkd_distance])
-def test_one_feature_for_each_example_counts_for_all_labels_of_its_example(distance):
+def test_one_feature_per_example_is_weighted_by_the_labels_of_its_example(distance):
     s, t = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
     labels = torch.full((3, 7), -100)
     labels[0, :2], labels[2, 1:6] = 1, 2
     logits = torch.randn(3, 7, 4)
-    captured = [seen(x) for x in (s, t)]
+    captured = [capture(x) for x in (s, t)]
     captured[0].output = captured[1].output = logits
     for causal, counts in ((False, [2, 0, 5]), (True, [1, 0, 5])):
         criterion = FeatureKD(["stage"], pairing="same", distance=distance, alpha=0.0, causal=causal)
         value = criterion(*captured, labels)
-        per = torch.zeros(3)
-        kept = [0, 2]
-        per[kept] = distance(s[kept], t[kept])
-        expected = (per * torch.tensor(counts)).sum() / sum(counts)
+        per_example = torch.zeros(3)
+        labelled = [0, 2]
+        per_example[labelled] = distance(s[labelled], t[labelled])
+        expected = (per_example * torch.tensor(counts)).sum() / sum(counts)
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(*(torch.autograd.grad(y, s, retain_graph=True)[0] for y in (value, expected)))
 
 
-def test_nodes_are_labelled_one_by_one_and_a_batch_of_another_size_is_refused():
+def test_each_node_has_a_label_and_a_batch_of_another_size_is_refused():
     s, t = torch.randn(9, 5, requires_grad=True), torch.randn(9, 5)
     labels = torch.randint(0, 3, (9,))
     labels[4:] = -100
     criterion = FeatureKD(["stage"], pairing="same", alpha=0.0)
-    same(criterion(seen(s), seen(t), labels), (s[:4] - t[:4]).square().mean(), s)
+    assert_same(criterion(capture(s), capture(t), labels), (s[:4] - t[:4]).square().mean(), s)
     with pytest.raises(ValueError, match=r"student layer 'stage' gives \(9, 5\).*batch of 9, but there are 2 examples"):
-        criterion(seen(s), seen(t), labels[:2])
+        criterion(capture(s), capture(t), labels[:2])
 
 
-def test_hidden_states_are_batch_time_width_by_definition():
+def test_hidden_states_are_always_batch_time_width():
     from types import SimpleNamespace as Output
 
     states = [torch.randn(4, 4, 4) for _ in range(3)]
@@ -585,38 +595,38 @@ def test_hidden_states_are_batch_time_width_by_definition():
     torch.testing.assert_close(value, (states[2] - other[2])[1:].square().mean())
 
 
-def test_the_matrix_of_likenesses_reads_features_as_the_loss_does():
-    student, x = Encoder(TIME_FIRST["own"]).double(), torch.randn(4, 6, 3).double()
+def test_the_cka_matrix_reads_layouts_as_the_loss_does():
+    student, x = Encoder(TIME_FIRST["custom"]).double(), torch.randn(4, 6, 3).double()
     with pytest.raises(ValueError, match=r"student block 0 gives \(6, 4, 8\).*layout='t b d'"):
         kdloss.analysis.cka_matrix(student, student, [x])
 
-    class Batch(Encoder):
+    class BatchFirst(Encoder):
         def forward(self, x):
             for layer in self.layers:
                 x = layer(self.embed(x) if layer is self.layers[0] else x)
             return x
 
-    first = Batch(Own, first=False).double()
-    first.load_state_dict(student.state_dict())
-    expected = kdloss.analysis.cka_matrix(first, first, [x]).values
+    batch_first = BatchFirst(Custom, first=False).double()
+    batch_first.load_state_dict(student.state_dict())
+    expected = kdloss.analysis.cka_matrix(batch_first, batch_first, [x]).values
     torch.testing.assert_close(kdloss.analysis.cka_matrix(student, student, [x], layout="t b d").values, expected)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize(("pattern", "usual"), [("b h w c", "b c h w"), ("b c t", "b t c"), ("b d h w c", "b c d h w")])
-def test_positions_that_a_layout_would_bring_together_are_not_to_be_resized(side, pattern, usual):
-    (s, _), (t, _) = of(pattern, 0), of(usual, 1, width=7)
+def test_for_different_positions_the_layout_that_aligns_them_is_advised_and_not_a_resize(side, pattern, usual):
+    (s, _), (t, _) = features_in(pattern, 0), features_in(usual, 1, width=7)
     layouts = {"layout": usual, "teacher_layout": usual}
     argument = "layout"
     if side == "teacher":
         s, t, argument = t, s, "teacher_layout"
     criterion = FeatureKD(["stage"], pairing="same", alpha=0.0, distance=distances.similarity, **layouts)
     with pytest.raises(ValueError, match=rf"different positions.*With {argument}='{pattern}' they stand") as error:
-        criterion(seen(s), seen(t))
+        criterion(capture(s), capture(t))
     assert "resize" not in str(error.value), "which would hide it"
 
 
-def test_blocks_of_xlnet_run_with_time_first_and_equal_its_own_hidden_states():
+def test_blocks_of_xlnet_have_time_first_and_equal_its_hidden_states():
     from transformers import XLNetConfig, XLNetLMHeadModel
 
     shape = {"vocab_size": 20, "d_model": 8, "n_layer": 2, "n_head": 2, "d_inner": 8}
@@ -634,5 +644,5 @@ def test_blocks_of_xlnet_run_with_time_first_and_equal_its_own_hidden_states():
     s, t = (m(tokens, output_hidden_states=True).hidden_states[1] for m in (student, teacher))
     expected = (s - t.detach())[labels != -100].square().mean()
     torch.testing.assert_close(loss, expected)
-    one = student.transformer.layer[0].ff.layer_2.weight
-    torch.testing.assert_close(*(torch.autograd.grad(x, one)[0] for x in (loss, expected)))
+    weight = student.transformer.layer[0].ff.layer_2.weight
+    torch.testing.assert_close(*(torch.autograd.grad(x, weight)[0] for x in (loss, expected)))

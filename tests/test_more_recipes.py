@@ -1,4 +1,4 @@
-"""Recipes that say where labels stand, what moves with the steps, and which teacher is stored."""
+"""Recipes with mixed and missing labels, with schedules, and with a stored teacher."""
 
 import copy
 
@@ -18,18 +18,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 
 
 def mlp(width, seed=0):
-    """Modules "0" and "2" of one width, then classes."""
+    """Linear modules "0" and "2" of one width, then five classes."""
     torch.manual_seed(seed)
     layers = [nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5)]
     return nn.Sequential(*layers).double()
 
 
-def points(rows=6):
-    """Numbers and a class for each row."""
-    return torch.randn(rows, 4).double(), torch.randint(0, 5, (rows,))
+def points(examples=6):
+    """Random inputs and a class for each example."""
+    return torch.randn(examples, 4).double(), torch.randint(0, 5, (examples,))
 
 
-# -- mixup: labels that are shared out among classes --
+# -- mixup: labels that are mixed between classes --
 
 
 @recipe
@@ -43,7 +43,7 @@ def mixup(student, teacher, images, labels, share):
 
 
 @pytest.mark.parametrize("share", [0.7, 1.0])
-def test_mixup_learns_soft_labels_beside_the_teachers(share):
+def test_mixup_learns_from_mixed_labels_and_from_the_teacher(share):
     (images, labels), student, teacher = points(), mlp(8), mlp(12, seed=1)
     torch.manual_seed(3)
     with Steps() as steps:
@@ -61,7 +61,7 @@ def test_mixup_learns_soft_labels_beside_the_teachers(share):
     holds_to(steps, loss)
 
 
-# -- rows without labels learn from the teacher alone --
+# -- examples without labels learn only from the teacher --
 
 
 @recipe
@@ -73,7 +73,7 @@ def partly_labelled(student, teacher, images, labels):
 
 
 @pytest.mark.parametrize("labelled", [[0, 2], [3], [], [0, 1, 2, 3, 4, 5]])
-def test_unlabelled_rows_count_for_the_teacher_and_labelled_ones_for_both(labelled):
+def test_unlabelled_examples_learn_from_the_teacher_and_labelled_examples_from_both(labelled):
     (images, classes), student, teacher = points(), mlp(8), mlp(12, seed=1)
     labels = torch.full_like(classes, -100)
     labels[labelled] = classes[labelled]
@@ -97,7 +97,7 @@ def partly_labelled_texts(student, teacher, batch):
     optimizer.step()
 
 
-def test_unlabelled_texts_of_a_causal_model_count_up_to_their_padding():
+def test_unlabelled_texts_of_a_causal_model_learn_from_the_teacher_up_to_their_padding():
     student, teacher, batch = build("gpt2", depth=2).double(), build("gpt2", 24, 3, seed=1).double(), texts()
     batch["labels"][1] = -100
     with Steps() as steps:
@@ -117,7 +117,7 @@ def test_unlabelled_texts_of_a_causal_model_count_up_to_their_padding():
 
 
 def annealed(student, teacher):
-    """For a run and for the one that resumes it."""
+    """The model of a run, and of the run that resumes it."""
     criterion = CrossEntropy() + Logits(temperature=linear(4.0, 1.0, steps=3))
     criterion += warmup(2, 0.5) * Features(["2"], pairing="same")
     return Distillation(student, teacher, criterion).prepare(torch.zeros(1, 4).double()).double()
@@ -144,40 +144,40 @@ def test_a_temperature_falls_and_a_weight_warms_up_with_the_steps():
     temperatures, weights = [4.0, 3.0, 2.0, 1.0, 1.0], [0.0, 0.25, 0.5, 0.5, 0.5]
     for k, (images, labels) in enumerate(batches):
         before = steps.before[k]
-        middle, of_teacher = (m[:3](images) for m in (before.student, teacher))
+        hidden, teacher_hidden = (m[:3](images) for m in (before.student, teacher))
         s, t = before.student(images), teacher(images).detach()
         project = before.criterion.terms["feature"].projections["2"]
         loss = F.cross_entropy(s, labels) + kl(s, t, temperatures[k]).mean()
-        loss = loss + weights[k] * (project(middle) - of_teacher.detach()).square().mean()
+        loss = loss + weights[k] * (project(hidden) - teacher_hidden.detach()).square().mean()
         torch.testing.assert_close(steps.outs[k].loss.detach(), loss.detach(), rtol=1e-12, atol=0)
         slopes = torch.autograd.grad(loss, [*before.parameters()])
-        for was, slope, now in zip(before.parameters(), slopes, after[k].parameters(), strict=True):
-            torch.testing.assert_close(now.detach(), was.detach() - 0.1 * slope, rtol=1e-10, atol=1e-14)
+        for old, slope, new in zip(before.parameters(), slopes, after[k].parameters(), strict=True):
+            torch.testing.assert_close(new.detach(), old.detach() - 0.1 * slope, rtol=1e-10, atol=1e-14)
         assert ("feature" in steps.outs[k].components) == (k > 0)
 
 
-def test_a_run_resumed_in_the_middle_gives_the_same_numbers(tmp_path):
+def test_a_run_resumed_in_the_middle_equals_the_uninterrupted_run(tmp_path):
     teacher, batches = mlp(12, seed=1), [points() for _ in range(5)]
     model = annealed(mlp(8), teacher)
-    with Steps() as whole:
+    with Steps() as uninterrupted:
         annealing(model, batches)
-    again = annealed(mlp(8), teacher)
-    again.load_state_dict(whole.before[0].state_dict())
+    interrupted = annealed(mlp(8), teacher)
+    interrupted.load_state_dict(uninterrupted.before[0].state_dict())
     with Steps() as first:
-        annealing(again, batches[:2])
-    save_file(again.state_dict(), tmp_path / "step.safetensors")
+        annealing(interrupted, batches[:2])
+    save_file(interrupted.state_dict(), tmp_path / "step.safetensors")
     resumed = annealed(mlp(8, seed=5), teacher)
     resumed.load_state_dict(load_file(tmp_path / "step.safetensors"))
     assert resumed.criterion.step == 2
     with Steps() as second:
         annealing(resumed, batches[2:])
-    losses = [out.loss.item() for out in whole.outs]
+    losses = [out.loss.item() for out in uninterrupted.outs]
     assert [out.loss.item() for out in (*first.outs, *second.outs)] == losses
     for p, q in zip(resumed.parameters(), model.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
-def test_the_step_is_saved_as_one_integer_on_the_cpu_wherever_the_rest_is():
+def test_the_step_is_saved_as_one_integer_on_the_cpu_whatever_the_device():
     criterion = VanillaKD(temperature=linear(4.0, 1.0, steps=3))
     criterion.advance()
     for place in ("cpu", "meta"):
@@ -190,7 +190,7 @@ def test_the_step_is_saved_as_one_integer_on_the_cpu_wherever_the_rest_is():
         copy.deepcopy(criterion).load_state_dict({})
 
 
-# -- a stored teacher, of whom the most probable classes were kept, beside one that runs --
+# -- a stored teacher with its most probable classes only, and a live teacher --
 
 
 @recipe
@@ -203,7 +203,7 @@ def stored_and_live(student, live, batch, topk):
     optimizer.step()
 
 
-def test_a_stored_teacher_of_few_classes_teaches_beside_a_live_one():
+def test_a_stored_top_k_teacher_and_a_live_teacher_are_combined():
     student, live, batch = build("gpt2", depth=2).double(), build("gpt2", 24, 3, seed=1).double(), texts(labelled=0.9)
     stored = 3 * torch.randn(2, 8, 61).double()
     with Steps() as steps:
@@ -216,10 +216,10 @@ def test_a_stored_teacher_of_few_classes_teaches_beside_a_live_one():
         counted = labels != -100
         p, q = ((z / 2).softmax(-1) for z in (stored[:, :-1], s))
         top = p.topk(5, -1).indices
-        p, q = (x.gather(-1, top) for x in (p, q))  # the five, and all others as one
-        kept = (p * (p / q).log()).sum(-1) + (1 - p.sum(-1)) * ((1 - p.sum(-1)) / (1 - q.sum(-1))).log()
+        p, q = (x.gather(-1, top) for x in (p, q))  # the five classes; all others are one more class
+        stored_kl = (p * (p / q).log()).sum(-1) + (1 - p.sum(-1)) * ((1 - p.sum(-1)) / (1 - q.sum(-1))).log()
         ce = F.cross_entropy(s[counted], labels[counted])
-        return 0.2 * ce + 0.5 * 4 * kept[counted].mean() + 0.3 * kl(s, t.detach(), 2.0)[counted].mean()
+        return 0.2 * ce + 0.5 * 4 * stored_kl[counted].mean() + 0.3 * kl(s, t.detach(), 2.0)[counted].mean()
 
     holds_to(steps, loss)
     assert list(steps.outs[0].components) == ["ce", "stored", "live"]

@@ -1,4 +1,4 @@
-"""What older torch can't do, and newer torch hides."""
+"""Limits of older torch versions that tests on a newer torch do not show."""
 
 import ast
 from pathlib import Path
@@ -11,8 +11,8 @@ import kdloss
 FILES = sorted(Path(kdloss.__file__).parent.rglob("*.py"))
 
 
-def test_no_isinstance_asks_for_a_union_which_torch_before_2_10_does_not_compile():
-    """A union's name, like `AnyLogits`, is one too: what is asked for is spelled as types or a tuple of them."""
+def test_isinstance_is_never_called_with_a_union_which_torch_before_2_10_does_not_compile():
+    """Nor with the name of a union, such as `AnyLogits`: write types, or a tuple of types, instead."""
     trees = [(path, ast.parse(path.read_text())) for path in FILES]
     unions = {
         target.id
@@ -22,7 +22,7 @@ def test_no_isinstance_asks_for_a_union_which_torch_before_2_10_does_not_compile
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    asked = [
+    calls = [
         (path.name, node.lineno)
         for path, tree in trees
         for node in ast.walk(tree)
@@ -30,14 +30,14 @@ def test_no_isinstance_asks_for_a_union_which_torch_before_2_10_does_not_compile
         if _union(node.args[1]) or getattr(node.args[1], "id", "") in unions
     ]
     assert {"AnyLogits", "Layers"} <= unions
-    assert asked == []
+    assert calls == []
 
 
 def _union(node):
     return isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's own, about what it traces
+@pytest.mark.filterwarnings("ignore")  # warnings of torch about the code that it traces
 def test_a_criterion_compiles_where_graph_breaks_are_allowed():
     criterion = kdloss.VanillaKD(2.0, 0.3)
     student, teacher, labels = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([0, 5, -100, 2])

@@ -1,4 +1,4 @@
-"""What the repository, the sdist and the wheel hold: ours, small, and complete."""
+"""The contents of the repository, the sdist and the wheel: only our files, small and complete."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ import kdloss
 
 ROOT = Path(__file__).parent.parent
 
-# Folder by folder: the suffixes that files may have, and the largest size of one in kB.
+# For each folder: the suffixes that files may have, with the maximum size of a file in kB.
 ALLOWED = {
     "src": {".py": 40, ".typed": 0},
     "tests": {".py": 80},
@@ -36,7 +36,7 @@ SHIPPED = {"src", "tests", "examples", "applications", "benchmarks", "nightly", 
 
 
 class Built(NamedTuple):
-    """The names in both archives, the wheel's metadata, and the README in them."""
+    """The names of the files in both archives, the metadata of the wheel, and the README in the metadata."""
 
     sdist: set[str]
     wheel: set[str]
@@ -46,7 +46,7 @@ class Built(NamedTuple):
 
 @pytest.fixture(scope="module")
 def tracked():
-    """What git holds, with what is about to be added."""
+    """The files that git tracks, and new files that it does not ignore."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -56,7 +56,7 @@ def tracked():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """As `python -m build` makes them: the wheel out of the sdist."""
+    """The archives of `python -m build`, which builds the wheel from the sdist."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -70,23 +70,23 @@ def built(tmp_path_factory):
         return Built(inside, set(archive.namelist()), about, about.get_payload(decode=True).decode())
 
 
-def test_git_holds_source_pages_and_pictures_and_nothing_large(tracked):
+def test_git_tracks_only_source_pages_and_pictures_and_no_large_file(tracked):
     wrong = []
     for name in sorted(tracked):
         path = Path(name)
         allowed = ALLOWED.get(path.parts[0], {}) if len(path.parts) > 1 else dict.fromkeys([path.suffix], 100)
         kilobytes = (ROOT / name).stat().st_size / 1000
-        known = len(path.parts) > 1 or name in TOP
-        if not known or path.suffix not in allowed or kilobytes > allowed[path.suffix]:
+        listed = len(path.parts) > 1 or name in TOP
+        if not listed or path.suffix not in allowed or kilobytes > allowed[path.suffix]:
             wrong.append(f"{name} ({kilobytes:.0f} kB)")
     assert wrong == []
 
 
-def test_the_sdist_holds_what_git_holds_and_its_own_metadata(built, tracked):
+def test_the_sdist_contains_the_files_in_git_and_its_metadata(built, tracked):
     assert built.sdist == {name for name in tracked if name.split("/")[0] in SHIPPED} | {"PKG-INFO"}
 
 
-def test_the_wheel_holds_the_library_and_its_metadata_alone(built):
+def test_the_wheel_contains_only_the_library_and_its_metadata(built):
     ours = {
         str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*") if path.suffix in {".py", ".typed"}
     }
@@ -97,12 +97,12 @@ def test_the_wheel_holds_the_library_and_its_metadata_alone(built):
     assert built.wheel == ours | about
 
 
-def test_the_version_is_said_once_and_has_its_changes(built):
+def test_the_wheel_has_the_version_of_the_module_and_the_changelog_lists_it(built):
     assert built.metadata["Version"] == kdloss.__version__
     assert f"## {kdloss.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_metadata_say_who_for_what_and_under_which_licence(built):
+def test_the_metadata_name_author_licence_requirements_and_python_versions(built):
     about = built.metadata
     assert about["Author"] in (ROOT / "LICENSE").read_text()
     assert about["License-Expression"] == "Apache-2.0"
@@ -115,13 +115,13 @@ def test_the_metadata_say_who_for_what_and_under_which_licence(built):
     assert about["Keywords"]
 
 
-def test_the_readme_on_pypi_leads_nowhere_that_is_not_there(built):
+def test_the_readme_on_pypi_has_only_absolute_links(built):
     targets = re.findall(r"\]\(([^)\s]*)\)", built.readme)
     assert [target for target in targets if not target.startswith("https://")] == []
     assert "--8<--" not in built.readme
 
 
-def test_the_readme_on_pypi_says_the_same_otherwise(built):
+def test_the_readme_on_pypi_has_the_same_text_and_code(built):
     def plain(text):
         return re.sub(r"\W+", " ", re.sub(r"!\[.*?\]\(.*?\)|<!--.*?-->|\]\(.*?\)", " ", text)).strip()
 

@@ -1,4 +1,4 @@
-"""What papers combine, each as a sum and a training step of at most eight lines, held to its formula in float64."""
+"""Losses of papers, each as a sum and a training step of at most eight lines, compared with its formula in float64."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ page = partial(from_docs, "recipes_images.md")
 pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 
 
-def test_user_lines_counts_code_alone():
+def test_user_lines_leaves_out_comments_and_blank_lines():
     def short(x):
         """Words."""
         y = x + 1
@@ -95,7 +95,7 @@ def tinybert(student, teacher, batch):
 
 
 def classifier(width, depth, seed, **more):
-    """A BERT that classifies texts, without dropout."""
+    """A BERT text classifier without dropout."""
     torch.manual_seed(seed)
     config = FAMILIES["bert"][0](width, depth)
     config.update({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3, **more})
@@ -103,9 +103,9 @@ def classifier(width, depth, seed, **more):
 
 
 def attention_scores(model, hidden, block):
-    """Scaled products of queries and keys, for two heads, of what a block reads."""
+    """Scaled products of queries and keys of a block with two heads, computed from its input."""
     attention = model.bert.encoder.layer[block].attention.self
-    q, k = (part(hidden).unflatten(-1, (2, -1)).transpose(1, 2) for part in (attention.query, attention.key))
+    q, k = (linear(hidden).unflatten(-1, (2, -1)).transpose(1, 2) for linear in (attention.query, attention.key))
     return q @ k.mT / q.shape[-1] ** 0.5
 
 
@@ -117,18 +117,18 @@ def test_tinybert_learns_embedding_hidden_states_attention_and_soft_labels_in_on
     assert steps.ran[teacher] == steps.ran[student] == 2, "one to measure widths, one to train"
     lengths = batch["attention_mask"].sum(1).tolist()
 
-    def of_text(values):
-        """The mean over each text's own tokens, then over texts."""
+    def mean_over_texts(values):
+        """The mean over the tokens of each text, then over the texts."""
         return sum(x[:n].mean() for x, n in zip(values, lengths, strict=True)) / len(lengths)
 
     def loss(before):
         s, t = asked(before.student, batch), asked(teacher, batch)
         project = before.criterion.terms["hidden"].projections
         embedding = before.criterion.terms["emb"].projections["bert/embeddings"]
-        total = of_text((embedding(s.hidden_states[0]) - t.hidden_states[0].detach()).square().mean(-1))
+        total = mean_over_texts((embedding(s.hidden_states[0]) - t.hidden_states[0].detach()).square().mean(-1))
         for i, j in ((0, 1), (1, 3)):
             gap = project[str(i)](s.hidden_states[i + 1]) - t.hidden_states[j + 1].detach()
-            total = total + of_text(gap.square().mean(-1))
+            total = total + mean_over_texts(gap.square().mean(-1))
             scores = attention_scores(before.student, s.hidden_states[i], i)
             gap = scores - attention_scores(teacher, t.hidden_states[j], j).detach()
             total = total + sum(g[:, :n, :n].square().mean() for g, n in zip(gap, lengths, strict=True)) / 2
@@ -137,7 +137,7 @@ def test_tinybert_learns_embedding_hidden_states_attention_and_soft_labels_in_on
     holds_to(steps, loss)
 
 
-# -- DeiT, as docs/recipes_images.md has it: labels for one head, the teacher's decisions for the other --
+# -- DeiT, as in docs/recipes_images.md: one head learns labels, the other the teacher's decisions --
 
 
 @recipe
@@ -155,7 +155,7 @@ class Heads:
 
 
 class TwoHeads(nn.Module):
-    """Some convolutions with two heads, returned as `kind` makes them."""
+    """A convolution and two heads, in an output of this kind."""
 
     def __init__(self, kind):
         super().__init__()
@@ -180,7 +180,7 @@ def hugging_faces_deit():
 def test_deit_learns_labels_in_one_head_and_the_teachers_decisions_in_the_other(student):
     student, teacher = student().double(), ResNet().double()
     images, labels = torch.randn(6, 3, 16, 16).double(), torch.tensor([0, 4, -100, 2, 1, 3])
-    teacher.fc.bias.data -= teacher.eval()(images).mean(0).detach()  # so that it decides differently
+    teacher.fc.bias.data -= teacher.eval()(images).mean(0).detach()  # so that its decisions differ between images
     with Steps() as steps:
         deit(student, teacher, images, labels)
     assert steps.ran[student] == steps.ran[teacher] == 1
@@ -191,13 +191,13 @@ def test_deit_learns_labels_in_one_head_and_the_teachers_decisions_in_the_other(
         out = before.student(images)
         get = out.get if isinstance(out, dict) else partial(getattr, out)
         counted = labels != -100
-        own = F.cross_entropy(get("cls_logits")[counted], labels[counted], label_smoothing=0.1)
-        return 0.5 * own + 0.5 * F.cross_entropy(get("distillation_logits")[counted], decided[counted])
+        hard = F.cross_entropy(get("cls_logits")[counted], labels[counted], label_smoothing=0.1)
+        return 0.5 * hard + 0.5 * F.cross_entropy(get("distillation_logits")[counted], decided[counted])
 
     holds_to(steps, loss)
 
 
-# -- CRD + KD, as docs/recipes_images.md has it --
+# -- CRD + KD, as in docs/recipes_images.md --
 
 
 @recipe
@@ -209,7 +209,7 @@ def crd(student, teacher, images, labels):
 
 
 class Pooled(nn.Module):
-    """A CNN whose pooled features are a module's output."""
+    """A CNN whose pooled features are the output of a module."""
 
     def __init__(self, width):
         super().__init__()
@@ -220,7 +220,7 @@ class Pooled(nn.Module):
         return self.fc(self.avgpool(torch.relu(self.conv(x))))
 
 
-def test_crd_beside_kd_trains_both_of_its_heads():
+def test_crd_with_kd_trains_both_heads_of_crd():
     student, teacher = Pooled(6).double(), Pooled(9).double()
     images, labels = torch.randn(6, 3, 8, 8).double(), torch.tensor([0, 4, 1, 2, 1, 3])
     with Steps() as steps:
@@ -234,15 +234,15 @@ def test_crd_beside_kd_trains_both_of_its_heads():
         s, t = (F.normalize(g(x), dim=-1) for g, x in zip((heads.student, heads.teacher), features, strict=True))
         noise = 16384 * math.exp(1 / (2 * 128 * 0.07**2))  # N z, the mean of exp(cosine / tau)
 
-        def seen(products):
-            """The probability that a pair is a true one."""
+        def positive(products):
+            """The probability that a pair is positive."""
             return 1 / (1 + noise * (-products / 0.07).exp())
 
-        contrast = -2 * seen((s * t).sum(-1)).log()
+        contrast = -2 * positive((s * t).sum(-1)).log()
         for anchor, others in ((s, heads.teachers), (t, heads.students)):
-            contrast = contrast - (1 - seen(anchor @ others.clone().T)).log().sum(-1)
-        own = F.cross_entropy(logits[0], labels) + kl(logits[0], logits[1].detach(), 4.0).mean()
-        return own + 0.8 * contrast.mean()
+            contrast = contrast - (1 - positive(anchor @ others.clone().T)).log().sum(-1)
+        ce_and_kd = F.cross_entropy(logits[0], labels) + kl(logits[0], logits[1].detach(), 4.0).mean()
+        return ce_and_kd + 0.8 * contrast.mean()
 
     holds_to(steps, loss)
     heads = steps.model.criterion.terms["crd"].distances["avgpool"]
@@ -251,7 +251,7 @@ def test_crd_beside_kd_trains_both_of_its_heads():
     assert heads.next == 6, "this batch is remembered, that which measured widths isn't"
 
 
-# -- Regression: a loss of one's own beside the teacher's number --
+# -- Regression: a custom loss, and the teacher's value --
 
 
 def squared(output, score):
@@ -266,7 +266,7 @@ def regression(student, teacher, batch):
     optimizer.step()
 
 
-def test_regression_learns_a_float_for_every_text_and_the_teachers():
+def test_regression_learns_the_label_and_the_teachers_value_of_each_text():
     student, teacher = classifier(16, 2, seed=0, num_labels=1), classifier(24, 3, seed=1, num_labels=1)
     batch = {**texts(), "labels": torch.tensor([0.25, 4.5]).double()}
     with Steps() as steps:
@@ -281,7 +281,7 @@ def test_regression_learns_a_float_for_every_text_and_the_teachers():
     assert sorted(steps.outs[0].components) == ["kd", "task"]
 
 
-# -- Two teachers: features of each, and their average's predictions --
+# -- Two teachers: the features of each, and their average predictions --
 
 
 @recipe
@@ -295,7 +295,7 @@ def two_teachers(student, teachers, batch, average):
 
 
 @pytest.mark.parametrize("average", ["probabilities", "logits"])
-def test_two_teachers_of_other_depths_and_widths_give_features_each_and_logits_together(average):
+def test_two_teachers_of_different_sizes_each_give_features_and_together_give_logits(average):
     student = build("llama", width=16, depth=2).double()
     teachers = [build("llama", 24, 4, seed=1).double(), build("llama", 32, 3, seed=2).double()]
     batch = texts(labelled=0.8)
@@ -304,7 +304,7 @@ def test_two_teachers_of_other_depths_and_widths_give_features_each_and_logits_t
     assert [steps.ran[m] for m in (student, *teachers)] == [1, 1, 1]
 
     def blocks(model):
-        """Every block's own output: Hugging Face's last hidden state has passed the final norm."""
+        """The output of each block, because Hugging Face's last hidden state has passed the final norm."""
         outputs, layers = [], model.model.layers
         handles = [b.register_forward_hook(lambda m, a, out: outputs.append(out)) for b in layers]
         logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -314,7 +314,7 @@ def test_two_teachers_of_other_depths_and_widths_give_features_each_and_logits_t
 
     def loss(before):
         counted = (batch["labels"][:, 1:] != -100) & batch["attention_mask"][:, 1:].bool()
-        own, logits = blocks(before.student)
+        ours, logits = blocks(before.student)
         (first, first_logits), (second, second_logits) = map(blocks, teachers)
         if average == "logits":
             target = (first_logits + second_logits) / 2
@@ -323,7 +323,7 @@ def test_two_teachers_of_other_depths_and_widths_give_features_each_and_logits_t
         project = {name: before.criterion.terms[name].projections for name in ("first", "second")}
 
         def gap(name, i, features):
-            return (project[name][str(i)](own[i]) - features.detach()).square().mean(-1)[:, :-1][counted].mean()
+            return (project[name][str(i)](ours[i]) - features.detach()).square().mean(-1)[:, :-1][counted].mean()
 
         ce = F.cross_entropy(logits[:, :-1][counted], batch["labels"][:, 1:][counted])
         kd = kl(logits, target.detach(), 2.0)[:, :-1][counted].mean()

@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes_language.md, one step each, held to the papers' formulas in float64."""
+"""The recipes of docs/recipes_language.md: one step of each is compared with the paper's formula in float64."""
 
 import re
 from functools import partial
@@ -19,24 +19,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 PAGE = "recipes_language.md"
 
 
-def holds(criterion, formula, student, teachers, batch):
-    """The loss of a step and its gradients for all that learns, against a formula of the prepared module."""
+def assert_step_equals(criterion, formula, student, teachers, batch):
+    """Assert that the loss of a step and the gradients of all trained parameters are those of a formula."""
     model = Distillation(student, teachers, criterion).prepare(**batch).double()
     out = model(**batch)
     expected = formula(model)
     torch.testing.assert_close(out.loss.detach(), expected.detach(), rtol=1e-9, atol=1e-12)
-    names, learned = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
-    own, paper = (torch.autograd.grad(x, learned, allow_unused=True) for x in (out.loss, expected))
-    learns = 0
-    for name, a, b in zip(names, own, paper, strict=True):
+    names, trained = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+    ours, paper = (torch.autograd.grad(x, trained, allow_unused=True) for x in (out.loss, expected))
+    nonzero = 0
+    for name, a, b in zip(names, ours, paper, strict=True):
         a, b = (torch.zeros(()) if g is None or not g.any() else g for g in (a, b))
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
-        learns += bool(b.any())
-    assert learns
+        nonzero += bool(b.any())
+    assert nonzero
     return out
 
 
-def test_every_recipe_is_in_the_table_and_every_marked_one_is_held_to_its_formula_here():
+def test_every_recipe_is_in_the_table_and_every_marked_recipe_is_tested_here():
     page, tests = (readme.ROOT / "docs" / PAGE).read_text(), Path(__file__).read_text()
     rows = re.findall(r"^\| \[(.+?)\]\(#(.+?)\) .*\| (✓?) *\|$", page, re.MULTILINE)
     assert [title for title, _, _ in rows] == re.findall(r"^### (.+)$", page, re.MULTILINE)
@@ -54,11 +54,11 @@ def test_distilbert():
         cos = 1 - F.cosine_similarity(s.hidden_states[-1], t.hidden_states[-1].detach(), -1)[token].mean()
         return 2 * mlm + 5 * kl(s.logits, t.logits.detach(), 2.0)[token].mean() + cos
 
-    holds(readme.recipe(PAGE, "DistilBERT").criterion, paper, student, teacher, batch)
+    assert_step_equals(readme.recipe(PAGE, "DistilBERT").criterion, paper, student, teacher, batch)
 
 
 def bert(kind, width, depth, seed):
-    """A BERT of 12 heads in double precision, whose numbers are far from 0, without dropout."""
+    """A BERT with 12 heads in double precision, with large initial weights and without dropout."""
     torch.manual_seed(seed)
     config = hf.BertConfig(
         vocab_size=VOCAB, hidden_size=width, intermediate_size=width, num_hidden_layers=depth, num_attention_heads=12,
@@ -68,28 +68,28 @@ def bert(kind, width, depth, seed):
 
 
 def pair(kind, widths, depths):
-    """Student and teacher."""
+    """A student and a teacher."""
     return [bert(kind, *sizes, seed) for seed, sizes in enumerate(zip(widths, depths, strict=True))]
 
 
-def projected(model, hidden, block):
-    """Queries, keys and values of what a block of BERT reads, `[B, N, D]` each."""
-    own = model.bert.encoder.layer[block].attention.self
-    return [part(hidden) for part in (own.query, own.key, own.value)]
+def queries_keys_values(model, hidden, block):
+    """Queries, keys and values of a block of BERT, computed from its input, `[B, N, D]` each."""
+    attention = model.bert.encoder.layer[block].attention.self
+    return [linear(hidden) for linear in (attention.query, attention.key, attention.value)]
 
 
 def products(x, y, heads):
-    """Scaled dot products head by head, `[B, heads, N, N]`."""
+    """Scaled dot products of each head, `[B, heads, N, N]`."""
     x, y = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (x, y))
     return x @ y.mT / x.shape[-1] ** 0.5
 
 
-def rows(x, lengths):
-    """The first tokens of each text, one after the other."""
+def unpadded(x, lengths):
+    """The tokens of all texts without padding, `[tokens, D]`."""
     return torch.cat([z[:n] for z, n in zip(x, lengths, strict=True)])
 
 
-LENGTHS = [8, 5]  # those of `texts`
+LENGTHS = [8, 5]  # of the texts of `texts()`
 
 
 def unlabelled():
@@ -102,35 +102,38 @@ def classes():
 
 def test_tinybert():
     (student, teacher), batch = pair("MaskedLM", (12, 24), (4, 12)), unlabelled()
-    made = readme.recipe(PAGE, "TinyBERT")
+    recipe = readme.recipe(PAGE, "TinyBERT")
 
     def paper(model):
         s, t = (asked(m, batch).hidden_states for m in (model.student, teacher))
         terms = model.criterion.terms
         embedded, hidden = (terms[name].projections for name in ("embedding", "hidden"))
-        (embedding,), (every,) = embedded.values(), set(hidden.values())
-        total = rows(embedding(s[0]) - t[0].detach(), LENGTHS).square().mean()
+        (embedding,), (shared,) = embedded.values(), set(hidden.values())
+        total = unpadded(embedding(s[0]) - t[0].detach(), LENGTHS).square().mean()
         for i in range(4):
             j = 3 * i + 2
-            total = total + rows(every(s[i + 1]) - t[j + 1].detach(), LENGTHS).square().mean()
-            (q, k, _), (tq, tk, _) = projected(model.student, s[i], i), projected(teacher, t[j].detach(), j)
+            total = total + unpadded(shared(s[i + 1]) - t[j + 1].detach(), LENGTHS).square().mean()
+            (q, k, _), (tq, tk, _) = (
+                queries_keys_values(model.student, s[i], i),
+                queries_keys_values(teacher, t[j].detach(), j),
+            )
             gap = (products(q, k, 12) - products(tq, tk, 12).detach()).square()
             queries = [g[:, :n, :n].mean((0, 2)) for g, n in zip(gap, LENGTHS, strict=True)]
             total = total + torch.cat(queries).mean()
         return total
 
-    holds(made.criterion, paper, student, teacher, batch)
+    assert_step_equals(recipe.criterion, paper, student, teacher, batch)
     student, teacher = pair("SequenceClassification", (12, 24), (4, 12))
 
-    def then(model):
+    def predictions(model):
         s, t = (asked(m, batch).logits for m in (model.student, teacher))
         return kl(s, t.detach(), 1.0).mean()
 
-    holds(made.predictions, then, student, teacher, batch)
+    assert_step_equals(recipe.predictions, predictions, student, teacher, batch)
 
 
 def relation_kl(s, t, n):
-    """KL(t || s) of the first n rows' softmax over the first n columns, `[heads, n]`."""
+    """KL(t || s) of the softmax over the first n columns, for the first n rows, `[heads, n]`."""
     log_q, log_p = (x[:, :n, :n].log_softmax(-1) for x in (s, t))
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -141,34 +144,34 @@ def test_minilm(title, widths, heads):
 
     def paper(model):
         s, t = (asked(m, batch).hidden_states for m in (model.student, teacher))
-        own, its = projected(model.student, s[5], 5), projected(teacher, t[11].detach(), 11)
+        ours, theirs = queries_keys_values(model.student, s[5], 5), queries_keys_values(teacher, t[11].detach(), 11)
         relations = [(0, 0), (1, 1), (2, 2)] if title == "MiniLMv2" else [(0, 1), (2, 2)]
         total = 0
         for a, b in relations:
-            both = products(own[a], own[b], heads), products(its[a], its[b], heads).detach()
+            both = products(ours[a], ours[b], heads), products(theirs[a], theirs[b], heads).detach()
             values = [relation_kl(x, y, n).mean(0) for x, y, n in zip(*both, LENGTHS, strict=True)]
             total = total + torch.cat(values).mean()
         return total
 
-    holds(readme.recipe(PAGE, title).criterion, paper, student, teacher, batch)
+    assert_step_equals(readme.recipe(PAGE, title).criterion, paper, student, teacher, batch)
 
 
 def test_pkd():
     (student, teacher), batch = pair("SequenceClassification", (24, 24), (6, 12)), classes()
 
-    def paper(model):  # as the authors' code has it, with the width of BERT-base
+    def paper(model):  # as in the authors' code, scaled to the width of BERT-base
         s, t = asked(model.student, batch), asked(teacher, batch)
-        kd = kl(s.logits, t.logits.detach(), 10.0).mean() / 2  # over classes, too
-        own = torch.stack([s.hidden_states[i + 1][:, 0] for i in range(5)], 1)
-        its = torch.stack([t.hidden_states[j + 1][:, 0] for j in (1, 3, 5, 7, 9)], 1).detach()
-        patient = F.mse_loss(F.normalize(own, dim=2), F.normalize(its, dim=2)) * 24 / 768
+        kd = kl(s.logits, t.logits.detach(), 10.0).mean() / 2  # the authors also average over classes
+        ours = torch.stack([s.hidden_states[i + 1][:, 0] for i in range(5)], 1)
+        theirs = torch.stack([t.hidden_states[j + 1][:, 0] for j in (1, 3, 5, 7, 9)], 1).detach()
+        patient = F.mse_loss(F.normalize(ours, dim=2), F.normalize(theirs, dim=2)) * 24 / 768
         return 0.3 * F.cross_entropy(s.logits, batch["labels"]) + 0.7 * kd + 500 * patient
 
-    holds(readme.recipe(PAGE, "PKD").criterion, paper, student, teacher, batch)
+    assert_step_equals(readme.recipe(PAGE, "PKD").criterion, paper, student, teacher, batch)
 
 
-def of_texts(values):
-    """The mean over each text's own tokens, then over the texts."""
+def mean_over_texts(values):
+    """The mean over the tokens of each text, then over the texts."""
     return sum(x[:n].mean() for x, n in zip(values, LENGTHS, strict=True)) / len(LENGTHS)
 
 
@@ -181,19 +184,22 @@ def test_bert_emd():
     def paper(model):
         s, t = asked(model.student, batch), asked(teacher, batch)
         terms = model.criterion.terms
-        (embedding,), (every,) = (set(terms[name].projections.values()) for name in ("embedding", "hidden"))
-        cost = [[of_texts((every(h) - g.detach()).square()) for g in t.hidden_states[1:]] for h in s.hidden_states[1:]]
+        (embedding,), (shared,) = (set(terms[name].projections.values()) for name in ("embedding", "hidden"))
+        cost = [
+            [mean_over_texts((shared(h) - g.detach()).square()) for g in t.hidden_states[1:]]
+            for h in s.hidden_states[1:]
+        ]
         cost = torch.stack([torch.stack(row) for row in cost])
         sums = torch.cat([torch.eye(2).repeat_interleave(3, 1), torch.eye(3).repeat(1, 2)]).numpy()
         shares = [1 / 2] * 2 + [1 / 3] * 3
         flow = torch.tensor(linprog(cost.detach().flatten().numpy(), A_eq=sums, b_eq=shares).x).view(2, 3)
         soft = -(t.logits.softmax(1).detach() * s.logits.log_softmax(1)).mean()
         entropy = -(t.logits.softmax(1) * t.logits.log_softmax(1)).mean().detach()
-        own = 0.2 * F.cross_entropy(s.logits, batch["labels"]) + 0.8 * (soft - entropy)
-        first = of_texts((embedding(s.hidden_states[0]) - t.hidden_states[0].detach()).square())
-        return own + 0.01 * ((flow * cost).sum() + first)
+        outputs = 0.2 * F.cross_entropy(s.logits, batch["labels"]) + 0.8 * (soft - entropy)
+        first = mean_over_texts((embedding(s.hidden_states[0]) - t.hidden_states[0].detach()).square())
+        return outputs + 0.01 * ((flow * cost).sum() + first)
 
-    holds(readme.recipe(PAGE, "BERT-EMD").criterion, paper, student, teacher, batch)
+    assert_step_equals(readme.recipe(PAGE, "BERT-EMD").criterion, paper, student, teacher, batch)
 
 
 def test_alp_kd():
@@ -201,16 +207,16 @@ def test_alp_kd():
 
     def paper(model):
         s, t = asked(model.student, batch), asked(teacher, batch)
-        its, apart, spread = torch.stack(t.hidden_states[1:]).detach(), 0, 0
+        theirs, gap, spread = torch.stack(t.hidden_states[1:]).detach(), 0, 0
         for h in s.hidden_states[1:]:
-            share = (h.detach() * its).sum(-1, keepdim=True).softmax(0)
-            mixture = (share * its).sum(0)
-            apart = apart + of_texts((h - mixture).square()) / 2
-            spread = spread + of_texts((share * (its - mixture).square()).sum(0)) / 2  # which is no function of h
-        own = 0.3 * F.cross_entropy(s.logits, batch["labels"]) + 0.7 * kl(s.logits, t.logits.detach(), 10.0).mean()
-        return own + 500 / 768 * (apart + spread)
+            share = (h.detach() * theirs).sum(-1, keepdim=True).softmax(0)
+            mixture = (share * theirs).sum(0)
+            gap = gap + mean_over_texts((h - mixture).square()) / 2
+            spread = spread + mean_over_texts((share * (theirs - mixture).square()).sum(0)) / 2  # does not depend on h
+        outputs = 0.3 * F.cross_entropy(s.logits, batch["labels"]) + 0.7 * kl(s.logits, t.logits.detach(), 10.0).mean()
+        return outputs + 500 / 768 * (gap + spread)
 
-    holds(readme.recipe(PAGE, "ALP-KD").criterion, paper, student, teacher, batch)
+    assert_step_equals(readme.recipe(PAGE, "ALP-KD").criterion, paper, student, teacher, batch)
 
 
 def test_rail_kd():
@@ -225,18 +231,18 @@ def test_rail_kd():
         for i, j in drawn:
             maps = model.criterion.terms["feature"].distances[str(i)].maps
             pooled = []
-            for of, x in zip(maps, (s.hidden_states[i + 1], t.hidden_states[j + 1].detach()), strict=True):
-                pooled.append(of(torch.stack([z[:n].mean(0) for z, n in zip(x, LENGTHS, strict=True)])))
+            for project, x in zip(maps, (s.hidden_states[i + 1], t.hidden_states[j + 1].detach()), strict=True):
+                pooled.append(project(torch.stack([z[:n].mean(0) for z, n in zip(x, LENGTHS, strict=True)])))
             a, b = (x / x.norm(dim=1, keepdim=True) for x in pooled)
             total = total + (a - b).square().sum(1).mean()
         return total / 3
 
     torch.manual_seed(5)
-    holds(readme.recipe(PAGE, "RAIL-KD").criterion, paper, student, teacher, batch)
+    assert_step_equals(readme.recipe(PAGE, "RAIL-KD").criterion, paper, student, teacher, batch)
 
 
 def mobilebert(depth, seed):
-    """A MobileBERT in double precision, without dropout; its maps have 16 channels, whatever is inside."""
+    """A MobileBERT in double precision, without dropout. The outputs of its blocks have 16 channels."""
     torch.manual_seed(seed)
     config = hf.MobileBertConfig(
         vocab_size=VOCAB, hidden_size=16, embedding_size=8, num_hidden_layers=depth, num_attention_heads=4,
@@ -248,8 +254,8 @@ def mobilebert(depth, seed):
 
 def test_mobilebert():
     layer, student, teacher, batch = 17, mobilebert(24, 0), mobilebert(24, 1), unlabelled()
-    made = readme.recipe(PAGE, "MobileBERT")
-    made.criterion.step = 10_000 * layer + 9_999  # the last one of its turn
+    recipe = readme.recipe(PAGE, "MobileBERT")
+    recipe.criterion.step = 10_000 * layer + 9_999  # the last step in which this layer is distilled
     seen = []
     name = f"mobilebert.encoder.layer.{layer}.attention.self"
     handles = [m.get_submodule(name).register_forward_pre_hook(lambda m, a: seen.append(a)) for m in (student, teacher)]
@@ -259,39 +265,39 @@ def test_mobilebert():
         s, t = (asked(m, batch).hidden_states[layer + 1] for m in (model.student, teacher))
         for handle in handles:
             handle.remove()
-        own, its = (F.layer_norm(rows(x, LENGTHS), (16,)) for x in (s, t.detach()))
+        ours, theirs = (F.layer_norm(unpadded(x, LENGTHS), (16,)) for x in (s, t.detach()))
         both = []
         for m, (queries, keys, *_) in zip((model.student, teacher), seen, strict=True):
-            part = m.get_submodule(name)
-            both.append(products(part.query(queries), part.key(keys), 4))
+            attention = m.get_submodule(name)
+            both.append(products(attention.query(queries), attention.key(keys), 4))
         values = [relation_kl(x, y.detach(), n).mean(0) for x, y, n in zip(*both, LENGTHS, strict=True)]
-        return 100 / 24 * (own - its).square().mean() + torch.cat(values).mean() / 24
+        return 100 / 24 * (ours - theirs).square().mean() + torch.cat(values).mean() / 24
 
-    out = holds(made.criterion, paper, student, teacher, batch)
+    out = assert_step_equals(recipe.criterion, paper, student, teacher, batch)
     assert {name.split("/")[0] for name in out.components} == {f"attention{layer}", f"map{layer}"}
     (student, teacher), labelled = (mobilebert(1, seed) for seed in (0, 1)), texts()
 
-    def then(model):  # labels of which one half is the teacher's
+    def predictions(model):  # targets that are half the label, half the teacher
         s, t = (asked(m, labelled).logits[labelled["labels"] != -100] for m in (model.student, teacher))
         truth, p = F.one_hot(labelled["labels"][labelled["labels"] != -100], VOCAB).double(), t.softmax(-1).detach()
         entropy = -(p * p.log()).sum(-1)
         return (-((truth + p) / 2 * s.log_softmax(-1)).sum(-1) - entropy / 2).mean()
 
-    holds(made.predictions, then, student, teacher, labelled)
+    assert_step_equals(recipe.predictions, predictions, student, teacher, labelled)
 
 
 def gpt2(batch=None, labelled=0.9):
-    """A small causal student and its teacher in double precision, and texts of which some tokens are learned."""
+    """A small causal student and its teacher, in double precision, and texts with this share of labelled tokens."""
     return build("gpt2", depth=2).double(), build("gpt2", 24, 3, seed=1).double(), batch or texts(labelled=labelled)
 
 
 def counted(batch):
-    """Which tokens are learned, at the logits before them."""
+    """The mask of labelled tokens, shifted to the logits that predict them."""
     return batch["labels"][:, 1:] != -100
 
 
 def logits(model, batch):
-    """Those at which a token is learned, `[tokens, V]`."""
+    """The logits that predict a labelled token, `[tokens, V]`."""
     return asked(model, batch).logits[:, :-1][counted(batch)]
 
 
@@ -303,10 +309,10 @@ def test_babyllama():
     student, teachers, batch = build("llama", 16, 2), [build(f, 24, 3, 1).double() for f in ("llama", "gpt2")], texts()
 
     def paper(model):
-        s, *given = (logits(m, batch) for m in (model.student, *teachers))
-        return 0.5 * ce(s, batch) + 0.5 * kl(s, sum(given).detach() / 2, 2.0).mean()
+        s, *targets = (logits(m, batch) for m in (model.student, *teachers))
+        return 0.5 * ce(s, batch) + 0.5 * kl(s, sum(targets).detach() / 2, 2.0).mean()
 
-    holds(readme.recipe(PAGE, "BabyLlama").criterion, paper, student, teachers, batch)
+    assert_step_equals(readme.recipe(PAGE, "BabyLlama").criterion, paper, student, teachers, batch)
 
 
 def whisper(depth, seed):
@@ -331,14 +337,14 @@ def test_distil_whisper():
         s, t = (m.eval()(**batch).logits[labels != -100] for m in (model.student, teacher))
         return 0.8 * F.cross_entropy(s, labels[labels != -100]) + kl(s, t.detach(), 2.0).mean()
 
-    holds(readme.recipe(PAGE, "Distil-Whisper").criterion, paper, student, teacher, batch)
+    assert_step_equals(readme.recipe(PAGE, "Distil-Whisper").criterion, paper, student, teacher, batch)
 
 
 def test_gkd():
     student, teacher, batch = gpt2()
-    made = readme.recipe(PAGE, "GKD", student=student, teacher=teacher, loader=[])
+    recipe = readme.recipe(PAGE, "GKD", student=student, teacher=teacher, loader=[])
     torch.manual_seed(2)
-    written = made.own_words(batch["input_ids"][:, :4])
+    written = recipe.own_words(batch["input_ids"][:, :4])
     assert torch.equal(written["input_ids"][:, :4], batch["input_ids"][:, :4])
     assert (written["labels"][:, :4] == -100).all()
     assert (written["labels"][:, 4:] != -100).sum() > 8
@@ -348,34 +354,34 @@ def test_gkd():
         m = (p.detach() + q) / 2
         return ((p.detach() * (p.detach() / m).log() + q * (q / m).log()) / 2).sum(-1).mean()
 
-    holds(made.criterion, paper, student, teacher, written)
+    assert_step_equals(recipe.criterion, paper, student, teacher, written)
 
 
 def test_minillm():
     student, teacher, batch = gpt2(labelled=1.0)
-    made = readme.recipe(PAGE, "MiniLLM")
+    recipe = readme.recipe(PAGE, "MiniLLM")
 
     def paper(model):
         total, tokens = 0, 0
         for row, n in enumerate(LENGTHS):
-            one = {name: x[row : row + 1, :n] for name, x in batch.items()}
-            q, p = (logits(m, one).log_softmax(-1) for m in (model.student, teacher))
-            written = one["labels"][0, 1:, None]
+            text = {name: x[row : row + 1, :n] for name, x in batch.items()}
+            q, p = (logits(m, text).log_softmax(-1) for m in (model.student, teacher))
+            tokens_read = text["labels"][0, 1:, None]
             total = total + (q.exp() * (q - p.detach())).sum()
-            q, p = q.gather(1, written)[:, 0], p.gather(1, written)[:, 0].detach()
-            for t in range(n - 2):  # nothing comes after the last
+            q, p = q.gather(1, tokens_read)[:, 0], p.gather(1, tokens_read)[:, 0].detach()
+            for t in range(n - 2):  # no token comes after the last one
                 later = (p - q.detach())[t + 1 :].sum() / (n - 2 - t)
                 total = total - later * q[t]
             tokens += n - 1
         return total / tokens
 
-    holds(made.criterion, paper, student, teacher, batch)
+    assert_step_equals(recipe.criterion, paper, student, teacher, batch)
 
-    def beside(model):
+    def pretraining(model):
         s, t = (logits(m, batch) for m in (model.student, teacher))
         return 0.5 * ce(s, batch) + 0.5 * kl(s, t.detach(), 1.0).mean()
 
-    holds(made.pretraining, beside, *gpt2(batch))
+    assert_step_equals(recipe.pretraining, pretraining, *gpt2(batch))
 
 
 @pytest.mark.parametrize("name", ["criterion", "reverse"])
@@ -384,14 +390,14 @@ def test_distillm(name):
 
     def paper(model):
         q, p = (logits(m, batch).softmax(-1) for m in (model.student, teacher))
-        of, other = (p.detach(), q) if name == "criterion" else (q, p.detach())
-        return (of * (of / (0.1 * of + 0.9 * other)).log()).sum(-1).mean()
+        first, second = (p.detach(), q) if name == "criterion" else (q, p.detach())
+        return (first * (first / (0.1 * first + 0.9 * second)).log()).sum(-1).mean()
 
-    holds(getattr(readme.recipe(PAGE, "DistiLLM"), name), paper, student, teacher, batch)
+    assert_step_equals(getattr(readme.recipe(PAGE, "DistiLLM"), name), paper, student, teacher, batch)
 
 
 def other_vocabulary():
-    """A GPT-2 of 67 tokens."""
+    """A GPT-2 with a vocabulary of 67 tokens."""
     torch.manual_seed(1)
     sizes = {"n_embd": 24, "n_layer": 3, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 1}
     return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=67, **sizes)).double()
@@ -399,7 +405,7 @@ def other_vocabulary():
 
 def test_dskd():
     (student, _, batch), teacher = gpt2(), other_vocabulary()
-    made, ids = readme.recipe(PAGE, "DSKD", student=student, teacher=teacher), torch.randperm(67)[:VOCAB]
+    recipe, ids = readme.recipe(PAGE, "DSKD", student=student, teacher=teacher), torch.randperm(67)[:VOCAB]
     theirs = {**batch, "input_ids": ids[batch["input_ids"]]}
 
     def paper(model):
@@ -407,49 +413,53 @@ def test_dskd():
         both = (model.student, batch), (teacher, theirs)
         h, g = (asked(*one).hidden_states[-1][:, :-1][keep] for one in both)
         s, t = (logits(*one) for one in both)
-        told = dual.to_student(g.detach()) @ model.student.lm_head.weight.detach().T
-        spoken = dual.to_teacher(h) @ teacher.lm_head.weight.detach().T
-        apart = kl(s, told.detach(), 2.0).mean() / 4 + kl(spoken, t.detach(), 2.0).mean() / 4
-        return 0.5 * ce(s, batch) + 0.5 * (ce(told, batch) + apart)
+        t_in_student = dual.to_student(g.detach()) @ model.student.lm_head.weight.detach().T
+        s_in_teacher = dual.to_teacher(h) @ teacher.lm_head.weight.detach().T
+        gap = kl(s, t_in_student.detach(), 2.0).mean() / 4 + kl(s_in_teacher, t.detach(), 2.0).mean() / 4
+        return 0.5 * ce(s, batch) + 0.5 * (ce(t_in_student, batch) + gap)
 
-    own = Teacher(teacher, inputs=lambda inputs: {**inputs, "input_ids": ids[inputs["input_ids"]]})
-    holds(made.criterion, paper, student, own, batch)
+    translated = Teacher(teacher, inputs=lambda inputs: {**inputs, "input_ids": ids[inputs["input_ids"]]})
+    assert_step_equals(recipe.criterion, paper, student, translated, batch)
 
 
 def test_dskd_across_tokenizers():
     (student, _, batch), teacher = gpt2(labelled=0.7), other_vocabulary()
-    made = readme.recipe(PAGE, "DSKD across tokenizers", student=student, teacher=teacher)
-    batch["labels"][:, 3] = batch["input_ids"][:, 3] = 7  # which the teacher, through the student's head, always sees
-    made.dual.to_student.bias.data = 1000 * student.transformer.wte.weight.data[7].float()
+    recipe = readme.recipe(PAGE, "DSKD across tokenizers", student=student, teacher=teacher)
+    batch["labels"][:, 3] = batch["input_ids"][:, 3] = (
+        7  # the token that the teacher always predicts through the student's head
+    )
+    recipe.dual.to_student.bias.data = 1000 * student.transformer.wte.weight.data[7].float()
     ids = torch.randint(67, (2, 11))
     theirs = {"input_ids": ids, "labels": ids.masked_fill(torch.rand(2, 11) < 0.3, -100)}
 
-    def paper(model):  # text by text and token by token
-        dual, embeddings = made.dual, [m.transformer.wte.weight.detach() for m in (model.student, teacher)]
-        head, its_head = embeddings  # which they share
+    def paper(model):  # for each text and each token
+        dual, embeddings = recipe.dual, [m.transformer.wte.weight.detach() for m in (model.student, teacher)]
+        head, its_head = embeddings  # tied to the embeddings
         s, t = asked(model.student, batch), asked(teacher, {"input_ids": ids})
         keys = torch.cat([embeddings[1][ids[:, :-1]], embeddings[1][ids[:, 1:]]], -1)
         words, hidden = embeddings[1][ids[:, 1:]], t.hidden_states[-1].detach()
         total, tokens = 0, int(counted(batch).sum())
         for b in range(2):
-            mine, its = (counted(x)[b].nonzero()[:, 0] for x in (batch, theirs))
-            own = batch["input_ids"][b]
-            asks = dual.query(
-                torch.stack([torch.cat([embeddings[0][own[i]], embeddings[0][own[i + 1]]]) for i in mine])
+            s_at, t_at = (counted(x)[b].nonzero()[:, 0] for x in (batch, theirs))
+            tokens_read = batch["input_ids"][b]
+            queries = dual.query(
+                torch.stack(
+                    [torch.cat([embeddings[0][tokens_read[i]], embeddings[0][tokens_read[i + 1]]]) for i in s_at]
+                )
             )
-            near = asks @ (keys[b, its] / keys.std()).T / 48**0.5
-            values = dual.to_student(hidden[b, its] / hidden.std() + words[b, its] / words.std())
-            seen = near.softmax(1) @ values @ head.T
-            right = seen.argmax(1) == own[mine + 1]
+            scores = queries @ (keys[b, t_at] / keys.std()).T / 48**0.5
+            values = dual.to_student(hidden[b, t_at] / hidden.std() + words[b, t_at] / words.std())
+            t_in_student = scores.softmax(1) @ values @ head.T
+            right = t_in_student.argmax(1) == tokens_read[s_at + 1]
             assert 0 < right.sum() < len(right)
-            told = near.T.softmax(1) @ dual.to_teacher(s.hidden_states[-1][b, mine]) @ its_head.T
-            total = total + F.cross_entropy(seen, own[mine + 1], reduction="sum")
-            total = total + (kl(s.logits[b, mine], seen.detach(), 2.0) / 4)[right].sum()
-            total = total + (kl(told, t.logits[b, its].detach(), 2.0) / 4).sum()
+            s_in_teacher = scores.T.softmax(1) @ dual.to_teacher(s.hidden_states[-1][b, s_at]) @ its_head.T
+            total = total + F.cross_entropy(t_in_student, tokens_read[s_at + 1], reduction="sum")
+            total = total + (kl(s.logits[b, s_at], t_in_student.detach(), 2.0) / 4)[right].sum()
+            total = total + (kl(s_in_teacher, t.logits[b, t_at].detach(), 2.0) / 4).sum()
         return 0.5 * ce(logits(model.student, batch), batch) + 0.5 * total / tokens
 
     both = {**batch, "teacher_input_ids": ids, "teacher_labels": theirs["labels"]}
-    holds(made.criterion, paper, student, Teacher(teacher, inputs=made.dual.theirs), both)
+    assert_step_equals(recipe.criterion, paper, student, Teacher(teacher, inputs=recipe.dual.theirs), both)
 
 
 def test_uld():
@@ -457,10 +467,10 @@ def test_uld():
 
     def paper(model):
         q, p = (logits(m, batch).softmax(-1).sort(-1, descending=True).values for m in (model.student, teacher))
-        apart = (q - p[:, :VOCAB].detach()).abs().sum(-1) + p[:, VOCAB:].sum(-1).detach()
-        return ce(logits(model.student, batch), batch) + 1.5 * apart.mean()
+        gap = (q - p[:, :VOCAB].detach()).abs().sum(-1) + p[:, VOCAB:].sum(-1).detach()
+        return ce(logits(model.student, batch), batch) + 1.5 * gap.mean()
 
-    holds(readme.recipe(PAGE, "ULD").criterion, paper, student, teacher, batch)
+    assert_step_equals(readme.recipe(PAGE, "ULD").criterion, paper, student, teacher, batch)
 
 
 def test_adaptive_kl():
@@ -476,14 +486,14 @@ def test_adaptive_kl():
             total = total + share * (p * (p / q).log()).sum() + (1 - share) * (q * (q / p).log()).sum()
         return total / len(s)
 
-    holds(readme.recipe(PAGE, "Adaptive KL").criterion, paper, student, teacher, batch)
+    assert_step_equals(readme.recipe(PAGE, "Adaptive KL").criterion, paper, student, teacher, batch)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_adakd(share):
     student, teacher, batch = gpt2()
-    made = readme.recipe(PAGE, "AdaKD")
-    criterion = made.criterion if share == 1 else 1.0 * Logits(partial(made.adakd, share=share))
+    recipe = readme.recipe(PAGE, "AdaKD")
+    criterion = recipe.criterion if share == 1 else 1.0 * Logits(partial(recipe.adakd, share=share))
 
     def paper(model):
         s, t = (logits(m, batch) for m in (model.student, teacher))
@@ -498,7 +508,7 @@ def test_adakd(share):
             total = total + T**2 * (log_q.exp() * (log_q - log_p)).sum()
         return total / len(order)
 
-    holds(criterion, paper, student, teacher, batch)
+    assert_step_equals(criterion, paper, student, teacher, batch)
 
 
 def test_abkd():
@@ -510,21 +520,21 @@ def test_abkd():
         inside = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
         return -inside.sum(-1).mean() / (a * b)
 
-    holds(readme.recipe(PAGE, "ABKD").criterion, paper, student, teacher, batch)
+    assert_step_equals(readme.recipe(PAGE, "ABKD").criterion, paper, student, teacher, batch)
 
 
 def test_sequence_level_kd():
     student, teacher, batch = gpt2()
-    made = readme.recipe(PAGE, "Sequence-level KD", student=student, teacher=teacher, loader=[batch])
-    text = made.text
+    recipe = readme.recipe(PAGE, "Sequence-level KD", student=student, teacher=teacher, loader=[batch])
+    text = recipe.text
     scores = teacher(text).logits[:, :-1].log_softmax(-1).gather(-1, text[:, 1:, None])[:, 3:, 0].sum(1)
     greedy = teacher.generate(batch["input_ids"][:, :4], do_sample=False, max_new_tokens=8, pad_token_id=0)
-    alone = teacher(greedy).logits[:, :-1].log_softmax(-1).gather(-1, greedy[:, 1:, None])[:, 3:, 0].sum(1)
-    assert (scores > alone).any(), "beams find what is likelier"
+    greedy_scores = teacher(greedy).logits[:, :-1].log_softmax(-1).gather(-1, greedy[:, 1:, None])[:, 3:, 0].sum(1)
+    assert (scores > greedy_scores).any(), "beams find what is likelier"
     log_q = student(text).logits[:, 3:-1].log_softmax(-1).gather(-1, text[:, 4:, None])[..., 0]
     expected = -log_q[text[:, 4:] != 0].mean()
-    torch.testing.assert_close(made.loss, expected, rtol=1e-9, atol=1e-12)
-    for a, b in zip(*(torch.autograd.grad(x, [*student.parameters()]) for x in (made.loss, expected)), strict=True):
+    torch.testing.assert_close(recipe.loss, expected, rtol=1e-9, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x, [*student.parameters()]) for x in (recipe.loss, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
@@ -534,11 +544,11 @@ def test_bam(done):
     criterion = readme.recipe(PAGE, "BAM").criterion
     criterion.step = done
 
-    def paper(model):  # targets that are mixed, without the teacher's entropy, a constant
+    def paper(model):  # mixed targets, less the entropy of the teacher, which is constant
         s, t = (asked(m, batch).logits for m in (model.student, teacher))
         p = t.softmax(1).detach()
         mixed = done / 1000 * F.one_hot(batch["labels"], 2) + (1 - done / 1000) * p
         entropy = (1 - done / 1000) * (p * p.log()).sum(1)
         return (-(mixed * s.log_softmax(1)).sum(1) + entropy).mean()
 
-    holds(criterion, paper, student, teacher, batch)
+    assert_step_equals(criterion, paper, student, teacher, batch)

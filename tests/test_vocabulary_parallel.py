@@ -1,4 +1,4 @@
-"""A vocabulary over several processes: values and gradients of one process, for 2 and 4 of them."""
+"""A vocabulary sharded over 2 or 4 processes: values and gradients equal those of one process."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ SCRIPT = Path(vocabulary_parallel_processes.__file__)
 
 
 def plain(name, z, t, labels):
-    """The formula over the whole vocabulary, position by position, in float64."""
+    """The loss over the full vocabulary from its formula, in float64."""
 
     def kl(log_a, log_b):
         return (log_a.exp() * (log_a - log_b)).sum(-1)
@@ -41,13 +41,13 @@ def test_several_processes_have_the_values_and_gradients_of_one(processes, tmp_p
     subprocess.run([*command, str(processes), str(SCRIPT), str(tmp_path)], check=True, timeout=300)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     for name in CASES:
-        value_and_gradients_are_those_of_the_whole_vocabulary(results, name)
-    any_gradient_from_above_reaches_every_position(results)
-    several_tasks_are_those_of_the_whole_vocabulary(results)
-    what_a_shard_cannot_do_is_said(results)
+        check_loss_and_gradients(results, name)
+    check_gradients_of_a_weighted_sum_of_positions(results)
+    check_several_tasks(results)
+    check_messages_of_refused_calls(results)
 
 
-def value_and_gradients_are_those_of_the_whole_vocabulary(results, name):
+def check_loss_and_gradients(results, name):
     x, labels = data()
     hidden, weight, bias = (x[k].requires_grad_() for k in ("hidden", "weight", "bias"))
     logits = hidden @ weight.T + bias
@@ -56,30 +56,30 @@ def value_and_gradients_are_those_of_the_whole_vocabulary(results, name):
     sizes = SIZES[len(results)]
     for rank, result in enumerate(results):
         start = sum(sizes[:rank])
-        mine = slice(start, start + sizes[rank])
+        shard = slice(start, start + sizes[rank])
         expected = {
-            "logits": [by_logits[..., mine]],
-            "lazy": [by_head[0], by_head[1][mine], by_head[2][mine]],
+            "logits": [by_logits[..., shard]],
+            "lazy": [by_head[0], by_head[1][shard], by_head[2][shard]],
             "dtensor": [by_logits],
             "lazy dtensor": by_head,
         }
         assert set(result[name]) == set(expected if len(results) == 2 else ["logits", "lazy"])
-        for kind, found in result[name].items():
-            torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-12, atol=0)
-            torch.testing.assert_close(found["grad"], list(expected[kind]), rtol=1e-10, atol=1e-12)
+        for kind, computed in result[name].items():
+            torch.testing.assert_close(computed["loss"], loss.detach(), rtol=1e-12, atol=0)
+            torch.testing.assert_close(computed["grad"], list(expected[kind]), rtol=1e-10, atol=1e-12)
 
 
-def any_gradient_from_above_reaches_every_position(results):
+def check_gradients_of_a_weighted_sum_of_positions(results):
     x, _ = data()
     logits = (x["hidden"] @ x["weight"].T + x["bias"]).requires_grad_()
     log_q, log_p = logits.log_softmax(-1), x["teacher"].log_softmax(-1)
-    each = (log_p.exp() * (log_p - log_q)).sum(-1)
-    whole = torch.autograd.grad((each * torch.arange(6).view(2, 3)).sum(), logits)[0]
-    found = torch.cat([result["each position"] for result in results], -1)
-    torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-12)
+    values = (log_p.exp() * (log_p - log_q)).sum(-1)
+    expected = torch.autograd.grad((values * torch.arange(6).view(2, 3)).sum(), logits)[0]
+    computed = torch.cat([result["each position"] for result in results], -1)
+    torch.testing.assert_close(computed, expected, rtol=1e-10, atol=1e-12)
 
 
-def several_tasks_are_those_of_the_whole_vocabulary(results):
+def check_several_tasks(results):
     x, labels = data()
     leaves = [x[k].requires_grad_() for k in ("hidden", "weight", "bias")]
     z, t, y = (leaves[0] @ leaves[1].T + leaves[2]).view(6, 19), x["teacher"].view(6, 19), labels.view(-1).clamp_min(0)
@@ -95,19 +95,21 @@ def several_tasks_are_those_of_the_whole_vocabulary(results):
     by_logits, *by_head = torch.autograd.grad((several_weights() * values).sum(), [z, *leaves])
     sizes = SIZES[len(results)]
     for rank, result in enumerate(results):
-        mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        shard = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         for name in ("several", "lazy several"):
             torch.testing.assert_close(result[name]["values"], values.detach(), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(result["several"]["grad"][0].view(6, -1), by_logits[:, mine], rtol=1e-10, atol=1e-12)
-        expected = [by_head[0], by_head[1][mine], by_head[2][mine]]
+        torch.testing.assert_close(
+            result["several"]["grad"][0].view(6, -1), by_logits[:, shard], rtol=1e-10, atol=1e-12
+        )
+        expected = [by_head[0], by_head[1][shard], by_head[2][shard]]
         torch.testing.assert_close(list(result["lazy several"]["grad"]), expected, rtol=1e-10, atol=1e-12)
 
 
-def what_a_shard_cannot_do_is_said(results):
+def check_messages_of_refused_calls(results):
     for result in results:
-        said = result["refused"]
-        assert "kdloss.ShardedLogits" in said["whole teacher"]
-        assert "closed form" in said["own divergence"]
-        assert "whole vocabulary" in said["soft labels"]
-        assert "whole vocabulary" in said["hard labels"]
-        assert "second derivative" in said["second derivative"]
+        messages = result["refused"]
+        assert "kdloss.ShardedLogits" in messages["whole teacher"]
+        assert "closed form" in messages["own divergence"]
+        assert "whole vocabulary" in messages["soft labels"]
+        assert "whole vocabulary" in messages["hard labels"]
+        assert "second derivative" in messages["second derivative"]
