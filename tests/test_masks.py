@@ -436,7 +436,7 @@ def unlabelled_examples(student, teacher, batch):
     criterion = 0.5 * CrossEntropy() + 0.5 * Logits(temperature=2.0, positions="mask")
     model = Distillation(student, teacher, criterion)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss = model(**batch).loss  # labels of -100 where nobody knows
+    loss = model(**batch).loss  # examples without a label have -100
     loss.backward()
     optimizer.step()
 
