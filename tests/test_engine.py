@@ -1,4 +1,4 @@
-"""However logits come and rows are cut, the loss and its gradients are those of the float64 oracle."""
+"""Loss and gradients equal the float64 oracle, for every kind of logits and every block size."""
 
 import copy
 import gc
@@ -30,11 +30,11 @@ from kdloss import LazyLogits, Mixture, TopKLogits, VanillaKD
 from kdloss.engine import LabelTask, Problem, TeacherTask, fused, per_position
 from kdloss.engine.side import Side
 
-# Every exported divergence, by the name of its oracle.
+# Every exported divergence by the name of its oracle.
 FUNCTIONS = {loss.oracle.__name__: loss.function for loss in losses.DIVERGENCES}
 INF, NAN = float("inf"), float("nan")
 LABELS = torch.tensor([[3, -100, 0, 10, 5, -100, 7], [2, 2, -100, 1, 9, 4, 4]])
-KNOWN = {}  # what the oracle said already
+CACHE = {}  # results of `exact`
 LEAVES = ("hidden", "weight", "bias")
 TAILS = ("bucket", "renormalise", "uniform")
 KINDS = ("dense", "lazy", "lazy student", "lazy teacher", "mixture", *(f"top-k {tail}" for tail in TAILS))
@@ -44,8 +44,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture
-def cut(monkeypatch):
-    """Sets how many rows are made, and worked on, at a time."""
+def block_sizes(monkeypatch):
+    """Compute logits of 3 rows and their loss for 2 rows at a time; returns a function that sets other numbers."""
 
     def sizes(block, scratch):
         monkeypatch.setattr("kdloss.engine.block_sizes.block_rows", lambda *_: block)
@@ -55,22 +55,22 @@ def cut(monkeypatch):
     return sizes
 
 
-@pytest.fixture(params=["in blocks", "at once"])
-def either(request, cut):
-    """Rows in blocks, then all of them in one."""
-    if request.param == "at once":
-        cut(100, 100)
+@pytest.fixture(params=["in blocks", "in one block"])
+def every_block_size(request, block_sizes):
+    """Run the test with small blocks, then with all rows in one block."""
+    if request.param == "in one block":
+        block_sizes(100, 100)
 
 
-class Given(NamedTuple):
+class Inputs(NamedTuple):
     """Hidden states, weight and bias of student and teacher."""
 
     student: list
     teacher: list
 
 
-def given(positions=(2, 7), classes=11, width=4, dtype=torch.float64, seed=0):
-    """Random ones; the student's are leaves."""
+def inputs(positions=(2, 7), classes=11, width=4, dtype=torch.float64, seed=0):
+    """Random inputs; the student's tensors require gradients."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -78,11 +78,11 @@ def given(positions=(2, 7), classes=11, width=4, dtype=torch.float64, seed=0):
 
     student = [normal(*positions, width), normal(classes, width), normal(classes)]
     teacher = [1.5 * normal(*positions, width), normal(classes, width), normal(classes)]
-    return Given(student=[x.requires_grad_() for x in student], teacher=teacher)
+    return Inputs(student=[x.requires_grad_() for x in student], teacher=teacher)
 
 
 def sides(kind, x, temperature=1.0):
-    """The same student and teacher as this kind of logits."""
+    """Logits of student and teacher of this kind."""
     student, teacher = LazyLogits(*x.student), LazyLogits(*x.teacher)
     target = teacher.dense()
     if kind == "dense":
@@ -94,8 +94,8 @@ def sides(kind, x, temperature=1.0):
     if kind == "mixture":
         return student, Mixture([teacher, target], [0.25, 0.75])
     if kind.startswith("top-k"):
-        kept = TopKLogits.of(target, target.shape[-1], tail=kind[6:], temperature=temperature)
-        return student.dense(), kept
+        stored = TopKLogits.of(target, target.shape[-1], tail=kind[6:], temperature=temperature)
+        return student.dense(), stored
     return student, teacher
 
 
@@ -103,17 +103,17 @@ def needs_classes(function):
     return getattr(function, "needs_classes", False)
 
 
-def skip_what_has_no_meaning(name, kind):
-    """Probabilities are no logits, and stored in their order classes have neither labels nor columns."""
+def skip_unsupported(name, kind):
+    """Skip divergences that a mixture or top-k teacher does not support: it has no logits, or no fixed classes."""
     function = FUNCTIONS[name]
     if kind == "mixture" and getattr(function, "needs_logits", False):
-        pytest.skip("compares logits")
+        pytest.skip("needs the teacher's logits")
     if kind.startswith("top-k"):
         if getattr(function, "needs_logits", False):
-            pytest.skip("compares logits")
+            pytest.skip("needs the teacher's logits")
         by_name = {"labels", "mask"} & set(inspect.signature(function).parameters) or needs_classes(function)
         if kind != "top-k uniform" and by_name:
-            pytest.skip("compares classes by their names")
+            pytest.skip("looks classes up by their index")
 
 
 def numpy(*tensors):
@@ -127,12 +127,12 @@ def exact_kd(name, z, t, temperature, labels):
 
 
 def exact(name, x, temperature, alpha, labels, keep, upstream=None, divisor=None):
-    """Loss and gradients of hidden, weight and bias in float64 numpy, positions that count alone."""
+    """Loss and gradients of hidden states, weight and bias in float64 numpy, from the counted positions only."""
     leaves, teacher = numpy(*x.student), numpy(*x.teacher)
     arrays = (*leaves, *teacher, labels, keep, 0 if upstream is None else upstream)
     key = getattr(oracles, name), temperature, alpha, divisor, *(np.asarray(a).tobytes() for a in arrays)
-    if key in KNOWN:
-        return KNOWN[key]
+    if key in CACHE:
+        return CACHE[key]
     keep = keep.numpy()
     t = (teacher[0] @ teacher[1].T + teacher[2])[keep]
     y = labels.numpy()[keep]
@@ -152,12 +152,12 @@ def exact(name, x, temperature, alpha, labels, keep, upstream=None, divisor=None
         slopes.append(
             oracles.gradient(lambda v, i=i: loss(*(v if k == i else x for k, x in enumerate(leaves))), leaves[i])
         )
-    KNOWN[key] = loss(*leaves), slopes
-    return KNOWN[key]
+    CACHE[key] = loss(*leaves), slopes
+    return CACHE[key]
 
 
 def agree(loss, x, expected, tolerance, names=LEAVES):
-    """The loss, and what it gives the leaves, within a part of their own size."""
+    """Compare the loss and its gradients with the expected ones, each gradient relative to its largest entry."""
     value, slopes = expected
     np.testing.assert_allclose(loss.detach().sum().double(), value, rtol=tolerance, atol=tolerance)
     ours = torch.autograd.grad(loss.sum(), x.student)
@@ -174,14 +174,14 @@ def relative_error(ours, slope):
     return np.linalg.norm(ours.detach().double().numpy() - slope) / np.linalg.norm(slope)
 
 
-# -- the law --
+# -- loss and gradients equal the oracle --
 
 
 @every_divergence
 @every_kind
-def test_every_kind_in_row_blocks_equals_the_oracle_in_value_and_every_gradient(name, kind, cut):
-    skip_what_has_no_meaning(name, kind)
-    x, keep = given(), LABELS != -100
+def test_every_kind_in_row_blocks_equals_the_oracle_in_value_and_every_gradient(name, kind, block_sizes):
+    skip_unsupported(name, kind)
+    x, keep = inputs(), LABELS != -100
     for temperature, alpha in ((1.0, 0.0), (2.0, 0.4), (3.0, 0.4)):
         expected = exact(name, x, temperature, alpha, LABELS, keep)
         criterion = VanillaKD(temperature, alpha, divergence=FUNCTIONS[name])
@@ -190,9 +190,9 @@ def test_every_kind_in_row_blocks_equals_the_oracle_in_value_and_every_gradient(
 
 @every_divergence
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k uniform"])
-def test_float32_agrees_with_float64_to_1e_5(name, kind, cut):
-    skip_what_has_no_meaning(name, kind)
-    x, keep = given(dtype=torch.float32), LABELS != -100
+def test_float32_agrees_with_float64_to_1e_5(name, kind, block_sizes):
+    skip_unsupported(name, kind)
+    x, keep = inputs(dtype=torch.float32), LABELS != -100
     for temperature in (1.0, 2.0):
         expected = exact(name, x, temperature, 0.4, LABELS, keep)
         criterion = VanillaKD(temperature, 0.4, divergence=FUNCTIONS[name])
@@ -202,11 +202,11 @@ def test_float32_agrees_with_float64_to_1e_5(name, kind, cut):
 
 
 @every_divergence
-def test_bfloat16_is_no_worse_than_the_plain_recipe(name, cut):
-    """Both against float64 of the same rounded inputs: the sum of the errors over several draws."""
+def test_bfloat16_is_no_worse_than_the_plain_recipe(name, block_sizes):
+    """Compare both with float64 on the same rounded inputs, by the sum of the errors over several draws."""
     errors = {kind: np.zeros(3) for kind in ("dense", "lazy", "plain")}
     for seed in range(3):
-        x, keep = given((2, 7), classes=23, dtype=torch.bfloat16, seed=seed), LABELS != -100
+        x, keep = inputs((2, 7), classes=23, dtype=torch.bfloat16, seed=seed), LABELS != -100
         value, slopes = exact(name, x, 2.0, 0.4, LABELS, keep)
         criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name])
         z, t = (F.linear(*side)[keep].float() for side in (x.student, x.teacher))
@@ -224,7 +224,7 @@ def test_bfloat16_is_no_worse_than_the_plain_recipe(name, cut):
 
 
 def plain_kd(name, z, t, labels, temperature=2.0):
-    """What one writes without a library for the KL, and the function on tensors for the others."""
+    """The KL as one writes it without a library; other divergences as functions on tensors."""
     log_q, log_p = (z / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
     if name == "forward_kl":
         return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
@@ -237,9 +237,9 @@ def plain_kd(name, z, t, labels, temperature=2.0):
 
 @every_divergence
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_divergence_called_by_itself_takes_every_kind_and_any_upstream_gradient(name, kind, cut):
-    skip_what_has_no_meaning(name, kind)
-    x, function = given(), FUNCTIONS[name]
+def test_a_divergence_called_without_a_criterion_takes_every_kind_and_any_upstream_gradient(name, kind, block_sizes):
+    skip_unsupported(name, kind)
+    x, function = inputs(), FUNCTIONS[name]
     labels = LABELS.clamp_min(0)
     extra = {"labels": labels} if "labels" in inspect.signature(function).parameters else {}
     upstream = torch.randn(2, 7, dtype=torch.float64)
@@ -250,15 +250,15 @@ def test_a_divergence_called_by_itself_takes_every_kind_and_any_upstream_gradien
     agree(values * upstream, x, exact(name, x, 3.0, 0.0, labels, everywhere, upstream), 1e-10)
 
 
-# -- any block, any length, any positions --
+# -- block sizes, numbers of rows, ignored positions, memory layouts --
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 100])
 @pytest.mark.parametrize("scratch", [1, 3, 100])
-def test_blocks_of_any_size_on_any_number_of_rows_change_nothing(block, scratch, cut):
-    cut(block, scratch)
+def test_block_sizes_change_neither_loss_nor_gradients_of_any_number_of_rows(block, scratch, block_sizes):
+    block_sizes(block, scratch)
     for rows in (1, 7, 13):
-        x = given((rows,))
+        x = inputs((rows,))
         labels = torch.arange(rows) % 11
         expected = exact("forward_kl", x, 2.0, 0.4, labels, labels >= 0)
         for kind in ("dense", "lazy", "mixture", "top-k bucket"):
@@ -268,19 +268,19 @@ def test_blocks_of_any_size_on_any_number_of_rows_change_nothing(block, scratch,
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("positions", [(0,), (0, 3), (2, 0), (0, 0), (2, 1), (1, 1)])
-def test_no_position_gives_zero_that_backpropagates_zeros(kind, causal, positions):
+def test_a_batch_without_positions_has_zero_loss_and_zero_gradients(kind, causal, positions):
     if causal and len(positions) < 2:
-        pytest.skip("causal needs a time")
+        pytest.skip("causal needs a time dimension")
     if not causal and 0 not in positions:
-        pytest.skip("one position is left")
-    x = given(positions)
+        pytest.skip("without the causal shift there are positions")
+    x = inputs(positions)
     labels = torch.zeros(positions, dtype=torch.long)
-    for criterion, given_labels in (
+    for criterion, passed_labels in (
         (VanillaKD(causal=causal), labels),
         (VanillaKD(alpha=0.0, causal=causal), None),
         (VanillaKD(causal=causal, reduction="sum"), labels),
     ):
-        loss = criterion(*sides(kind, x), given_labels)
+        loss = criterion(*sides(kind, x), passed_labels)
         assert loss.item() == 0
         assert not any(g.any() for g in torch.autograd.grad(loss, x.student))
     none = VanillaKD(causal=causal, reduction="none")(*sides(kind, x), labels)
@@ -290,8 +290,8 @@ def test_no_position_gives_zero_that_backpropagates_zeros(kind, causal, position
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k renormalise"])
 @pytest.mark.parametrize("pattern", ["none", "all", "all but one", "labels", "mask", "both"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_whichever_positions_are_ignored_the_others_alone_count(kind, pattern, causal, cut):
-    x = given((2, 7, 2) if not causal else (2, 7))
+def test_only_positions_kept_by_labels_and_mask_count(kind, pattern, causal, block_sizes):
+    x = inputs((2, 7, 2) if not causal else (2, 7))
     labels = torch.randint(11, x.student[0].shape[:-1])
     mask = None
     if pattern == "all":
@@ -318,8 +318,8 @@ def test_whichever_positions_are_ignored_the_others_alone_count(kind, pattern, c
     agree(none, x, total, 1e-10)
 
 
-def test_without_labels_and_mask_causal_leaves_out_the_last_position(cut):
-    x = given()
+def test_without_labels_and_mask_causal_leaves_out_the_last_position(block_sizes):
+    x = inputs()
     keep = torch.ones(2, 7, dtype=torch.bool)
     keep[:, -1] = False
     expected = exact("forward_kl", x, 2.0, 0.0, LABELS, keep)
@@ -328,9 +328,9 @@ def test_without_labels_and_mask_causal_leaves_out_the_last_position(cut):
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
-def test_a_single_row_without_any_dimension_of_positions_is_a_position(kind, either):
-    x, label = given(()), torch.tensor(3)
-    row = given((1,))  # the same random numbers
+def test_logits_without_a_position_dimension_are_one_position(kind, every_block_size):
+    x, label = inputs(()), torch.tensor(3)
+    row = inputs((1,))  # the same random numbers
     expected = exact("forward_kl", row, 2.0, 0.4, label[None], torch.tensor([True]))
     loss = VanillaKD(2.0, 0.4)(*sides(kind, x, 2.0), label)
     slopes = [expected[1][0][0], *expected[1][1:]]
@@ -350,23 +350,23 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("labels", [LABELS, LABELS.clamp_min(0)], ids=["some ignored", "none ignored"])
-def test_layout_in_memory_does_not_matter(layout, labels, either):
-    x, turn, keep = given(), LAYOUTS[layout], labels != -100
+def test_the_memory_layout_changes_neither_loss_nor_gradients(layout, labels, every_block_size):
+    x, turn, keep = inputs(), LAYOUTS[layout], labels != -100
     expected = exact("forward_kl", x, 2.0, 0.4, labels, keep)
     hidden, weight, bias = x.student
     teacher, criterion = LazyLogits(*x.teacher).dense(), VanillaKD(2.0, 0.4)
     agree(criterion(turn(LazyLogits(*x.student).dense()), turn(teacher), labels), x, expected, 1e-10)
     lazy = LazyLogits(turn(hidden), weight.T.contiguous().T, bias)
     agree(criterion(lazy, LazyLogits(turn(x.teacher[0]), *x.teacher[1:]), labels), x, expected, 1e-10)
-    kept = TopKLogits.of(teacher, 11, temperature=2.0)
-    kept = TopKLogits(turn(kept.indices.double()).long(), turn(kept.log_probs), temperature=2.0)
+    stored = TopKLogits.of(teacher, 11, temperature=2.0)
+    stored = TopKLogits(turn(stored.indices.double()).long(), turn(stored.log_probs), temperature=2.0)
     agree(
-        criterion(turn(LazyLogits(*x.student).dense()), kept, labels), x, expected, 1e-8
-    )  # the rest of 0 comes from roundings
+        criterion(turn(LazyLogits(*x.student).dense()), stored, labels), x, expected, 1e-8
+    )  # the probability of the other classes, 0, has rounding errors
 
 
 @pytest.mark.parametrize("labels", [LABELS, LABELS.clamp_min(0)], ids=["some ignored", "none ignored"])
-def test_one_row_expanded_to_all_positions_gets_the_sum_of_their_gradients(labels, either):
+def test_one_row_expanded_to_all_positions_gets_the_sum_of_their_gradients(labels, every_block_size):
     keep = labels != -100
     row, target = torch.randn(11, dtype=torch.float64, requires_grad=True), torch.randn(11).double()
     (s, t), y = numpy(row, target), labels[keep].numpy()
@@ -390,7 +390,7 @@ def test_one_row_expanded_to_all_positions_gets_the_sum_of_their_gradients(label
 
 @every_divergence
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
-def test_garbage_at_ignored_positions_changes_no_bit(name, garbage, either):
+def test_garbage_at_ignored_positions_changes_no_bit(name, garbage, every_block_size):
     criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name])
     bad = LABELS == -100
 
@@ -402,11 +402,11 @@ def test_garbage_at_ignored_positions_changes_no_bit(name, garbage, either):
     )
 
     def results(fill):
-        x = given(dtype=torch.float32)
+        x = inputs(dtype=torch.float32)
         logits = LazyLogits(*x.student).dense().detach()
         teacher = LazyLogits(*x.teacher).dense()
-        kept = TopKLogits.of(teacher, 5, temperature=2.0)
-        for t in (x.student[0].data, x.teacher[0], logits, teacher, kept.log_probs, kept.log_rest):
+        stored = TopKLogits.of(teacher, 5, temperature=2.0)
+        for t in (x.student[0].data, x.teacher[0], logits, teacher, stored.log_probs, stored.log_rest):
             t[bad] = fill
         logits.requires_grad_()
         losses = [
@@ -414,7 +414,7 @@ def test_garbage_at_ignored_positions_changes_no_bit(name, garbage, either):
             (criterion(logits, teacher, LABELS), [logits]),
         ]
         if top_k:
-            losses.append((criterion(logits, kept, LABELS), [logits]))
+            losses.append((criterion(logits, stored, LABELS), [logits]))
         for loss, leaves in losses:
             slopes = torch.autograd.grad(loss, leaves)
             assert not slopes[0][bad].any()
@@ -425,16 +425,16 @@ def test_garbage_at_ignored_positions_changes_no_bit(name, garbage, either):
     assert all(t.isfinite().all() for t in clean)
 
 
-# -- overwriting the logits, where the caller allows it --
+# -- overwriting the logits, if the caller allows it --
 
 
 @pytest.mark.parametrize("labels", [LABELS, LABELS.clamp_min(0)], ids=["some ignored", "none ignored"])
-def test_overwritten_logits_hold_their_gradient_and_ignored_rows_exactly_zero(labels, cut):
-    x = given()
+def test_overwritten_logits_hold_their_gradient_and_exact_zeros_at_ignored_positions(labels, block_sizes):
+    x = inputs()
     expected = exact("forward_kl", x, 2.0, 0.4, labels, labels != -100)
     criterion = VanillaKD(2.0, 0.4, overwrite_logits=True)
     logits, teacher = sides("dense", x)
-    logits = logits * 1  # a view forgets where it came from when it is overwritten
+    logits = logits * 1  # not a view: an overwritten view loses its autograd history
     before, target = logits.detach().clone(), teacher.clone()
     loss = criterion(logits, teacher, labels)
     np.testing.assert_allclose(loss.item(), expected[0], rtol=1e-12)
@@ -450,8 +450,8 @@ def test_overwritten_logits_hold_their_gradient_and_ignored_rows_exactly_zero(la
     torch.testing.assert_close(leaf.grad, slopes[0], rtol=0, atol=1e-14)
 
 
-def test_logits_are_overwritten_only_when_asked_and_only_for_a_gradient(cut):
-    x = given()
+def test_logits_are_overwritten_only_on_request_and_only_if_a_gradient_is_needed(block_sizes):
+    x = inputs()
     for criterion in (VanillaKD(2.0, 0.4), VanillaKD(2.0, 0.4, overwrite_logits=True)):
         student, teacher = (t.detach() for t in sides("dense", x))
         before = student.clone(), teacher.clone()
@@ -465,9 +465,9 @@ def test_logits_are_overwritten_only_when_asked_and_only_for_a_gradient(cut):
     assert torch.equal(teacher, before[1])
 
 
-def test_overwritten_logits_give_their_gradient_once_and_say_so():
+def test_a_second_backward_or_derivative_of_overwritten_logits_raises_an_error():
     criterion = VanillaKD(overwrite_logits=True)
-    student, teacher = (t.detach() for t in sides("dense", given()))
+    student, teacher = (t.detach() for t in sides("dense", inputs()))
     student.requires_grad_()
     loss = criterion(student, teacher, LABELS)
     loss.backward(retain_graph=True)
@@ -478,29 +478,29 @@ def test_overwritten_logits_give_their_gradient_once_and_say_so():
         torch.autograd.grad(criterion(student, teacher, LABELS), student, create_graph=True)
 
 
-def test_logits_somebody_else_needs_for_a_gradient_are_not_overwritten_in_silence():
-    x = given()
-    student = LazyLogits(*x.student).dense().tanh()  # whose gradient needs its output
+def test_overwriting_logits_that_another_operation_saved_raises_an_error_in_backward():
+    x = inputs()
+    student = LazyLogits(*x.student).dense().tanh()  # tanh saves its output for its gradient
     loss = VanillaKD(overwrite_logits=True)(student, LazyLogits(*x.teacher).dense(), LABELS)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-# -- what comes from above, and what is frozen --
+# -- upstream gradients and frozen tensors --
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1e-30, 65536.0])
-def test_a_loss_scaled_by_anything_scales_its_gradients(kind, scale, either):
-    x = given()
+def test_scaling_a_loss_scales_its_gradients(kind, scale, every_block_size):
+    x = inputs()
     loss = VanillaKD(2.0, 0.4)(*sides(kind, x, 2.0), LABELS)
     value, slopes = exact("forward_kl", x, 2.0, 0.4, LABELS, LABELS != -100)
     agree(scale * loss, x, (scale * value, [scale * s for s in slopes]), 1e-10)
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
-def test_values_per_position_take_any_upstream_gradient(kind, cut):
-    x = given()
+def test_values_per_position_take_any_upstream_gradient(kind, block_sizes):
+    x = inputs()
     upstream = torch.randn(2, 7, dtype=torch.float64)
     upstream[1] = 0
     upstream[0, 3] = 0
@@ -511,8 +511,8 @@ def test_values_per_position_take_any_upstream_gradient(kind, cut):
 
 @pytest.mark.parametrize("kind", ["dense", "lazy"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_either_term_may_be_used_without_the_other(kind, alpha, cut):
-    x, labels = given(), LABELS.clamp_min(0)
+def test_one_of_two_tasks_can_be_differentiated_without_the_other(kind, alpha, block_sizes):
+    x, labels = inputs(), LABELS.clamp_min(0)
     student, teacher = sides(kind, x)
     tasks = [LabelTask(labels.reshape(-1)), TeacherTask(kdloss.divergences.forward_kl, teacher, 2.0)]
     both = per_position(*Problem.of(tasks, student, None, 14))
@@ -522,8 +522,8 @@ def test_either_term_may_be_used_without_the_other(kind, alpha, cut):
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 2), (0, 1)])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_frozen_tensors_get_no_gradient_and_the_others_get_theirs(frozen, reduction, cut):
-    x = given()
+def test_frozen_tensors_get_no_gradient_and_the_others_the_right_one(frozen, reduction, block_sizes):
+    x = inputs()
     expected = exact("forward_kl", x, 2.0, 0.4, LABELS, LABELS != -100, torch.ones(2, 7))
     for i in frozen:
         x.student[i].requires_grad_(False)
@@ -534,8 +534,8 @@ def test_frozen_tensors_get_no_gradient_and_the_others_get_theirs(frozen, reduct
             close(leaf.grad, slope, 1e-10)
 
 
-def test_a_head_without_bias_has_gradients_of_hidden_and_weight(cut):
-    x = given()
+def test_a_head_without_bias_gives_gradients_to_hidden_states_and_weight(block_sizes):
+    x = inputs()
     with torch.no_grad():
         x.student[2].zero_()
     expected = exact("forward_kl", x, 2.0, 0.4, LABELS, LABELS != -100)
@@ -546,10 +546,12 @@ def test_a_head_without_bias_has_gradients_of_hidden_and_weight(cut):
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_retained_graph_gives_the_same_gradients_again_and_a_freed_one_torchs_own_error(kind, reduction, cut):
-    x = given()
+def test_a_retained_graph_gives_the_same_gradients_again_and_a_freed_graph_raises_torchs_error(
+    kind, reduction, block_sizes
+):
+    x = inputs()
     student, teacher = sides(kind, x)
-    if kind != "lazy":  # so that the error is of the engine's own node
+    if kind != "lazy":  # so that the error comes from the engine's node
         student = student.detach().requires_grad_()
     leaves = x.student if kind == "lazy" else [student]
     loss = VanillaKD(reduction=reduction)(student, teacher, LABELS).sum()
@@ -565,13 +567,13 @@ def test_a_retained_graph_gives_the_same_gradients_again_and_a_freed_one_torchs_
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
 @pytest.mark.parametrize("number", [int, torch.tensor])
-def test_micro_batches_of_unequal_size_add_up_to_the_gradient_of_one_batch(kind, number, cut):
-    x = given((7,))
+def test_micro_batches_of_unequal_size_add_up_to_the_gradient_of_one_batch(kind, number, block_sizes):
+    x = inputs((7,))
     labels = LABELS[0]
     items = number(int((labels != -100).sum()))
     expected = exact("forward_kl", x, 2.0, 0.4, labels, labels != -100)
-    for part in (slice(0, 1), slice(1, 2), slice(2, 7)):  # the second has nothing that counts
-        rows = Given(student=[x.student[0][part], *x.student[1:]], teacher=[x.teacher[0][part], *x.teacher[1:]])
+    for part in (slice(0, 1), slice(1, 2), slice(2, 7)):  # the second has no position that counts
+        rows = Inputs(student=[x.student[0][part], *x.student[1:]], teacher=[x.teacher[0][part], *x.teacher[1:]])
         criterion = VanillaKD(2.0, 0.4)
         criterion(*sides(kind, rows, 2.0), labels[part], num_items_in_batch=items).backward()
     for leaf, slope in zip(x.student, expected[1], strict=True):
@@ -579,10 +581,10 @@ def test_micro_batches_of_unequal_size_add_up_to_the_gradient_of_one_batch(kind,
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "autocast"])
-def test_small_float16_gradients_survive_under_a_scaler(kind, cut):
-    """A GradScaler multiplies the loss so that its gradients are not below float16's smallest number."""
+def test_small_float16_gradients_survive_under_a_scaler(kind, block_sizes):
+    """A GradScaler multiplies the loss to keep its gradients above the smallest number of float16."""
     items, scale = 2**22, 2.0**22
-    x = given(dtype=torch.float32 if kind == "autocast" else torch.float16)
+    x = inputs(dtype=torch.float32 if kind == "autocast" else torch.float16)
     leaves = x.student
     labels = LABELS
     with torch.autocast("cpu", torch.float16, enabled=kind == "autocast"):
@@ -608,43 +610,43 @@ def test_small_float16_gradients_survive_under_a_scaler(kind, cut):
         assert relative_error(ours, slope * scale) < 3e-3
 
 
-def test_bfloat16_logits_far_beyond_float16_are_finite(cut):
+def test_bfloat16_logits_beyond_the_range_of_float16_give_exact_losses_and_gradients(block_sizes):
     student = torch.tensor([[3e38, -3e38, 0.0], [1e5, 0.0, -1e5]], dtype=torch.bfloat16, requires_grad=True)
     teacher = torch.tensor([[3e38, -3e38, 0.0], [0.0, 1e5, 0.0]], dtype=torch.bfloat16)
     labels = torch.tensor([0, 1])
     values = VanillaKD(1.0, 0.5, reduction="none")(student, teacher, labels)
-    gap = float(teacher[1, 1])  # both terms: the student gives the true class e^-gap
+    gap = float(teacher[1, 1])  # of both terms: the student's probability of the true class is e^-gap
     assert values.tolist() == [0.0, gap]
     slope = torch.autograd.grad(values.sum(), student)[0]
     assert slope.tolist() == [[0.0, 0.0, 0.0], [1.0, -1.0, 0.0]]
 
 
-# -- around the loss: autocast, checkpoints, processes, compilers --
+# -- autocast, activation checkpointing, processes, compilers --
 
 
 @every_divergence
-@pytest.mark.parametrize("when", ["mean", "none"])
-def test_under_autocast_lazy_logits_equal_dense_ones(name, when, cut):
-    x = given((2, 7), classes=23, dtype=torch.float32)
-    criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name], reduction=when)
-    found = []
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_under_autocast_lazy_logits_equal_dense_ones(name, reduction, block_sizes):
+    x = inputs((2, 7), classes=23, dtype=torch.float32)
+    criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name], reduction=reduction)
+    results = []
     for kind in ("dense", "lazy", "lazy teacher"):
         with torch.autocast("cpu", torch.bfloat16):
             loss = criterion(*sides(kind, x), LABELS).sum()
         assert loss.dtype == torch.float32
-        found.append((loss, torch.autograd.grad(loss, x.student)))
-    dense = found[0]
+        results.append((loss, torch.autograd.grad(loss, x.student)))
+    dense = results[0]
     keep = LABELS != -100
-    slopes = exact(name, x, 2.0, 0.4, LABELS, keep, None if when == "mean" else torch.ones(2, 7))[1]
-    for loss, gradients in found[1:]:
+    slopes = exact(name, x, 2.0, 0.4, LABELS, keep, None if reduction == "mean" else torch.ones(2, 7))[1]
+    for loss, gradients in results[1:]:
         torch.testing.assert_close(loss, dense[0], rtol=1e-5, atol=1e-6)
         for ours, way, slope in zip(gradients, dense[1], slopes, strict=True):
             assert ours.dtype == torch.float32
             assert relative_error(ours, slope) < 1.5 * relative_error(way, slope) + 1e-3
 
 
-def test_under_autocast_a_mixture_of_lazy_teachers_is_multiplied_like_the_dense_ones(cut):
-    x = given(dtype=torch.float32)
+def test_under_autocast_a_mixture_of_lazy_teachers_equals_the_dense_teacher(block_sizes):
+    x = inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         lazy = LazyLogits(x.teacher[0].bfloat16(), *x.teacher[1:])
         student = LazyLogits(*x.student).dense()
@@ -654,12 +656,12 @@ def test_under_autocast_a_mixture_of_lazy_teachers_is_multiplied_like_the_dense_
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "lazy"])
-def test_inside_a_checkpoint_the_gradients_are_the_same(reentrant, kind, cut):
-    x = given()
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(reentrant, kind, block_sizes):
+    x = inputs()
     expected = exact("forward_kl", x, 2.0, 0.4, LABELS, LABELS != -100)
 
     def loss(*student):
-        both = Given(student=student, teacher=x.teacher)
+        both = Inputs(student=student, teacher=x.teacher)
         return VanillaKD(2.0, 0.4)(*sides(kind, both), LABELS)
 
     agree_by_backward(checkpoint(loss, *x.student, use_reentrant=reentrant), x, expected)
@@ -672,7 +674,7 @@ def agree_by_backward(loss, x, expected):
         close(leaf.grad, slope, 1e-10)
 
 
-def test_two_processes_with_the_head_inside_ddp_get_the_gradients_of_one(tmp_path):
+def test_two_processes_with_the_head_inside_ddp_get_the_gradients_of_one_process(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = Path(engine_processes.__file__)
     subprocess.run([*command, str(script), str(tmp_path)], check=True, timeout=120)
@@ -686,9 +688,9 @@ def test_two_processes_with_the_head_inside_ddp_get_the_gradients_of_one(tmp_pat
     kl = 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     (0.5 * F.cross_entropy(logits[keep], labels[keep]) + 0.5 * kl).backward()
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        results = torch.load(tmp_path / f"{rank}.pt")
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(results[name], parameter.grad, rtol=1e-10, atol=1e-12)
 
 
 COMPILED = {
@@ -700,12 +702,12 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("case", COMPILED)
-def test_every_kind_compiles_without_a_graph_break(case, cut):
-    x, call = given(), COMPILED[case]
+def test_every_kind_compiles_without_a_graph_break(case, block_sizes):
+    x, call = inputs(), COMPILED[case]
     kind = case.removesuffix(" none").removesuffix(" reverse").removesuffix(" truncated")
 
     def loss(hidden, weight, bias):
-        both = Given(student=[hidden, weight, bias], teacher=x.teacher)
+        both = Inputs(student=[hidden, weight, bias], teacher=x.teacher)
         logits, target = sides(kind, both, 2.0)
         return call(logits, target, LABELS)
 
@@ -719,7 +721,7 @@ def test_every_kind_compiles_without_a_graph_break(case, cut):
 
 
 def test_several_teachers_compile_without_a_graph_break():
-    x = given()
+    x = inputs()
     criterion = kdloss.MultiTeacherKD([0.3, 0.7])
     student, teacher = (t.detach() for t in sides("dense", x))
     student.requires_grad_()
@@ -731,13 +733,13 @@ def test_several_teachers_compile_without_a_graph_break():
 
 @every_divergence
 @pytest.mark.parametrize("kind", ["dense", "lazy", "mixture", "top-k uniform"])
-def test_without_data_there_is_a_loss_of_the_right_shape(name, kind):
-    skip_what_has_no_meaning(name, kind)
+def test_tensors_without_data_give_a_loss_of_the_right_shape(name, kind):
+    skip_unsupported(name, kind)
     criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name])
 
     def on(device):
-        student, teacher = sides("lazy", given(dtype=torch.float32))
-        x = Given(
+        student, teacher = sides("lazy", inputs(dtype=torch.float32))
+        x = Inputs(
             student=[t.detach().to(device).requires_grad_() for t in vars(student).values() if torch.is_tensor(t)],
             teacher=[t.to(device) for t in vars(teacher).values() if torch.is_tensor(t)],
         )
@@ -748,7 +750,7 @@ def test_without_data_there_is_a_loss_of_the_right_shape(name, kind):
     assert loss.is_meta
     assert loss.shape == ()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        x = Given(
+        x = Inputs(
             student=[torch.empty(*s, requires_grad=True) for s in ((2, 7, 4), (11, 4), (11,))],
             teacher=[torch.empty(s) for s in ((2, 7, 4), (11, 4), (11,))],
         )
@@ -758,8 +760,8 @@ def test_without_data_there_is_a_loss_of_the_right_shape(name, kind):
     assert x.student[0].grad.shape == (2, 7, 4)
 
 
-def test_a_criterion_on_tensors_is_a_function_for_torch_func():
-    x = given()
+def test_torch_func_grad_differentiates_a_criterion_on_tensors():
+    x = inputs()
     student, teacher = (t.detach() for t in sides("dense", x))
     criterion = VanillaKD(2.0, 0.4)
     slope = torch.func.grad(lambda z: criterion(z, teacher, LABELS))(student)
@@ -780,15 +782,15 @@ SMOOTH = [name for name in FUNCTIONS if not losses.EXEMPT.get(name, set()) & {"k
 
 @pytest.mark.parametrize("name", SMOOTH)
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k uniform"])
-def test_second_derivatives_are_right(name, kind, cut):
-    skip_what_has_no_meaning(name, kind)
-    x = given((3,), classes=5, width=2)
+def test_second_derivatives_are_right(name, kind, block_sizes):
+    skip_unsupported(name, kind)
+    x = inputs((3,), classes=5, width=2)
     labels = torch.tensor([3, -100, 0])
     reduction = "none" if kind == "lazy" else "mean"
     criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name], reduction=reduction)
 
     def loss(*student):
-        return criterion(*sides(kind, Given(student=student, teacher=x.teacher), 2.0), labels)
+        return criterion(*sides(kind, Inputs(student=student, teacher=x.teacher), 2.0), labels)
 
     assert torch.autograd.gradcheck(loss, x.student)
     assert torch.autograd.gradgradcheck(loss, x.student)
@@ -796,8 +798,8 @@ def test_second_derivatives_are_right(name, kind, cut):
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket", "mixture"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_after_backward_nothing_of_the_logits_is_kept_though_the_loss_is(kind, reduction):
-    x = given()
+def test_a_loss_that_is_still_referenced_frees_the_logits_after_backward(kind, reduction):
+    x = inputs()
     criterion = VanillaKD(reduction=reduction)
     student, teacher = sides(kind, x)
     if kind in ("lazy", "mixture"):
@@ -822,11 +824,11 @@ def test_after_backward_nothing_of_the_logits_is_kept_though_the_loss_is(kind, r
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy"])
-def test_a_loss_that_is_deleted_leaves_nothing_without_the_garbage_collector(kind):
-    x = given()
+def test_deleting_a_loss_frees_its_tensors_without_the_garbage_collector(kind):
+    x = inputs()
     hidden = x.student[0] * 1
     node = weakref.ref(hidden)
-    student, teacher = sides(kind, Given(student=[hidden, *x.student[1:]], teacher=x.teacher))
+    student, teacher = sides(kind, Inputs(student=[hidden, *x.student[1:]], teacher=x.teacher))
     criterion = VanillaKD()
     gc.disable()
     try:
@@ -842,8 +844,8 @@ def test_a_loss_that_is_deleted_leaves_nothing_without_the_garbage_collector(kin
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_gradients_there_is_the_same_value_and_no_graph(mode, kind, cut):
-    x = given()
+def test_without_gradients_the_value_is_the_same_and_there_is_no_graph(mode, kind, block_sizes):
+    x = inputs()
     value = VanillaKD(2.0, 0.4)(*sides(kind, x, 2.0), LABELS).item()
     with mode():
         loss = VanillaKD(2.0, 0.4)(*sides(kind, x, 2.0), LABELS)
@@ -854,17 +856,17 @@ def test_without_gradients_there_is_the_same_value_and_no_graph(mode, kind, cut)
     assert none.sum().item() / (LABELS != -100).sum().item() == pytest.approx(value, rel=1e-12)
 
 
-# -- numbers at the edge, through the criterion --
+# -- extreme numbers, through the criterion --
 
 
-def absolute(name, temperature):
-    """Some losses consist of differences of probabilities, which are rounded to float32 before."""
+def absolute_tolerance(name, temperature):
+    """The absolute tolerance; positive for losses made of differences of probabilities, which float32 rounds."""
     rough = losses.EXEMPT.get(name, set()) & {"kink", "relational"}
     return max(1.0, temperature**2) * 1e-6 if rough else 0.0
 
 
-def on_logits(name, student, teacher, temperature, labels=None):
-    """Values and gradient of the criterion's engine and of the oracle."""
+def from_criterion_and_oracle(name, student, teacher, temperature, labels=None):
+    """Values and gradient from a criterion and from the oracle."""
     student = student.clone().requires_grad_()
     criterion = VanillaKD(temperature, 0.0, divergence=FUNCTIONS[name], reduction="none")
     values = criterion(student, teacher, labels)
@@ -884,35 +886,37 @@ def on_logits(name, student, teacher, temperature, labels=None):
 @pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0, 10.0, 100.0])
 def test_logits_of_1e4_at_any_temperature_agree_with_float64(name, temperature):
     student, teacher = 1e4 * torch.rand(2, 4, 9).mul(2).sub(1)
-    value, slope, expected, expected_slope = on_logits(name, student, teacher, temperature, torch.arange(4))
-    rough = absolute(name, temperature)
+    value, slope, expected, expected_slope = from_criterion_and_oracle(
+        name, student, teacher, temperature, torch.arange(4)
+    )
+    rough = absolute_tolerance(name, temperature)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=rough if device.NAME == "cpu" else rough + 1e-38)
     size = max(abs(expected_slope).max(), expected.max() / temperature)
     np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=1e-5 * size + rough)
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if "few" not in losses.EXEMPT.get(name, ())])
-def test_a_large_vocabulary_at_high_temperature_does_not_drown_in_rounding(name):
+def test_a_large_vocabulary_at_high_temperature_agrees_with_float64(name):
     student, teacher = 3 * torch.randn(2, 2, 32_000)
     labels = torch.tensor([5, 31_999])
     for temperature in (20.0, 100.0):
         criterion = VanillaKD(temperature, 0.0, divergence=FUNCTIONS[name], reduction="none")
         value = criterion(student, teacher, labels)
         expected = exact_kd(name, *numpy(student, teacher), temperature, labels.numpy())
-        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=absolute(name, temperature))
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=absolute_tolerance(name, temperature))
 
 
 @every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_student_that_is_its_teacher_has_loss_zero_and_no_gradient(name, dtype):
+def test_a_student_equal_to_its_teacher_has_zero_loss_and_zero_gradient(name, dtype):
     for temperature in (0.05, 1.0, 2.0, 7.0, 100.0):
-        x = given((3, 5), classes=97, dtype=dtype)
+        x = inputs((3, 5), classes=97, dtype=dtype)
         logits = (4 * torch.randn(3, 5, 97)).to(dtype).requires_grad_()
         lazy = LazyLogits(*x.student)
         labels = torch.zeros(3, 5, dtype=torch.long)
         criterion = VanillaKD(temperature, 0.0, divergence=FUNCTIONS[name])
         if "teacher" in losses.EXEMPT.get(name, ()):
-            pytest.skip("is not 0 at the teacher")
+            pytest.skip("its value is not 0 where the student equals the teacher")
         for student, teacher, leaves in (
             (logits, logits, [logits]),
             (logits, logits.detach().clone(), [logits]),
@@ -927,17 +931,17 @@ def test_a_student_that_is_its_teacher_has_loss_zero_and_no_gradient(name, dtype
 @every_divergence
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k uniform"])
 def test_the_same_inputs_give_the_same_bits(name, kind):
-    skip_what_has_no_meaning(name, kind)
-    x = given(dtype=torch.float32)
+    skip_unsupported(name, kind)
+    x = inputs(dtype=torch.float32)
     criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name])
-    found = []
+    results = []
     for _ in range(2):
         loss = criterion(*sides(kind, x, 2.0), LABELS)
-        found.append([loss, *torch.autograd.grad(loss, x.student)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append([loss, *torch.autograd.grad(loss, x.student)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_classes_excluded_on_one_side_or_both_are_finite_or_infinite_as_it_truly_is(either):
+def test_classes_excluded_by_one_side_or_both_give_the_exact_finite_or_infinite_loss(every_block_size):
     half, one = torch.tensor([[0.0, 0.0, -INF]]), torch.tensor([[0.0, -INF, -INF]])
     for temperature in (0.5, 1.0, 4.0):
         log_2 = temperature**2 * math.log(2)
@@ -957,33 +961,33 @@ def test_classes_excluded_on_one_side_or_both_are_finite_or_infinite_as_it_truly
 @every_divergence
 def test_classes_excluded_by_both_sides_add_nothing(name):
     if getattr(FUNCTIONS[name], "needs_logits", False):
-        pytest.skip("compares logits, of which -inf is none")
+        pytest.skip("compares logits, which must be finite")
     if "relational" in losses.EXEMPT.get(name, ()):
         pytest.skip("averages over the classes")
     student, teacher = torch.randn(2, 3, 6)
     extra, labels = torch.full((3, 2), -INF), torch.tensor([0, 3, 5])
     criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name])
-    found = []
+    results = []
     for wide in (False, True):
         z, t = ((torch.cat([side, extra], 1) if wide else side) for side in (student, teacher))
         z = z.clone().requires_grad_()
         loss = criterion(z, t, labels)
-        found.append((loss, torch.autograd.grad(loss, z)[0]))
-    torch.testing.assert_close(found[1][0], found[0][0])
-    torch.testing.assert_close(found[1][1][:, :6], found[0][1])
-    assert found[1][1][:, 6:].abs().max() <= 1e-30  # where logarithms need one, a mass of e^-80
+        results.append((loss, torch.autograd.grad(loss, z)[0]))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    torch.testing.assert_close(results[1][1][:, :6], results[0][1])
+    assert results[1][1][:, 6:].abs().max() <= 1e-30  # some divergences use a mass of e^-80 for an excluded class
 
 
 @every_divergence
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_nan_at_a_position_that_counts_is_nan_in_the_loss(name, bad, whose):
+def test_a_nan_or_infinity_at_a_position_that_counts_makes_the_loss_nan_or_infinite(name, bad, whose):
     student, teacher = torch.randn(2, 3, 6)
     (student if whose == "student" else teacher)[1, 2] = bad
     student.requires_grad_()
     labels = torch.tensor([0, 3, 5])
     values = VanillaKD(2.0, 0.0, divergence=FUNCTIONS[name], reduction="none")(student, teacher, labels)
-    if (name, whose, bad) != ("bernoulli_kl", "teacher", INF):  # for whom +inf is a probability of 1
+    if (name, whose, bad) != ("bernoulli_kl", "teacher", INF):  # here +inf is the logit of probability 1
         assert not values[1].isfinite()
     criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name], check_finite=True)
     with pytest.raises(ValueError, match=rf"{whose}\[1, 2\] is {bad} at a position that counts"):
@@ -1000,11 +1004,11 @@ def peak(step):
     return live.peak
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "a user's own"])
-def test_four_times_the_tokens_take_hardly_more_memory_and_never_all_of_the_logits(name, cut):
-    cut(64, 16)
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "custom"])
+def test_four_times_the_tokens_take_hardly_more_memory_and_full_logits_are_never_allocated(name, block_sizes):
+    block_sizes(64, 16)
     classes, width = 4_000, 2
-    divergence = own if name == "a user's own" else FUNCTIONS[name]
+    divergence = custom if name == "custom" else FUNCTIONS[name]
     largest = []
 
     class Largest(LiveTensors):
@@ -1013,7 +1017,7 @@ def test_four_times_the_tokens_take_hardly_more_memory_and_never_all_of_the_logi
             super().count(storage)
 
     def step(tokens):
-        x = given((tokens,), classes=classes, width=width, dtype=torch.float32)
+        x = inputs((tokens,), classes=classes, width=width, dtype=torch.float32)
         labels = torch.randint(classes, (tokens,))
         with Largest() as live:
             VanillaKD(divergence=divergence)(LazyLogits(*x.student), LazyLogits(*x.teacher), labels).backward()
@@ -1024,9 +1028,9 @@ def test_four_times_the_tokens_take_hardly_more_memory_and_never_all_of_the_logi
     assert max(largest) < 128 * classes * 4
 
 
-def test_with_a_token_map_lazy_logits_stay_in_blocks(cut):
-    cut(16, 16)
-    x = given((512,), classes=400, width=2, dtype=torch.float32)
+def test_lazy_logits_with_a_token_map_are_computed_in_blocks(block_sizes):
+    block_sizes(16, 16)
+    x = inputs((512,), classes=400, width=2, dtype=torch.float32)
     ids = torch.arange(390)
     shared = kdloss.TokenMap(ids, ids.flip(0))
     labels = torch.zeros(512, dtype=torch.long)
@@ -1040,21 +1044,21 @@ def test_with_a_token_map_lazy_logits_stay_in_blocks(cut):
 
 
 @pytest.mark.parametrize("labels", [LABELS.repeat(16, 4), None])
-def test_logits_of_any_layout_are_read_some_rows_at_a_time(labels, cut):
-    cut(4, 4)
+def test_transposed_logits_are_read_in_blocks_without_a_full_copy(labels, block_sizes):
+    block_sizes(4, 4)
     student, teacher = (torch.randn(28, 32, 101).transpose(0, 1) for _ in range(2))
     size = student.untyped_storage().nbytes()
     student.requires_grad_()
     criterion = VanillaKD(alpha=0.5 if labels is not None else 0.0)
     used = peak(lambda: criterion(student, teacher, labels).backward())
-    assert used < 3.2 * size  # student, teacher, the gradient, and some rows
+    assert used < 3.2 * size  # student, teacher, the gradient and a few rows
 
 
 AT = torch.ops.aten
 PRODUCTS = (AT.mm.default, AT.mm.out, AT.addmm.out, AT.addmm_.default)
 
 
-def test_half_of_the_positions_ignored_are_never_multiplied(cut):
+def test_ignored_positions_are_never_multiplied_with_the_head(block_sizes):
     seen = []
 
     class Products(torch.utils._python_dispatch.TorchDispatchMode):
@@ -1064,7 +1068,7 @@ def test_half_of_the_positions_ignored_are_never_multiplied(cut):
                 seen.append(left.shape[0] * left.shape[1] * right.shape[1])
             return func(*args, **(kwargs or {}))
 
-    x = given((10,))
+    x = inputs((10,))
     for labels in (torch.zeros(10).long(), torch.tensor([0, -100] * 5)):
         with Products():
             VanillaKD()(LazyLogits(*x.student), LazyLogits(*x.teacher), labels).backward()
@@ -1073,32 +1077,32 @@ def test_half_of_the_positions_ignored_are_never_multiplied(cut):
     assert both == [4 * 10 * 4 * 11, 4 * 5 * 4 * 11]
 
 
-# -- a user's own divergence --
+# -- custom divergences --
 
 
-def own(student, teacher, *, temperature=1.0):
-    """Half the squared distance of log-probabilities."""
+def custom(student, teacher, *, temperature=1.0):
+    """Half the squared distance between log-probabilities."""
     gap = (student / temperature).log_softmax(-1) - (teacher / temperature).log_softmax(-1)
     return gap.square().sum(-1) / 2
 
 
-def own_with_options(student, teacher, *, temperature=1.0, power=2):
+def custom_with_options(student, teacher, *, temperature=1.0, power=2):
     gap = (student / temperature).log_softmax(-1) - (teacher / temperature).log_softmax(-1)
     return (gap**power).sum(-1) / 2
 
 
-def own_with_labels(student, teacher, *, labels, temperature=1.0):
-    """The same at the labels alone."""
+def custom_with_labels(student, teacher, *, labels, temperature=1.0):
+    """The same for the labelled class only."""
     gap = (student / temperature).log_softmax(-1) - (teacher / temperature).log_softmax(-1)
     return gap.gather(-1, labels.unsqueeze(-1)).squeeze(-1).square() / 2
 
 
-def exact_own(z, t, temperature, power=2):
+def exact_custom(z, t, temperature, power=2):
     gap = oracles.log_softmax(z, temperature) - oracles.log_softmax(t, temperature)
     return (gap**power).sum(-1) / 2
 
 
-def exact_own_with_labels(z, t, temperature, labels):
+def exact_custom_with_labels(z, t, temperature, labels):
     gap = oracles.log_softmax(z, temperature) - oracles.log_softmax(t, temperature)
     return np.take_along_axis(gap, labels[..., None], -1)[..., 0] ** 2 / 2
 
@@ -1106,41 +1110,43 @@ def exact_own_with_labels(z, t, temperature, labels):
 @pytest.mark.parametrize(
     ("divergence", "oracle"),
     [
-        (own, exact_own),
-        (partial(own_with_options, power=4), partial(exact_own, power=4)),
-        (own_with_labels, exact_own_with_labels),
+        (custom, exact_custom),
+        (partial(custom_with_options, power=4), partial(exact_custom, power=4)),
+        (custom_with_labels, exact_custom_with_labels),
     ],
     ids=["a function", "a partial", "with labels"],
 )
 @pytest.mark.parametrize("kind", ["dense", "lazy", "mixture"])
-def test_any_function_gets_blocks_and_right_gradients(divergence, oracle, kind, cut, monkeypatch):
-    monkeypatch.setattr(oracles, "own", oracle, raising=False)
+def test_a_custom_divergence_is_called_on_blocks_and_has_the_right_gradients(
+    divergence, oracle, kind, block_sizes, monkeypatch
+):
+    monkeypatch.setattr(oracles, "custom", oracle, raising=False)
     rows = []
 
-    def watched(student, teacher, *, temperature, **extra):
+    def record(student, teacher, *, temperature, **extra):
         rows.append(len(student))
         return divergence(student, teacher, temperature=temperature, **extra)
 
-    if divergence is own_with_labels:
+    if divergence is custom_with_labels:
 
-        def asked(student, teacher, *, labels, temperature):
-            return watched(student, teacher, temperature=temperature, labels=labels)
+        def recording(student, teacher, *, labels, temperature):
+            return record(student, teacher, temperature=temperature, labels=labels)
     else:
 
-        def asked(student, teacher, *, temperature):
-            return watched(student, teacher, temperature=temperature)
+        def recording(student, teacher, *, temperature):
+            return record(student, teacher, temperature=temperature)
 
-    x, keep = given(), LABELS != -100
+    x, keep = inputs(), LABELS != -100
     for alpha in (0.0, 0.4):
-        loss = VanillaKD(3.0, alpha, divergence=asked)(*sides(kind, x), LABELS)
-        agree(loss, x, exact("own", x, 3.0, alpha, LABELS, keep), 1e-10)
+        loss = VanillaKD(3.0, alpha, divergence=recording)(*sides(kind, x), LABELS)
+        agree(loss, x, exact("custom", x, 3.0, alpha, LABELS, keep), 1e-10)
     assert max(rows) <= 4
     loss = VanillaKD(3.0, 0.4, divergence=divergence)(*sides(kind, x), LABELS)
-    agree(loss, x, exact("own", x, 3.0, 0.4, LABELS, keep), 1e-10)
+    agree(loss, x, exact("custom", x, 3.0, 0.4, LABELS, keep), 1e-10)
 
 
-def test_a_function_that_gives_no_value_per_position_is_refused(cut):
-    x = given()
+def test_a_custom_divergence_that_returns_no_value_per_position_is_refused(block_sizes):
+    x = inputs()
     for wrong in (
         lambda student, teacher, *, temperature: (student - teacher).square().mean(),
         lambda student, teacher, *, temperature: (student - teacher).square(),
@@ -1150,8 +1156,8 @@ def test_a_function_that_gives_no_value_per_position_is_refused(cut):
                 VanillaKD(divergence=wrong)(*sides(kind, x), LABELS)
 
 
-def test_the_criterions_temperature_holds_and_options_of_a_partial_are_kept(cut):
-    x = given()
+def test_the_criterions_temperature_replaces_that_of_a_partial_and_its_other_options_apply(block_sizes):
+    x = inputs()
     student, teacher = sides("lazy", x)
     expected = VanillaKD(3.0)(student, teacher, LABELS)
     other = VanillaKD(3.0, divergence=partial(kdloss.divergences.forward_kl, temperature=8.0))(student, teacher, LABELS)
@@ -1169,8 +1175,8 @@ OPTIONS = [
 ]
 
 
-def test_a_weight_out_of_range_is_refused_by_closed_forms_as_by_functions():
-    student, teacher = sides("lazy", given())
+def test_an_option_out_of_range_is_refused_by_closed_forms_and_by_functions():
+    student, teacher = sides("lazy", inputs())
     for name, option in OPTIONS:
         function = partial(FUNCTIONS[name], **{option: -1.5})
         with pytest.raises(ValueError, match=option):
@@ -1181,16 +1187,16 @@ def test_a_weight_out_of_range_is_refused_by_closed_forms_as_by_functions():
         VanillaKD(divergence=partial(kdloss.divergences.forward_kl, power=2))(student, teacher, LABELS)
 
 
-# -- what bad input gets, whatever kind it is --
+# -- bad input and copies of every kind --
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 11), (1, 7, 11), (7, 11), (2, 7, 1), (11,), (2, 7, 12), (2, 6, 11)])
 def test_nothing_broadcasts_between_kinds(shape):
-    x = given()
+    x = inputs()
     student, teacher = LazyLogits(*x.student), torch.randn(shape, dtype=torch.float64)
     hidden, weight = torch.randn(*shape[:-1], 3).double(), torch.randn(shape[-1], 3).double()
-    kept = TopKLogits.of(teacher, 1)
-    wrong = [teacher, LazyLogits(hidden, weight), kept, Mixture([teacher, teacher])]
+    stored = TopKLogits.of(teacher, 1)
+    wrong = [teacher, LazyLogits(hidden, weight), stored, Mixture([teacher, teacher])]
     for target in wrong:
         for side in (student, student.dense()):
             with pytest.raises(ValueError, match=r"nothing is broadcast|student has 11"):
@@ -1199,8 +1205,8 @@ def test_nothing_broadcasts_between_kinds(shape):
                 kdloss.divergences.forward_kl(side, target)
 
 
-def test_wrong_types_devices_and_labels_are_refused_with_what_to_write():
-    x = given()
+def test_wrong_types_devices_and_labels_are_refused_with_a_remedy():
+    x = inputs()
     student, teacher = sides("lazy", x)
     meta = LazyLogits(*(t.to("meta") for t in x.teacher))
     cases = [
@@ -1230,8 +1236,8 @@ def test_wrong_types_devices_and_labels_are_refused_with_what_to_write():
         VanillaKD(check_finite=True)(*(LazyLogits(h, w[:10], b[:10]) for h, w, b in (x.student, x.teacher)), LABELS)
 
 
-def test_nothing_is_ever_written_to(either):
-    x = given()
+def test_no_input_is_written_to(every_block_size):
+    x = inputs()
     for kind in KINDS:
         student, teacher = sides(kind, x, 2.0)
         tensors = [t for side in (student, teacher) for t in tensors_of(side)]
@@ -1250,8 +1256,8 @@ def tensors_of(x):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-def test_every_kind_survives_being_copied(kind, copied, cut):
-    x = given()
+def test_every_kind_can_be_copied_and_pickled(kind, copied, block_sizes):
+    x = inputs()
     student, teacher = sides(kind, x, 2.0)
     student = student.detach()
     twins = copied(student), copied(teacher)
@@ -1261,8 +1267,8 @@ def test_every_kind_survives_being_copied(kind, copied, cut):
     assert VanillaKD()(*twins, LABELS).isfinite()
 
 
-def test_hidden_states_and_head_of_two_dtypes_are_multiplied_in_that_of_the_hidden_states(cut):
-    x = given(dtype=torch.float32)
+def test_a_head_of_another_dtype_is_multiplied_in_the_dtype_of_the_hidden_states(block_sizes):
+    x = inputs(dtype=torch.float32)
     hidden, head = x.student[0].detach().bfloat16(), x.student[1:]
     mixed = LazyLogits(hidden, *head)
     same = LazyLogits(hidden, *(t.detach().bfloat16() for t in head))
@@ -1274,18 +1280,18 @@ def test_hidden_states_and_head_of_two_dtypes_are_multiplied_in_that_of_the_hidd
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(loss, head))
 
 
-def test_a_backward_outside_of_autocast_multiplies_as_the_forward_did(cut):
+def test_backward_outside_of_autocast_multiplies_in_the_dtypes_of_the_forward(block_sizes):
     """Gradients of a sum are computed in the forward, those of values per position in the backward."""
-    x, found = given((2, 7), classes=23, dtype=torch.float32), []
+    x, results = inputs((2, 7), classes=23, dtype=torch.float32), []
     for reduction in ("sum", "none"):
         with torch.autocast("cpu", torch.bfloat16):
             loss = VanillaKD(2.0, 0.4, reduction=reduction)(*sides("lazy", x), LABELS).sum()
-        found.append(torch.autograd.grad(loss, x.student))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append(torch.autograd.grad(loss, x.student))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-class Softened(torch.nn.Module):
-    """A divergence that learns its own temperature."""
+class TrainedTemperature(torch.nn.Module):
+    """A divergence with a trainable temperature."""
 
     def __init__(self):
         super().__init__()
@@ -1297,37 +1303,37 @@ class Softened(torch.nn.Module):
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def test_parameters_of_a_divergence_are_trained_or_it_is_refused(cut):
+def test_parameters_of_a_divergence_get_gradients_or_the_divergence_is_refused(block_sizes):
     student, teacher = losses.sample(5, 9, dtype=torch.float64)
-    learned = Softened()
+    learned = TrainedTemperature()
     loss = VanillaKD(1.0, 0.0, divergence=learned)(student, teacher)
-    found = torch.autograd.grad(loss, [student, learned.log_t])
+    results = torch.autograd.grad(loss, [student, learned.log_t])
     t = learned.log_t.exp()
     log_q, log_p = (student / t).log_softmax(-1), (teacher / t).log_softmax(-1)
     exact = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(-1).mean(), [student, learned.log_t])
-    torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(results, exact)
     with pytest.raises(ValueError, match=r"of its own to train.*nn\.Module"):
         VanillaKD(1.0, 0.0, divergence=lambda s, t, *, temperature: learned(s, t, temperature=1.0))(student, teacher)
 
 
 # -- several tasks of one student in one sweep --
 
-# Divergence, temperature, and which of two teachers: two share a temperature and a teacher, two a teacher alone.
-SEVERAL = (("forward_kl", 2.0, 0), ("jsd", 2.0, 0), ("reverse_kl", 3.0, 0), ("total_variation", 1.0, 1))
-SOME = LABELS.reshape(-1)[(LABELS != -100).reshape(-1)]
+# Divergence, temperature and number of the teacher. The first two share both, the third shares only the teacher.
+SPECS = (("forward_kl", 2.0, 0), ("jsd", 2.0, 0), ("reverse_kl", 3.0, 0), ("total_variation", 1.0, 1))
+COUNTED = LABELS.reshape(-1)[(LABELS != -100).reshape(-1)]
 INDEX = (LABELS != -100).reshape(-1).nonzero().squeeze(1)
 WEIGHTS = torch.tensor([0.3, 1.5, -0.4, 0.7, 2.0], dtype=torch.float64)[:, None]
 
 
 def other_teacher(x, seed=5):
-    return Given(student=x.student, teacher=given(dtype=x.teacher[0].dtype, seed=seed).teacher)
+    return Inputs(student=x.student, teacher=inputs(dtype=x.teacher[0].dtype, seed=seed).teacher)
 
 
-def several(kind, x, several=SEVERAL, labels=SOME):
-    """The student, cross-entropy and divergences from two teachers."""
+def student_and_tasks(kind, x, specs=SPECS, labels=COUNTED):
+    """The student, and tasks: a cross-entropy, and divergences from two teachers."""
     made = {}
     tasks = [LabelTask(labels)]
-    for name, temperature, which in several:
+    for name, temperature, which in specs:
         key = which, temperature if kind.startswith("top-k") else None
         if key not in made:
             made[key] = sides(kind, (x, other_teacher(x))[which], temperature)
@@ -1335,20 +1341,20 @@ def several(kind, x, several=SEVERAL, labels=SOME):
     return next(iter(made.values()))[0], tasks
 
 
-def exact_several(x, weights, labels=SOME, several=SEVERAL, index=INDEX):
+def exact_several(x, weights, labels=COUNTED, specs=SPECS, index=INDEX):
     """Values of the tasks, and the gradients of their weighted sum."""
     leaves, index = numpy(*x.student), index.numpy()
     teachers = [numpy(*side.teacher) for side in (x, other_teacher(x))]
-    w = weights.detach().double().numpy() * np.ones((1 + len(several), len(index)))
+    w = weights.detach().double().numpy() * np.ones((1 + len(specs), len(index)))
 
     def values(h, weight, b):
         z = (h.reshape(-1, h.shape[-1]) @ weight.T + b)[index]
-        found = [oracles.cross_entropy(z, labels.numpy())]
-        for name, temperature, which in several:
+        results = [oracles.cross_entropy(z, labels.numpy())]
+        for name, temperature, which in specs:
             h, weight, b = teachers[which]
             t = (h.reshape(-1, h.shape[-1]) @ weight.T + b)[index]
-            found.append(exact_kd(name, z, t, temperature, None))
-        return np.stack(found)
+            results.append(exact_kd(name, z, t, temperature, None))
+        return np.stack(results)
 
     def at(i, v):
         return (w * values(*(v if k == i else leaf for k, leaf in enumerate(leaves)))).sum()
@@ -1364,46 +1370,46 @@ def all_agree(loss, values, x, expected, weights, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_several_tasks_give_the_sum_of_each_alone(kind, cut):
-    x = given()
-    student, tasks = several(kind, x)
+def test_several_tasks_give_the_weighted_sum_of_their_losses(kind, block_sizes):
+    x = inputs()
+    student, tasks = student_and_tasks(kind, x)
     for task in tasks:
         task.check(student)
-    loss, values = fused(*Problem.of(tasks, student, INDEX, len(SOME)), WEIGHTS)
-    assert values.shape == (5, len(SOME))
+    loss, values = fused(*Problem.of(tasks, student, INDEX, len(COUNTED)), WEIGHTS)
+    assert values.shape == (5, len(COUNTED))
     assert not values.requires_grad
     all_agree(loss, values, x, exact_several(x, WEIGHTS), WEIGHTS)
 
 
 @every_divergence
-def test_divergences_at_one_temperature_do_not_disturb_each_other(name, cut):
-    """Each before and behind another one that shares student and teacher with it."""
+def test_divergences_at_one_temperature_do_not_disturb_each_other(name, block_sizes):
+    """Each comes before and after another divergence that shares its student and teacher."""
     parameters = set(inspect.signature(FUNCTIONS[name]).parameters)
     if {"labels", "mask"} & parameters:
-        pytest.skip("has a test of its own")
-    x = given()
-    several_of = ((name, 2.0, 0), ("symmetric_kl", 2.0, 0), (name, 2.0, 0), ("skewed_reverse_kl", 2.0, 1))
-    student, tasks = several("dense", x, several_of)
-    loss, values = fused(*Problem.of(tasks, student, INDEX, len(SOME)), WEIGHTS)
-    all_agree(loss, values, x, exact_several(x, WEIGHTS, several=several_of), WEIGHTS)
+        pytest.skip("needs labels or a mask")
+    x = inputs()
+    specs = ((name, 2.0, 0), ("symmetric_kl", 2.0, 0), (name, 2.0, 0), ("skewed_reverse_kl", 2.0, 1))
+    student, tasks = student_and_tasks("dense", x, specs)
+    loss, values = fused(*Problem.of(tasks, student, INDEX, len(COUNTED)), WEIGHTS)
+    all_agree(loss, values, x, exact_several(x, WEIGHTS, specs=specs), WEIGHTS)
     assert torch.equal(values[1], values[3])
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "mixture", "top-k bucket"])
 @pytest.mark.parametrize("reduction", ["fused", "per position"])
-def test_a_row_of_weight_0_gets_no_gradient_from_its_task(kind, reduction, either):
-    x = given()
-    weights = torch.rand(3, len(SOME), dtype=torch.float64)
+def test_a_task_gives_no_gradient_to_positions_of_weight_0(kind, reduction, every_block_size):
+    x = inputs()
+    weights = torch.rand(3, len(COUNTED), dtype=torch.float64)
     weights[0, ::2] = weights[1, 1::3] = weights[2, 4:6] = 0
     two = (("forward_kl", 2.0, 0), ("reverse_kl", 2.0, 1))
-    expected = exact_several(x, weights, several=two)
-    labels = SOME.clone()
+    expected = exact_several(x, weights, specs=two)
+    labels = COUNTED.clone()
     labels[::2] = (labels[::2] + 3) % 11
-    student, (ce, first, second) = several(kind, x, two, labels)
+    student, (ce, first, second) = student_and_tasks(kind, x, two, labels)
     for task, off in ((first, weights[1] == 0), (second, weights[2] == 0)):
-        for t in rows_of(task.teacher):
+        for t in tensors_by_position(task.teacher):
             t.view(14, -1)[INDEX[off]] = NAN
-    problem, local = Problem.of([ce, first, second], student, INDEX, len(SOME))
+    problem, local = Problem.of([ce, first, second], student, INDEX, len(COUNTED))
     if reduction == "fused":
         loss, values = fused(problem, local, weights)
     else:
@@ -1419,19 +1425,19 @@ def test_a_row_of_weight_0_gets_no_gradient_from_its_task(kind, reduction, eithe
         close(second_way.detach(), slope, 1e-10)
 
 
-def rows_of(teacher):
+def tensors_by_position(teacher):
     if isinstance(teacher, Mixture):
-        return [t for part in teacher.teachers for t in rows_of(part)]
+        return [t for part in teacher.teachers for t in tensors_by_position(part)]
     if isinstance(teacher, TopKLogits):
         return [teacher.log_probs]
     return [teacher.hidden if isinstance(teacher, LazyLogits) else teacher]
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy"])
-def test_a_nan_student_has_a_gradient_of_zero_where_nothing_counts(kind, either):
-    x = given()
+def test_a_nan_student_has_a_zero_gradient_at_positions_of_weight_0(kind, every_block_size):
+    x = inputs()
     x.student[0].data[0, 3] = NAN
-    student, tasks = several(kind, x, labels=SOME.new_zeros(14))
+    student, tasks = student_and_tasks(kind, x, labels=COUNTED.new_zeros(14))
     weights = torch.ones(5, 14, dtype=torch.float64)
     weights[:, 3] = 0
     loss, _ = fused(*Problem.of(tasks, student, None, 14), weights)
@@ -1447,15 +1453,15 @@ def test_a_nan_student_has_a_gradient_of_zero_where_nothing_counts(kind, either)
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
-@pytest.mark.parametrize("shape", [(5, 1), (5, len(SOME))])
+@pytest.mark.parametrize("shape", [(5, 1), (5, len(COUNTED))])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_gradient_by_weights_is_the_values(kind, shape, frozen, either):
-    x = given()
-    student, tasks = several(kind, x)
+def test_the_gradients_of_the_weights_are_the_values_of_the_tasks(kind, shape, frozen, every_block_size):
+    x = inputs()
+    student, tasks = student_and_tasks(kind, x)
     weights = torch.rand(shape, dtype=torch.float64, requires_grad=True)
     if frozen:
         student = student.detach()
-    loss, values = fused(*Problem.of(tasks, student, INDEX, len(SOME)), weights)
+    loss, values = fused(*Problem.of(tasks, student, INDEX, len(COUNTED)), weights)
     (slope,) = torch.autograd.grad(3 * loss, weights, retain_graph=True)
     expected = 3 * exact_several(x, weights)[0]
     close(slope, expected if shape[1] > 1 else expected.sum(1, keepdims=True), 1e-10)
@@ -1464,13 +1470,13 @@ def test_the_gradient_by_weights_is_the_values(kind, shape, frozen, either):
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
-def test_second_derivatives_by_student_and_weights_are_right(kind, cut):
-    x, labels = given((3,), classes=5, width=2), torch.tensor([3, 1, 0])
-    other = given((3,), classes=5, width=2, seed=1)
+def test_second_derivatives_by_student_and_weights_are_right(kind, block_sizes):
+    x, labels = inputs((3,), classes=5, width=2), torch.tensor([3, 1, 0])
+    other = inputs((3,), classes=5, width=2, seed=1)
 
     def loss(weights, *student):
-        z, t = sides(kind, Given(student=student, teacher=x.teacher), 2.0)
-        u = sides(kind, Given(student=student, teacher=other.teacher), 1.0)[1]
+        z, t = sides(kind, Inputs(student=student, teacher=x.teacher), 2.0)
+        u = sides(kind, Inputs(student=student, teacher=other.teacher), 1.0)[1]
         tasks = [LabelTask(labels, smoothing=0.1)]
         tasks += [TeacherTask(FUNCTIONS[n], t, 2.0) for n in ("forward_kl", "jsd")]
         tasks += [TeacherTask(kdloss.divergences.reverse_kl, u)]
@@ -1483,11 +1489,11 @@ def test_second_derivatives_by_student_and_weights_are_right(kind, cut):
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "mixture", "top-k bucket"])
-def test_values_of_several_tasks_take_any_upstream_gradient(kind, cut):
-    x = given()
-    student, tasks = several(kind, x)
-    upstream = torch.randn(5, len(SOME), dtype=torch.float64)
-    values = per_position(*Problem.of(tasks, student, INDEX, len(SOME)))
+def test_values_of_several_tasks_take_any_upstream_gradient(kind, block_sizes):
+    x = inputs()
+    student, tasks = student_and_tasks(kind, x)
+    upstream = torch.randn(5, len(COUNTED), dtype=torch.float64)
+    values = per_position(*Problem.of(tasks, student, INDEX, len(COUNTED)))
     all_agree((values * upstream).sum(), values, x, exact_several(x, upstream), upstream)
 
 
@@ -1499,26 +1505,30 @@ CLASS_WEIGHTS = torch.tensor([0.0, 2.0, 0.5, 1.0, 1.5, 0.0, 1.0, 3.0, 1.0, 0.25,
 @pytest.mark.parametrize("weight", [None, CLASS_WEIGHTS], ids=["equal classes", "class weights"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "lazy"])
-def test_cross_entropy_of_any_labels_in_blocks_equals_the_oracle(kind, soft, weight, smoothing, temperature, either):
-    x = given()
+def test_cross_entropy_of_any_labels_in_blocks_equals_the_oracle(
+    kind, soft, weight, smoothing, temperature, every_block_size
+):
+    x = inputs()
     student, teacher = sides(kind, x)
-    labels = torch.rand(2, 7, 11, dtype=torch.float64).softmax(-1) if soft else SOME
-    tasks = [LabelTask(labels, smoothing, weight), LabelTask(SOME)]
-    weights = torch.rand(2, len(SOME), dtype=torch.float64)
+    labels = torch.rand(2, 7, 11, dtype=torch.float64).softmax(-1) if soft else COUNTED
+    tasks = [LabelTask(labels, smoothing, weight), LabelTask(COUNTED)]
+    weights = torch.rand(2, len(COUNTED), dtype=torch.float64)
     weights[0, 3] = 0
-    if temperature is not None:  # whose exponentials are used
+    if temperature is not None:  # the cross-entropy uses the exponentials of this task
         tasks.append(TeacherTask(kdloss.divergences.total_variation, teacher, temperature))
-        weights = torch.cat([weights, torch.zeros(1, len(SOME))])
+        weights = torch.cat([weights, torch.zeros(1, len(COUNTED))])
     for task in tasks:
         task.check(student)
-    loss, values = fused(*Problem.of(tasks, student, INDEX, len(SOME)), weights)
+    loss, values = fused(*Problem.of(tasks, student, INDEX, len(COUNTED)), weights)
     leaves = numpy(*x.student)
-    y = labels.reshape(14, 11)[INDEX].numpy() if soft else SOME.numpy()
+    y = labels.reshape(14, 11)[INDEX].numpy() if soft else COUNTED.numpy()
 
     def total(h, w, b):
         z = (h.reshape(-1, 4) @ w.T + b)[INDEX.numpy()]
         first = oracles.cross_entropy(z, y, smoothing, None if weight is None else weight.numpy())
-        return first, (weights[0].numpy() * first + weights[1].numpy() * oracles.cross_entropy(z, SOME.numpy())).sum()
+        return first, (
+            weights[0].numpy() * first + weights[1].numpy() * oracles.cross_entropy(z, COUNTED.numpy())
+        ).sum()
 
     np.testing.assert_allclose(values[0], total(*leaves)[0], rtol=1e-10, atol=1e-12)
     z = LazyLogits(*x.student).dense().reshape(14, 11)[INDEX]
@@ -1530,7 +1540,7 @@ def test_cross_entropy_of_any_labels_in_blocks_equals_the_oracle(kind, soft, wei
 
 
 @pytest.mark.parametrize("temperature", [None, 2.0, 3.0])
-def test_excluded_classes_add_nothing_to_a_cross_entropy_unless_labels_ask_for_them(temperature):
+def test_a_cross_entropy_is_infinite_only_where_labels_give_weight_to_an_excluded_class(temperature):
     z = torch.tensor([[1.0, 0.0, -INF], [0.5, -1.0, 2.0]], dtype=torch.float64, requires_grad=True)
     soft = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
     weight = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
@@ -1557,23 +1567,23 @@ def test_excluded_classes_add_nothing_to_a_cross_entropy_unless_labels_ask_for_t
 
 
 def multiplications(step):
-    """Entries times width of all matrix products."""
-    found = []
+    """The number of multiplications in all matrix products of a step."""
+    results = []
 
     class Products(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func in PRODUCTS:
                 left, right = args[-2:]
-                found.append(left.shape[0] * left.shape[1] * right.shape[1])
+                results.append(left.shape[0] * left.shape[1] * right.shape[1])
             return func(*args, **(kwargs or {}))
 
     with Products():
         step()
-    return sum(found)
+    return sum(results)
 
 
-def test_a_head_is_multiplied_once_per_block_whatever_the_number_of_tasks(cut):
-    x = given()
+def test_a_head_is_multiplied_once_per_block_whatever_the_number_of_tasks(block_sizes):
+    x = inputs()
     student = LazyLogits(*x.student)
     teacher, other = LazyLogits(*x.teacher), LazyLogits(*other_teacher(x).teacher)
     both = Mixture([teacher, other])
@@ -1598,31 +1608,31 @@ def test_a_head_is_multiplied_once_per_block_whatever_the_number_of_tasks(cut):
 
 
 @pytest.mark.parametrize("index", [None, INDEX])
-def test_several_tasks_overwrite_logits_with_the_gradient_of_their_sum(index, cut):
-    x = given()
+def test_several_tasks_overwrite_logits_with_the_gradient_of_their_sum(index, block_sizes):
+    x = inputs()
     student, teacher = (t.detach() for t in sides("dense", x))
-    labels = LABELS.reshape(-1).clamp_min(0) if index is None else SOME
+    labels = LABELS.reshape(-1).clamp_min(0) if index is None else COUNTED
     tasks = [LabelTask(labels), TeacherTask(kdloss.divergences.logit_mse, teacher)]
     tasks += [
         TeacherTask(FUNCTIONS[n], t, T) for n, T, t in (("forward_kl", 2.0, teacher), ("jsd", 1.0, teacher.flip(0)))
     ]
-    found = []
+    results = []
     for overwrite in (False, True):
         leaf = student.clone().requires_grad_()
         problem, local = Problem.of(tasks, leaf, index, len(labels), overwrite)
         loss, _ = fused(problem, local, torch.ones(4, 1))
         loss.backward()
         assert torch.equal(leaf, leaf.grad) == overwrite
-        found.append((loss, leaf.grad))
-    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+        results.append((loss, leaf.grad))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy"])
-def test_small_float16_gradients_of_several_tasks_survive_under_a_scaler(kind, cut):
-    items, x = 2.0**22, given(dtype=torch.float16)
-    student, tasks = several(kind, x)
+def test_small_float16_gradients_of_several_tasks_survive_under_a_scaler(kind, block_sizes):
+    items, x = 2.0**22, inputs(dtype=torch.float16)
+    student, tasks = student_and_tasks(kind, x)
     weights = (torch.rand(5, 1, dtype=torch.float64) / items).requires_grad_()
-    loss, _ = fused(*Problem.of(tasks, student, INDEX, len(SOME)), weights)
+    loss, _ = fused(*Problem.of(tasks, student, INDEX, len(COUNTED)), weights)
     *slopes, by_weights = torch.autograd.grad(loss * items, [*x.student, weights])
     z = kind == "lazy"  # the dense student's logits were rounded to float16
     values, expected = exact_several(x, weights * items)
@@ -1632,13 +1642,13 @@ def test_small_float16_gradients_of_several_tasks_survive_under_a_scaler(kind, c
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1)])
-def test_several_tasks_give_what_is_frozen_no_gradient_and_the_others_theirs_twice(frozen, cut):
-    x = given()
+def test_several_tasks_give_frozen_tensors_no_gradient_and_accumulate_those_of_the_others(frozen, block_sizes):
+    x = inputs()
     expected = exact_several(x, WEIGHTS)
     for i in frozen:
         x.student[i].requires_grad_(False)
-    student, tasks = several("lazy", x)
-    loss, _ = fused(*Problem.of(tasks, student, INDEX, len(SOME)), WEIGHTS)
+    student, tasks = student_and_tasks("lazy", x)
+    loss, _ = fused(*Problem.of(tasks, student, INDEX, len(COUNTED)), WEIGHTS)
     for times in (1, 2):
         loss.backward(retain_graph=True)
         for i, (leaf, slope) in enumerate(zip(x.student, expected[1], strict=True)):
@@ -1655,7 +1665,7 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("temperature", [1.0, 3.0, 20.0])
-def test_a_closed_form_only_reads_its_inputs_and_gives_a_slope_of_its_own(name, temperature):
+def test_a_closed_form_changes_no_input_and_returns_its_slope_in_new_memory(name, temperature):
     z, t = torch.randn(2, 5, 9, dtype=torch.float64)
     z[0, 3] = z[1, 2] = t[1, 2] = t[2, 4] = -INF
     q, p = Side(z, temperature), Side(t, temperature)
@@ -1666,7 +1676,7 @@ def test_a_closed_form_only_reads_its_inputs_and_gives_a_slope_of_its_own(name, 
     assert slope.data_ptr() not in {v.data_ptr() for v in after}
 
 
-def test_bits_are_the_same_numbers_whether_read_before_the_probabilities_or_after():
+def test_bits_are_the_same_whether_read_before_or_after_the_probabilities():
     z = 3 * torch.randn(4, 300)
     before, after = Side(z, 3.0), Side(z, 3.0)
     torch.testing.assert_close(before.bits, (z - z.amax(-1, keepdim=True)) / (3 * math.log(2)))
@@ -1677,7 +1687,7 @@ def test_bits_are_the_same_numbers_whether_read_before_the_probabilities_or_afte
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
-def test_a_nan_teacher_makes_the_gradient_of_its_rows_nan(name):
+def test_a_nan_in_a_teachers_row_makes_the_gradient_of_that_row_nan(name):
     z, t = torch.randn(2, 3, 300)
     z.requires_grad_()
     t[1, 7] = torch.nan
@@ -1686,7 +1696,7 @@ def test_a_nan_teacher_makes_the_gradient_of_its_rows_nan(name):
     assert z.grad[[0, 2]].isfinite().all()
 
 
-def test_total_variation_has_no_gradient_where_the_student_is_the_teacher():
+def test_total_variation_has_zero_gradient_where_the_student_equals_the_teacher():
     z = torch.randn(3, 300)
     t = z.clone()
     t[2] += torch.randn(300)
@@ -1696,27 +1706,27 @@ def test_total_variation_has_no_gradient_where_the_student_is_the_teacher():
     assert z.grad[2].all()
 
 
-def test_labels_that_do_not_fit_are_refused_with_what_to_write():
+def test_invalid_labels_smoothing_and_class_weights_are_refused_with_a_remedy():
     student = torch.randn(2, 7, 11)
     ones = torch.ones(11)
     cases = [
-        (TypeError, r"labels\.long\(\)", LabelTask(SOME.int())),
+        (TypeError, r"labels\.long\(\)", LabelTask(COUNTED.int())),
         (ValueError, r"probabilities of the classes, of the logits' shape \(2, 7, 11\)", LabelTask(torch.rand(14))),
-        (ValueError, "smoothing must lie between 0 and 1", LabelTask(SOME, 1.5)),
-        (ValueError, "one per class", LabelTask(SOME, 0.0, ones[1:])),
-        (TypeError, "weight must be floating point", LabelTask(SOME, 0.0, ones.long())),
+        (ValueError, "smoothing must lie between 0 and 1", LabelTask(COUNTED, 1.5)),
+        (ValueError, "one per class", LabelTask(COUNTED, 0.0, ones[1:])),
+        (TypeError, "weight must be floating point", LabelTask(COUNTED, 0.0, ones.long())),
     ]
     for error, match, task in cases:
         with pytest.raises(error, match=match):
             task.check(student)
     with pytest.raises(ValueError, match=r"labels have shape \(10,\) and there are 14 rows"):
-        Problem.of([LabelTask(SOME[:10])], student, None, 14)
+        Problem.of([LabelTask(COUNTED[:10])], student, None, 14)
 
 
-def test_the_teachers_decision_among_few_classes_and_a_bucket_is_refused():
+def test_hard_labels_of_a_top_k_teacher_are_refused_unless_its_tail_is_uniform():
     student, teacher = torch.randn(2, 3, 9)
     for tail in ("bucket", "renormalise"):
         with pytest.raises(ValueError, match=r"hard_labels looks labels up.*tail='uniform'"):
             kdloss.divergences.hard_labels(student, TopKLogits.of(teacher, 4, tail=tail))
-    kept = kdloss.divergences.hard_labels(student, TopKLogits.of(teacher, 4, tail="uniform"))
-    torch.testing.assert_close(kept, kdloss.divergences.hard_labels(student, teacher))
+    stored = kdloss.divergences.hard_labels(student, TopKLogits.of(teacher, 4, tail="uniform"))
+    torch.testing.assert_close(stored, kdloss.divergences.hard_labels(student, teacher))

@@ -1,6 +1,6 @@
-"""What a loop forgot is said once, and nothing is left of the watching: no hook, no reference, no exception.
+"""`watch` warns once about what a training loop forgot, and leaves no hook, no reference and no exception behind.
 
-In order: when it warns; when it says nothing; what is left of it; left-over gradients; steps counted.
+In this order: when it warns, when it does not, what remains after it, left-over gradients, the counter of steps.
 """
 
 import copy
@@ -31,7 +31,7 @@ def hooks():
 @pytest.fixture(autouse=True)
 def _as_many_hooks_as_before(monkeypatch):
     gc.collect()
-    for listener in [*_watch._listeners]:  # of models that other tests of this process still hold
+    for listener in [*_watch._listeners]:  # of models that other tests in this process still reference
         listener.leave()
     monkeypatch.setattr(_watch, "_watched", weakref.WeakKeyDictionary())
     before = hooks()
@@ -47,7 +47,7 @@ def pair():
     return student, criterion
 
 
-def said(caplog):
+def logged(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "kdloss"]
 
 
@@ -62,7 +62,7 @@ def step(optimizer, *modules):
     optimizer.step()
 
 
-# When it warns
+# -- when it warns --
 
 
 OPTIMIZERS = {
@@ -75,13 +75,13 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_an_optimizer_without_the_criterions_parameters_is_told_once_with_the_line_to_write(make, pair, caplog):
+def test_an_optimizer_without_the_criterions_parameters_causes_one_warning_with_the_code_to_write(make, pair, caplog):
     student, criterion = pair
     optimizer = make(student.parameters())
     watch(student, criterion, LOG)
     for _ in range(3):
         step(optimizer, student, criterion)
-    (message,) = said(caplog)
+    (message,) = logged(caplog)
     assert caplog.records[0].levelname == "WARNING"
     assert "projection.weight, projection.bias" in message
     assert "optimizer = AdamW([*student.parameters(), *criterion.parameters()])" in message
@@ -89,7 +89,7 @@ def test_an_optimizer_without_the_criterions_parameters_is_told_once_with_the_li
     assert hooks() == 0
 
 
-def test_lbfgs_is_told_whose_closure_is_where_the_watch_begins(pair, caplog):
+def test_a_watch_that_starts_inside_the_closure_of_lbfgs_warns_once(pair, caplog):
     student, criterion = pair
     optimizer = torch.optim.LBFGS(student.parameters(), max_iter=3)
 
@@ -102,12 +102,12 @@ def test_lbfgs_is_told_whose_closure_is_where_the_watch_begins(pair, caplog):
 
     for _ in range(2):
         optimizer.step(closure)
-    assert len(said(caplog)) == 1
+    assert len(logged(caplog)) == 1
     assert hooks() == 0
 
 
 class Wrapper:
-    """Any object around an optimizer, as of a scheduler or an accelerator."""
+    """An object around an optimizer, like those of schedulers and of accelerate."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -116,57 +116,57 @@ class Wrapper:
         return getattr(self.optimizer, name)
 
 
-def test_an_optimizer_inside_another_object_is_told(pair, caplog):
+def test_an_optimizer_inside_a_wrapper_causes_a_warning(pair, caplog):
     student, criterion = pair
     optimizer = Wrapper(SGD(student.parameters(), lr=0.1))
     watch(student, criterion, LOG)
     step(optimizer, student)
-    assert len(said(caplog)) == 1
+    assert len(logged(caplog)) == 1
 
 
-def test_only_trained_parameters_are_named(pair, caplog):
+def test_the_warning_names_only_trainable_parameters(pair, caplog):
     student, criterion = pair
     criterion["projection"].bias.requires_grad_(False)
     watch(student, criterion, LOG)
     step(SGD(student.parameters(), lr=0.1), student)
-    (message,) = said(caplog)
+    (message,) = logged(caplog)
     assert "which are not trained: projection.weight. Write" in message
 
 
-def test_parameters_are_compared_as_they_are_at_the_step(pair, caplog):
+def test_parameters_are_compared_at_the_step_and_not_when_the_watch_starts(pair, caplog):
     student, criterion = pair
     optimizer = SGD([*student.parameters(), *criterion.parameters()], lr=0.1)
     watch(student, criterion, LOG)
     criterion["projection"] = nn.Linear(2, 2)  # built after the optimizer
     step(optimizer, student)
-    assert len(said(caplog)) == 1
+    assert len(logged(caplog)) == 1
 
 
-def test_somebody_elses_optimizer_neither_warns_nor_ends_the_watch(pair, caplog):
+def test_an_optimizer_of_another_model_neither_warns_nor_ends_the_watch(pair, caplog):
     (student, criterion), other = pair, nn.Linear(2, 2)
     student.bias.requires_grad_(False)
     watch(student, criterion, LOG)
     step(SGD(other.parameters(), lr=0.1), other)
-    step(SGD([*other.parameters(), student.bias], lr=0.1), other)  # not trained, so nothing of the student's
-    assert said(caplog) == []
+    step(SGD([*other.parameters(), student.bias], lr=0.1), other)  # has only a frozen parameter of the student
+    assert logged(caplog) == []
     assert hooks() == 1
     step(SGD(student.parameters(), lr=0.1), student)
-    assert len(said(caplog)) == 1
+    assert len(logged(caplog)) == 1
 
 
-def test_each_pair_is_told_for_itself(pair, caplog):
+def test_each_pair_of_student_and_criterion_causes_its_own_warning(pair, caplog):
     student, criterion = pair
     other = nn.ModuleDict({"another": nn.Linear(2, 2)})
     watch(student, criterion, LOG)
     watch(student, other, LOG)
     assert hooks() == 1
     step(SGD(student.parameters(), lr=0.1), student)
-    first, second = said(caplog)
+    first, second = logged(caplog)
     assert "projection.weight" in first
     assert "another.weight" in second
 
 
-def test_the_same_pair_again_is_not_told_again(pair, caplog):
+def test_watching_the_same_pair_again_causes_no_second_warning(pair, caplog):
     student, criterion = pair
     optimizer = SGD(student.parameters(), lr=0.1)
     for _ in range(2):
@@ -174,69 +174,69 @@ def test_the_same_pair_again_is_not_told_again(pair, caplog):
         watch(student, criterion, LOG)
         assert len(_watch._listeners) <= 1
         step(optimizer, student)
-    assert len(said(caplog)) == 1
+    assert len(logged(caplog)) == 1
 
 
-# When it says nothing
+# -- when it does not warn --
 
 
-def test_an_optimizer_with_both_ends_the_watch_silently(pair, caplog):
+def test_an_optimizer_with_both_parameter_sets_ends_the_watch_without_a_warning(pair, caplog):
     student, criterion = pair
     watch(student, criterion, LOG)
     step(SGD([*student.parameters(), *criterion.parameters()], lr=0.1), student, criterion)
     assert hooks() == 0
     step(SGD(student.parameters(), lr=0.1), student)
-    assert said(caplog) == []
+    assert logged(caplog) == []
 
 
 @pytest.mark.parametrize("first", ["student", "criterion"])
-def test_two_optimizers_with_one_each_are_fine_whichever_steps_first(first, pair, caplog):
+def test_one_optimizer_for_each_module_causes_no_warning_in_either_order(first, pair, caplog):
     student, criterion = pair
     both = {"student": SGD(student.parameters(), lr=0.1), "criterion": AdamW(criterion.parameters())}
     watch(student, criterion, LOG)
     for optimizer in sorted(both, key=lambda name: name != first):
         step(both[optimizer], student, criterion)
-    assert said(caplog) == []
+    assert logged(caplog) == []
     assert hooks() == 0
 
 
-def test_one_optimizer_per_parameter_stepped_within_backward_is_fine(pair, caplog):
+def test_one_optimizer_per_parameter_stepped_within_backward_causes_no_warning(pair, caplog):
     student, criterion = pair
     watch(student, criterion, LOG)
     for p in [*student.parameters(), *criterion.parameters()]:
         optimizer = SGD([p], lr=0.1)
         p.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
     backward(student, criterion)
-    assert said(caplog) == []
+    assert logged(caplog) == []
 
 
-def test_a_criterion_that_trains_nothing_is_fine(pair, caplog):
+def test_a_criterion_without_trainable_parameters_causes_no_warning(pair, caplog):
     student, criterion = pair
     criterion.requires_grad_(False)
     watch(student, criterion, LOG)
     step(SGD(student.parameters(), lr=0.1), student)
-    assert said(caplog) == []
+    assert logged(caplog) == []
     assert hooks() == 0
 
 
 class Odd:
-    """An object that claims to be what it is not, or breaks when looked at."""
+    """An object that raises an error when its class is read."""
 
     @property
     def __class__(self):
         raise RuntimeError("looked at")
 
 
-def test_objects_whose_attributes_raise_do_not_break_the_watch(pair, caplog):
+def test_objects_whose_attributes_raise_errors_do_not_break_the_watch(pair, caplog):
     student, criterion = pair
     odd = [Odd(), weakref.proxy(student)]
     watch(student, criterion, LOG)
     step(SGD(student.parameters(), lr=0.1), student)
-    assert len(said(caplog)) == 1
+    assert len(logged(caplog)) == 1
     assert len(odd) == 2
 
 
-def test_nothing_is_raised_into_a_step(pair, caplog):
+def test_an_error_inside_the_watch_is_not_raised_in_the_step(pair, caplog):
     class Broken(nn.Linear):
         def named_parameters(self, *args, **kwargs):
             raise RuntimeError("broken")
@@ -245,12 +245,12 @@ def test_nothing_is_raised_into_a_step(pair, caplog):
     optimizer, criterion = SGD(student.parameters(), lr=0.1), Broken(2, 2)
     watch(student, criterion, LOG)
     step(optimizer, student)
-    assert said(caplog) == []
+    assert logged(caplog) == []
     assert hooks() == 0
 
 
 class Plain(torch.optim.Optimizer):
-    """One whose step has nothing that a graph could not hold."""
+    """An optimizer whose step compiles to one graph."""
 
     def __init__(self, params):
         super().__init__(params, {})
@@ -262,11 +262,11 @@ class Plain(torch.optim.Optimizer):
                     p.sub_(p.grad)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_compiled_step_is_left_alone_and_the_next_eager_one_is_told(whole, pair, caplog):
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_step_is_not_counted_and_the_next_eager_step_causes_the_warning(fullgraph, pair, caplog):
     torch._dynamo.reset()
     student, criterion = pair
-    optimizer, graphs = (Plain if whole else AdamW)(student.parameters()), []
+    optimizer, graphs = (Plain if fullgraph else AdamW)(student.parameters()), []
     backward(student)
     watch(student, criterion, LOG)
     steps = Steps()
@@ -276,21 +276,21 @@ def test_a_compiled_step_is_left_alone_and_the_next_eager_one_is_told(whole, pai
         graphs.append(graph)
         return graph
 
-    compiled = torch.compile(optimizer.step, backend=backend, fullgraph=whole)
+    compiled = torch.compile(optimizer.step, backend=backend, fullgraph=fullgraph)
     for _ in range(3):
         compiled()
-    assert (len(graphs), steps.taken, said(caplog)) == (1, 0, [])
+    assert (len(graphs), steps.taken, logged(caplog)) == (1, 0, [])
     steps.remove()
     torch._dynamo.reset()
     optimizer.step()
-    assert len(said(caplog)) == 1
+    assert len(logged(caplog)) == 1
 
 
-# What is left of it
+# -- what remains after it --
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_both_are_held_weakly_and_without_one_of_them_the_hook_is_gone(which, caplog):
+def test_student_and_criterion_are_held_weakly_and_the_hook_is_removed_with_either(which, caplog):
     alive = [nn.Linear(3, 2), nn.Linear(2, 2)]
     watch(*alive, LOG)
     assert hooks() == 1
@@ -302,14 +302,14 @@ def test_both_are_held_weakly_and_without_one_of_them_the_hook_is_gone(which, ca
         assert hooks() == 0
     finally:
         gc.enable()
-    assert said(caplog) == []
+    assert logged(caplog) == []
 
 
-def test_nothing_holds_either_after_the_warning(caplog):
+def test_student_and_criterion_are_freed_after_the_warning(caplog):
     student, criterion = nn.Linear(3, 2), nn.Linear(2, 2)
     watch(student, criterion, LOG)
     step(SGD(student.parameters(), lr=0.1), student)
-    assert len(said(caplog)) == 1
+    assert len(logged(caplog)) == 1
     dead = [weakref.ref(student), weakref.ref(criterion)]
     del student, criterion
     gc.collect()
@@ -318,8 +318,8 @@ def test_nothing_holds_either_after_the_warning(caplog):
 
 
 @pytest.mark.parametrize("order", ["theirs first", "ours first", "ours between"])
-def test_other_hooks_run_at_every_step_and_torch_does_not_trip_over_one_that_is_gone(order, pair, caplog):
-    """Torch goes through its hooks as they are, and raises where one goes that isn't the last."""
+def test_other_hooks_run_at_every_step_wherever_the_watch_registers_its_own_among_them(order, pair, caplog):
+    """Torch iterates over its hooks, and raises an error if one that is not the last removes itself meanwhile."""
     (student, criterion), ran, handles = pair, [], []
 
     def theirs():
@@ -334,15 +334,15 @@ def test_other_hooks_run_at_every_step_and_torch_does_not_trip_over_one_that_is_
     for _ in range(3):
         step(optimizer, student)
     assert len(ran) == 3 * count
-    assert len(said(caplog)) == 1
-    assert hooks() == count + (order != "theirs first"), "where it can't go it does nothing"
+    assert len(logged(caplog)) == 1
+    assert hooks() == count + (order != "theirs first"), "a hook that cannot be removed stays and does nothing"
     handles.pop().remove()
     step(optimizer, student)
     assert hooks() == count - 1
     [handle.remove() for handle in handles]
 
 
-def test_a_student_freed_within_somebody_elses_hook_does_not_break_the_step(caplog):
+def test_a_student_freed_within_another_hook_does_not_break_the_step(caplog):
     alive, ran = [nn.Linear(3, 2)], []
     criterion, other = nn.Linear(2, 2), nn.Linear(2, 2)
     handle = torch_optimizer.register_optimizer_step_post_hook(lambda *_: ran.append(alive.clear()))
@@ -350,11 +350,11 @@ def test_a_student_freed_within_somebody_elses_hook_does_not_break_the_step(capl
     optimizer = SGD(other.parameters(), lr=0.1)
     for _ in range(2):
         step(optimizer, other)
-    assert (len(ran), hooks(), said(caplog)) == (2, 1, [])
+    assert (len(ran), hooks(), logged(caplog)) == (2, 1, [])
     handle.remove()
 
 
-def test_a_process_that_ends_while_it_watches_prints_nothing():
+def test_a_process_that_exits_during_a_watch_prints_nothing():
     code = """
         import logging
         from torch import nn
@@ -369,10 +369,10 @@ def test_a_process_that_ends_while_it_watches_prints_nothing():
     assert done.stdout + done.stderr == ""
 
 
-# Left-over gradients
+# -- left-over gradients --
 
 
-def test_gradients_left_over_are_those_of_a_criterion_beside_a_student_without_any(pair):
+def test_gradients_are_left_over_if_the_criterion_has_some_and_the_student_has_none(pair):
     student, criterion = pair
     assert not left_over(student, criterion)
     backward(student, criterion)
@@ -385,14 +385,14 @@ def test_gradients_left_over_are_those_of_a_criterion_beside_a_student_without_a
     assert not left_over(student, criterion)
 
 
-def test_one_gradient_of_the_students_is_enough_for_accumulation(pair):
+def test_one_gradient_of_the_student_means_that_gradients_accumulate(pair):
     student, criterion = pair
     backward(student, criterion)
     student.weight.grad = None
     assert not left_over(student, criterion)
 
 
-def test_gradients_of_what_is_not_trained_do_not_count(pair):
+def test_gradients_of_frozen_parameters_do_not_count(pair):
     student, criterion = pair
     backward(student, criterion)
     student.zero_grad()
@@ -404,17 +404,17 @@ def test_gradients_of_what_is_not_trained_do_not_count(pair):
     assert left_over(student, criterion)
 
 
-def test_gradients_set_to_zeros_tell_nothing(pair):
+def test_gradients_set_to_zeros_are_not_reported_as_left_over(pair):
     student, criterion = pair
     backward(student, criterion)
     student.zero_grad(set_to_none=False)
     assert not left_over(student, criterion)
 
 
-# Steps counted
+# -- the counter of steps --
 
 
-def test_steps_of_any_optimizer_count_from_the_start_to_the_removal(pair):
+def test_steps_of_every_optimizer_are_counted_between_start_and_remove(pair):
     student, criterion = pair
     optimizers, steps = [SGD(student.parameters(), lr=0.1), AdamW(criterion.parameters())], Steps()
     step(optimizers[0], student)
@@ -446,7 +446,7 @@ def test_a_counter_is_held_weakly(pair):
         gc.enable()
 
 
-def test_counters_and_watches_share_one_hook_and_end_independently(pair, caplog):
+def test_counters_and_watches_share_one_hook_and_stop_independently(pair, caplog):
     student, criterion = pair
     first, second, optimizer = Steps(), Steps(), SGD(student.parameters(), lr=0.1)
     first.start()
@@ -456,11 +456,11 @@ def test_counters_and_watches_share_one_hook_and_end_independently(pair, caplog)
     step(optimizer, student)
     first.remove()
     step(optimizer, student)
-    assert (first.taken, second.taken, len(said(caplog))) == (1, 2, 1)
+    assert (first.taken, second.taken, len(logged(caplog))) == (1, 2, 1)
     second.remove()
 
 
-def test_copies_of_a_counter_begin_at_zero_and_not_started(pair):
+def test_a_copy_of_a_counter_is_at_zero_and_not_started(pair):
     student, _ = pair
     steps, optimizer = Steps(), SGD(student.parameters(), lr=0.1)
     steps.start()
