@@ -1,4 +1,4 @@
-"""Distances with parameters and memory: VID, MGD, CRD."""
+"""Distances with parameters or a memory: VID, MGD, CRD."""
 
 import copy
 import io
@@ -34,27 +34,27 @@ def state(module):
 
 @every_module
 def test_gradients_of_the_parameters_are_those_of_the_oracle(name):
-    """By a complex step through the oracle at every entry of every parameter."""
+    """The expected gradients are complex steps through the oracle, for every entry of every parameter."""
     module = BUILD[name]().double().eval()
     student, teacher = features()
     module(student, teacher).sum().backward()
-    s, t, given = student.detach().numpy(), teacher.numpy(), state(module)
+    s, t, parameters = student.detach().numpy(), teacher.numpy(), state(module)
     oracle, options = getattr(oracles, name.lower()), BUILD[name].keywords
     for key, parameter in module.named_parameters():
-        exact = oracles.gradient(lambda x, key=key: oracle(s, t, {**given, key: x}, **options), given[key])
+        exact = oracles.gradient(lambda x, key=key: oracle(s, t, {**parameters, key: x}, **options), parameters[key])
         np.testing.assert_allclose(parameter.grad, exact, rtol=1e-9, atol=1e-10 * abs(exact).max())
         assert abs(exact).max() > 1e-3
 
 
 @every_module
-def test_gradcheck_holds_for_features_and_parameters(name):
+def test_gradcheck_passes_for_features_and_parameters(name):
     module = BUILD[name]().double().eval()
     student, teacher = features()
     names, values = zip(*module.named_parameters(), strict=True)
 
     def call(student, *parameters):
-        given = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(module, given, (student, teacher))
+        state = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(module, state, (student, teacher))
 
     assert torch.autograd.gradcheck(call, (student, *values))
     assert torch.autograd.gradgradcheck(call, (student, *values))
@@ -62,10 +62,10 @@ def test_gradcheck_holds_for_features_and_parameters(name):
 
 @every_module
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
-def test_what_a_mask_takes_out_reaches_no_parameter_and_no_memory(name, garbage):
+def test_masked_positions_change_no_parameter_gradient_and_no_memory(name, garbage):
     student, teacher = (x.detach() for x in features(dtype=torch.float32))
     mask = torch.tensor([True, True, False, True, False, False, True, True])
-    seen = []
+    results = []
     for fill in (0.0, garbage):
         torch.manual_seed(3)
         module = BUILD[name]().train()
@@ -73,13 +73,13 @@ def test_what_a_mask_takes_out_reaches_no_parameter_and_no_memory(name, garbage)
         s.requires_grad_()
         kdloss.masked(module, s, t, mask).backward()
         assert not s.grad[~mask].any()
-        seen.append([s.grad, *(p.grad for p in module.parameters()), *module.buffers()])
-    for clean, dirty in zip(*seen, strict=True):
+        results.append([s.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
 
 
 @every_module
-def test_deepcopy_pickle_and_state_dict_give_the_same_module_again(name):
+def test_deepcopy_pickle_and_state_dict_restore_the_same_module(name):
     student, teacher = features(dtype=torch.float32)
     module = BUILD[name]()
     module(student, teacher).sum().backward()
@@ -123,7 +123,7 @@ def test_a_short_training_lowers_the_loss(name):
 
 @every_module
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_features_and_modules_are_computed_in_float32(name, dtype):
+def test_features_and_modules_of_16_bits_are_computed_in_float32(name, dtype):
     student, teacher = features(dtype=dtype)
     module = BUILD[name]().to(dtype).eval()
     value = module(student, teacher)
@@ -143,7 +143,7 @@ def test_16_bit_features_and_modules_are_computed_in_float32(name, dtype):
 
 
 @every_module
-def test_in_training_mode_they_compile_without_a_graph_break(name):
+def test_modules_in_training_mode_compile_without_a_graph_break(name):
     student, teacher = features(dtype=torch.float32)
     mask = torch.arange(8) != 2
     torch._dynamo.reset()
@@ -175,11 +175,11 @@ def test_only_crd_takes_features_of_different_widths():
 # -- VID --
 
 
-def test_vid_is_the_likelihood_of_a_gaussian_and_its_best_variance_is_the_mean_square_of_the_gap():
+def test_vid_is_a_gaussian_negative_log_likelihood_and_its_trained_variance_is_the_mean_squared_gap():
     gap = torch.tensor([[1.0, 3.0], [2.0, -1.0]])
     module = kdloss.distances.VID(2, 2)
-    five = 0.5 * ((1 + 9) / 5 / 2 + math.log(5)), 0.5 * ((4 + 1) / 5 / 2 + math.log(5))
-    torch.testing.assert_close(module(gap, torch.zeros(2, 2)), torch.tensor(five))
+    expected = 0.5 * ((1 + 9) / 5 / 2 + math.log(5)), 0.5 * ((4 + 1) / 5 / 2 + math.log(5))
+    torch.testing.assert_close(module(gap, torch.zeros(2, 2)), torch.tensor(expected))
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
     for _ in range(500):
         optimizer.zero_grad()
@@ -204,43 +204,43 @@ def test_vid_may_be_negative_and_refuses_a_variance_below_eps():
 # -- MGD --
 
 
-def identity(module):
-    """Both convolutions hand on the middle pixel."""
+def with_identity(module):
+    """Make both convolutions return their input pixel."""
     for layer in (module.first, module.second):
         nn.init.dirac_(layer.weight)
         nn.init.zeros_(layer.bias)
     return module
 
 
-def test_mgd_sets_whole_positions_of_the_student_to_zero_in_training_and_none_in_eval():
-    module = identity(kdloss.distances.MGD(4, 4, ratio=0.25, size=(1, -1)))
+def test_mgd_sets_all_channels_of_random_positions_of_the_student_to_zero_in_training_only():
+    module = with_identity(kdloss.distances.MGD(4, 4, ratio=0.25, size=(1, -1)))
     student, teacher = torch.full((10, 400, 4), 3.0), torch.full((10, 400, 4), 1.0)
     assert (module.eval()(student, teacher) == 4).all()
     torch.manual_seed(0)
     value = module.train()(student, teacher)
-    assert set(value.unique().tolist()) == {1.0, 4.0}  # (0 - 1)^2 and (3 - 1)^2: all channels alike
+    assert set(value.unique().tolist()) == {1.0, 4.0}  # (0 - 1)^2 and (3 - 1)^2, the same in all channels
     hidden = (value == 1).float().mean().item()
     assert hidden == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 4000))
     torch.manual_seed(0)
     assert torch.equal(module(student, teacher), value)
-    assert (identity(kdloss.distances.MGD(4, 4, ratio=1.0, size=(1, -1)))(student, teacher) == 1).all()
+    assert (with_identity(kdloss.distances.MGD(4, 4, ratio=1.0, size=(1, -1)))(student, teacher) == 1).all()
 
 
-def test_mgd_generates_from_the_neighbours_on_the_grid():
-    """A sum over nine pixels, then the middle one: by hand on a map of 2 x 3."""
-    module = identity(kdloss.distances.MGD(1, 1, size=(2, 3))).eval()
+def test_mgd_generates_a_position_from_its_neighbours_on_the_grid():
+    """The first convolution sums nine pixels; the sums on a map of 2 x 3 are computed by hand."""
+    module = with_identity(kdloss.distances.MGD(1, 1, size=(2, 3))).eval()
     nn.init.ones_(module.first.weight)
     values = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]])
     made = module(values, torch.zeros(6, 1)).sqrt()
     torch.testing.assert_close(made, torch.tensor([12.0, 21.0, 16.0, 12.0, 21.0, 16.0]))
-    tall = identity(kdloss.distances.MGD(1, 1, size=(-1, 2))).eval()  # rows (1, 2), (3, 4), (5, 6)
+    tall = with_identity(kdloss.distances.MGD(1, 1, size=(-1, 2))).eval()  # rows (1, 2), (3, 4), (5, 6)
     nn.init.ones_(tall.first.weight)
     torch.testing.assert_close(
         tall(values, torch.zeros(6, 1)).sqrt(), torch.tensor([10.0, 10.0, 21.0, 21.0, 18.0, 18.0])
     )
 
 
-def test_mgd_of_a_map_is_its_convolutions_on_the_map_itself():
+def test_mgd_of_the_tokens_of_a_map_equals_its_convolutions_on_the_map():
     maps, target = torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 8)
     module = kdloss.distances.MGD(5, 5, size=(2, 8)).eval()
     made = module.second(module.first(maps).relu())
@@ -254,16 +254,16 @@ def test_mgd_of_a_map_is_its_convolutions_on_the_map_itself():
     )
 
 
-def test_mgd_with_a_mask_is_that_of_the_cut_map():
-    """Rows and columns taken out are what lies outside, to the second convolution too."""
+def test_mgd_with_a_mask_equals_mgd_of_the_cropped_map():
+    """Both convolutions treat masked rows and columns like the padding around a map."""
     student, teacher = torch.randn(1, 4, 5, 3), torch.randn(1, 4, 5, 3)
     mask = torch.zeros(1, 4, 5).bool()
     mask[:, 1:3, 2:] = True
     module = kdloss.distances.MGD(3, 3, size=(4, 5)).eval()
-    whole = module(student.flatten(1, 2), teacher.flatten(1, 2), mask=mask.flatten(1))
+    masked = module(student.flatten(1, 2), teacher.flatten(1, 2), mask=mask.flatten(1))
     module.size = (2, 3)
-    cut = module(student[:, 1:3, 2:].flatten(1, 2), teacher[:, 1:3, 2:].flatten(1, 2))
-    torch.testing.assert_close(whole[mask.flatten(1)], cut.flatten())
+    cropped = module(student[:, 1:3, 2:].flatten(1, 2), teacher[:, 1:3, 2:].flatten(1, 2))
+    torch.testing.assert_close(masked[mask.flatten(1)], cropped.flatten())
 
 
 def test_mgd_refuses_positions_that_do_not_fit_a_grid():
@@ -281,8 +281,8 @@ def test_mgd_refuses_positions_that_do_not_fit_a_grid():
 # -- CRD --
 
 
-def test_crd_by_hand_with_two_negatives():
-    """Unit vectors in the plane at known angles, tau = 1/2, so that N z = 2 e."""
+def test_crd_with_two_negatives_equals_a_calculation_by_hand():
+    """Unit vectors in the plane with known cosines; tau = 1/2, so that N z = 2 e."""
     module = kdloss.distances.CRD(2, 2, width=2, negatives=2, temperature=0.5).eval()
     for layer in (module.student, module.teacher):
         nn.init.eye_(layer.weight)
@@ -296,24 +296,24 @@ def test_crd_by_hand_with_two_negatives():
         e = math.exp(cosine / 0.5)
         return e / (e + bar)
 
-    own = -2 * math.log(h(0.0))
-    others = sum(-math.log(1 - h(c)) for c in (0.0, -1.0, 0.8, -1.0))
-    torch.testing.assert_close(value, torch.tensor([own + others]))
+    positive = -2 * math.log(h(0.0))
+    negatives = sum(-math.log(1 - h(c)) for c in (0.0, -1.0, 0.8, -1.0))
+    torch.testing.assert_close(value, torch.tensor([positive + negatives]))
 
 
-def test_crd_the_constant_is_the_mean_over_random_directions_as_the_authors_estimate_it():
+def test_the_constant_of_crd_is_the_mean_over_random_directions_that_the_authors_estimate():
     torch.manual_seed(0)
-    memory = (torch.rand(200_000, 128) * 2 - 1) * math.sqrt(3 / 128)  # as their memory starts
+    memory = (torch.rand(200_000, 128) * 2 - 1) * math.sqrt(3 / 128)  # the initial memory in the authors' code
     anchor = nn.functional.normalize(torch.randn(128), dim=0)
     estimate = (memory @ anchor / 0.07).exp().mean().item()
     assert math.exp(1 / (2 * 128 * 0.07**2)) == pytest.approx(estimate, rel=0.02)
 
 
-def test_crd_remembers_the_rows_that_count_in_order_over_the_oldest():
+def test_crd_overwrites_the_oldest_rows_of_its_memory_with_the_counted_rows_in_order():
     torch.manual_seed(0)
     module = kdloss.distances.CRD(4, 4, width=3, negatives=5)
-    expected, place = module.teachers.clone(), 0
-    other = module.students.clone()
+    teachers, place = module.teachers.clone(), 0
+    students = module.students.clone()
     for step in range(6):
         student, teacher = torch.randn(2, 4, 4), torch.randn(2, 4, 4)
         mask = torch.rand(2, 4) > (0.3, 0.7, 0.0, 2.0, 0.5, 0.3)[step]
@@ -322,17 +322,17 @@ def test_crd_remembers_the_rows_that_count_in_order_over_the_oldest():
             new_s = nn.functional.normalize(module.student(student[mask]), dim=-1)
             new_t = nn.functional.normalize(module.teacher(teacher[mask]), dim=-1)
         for s, t in zip(new_s, new_t, strict=True):
-            other[place], expected[place] = s, t
+            students[place], teachers[place] = s, t
             place = (place + 1) % 5
-        torch.testing.assert_close(module.teachers, expected)
-        torch.testing.assert_close(module.students, other)
+        torch.testing.assert_close(module.teachers, teachers)
+        torch.testing.assert_close(module.students, students)
         assert module.next == place
     assert not module.teachers.requires_grad
     assert module.teachers.shape == (5, 3)
 
 
-def test_crd_writes_no_place_twice_where_more_rows_come_than_it_has_places(monkeypatch):
-    """Which of two rows would win is undefined on GPUs."""
+def test_crd_writes_no_place_of_its_memory_twice_in_one_call(monkeypatch):
+    """On GPUs it is undefined which of two writes to the same place wins."""
     written, copy_to = [], torch.Tensor.index_copy_
 
     def spy(self, dim, index, source):
@@ -345,7 +345,7 @@ def test_crd_writes_no_place_twice_where_more_rows_come_than_it_has_places(monke
     assert written == [[1, 2, 3, 4, 0]] * 4  # the last five of eleven rows: places 6 to 10, modulo 5
 
 
-def test_crd_reads_its_memory_and_leaves_it_alone_in_eval_mode():
+def test_crd_reads_its_memory_and_does_not_change_it_in_eval_mode():
     module = kdloss.distances.CRD(4, 4, width=3, negatives=5, temperature=0.5).eval()
     before = copy.deepcopy(module.state_dict())
     student, teacher = torch.randn(3, 4), torch.randn(3, 4)
@@ -357,7 +357,7 @@ def test_crd_reads_its_memory_and_leaves_it_alone_in_eval_mode():
     assert module.next == 3
 
 
-def test_crd_a_resumed_run_is_the_run_that_was_never_interrupted():
+def test_a_resumed_run_of_crd_equals_an_uninterrupted_run():
     def run(module, optimizer, steps):
         losses = []
         for step in steps:
@@ -384,7 +384,7 @@ def test_crd_a_resumed_run_is_the_run_that_was_never_interrupted():
     assert run(*second, range(3, 6)) == rest
 
 
-def test_crd_several_calls_may_be_differentiated_after_each_other():
+def test_several_calls_of_crd_can_be_differentiated_together():
     """The memory changes in place between forward and backward."""
     module = BUILD["CRD"]()
     student, teacher = features(dtype=torch.float32)
@@ -392,22 +392,22 @@ def test_crd_several_calls_may_be_differentiated_after_each_other():
     assert torch.autograd.grad(both, student)[0].isfinite().all()
 
 
-def test_crd_refuses_settings_that_are_no_numbers_of_places():
+def test_crd_refuses_invalid_settings():
     for wrong in ({"negatives": 0}, {"width": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             kdloss.distances.CRD(4, 4, **wrong)
 
 
 @pytest.mark.parametrize("by", ["index", "labels"])
-def test_crd_a_row_seen_again_is_no_negative_of_itself_nor_is_its_class(by):
-    """Value and gradient of float64 numbers written out, over three steps in which rows and classes return."""
+def test_a_repeated_row_or_class_is_no_negative_of_itself_in_crd(by):
+    """Value and gradient equal a float64 calculation, over three steps in which rows or classes repeat."""
     module = kdloss.distances.CRD(3, 4, width=2, negatives=6, temperature=0.5).double()
     seen = [(s.clone(), t.clone(), -1) for s, t in zip(module.students, module.teachers, strict=True)]
     bar, place, left_out = 6 * math.exp(1 / (2 * 2 * 0.25)), 0, 0
-    for whose in ([4, 7], [7, 5], [4, 7]):
+    for identities in ([4, 7], [7, 5], [4, 7]):
         student = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
         teacher = torch.randn(2, 4, dtype=torch.float64)
-        value = module(student, teacher, **{by: torch.tensor(whose)})
+        value = module(student, teacher, **{by: torch.tensor(identities)})
         s = nn.functional.normalize(module.student(student), dim=-1)
         t = nn.functional.normalize(module.teacher(teacher), dim=-1)
 
@@ -415,7 +415,7 @@ def test_crd_a_row_seen_again_is_no_negative_of_itself_nor_is_its_class(by):
             return (a @ b / 0.5).exp() / ((a @ b / 0.5).exp() + bar)
 
         expected = []
-        for row, number in enumerate(whose):
+        for row, number in enumerate(identities):
             others = [(a, b) for a, b, other in seen if other != number]
             left_out += 6 - len(others)
             far = sum((1 - h(s[row], b)).log() + (1 - h(t[row], a)).log() for a, b in others)
@@ -423,19 +423,19 @@ def test_crd_a_row_seen_again_is_no_negative_of_itself_nor_is_its_class(by):
         torch.testing.assert_close(value, torch.stack(expected))
         slopes = (torch.autograd.grad(x.sum(), student)[0] for x in (value, torch.stack(expected)))
         torch.testing.assert_close(*slopes)
-        for a, b, number in zip(s.detach(), t.detach(), whose, strict=True):
+        for a, b, number in zip(s.detach(), t.detach(), identities, strict=True):
             seen[place % 6], place = (a, b, number), place + 1
     assert left_out == 4
 
 
-def test_crd_a_row_of_no_known_class_is_held_against_all():
+def test_a_row_without_a_class_has_all_remembered_rows_as_negatives_in_crd():
     module = kdloss.distances.CRD(3, 3, width=2, negatives=6).eval()
     student, teacher = torch.randn(2, 2, 3)
     plain = module(student, teacher)
     torch.testing.assert_close(module(student, teacher, labels=torch.tensor([-100, -1])), plain)
 
 
-def test_crd_refuses_indices_that_are_not_one_integer_for_each_row():
+def test_crd_refuses_indices_that_are_not_one_integer_per_row():
     module = kdloss.distances.CRD(3, 3, negatives=6)
     for wrong in (torch.zeros(2), torch.tensor([1]), torch.tensor([[1, 2]])):
         with pytest.raises(ValueError, match=r"CRD's index is an integer for each of the rows \(2,\)"):
