@@ -1,4 +1,4 @@
-"""The watchers see what they are there for, and a training step of the engine waits for no accelerator."""
+"""`never_waiting` detects what would wait for an accelerator, and no training step of the engine does."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from kdloss.weighting import confidence, entropy
 
 X = torch.arange(6.0)
 MASK = X > 2
-OFFENDERS = {
+WAITING = {
     "nonzero": lambda x: (x > 2).nonzero(),
     "where": lambda x: torch.where(x > 2),
     "item": lambda x: x.sum().item(),
@@ -47,33 +47,33 @@ OFFENDERS = {
         torch.zeros(6).masked_scatter(MASK, x.clone().requires_grad_()).sum().backward()
     ),
 }
-HARMLESS = {
+NOT_WAITING = {
     "arithmetic": lambda x: F.cross_entropy(x.view(2, 3), x[:2].long()),
     "filled by a mask": lambda x: x.clone().__setitem__(x > 2, 0.0),
     "masked_fill": lambda x: x.masked_fill(x > 2, 0),
     "full": lambda x: torch.full((2,), 3.0) + torch.zeros(2).fill_(1),
     "an index of numbers": lambda x: x[torch.arange(2)],
     "a slice": lambda x: x[1:, None],
-    "repeats whose sum is said": lambda x: x.repeat_interleave(torch.ones(6).long(), output_size=6),
+    "repeats of a stated sum": lambda x: x.repeat_interleave(torch.ones(6).long(), output_size=6),
     "to another device without waiting": lambda x: x.to("meta", non_blocking=True),
     "another dtype": lambda x: x.to(torch.bfloat16),
     "as_tensor of a tensor": lambda x: torch.as_tensor(x),
 }
 
 
-@pytest.mark.parametrize("name", OFFENDERS)
-def test_what_would_wait_is_refused(name):
+@pytest.mark.parametrize("name", WAITING)
+def test_an_operation_that_would_wait_is_refused(name):
     with pytest.raises(Waited), never_waiting():
-        OFFENDERS[name](X)
+        WAITING[name](X)
 
 
-@pytest.mark.parametrize("name", HARMLESS)
-def test_what_would_not_wait_is_not(name):
+@pytest.mark.parametrize("name", NOT_WAITING)
+def test_an_operation_that_would_not_wait_is_allowed(name):
     with never_waiting():
-        HARMLESS[name](X)
+        NOT_WAITING[name](X)
 
 
-def test_inside_of_an_autograd_function_and_of_backward_it_is_refused_too():
+def test_waiting_inside_an_autograd_function_or_its_backward_is_refused():
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, where):
@@ -94,7 +94,7 @@ def count(x):
     return int(x.sum())
 
 
-def test_one_function_may_read_what_was_copied_for_it(monkeypatch):
+def test_may_wait_allows_one_function_to_read_numbers_on_the_host(monkeypatch):
     with pytest.raises(Waited), never_waiting():
         count(X)
     may_wait(monkeypatch, f"{__name__}.count")
@@ -105,7 +105,7 @@ def test_one_function_may_read_what_was_copied_for_it(monkeypatch):
 # -- the engine --
 
 
-def given(dtype=torch.float32):
+def inputs(dtype=torch.float32):
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 6, 4).to(dtype), torch.randn(2, 6, 4).to(dtype)
     heads = [torch.randn(11, 4).to(dtype) for _ in range(2)]
@@ -120,7 +120,7 @@ WEIGHED = CrossEntropy(label_smoothing=0.1, class_weights=torch.rand(11))
 SOFT = torch.rand(2, 6, 11).softmax(-1)
 MASKED = {"mask": torch.arange(12).view(2, 6) != 7}
 RISING = kdloss.schedules.linear(0.1, 1.0, steps=10)
-STEPS = {  # the criterion, whether both give logits, what else becomes of the teacher, and what else is given
+STEPS = {  # criterion, whether both logits are dense, a function of the teacher's logits, more arguments of the call
     "logits": (VanillaKD(), True, None, {}),
     "causal logits": (VanillaKD(causal=True), True, None, MASKED),
     "JSD": (VanillaKD(divergence=divergences.jsd), True, None, {}),
@@ -148,8 +148,13 @@ STEPS = {  # the criterion, whether both give logits, what else becomes of the t
     "learned and scheduled": (nn.Parameter(torch.ones(())) * CrossEntropy() + RISING * REVERSE, False, None, {}),
     "by the mask": (CrossEntropy() + kdloss.Logits(positions="mask"), False, None, MASKED),
     "padding on the left": (VanillaKD(causal=True), False, None, {"attention_mask": MASKED["mask"]}),
-    "weighed": (CrossEntropy() + confidence * (kdloss.Logits() + REVERSE), False, None, {}),
-    "weighed causal values": (kdloss.Sum(entropy * kdloss.Logits(), causal=True, reduction="none"), True, None, MASKED),
+    "weighted by confidence": (CrossEntropy() + confidence * (kdloss.Logits() + REVERSE), False, None, {}),
+    "weighted causal values": (
+        kdloss.Sum(entropy * kdloss.Logits(), causal=True, reduction="none"),
+        True,
+        None,
+        MASKED,
+    ),
     "learned weights": (kdloss.weighting.Learned(1) * kdloss.Logits(), False, None, {}),
     "trained balance": (kdloss.Sum(VanillaKD(), balance=kdloss.balancing.Uncertainty()), False, None, {}),
     "running balance": (kdloss.Sum(VanillaKD(), balance=kdloss.balancing.RunningMagnitude()), True, None, {}),
@@ -163,7 +168,7 @@ STEPS = {  # the criterion, whether both give logits, what else becomes of the t
 def test_a_training_step_waits_for_no_accelerator(name, dtype, monkeypatch):
     as_on_an_accelerator(monkeypatch)
     criterion, dense, of_teacher, more = STEPS[name]
-    student, teacher, labels = given(dtype)
+    student, teacher, labels = inputs(dtype)
     teacher = teacher.dense() if dense else teacher
     teacher = teacher if of_teacher is None else of_teacher(teacher)
 
@@ -171,7 +176,7 @@ def test_a_training_step_waits_for_no_accelerator(name, dtype, monkeypatch):
         criterion(student.dense() if dense else student, teacher, **{"labels": labels} | more).sum().backward()
         criterion.advance()
 
-    step()  # the first one may look at its inputs
+    step()  # the first step may read its inputs on the host
     with never_waiting():
         step()
 
@@ -190,8 +195,8 @@ def test_a_distance_of_features_waits_for_no_accelerator(loss, monkeypatch):
         step()
 
 
-class Speaks(nn.Module):
-    """A plain language model: what transformers' models look at in their masks is theirs."""
+class LanguageModel(nn.Module):
+    """A plain language model; models of transformers may read their masks on the host."""
 
     def __init__(self, width):
         super().__init__()
@@ -217,7 +222,7 @@ def test_a_step_of_models_waits_for_no_accelerator(name, monkeypatch):
     ids = torch.randint(11, (2, 6))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     batch["labels"][1, 4:], batch["attention_mask"][1, 4:] = -100, 0
-    model = kdloss.Distillation(Speaks(6), Speaks(8), SUMS[name]).prepare(**batch)
+    model = kdloss.Distillation(LanguageModel(6), LanguageModel(8), SUMS[name]).prepare(**batch)
 
     def step(**more):
         model(**batch, **more).loss.backward()
@@ -243,39 +248,39 @@ def test_a_classifiers_step_waits_for_no_accelerator(monkeypatch):
         step()
 
 
-def test_a_decoders_labels_become_the_teachers_without_waiting(monkeypatch):
+def test_decoder_labels_are_mapped_to_the_teachers_vocabulary_without_waiting(monkeypatch):
     as_on_an_accelerator(monkeypatch)
     model, labels = nn.Module(), torch.tensor([[3, -100], [10, 0]])
     model.config = SimpleNamespace(is_encoder_decoder=True)
     REVERSED.to_teacher(labels.clamp_min(0))
     with never_waiting():
-        found = kdloss._inputs.of_decoder(model, labels, REVERSED.to_teacher)
-    assert found.tolist() == [[7, -100], [0, 10]]
+        mapped = kdloss._inputs.of_decoder(model, labels, REVERSED.to_teacher)
+    assert mapped.tolist() == [[7, -100], [0, 10]]
 
 
-def test_an_accelerator_is_asked_once_for_tokens_that_the_teacher_does_not_have(monkeypatch):
+def test_a_token_map_checks_for_missing_tokens_on_an_accelerator_only_in_its_first_call(monkeypatch):
     as_on_an_accelerator(monkeypatch)
     shared = TokenMap(torch.arange(2), torch.arange(2))
     with pytest.raises(ValueError, match="no counterpart"):
         shared.to_teacher(torch.tensor([0, 5]))
     tokens = torch.tensor([1, 0])
     with never_waiting():
-        found = shared.to_teacher(tokens)
-    assert found.tolist() == [1, 0]
+        mapped = shared.to_teacher(tokens)
+    assert mapped.tolist() == [1, 0]
 
 
-def test_stored_rows_move_without_waiting():
-    kept = TopKLogits.of(torch.randn(2, 3, 9), 4)
+def test_stored_teacher_outputs_move_to_the_device_without_waiting():
+    stored = TopKLogits.of(torch.randn(2, 3, 9), 4)
     with never_waiting():
-        there = kdloss.teacher.moved({"teacher": kept}, "meta")["teacher"]
-    assert [x.device.type for x in (there.indices, there.log_probs, there.log_rest)] == ["meta"] * 3
+        moved = kdloss.teacher.moved({"teacher": stored}, "meta")["teacher"]
+    assert [x.device.type for x in (moved.indices, moved.log_probs, moved.log_rest)] == ["meta"] * 3
 
 
-# -- rows that don't count, where nobody may look for them --
+# -- rows that do not count, on a device where the host cannot look for them --
 
 
 def plain(hidden, weight, teacher, labels, keep):
-    """KL + CE (T = 2, alpha = 0.5) of the positions that count alone, and its gradients, in float64."""
+    """KL + CE (T = 2, alpha = 0.5) of only the positions that count, and its gradients, in float64."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     z, t, y = (hidden @ weight.T)[keep], teacher.dense().double()[keep], labels[keep]
     kl = 4 * (F.softmax(t / 2, -1) * (F.log_softmax(t / 2, -1) - F.log_softmax(z / 2, -1))).sum(-1)
@@ -283,17 +288,17 @@ def plain(hidden, weight, teacher, labels, keep):
     return loss, torch.autograd.grad(loss, (hidden, weight))
 
 
-@pytest.mark.parametrize("told", ["nothing", "how many", "how many at most"])
+@pytest.mark.parametrize("number", ["unknown", "exact", "upper bound"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
-def test_rows_that_do_not_count_give_nothing_whatever_stands_there(dense, causal, told, monkeypatch):
+def test_nan_in_rows_that_do_not_count_changes_neither_loss_nor_gradients(dense, causal, number, monkeypatch):
     as_on_an_accelerator(monkeypatch)
-    rows, swept = [], kdloss.terms._sweep.fused
-    monkeypatch.setattr(kdloss.terms._sweep, "fused", lambda *x: rows.append(x[0].rows) or swept(*x))
-    student, teacher, labels = given()
+    rows, fused = [], kdloss.terms._sweep.fused
+    monkeypatch.setattr(kdloss.terms._sweep, "fused", lambda *x: rows.append(x[0].rows) or fused(*x))
+    student, teacher, labels = inputs()
     labels[1, -2:] = -100
     mask = torch.ones_like(labels, dtype=torch.bool)
-    mask[1, 1] = told == "how many"
+    mask[1, 1] = number == "exact"
     counts = (labels != -100) & mask
     keep = torch.cat([counts[:, 1:], torch.zeros(2, 1).bool()], 1) if causal else counts
     of = torch.cat([labels[:, 1:], labels[:, :1]], 1) if causal else labels
@@ -301,31 +306,31 @@ def test_rows_that_do_not_count_give_nothing_whatever_stands_there(dense, causal
 
     hidden = student.hidden.detach().masked_fill(~keep.unsqueeze(-1), torch.nan).requires_grad_()
     taught = LazyLogits(teacher.hidden.masked_fill(~keep.unsqueeze(-1), torch.inf), teacher.weight)
-    ahead = None if told == "nothing" else Ahead.of(labels, None, causal=causal, ignore_index=-100)
+    ahead = None if number == "unknown" else Ahead.of(labels, None, causal=causal, ignore_index=-100)
     criterion = VanillaKD(causal=causal)
     if dense:
         z = LazyLogits(hidden, student.weight).dense().detach().requires_grad_()
         loss = criterion(z, taught.dense(), labels, mask=mask, ahead=ahead)
         (slope,) = torch.autograd.grad(loss, z)
         assert (slope[~keep] == 0).all()
-        found = slope.double() @ student.weight.double(), slope[keep].T.double() @ student.hidden[keep].double()
+        gradients = slope.double() @ student.weight.double(), slope[keep].T.double() @ student.hidden[keep].double()
     else:
         loss = criterion(LazyLogits(hidden, student.weight), taught, labels, mask=mask, ahead=ahead)
-        found = torch.autograd.grad(loss, (hidden, student.weight))
-        assert (found[0][~keep] == 0).all()
+        gradients = torch.autograd.grad(loss, (hidden, student.weight))
+        assert (gradients[0][~keep] == 0).all()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    for ours, slope in zip(found, (of_hidden, of_weight), strict=True):
+    for ours, slope in zip(gradients, (of_hidden, of_weight), strict=True):
         assert (ours - slope).norm() <= 1e-5 * slope.norm()
-    most = {"nothing": 10 if causal else 12, "how many": keep.sum(), "how many at most": keep.sum() + 1}
-    assert rows == [most[told]]
+    swept_rows = {"unknown": 10 if causal else 12, "exact": keep.sum(), "upper bound": keep.sum() + 1}
+    assert rows == [swept_rows[number]]
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_of_rows_that_do_not_count_are_zero(masked, causal, monkeypatch):
-    """Of which a model is told how many there are at most."""
+    """The criterion knows an upper bound of the number of rows that count."""
     as_on_an_accelerator(monkeypatch)
-    student, teacher, labels = given()
+    student, teacher, labels = inputs()
     mask = torch.arange(12).view(2, 6) != (7 if masked else 12)
     keep = ((labels != -100) & mask)[:, int(causal) :]
     z, t = (x.dense().detach()[:, : keep.shape[1]] for x in (student, teacher))
@@ -340,7 +345,7 @@ def test_values_of_rows_that_do_not_count_are_zero(masked, causal, monkeypatch):
     assert torch.allclose(logits.grad[:, : keep.shape[1]], slope, atol=1e-6)
 
 
-def test_the_number_is_asked_for_before_the_models_run(monkeypatch):
+def test_the_number_of_counted_rows_is_requested_before_the_models_run_and_read_after(monkeypatch):
     as_on_an_accelerator(monkeypatch)
     happened, sweep = [], kdloss.terms._sweep.fused
     asked, read = Ahead.of.__func__, kdloss.terms._ahead.landed
@@ -368,7 +373,7 @@ def test_bytes_moved_are_what_operators_read_and_write():
     size = x.numel()
     assert moved(lambda: x + y, size) == 12
     assert moved(lambda: x.mul_(2), size) == 8
-    assert moved(lambda: torch.add(x, y, out=out), size) == 12  # what stood in `out` isn't read
+    assert moved(lambda: torch.add(x, y, out=out), size) == 12  # the old content of `out` is not read
     assert moved(lambda: out.copy_(x), size) == 8
     assert moved(lambda: x.bfloat16(), size) == 6
     assert moved(lambda: x.sum(), size) == pytest.approx(4, abs=0.01)
@@ -376,13 +381,13 @@ def test_bytes_moved_are_what_operators_read_and_write():
     assert moved(lambda: x.view(100, 64).T[1:], size) == 0
     assert moved(lambda: torch.empty(64, 100), size) == 0
     assert moved(lambda: x.scatter_add_(-1, torch.zeros(64, 1).long(), torch.ones(64, 1)), size) < 0.5
-    assert moved(lambda: x[:1] + 1, size) == 0  # too small to count
+    assert moved(lambda: x[:1] + 1, size) == 0  # too small to be counted
 
 
 @since_torch(2, 10)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_of_compiled_functions_the_compiler_reports_inputs_and_outputs():
+def test_bytes_moved_of_a_compiled_function_are_its_inputs_and_outputs():
     x, y = torch.randn(2, 16, 2000)
     several = torch.compile(lambda a, b: (a + 2 * b).softmax(-1))
-    assert moved(lambda: several(x, y) + 1, x.numel()) == 12 + 8  # one operator outside
+    assert moved(lambda: several(x, y) + 1, x.numel()) == 12 + 8  # 8 for the operator outside
     assert x.nbytes <= measure.peak(lambda: several(x, y)) < 1.01 * x.nbytes

@@ -1,4 +1,4 @@
-"""Refuses, in a training step on CPU tensors, what would make a step on an accelerator wait for it."""
+"""Find, on CPU tensors, operations that would make the host wait for an accelerator."""
 
 import contextlib
 import sys
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-WAITING = {  # operators whose result's shape, or whose next line of code, depends on numbers
+WAITING = {  # operators whose result is a Python number, or has a shape that depends on the data
     "nonzero",
     "nonzero_numpy",
     "argwhere",
@@ -29,16 +29,17 @@ WAITING = {  # operators whose result's shape, or whose next line of code, depen
     "_linalg_check_errors",
 }
 READING = {"tolist", "numpy", "__array__", "cpu", "item", "__bool__", "__int__", "__float__", "__index__"}
-MADE_BY_THE_HOST = {"tensor": 0, "as_tensor": 0, "asarray": 0, "new_tensor": 1}  # and which argument it is made of
+# Functions that copy from the host, and the index of the argument that they copy.
+MADE_BY_THE_HOST = {"tensor": 0, "as_tensor": 0, "asarray": 0, "new_tensor": 1}
 INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 
 
 class Waited(AssertionError):
-    """The step would have waited."""
+    """The host would have waited for the accelerator."""
 
 
 class _Operators(TorchDispatchMode):
-    """Sees what operators are given, in backward, too; compiled functions run uncompiled within it."""
+    """Checks the arguments of operators, also in backward. Compiled functions run uncompiled inside it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -47,7 +48,7 @@ class _Operators(TorchDispatchMode):
             raise Waited(f"{func} waits for its result")
         if name in ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"):
             by_mask = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-            fills = len(args) > 2 and args[2].numel() == 1  # PyTorch makes a masked_fill of it
+            fills = len(args) > 2 and args[2].numel() == 1  # PyTorch runs this as masked_fill
             if by_mask and not fills:
                 raise Waited(f"{func} by a mask: how many there are has to be known; fill, or index by numbers")
         if name == "repeat_interleave" and kwargs.get("output_size") is None:
@@ -58,7 +59,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Sees what operators on CPU tensors don't tell: numbers that Python makes, and reads; `from_numpy` it can't."""
+    """Checks what operators on CPU tensors do not show: numbers copied from and to Python, except by `from_numpy`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -87,21 +88,21 @@ def _not_between_devices(func, args, kwargs):
 
 @contextlib.contextmanager
 def never_waiting():
-    """Within, what would wait for an accelerator raises `Waited`."""
+    """Raise `Waited` for every operation inside the `with` that would wait for an accelerator."""
     with _Operators(), _Calls():
         yield
 
 
 def as_on_an_accelerator(patch):
-    """Makes the engine take an accelerator's path with CPU tensors: every `on_cpu` in kdloss says no."""
+    """Make kdloss treat CPU tensors like an accelerator's: every `on_cpu` in it returns False."""
     for module in [m for name, m in sys.modules.items() if name.startswith("kdloss") and hasattr(m, "on_cpu")]:
         patch.setattr(module, "on_cpu", lambda device: False)
-    patch.setattr(torch.cpu, "Event", _Event, raising=False)  # which older torch has not
+    patch.setattr(torch.cpu, "Event", _Event, raising=False)  # older torch has no such class
     may_wait(patch, "kdloss.terms._ahead.landed")
 
 
 class _Event:
-    """Told by a device whose work is done at once."""
+    """An event of a device whose work is always finished."""
 
     def record(self, stream):
         pass
@@ -111,7 +112,7 @@ class _Event:
 
 
 def may_wait(patch, target):
-    """Lets one function, by its dotted name, read what was copied without waiting for it."""
+    """Allow one function, by its dotted name, to read numbers on the host."""
     place, _, name = target.rpartition(".")
     function = getattr(sys.modules[place], name)
 
