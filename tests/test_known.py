@@ -1,4 +1,4 @@
-"""What a criterion knows of the step before changes nothing of the next, but for what it costs."""
+"""What a criterion remembers of its last step changes the cost of the next step, but not its result."""
 
 import copy
 import gc
@@ -20,7 +20,7 @@ from kdloss.terms import _known, _sweep
 
 
 def inputs(shape=(6,), classes=5, dtype=torch.float32, kind="classes", mask=False, teacher="tensor", seed=0):
-    """What a criterion is called with; some of it fits none."""
+    """The arguments of a criterion; some of them are invalid."""
     draw = torch.Generator().manual_seed(seed)
     student, logits = (torch.randn(*shape, classes, generator=draw).to(dtype) for _ in range(2))
     labels = torch.randint(0, 5, shape, generator=draw)
@@ -34,7 +34,7 @@ def inputs(shape=(6,), classes=5, dtype=torch.float32, kind="classes", mask=Fals
         "list": labels.tolist(),
     }
     labels = others.get(kind, labels)
-    given = {
+    teachers = {
         "tensor": logits,
         "none": None,
         "wide": torch.cat([logits, logits], -1),
@@ -45,7 +45,7 @@ def inputs(shape=(6,), classes=5, dtype=torch.float32, kind="classes", mask=Fals
         "whole numbers": logits.long(),
     }
     marks = {"mask": torch.rand(shape, generator=draw) > 0.3} if mask else {}
-    return student.requires_grad_(), given[teacher], labels, marks
+    return student.requires_grad_(), teachers[teacher], labels, marks
 
 
 def trained_class_weights(criterion):
@@ -121,7 +121,7 @@ def test_a_used_criterion_gives_or_raises_the_same_as_a_new_one(steps):
 
 
 @pytest.mark.parametrize("change", [trained_class_weights, CHANGES["more class weights"]])
-def test_class_weights_are_checked_again(change):
+def test_changed_class_weights_are_checked_again(change):
     criterion, batch = VanillaKD(), inputs()[:3]
     criterion(*batch)
     change(criterion)
@@ -129,7 +129,7 @@ def test_class_weights_are_checked_again(change):
         criterion(*batch)
 
 
-def test_labels_of_another_kind_are_looked_at_again():
+def test_a_later_step_may_have_labels_of_another_type():
     criterion, (student, teacher, labels, _) = VanillaKD(alpha=0.0), inputs()
     loss = criterion(student, teacher)
     torch.testing.assert_close(criterion(student, teacher, labels.tolist()), loss)
@@ -144,7 +144,7 @@ def test_copies_and_pickles_remember_no_step():
         torch.testing.assert_close(other(*batch), loss)
 
 
-def test_a_lazy_step_like_the_last_goes_straight_to_the_sweep_and_one_of_another_head_does_not(monkeypatch):
+def test_a_lazy_step_like_the_last_goes_straight_to_the_sweep_and_a_step_with_another_head_does_not(monkeypatch):
     criterion, hidden, weight = VanillaKD(), torch.randn(6, 4), torch.randn(5, 4)
     teacher, labels = LazyLogits(torch.randn(6, 4), weight), torch.tensor([0, 1, 2, 3, 4, -100])
     criterion(LazyLogits(hidden, weight), teacher, labels)
@@ -159,7 +159,7 @@ def test_a_lazy_step_like_the_last_goes_straight_to_the_sweep_and_one_of_another
         torch.testing.assert_close(found, VanillaKD()(student.dense(), teacher.dense(), labels))
 
 
-def test_terms_that_read_different_teachers_do_so_in_every_step():
+def test_terms_read_their_own_teachers_in_every_step():
     student, first, second = torch.randn(3, 6, 5)
     criterion = kdloss.Logits(teacher=1, name="second") + kdloss.CrossEntropy() + kdloss.Logits()
     expected = {name: VanillaKD(1.0, alpha=0.0)(student, x) for name, x in (("kd", first), ("second", second))}
@@ -169,16 +169,16 @@ def test_terms_that_read_different_teachers_do_so_in_every_step():
 
 
 @pytest.mark.parametrize("kind", ["classes", "ignored"])
-def test_nothing_of_a_step_is_held_behind_it(kind):
+def test_a_step_leaves_no_reference_to_its_tensors(kind):
     criterion = VanillaKD()
     for _ in range(2):
         student, teacher, labels, _ = inputs(kind=kind)
         criterion(student, teacher, labels).backward()
-        held = [weakref.ref(x) for x in (student, teacher, labels)]
+        references = [weakref.ref(x) for x in (student, teacher, labels)]
         del student, teacher, labels
         gc.disable()
         try:
-            assert [ref() for ref in held] == [None] * 3
+            assert [ref() for ref in references] == [None] * 3
         finally:
             gc.enable()
 
@@ -195,7 +195,7 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@since_torch(2, 10)  # before, it detached once more
+@since_torch(2, 10)  # older torch detaches once more
 @pytest.mark.parametrize(("kind", "most"), [("classes", 8), ("ignored", 14)])
 def test_a_step_calls_few_operators_outside_the_engine(kind, most, monkeypatch):
     criterion, batch = VanillaKD(), inputs((128,), 10, kind=kind)[:3]
@@ -243,18 +243,18 @@ def a_hook_on_the_head(student, teacher):
     student.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
 
 
-def modes(student, teacher):
+def mixed_modes(student, teacher):
     teacher.train()
     teacher.transformer.h[0].eval()
 
 
-def names(student, teacher):
+def permuted_class_names(student, teacher):
     for model, order in ((student, "abc"), (teacher, "cab")):
         model.config.id2label.update(dict(enumerate(order)))
 
 
-def other_names(student, teacher):
-    names(student, teacher)
+def unmatched_class_names(student, teacher):
+    permuted_class_names(student, teacher)
     teacher.config.id2label[0] = "d"
 
 
@@ -263,22 +263,22 @@ def another_forward(student, teacher):
     student.forward = lambda input_ids, labels=None, **more: before(input_ids=input_ids, labels=labels)
 
 
-CHANGED = [another_head, another_block, a_hook_on_the_head, modes, another_forward]
+CHANGED = [another_head, another_block, a_hook_on_the_head, mixed_modes, another_forward]
 
 
-@pytest.mark.parametrize("change", [*CHANGED, names, other_names])
+@pytest.mark.parametrize("change", [*CHANGED, permuted_class_names, unmatched_class_names])
 @pytest.mark.parametrize("features", [False, True])
-def test_models_may_be_changed_in_place_between_steps(change, features):
-    words = change not in (names, other_names)
-    student, teacher = (gpt2(2, 0), gpt2(3, 1)) if words else classifiers()
+def test_models_changed_in_place_between_steps_give_the_results_of_a_new_distiller(change, features):
+    language = change not in (permuted_class_names, unmatched_class_names)
+    student, teacher = (gpt2(2, 0), gpt2(3, 1)) if language else classifiers()
     tokens = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
-    batch = {"input_ids": tokens, "labels": tokens if words else torch.tensor([0, 2])}
+    batch = {"input_ids": tokens, "labels": tokens if language else torch.tensor([0, 2])}
     criterion = kdloss.FeatureKD(pairing=[(0, 0)], logit_weight=1.0) if features else VanillaKD()
     distill = kdloss.Distiller(teacher, criterion)
     for _ in range(2):
         distill(student, **batch)
     change(student, teacher)
-    before = {module: module.training for module in teacher.modules()}
+    modes = {module: module.training for module in teacher.modules()}
 
     def outcome(distill):
         try:
@@ -292,4 +292,4 @@ def test_models_may_be_changed_in_place_between_steps(change, features):
         assert found == expected
     else:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert before == {module: module.training for module in teacher.modules()}
+    assert modes == {module: module.training for module in teacher.modules()}

@@ -1,4 +1,4 @@
-"""Several features that one module returns: named one by one, never chosen from in silence."""
+"""Modules that return several features: each has a name, and none is chosen without being named."""
 
 from types import SimpleNamespace as Output
 
@@ -15,12 +15,12 @@ from kdloss import Distillation, Distiller, FeatureKD, Features, Sum, Task
 KINDS = {
     "list": list,
     "tuple": tuple,
-    "dict": lambda levels: {str(i): level for i, level in enumerate(levels)},  # as torchvision's pyramid
+    "dict": lambda levels: {str(i): level for i, level in enumerate(levels)},  # like torchvision's feature pyramid
 }
 
 
 class Pyramid(nn.Module):
-    """Maps of three sizes, in a list, a tuple or a dict."""
+    """Returns maps of three sizes, in a list, a tuple or a dict."""
 
     def __init__(self, width, kind):
         super().__init__()
@@ -32,7 +32,7 @@ class Pyramid(nn.Module):
 
 
 class Detector(nn.Module):
-    """A pyramid, a head on each of its levels, and a loss of its own."""
+    """A pyramid with a head on each level, which returns its own loss."""
 
     def __init__(self, width, kind="list", seed=0):
         super().__init__()
@@ -52,13 +52,13 @@ class Detector(nn.Module):
 
 
 images = torch.randn(2, 3, 16, 24).double()
-three = ["fpn[0]", "fpn[1]", "fpn[2]"]
+LEVELS = ["fpn[0]", "fpn[1]", "fpn[2]"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_level_of_a_pyramid_is_compared_in_one_pass_with_its_own_projection(kind):
     student, teacher = Detector(4, kind), Detector(6, kind, seed=1)
-    criterion = FeatureKD(three, pairing="same", alpha=0.0)
+    criterion = FeatureKD(LEVELS, pairing="same", alpha=0.0)
     distill = Distiller(teacher, criterion).prepare(student, images)
     assert [(p.in_features, p.out_features) for p in criterion.projections.values()] == [(4, 6), (5, 7), (6, 8)]
     criterion.double()
@@ -66,7 +66,7 @@ def test_every_level_of_a_pyramid_is_compared_in_one_pass_with_its_own_projectio
         out = distill(student, images)
     assert steps.ran[student] == steps.ran[teacher] == steps.ran[student.fpn] == 1
     expected = 0
-    for i, name in enumerate(three):
+    for i, name in enumerate(LEVELS):
         s, t = (2 * m.fpn.convs[i](images).movedim(1, -1) for m in (student, teacher))
         one = F.mse_loss(criterion.projections[name](s), t.detach())
         torch.testing.assert_close(out.components[f"feature/{name}-{name}"], one.detach())
@@ -85,16 +85,16 @@ def detector(student, teacher, images, boxes):
     optimizer.step()
 
 
-def test_a_detectors_own_loss_beside_all_levels_of_its_pyramid():
+def test_a_detector_learns_from_its_own_loss_and_from_all_levels_of_its_pyramid():
     student, teacher = Detector(4), Detector(6, seed=1)
     boxes = [{"box": torch.randn(7).double()} for _ in range(2)]
     with Steps() as steps:
         detector(student, teacher, images, boxes)
-    assert steps.ran[student] == steps.ran[teacher] == 2, "one to measure widths, one to train"
+    assert steps.ran[student] == steps.ran[teacher] == 2, "one pass to measure widths, one to train"
 
     def loss(before):
         own = before.student(images, labels=boxes).loss
-        for name, s, t in zip(three, before.student.fpn(images), teacher.fpn(images), strict=True):
+        for name, s, t in zip(LEVELS, before.student.fpn(images), teacher.fpn(images), strict=True):
             projection = before.criterion.terms["feature"].projections[name]
             own = own + 0.5 / 3 * F.mse_loss(projection(s.movedim(1, -1)), t.movedim(1, -1).detach())
         return own
@@ -104,20 +104,20 @@ def test_a_detectors_own_loss_beside_all_levels_of_its_pyramid():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("take", [None, lambda levels: levels])
-def test_a_module_of_several_features_is_refused_with_the_names_of_its_parts(kind, take):
+def test_a_module_that_returns_several_features_is_refused_with_their_names(kind, take):
     student = Detector(4, kind)
     criterion = FeatureKD(["fpn"], pairing="same", alpha=0.0, take=take)
     with pytest.raises(
         TypeError, match=r"'fpn' returned.*several features.*'fpn\[0\]', 'fpn\[1\]', 'fpn\[2\]'"
     ) as error:
         Distiller(Detector(4, kind), criterion).prepare(student, images)
-    assert "(2, 4, 8, 12)" in str(error.value), "what there is"
+    assert "(2, 4, 8, 12)" in str(error.value), "the message lists their shapes"
 
 
 @pytest.mark.parametrize(
     "pairs", [[("fpn[0]", "fpn[1]")], [("fpn[-1]", "fpn[2]", 2.0)], [(("fpn[1]", "fpn[1]"), "fpn[1]")]]
 )
-def test_parts_are_layers_in_explicit_pairs_too(pairs):
+def test_features_of_a_module_can_be_layers_in_explicit_pairs(pairs):
     student, teacher = Detector(4), Detector(4)
     criterion = FeatureKD(pairing=pairs, alpha=0.0, resize=kdloss.resize.pool)
     distill = Distiller(teacher, criterion).prepare(student, images)
@@ -127,16 +127,16 @@ def test_parts_are_layers_in_explicit_pairs_too(pairs):
     assert list(components) == [f"feature/{s}-{t}", "feature"]
 
 
-def test_takes_and_layouts_hold_for_parts_by_their_names():
+def test_take_and_layout_apply_to_features_by_their_names():
     student, teacher = Detector(4), Detector(4, seed=1)
-    said = {"take": {"fpn[1]": lambda x: x.movedim(1, -1)}, "layout": {"fpn[1]": "b h w c"}, "teacher_take": None}
-    criterion = FeatureKD(["fpn[1]"], pairing="same", alpha=0.0, teacher_layout=None, **said)
+    settings = {"take": {"fpn[1]": lambda x: x.movedim(1, -1)}, "layout": {"fpn[1]": "b h w c"}, "teacher_take": None}
+    criterion = FeatureKD(["fpn[1]"], pairing="same", alpha=0.0, teacher_layout=None, **settings)
     loss = Distiller(teacher, criterion).prepare(student, images)(student, images).loss
     torch.testing.assert_close(loss, F.mse_loss(student.fpn(images)[1], teacher.fpn(images)[1]))
 
 
 class Nested(nn.Module):
-    """A backbone that returns a dict of a list, as nested as one likes."""
+    """A backbone that returns nested dicts, lists and tuples."""
 
     def __init__(self):
         super().__init__()
@@ -147,7 +147,7 @@ class Nested(nn.Module):
         return {"levels": [x, (x + 1, {"deep": x + 2})], "mask": x > 0, "out": None}
 
 
-def test_capture_names_parts_as_nested_as_they_are():
+def test_capture_finds_nested_features_by_their_paths():
     model = nn.Sequential(Nested())
     names = ["0[levels][0]", "0[levels][1][0]", "0['levels'][-1][1][deep]", "0[mask]", "0.conv"]
     with kdloss.capture(model, names) as seen:
@@ -167,7 +167,7 @@ def test_capture_names_parts_as_nested_as_they_are():
         pass
 
 
-FIRST = {
+FEATURE_FIRST = {
     "hidden states and attentions": lambda x: (x, torch.rand(2, 2, 7, 7)),
     "hidden states and a state": lambda x: (x, x[:1]),
     "a list with a mask": lambda x: [x, x > 0, None],
@@ -176,11 +176,11 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_what_begins_with_its_feature_needs_no_name(name):
+@pytest.mark.parametrize("name", FEATURE_FIRST)
+def test_an_output_that_begins_with_its_feature_needs_no_name(name):
     class Block(nn.Module):
         def forward(self, x):
-            return FIRST[name](x)
+            return FEATURE_FIRST[name](x)
 
     model = nn.Sequential(Block())
     x = torch.randn(2, 7, 4)
@@ -228,7 +228,7 @@ def test_the_levels_of_a_channels_last_model_are_not_read_as_channels_first():
     torch.testing.assert_close(loss, sum(F.mse_loss(s, t) for s, t in pairs) / 2)
 
 
-def test_a_part_of_a_block_is_not_the_block():
+def test_features_of_blocks_are_compared_under_their_own_names():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
