@@ -33,11 +33,11 @@ def run(way, loss, student, teacher, temperature=1.0):
 both_ways = pytest.mark.parametrize("way", ["plain", "closed form"])
 
 
-def test_for_small_epsilon_it_is_the_wasserstein_distance_and_for_large_ones_a_kernel_distance():
+def test_sinkhorn_is_the_wasserstein_distance_for_small_epsilon_and_a_kernel_distance_for_large():
     student, teacher = sample(6, 5, dtype=torch.float64)
     cost = on_a_line(5)
     q, p = student.softmax(-1), teacher.softmax(-1)
-    wasserstein = (q - p).cumsum(-1).abs().sum(-1) / 4  # on a line, from left to right
+    wasserstein = (q - p).cumsum(-1).abs().sum(-1) / 4  # of distributions on a line
     value = sinkhorn(student, teacher, cost=cost, epsilon=0.004, iterations=5000)
     torch.testing.assert_close(value, wasserstein, rtol=0, atol=0.004)
     kernel = ((p - q) @ -cost * (p - q)).sum(-1) / 2
@@ -46,7 +46,7 @@ def test_for_small_epsilon_it_is_the_wasserstein_distance_and_for_large_ones_a_k
     torch.testing.assert_close(grad(value, student), grad(kernel, student), rtol=1e-2, atol=1e-4)
 
 
-def test_mistakes_farther_away_cost_more_where_other_divergences_see_no_difference():
+def test_a_mistake_for_a_more_distant_class_costs_more():
     near, far, teacher = (torch.eye(4)[k].mul(50) for k in (1, 3, 0))
     loss = partial(sinkhorn, cost=on_a_line(4).float())
     assert loss(near, teacher).item() == pytest.approx(1 / 3, abs=1e-3)
@@ -55,7 +55,7 @@ def test_mistakes_farther_away_cost_more_where_other_divergences_see_no_differen
 
 @both_ways
 @pytest.mark.parametrize("epsilon", [0.1, 0.3])
-def test_value_and_gradient_are_those_of_the_limit_of_many_iterations(way, epsilon):
+def test_value_and_gradient_equal_the_oracle_after_many_iterations(way, epsilon):
     student, teacher = (x.detach() for x in sample(3, 5, dtype=torch.float64))
     points = torch.randn(5, 3, dtype=torch.float64)
     cost = torch.cdist(points, points).square()
@@ -72,7 +72,7 @@ def test_value_and_gradient_are_those_of_the_limit_of_many_iterations(way, epsil
 
 @both_ways
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
-def test_logits_of_any_size_and_excluded_classes_stay_finite(way, temperature):
+def test_large_logits_and_excluded_classes_give_finite_and_precise_values(way, temperature):
     student, teacher = 1e4 * torch.rand(2, 4, 6).mul(2).sub(1)
     student[0, :2], teacher[0, 1:3], student[1, 5], teacher[1, 5] = -INF, -INF, -INF, -INF
     loss = partial(sinkhorn, cost=on_a_line(6).float())
@@ -86,7 +86,7 @@ def test_logits_of_any_size_and_excluded_classes_stay_finite(way, temperature):
 
 @both_ways
 @pytest.mark.parametrize("temperature", [2.0, 100.0])
-def test_next_to_the_teacher_it_has_the_digits_of_forward_kl(way, temperature):
+def test_near_the_teacher_sinkhorn_is_about_as_precise_as_forward_kl(way, temperature):
     teacher = 3 * torch.randn(4, 16)
     student = teacher + 0.1 * torch.randn(4, 16)
     cost = on_a_line(16).float()
@@ -101,7 +101,7 @@ def test_next_to_the_teacher_it_has_the_digits_of_forward_kl(way, temperature):
 
 
 @both_ways
-def test_it_is_zero_at_the_teacher_to_the_last_bit_however_few_iterations(way):
+def test_sinkhorn_is_exactly_zero_at_the_teacher_after_few_iterations(way):
     _, teacher = sample(4, 7)
     for iterations in (1, 3):
         loss = partial(sinkhorn, cost=on_a_line(7).float(), epsilon=0.05, iterations=iterations)
@@ -110,7 +110,7 @@ def test_it_is_zero_at_the_teacher_to_the_last_bit_however_few_iterations(way):
         assert not slope.any()
 
 
-def test_lazy_students_are_computed_in_blocks_and_nan_stays_nan():
+def test_lazy_students_have_the_loss_of_dense_ones_and_nan_stays_nan():
     student, teacher = sample(4, 7, dtype=torch.float64)
     loss = partial(sinkhorn, cost=on_a_line(7))
     value = loss(LazyLogits(student, torch.eye(7, dtype=torch.float64)), teacher, temperature=2.0)
@@ -138,32 +138,32 @@ def test_lazy_students_are_computed_in_blocks_and_nan_stays_nan():
         ({"iterations": 0}, "iterations must be a whole number"),
     ],
 )
-def test_costs_without_a_divergence_are_refused_with_what_to_write(change, words):
+def test_invalid_costs_and_settings_are_refused_with_a_remedy(change, words):
     loss = partial(sinkhorn, **{"cost": on_a_line(3), **change})
     for way in ("plain", "closed form"):
         with pytest.raises(ValueError, match=words):
             run(way, loss, torch.zeros(2, 3), torch.zeros(2, 3))
 
 
-def test_a_cost_s_numbers_are_looked_at_once_and_again_when_they_changed(monkeypatch):
-    looked = []
-    monkeypatch.setattr(transport, "_look", lambda *args: looked.append(args))
+def test_a_cost_is_checked_once_and_again_after_it_changed(monkeypatch):
+    checks = []
+    monkeypatch.setattr(transport, "_look", lambda *args: checks.append(args))
     cost = on_a_line(3)
     for _ in range(3):
         sinkhorn(torch.zeros(2, 3), torch.zeros(2, 3), cost=cost)
-    assert len(looked) == 1
+    assert len(checks) == 1
     cost.mul_(2)
     sinkhorn(torch.zeros(2, 3), torch.zeros(2, 3), cost=cost)
-    assert len(looked) == 2
+    assert len(checks) == 2
 
 
-def test_some_classes_and_a_bucket_have_no_cost():
+def test_a_top_k_teacher_with_a_bucket_is_refused_with_a_remedy():
     student, teacher = sample(4, 7)
     with pytest.raises(ValueError, match=r"sinkhorn.*tail='uniform'"):
         sinkhorn(student, TopKLogits.of(teacher, 3), cost=on_a_line(7).float())
 
 
-def test_a_criterion_with_a_cost_copies():
+def test_a_criterion_with_a_cost_can_be_copied():
     student, teacher = sample(4, 7)
     criterion = kdloss.VanillaKD(2.0, 0.0, divergence=partial(sinkhorn, cost=on_a_line(7).float()))
     assert torch.equal(copy.deepcopy(criterion)(student, teacher), criterion(student, teacher))

@@ -1,4 +1,4 @@
-"""A temperature of the teacher's own, around any divergence."""
+"""A separate temperature for the teacher, around any divergence."""
 
 import copy
 import inspect
@@ -28,7 +28,7 @@ def in_criterion(divergence, student, teacher, temperature):
 
 
 @every_inner
-def test_it_is_zero_without_gradient_where_both_softened_are_equal_and_only_there(inner):
+def test_value_and_gradient_are_zero_only_where_the_softened_logits_are_equal(inner):
     _, teacher = sample(4, 7)
     loss = with_teacher_temperature(inner, 4.0)
     student = (teacher * 0.5).requires_grad_()  # exact: powers of 2
@@ -40,26 +40,26 @@ def test_it_is_zero_without_gradient_where_both_softened_are_equal_and_only_ther
 
 @every_inner
 @pytest.mark.parametrize("temperatures", [(1.0, 4.0), (3.0, 0.7), (100.0, 20.0)])
-def test_it_compares_softmaxes_at_two_temperatures_in_value_and_gradient(inner, temperatures):
+def test_value_and_gradient_are_those_of_softmaxes_at_two_temperatures(inner, temperatures):
     student, teacher = sample(4, 7, dtype=torch.float64)
-    mine, its = temperatures
-    # At T = 1 the logits are what was divided before; T² is the student's.
-    size = mine**2 if "t_squared" in inspect.signature(inner).parameters else 1.0
-    expected = size * inner(student / mine, teacher / its)
+    for_student, for_teacher = temperatures
+    # The inner divergence at T = 1, on divided logits; the factor T² has the student's temperature.
+    size = for_student**2 if "t_squared" in inspect.signature(inner).parameters else 1.0
+    expected = size * inner(student / for_student, teacher / for_teacher)
     slope = grad(expected, student)
-    loss = with_teacher_temperature(inner, its)
+    loss = with_teacher_temperature(inner, for_teacher)
     lazy = LazyLogits(student.detach().requires_grad_(), torch.eye(7, dtype=torch.float64))
-    for value, where in (
-        (loss(student, teacher, temperature=mine), student),
-        (in_criterion(loss, student, teacher, mine), student),
-        (loss(student, LazyLogits(teacher, torch.eye(7, dtype=torch.float64)), temperature=mine), student),
-        *([] if inner is kdloss.divergences.uld else [(loss(lazy, teacher, temperature=mine), lazy.hidden)]),
+    for value, leaf in (
+        (loss(student, teacher, temperature=for_student), student),
+        (in_criterion(loss, student, teacher, for_student), student),
+        (loss(student, LazyLogits(teacher, torch.eye(7, dtype=torch.float64)), temperature=for_student), student),
+        *([] if inner is kdloss.divergences.uld else [(loss(lazy, teacher, temperature=for_student), lazy.hidden)]),
     ):
         torch.testing.assert_close(value.sum(), expected.sum(), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(grad(value, where), slope, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(grad(value, leaf), slope, rtol=1e-7, atol=1e-10)
 
 
-def test_with_the_student_s_own_temperature_nothing_changes():
+def test_a_teacher_temperature_equal_to_the_students_changes_nothing():
     student, teacher = sample(4, 7)
     plain = kdloss.divergences.forward_kl
     for value, expected in (
@@ -76,7 +76,7 @@ def test_with_the_student_s_own_temperature_nothing_changes():
         torch.testing.assert_close(grad(value, student), grad(expected, student), rtol=1e-5, atol=1e-6)
 
 
-def test_options_labels_and_schedules_reach_the_divergence_inside():
+def test_options_labels_and_schedules_reach_the_inner_divergence():
     student, teacher = sample(4, 7, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, -100])
     loss = with_teacher_temperature(partial(kdloss.divergences.jsd, beta=0.1, t_squared=False), 4.0)
@@ -97,16 +97,16 @@ def test_options_labels_and_schedules_reach_the_divergence_inside():
     torch.testing.assert_close(falling(student, teacher), expected)
 
 
-def test_it_has_the_closed_form_of_what_it_wraps_and_copies_and_pickles():
-    for inner, there in ((kdloss.divergences.forward_kl, True), (kdloss.divergences.adaptive_kl, False)):
+def test_the_wrapped_divergence_keeps_its_closed_form_and_can_be_copied_and_pickled():
+    for inner, has_closed_form in ((kdloss.divergences.forward_kl, True), (kdloss.divergences.adaptive_kl, False)):
         loss = with_teacher_temperature(inner, 4.0)
-        assert (loss.closed_form is not None) == there
+        assert (loss.closed_form is not None) == has_closed_form
         for twin in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
             assert twin == loss
         assert "t_squared" in inspect.signature(loss).parameters
 
 
-def test_large_logits_keep_the_small_gaps_among_them():
+def test_small_differences_of_large_logits_are_precise():
     student, teacher = 1e4 + torch.randint(0, 200, (2, 4, 9)) / 1024
     loss = with_teacher_temperature(kdloss.divergences.forward_kl, 0.07)
     exact = loss(student.double(), teacher.double(), temperature=0.05)
@@ -116,7 +116,7 @@ def test_large_logits_keep_the_small_gaps_among_them():
 
 
 @pytest.mark.parametrize("name", ["logit_mse", "bernoulli_kl"])
-def test_what_has_no_use_for_a_teacher_s_temperature_is_refused(name):
+def test_divergences_that_cannot_use_a_teacher_temperature_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} has no use for a teacher's temperature"):
         with_teacher_temperature(getattr(kdloss.divergences, name), 4.0)
     standardized = kdloss.divergences.standardized(kdloss.divergences.forward_kl)
@@ -128,10 +128,10 @@ def test_what_has_no_use_for_a_teacher_s_temperature_is_refused(name):
         with_teacher_temperature(kdloss.divergences.forward_kl, 0.0)
 
 
-def test_teachers_that_give_probabilities_at_one_temperature_are_refused():
+def test_teachers_that_hold_probabilities_at_a_fixed_temperature_are_refused():
     student, teacher = sample(4, 7)
     loss = with_teacher_temperature(kdloss.divergences.forward_kl, 4.0)
-    for kept in (TopKLogits.of(teacher, 3), Mixture([teacher, student.detach()])):
+    for target in (TopKLogits.of(teacher, 3), Mixture([teacher, student.detach()])):
         for way in (loss, partial(in_criterion, loss, temperature=1.0)):
             with pytest.raises(ValueError, match=r"with_teacher_temperature.*compares logits"):
-                way(student, kept)
+                way(student, target)
