@@ -1,4 +1,4 @@
-"""A detector's own loss and features: labels that are lists of dicts, losses that are a dict, held to float64."""
+"""Detectors: their own loss beside features, with labels that are lists of dicts and losses that are a dict."""
 
 import logging
 
@@ -16,12 +16,12 @@ from kdloss import Distillation, Features, Task
 
 
 def boxes(n):
-    """Boxes inside the picture: center and size, relative."""
+    """Random boxes inside an image: relative center and size."""
     return torch.rand(n, 4, dtype=torch.float64) * 0.4 + 0.3
 
 
 def hooked(model, modules, *args, **batch):
-    """What modules gave in one pass, and what the model gave."""
+    """The outputs of modules in one forward pass, and the output of the model."""
     seen = []
     handles = [
         m.register_forward_hook(lambda m, a, y: seen.append(y[0] if isinstance(y, tuple) else y)) for m in modules
@@ -32,7 +32,7 @@ def hooked(model, modules, *args, **batch):
     return seen, out
 
 
-# -- DETR: labels=[{"class_labels", "boxes"}, ...], the loss matches predictions to them --
+# -- DETR: labels=[{"class_labels", "boxes"}, ...], which the loss matches with predictions --
 
 
 @recipe
@@ -54,18 +54,18 @@ def detr(width=16, depth=2, seed=0):
     return hf.DetrForObjectDetection(hf.DetrConfig(**heads, **sizes, **own))
 
 
-def found(pictures=(2, 1)):
-    """What is to be detected in each picture."""
-    return [{"class_labels": torch.randint(0, 4, (n,)), "boxes": boxes(n).float()} for n in pictures]
+def detr_labels(objects=(2, 1)):
+    """Classes and boxes of the objects in each image."""
+    return [{"class_labels": torch.randint(0, 4, (n,)), "boxes": boxes(n).float()} for n in objects]
 
 
-def test_a_detr_learns_by_its_own_loss_and_its_decoders_features_in_one_pass():
+def test_a_detr_learns_from_its_own_loss_and_its_decoders_features_in_one_pass():
     pytest.importorskip("scipy")
     student, teacher = detr().train(), detr(width=24, depth=3, seed=1)
-    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": found()}
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": detr_labels()}
     with Steps() as steps:
         detr_with_features(student, teacher, batch)
-    assert steps.ran[student] == steps.ran[teacher] == 2, "one to measure widths, one to train"
+    assert steps.ran[student] == steps.ran[teacher] == 2, "one pass to measure widths, one to train"
 
     def loss(before):
         own, out = hooked(before.student, before.student.model.decoder.layers, **batch)
@@ -74,35 +74,35 @@ def test_a_detr_learns_by_its_own_loss_and_its_decoders_features_in_one_pass():
         gaps = [(project[str(i)](own[i]) - guides[j].detach()).square().mean() for i, j in ((0, 0), (1, 2))]
         return out.loss + 0.5 * sum(gaps) / 2
 
-    holds_to(steps, loss, rtol=1e-4, atol=1e-6)  # the model's own loss is in float32 only
+    holds_to(steps, loss, rtol=1e-4, atol=1e-6)  # the model computes its own loss in float32
     assert sorted(steps.outs[0].components) == ["feature", "feature/0-0", "feature/1-2", "task"]
 
 
-def test_a_detector_predicts_without_labels_and_tells_its_own_loss_in_evaluation():
+def test_a_detector_in_evaluation_predicts_without_labels_and_returns_its_own_loss_with_them():
     pytest.importorskip("scipy")
     model = Distillation(detr(), detr(seed=1), Task() + Features("last")).eval()
     x = torch.randn(2, 3, 32, 32)
     out = model(pixel_values=x)
     assert out.loss is None
     assert out.output.pred_boxes.shape == (2, 5, 4)
-    labels = found()
+    labels = detr_labels()
     torch.testing.assert_close(
         model(pixel_values=x, labels=labels).loss, model.student(pixel_values=x, labels=labels).loss
     )
 
 
-def test_cross_entropy_of_a_detectors_labels_is_refused_with_its_own_loss():
-    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": found()}
+def test_cross_entropy_of_a_detectors_labels_is_refused_and_the_error_names_task():
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": detr_labels()}
     for criterion in (kdloss.FeatureKD(), kdloss.VanillaKD()):
         with pytest.raises(TypeError, match=r"labels are a list of dicts.*kdloss\.Task\(\)"):
             Distillation(detr().train(), detr(seed=1), criterion)(**batch)
 
 
-# -- torchvision's form: model(images, targets) gives losses in training, detections in evaluation --
+# -- torchvision's interface: model(images, targets) returns losses in training, detections in evaluation --
 
 
 class Detector(nn.Module):
-    """Classes and boxes of a whole picture, on maps of a backbone."""
+    """Predicts one class and one box per image from the maps of a backbone."""
 
     def __init__(self, width):
         super().__init__()
@@ -129,14 +129,14 @@ def detector_with_maps(student, teacher, images, targets):
     optimizer.step()
 
 
-def test_a_detector_of_torchvisions_form_learns_by_its_losses_and_its_maps():
+def test_a_detector_with_torchvisions_interface_learns_from_its_losses_and_its_maps():
     torch.manual_seed(0)
     student, teacher = Detector(4).double().train(), Detector(6).double().train()
     images = [torch.randn(3, 8, 8, dtype=torch.float64) for _ in range(3)]
     targets = [{"labels": torch.randint(0, 5, (1,)), "boxes": boxes(1)} for _ in images]
     with Steps() as steps:
         detector_with_maps(student, teacher, images, targets)
-    assert steps.ran[student] == steps.ran[teacher] == 2, "one to measure widths, one to train"
+    assert steps.ran[student] == steps.ran[teacher] == 2, "one pass to measure widths, one to train"
     assert teacher.training
 
     def loss(before):
@@ -156,7 +156,7 @@ def test_a_detector_of_torchvisions_form_learns_by_its_losses_and_its_maps():
     holds_to(steps, loss)
 
 
-def test_targets_beside_the_pictures_may_be_labels_too(caplog):
+def test_targets_passed_to_the_models_may_also_be_the_labels(caplog):
     student, teacher = Detector(4).train(), Detector(4)
     images = [torch.randn(3, 8, 8) for _ in range(2)]
     targets = [{"labels": torch.randint(0, 5, (1,)), "boxes": boxes(1).float()} for _ in images]
@@ -171,7 +171,7 @@ def test_targets_beside_the_pictures_may_be_labels_too(caplog):
     assert not caplog.records
 
 
-def test_a_student_whose_own_loss_takes_no_labels_is_given_none():
+def test_a_student_whose_own_loss_takes_no_labels_gets_none():
     class Autoencoder(nn.Module):
         def __init__(self):
             super().__init__()

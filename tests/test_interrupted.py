@@ -1,4 +1,4 @@
-"""Real processes killed at chosen times, and full disks: the same command resumes."""
+"""After a process was killed or its disk was full, the same command resumes."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-# Runs distill_lm.py and dies by SIGKILL in the n-th call of a function, after doing a part of its work.
+# Runs distill_lm.py and kills itself in the n-th call of a function, after a part of that call's work.
 KILLED = """
 import os, pathlib, signal, sys
 import torch, distill_lm
@@ -30,8 +30,8 @@ HALF = "lambda state, file: pathlib.Path(file).write_bytes(b'PK, and half of the
 INSTANTS = {
     "in the teacher's third step": "dies(torch.optim.AdamW, 'step', 3, lambda *a: None)",
     "while the teacher's checkpoint is written": f"dies(torch, 'save', 5, {HALF})",
-    "when it is whole, before it has its name": "dies(os, 'replace', 9, lambda *a: None)",
-    "before the old one is deleted": "dies(pathlib.Path, 'unlink', 12, lambda *a: None)",
+    "when the teacher's checkpoint is complete, before it is renamed": "dies(os, 'replace', 9, lambda *a: None)",
+    "before the old checkpoint is deleted": "dies(pathlib.Path, 'unlink', 12, lambda *a: None)",
     "while the teacher is written": (
         "dies(models, 'save', 1, lambda model, tokenizer, folder: "
         "model.save_pretrained(folder.with_name(folder.name + '.partial')))"
@@ -55,25 +55,25 @@ def data(tmp_path_factory):
 
 
 def command(data, output):
-    """Features through a projection, to random layers, with dropout: all that random numbers can reach."""
+    """A run with projections, random layers and dropout, so that random numbers decide as much as possible."""
     method = {"method": "both", "pairing": "random", "layers": "all", "dropout": 0.1, "save_every": 0}
     return tiny.flags(data, output, **method)
 
 
-def test_killed_at_any_instant_it_ends_with_the_weights_of_an_undisturbed_run(data, tmp_path):
+def test_a_run_killed_at_any_instant_ends_with_the_weights_of_an_undisturbed_run(data, tmp_path):
     undisturbed = distill_lm.main(command(data, tmp_path / "undisturbed"))["both"][0]
     output = tmp_path / "killed"
     for name, instant in INSTANTS.items():
         died = tiny.script(KILLED.format(instant=instant), *command(data, output))
         assert died.returncode == -9, (name, died.stderr[-2000:])
-    found = distill_lm.main(command(data, output))["both"][0]
-    ours, theirs = (load_file(f"{x['student']}/model.safetensors") for x in (found, undisturbed))
+    resumed = distill_lm.main(command(data, output))["both"][0]
+    ours, theirs = (load_file(f"{x['student']}/model.safetensors") for x in (resumed, undisturbed))
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
-    for a, b in zip(found["curve"], undisturbed["curve"], strict=True):
+    for a, b in zip(resumed["curve"], undisturbed["curve"], strict=True):
         assert (a["step"], a["perplexity"]) == (b["step"], b["perplexity"])
-    left = [file.name for file in output.rglob("*") if ".partial" in file.name or ".checkpoint" in file.name]
-    assert not left
+    leftovers = [file.name for file in output.rglob("*") if ".partial" in file.name or ".checkpoint" in file.name]
+    assert not leftovers
 
 
 def test_a_full_disk_raises_an_error_and_loses_nothing_that_was_finished(data, tmp_path):

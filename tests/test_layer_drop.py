@@ -1,4 +1,4 @@
-"""Models that leave blocks out of their training passes: refused before it happens, with the line that ends it."""
+"""Models that skip random blocks in training are refused before the pass, with the line that turns this off."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def tokens():
 
 WAVES = {"input_values": torch.randn(2, 400)}
 IN_CONFIG = r"0 can't be .*LayerDrop, here 0\.1.*model\.config\.layerdrop = 0\.0"
-SAID = [
+CASES = [
     (speech, WAVES, IN_CONFIG),
     (lambda: speech(hf.HubertForCTC, hf.HubertConfig), WAVES, IN_CONFIG),
     (lambda: bart(decoder_layerdrop=0.3), tokens(), r"here 0\.3.*model\.model\.decoder\.layerdrop = 0\.0"),
@@ -47,31 +47,31 @@ def criterion(**more):
     return kdloss.FeatureKD("all", alpha=0.0, **more)
 
 
-@pytest.mark.parametrize(("make", "batch", "said"), SAID)
-def test_a_student_that_drops_blocks_at_random_is_refused_at_its_first_step(make, batch, said):
+@pytest.mark.parametrize(("make", "batch", "message"), CASES)
+def test_a_student_that_drops_random_blocks_is_refused_at_every_training_step(make, batch, message):
     student, teacher = make().train(), make().eval()
     distill = kdloss.Distiller(teacher, criterion())
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         distill(student, **batch)
-    student.eval()  # where nothing is dropped
+    student.eval()  # nothing is dropped in evaluation
     assert distill(student, **batch).loss == 0
     student.train()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         distill(student, **batch)
 
 
-@pytest.mark.parametrize(("make", "batch", "said"), SAID)
-def test_the_line_in_the_message_turns_layer_drop_off(make, batch, said):
+@pytest.mark.parametrize(("make", "batch", "message"), CASES)
+def test_the_line_in_the_message_turns_layer_drop_off(make, batch, message):
     model, teacher = make().train(), make().eval()
     distill = kdloss.Distiller(teacher, criterion())
     with pytest.raises(ValueError, match=r"; write (model\.\S+ = 0\.0)$") as raised:
         distill(model, **batch)
     exec(str(raised.value).rpartition("write ")[2], {"model": model})
-    for _ in range(20):  # a rate of 0.1 in three blocks would be met
+    for _ in range(20):  # often enough to see a drop at a rate of 0.1 in three blocks
         assert torch.isfinite(distill(model, **batch).loss)
 
 
-def test_the_other_stacks_drops_are_none_of_its_business():
+def test_layer_drop_in_a_stack_that_is_not_compared_is_allowed():
     student = bart(encoder_layerdrop=0.5).train()
     with pytest.raises(ValueError, match=r"model\.model\.encoder\.layerdrop = 0\.0"):
         kdloss.Distiller(bart().eval(), criterion(blocks="model.encoder.layers"))(student, **tokens())
@@ -79,13 +79,13 @@ def test_the_other_stacks_drops_are_none_of_its_business():
     assert torch.isfinite(out.loss)
 
 
-def test_a_stack_that_stays_in_evaluation_drops_nothing():
+def test_layer_drop_in_a_stack_in_evaluation_mode_is_allowed():
     student = bart(decoder_layerdrop=0.9).train()
     student.model.decoder.eval()
     assert torch.isfinite(kdloss.Distiller(bart().eval(), criterion())(student, **tokens()).loss)
 
 
-def test_capture_names_the_drop_where_it_happened():
+def test_capture_names_layer_drop_when_blocks_did_not_run():
     student = bart(decoder_layerdrop=1.0).train()
     x = tokens()["input_ids"]
     with (
@@ -95,7 +95,7 @@ def test_capture_names_the_drop_where_it_happened():
         student(input_ids=x, decoder_input_ids=x)
 
 
-def test_a_wrapped_student_is_looked_through():
+def test_layer_drop_is_detected_inside_a_wrapper():
     class Wrapper(nn.Module):
         def __init__(self, module):
             super().__init__()

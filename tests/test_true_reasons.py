@@ -1,4 +1,4 @@
-"""Errors whose reasons and remedies hold for the model at hand: traced, frozen, wrapped, not prepared."""
+"""Error messages give the true reason and remedy for traced, frozen, wrapped and unprepared models."""
 
 import functools
 
@@ -15,7 +15,7 @@ from kdloss import distances
 
 
 class Net(nn.Module):
-    """Three blocks; `run` is how its forward calls one."""
+    """A net of three blocks; its forward calls each block through `run`."""
 
     def __init__(self, width=4, run=lambda block, x: block(x)):
         super().__init__()
@@ -29,13 +29,13 @@ class Net(nn.Module):
 
 
 def reason(model, name, x, error=RuntimeError):
-    """What capture says of a module of this name, in one pass."""
+    """The error message when `capture` is asked for a module of this name."""
     with pytest.raises(error) as raised, kdloss.capture(model, [name]):
         model(x)
     return str(raised.value)
 
 
-def frozen(block, x):
+def under_no_grad(block, x):
     with torch.no_grad():
         return block(x)
 
@@ -43,55 +43,55 @@ def frozen(block, x):
 X = torch.randn(2, 4)
 
 
-# -- torch.fx ---------------------------------------------------------------------------------------
+# -- torch.fx ----------------------------------------------------------------------------------------
 
 
-def test_of_a_traced_model_the_modules_that_its_graph_calls_are_named():
+def test_the_error_for_a_traced_model_names_the_modules_that_its_graph_calls():
     traced = fx.symbolic_trace(Net())
-    said = reason(traced, "blocks.1", X)
-    assert "torch.fx" in said
-    assert "{'blocks.1': ['blocks.1.0', 'blocks.1.1']}" in said
-    assert "torch.compile" not in said
+    message = reason(traced, "blocks.1", X)
+    assert "torch.fx" in message
+    assert "{'blocks.1': ['blocks.1.0', 'blocks.1.1']}" in message
+    assert "torch.compile" not in message
     with kdloss.capture(traced, ["blocks.1.1"]) as seen:
         traced(X)
     torch.testing.assert_close(seen["blocks.1.1"], Net.forward(traced_part(traced, 2), X))
 
 
 def traced_part(traced, depth):
-    """The first blocks of a traced net as a net of its own, without a head."""
+    """A net of the first blocks of a traced net, without a head."""
     part = Net()
     part.blocks = nn.ModuleList(nn.Sequential(*traced.get_submodule(f"blocks.{i}").children()) for i in range(depth))
     part.head = nn.Identity()
     return part
 
 
-def test_a_traced_part_of_a_model_has_its_names_in_the_whole():
-    whole = nn.Sequential(fx.symbolic_trace(Net()), nn.ReLU())
-    assert "{'0.blocks.2': ['0.blocks.2.0', '0.blocks.2.1']}" in reason(whole, "0.blocks.2", X)
+def test_the_error_for_a_traced_submodule_gives_paths_in_the_full_model():
+    model = nn.Sequential(fx.symbolic_trace(Net()), nn.ReLU())
+    assert "{'0.blocks.2': ['0.blocks.2.0', '0.blocks.2.1']}" in reason(model, "0.blocks.2", X)
 
 
 @pytest.mark.filterwarnings(
     "ignore:.*torch.ao.quantization is deprecated", "ignore:.*reduce_range", "ignore:.*observer"
 )
-def test_a_student_prepared_for_quantisation_is_told_what_its_graph_calls():
+def test_the_error_for_a_student_prepared_for_quantisation_names_what_its_graph_calls():
     block = nn.Sequential(ResidualBlock(3, 4, 1), ResidualBlock(4, 4, 1))
     x = torch.randn(2, 3, 4, 4)
     student = prepare_qat_fx(block.train(), get_default_qat_qconfig_mapping(), (x,))
-    said = reason(student, "1", x)
-    assert "{'1': ['1.conv1', '1.conv2', '1.downsample.0']}" in said
-    assert "shortcut" in said
+    message = reason(student, "1", x)
+    assert "{'1': ['1.conv1', '1.conv2', '1.downsample.0']}" in message
+    assert "shortcut" in message
 
 
-def test_a_traced_model_has_no_lists_of_blocks_and_says_so():
+def test_find_blocks_in_a_traced_model_raises_an_error_with_the_layers_to_write():
     traced = fx.symbolic_trace(Net())
     with pytest.raises(ValueError, match=r"torch\.fx.*layers=\['blocks\.\d\.\d', .*\]"):
         kdloss.layers.find_blocks(traced)
 
 
-# -- parts that are never called ---------------------------------------------------------------------
+# -- modules that are never called -------------------------------------------------------------------
 
 
-def test_parts_whose_weights_alone_are_used_are_told_from_skipped_ones():
+def test_the_error_for_a_module_of_which_only_the_weights_are_used_says_so():
     class Attending(nn.Module):
         def __init__(self):
             super().__init__()
@@ -100,11 +100,11 @@ def test_parts_whose_weights_alone_are_used_are_told_from_skipped_ones():
         def forward(self, x):
             return self.attention(x, x, x)[0]
 
-    said = reason(Attending(), "attention.out_proj", X)
-    assert "nn.MultiheadAttention computes with the weights of its parts" in said
+    message = reason(Attending(), "attention.out_proj", X)
+    assert "nn.MultiheadAttention computes with the weights of its parts" in message
 
 
-def test_a_model_that_was_not_called_itself_is_told_so():
+def test_the_error_for_a_model_that_was_not_called_says_so():
     model = Net()
     with (
         pytest.raises(RuntimeError, match=r"nor did the Net that `capture` was given: call it there"),
@@ -116,42 +116,44 @@ def test_a_model_that_was_not_called_itself_is_told_so():
 # -- no gradient -------------------------------------------------------------------------------------
 
 
-def test_a_frozen_backbone_is_told_to_be_frozen_by_its_parameters():
-    said = reason(Net(run=frozen), "blocks.1", X)
-    assert "ran under torch.no_grad()" in said
-    assert "requires_grad_(False)" in said
-    model = Net(run=frozen)
+def test_the_error_for_a_backbone_under_no_grad_says_to_freeze_its_parameters():
+    message = reason(Net(run=under_no_grad), "blocks.1", X)
+    assert "ran under torch.no_grad()" in message
+    assert "requires_grad_(False)" in message
+    model = Net(run=under_no_grad)
     model.blocks.requires_grad_(False)  # the remedy
     with kdloss.capture(model, ["blocks.1"]) as seen:
         model(X)
     assert not seen["blocks.1"].requires_grad
 
 
-def test_reentrant_checkpointing_is_told_from_a_frozen_backbone():
+def test_the_error_for_reentrant_checkpointing_differs_from_that_for_no_grad():
     def checkpointed(block, x):
         return checkpoint(block, x, use_reentrant=True)
 
-    said = reason(Net(run=checkpointed), "blocks.1.0", X.clone().requires_grad_())
-    assert "use_reentrant=False" in said
-    assert "no_grad" not in said
-    both = reason(Net(run=lambda block, x: frozen(functools.partial(checkpoint, block, use_reentrant=False), x)), 1, X)
-    assert "ran under torch.no_grad()" in both
+    message = reason(Net(run=checkpointed), "blocks.1.0", X.clone().requires_grad_())
+    assert "use_reentrant=False" in message
+    assert "no_grad" not in message
+    with_no_grad = reason(
+        Net(run=lambda block, x: under_no_grad(functools.partial(checkpoint, block, use_reentrant=False), x)), 1, X
+    )
+    assert "ran under torch.no_grad()" in with_no_grad
 
 
-def test_a_module_that_detaches_its_own_output_is_told_so():
+def test_the_error_for_a_module_that_detaches_its_output_says_so():
     class Detaching(nn.Linear):
         def forward(self, x):
             return super().forward(x).detach()
 
-    said = reason(nn.Sequential(Detaching(4, 4), nn.Linear(4, 2)), "0", X)
-    assert "its own forward detaches it" in said
-    assert "checkpointing" not in said
+    message = reason(nn.Sequential(Detaching(4, 4), nn.Linear(4, 2)), "0", X)
+    assert "its own forward detaches it" in message
+    assert "checkpointing" not in message
 
 
 # -- a mask and **kwargs -----------------------------------------------------------------------------
 
 
-def test_a_mask_reaches_the_loss_inside_a_function_of_kwargs():
+def test_a_mask_reaches_a_distance_inside_a_function_of_kwargs():
     student, teacher = torch.randn(2, 1, 6, 5)
     mask = torch.tensor([[True, True, False, True, False, True]])
 
@@ -170,7 +172,7 @@ def test_a_mask_reaches_the_loss_inside_a_function_of_kwargs():
     torch.testing.assert_close(plain, cut)
 
 
-def test_one_whose_inner_loss_takes_no_mask_is_told_to_name_its_parameters():
+def test_the_error_for_a_function_of_kwargs_around_a_distance_without_mask_says_to_name_its_parameters():
     student, teacher, mask = torch.randn(1, 6, 5), torch.randn(1, 6, 5), torch.tensor([[True] * 4 + [False] * 2])
 
     def wrapped(s, t, **options):
@@ -188,24 +190,24 @@ def test_one_whose_inner_loss_takes_no_mask_is_told_to_name_its_parameters():
 
 
 def masked(loss, student, teacher, mask):
-    """A distance or a criterion of one pair, under a mask."""
+    """The masked loss of a distance, or of a criterion with one pair of layers."""
     if not isinstance(loss, nn.Module):
         return kdloss.masked(loss, student, teacher, mask)
     outputs = [type("Output", (), {"hidden_states": (x, x)})() for x in (student, teacher)]
     return loss(*outputs, mask=mask)
 
 
-# -- a checkpoint before its place is there ----------------------------------------------------------
+# -- a checkpoint of parameters that do not exist yet ------------------------------------------------
 
 
-def test_a_criterion_that_loads_what_it_has_no_place_for_is_told_to_prepare():
-    made = functools.partial(kdloss.FeatureKD, "last", alpha=0.0)
-    learned = made(depths=(3, 3), widths=(4, 5)).state_dict()
-    assert next(iter(learned)).startswith("terms.feature.projections.")
+def test_the_error_for_loading_parameters_that_do_not_exist_yet_says_to_prepare():
+    build = functools.partial(kdloss.FeatureKD, "last", alpha=0.0)
+    state = build(depths=(3, 3), widths=(4, 5)).state_dict()
+    assert next(iter(state)).startswith("terms.feature.projections.")
     with pytest.raises(
         RuntimeError, match=r"'terms\.feature\.projections.*write distill\.prepare\(student, \*\*batch\)"
     ):
-        made().load_state_dict(learned)
-    made().load_state_dict(learned, strict=False)
+        build().load_state_dict(state)
+    build().load_state_dict(state, strict=False)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        made(depths=(3, 3), widths=(4, 6)).load_state_dict(learned)
+        build(depths=(3, 3), widths=(4, 6)).load_state_dict(state)
