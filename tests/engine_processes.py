@@ -15,7 +15,7 @@ import kdloss
 
 
 class Model(nn.Module):
-    """Its forward gives hidden states; the head is for the loss."""
+    """A model whose forward returns hidden states; the loss applies the head."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ def main(folder):
     model, tokens, labels = data()
     wrapped, mine = DistributedDataParallel(model), slice(2 * rank, 2 * rank + 2)
     items = (labels != -100).sum() / dist.get_world_size()  # DDP averages over ranks
-    for _ in (1, 2):  # the second time with buckets as rebuilt after the first
+    for _ in (1, 2):  # DDP rebuilds its buckets after the first step
         model.zero_grad()
         hidden = wrapped(tokens[mine])
         student = kdloss.LazyLogits(hidden, model.head.weight, model.head.bias)

@@ -1,4 +1,4 @@
-"""A LightningModule with a `Distillation` in it, as its user would write it."""
+"""A LightningModule around a `Distillation`, as a user would write it."""
 
 import pytorch_lightning as pl
 from distillation_processes import BATCH, made, recipe, rows, sgd, weights, world
@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 
 class Distilling(pl.LightningModule):
-    """README's loop in Lightning's words."""
+    """The training loop of the README as a LightningModule."""
 
     def __init__(self, model):
         super().__init__()
@@ -24,20 +24,20 @@ class Distilling(pl.LightningModule):
 
     def optimizer_step(self, *args, **settings):
         super().optimizer_step(*args, **settings)
-        self.model.criterion.advance()  # here: Lightning saves before it calls on_train_batch_end
+        self.model.criterion.advance()  # not in on_train_batch_end, before which Lightning saves
 
     def configure_optimizers(self):
         return sgd(self.model)
 
 
-def loader(data, parts=1):
-    """In order, which Lightning's own sampler for several processes doesn't leave."""
+def loader(data, accumulate=1):
+    """A loader in the order of the data, which Lightning's sampler for several processes changes."""
     sampler = DistributedSampler(data, world(), shuffle=False) if world() > 1 else None
-    return DataLoader(data, BATCH // world() // parts, sampler=sampler)
+    return DataLoader(data, BATCH // world() // accumulate, sampler=sampler)
 
 
 def lightened(folder, criterion=recipe, accumulate=1, resume=None):
-    """Two epochs, saved after the first or taken up from there: the weights they end in."""
+    """Train two epochs, or resume from a saved epoch; returns the final weights, the step and the metrics."""
     module = Distilling(made(criterion))
     trainer = pl.Trainer(
         accelerator="cpu", devices=world(), max_epochs=2, accumulate_grad_batches=accumulate, logger=False,

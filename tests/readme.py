@@ -1,4 +1,4 @@
-"""Blocks of Python in pages of text, and what the text says their reader has."""
+"""Run the Python blocks of the README and the docs with the names that the text assumes."""
 
 import re
 import textwrap
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def blocks(*pages: Path) -> list[tuple[str, int, str]]:
-    """Page, number and code; a block may stand in a tab, and mark lines of its own."""
+    """Page, number and code of each Python block; a block may be indented in a tab and may highlight lines."""
     return [
         (page.name, number, textwrap.dedent(code))
         for page in pages
@@ -24,7 +24,7 @@ def blocks(*pages: Path) -> list[tuple[str, int, str]]:
 
 
 def recipe(page: str, title: str, **names: object) -> SimpleNamespace:
-    """What the first block of Python under a heading `### title` of a page in docs makes."""
+    """The names that the first Python block under a heading `### title` of a page in docs defines."""
     text = (ROOT / "docs" / page).read_text()
     section = re.search(rf"^### {re.escape(title)}\n(.*?)(?=^#|\Z)", text, re.DOTALL | re.MULTILINE)
     assert section, f"docs/{page} has no heading '### {title}'"
@@ -35,7 +35,7 @@ def recipe(page: str, title: str, **names: object) -> SimpleNamespace:
 
 
 def run(name: str, code: str, student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], **more: object) -> None:
-    """Two models, their batches, an optimizer's class, ...: a block that trains has changed the student."""
+    """Run a block with two models, a batch and more names; a block that trains must change the student."""
     before = [p.detach().clone() for p in student.parameters()]
     plain = {k: v for k, v in batch.items() if k != "labels"}
     with torch.no_grad():
@@ -56,7 +56,7 @@ def run(name: str, code: str, student: nn.Module, teacher: nn.Module, batch: dic
     }
     exec(compile(code, name, "exec"), names)
     if names["student"] is not student:
-        return  # a block that builds models of its own
+        return  # the block builds its own models
     if "optimizer.step()" in code or "trainer.train(" in code:
         assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     elif "loss" in names:

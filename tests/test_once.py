@@ -1,4 +1,4 @@
-"""Numbers by row that are computed once, for a compiler and by themselves."""
+"""`once`, the operator that makes a compiler compute a number of a row only once."""
 
 import torch
 
@@ -6,14 +6,14 @@ from kdloss.engine import compiled
 from kdloss.engine.once import _once, once
 
 
-def test_the_operator_keeps_the_promises_that_it_makes_to_the_compiler():
+def test_the_operator_matches_its_schema_and_returns_a_copy():
     rows = torch.randn(3, 1)
     torch.library.opcheck(_once, (rows,), test_utils=("test_schema", "test_faketensor"))
     assert torch.equal(_once(rows), rows)
     assert _once(rows).data_ptr() != rows.data_ptr()
 
 
-def test_on_a_cpu_and_uncompiled_nothing_is_copied():
+def test_once_copies_nothing_on_a_cpu_whether_compiled_or_not():
     rows = torch.randn(3, 1)
     assert once(rows) is rows
     traced = []
@@ -27,7 +27,7 @@ def test_on_a_cpu_and_uncompiled_nothing_is_copied():
     assert not any("once" in target for target in traced)
 
 
-def test_options_that_this_torch_does_not_know_are_left_out(monkeypatch):
+def test_compiler_options_that_this_torch_does_not_have_are_left_out(monkeypatch):
     monkeypatch.setitem(compiled.OPTIONS, "no_such_option", True)
     assert "no_such_option" not in compiled._options()
     assert compiled._options()["realize_reads_threshold"] == 1000

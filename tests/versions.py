@@ -1,4 +1,4 @@
-"""Laws that need more than the oldest versions this library runs on."""
+"""Marks for tests that need newer versions than the oldest that the library supports."""
 
 import pytest
 import torch
