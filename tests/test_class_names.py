@@ -92,6 +92,18 @@ def test_a_teachers_classes_are_compared_in_the_students_order(kind, teachers, c
     ]
 
 
+def test_a_custom_term_gets_the_teachers_classes_in_the_students_order():
+    class Gap(kdloss.terms.Term):
+        def loss(self, step):
+            return (step.student_logits() - step.teacher_logits()).square().sum(-1)
+
+    make, inputs = MODELS["sequence"]
+    student, teacher = make(NLI[::-1], 0), make(NLI, 1)
+    s, t = (model(**without_labels(inputs)).logits for model in (student, teacher))
+    out = kdloss.Distiller(teacher, 1.0 * Gap(teacher=0))(student, **inputs)
+    same(out, (s.double() - t.detach().double()[..., [2, 1, 0]]).square().sum(-1).mean(), student)
+
+
 def test_each_of_several_teachers_may_have_another_order():
     make, inputs = MODELS["sequence"]
     student, teachers = make(NLI, 0), [make(NLI[::-1], 1), make(NLI, 2)]

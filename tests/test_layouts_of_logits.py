@@ -144,6 +144,19 @@ def test_a_custom_term_sees_logits_with_their_classes_last():
     torch.testing.assert_close(criterion(s, labels=labels), s.movedim(1, -1)[keep].softmax(-1).square().sum(-1).mean())
 
 
+def test_a_custom_term_sees_the_teachers_logits_with_their_classes_last():
+    class Gap(kdloss.terms.Term):
+        def loss(self, step):
+            s, t = step.student_logits(), step.teacher_logits()
+            return step.where.take(s - t).square().sum(-1)
+
+    s, t, labels, _, _ = batch("b c h w")
+    criterion = Sum(Gap(name="own", teacher=0), layout="b c h w", teacher_layout="c b h w", ignore_index=255)
+    keep = labels != 255
+    expected = (s - t).square().sum(1)[keep].mean()
+    torch.testing.assert_close(criterion(s, t.movedim(1, 0), labels), expected)
+
+
 def test_classes_that_labels_show_to_be_last_need_no_layout():
     s, t, labels, mask, positions = batch("b h w c")
     values, keep = by_hand(s, t, labels, mask, "b h w c", positions)

@@ -95,6 +95,18 @@ def test_a_custom_term_that_does_not_say_what_it_reads_gets_full_outputs():
     assert list(out.components) == ["spread"]
 
 
+@pytest.mark.parametrize(("reads", "said"), [((), "reads no teacher"), ([0, 1], "reads several teachers")])
+def test_a_custom_term_without_a_single_teacher_has_no_teacher_logits(reads, said):
+    class Reader(Term):
+        def loss(self, step):
+            return step.teacher_logits().sum(-1)
+
+    logits = torch.zeros(2, 3)
+    criterion = Logits(teacher="all") + Reader(name="own", teacher=reads)
+    with pytest.raises(ValueError, match=f"{said}.*teacher=0"):
+        criterion(logits, [logits, logits])
+
+
 @pytest.mark.parametrize("attribute", ["task", "take", "logits", "divergence", "weight", "temperature"])
 def test_a_custom_term_may_have_attributes_of_any_name(attribute):
     class Custom(Term):

@@ -98,7 +98,8 @@ class LayerMap:
         if depths is None:
             raise ValueError(
                 f"layers={self.layers!r} cannot be chosen before the models are known: write "
-                "distill.prepare(student) with a kdloss.Distiller, criterion.prepare(student, teacher), "
+                "model = kdloss.Distillation(student, teacher, criterion), distill.prepare(student) with a "
+                "kdloss.Distiller, criterion.prepare(student, teacher), "
                 "FeatureKD(..., depths=(student_blocks, teacher_blocks)), or pass Hugging Face outputs "
                 "made with output_hidden_states=True"
             )

@@ -77,7 +77,8 @@ def pair(
     if pairing == "resolution":
         raise ValueError(
             "pairing='resolution' needs the sizes of maps, which are measured on a batch: write "
-            "distill.prepare(student, **batch) with a kdloss.Distiller, or give the pairs of "
+            "model.prepare(**batch) with a kdloss.Distillation, distill.prepare(student, **batch) with a "
+            "kdloss.Distiller, or give the pairs of "
             "kdloss.layers.pair_by_resolution(student_sizes, teacher_sizes)"
         )
     count = len(selected)

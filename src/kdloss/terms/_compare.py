@@ -196,9 +196,9 @@ def _same_width(name: str, distance: Distance, student: Tensor, teacher: Tensor)
     if s != t and not needs_no_width(distance):
         raise ValueError(
             f"{name}: the student's features have width {s} and the teacher's {t}, and there is no "
-            "projection between them. Before building the optimizer write distill.prepare(student), for "
-            "named modules and models without a Hugging Face configuration distill.prepare(student, **batch), of a "
-            f"kdloss.Distillation model.prepare(**batch), or FeatureKD(..., widths=({s}, {t}), depths=...)"
+            "projection between them. Before building the optimizer write model.prepare(**batch) with a "
+            "kdloss.Distillation, distill.prepare(student, **batch) with a kdloss.Distiller, or "
+            f"FeatureKD(..., widths=({s}, {t}), depths=...)"
         )
 
 

@@ -100,6 +100,7 @@ class Evaluation:
             report,
             self.index,
             layout=self.layout,
+            teacher_layout=self.teacher_layout,
             batch=self.stands.batch,
         )
         if isinstance(term, (CrossEntropy, Logits)):

@@ -98,9 +98,9 @@ class Trained:
         if self.needed and key(name) not in self.widths:
             raise ValueError(
                 f"student layer {name!r} needs a projection or distance that has not been built. Before "
-                "building the optimizer write distill.prepare(student), for named modules and models "
-                "without a Hugging Face configuration distill.prepare(student, **batch), of a kdloss.Distillation "
-                "model.prepare(**batch), or FeatureKD(..., widths=(student, teacher), depths=...)"
+                "building the optimizer write model.prepare(**batch) with a kdloss.Distillation, "
+                "distill.prepare(student, **batch) with a kdloss.Distiller, or "
+                "FeatureKD(..., widths=(student, teacher), depths=...)"
             )
         distance = self.distances[key(name)] if _is_class(self.distance) else self.distance
         return (projection, nothing) if self.side == "student" else (nothing, projection), distance

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdloss._capture import Take
+from kdloss._capture import Captured, Take
 from kdloss._layout import Layout, classes_last
 from kdloss.targets.kinds import AnyLogits
 from kdloss.terms._feature_masks import FeatureMask
@@ -30,8 +30,8 @@ class Step:
     - `report(name, values)`: adds a component `name`, the mean of `values` over the positions that count.
     - `index`: which example of the data set each example of the batch is.
     - `logits`: for `CrossEntropy` and `Logits`, the student's logits after `where.take`.
-    - `layout`: the layout of the student's logits, if the sum has one. `batch`: the number of examples, where labels,
-      mask or logits tell it.
+    - `layout`, `teacher_layout`: the layouts of the logits, if the sum has one. `batch`: the number of examples, where
+      labels, mask or logits tell it.
     """
 
     student: Any
@@ -45,6 +45,7 @@ class Step:
     index: Tensor | None = None
     logits: Any = None
     layout: Layout | None = None
+    teacher_layout: Layout | None = None
     batch: int | None = None
 
     @property
@@ -57,4 +58,19 @@ class Step:
         found: AnyLogits = logits_of(self.student, "student", take)
         if self.layout is not None:
             found = classes_last(found, self.layout, (), "student", "layout")
+        return found
+
+    def teacher_logits(self, take: Take = None) -> AnyLogits:
+        """The logits of the term's one teacher in the same way, in the order of the student's classes if both name them.
+
+        Raises: ValueError for a term that reads no teacher, or several.
+        """
+        if self.teacher is None or isinstance(self.teacher, list):
+            read = "no teacher" if self.teacher is None else "several teachers: their outputs are the list step.teacher"
+            raise ValueError(f"this term reads {read}; make the term with teacher=0 to read the first one's logits")
+        found: AnyLogits = logits_of(self.teacher, "teacher", take)
+        if isinstance(self.teacher, Captured) and self.teacher.classes is not None:
+            found = self.teacher.classes.in_students_order(found)
+        if self.teacher_layout is not None:
+            found = classes_last(found, self.teacher_layout, (), "teacher", "teacher_layout")
         return found

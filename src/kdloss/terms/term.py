@@ -24,7 +24,8 @@ class Term(nn.Module):
     `reads` (`kdloss.terms.Reads`) to ask for less. A term's own parameters are trained with the student.
 
     - `name`: the term's entry in `components`.
-    - `teacher`: which teachers the term reads: an index, several indices, "all", or () for none.
+    - `teacher`: which teachers the term reads: an index, several indices, "all", or () for none. The step then has
+      `teacher_logits()`, or in `teacher` what each of them returned.
     - `positions`: "labels" counts a position if the labels and the mask both keep it; "mask" counts it if the mask
       keeps it, with or without a label.
 
@@ -35,6 +36,12 @@ class Term(nn.Module):
     >>> criterion = kdloss.CrossEntropy() + 0.1 * Confidence(name="confidence")
     >>> criterion(torch.zeros(2, 4), labels=torch.tensor([1, 2]))  # log 4 + 0.1 / 4
     tensor(1.4113)
+    >>> class Margin(kdloss.terms.Term):
+    ...     def loss(self, step):
+    ...         z, t = step.where.take(step.student_logits()), step.where.take(step.teacher_logits())
+    ...         return (z.amax(-1) - t.amax(-1)).abs()
+    >>> Margin(teacher=0)(torch.zeros(2, 4), torch.ones(2, 4))
+    tensor(1.)
     """
 
     def __init__(self, *, name: str = "term", teacher: Teachers = (), positions: Where = "labels") -> None:
