@@ -1,7 +1,5 @@
 """Trigger every message of docs/errors.md as a user would: each function raises an error or logs a line."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import torch
@@ -280,12 +278,6 @@ def trainer_with_another_loss(folder):
     Both(gpt2(), arguments, teacher=gpt2(4), criterion=kdloss.VanillaKD())
 
 
-def cache_without_import():
-    """Run in a new process, because kdloss.cache is already imported in this one."""
-    done = subprocess.run([sys.executable, "-c", "import kdloss; kdloss.cache"], capture_output=True, text=True)
-    raise AttributeError(done.stderr.splitlines()[-1].removeprefix("AttributeError: "))
-
-
 def extra_missing():
     from kdloss._extras import extra
 
@@ -305,7 +297,6 @@ TOP_IDS, TOP_LOG_PROBS = torch.zeros(2, 3, 2).long() + torch.arange(2), torch.ze
 BODY_FEATURES = CrossEntropy() + Features(["body"], pairing="same")
 
 CASES = {
-    "module 'kdloss' has no attribute": cache_without_import,
     "needs …; write: pip install": extra_missing,
     "temperature must be": lambda: kdloss.VanillaKD(temperature=0),
     "two terms are called": lambda: Logits() + Logits(),

@@ -22,10 +22,10 @@ sys.meta_path[:] = [Hiding if finder is PathFinder else finder for finder in sys
 import torch, kdloss
 
 def cache():
-    import kdloss.cache
+    kdloss.cache
 
 def hf():
-    import kdloss.hf
+    kdloss.hf
 
 def emd():
     kdloss.layers.pair_by_emd({{}}, {{}}, {{(0, 0): torch.tensor(1.0)}})
@@ -69,6 +69,16 @@ def results():
 )
 def test_functions_that_need_an_extra_name_it(results, what, words):
     assert results[0][what] == words
+
+
+def test_cache_and_hf_are_imported_when_they_are_first_used():
+    code = (
+        "import sys, kdloss; assert 'transformers' not in sys.modules; assert not hasattr(kdloss, 'other'); "
+        "kdloss.cache.open; kdloss.hf.Distilling; assert 'transformers' in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_criterion_needs_no_extra(results):

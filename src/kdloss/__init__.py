@@ -1,5 +1,8 @@
 """Knowledge-distillation losses that drop into a training loop you already have."""
 
+from importlib import import_module
+from typing import Any
+
 from kdloss import (
     analysis,
     balancing,
@@ -71,3 +74,10 @@ __all__ = [
     "truncate",
     "weighting",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `kdloss.cache` and `kdloss.hf`, which need the extra "hf", when they are first used."""
+    if name in ("cache", "hf"):
+        return import_module(f"kdloss.{name}")
+    raise AttributeError(f"module 'kdloss' has no attribute {name!r}")
