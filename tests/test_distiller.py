@@ -464,3 +464,10 @@ def test_with_a_token_map_a_teacher_with_other_token_ids_gives_the_same_loss():
     torch.testing.assert_close(*slopes)
     unmapped = kdloss.Distiller(renamed, kdloss.VanillaKD(alpha=0.3))(student, **inputs)
     assert abs(unmapped.loss - plain.loss) > 1e-4
+
+
+@pytest.mark.parametrize("call", ["__call__", "prepare"])
+def test_a_call_without_the_student_says_that_it_comes_first(call):
+    distill = kdloss.Distiller(torch.nn.Linear(2, 3), kdloss.Logits())
+    with pytest.raises(TypeError, match=r"the student first, distill\(student, \*\*batch\).*got Tensor"):
+        getattr(distill, call)(torch.zeros(4, 2))

@@ -347,7 +347,7 @@ def test_a_distance_class_is_instantiated_for_every_student_layer_and_trained_an
     assert [d.widths for d in feature_kd(distance=Scaled, widths=(5, 5)).terms["feature"].distances.values()] == [
         (5, 5)
     ]
-    with pytest.raises(ValueError, match=r"not been built.*distill\.prepare\(student\)"):
+    with pytest.raises(ValueError, match=r"not been built.*model\.prepare\(\*\*batch\)"):
         feature_kd(distance=Scaled)(*captured(torch.randn(3, 5), torch.randn(3, 5)))
 
 

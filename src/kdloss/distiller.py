@@ -214,6 +214,11 @@ class Distiller:
 
     def _settle(self, student: nn.Module) -> None:
         """Find the student's blocks, once per student."""
+        if not isinstance(student, nn.Module):
+            raise TypeError(
+                f"a Distiller gets the student first, distill(student, **batch) and distill.prepare(student, **batch); "
+                f"got {type(student).__name__}"
+            )
         if self._prepared_for is not None and self._prepared_for() is student:
             return
         if self._plans:

@@ -198,7 +198,7 @@ def _same_width(name: str, distance: Distance, student: Tensor, teacher: Tensor)
             f"{name}: the student's features have width {s} and the teacher's {t}, and there is no "
             "projection between them. Before building the optimizer write model.prepare(**batch) with a "
             "kdloss.Distillation, distill.prepare(student, **batch) with a kdloss.Distiller, or "
-            f"FeatureKD(..., widths=({s}, {t}), depths=...)"
+            f"give the term widths=({s}, {t}) and depths=(student_blocks, teacher_blocks)"
         )
 
 

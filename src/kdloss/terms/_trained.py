@@ -100,7 +100,7 @@ class Trained:
                 f"student layer {name!r} needs a projection or distance that has not been built. Before "
                 "building the optimizer write model.prepare(**batch) with a kdloss.Distillation, "
                 "distill.prepare(student, **batch) with a kdloss.Distiller, or "
-                "FeatureKD(..., widths=(student, teacher), depths=...)"
+                "give the term widths=(student, teacher) and depths=(student_blocks, teacher_blocks)"
             )
         distance = self.distances[key(name)] if _is_class(self.distance) else self.distance
         return (projection, nothing) if self.side == "student" else (nothing, projection), distance
