@@ -431,7 +431,7 @@ def test_projections_receive_no_garbage_from_masked_positions():
 
 def test_the_error_for_a_width_mismatch_says_how_to_add_a_projection():
     student, teacher = feature_outputs(s_width=5, t_width=6)
-    with pytest.raises(ValueError, match=r"width 5 .* 6.*distill\.prepare\(student\).*widths=\(5, 6\)"):
+    with pytest.raises(ValueError, match=r"width 5 .* 6.*distill\.prepare\(student, \*\*batch\).*widths=\(5, 6\)"):
         kdloss.FeatureKD(alpha=0.0)(student, teacher)
 
 

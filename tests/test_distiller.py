@@ -314,7 +314,7 @@ def test_padding_changes_no_term():
 
 def test_a_missing_prepare_raises_an_error_with_the_line_to_write():
     teacher, student = pair()
-    with pytest.raises(ValueError, match=r"Before building the optimizer write distill\.prepare\(student\)"):
+    with pytest.raises(ValueError, match=r"Before building the optimizer write model\.prepare\(\*\*batch\)"):
         kdloss.Distiller(teacher, kdloss.FeatureKD())(student, **batch("gpt2"))
 
 
