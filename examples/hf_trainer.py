@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import kdloss
-from kdloss.hf import DistillationTrainer, newest_whole
+from kdloss.hf import DistillationTrainer, newest_complete
 
 
 def trainer_of(student, arguments, train, heldout, teacher=None, alpha=0.1):
@@ -88,7 +88,7 @@ def main(
             report_to="none", dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         trainer = trainer_of(model, arguments, blocks_of(blocks), blocks_of(heldout), *taught)
-        trainer.train(resume_from_checkpoint=newest_whole(arguments.output_dir) if resume else None)
+        trainer.train(resume_from_checkpoint=newest_complete(arguments.output_dir) if resume else None)
         return math.exp(trainer.evaluate()["eval_loss"])
 
     found = {} if teacher else {"teacher": train("teacher", expert, torch.cat([few, *more]), 2 * steps)}

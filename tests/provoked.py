@@ -359,7 +359,7 @@ CASES = {
     "an optimizer stepped": step_not_counted,
     "was compiled as a whole": model_compiled_as_a_whole,
     "is done uncompiled": failing_compiler,
-    "gives whole logits": lambda: step(gpt2(), gpt2(4), kdloss.Task() + Logits()),
+    "makes full logits": lambda: step(gpt2(), gpt2(4), kdloss.Task() + Logits()),
     "measured": lambda: step(gpt2(), gpt2(4), kdloss.VanillaKD()),
     "has no `plan`": lambda: criterion_without_plan(Net()),
     "the criterion replaces the loss of": trainer_with_another_loss,

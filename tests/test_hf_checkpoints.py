@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 import kdloss
-from kdloss.hf import newest_whole
+from kdloss.hf import newest_complete
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
@@ -125,7 +125,7 @@ def test_a_checkpoint_is_incomplete_while_it_is_overwritten(tmp_path, monkeypatc
         make(tmp_path, *pair(), save_strategy="steps", save_steps=2).train()
 
     train()
-    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert newest_complete(tmp_path) == str(tmp_path / "checkpoint-2")
 
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -134,7 +134,7 @@ def test_a_checkpoint_is_incomplete_while_it_is_overwritten(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         train()
     assert (tmp_path / "checkpoint-2/model.safetensors").is_file()
-    assert newest_whole(tmp_path) is None
+    assert newest_complete(tmp_path) is None
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_only_complete_checkpoints_and_is_reported(full_at, r
     assert run(seven_steps, str(tmp_path), None, None, sizes[full_at] - 1) == 1
     stderr = (tmp_path / "stderr").read_text()
     assert f"OSError: {tmp_path}/checkpoint-4 could not be written (" in stderr
-    assert "earlier checkpoints are whole: free some space, then train(resume_from_checkpoint=True) goes on" in stderr
+    assert "earlier checkpoints are complete: free some space, then train(resume_from_checkpoint=True) goes on" in stderr
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert run(seven_steps, str(tmp_path)) == 0
     assert (tmp_path / "starts").read_text().split() == ["0", "2"]

@@ -33,16 +33,16 @@ class Passes:
         inputs: dict[str, Any],
         *,
         stop: bool = False,
-        why_whole: str | None = None,
+        why_full: str | None = None,
     ) -> Captured:
-        """One pass. `stop` ends it early; `why_whole` is the reason why its logits have to be a tensor, if they do."""
+        """One pass. `stop` ends it early; `why_full` is the reason why its logits have to be a tensor, if they do."""
         if inputs.get("labels") is not None:
-            why_whole = "it is given labels, from which it computes its own loss"
+            why_full = "it is given labels, from which it computes its own loss"
         given = args, without_cache(model, inputs)
         recording = record(model, requests, stop=stop, located=self.located, given=given) if requests else nullcontext()
         with (
             recording as recorded,
-            nullcontext() if stop else self.heads.without_logits(model, why_whole) as head,
+            nullcontext() if stop else self.heads.without_logits(model, why_full) as head,
         ):
             # not nullcontext(Captured()): torch 2.4 compiles only the empty one
             seen = Captured() if recorded is None else recorded
@@ -56,7 +56,7 @@ class Passes:
             without_virtual_tokens(model, seen, args, inputs, module)
             _viewed(seen)
             return seen
-        return self(model, requests, args, inputs, stop=stop, why_whole=why_whole)
+        return self(model, requests, args, inputs, stop=stop, why_full=why_full)
 
 
 def requests(reads: Mapping[str, Reads], side: str) -> Requests:

@@ -57,8 +57,8 @@ class Runner:
         if own_loss:
             given = {"labels": batch.labels, "shift_labels": batch.shift_labels}
             inputs |= {name: x for name, x in given.items() if x is not None}
-        why = plan.why_whole if self._plans else _OTHERS
-        return self._pass(student, requests(plan.reads, "student"), batch.args, inputs, why_whole=why)
+        why = plan.why_full if self._plans else _OTHERS
+        return self._pass(student, requests(plan.reads, "student"), batch.args, inputs, why_full=why)
 
     def outputs(self, student: nn.Module, plan: Plan, batch: Batch, stored: Sequence[Any] = ()) -> Iterator[Any]:
         """Each teacher's output, computed when it is asked for; None for a teacher that no term reads."""
@@ -135,7 +135,7 @@ class Runner:
                 inputs = self._decoder_inputs.of(module, args, inputs, labels)
                 with evaluating(module):
                     asked = requests(reads, "teacher")
-                    seen = self._pass(module, asked, args, inputs, stop=stop, why_whole=why)
+                    seen = self._pass(module, asked, args, inputs, stop=stop, why_full=why)
                 resharded(module)
         seen.output = tensors(seen.output, (args, inputs))
         if not stop:  # a pass for features only has no classes

@@ -43,7 +43,7 @@ class LazyHeads:
         to make them, if it has one.
         """
         head = _head(model)
-        reason = otherwise or self._failed.get(model) or why_whole(model, head)
+        reason = otherwise or self._failed.get(model) or why_full(model, head)
         if reason is not None or not isinstance(head, nn.Linear):
             self._say(model, str(reason))
             return nullcontext()
@@ -84,7 +84,7 @@ class LazyHeads:
     def _say(self, model: nn.Module, reason: str) -> None:
         if self._said.get(model) != reason:
             self._said[model] = reason
-            _log.info("%s gives whole logits: %s", type(unwrap(model)).__name__, reason)
+            _log.info("%s makes full logits: %s", type(unwrap(model)).__name__, reason)
 
 
 class HeadPass:
@@ -177,7 +177,7 @@ def shaping(signal: Tensor, answer: Tensor) -> dict[str, Any] | None:
     return found if torch.allclose(y, expected, rtol=1e-5, atol=0.0) else None
 
 
-def why_whole(model: nn.Module, head: nn.Module | None) -> str | None:
+def why_full(model: nn.Module, head: nn.Module | None) -> str | None:
     """The reason why a model's full logits have to be made, as far as it is known before the pass; None if none."""
     if torch.compiler.is_compiling():
         return "the step is being compiled"

@@ -22,7 +22,7 @@ def replacing(path: Path, rank: int) -> Iterator[Path]:
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"{path} could not be written ({error}); nothing of it is left and finished shards are whole: "
+            f"{path} could not be written ({error}); nothing of it is left and finished shards are complete: "
             "free some space, then the same call goes on"
         ) from error
     finally:

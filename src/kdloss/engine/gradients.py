@@ -139,8 +139,8 @@ class OfHead:
         if x.hidden.requires_grad and self.shard is not None:
             hidden = self.shard.sum(hidden)
         if x.hidden.requires_grad and index is not None:
-            whole = hidden.new_zeros(x.hidden.shape[:-1].numel(), x.hidden.shape[-1])
-            hidden = whole.index_copy_(0, index, hidden)
+            everywhere = hidden.new_zeros(x.hidden.shape[:-1].numel(), x.hidden.shape[-1])
+            hidden = everywhere.index_copy_(0, index, hidden)
         found = hidden.view(x.hidden.shape) if x.hidden.requires_grad else None, _total(self.weight, x.weight)
         return found if x.bias is None else (*found, _total(self.bias, x.bias))
 

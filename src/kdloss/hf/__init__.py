@@ -3,7 +3,7 @@
 from kdloss._extras import extra
 
 with extra("hf", "kdloss.hf"):
-    from kdloss.hf.checkpoints import newest_whole
+    from kdloss.hf.checkpoints import newest_complete
     from kdloss.hf.trainer import DistillationTrainer, Distilling
 
-__all__ = ["DistillationTrainer", "Distilling", "newest_whole"]
+__all__ = ["DistillationTrainer", "Distilling", "newest_complete"]

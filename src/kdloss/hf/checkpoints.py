@@ -36,7 +36,7 @@ class WholeCheckpoints(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **settings: Any) -> Any:
         """The Trainer's `train`; True resumes from the newest complete checkpoint, or starts if there is none."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_whole(str(self.args.output_dir))
+            resume_from_checkpoint = newest_complete(str(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **settings)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -65,7 +65,7 @@ class WholeCheckpoints(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own kinds
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
-                f"{folder} could not be written ({error}); it was removed, and earlier checkpoints are whole: free "
+                f"{folder} could not be written ({error}); it was removed, and earlier checkpoints are complete: free "
                 "some space, then train(resume_from_checkpoint=True) goes on"
             ) from error
 
@@ -74,12 +74,12 @@ class WholeCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()  # so that trainer_state.json is written last, after all processes
 
 
-def newest_whole(folder: str | Path) -> str | None:
+def newest_complete(folder: str | Path) -> str | None:
     """The newest complete checkpoint in a Trainer's output folder; None if there is none.
 
     - `folder`: the `output_dir`. Checkpoints that a killed run left incomplete are removed from it.
 
-    >>> newest_whole("no/such/folder") is None
+    >>> newest_complete("no/such/folder") is None
     True
     """
     found = Path(folder).glob("checkpoint-[0-9]*")

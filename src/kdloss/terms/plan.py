@@ -47,9 +47,9 @@ class Plan:
         return not any(self.reads[name].teacher_output for name in self.of_teacher(k))
 
     @property
-    def why_whole(self) -> str | None:
+    def why_full(self) -> str | None:
         """The reason why the student's logits have to be a tensor; None if they may be lazy."""
-        return next((r.why for r in self.reads.values() if r.logits == "whole"), None)
+        return next((r.why for r in self.reads.values() if r.logits == "full"), None)
 
     def why_teacher_whole(self, k: int) -> str | None:
         """The reason why the logits of teacher `k` have to be a tensor; None if they may be lazy."""

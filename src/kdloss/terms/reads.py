@@ -19,7 +19,7 @@ class Reads:
 
     - `labels`: True if the term needs labels.
     - `logits`: how the term reads the student's logits: "none", not at all; "any", in any form, such as `LazyLogits`;
-      "whole", only as a tensor, for the reason in `why`.
+      "full", only as a tensor, for the reason in `why`.
     - `logits_at`: where in the student's output the logits are, if not at `logits`.
     - `own_loss`: True if the term reads the student's own loss; the student is then given the labels.
     - `teacher_output`: True if the teacher has to run to its end; False if its features are enough.
@@ -30,7 +30,7 @@ class Reads:
     """
 
     labels: bool = False
-    logits: Literal["none", "any", "whole"] = "whole"
+    logits: Literal["none", "any", "full"] = "full"
     why: str = "a term may want them"
     logits_at: Take = None
     own_loss: bool = False

@@ -61,7 +61,7 @@ class Step:
         return found
 
     def teacher_logits(self, take: Take = None) -> AnyLogits:
-        """The logits of the term's one teacher in the same way; classes with names are in the student's order.
+        """The logits of the term's one teacher; classes with names are in the student's order. `take` finds others.
 
         Raises: ValueError for a term that reads no teacher, or several.
         """
