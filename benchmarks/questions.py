@@ -85,13 +85,12 @@ def _is_number(word: str) -> bool:
     return word.replace(".", "", 1).isdigit()
 
 
-def teacher_beside(axes: Axes, found: Runs) -> None:
-    """Draw the teacher as a line across the bars."""
-    height = mean(numbers(found["teacher"]))
-    axes.axvline(height, color=TEACHER, linewidth=1, linestyle="--")
-    axes.annotate(
-        f"teacher {height:.0f}", (height, 1), (4, 2), xycoords=("data", "axes fraction"), textcoords="offset points"
-    )
+def beside(axes: Axes, seeds: Seeds, label: str, colour: str = TEACHER) -> None:
+    """Draw a row as a line across the bars."""
+    height = mean(numbers(seeds))
+    axes.axvline(height, color=colour, linewidth=1, linestyle="--")
+    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
+    axes.annotate(f"{label} {height:.0f}", (height, 1), (0, 2), color=colour, **place)
 
 
 def one(width: float = 7.5) -> tuple[Figure, Axes]:
@@ -137,8 +136,25 @@ def kinds() -> Figure:
     figure, axes = one()
     found = runs("demo")
     bars(axes, {name: numbers(found[row]) for name, row in WAYS.items()})
-    teacher_beside(axes, found)
+    beside(axes, found["teacher"], "teacher")
     axes.set(xlabel="held-out perplexity (less is better)")
+    return figure
+
+
+def layers() -> Figure:
+    """Which layers, pairing, distance?"""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    found = runs("features")
+    standard = {"layers": "auto", "pairing": "uniform", "distance": "layer_norm_mse"}
+    for axes, (flag, value) in zip(figure.subplots(1, 3, sharex=True), standard.items(), strict=True):
+        rows = {value: found["feature"]}
+        rows |= {row.removeprefix(f"feature, {flag} "): x for row, x in found.items() if f", {flag} " in row}
+        bars(axes, {name: numbers(seeds) for name, seeds in rows.items()})
+        beside(axes, found["none"], "alone", ALONE)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xlabel="held-out perplexity (less is better)")
+        axes.set_title(flag, loc="left", pad=18)
+        axes.margins(x=0.15)
     return figure
 
 
@@ -184,7 +200,7 @@ def real() -> Figure:
     for axes, text in both:
         found = runs(f"smollm2-20-{text}")
         bars(axes, {name: numbers(found[row]) for name, row in WAYS.items()})
-        teacher_beside(axes, found)
+        beside(axes, found["teacher"], "teacher")
         axes.spines[["top", "right"]].set_visible(False)
         axes.set(xlabel="held-out perplexity (less is better)")
         axes.set_title(f"{text} text", loc="left", pad=18)
@@ -216,6 +232,7 @@ QUESTIONS: dict[str, Callable[[], Figure]] = {
     "temperature": temperature,
     "alpha": alpha,
     "kinds": kinds,
+    "layers": layers,
     "divergences": divergences,
     "size": size,
     "data": data,

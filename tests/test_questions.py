@@ -62,6 +62,25 @@ def test_divergences_are_drawn_for_one_alpha_with_perplexities_of_samples(study)
     assert names == ["jsd", "forward_kl", "alone"]
 
 
+def test_layers_pairing_and_distance_are_drawn_side_by_side_with_the_default_first(study):
+    rows = {
+        "none": [9],
+        "feature": [5],
+        "feature, layers last": [4],
+        "feature, pairing same": [6],
+        "feature, alpha 0.1": [1],
+    }
+    study("features", rows | {"feature, distance mse": [7]})
+    drawn = {}
+    for axes in questions.layers().axes:
+        names = [text.get_text() for text in axes.get_yticklabels()]
+        drawn[axes.get_title(loc="left")] = dict(zip(names, [bar.get_width() for bar in axes.patches], strict=True))
+        assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [9]
+    assert drawn["layers"] == {"last": 4, "auto": 5}
+    assert drawn["pairing"] == {"same": 6, "uniform": 5}
+    assert drawn["distance"] == {"mse": 7, "layer_norm_mse": 5}
+
+
 def test_what_was_not_measured_is_not_drawn(study):
     assert not any(map(questions.measured, questions.QUESTIONS))
     study("weak-teacher", {"none": [2], "vanilla": [3]})
