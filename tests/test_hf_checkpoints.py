@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_only_complete_checkpoints_and_is_reported(full_at, r
     assert run(seven_steps, str(tmp_path), None, None, sizes[full_at] - 1) == 1
     stderr = (tmp_path / "stderr").read_text()
     assert f"OSError: {tmp_path}/checkpoint-4 could not be written (" in stderr
-    assert "earlier checkpoints are complete: free some space, then train(resume_from_checkpoint=True) goes on" in stderr
+    assert "earlier checkpoints are complete: free some space, then train(resume_from_checkpoint=True)" in stderr
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert run(seven_steps, str(tmp_path)) == 0
     assert (tmp_path / "starts").read_text().split() == ["0", "2"]
