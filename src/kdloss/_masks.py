@@ -1,7 +1,8 @@
 """Which positions count by a batch's masks: each mask is applied only at the positions that it describes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from kdloss.layers.layer_map import Layer
 from kdloss.layers.names import unwrap
 from kdloss.terms._feature_masks import FeatureMask, given_to
 from kdloss.terms._outputs import class_indices, stand_at
-from kdloss.terms._wheres import both
+from kdloss.terms._positions import Positions
+from kdloss.terms._wheres import Wheres, both
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def all_masks(
     causal: bool,
 ) -> dict[str, Any]:
     """The masks for the criterion: `mask`, at the positions of labels and logits, and `feature_mask`, by term."""
-    positions, own = _label_positions(labels, logits), None
+    positions, own = label_positions(labels, logits), None
     if positions is not None:
         own = _of_logits(padding, positions, logits, mask, place.beside_text)
     elif mask is not None and on_features:
@@ -83,7 +85,29 @@ def all_masks(
     return found
 
 
-def _label_positions(labels: Any, logits: Size | None) -> Size | None:
+def positions_ahead(
+    student: nn.Module,
+    terms: Sequence[Any],
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    ignore_index: int,
+) -> Positions | None:
+    """The positions that count for any of the terms, if the logits stand at the labels; None if `mask` does not."""
+    classes = class_indices(labels)
+    shape = labels.shape if classes is not None or labels.ndim == 1 else labels.shape[:-1]
+    if mask is not None and mask.shape != shape:
+        return None
+    place, logits = Place(lambda term, layer: "outputs", beside_text=True), Size((*shape, 1))
+    masks = all_masks(Padding.of(student, inputs), logits, [], labels, mask, None, place, causal=causal)
+    own = masks.get("attention_mask")
+    at = partial(Positions.of, shape, mask=both(masks["mask"], own), causal=causal, ignore_index=ignore_index)
+    return Wheres(at(classes), partial(at, None), own).widest(terms)
+
+
+def label_positions(labels: Any, logits: Size | None) -> Size | None:
     """The positions of labels and logits; None if there are neither."""
     classes = class_indices(labels)
     if classes is not None and stand_at(classes, logits):

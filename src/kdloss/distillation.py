@@ -65,6 +65,16 @@ class Distillation(nn.Module):
         """The teachers, which are not children of this module."""
         return self._distiller.teachers
 
+    @property
+    def config(self) -> Any:
+        """The student's configuration, if it has one: a Trainer, DeepSpeed and loggers look for it here."""
+        return self.student.config
+
+    @property
+    def loss_type(self) -> Any:
+        """The student's `loss_type`, if it has one, by which a Trainer knows whether first labels are predicted."""
+        return self.student.loss_type
+
     def prepare(self, *args: Any, **batch: Any) -> "Distillation":
         """Build the projections for widths measured on a batch; call it before making the optimizer.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdloss import _watch
 from kdloss._capture import Captured
 from kdloss._inputs import of_student, taken_by
+from kdloss._masks import positions_ahead
 from kdloss._own_loss import OwnLoss, own_loss, refuse_unread
 from kdloss._runner import Batch, Runner
 from kdloss.adapter import measuring
@@ -21,6 +22,7 @@ from kdloss.teacher import Teacher, refuse_functions
 from kdloss.terms import Plan
 from kdloss.terms._ahead import Ahead
 from kdloss.terms._outputs import logits_read, part_of
+from kdloss.terms._positions import Positions
 from kdloss.terms.contract import Contract
 from kdloss.terms.sum import as_criterion
 
@@ -235,6 +237,28 @@ class Distiller:
         said: bool | None = self.criterion.contract.causal if self._plans else False
         inputs = {name: x for name, x in inputs.items() if name not in _OF_THE_LOSS}
         return bool(self._own_loss(student, args, inputs, labels).causal) if said is None else said
+
+    def positions(
+        self,
+        student: nn.Module,
+        *,
+        labels: Tensor,
+        mask: Bool[Tensor, "..."] | None = None,
+        shift_labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> Positions | None:
+        """The positions of a batch that count for any term, from its labels and masks, before the models run.
+
+        None if no single number divides all terms, since some have `positions="mask"` and others don't, or if `mask`
+        doesn't stand at the labels. The arguments are those of the call with this `student`.
+        """
+        terms = list(getattr(self.criterion, "terms", {}).values())
+        if len({term.positions for term in terms}) > 1:
+            return None
+        causal = shift_labels is None and self.shifts(student, labels=labels, **inputs)
+        labels = labels if shift_labels is None else shift_labels
+        ignore_index = self.criterion.contract.ignore_index if self._plans else Contract().ignore_index
+        return positions_ahead(student, terms, inputs, labels, mask, causal=causal, ignore_index=ignore_index)
 
     def _own_loss(self, student: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], labels: Any) -> OwnLoss:
         """How the student's own loss reads labels, measured on the first batch, in the same way on every rank."""
