@@ -91,19 +91,21 @@ def as_the_trainer(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     changes = {}
-    for family in ("gpt2", "strict"):
+    for family, of in {"gpt2": GPT2LMHeadModel, "strict": Strict, "ignoring": Ignoring}.items():
         for kind in ("stock", "near"):
             student, teacher, _ = pair("gpt2")
-            if family == "strict":
-                student.__class__ = Strict
+            student.__class__ = of
+            if (family, kind) == ("ignoring", "stock"):
+                student.accepts_loss_kwargs = False  # the Trainer can't know it
             before = [p.detach().clone() for p in student.parameters()]
             settings = PLAIN | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
             arguments = TrainingArguments(f"{folder}/{rank}", ddp_backend="gloo", **settings)
             near = {"teacher": teacher, "criterion": kdloss.VanillaKD(alpha=1 - 1e-9)}
             trainer = Trainer if kind == "stock" else partial(DistillationTrainer, **near)
-            done = trainer(student, arguments, train_dataset=rows()).train()
+            run = trainer(student, arguments, train_dataset=rows(), eval_dataset=rows())
+            evaluated, done = run.evaluate()["eval_loss"], run.train()
             change = torch.cat([(p.detach() - b).flatten() for p, b in zip(student.parameters(), before, strict=True)])
-            changes[family, kind] = (change, done.training_loss)
+            changes[family, kind] = (change, done.training_loss, evaluated)
     torch.save(changes, f"{folder}/{rank}.pt")
     leave()
 
@@ -112,6 +114,13 @@ class Strict(GPT2LMHeadModel):
     """A student whose forward takes no other arguments, such as num_items_in_batch."""
 
     def forward(self, input_ids, attention_mask=None, labels=None):
+        return super().forward(input_ids, attention_mask=attention_mask, labels=labels)
+
+
+class Ignoring(GPT2LMHeadModel):
+    """A student whose forward takes num_items_in_batch and ignores it, as BERT's and T5's do in transformers 5."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **_):
         return super().forward(input_ids, attention_mask=attention_mask, labels=labels)
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
+from families import batch as batch_of
 from families import build, checkpointing
 from safetensors.torch import load_file
 from torch import nn
@@ -252,6 +253,44 @@ def test_the_hugging_face_trainer_trains_the_module(tmp_path, accumulate):
     assert_equal(saved, module.state_dict())
     direct = module.eval()(**next(iter(DataLoader(runs.rows(1), runs.BATCH)))).loss.item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(direct, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_in_the_plain_trainer_the_students_loss_is_that_of_the_student_alone(tmp_path, kind):
+    """The Trainer finds the student's configuration and kind of loss, so that it counts the same labels."""
+
+    def run(model, student):
+        settings = TrainingArguments(
+            str(tmp_path), optim="sgd", learning_rate=0.3, max_steps=2, max_grad_norm=0.0, report_to="none",
+            disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, save_strategy="no",
+            per_device_train_batch_size=2, remove_unused_columns=False,
+            gradient_accumulation_steps=1 if kind == "t5" else 2,  # T5 alone may not be divided
+        )  # fmt: skip
+        data = batch_of(kind)
+        data = [{name: x[i % 2] for name, x in data.items()} for i in range(8)]
+        trainer = Trainer(model, settings, train_dataset=data, eval_dataset=data)
+        before = copy.deepcopy(student.state_dict())
+        losses = trainer.evaluate()["eval_loss"], trainer.train().training_loss
+        return {name: x - before[name] for name, x in student.state_dict().items()}, losses
+
+    alone, student = build(kind, seed=1), build(kind, seed=1)
+    module = kdloss.Distillation(student, build(kind), kdloss.VanillaKD(alpha=1.0))
+    expected, losses = run(alone, alone)
+    found, ours = run(module, student)
+    assert ours == pytest.approx(losses, rel=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_distillation_has_its_students_configuration_and_none_without():
+    student = build("llama", depth=2)
+    module = kdloss.Distillation(student, None, kdloss.VanillaKD(alpha=1.0))
+    assert module.config is student.config
+    assert copy.deepcopy(module).config is not student.config
+    assert pickle.loads(pickle.dumps(module)).config.hidden_size == student.config.hidden_size
+    assert not any("config" in name for name in module.state_dict())
+    plain = kdloss.Distillation(nn.Linear(2, 2), None, kdloss.VanillaKD(alpha=1.0))
+    assert not hasattr(plain, "config")
+    assert not hasattr(plain, "loss_type")
 
 
 # Compilation and checkpointing

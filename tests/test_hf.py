@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from families import build
-from hf_runs import PLAIN, Strict, as_the_trainer, make, pair, rows, trained, two_steps_of
+from hf_runs import PLAIN, Ignoring, Strict, as_the_trainer, make, pair, rows, trained, two_steps_of
 from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -72,13 +72,14 @@ def model(kind, depth, width, dropout=0.1):
 
         lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
         return get_peft_model(gpt2, lora)
-    if kind == "strict":
-        gpt2.__class__ = Strict
+    if kind in ("strict", "ignoring"):
+        gpt2.__class__ = {"strict": Strict, "ignoring": Ignoring}[kind]
     return gpt2
 
 
 DATA = {"bert": classes, "vit": images}
-KINDS = ["gpt2", "llama", "strict", "bert", "t5", "vit", "lora"]
+KINDS = ["gpt2", "llama", "strict", "ignoring", "bert", "t5", "vit", "lora"]
+IGNORING = ["ignoring", "bert", "t5"]  # their own loss ignores num_items_in_batch
 
 
 class Lines(TrainerCallback):
@@ -92,11 +93,25 @@ class Lines(TrainerCallback):
 
 
 def run_trainer(
-    kind, folder, criterion=None, dropout=0.0, of=DistillationTrainer, distilling=None, train=None, **settings
+    kind,
+    folder,
+    criterion=None,
+    dropout=0.0,
+    of=DistillationTrainer,
+    distilling=None,
+    train=None,
+    told=False,
+    data=None,
+    **settings,
 ):
-    """Train a student; return its weights, the lines of the log, the trainer and the change of the weights."""
+    """Train a student; return its weights, the lines of the log, the trainer and the change of the weights.
+
+    `told`: the Trainer is told that the student ignores num_items_in_batch.
+    """
     torch.manual_seed(0)
-    student, data = model(kind, 2, 16, dropout), DATA.get(kind, texts)()
+    student, data = model(kind, 2, 16, dropout), data or DATA.get(kind, texts)()
+    if told:
+        student.accepts_loss_kwargs = False
     defaults = PLAIN | {"max_steps": 3, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
     defaults |= {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     arguments = TrainingArguments(str(folder), **(defaults | settings))
@@ -172,9 +187,9 @@ def test_a_criterion_that_may_be_something_else_is_not_left_to_the_trainer(crite
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_a_negligible_teacher_the_trainer_equals_the_stock_trainer_to_a_millionth(kind, micro_batches, tmp_path):
-    """It divides by the Trainer's count of labels, except where the model ignores that count, as BERT and T5 do."""
+    """It divides by the Trainer's count of labels; by that of batches, if the model ignores the count of labels."""
     settings = {"gradient_accumulation_steps": micro_batches, "max_steps": 2}
-    *_, lines, _, change = run_trainer(kind, tmp_path, **settings)
+    *_, lines, _, change = run_trainer(kind, tmp_path, told=kind in IGNORING, **settings)
     *_, our_lines, _, our_change = run_trainer(kind, tmp_path, kdloss.VanillaKD(alpha=NEAR), **settings)
     assert losses(our_lines) == pytest.approx(losses(lines), rel=1e-6)
     assert change.norm() > 0
@@ -196,6 +211,230 @@ def test_with_the_students_count_of_labels_micro_batches_add_up_to_one_batch(kin
     for one in line, accumulated_line:  # transformers 4 rounds it
         assert one["loss"] == pytest.approx(0.5 * one["ce"] + 0.5 * one["kd"], abs=6e-5)
     assert trainer.criterion.components.keys() == {"ce", "kd"}
+
+
+class Recording(DistillationTrainer):
+    """Keep the micro-batches that it trains on."""
+
+    def compute_loss(self, model, inputs, *args, **settings):
+        if model.training:
+            self.seen = [*getattr(self, "seen", []), dict(inputs)]
+        return super().compute_loss(model, inputs, *args, **settings)
+
+
+@pytest.mark.parametrize("kind", IGNORING)
+def test_micro_batches_of_a_student_that_ignores_the_count_are_averaged(kind, tmp_path, caplog):
+    """The gradient is that of the mean of their means, computed here; the plain Trainer's may be 4 times as large."""
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1}
+    criterion = kdloss.VanillaKD(temperature=1.0)
+    _, (line, *_), trainer, change = run_trainer(kind, tmp_path, criterion, of=Recording, **settings)
+    torch.manual_seed(0)
+    student, teacher, total = model(kind, 2, 16, 0.0), trainer.distill.teachers[0].module.eval(), 0.0
+    for batch in trainer.seen:
+        out, labels = student(**batch), batch["labels"]
+        with torch.no_grad():
+            taught = teacher(**batch).logits
+        logits = out.logits
+        if kind == "ignoring":
+            labels, logits, taught = labels[:, 1:], logits[:, :-1], taught[:, :-1]
+        kl = (taught.softmax(-1) * (taught.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)[labels != -100].mean()
+        total = total + (0.5 * out.loss + 0.5 * kl) / 4
+    total.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in student.parameters()]
+    expected = torch.cat([-0.1 * g.flatten() for g in gradients])
+    assert len(trainer.seen) == 4
+    assert (change - expected).norm() < 1e-4 * expected.norm()  # a difference of float32 weights
+    assert line["loss"] == pytest.approx(total.item(), abs=6e-5)  # transformers 4 rounds it
+    stock = Trainer(model(kind, 1, 16), TrainingArguments(str(tmp_path), **PLAIN))
+    said = [record.message for record in caplog.records if "ignores num_items_in_batch" in record.message]
+    assert len(said) == stock.model_accepts_loss_kwargs
+    assert all("takes 4 times as much. count='student'" in line for line in said)
+
+
+def one_step(
+    folder, data, criterion, kind="llama", size=1, of=DistillationTrainer, models=None, count="trainer", **settings
+):
+    """The change of the student's weights in one step on four examples, the line of the log, and the trainer."""
+    student, teacher = models or pair(kind)[:2]
+    before = [p.detach().clone() for p in student.parameters()]
+    settings |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
+    trainer = make(
+        folder, student, teacher, criterion, data, of=of, logging_steps=1, distilling={"count": count}, **settings
+    )
+    trainer.train()
+    change = [(p.detach() - b).flatten() for p, b in zip(student.parameters(), before, strict=True)]
+    return torch.cat(change), trainer.state.log_history[0], trainer
+
+
+def assert_same_step(one, other):
+    assert other[0].norm() > 0
+    assert (one[0] - other[0]).norm() < 1e-5 * other[0].norm()  # a difference of float32 weights
+    names = [name for name in ("loss", "ce", "kd") if name in other[1]]
+    assert [one[1][name] for name in names] == pytest.approx([other[1][name] for name in names], rel=1e-4)
+
+
+def half_and_half(**settings):
+    return kdloss.Sum(0.5 * kdloss.CrossEntropy(), 0.5 * kdloss.Logits(), **settings)
+
+
+@pytest.mark.parametrize("count", ["trainer", "student"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("left_out", ["attention_mask", "ignore_index", "mask"])
+def test_labels_that_the_criterion_leaves_out_are_not_counted(left_out, kind, count, tmp_path):
+    """A step equals the one on labels of -100. Its micro-batches have unequal numbers of labels."""
+    plain, other = [], []
+    for row in rows():
+        out = row["labels"] == -100
+        row["attention_mask"] = (~out).long() if left_out == "attention_mask" else torch.ones_like(row["labels"])
+        plain.append(row)
+        other.append({
+            "attention_mask": row | {"labels": row["input_ids"]},
+            "ignore_index": row | {"labels": row["labels"].masked_fill(out, 0)},
+            "mask": row | {"labels": row["input_ids"], "mask": ~out},
+        }[left_out])  # fmt: skip
+    criterion = half_and_half(**({"ignore_index": 0} if left_out == "ignore_index" else {}))
+    expected = one_step(tmp_path, plain, half_and_half(), kind, count=count)
+    assert_same_step(one_step(tmp_path, other, criterion, kind, count=count), expected)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_with_padding_on_the_left_the_divisor_is_the_number_of_logits_that_count(alone, tmp_path):
+    """The teacher's term leaves out the logits of padding; cross-entropy counts them, and so does the sum of both."""
+    data = [row | {"labels": row["input_ids"], "attention_mask": torch.ones_like(row["labels"])} for row in rows()]
+    for row, padding in zip(data, (3, 0, 5, 1), strict=True):
+        row["attention_mask"][:padding] = 0
+    criterion = 1.0 * kdloss.Logits() if alone else half_and_half()
+    change, line, _ = one_step(tmp_path, data, criterion, count="student")
+    student, teacher, _ = pair("llama")
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    with torch.no_grad():
+        taught = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    kl = (taught.softmax(-1) * (taught.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)
+    ce = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+    labelled, real = batch["attention_mask"][:, 1:].bool(), batch["attention_mask"][:, :-1].bool()
+    assert (labelled.sum().item(), (labelled & real).sum().item()) == (22, 19)
+    kl, ce = kl[labelled & real].sum(), ce[labelled].sum()
+    loss = kl / 19 if alone else (0.5 * ce + 0.5 * kl) / 22
+    loss.backward()
+    expected = torch.cat([-0.1 * p.grad.flatten() for p in student.parameters()])
+    assert (change - expected).norm() < 1e-4 * expected.norm()
+    assert line["loss"] == pytest.approx(loss.item(), abs=6e-5)
+
+
+def encoder_decoder():
+    """An encoder-decoder, and rows whose padding belongs to the encoder's inputs, which are as long as the labels."""
+    data = [{"input_ids": x, "labels": y, "attention_mask": torch.ones(8, dtype=torch.long)}
+            for x, y in zip(tokens()[:4], tokens()[:4], strict=True)]  # fmt: skip
+    for i, row in enumerate(data):
+        row["attention_mask"][8 - 2 * i :] = 0
+        row["labels"][i + 1 :] = -100
+    return [model("t5", 1, 16, 0.0), model("t5", 1, 24)], data, half_and_half()
+
+
+def classifier():
+    models = [model("bert", 1, 16, 0.0), model("bert", 1, 24)]
+    return models, [row | {"attention_mask": (torch.arange(8) < 4 + i % 3).long()}
+                    for i, row in enumerate(classes()[:4])], half_and_half()  # fmt: skip
+
+
+def several_labels():
+    """A classifier of examples that may have several of the classes: the labels are [B, classes] numbers."""
+    models, data, _ = classifier()
+    for one in models:
+        one.config.problem_type = "multi_label_classification"
+    criterion = 0.5 * kdloss.Task() + 0.5 * kdloss.Logits(kdloss.divergences.bernoulli_kl)
+    return models, [row | {"labels": torch.tensor([1.0, 0.0, 1.0])} for row in data], criterion
+
+
+@pytest.mark.parametrize("kind", [encoder_decoder, classifier, several_labels], ids=lambda kind: kind.__name__)
+def test_with_the_students_count_micro_batches_take_the_step_of_one_batch_without_a_count(kind, tmp_path):
+    torch.manual_seed(3)
+    models, data, criterion = kind()
+    student, teacher = copy.deepcopy(models)
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    loss = kdloss.Distiller(teacher, criterion)(student, **batch).loss
+    loss.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in student.parameters()]
+    expected = torch.cat([-0.1 * g.flatten() for g in gradients])
+    change, line, _ = one_step(tmp_path, data, criterion, models=models, count="student")
+    assert (change - expected).norm() < 1e-4 * expected.norm()
+    assert line["loss"] == pytest.approx(loss.item(), abs=6e-5)
+
+
+def test_terms_at_different_positions_are_each_divided_by_their_own_number(tmp_path):
+    """The step is that of the mean of the batches' means, since no single number divides both."""
+
+    def criterion():
+        return 0.5 * kdloss.CrossEntropy() + 0.5 * kdloss.Logits(positions="mask")
+
+    change, line, _ = one_step(tmp_path, rows(), criterion())
+    student, teacher, _ = pair("llama")
+    distill, total = kdloss.Distiller(teacher, criterion()), 0.0
+    for row in rows():
+        total = total + distill(student, **{name: x[None] for name, x in row.items()}).loss / 4
+    total.backward()
+    expected = torch.cat([-0.1 * p.grad.flatten() for p in student.parameters()])
+    assert (change - expected).norm() < 1e-4 * expected.norm()
+    assert line["loss"] == pytest.approx(total.item(), abs=6e-5)
+    with pytest.raises(ValueError, match=r"count='student' divides all terms by one number.*count='trainer'"):
+        one_step(tmp_path, rows(), criterion(), count="student")
+
+
+class Transcribing(torch.nn.Module):
+    """A student whose logits stand at frames, and whose labels are transcripts of another length."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(4, 9)
+
+    def forward(self, frames, labels=None):
+        logits = self.head(frames)
+        return {"loss": logits.square().mean(), "logits": logits}
+
+
+def test_labels_at_other_positions_than_the_logits_cannot_divide_the_loss(tmp_path):
+    data = [{"frames": torch.randn(6, 4), "labels": torch.arange(3)} for _ in range(4)]
+    criterion = kdloss.Sum(0.5 * kdloss.Task(), 0.5 * kdloss.Logits(), causal=False)
+    models = [Transcribing(), Transcribing()]
+    with pytest.raises(ValueError, match=r"labels \(1, 3\) don't stand at the positions of the logits \(1, 6, 9\)"):
+        one_step(tmp_path, data, criterion, models=models, count="student")
+    _, line, _ = one_step(tmp_path, data, criterion, models=models)
+    assert line["loss"] == pytest.approx(0.5 * line["task"] + 0.5 * line["kd"], abs=6e-5)
+
+
+def test_masks_among_the_columns_are_kept(tmp_path):
+    told = [row | {"mask": row["labels"] != -100, "labels": row["input_ids"]} for row in rows()]
+    data = datasets.Dataset.from_list([{name: x.tolist() for name, x in row.items()} for row in told])
+    expected = one_step(tmp_path, rows(), half_and_half(), size=2)
+    assert_same_step(one_step(tmp_path, data.with_format("torch"), half_and_half(), size=2), expected)
+
+    def step(**settings):
+        data = [row | {"feature_mask": torch.arange(8) < 3} for row in rows()]
+        criterion = kdloss.CrossEntropy() + kdloss.Features("last", distance=kdloss.distances.cka)
+        return one_step(tmp_path, data, criterion, size=2, **settings)
+
+    assert_same_step(step(), step(remove_unused_columns=False))
+
+
+def test_a_mask_that_the_trainer_would_not_read_is_refused(tmp_path):
+    told = [row | {"mask": row["labels"] != -100} for row in rows()]
+    with pytest.raises(ValueError, match=r"the batch has a mask.*left to the Trainer.*labels of -100"):
+        one_step(tmp_path, told, kdloss.VanillaKD(alpha=1.0))
+
+
+def test_what_another_trainer_says_of_its_own_loss_does_not_scale_the_criterions(tmp_path):
+    class Averaging(Trainer):
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(self, *args, **settings):
+            return super().compute_loss(*args, **settings)
+
+    class Both(Distilling, Averaging):
+        pass
+
+    expected = one_step(tmp_path, rows(), half_and_half())
+    assert_same_step(one_step(tmp_path, rows(), half_and_half(), of=Both), expected)
 
 
 # --- two steps without a Trainer -----------------------------------------------------------------
@@ -317,11 +556,12 @@ def test_two_processes_with_accumulation_take_the_steps_of_one_big_batch(start, 
 
 def test_in_two_processes_the_loss_equals_the_stock_trainers(start, tmp_path):
     for results in run_both(start, as_the_trainer, tmp_path):
-        for family in ("gpt2", "strict"):
-            (stock, loss), (near, our_loss) = (results[family, kind] for kind in ("stock", "near"))
+        for family in ("gpt2", "strict", "ignoring"):
+            (stock, loss, evaluated), (near, our_loss, ours) = (results[family, kind] for kind in ("stock", "near"))
             assert stock.norm() > 0
             assert (near - stock).norm() < 1e-5 * stock.norm()
             assert our_loss == pytest.approx(loss, rel=1e-6)
+            assert ours == pytest.approx(evaluated, rel=1e-6)
 
 
 # --- other batches -------------------------------------------------------------------------------

@@ -40,11 +40,11 @@ class Distilling(WholeCheckpoints, Learning):
     - `teacher_in_eval`: True computes the terms in evaluation too.
     - `count`: the number of labels that divides the loss when gradients are accumulated. Labels that the criterion
       leaves out (by `ignore_index`, `mask` or `attention_mask`) are never counted. "trainer" divides as the Trainer
-      does, so that the term of the task equals the Trainer's loss: by the Trainer's count, if the student takes one (for
-      some causal models, all in transformers 4, it includes labels that are never predicted). If the student ignores it, or terms with
-      `positions="mask"` stand beside others, a step is the mean of its batches' means; where the plain Trainer wouldn't
-      divide there, the logger "kdloss" warns. "student" divides by the number of positions that count, so that batches
-      and processes always add up to one big batch.
+      does, so that the term of the task equals the Trainer's loss: by the Trainer's count, if the student takes one. It
+      may include labels that are never predicted (of all causal models in transformers 4, of some in 5). If the student
+      ignores it, or terms with `positions="mask"` stand beside others, a step is the mean of its batches' means; the
+      logger "kdloss" warns where the plain Trainer wouldn't divide. "student" divides by the number of positions that
+      count, so that batches and processes always add up to one big batch.
     - `args`, `settings`: the Trainer's own arguments.
 
     A criterion that is only cross-entropy, like `VanillaKD(alpha=1.0)`, is left to the Trainer: the loss is the plain
