@@ -203,7 +203,7 @@ def model_compiled_as_a_whole():
     step(student, gpt2(4), kdloss.FeatureKD("last"))
 
 
-def trainer(folder, teacher=None, criterion=None, arguments=None, **more):
+def trainer(folder, teacher=None, criterion=None, arguments=None, student=None, **more):
     from transformers import TrainingArguments
 
     from kdloss.hf import DistillationTrainer
@@ -211,7 +211,7 @@ def trainer(folder, teacher=None, criterion=None, arguments=None, **more):
     plain = {"max_steps": 1, "use_cpu": True, "report_to": "none", "dataloader_pin_memory": False}
     data = [{name: x[0] for name, x in batch("gpt2").items()}] * 2
     return DistillationTrainer(
-        gpt2(),
+        student or gpt2(),
         TrainingArguments(folder, **plain | (arguments or {})),
         teacher=teacher or gpt2(4, 24),
         criterion=criterion or kdloss.FeatureKD("last"),
@@ -276,6 +276,18 @@ def trainer_with_another_loss(folder):
 
     arguments = TrainingArguments(folder, use_cpu=True, report_to="none")
     Both(gpt2(), arguments, teacher=gpt2(4), criterion=kdloss.VanillaKD())
+
+
+def student_that_ignores_the_count(folder):
+    from transformers import GPT2LMHeadModel
+
+    class Ignoring(GPT2LMHeadModel):
+        def forward(self, input_ids, labels=None, **_):
+            return super().forward(input_ids, labels=labels)
+
+    student, arguments = gpt2(), {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+    student.__class__ = Ignoring
+    trainer(folder, criterion=kdloss.VanillaKD(), arguments=arguments, student=student).train()
 
 
 def extra_missing():
@@ -363,5 +375,6 @@ CASES = {
     "measured": lambda: step(gpt2(), gpt2(4), kdloss.VanillaKD()),
     "has no `plan`": lambda: criterion_without_plan(Net()),
     "the criterion replaces the loss of": trainer_with_another_loss,
+    "ignores num_items_in_batch": student_that_ignores_the_count,
 }
 """The function that triggers each message, by words of its heading."""

@@ -250,7 +250,8 @@ class Distiller:
         """The positions of a batch that count for any term, from its labels and masks, before the models run.
 
         None if no single number divides all terms, since some have `positions="mask"` and others don't, or if `mask`
-        doesn't stand at the labels. The arguments are those of the call with this `student`.
+        doesn't stand at the labels. `labels`, `mask`, `shift_labels` and `inputs` are those of the call with this
+        `student`.
         """
         terms = list(getattr(self.criterion, "terms", {}).values())
         if len({term.positions for term in terms}) > 1:
