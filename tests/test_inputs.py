@@ -147,6 +147,59 @@ def test_padded_rows_are_refused_for_a_teacher_without_attention_mask():
     assert distill(student, **unpadded).loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_tokens_given_by_position_are_translated_to_the_teachers_ids_as_those_given_by_name():
+    ids, _, _ = inputs()
+    student, teacher = Reader(VOCAB), Reader(VOCAB, seed=1)
+    theirs = torch.arange(VOCAB).flip(0)
+    criterion = kdloss.VanillaKD(**CRITERION, vocabulary=kdloss.TokenMap(torch.arange(VOCAB), theirs))
+    expected = kl(student(ids), {"logits": teacher(theirs[ids])["logits"][:, theirs]})
+    assert abs(expected - kl(student(ids), {"logits": teacher(ids)["logits"][:, theirs]})) > 1e-3
+    for args, named in (((ids,), {}), ((), {"input_ids": ids})):
+        loss = kdloss.Distiller(teacher, criterion)(student, *args, **named).loss
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_decoder_inputs_given_by_position_are_not_made_from_the_labels():
+    student, teacher = build("t5", depth=1).eval(), build("t5", depth=1, seed=1).eval()
+    given = batch("t5")
+    ids, mask, labels = (given[name] for name in ("input_ids", "attention_mask", "labels"))
+    decoder = labels.clamp_min(0).flip(1)
+    out = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))(student, ids, mask, decoder, labels=labels)
+    both = [{"logits": m(ids, mask, decoder).logits[labels != -100]} for m in (student, teacher)]
+    assert out.loss.item() == pytest.approx(kl(*both).item(), rel=1e-4)
+
+
+def test_a_mask_given_by_position_that_the_teacher_would_take_for_another_input_is_refused():
+    class Masked(Reader):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids)
+
+    class OtherOrder(Reader):
+        def forward(self, input_ids, token_type_ids=None, attention_mask=None):
+            return super().forward(input_ids)
+
+    ids, _, y = inputs()
+    for teacher in (OtherOrder(seed=1), OfPairs(seed=1)):
+        distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
+        words = (
+            rf"attention_mask to the student \(Masked\) and token_type_ids to the teacher \({type(teacher).__name__}\)"
+        )
+        with pytest.raises(TypeError, match=words + r".*give it by name: attention_mask=\.\.\."):
+            distill(Masked(), ids, torch.ones_like(ids), labels=y)
+        assert distill(Masked(), ids, labels=y).loss.isfinite()
+    of_pairs = kdloss.Teacher(OfPairs(seed=1), inputs=lambda ids, mask: (ids,))
+    assert kdloss.Distiller(of_pairs, kdloss.VanillaKD())(Masked(), ids, torch.ones_like(ids), labels=y).loss.isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
+def test_cka_reads_a_mask_given_by_position_as_one_given_by_name():
+    student, teacher = build("bert", depth=2).eval(), build("bert", depth=3, seed=1).eval()
+    padded = batch("bert")
+    ids, mask = padded["input_ids"], padded["attention_mask"]
+    named = kdloss.analysis.cka_matrix(student, teacher, [{"input_ids": ids, "attention_mask": mask}]).values
+    torch.testing.assert_close(kdloss.analysis.cka_matrix(student, teacher, [(ids, mask)]).values, named)
+
+
 def test_cka_gives_each_model_the_inputs_that_it_names():
     class Deep(Reader):
         def __init__(self, seed):

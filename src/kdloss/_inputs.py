@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -22,26 +22,45 @@ def taken_by(model: Callable[..., Any]) -> tuple[list[str], bool]:
     >>> taken_by(nn.Linear(2, 2))
     (['input'], False)
     """
+    _, names, anything = _signature(model)
+    return names, anything
+
+
+def by_name(model: Callable[..., Any], args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a call by their names in the model's forward, positional ones too as far as it names them.
+
+    >>> by_name(nn.Linear(2, 2), (1,), {"mask": 2})
+    {'input': 1, 'mask': 2}
+    """
+    return {**dict(zip(_signature(model)[0], args, strict=False)), **inputs} if args else dict(inputs)
+
+
+def _signature(model: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
+    """The inputs that can be given by position, those that can be given by name, and whether it takes others too."""
     function = unwrap(model).forward if isinstance(model, nn.Module) else model
     method: Any = getattr(function, "__func__", None)
     if isinstance(method, FunctionType):  # methods are cached by class; other functions would be kept alive
-        names, anything = _of_method(method)
-        return names[1:], anything
+        return _of_method(method)
     if isinstance(schema := getattr(function, "schema", None), torch._C.FunctionSchema):  # TorchScript's
-        return [a.name for a in schema.arguments if a.name != "self"], False
+        names = [a.name for a in schema.arguments if a.name != "self"]
+        return names, names, False
     return _parameters(function)
 
 
-def _parameters(function: Callable[..., Any]) -> tuple[list[str], bool]:
+def _parameters(function: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
     try:
         known = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C
-        return [], True
+        return [], [], True
+    places = [p.name for p in known if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     named = [p.name for p in known if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return named, any(p.kind is p.VAR_KEYWORD for p in known)
+    return places, named, any(p.kind is p.VAR_KEYWORD for p in known)
 
 
-_of_method = lru_cache(maxsize=256)(_parameters)
+@lru_cache(maxsize=256)
+def _of_method(method: FunctionType) -> tuple[list[str], list[str], bool]:
+    places, names, anything = _parameters(method)
+    return places[1:], [name for name in names if name not in places[:1]], anything  # without `self`
 
 
 def named(model: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +103,17 @@ def of_teacher(teacher: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[s
             f"that is right, say what it reads: {line}"
         )
     return own
+
+
+def refuse_other_order(student: nn.Module, teacher: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Raise if an input given by position is one input to the student and another to a teacher that reads both."""
+    places, names, _ = _signature(teacher)
+    for ours, theirs, _ in zip(_signature(student)[0], places, args, strict=False):
+        if ours != theirs and (ours in names or ours in ("attention_mask", _PACKING)):
+            raise TypeError(
+                f"an input given by position is {ours} to the student ({_name(student)}) and {theirs} to the teacher "
+                f"({_name(teacher)}); give it by name: {ours}=..."
+            )
 
 
 def of_decoder(model: Callable[..., Any], labels: Any, rename: Callable[[Tensor], Tensor]) -> Any:

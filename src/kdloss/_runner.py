@@ -1,10 +1,11 @@
 """Run a student and its teachers once each, and only as far as a plan reads them."""
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from kdloss._capture import Captured
 from kdloss._classes import Named
 from kdloss._decoder_inputs import DecoderInputs
-from kdloss._inputs import of_decoder, of_student
+from kdloss._inputs import by_name, of_decoder, of_student, refuse_other_order
 from kdloss._masks import Padding, all_masks
 from kdloss._passes import Passes, brought, requests
 from kdloss._towers import Towers
@@ -25,6 +26,7 @@ from kdloss.teacher import Teacher, moved, tensors
 from kdloss.terms import Plan
 from kdloss.terms._outputs import logits_read
 
+_TOKENS = {"input_ids", "decoder_input_ids"}
 _OTHERS = "its criterion may want them"
 
 
@@ -90,12 +92,13 @@ class Runner:
     ) -> dict[str, Any]:
         """The masks for the criterion, from the user's masks and the batch's own."""
         on_features = [name for name, r in plan.reads.items() if r.pairs]
-        said = mask, feature_mask, *map(batch.inputs.get, ("attention_mask", "decoder_attention_mask"))
+        inputs = by_name(student, batch.args, batch.inputs)
+        said = mask, feature_mask, *map(inputs.get, ("attention_mask", "decoder_attention_mask"))
         if all(x is None for x in said) and not (on_features and is_encoder_decoder(student)):
             return {"mask": None}  # all features count, at the labels' positions if there are as many
-        padding = Padding.of(student, batch.inputs)
+        padding = Padding.of(student, inputs)
         again = partial(self.study, student, plan, batch, own_loss)
-        place = self._towers.of(student, requests(plan.reads, "student"), batch.inputs, self._pass.located, again)
+        place = self._towers.of(student, requests(plan.reads, "student"), inputs, self._pass.located, again)
         logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
         shape = None if logits is None else logits.shape if plan.layout is None else plan.layout.shape(logits.shape)
         labels = batch.labels if batch.shift_labels is None else batch.shift_labels
@@ -118,13 +121,16 @@ class Runner:
 
     def _teach(self, k: int, teacher: Teacher, student: nn.Module, plan: Plan, batch: Batch) -> Captured:
         reads, module = {name: plan.reads[name] for name in plan.of_teacher(k)}, teacher.module
-        inputs, labels = dict(batch.inputs), batch.labels
+        args, inputs, labels = batch.args, dict(batch.inputs), batch.labels
+        if teacher.inputs is None:
+            refuse_other_order(student, module, args)
         rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
         if rename is not None and teacher.inputs is None:
-            tokens = [name for name in ("input_ids", "decoder_input_ids") if inputs.get(name) is not None]
-            inputs |= {name: rename(inputs[name]) for name in tokens}
+            inputs = {name: _renamed(rename, x, name) for name, x in inputs.items()}
+            places = zip_longest(args, by_name(student, args, {}), by_name(module, args, {}))
+            args = tuple(_renamed(rename, *place) for place in places)
             labels = of_decoder(module, labels, rename)
-        args, inputs = teacher.of(batch.args, inputs)
+        args, inputs = teacher.of(args, inputs)
         stop = self._plans and plan.ends_early(k)
         why = plan.why_teacher_whole(k) if self._plans else _OTHERS
         with torch.no_grad():
@@ -141,6 +147,11 @@ class Runner:
         if not stop:  # a pass for features only has no classes
             seen.classes = self._classes(k, student, module)
         return seen
+
+
+def _renamed(rename: Callable[[Tensor], Tensor], x: Any, *names: str | None) -> Any:
+    """An input in the teacher's ids, if one of its names says that it holds tokens."""
+    return x if x is None or _TOKENS.isdisjoint(names) else rename(x)
 
 
 def _on_students_device(student: nn.Module, output: Any) -> Any:

@@ -42,7 +42,8 @@ class Distiller:
       `num_items_in_batch`; the logger "kdloss" warns of what such a module doesn't get.
 
     Call it as `distill(student, *args, labels=..., **inputs)` with the inputs of the models. Each model gets the
-    inputs that its forward names (all of them, if it takes `**kwargs`). An input that no model reads is refused.
+    inputs that its forward names (all of them, if it takes `**kwargs`). An input that no model reads is refused, and so
+    is one given by position that would be another input to a teacher. A mask counts whichever way it is given.
 
     - `labels`: go to the criterion; an encoder-decoder's decoder inputs are made from them. `shift_labels` are labels
       that are shifted already.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdloss._capture import Captured, Located, Request, record
 from kdloss._decoder_inputs import DecoderInputs
-from kdloss._inputs import named, of_student, of_teacher
+from kdloss._inputs import by_name, named, of_student, of_teacher, refuse_other_order
 from kdloss._layout import Patterns
 from kdloss._masks import Padding, mask_of_features
 from kdloss._own_loss import own_loss
@@ -177,6 +177,7 @@ def _features(
 ) -> tuple[list[list[Tensor]], Tensor | None]:
     """The features of all blocks of both models, and the mask of tokens; None if samples are examples."""
     fed = DecoderInputs()
+    refuse_other_order(student, teacher, args)
     read = ((student, named(student, inputs)), (teacher, of_teacher(teacher, inputs)))
     both = [fed.of(model, args, own, labels) for model, own in read]
     seen = [_run(model, args, own, blocks) for model, own in zip((student, teacher), both, strict=True)]
@@ -190,6 +191,7 @@ def _features(
     if any(h.ndim != 3 or h.shape[:2] != positions for h in everything):
         return [[h.flatten(1) for h in side] for side in features], None
     asked = {key: Request(key[1], blocks) for key in seen[0]}
+    inputs = by_name(student, args, inputs)
     place = towers.of(student, asked, inputs, Located(), lambda: _run(student, args, both[0], blocks, stop=False))
     found = mask_of_features(Padding.of(student, inputs), place, mask, positions)
     keep = torch.ones(positions, dtype=torch.bool, device=everything[0].device) if found is None else found
