@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from kdloss.layers.names import unwrap
 from kdloss.reduction import on_cpu
 
+_EXPLICIT = 'kdloss.Teacher(teacher, inputs=lambda batch: {"input_ids": ...})'
+PADDED_ROWS = {
+    "student": "give it padded rows in place of packed ones",
+    "teacher": f"give it padded rows, or say what it reads: {_EXPLICIT}",
+}
 _PACKING = "position_ids"  # a model that doesn't read these sees the documents of a packed row as one
 
 
@@ -85,7 +90,7 @@ def of_student(student: nn.Module, teachers: Iterable[Any], inputs: Mapping[str,
             f"no model reads {nobody}: {_told(models)}. Leave it out, or say what to make of it: "
             "kdloss.Teacher(teacher, inputs=lambda batch: ...)"
         )
-    _refuse_unread_packing(student, inputs, "student", "give it padded rows in place of packed ones")
+    _refuse_unread_packing(student, inputs, "student")
     return own
 
 
@@ -94,13 +99,13 @@ def of_teacher(teacher: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[s
 
     Raises: ValueError if the teacher doesn't take an input that changes the meaning of the others.
     """
-    own, line = named(teacher, inputs), 'kdloss.Teacher(teacher, inputs=lambda batch: {"input_ids": ...})'
-    _refuse_unread_packing(teacher, inputs, "teacher", f"give it padded rows, or say what it reads: {line}")
+    own = named(teacher, inputs)
+    _refuse_unread_packing(teacher, inputs, "teacher")
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and "attention_mask" not in own and not mask.is_meta and not mask.bool().all():
         raise ValueError(
             f"the teacher ({_told([teacher])}) takes no attention_mask and would read padding as if it were text. If "
-            f"that is right, say what it reads: {line}"
+            f"that is right, say what it reads: {_EXPLICIT}"
         )
     return own
 
@@ -111,8 +116,8 @@ def refuse_other_order(student: nn.Module, teacher: Callable[..., Any], args: Se
     for ours, theirs, _ in zip(_signature(student)[0], places, args, strict=False):
         if ours != theirs and (ours in names or ours in ("attention_mask", _PACKING)):
             raise TypeError(
-                f"an input given by position is {ours} to the student ({_name(student)}) and {theirs} to the teacher "
-                f"({_name(teacher)}); give it by name: {ours}=..."
+                f"an input given by position is {ours} to the student ({name_of(student)}) and {theirs} to the teacher "
+                f"({name_of(teacher)}); give it by name: {ours}=..."
             )
 
 
@@ -129,14 +134,14 @@ def of_decoder(model: Callable[..., Any], labels: Any, rename: Callable[[Tensor]
     return own
 
 
-def _refuse_unread_packing(model: Callable[..., Any], inputs: Mapping[str, Any], whose: str, way: str) -> None:
+def _refuse_unread_packing(model: Callable[..., Any], inputs: Mapping[str, Any], whose: str) -> None:
     if inputs.get(_PACKING) is None:
         return
     names, anything = taken_by(model)
     if _PACKING not in names and (not anything or _ignores_what_it_does_not_name(model)):
         raise ValueError(
             f"the {whose} ({_told([model])}) takes no position_ids, which separate the documents of a packed row: "
-            f"it would read the others as context. Leave them out if rows aren't packed, or {way}"
+            f"it would read the others as context. Leave them out if rows aren't packed, or {PADDED_ROWS[whose]}"
         )
 
 
@@ -149,8 +154,9 @@ def _ignores_what_it_does_not_name(model: Callable[..., Any]) -> bool:
 
 
 def _told(models: Iterable[Callable[..., Any]]) -> str:
-    return ", ".join(f"{_name(model)} takes {taken_by(model)[0]}" for model in models)
+    return ", ".join(f"{name_of(model)} takes {taken_by(model)[0]}" for model in models)
 
 
-def _name(model: Callable[..., Any]) -> str:
+def name_of(model: Callable[..., Any]) -> str:
+    """The name of a model's class inside its wrappers, or of a function."""
     return type(unwrap(model)).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "a function")

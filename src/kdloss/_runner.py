@@ -16,6 +16,7 @@ from kdloss._classes import Named
 from kdloss._decoder_inputs import DecoderInputs
 from kdloss._inputs import by_name, of_decoder, of_student, refuse_other_order
 from kdloss._masks import Padding, all_masks
+from kdloss._packing import Packing
 from kdloss._passes import Passes, brought, requests
 from kdloss._towers import Towers
 from kdloss.adapter import evaluating, is_encoder_decoder, resharded
@@ -46,6 +47,7 @@ class Runner:
     def __init__(self, teachers: Sequence[Teacher | None], plans: bool) -> None:
         self.teachers, self._plans = teachers, plans
         self._pass, self._towers, self._decoder_inputs, self._classes = Passes(), Towers(), DecoderInputs(), Named()
+        self._packing = Packing()
         self._compared: set[int] = set()
         self._student: weakref.ref[nn.Module] | None = None
 
@@ -55,6 +57,7 @@ class Runner:
     def study(self, student: nn.Module, plan: Plan, batch: Batch, own_loss: bool) -> Captured:
         """The student's pass; it gets the labels if its own loss is read."""
         own = of_student(student, self.teachers, batch.inputs)
+        self._packing.check(student, student, batch.args, own, "student")
         inputs = self._decoder_inputs.of(student, batch.args, own, batch.labels)
         if own_loss:
             given = {"labels": batch.labels, "shift_labels": batch.shift_labels}
@@ -131,6 +134,8 @@ class Runner:
             args = tuple(_renamed(rename, *place) for place in places)
             labels = of_decoder(module, labels, rename)
         args, inputs = teacher.of(args, inputs)
+        if teacher.inputs is None:
+            self._packing.check(teacher, module, args, inputs, "teacher")
         stop = self._plans and plan.ends_early(k)
         why = plan.why_teacher_whole(k) if self._plans else _OTHERS
         with torch.no_grad():

@@ -68,8 +68,9 @@ class Distiller:
     `LazyLogits`, with the same loss and gradients. Where that isn't possible, the logger "kdloss" says why.
 
     Raises: TypeError for a teacher or an input that nothing reads; ValueError for a term whose teacher is missing, for
-    labels `[B, T]` if nothing shows whether they are shifted, for packed or padded rows that a model can't recognise
-    (it takes no `position_ids` or no `attention_mask`), for a mask that fits nothing, and for a teacher that runs on
+    labels `[B, T]` if nothing shows whether they are shifted, for padded rows if a model takes no `attention_mask`, for
+    packed rows that a model reads as one document (measured on the first batch whose `position_ids` start again), for a
+    mask that fits nothing, and for a teacher that runs on
     weights that the student trains (use `kdloss.base_of` for the base under adapters). Errors of the criterion and of
     capture pass through.
 

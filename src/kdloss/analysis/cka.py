@@ -15,6 +15,7 @@ from kdloss._inputs import by_name, named, of_student, of_teacher, refuse_other_
 from kdloss._layout import Patterns
 from kdloss._masks import Padding, mask_of_features
 from kdloss._own_loss import own_loss
+from kdloss._packing import Packing
 from kdloss._towers import Towers
 from kdloss.adapter import evaluating, without_cache
 from kdloss.analysis._matplotlib import matplotlib
@@ -132,10 +133,13 @@ def cka_matrix(
     taught = layout if isinstance(teacher_layout, EllipsisType) else teacher_layout
     axes = Axes("student", layout), Axes("teacher", taught, "teacher_layout")
     causal: bool | None = None
-    towers = Towers()
+    towers, packing = Towers(), Packing()
     for number, batch in enumerate(batches):
         args, inputs, labels, mask = _split_batch(batch)
         own = of_student(student, [Teacher(teacher)], inputs)
+        refuse_other_order(student, teacher, args)
+        packing.check(student, student, args, own, "student")
+        packing.check(teacher, teacher, args, of_teacher(teacher, inputs), "teacher")
         if labels is not None and causal is None:
             causal = getattr(own_loss(student, args, own, labels), "causal", None) or False
         features, keep = _features(student, teacher, args, inputs, labels, mask, causal, blocks, towers, axes)
@@ -177,7 +181,6 @@ def _features(
 ) -> tuple[list[list[Tensor]], Tensor | None]:
     """The features of all blocks of both models, and the mask of tokens; None if samples are examples."""
     fed = DecoderInputs()
-    refuse_other_order(student, teacher, args)
     read = ((student, named(student, inputs)), (teacher, of_teacher(teacher, inputs)))
     both = [fed.of(model, args, own, labels) for model, own in read]
     seen = [_run(model, args, own, blocks) for model, own in zip((student, teacher), both, strict=True)]
