@@ -291,7 +291,10 @@ def test_the_position_ids_of_padded_rows_are_no_packed_documents(side):
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, filler)
         batch = given | {"attention_mask": mask, "position_ids": positions}
         distill = kdloss.Distiller(build("opt", depth=1, seed=1), kdloss.VanillaKD(**CRITERION))
-        assert distill(build("opt", depth=1), **batch).loss.isfinite()
+        student = build("opt", depth=1)
+        assert distill(student, **batch).loss.isfinite()
+        with pytest.raises(ValueError, match="student .* as one.*leave out attention_mask"):  # and so tell nothing
+            distill(student, **packed_row(5, 4), attention_mask=torch.ones_like(mask))
 
 
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")

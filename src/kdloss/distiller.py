@@ -70,9 +70,8 @@ class Distiller:
     Raises: TypeError for a teacher or an input that nothing reads; ValueError for a term whose teacher is missing, for
     labels `[B, T]` if nothing shows whether they are shifted, for padded rows if a model takes no `attention_mask`, for
     packed rows that a model reads as one document (measured on the first batch whose `position_ids` start again), for a
-    mask that fits nothing, and for a teacher that runs on
-    weights that the student trains (use `kdloss.base_of` for the base under adapters). Errors of the criterion and of
-    capture pass through.
+    mask that fits nothing, and for a teacher that runs on weights that the student trains (use `kdloss.base_of` for the
+    base under adapters). Errors of the criterion and of capture pass through.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> import kdloss
