@@ -204,6 +204,14 @@ def packed_sequence_beside_a_mask():
     kdloss.Distillation(gpt2(), gpt2(), kdloss.VanillaKD())(**packed, labels=ids)
 
 
+def stored_rows_beside_padding_on_the_left():
+    given = batch("gpt2")
+    rows = [{3: -1.0} if real else None for real in given["attention_mask"][1].tolist()]
+    stored = kdloss.TopKLogits.from_served([rows, rows], of="logits")
+    left = {name: x.flip(1) for name, x in given.items()}
+    kdloss.Distillation(gpt2(), None, kdloss.VanillaKD())(**left, teacher=stored)
+
+
 def model_compiled_as_a_whole():
     student = torch.compile(gpt2(), backend="eager")
     step(student, gpt2(4), kdloss.FeatureKD("last"))
@@ -334,6 +342,7 @@ CASES = {
     "shifts time": lambda: kd(LOGITS[0], LOGITS[0], labels=LABELS[0], causal=True),
     "takes no attention_mask": lambda: step(gpt2(), NoMask(), kdloss.VanillaKD()),
     "takes no position_ids": packed_sequence,
+    "the stored teacher has a row": stored_rows_beside_padding_on_the_left,
     "of a packed row as one": packed_sequence_beside_a_mask,
     "no model reads": lambda: kdloss.Distillation(Net(), Net(), kdloss.VanillaKD())(torch.randn(2, 4), colour=1),
     "no projection between them": lambda: images(Net(5), Net(7), BODY_FEATURES),

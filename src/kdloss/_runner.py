@@ -26,6 +26,7 @@ from kdloss.targets.kinds import KINDS
 from kdloss.teacher import Teacher, moved, tensors
 from kdloss.terms import Plan
 from kdloss.terms._outputs import logits_read
+from kdloss.terms._placed import refuse_misplaced
 
 _TOKENS = {"input_ids", "decoder_input_ids"}
 _OTHERS = "its criterion may want them"
@@ -48,6 +49,7 @@ class Runner:
         self.teachers, self._plans = teachers, plans
         self._pass, self._towers, self._decoder_inputs, self._classes = Passes(), Towers(), DecoderInputs(), Named()
         self._packing = Packing()
+        self._seen: set[int] = set()  # the stored teachers whose rows were compared with a mask
         self._compared: set[int] = set()
         self._student: weakref.ref[nn.Module] | None = None
 
@@ -71,6 +73,7 @@ class Runner:
         for k, teacher in enumerate(self.teachers):
             if teacher is None:
                 output = _on_students_device(student, next(rest, None))
+                self._refuse_misplaced(k, student, batch, output)
                 yield self._classes.stored(k, student, output) if self._plans else output
             elif not self._plans or plan.of_teacher(k):
                 # Popped from a list, so that only the caller holds the output.
@@ -106,6 +109,13 @@ class Runner:
         shape = None if logits is None else logits.shape if plan.layout is None else plan.layout.shape(logits.shape)
         labels = batch.labels if batch.shift_labels is None else batch.shift_labels
         return all_masks(padding, shape, on_features, labels, mask, feature_mask, place, causal=causal)
+
+    def _refuse_misplaced(self, k: int, student: nn.Module, batch: Batch, output: Any) -> None:
+        """Raise if a stored teacher's rows don't stand at the batch's tokens; on an accelerator only the first time."""
+        mask = None if output is None else Padding.of(student, by_name(student, batch.args, batch.inputs)).outputs
+        if mask is not None:
+            refuse_misplaced(output, mask, always=k not in self._seen)
+            self._seen.add(k)
 
     def _refuse_own_weights(self, k: int, student: nn.Module) -> AbstractContextManager[None]:
         """Raise if teacher k runs, inside the `with`, on weights that the student trains; once per student."""
