@@ -293,7 +293,7 @@ def test_the_position_ids_of_padded_rows_are_no_packed_documents(side):
         distill = kdloss.Distiller(build("opt", depth=1, seed=1), kdloss.VanillaKD(**CRITERION))
         student = build("opt", depth=1)
         assert distill(student, **batch).loss.isfinite()
-        with pytest.raises(ValueError, match="student .* as one.*leave out attention_mask"):  # and so tell nothing
+        with pytest.raises(ValueError, match=r"student .* as one.*leave out attention_mask"):  # and so tell nothing
             distill(student, **packed_row(5, 4), attention_mask=torch.ones_like(mask))
 
 
