@@ -198,6 +198,20 @@ def packed_sequence():
     kdloss.Distillation(gpt2(), NoMask(), kdloss.VanillaKD())(input_ids=ids, labels=ids, position_ids=positions)
 
 
+def packed_sequence_beside_a_mask():
+    ids = torch.arange(6)[None]
+    packed = {"input_ids": ids, "position_ids": ids % 3, "attention_mask": torch.ones_like(ids)}
+    kdloss.Distillation(gpt2(), gpt2(), kdloss.VanillaKD())(**packed, labels=ids)
+
+
+def stored_rows_beside_padding_on_the_left():
+    given = batch("gpt2")
+    rows = [{3: -1.0} if real else None for real in given["attention_mask"][1].tolist()]
+    stored = kdloss.TopKLogits.from_served([rows, rows], of="logits")
+    left = {name: x.flip(1) for name, x in given.items()}
+    kdloss.Distillation(gpt2(), None, kdloss.VanillaKD())(**left, teacher=stored)
+
+
 def model_compiled_as_a_whole():
     student = torch.compile(gpt2(), backend="eager")
     step(student, gpt2(4), kdloss.FeatureKD("last"))
@@ -340,6 +354,8 @@ CASES = {
     "shifts time": lambda: kd(LOGITS[0], LOGITS[0], labels=LABELS[0], causal=True),
     "takes no attention_mask": lambda: step(gpt2(), NoMask(), kdloss.VanillaKD()),
     "takes no position_ids": packed_sequence,
+    "the stored teacher has a row": stored_rows_beside_padding_on_the_left,
+    "of a packed row as one": packed_sequence_beside_a_mask,
     "no model reads": lambda: kdloss.Distillation(Net(), Net(), kdloss.VanillaKD())(torch.randn(2, 4), colour=1),
     "no projection between them": lambda: images(Net(5), Net(7), BODY_FEATURES),
     "cannot be chosen before": lambda: kdloss.FeatureKD("last", causal=True)(HF_OUTPUT, HF_OUTPUT, LABELS),

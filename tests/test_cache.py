@@ -17,6 +17,7 @@ from caching import SETTINGS, VOCAB, Teacher
 from families import batch, build
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
+from watching import as_on_an_accelerator, never_waiting
 
 import kdloss
 import kdloss.cache
@@ -174,6 +175,86 @@ def test_padding_on_either_side_is_neither_read_nor_stored(folder, tmp_path):
     for row, n in enumerate(mask.sum(-1).tolist()):
         assert torch.equal(x.indices[row, width - n :], plain.indices[row, :n])
         assert (x.ids()[row, : width - n] == -1).all()
+
+
+class OfTokens(torch.nn.Module):
+    """A student that sees one token at a time, so that where padding stands changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embedding, self.head = torch.nn.Embedding(VOCAB, 8), torch.nn.Linear(8, VOCAB)
+
+    def forward(self, input_ids, attention_mask):
+        return self.head(self.embedding(input_ids))
+
+
+def padded(side):
+    """Examples 2 and 3, whose lengths differ, and their ids."""
+    rows = [torch.tensor(caching.tokens()[i]) for i in (2, 3)]
+    width = max(map(len, rows))
+    assert min(map(len, rows)) < width
+    both = [(ids, torch.ones_like(ids)) for ids in rows]
+    pads = [(width - len(ids), 0) if side == "left" else (0, width - len(ids)) for ids in rows]
+    ids, mask = (
+        torch.stack([torch.nn.functional.pad(x[k], pad) for x, pad in zip(both, pads, strict=True)]) for k in (0, 1)
+    )
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("call", ["by keyword", "by position", "a criterion"])
+def test_stored_rows_beside_a_batch_padded_on_the_left_are_refused_unless_the_mask_places_them(folder, causal, call):
+    student, cache = OfTokens(), opened(folder)
+    criterion = kdloss.VanillaKD(temperature=2.0, alpha=0.0, causal=causal)
+
+    def loss(side, stored):
+        ids, mask, labels = padded(side).values()
+        if call == "a criterion":
+            return criterion(student(ids, mask), stored, labels, attention_mask=mask.bool())
+        model = kdloss.Distillation(student, None, criterion)
+        if call == "by position":
+            return model(ids, mask, labels=labels, teacher=stored).loss
+        return model(input_ids=ids, attention_mask=mask, labels=labels, teacher=stored).loss
+
+    ids = [name(2), name(3)]
+    right = loss("right", cache[ids])
+    at = padded("left")["attention_mask"]
+    left = loss("left", cache.batch(ids, attention_mask=at))
+    torch.testing.assert_close(left, right)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student.head.weight)[0] for x in (left, right)))
+    example = int(at.sum(-1).argmin())
+    words = (
+        rf"a row at position 0 of example {example}, where attention_mask is 0, and none at \d+.*cache\.batch\(ids, "
+    )
+    for side, stored in (("left", cache[ids]), ("right", cache.batch(ids, attention_mask=at))):
+        with pytest.raises(ValueError, match=words if side == "left" else "where attention_mask is 0, and none at 0"):
+            loss(side, stored)
+
+
+def test_stored_rows_at_padding_or_without_classes_are_no_misplaced_rows(folder):
+    student, (ids, mask, labels) = OfTokens(), padded("left").values()
+    model = kdloss.Distillation(student, None, kdloss.VanillaKD(temperature=2.0, alpha=0.0, causal=True))
+    full = kdloss.TopKLogits.of(Teacher().eval()(ids, mask), 5, temperature=2.0)
+    assert model(input_ids=ids, attention_mask=mask, labels=labels, teacher=full).loss > 0  # rows at padding too
+    served = [[None] + [{3: -0.5, 7: -1.5}] * (n - 1) for n in padded("right")["attention_mask"].sum(-1).tolist()]
+    ids, mask, labels = padded("right").values()
+    rows = kdloss.TopKLogits.from_served(served, temperature=2.0)  # none at the last token
+    assert model(input_ids=ids, attention_mask=mask, labels=labels, teacher=rows).loss > 0
+
+
+def test_the_places_of_stored_rows_are_looked_at_once_on_an_accelerator(folder, monkeypatch):
+    ids, cache = [name(2), name(3)], opened(folder)
+    right, left = padded("right"), padded("left")
+    as_on_an_accelerator(monkeypatch)
+    monkeypatch.setattr(kdloss._runner, "on_cpu", lambda device: True)  # the rows are there already
+    criterion = kdloss.VanillaKD(temperature=2.0, alpha=0.0, causal=True)
+    with pytest.raises(ValueError, match="where attention_mask is 0"):
+        kdloss.Distillation(OfTokens(), None, criterion)(**left, teacher=cache[ids])
+    model = kdloss.Distillation(OfTokens(), None, criterion)
+    model(**right, teacher=cache[ids])
+    with never_waiting():
+        model(**right, teacher=cache[ids])
 
 
 def test_only_the_shards_of_a_batch_are_read_and_each_is_verified_once(folder, monkeypatch, tmp_path):

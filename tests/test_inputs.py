@@ -8,6 +8,7 @@ import transformers as hf
 from families import batch, build
 from torch import nn
 from versions import since_torch
+from watching import as_on_an_accelerator
 
 import kdloss
 from kdloss.hf import DistillationTrainer
@@ -131,6 +132,171 @@ def test_packed_rows_are_refused_unless_both_models_take_position_ids():
     assert kdloss.Distiller(explicit, kdloss.VanillaKD())(student, **packed, labels=labels).loss.isfinite()
 
 
+def packed_row(*lengths):
+    """A row of documents of these lengths, and its labels."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    ids = torch.randint(3, VOCAB, (1, sum(lengths)), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+
+
+def of_lfm2(seed):
+    torch.manual_seed(seed)
+    settings = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    kinds = ["conv", "full_attention"]
+    config = hf.Lfm2Config(num_hidden_layers=2, num_key_value_heads=2, layer_types=kinds, **settings)
+    return hf.Lfm2ForCausalLM(config)
+
+
+def enlarged(model):
+    """The model with weights as large as those of a trained one, so that a document's context matters."""
+    for weight in (p for p in model.parameters() if p.ndim > 1):
+        weight.data *= 10
+    return model
+
+
+BLIND = {name: lambda name=name: build(name, depth=2) for name in ("opt", "roberta", "bert")} | {
+    "lfm2": lambda: of_lfm2(0)
+}
+
+
+@since_torch(2, 6)
+@pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
+@pytest.mark.filterwarnings("ignore:.*add `is_decoder=True.*")
+@pytest.mark.parametrize("name", BLIND)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_that_names_position_ids_and_reads_packed_documents_as_one_is_refused(name, dtype):
+    row, blind, other = packed_row(5, 4), BLIND[name]().to(dtype), build("llama", depth=1, seed=1).to(dtype)
+    with torch.no_grad():
+        alone = blind.eval()(row["input_ids"][:, 5:]).logits
+        assert (blind(row["input_ids"], position_ids=row["position_ids"]).logits[:, 5:] - alone).abs().max() > 1e-4
+    criterion = kdloss.VanillaKD(causal=True, **CRITERION)
+    for student, teacher, whose in ((other, blind, "teacher"), (blind, other, "student")):
+        words = rf"the {whose} \({type(blind).__name__}\) reads the documents of a packed row as one.*again at \[0, 5\]"
+        distill = kdloss.Distiller(teacher, criterion)
+        for _ in range(2):  # the error isn't forgotten
+            with pytest.raises(ValueError, match=words + ".*; give it padded rows"):
+                distill(student, **row)
+        positions = torch.arange(9)[None]
+        assert distill(student, **row | {"position_ids": positions}).loss.isfinite()  # one document
+    with pytest.raises(ValueError, match="reads the documents of a packed row as one"):
+        kdloss.analysis.cka_matrix(build("llama", depth=2), blind, [row])
+
+
+@since_torch(2, 6)
+@pytest.mark.parametrize("beside", ["attention_mask", "use_cache"])
+def test_a_mask_or_a_cache_beside_packed_documents_is_refused(beside):
+    row = packed_row(5, 4)
+    student, teacher = build("llama", depth=1).double().eval(), build("llama", depth=2, seed=1).double().eval()
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))
+    given = {"attention_mask": torch.ones_like(row["input_ids"])} if beside == "attention_mask" else {"use_cache": True}
+    assert distill(student, **row).loss.isfinite()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"student .* as one.*leave out {beside}, beside which"):
+            distill(student, **row, **given)
+    assert distill(student, **row, use_cache=False).loss.isfinite()
+
+
+@since_torch(2, 6)
+def test_an_attention_pattern_of_four_axes_says_itself_which_documents_are_seen():
+    row, document = packed_row(5, 4), torch.tensor([0] * 5 + [1] * 4)
+    student, teacher = build("llama", depth=1).double().eval(), build("llama", depth=2, seed=1).double().eval()
+    seen = (document[:, None] == document) & torch.ones(9, 9).tril().bool()
+    pattern = torch.zeros(9, 9).double().masked_fill(~seen, torch.finfo(torch.float64).min)[None, None]
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))
+    losses = [distill(student, **row, **mask).loss for mask in ({}, {"attention_mask": pattern})]
+    torch.testing.assert_close(*losses)
+    weight = student.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in losses))
+
+
+@since_torch(2, 6)
+@pytest.mark.parametrize("where", ["by keyword", "by position", "as embeddings", "in bfloat16", "all alike"])
+def test_separated_documents_are_accepted_however_they_are_given(where):
+    row = packed_row(5, 4)
+    student, teacher = build("llama", depth=1, seed=1), build("llama", depth=1)
+    ids, positions, args = row.pop("input_ids"), row.pop("position_ids"), ()
+    named = {"input_ids": ids, "position_ids": positions}
+    if where == "by position":
+        args, named = (ids, None, positions), {}
+    elif where == "as embeddings":
+        named = {"inputs_embeds": student.get_input_embeddings()(ids), "position_ids": positions}
+    elif where == "in bfloat16":
+        student, teacher = enlarged(student).bfloat16(), enlarged(teacher).bfloat16()
+    elif where == "all alike":
+        named["input_ids"] = torch.full_like(ids, 7)
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(causal=True, **CRITERION))
+    assert distill(student, *args, **named, **row).loss.isfinite()
+    with pytest.raises(ValueError, match="leave out use_cache"):
+        distill(student, *args, **named, **row, use_cache=True)
+    blind = kdloss.Distiller(
+        lambda *args, **inputs: teacher(*args, **inputs, use_cache=True), kdloss.VanillaKD(causal=True)
+    )
+    if not args:  # a function's positional inputs have no names
+        with pytest.raises(ValueError, match=r"teacher \(<lambda>\) reads the documents of a packed row as one"):
+            blind(student, **named, **row)
+
+
+class Counted(nn.Module):
+    """A model that counts its passes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.passes = model, 0
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        self.passes += 1
+        return self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+
+
+@since_torch(2, 6)
+@pytest.mark.parametrize("several", [False, True], ids=["one process", "several"])
+def test_documents_are_compared_once_in_the_same_passes_on_every_process(several, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: several)
+    rows = [packed_row(5, 4), packed_row(9)]
+    counts = []
+    for first, second in (rows, rows[::-1]):
+        student, teacher = Counted(build("llama", depth=1)), Counted(build("llama", depth=1, seed=1))
+        distill = kdloss.Distiller(teacher, kdloss.VanillaKD(causal=True, **CRITERION))
+        for row in (first, second, second):
+            for model in (student, teacher):
+                before = model.passes
+                distill(student, **row)
+                counts.append(model.passes - before)
+    once, measured = [1], [3]
+    if several:
+        assert counts == 2 * ([*measured, *once, *once, *once, *once, *once])
+    else:
+        assert counts == [*measured, 1, 1, 1, 1, 1, 1, 1, *measured, 1, 1, 1]
+
+
+@since_torch(2, 6)
+def test_documents_are_looked_at_in_the_first_batch_only_on_an_accelerator(monkeypatch):
+    row, student = packed_row(5, 4), build("llama", depth=1)
+    distill = kdloss.Distiller(build("llama", depth=1, seed=1), kdloss.VanillaKD(causal=True, **CRITERION))
+    as_on_an_accelerator(monkeypatch)
+    distill(student, **row | {"position_ids": torch.arange(9)[None]})
+    looked = []
+    monkeypatch.setattr(kdloss._packing, "_last_start", lambda *batch: looked.append(batch))
+    distill(student, **row)
+    assert not looked
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_position_ids_of_padded_rows_are_no_packed_documents(side):
+    given = packed_row(9)
+    mask = torch.ones_like(given["input_ids"])
+    mask[:, slice(0, 3) if side == "left" else slice(6, 9)] = 0
+    for filler in (0, 1):
+        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, filler)
+        batch = given | {"attention_mask": mask, "position_ids": positions}
+        distill = kdloss.Distiller(build("opt", depth=1, seed=1), kdloss.VanillaKD(**CRITERION))
+        student = build("opt", depth=1)
+        assert distill(student, **batch).loss.isfinite()
+        with pytest.raises(ValueError, match=r"student .* as one.*leave out attention_mask"):  # and so tell nothing
+            distill(student, **packed_row(5, 4), attention_mask=torch.ones_like(mask))
+
+
 @pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 def test_padded_rows_are_refused_for_a_teacher_without_attention_mask():
     student, net = build("bert", depth=1).eval(), build("bert", depth=1, seed=1).eval()
@@ -145,6 +311,59 @@ def test_padded_rows_are_refused_for_a_teacher_without_attention_mask():
     unpadded = {name: x[:1] for name, x in padded.items()}
     expected = kl({"logits": student(**unpadded).logits}, {"logits": teacher(unpadded["input_ids"])})
     assert distill(student, **unpadded).loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_tokens_given_by_position_are_translated_to_the_teachers_ids_as_those_given_by_name():
+    ids, _, _ = inputs()
+    student, teacher = Reader(VOCAB), Reader(VOCAB, seed=1)
+    theirs = torch.arange(VOCAB).flip(0)
+    criterion = kdloss.VanillaKD(**CRITERION, vocabulary=kdloss.TokenMap(torch.arange(VOCAB), theirs))
+    expected = kl(student(ids), {"logits": teacher(theirs[ids])["logits"][:, theirs]})
+    assert abs(expected - kl(student(ids), {"logits": teacher(ids)["logits"][:, theirs]})) > 1e-3
+    for args, named in (((ids,), {}), ((), {"input_ids": ids})):
+        loss = kdloss.Distiller(teacher, criterion)(student, *args, **named).loss
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_decoder_inputs_given_by_position_are_not_made_from_the_labels():
+    student, teacher = build("t5", depth=1).eval(), build("t5", depth=1, seed=1).eval()
+    given = batch("t5")
+    ids, mask, labels = (given[name] for name in ("input_ids", "attention_mask", "labels"))
+    decoder = labels.clamp_min(0).flip(1)
+    out = kdloss.Distiller(teacher, kdloss.VanillaKD(**CRITERION))(student, ids, mask, decoder, labels=labels)
+    both = [{"logits": m(ids, mask, decoder).logits[labels != -100]} for m in (student, teacher)]
+    assert out.loss.item() == pytest.approx(kl(*both).item(), rel=1e-4)
+
+
+def test_a_mask_given_by_position_that_the_teacher_would_take_for_another_input_is_refused():
+    class Masked(Reader):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids)
+
+    class OtherOrder(Reader):
+        def forward(self, input_ids, token_type_ids=None, attention_mask=None):
+            return super().forward(input_ids)
+
+    ids, _, y = inputs()
+    for teacher in (OtherOrder(seed=1), OfPairs(seed=1)):
+        distill = kdloss.Distiller(teacher, kdloss.VanillaKD())
+        words = (
+            rf"attention_mask to the student \(Masked\) and token_type_ids to the teacher \({type(teacher).__name__}\)"
+        )
+        with pytest.raises(TypeError, match=words + r".*give it by name: attention_mask=\.\.\."):
+            distill(Masked(), ids, torch.ones_like(ids), labels=y)
+        assert distill(Masked(), ids, labels=y).loss.isfinite()
+    of_pairs = kdloss.Teacher(OfPairs(seed=1), inputs=lambda ids, mask: (ids,))
+    assert kdloss.Distiller(of_pairs, kdloss.VanillaKD())(Masked(), ids, torch.ones_like(ids), labels=y).loss.isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
+def test_cka_reads_a_mask_given_by_position_as_one_given_by_name():
+    student, teacher = build("bert", depth=2).eval(), build("bert", depth=3, seed=1).eval()
+    padded = batch("bert")
+    ids, mask = padded["input_ids"], padded["attention_mask"]
+    named = kdloss.analysis.cka_matrix(student, teacher, [{"input_ids": ids, "attention_mask": mask}]).values
+    torch.testing.assert_close(kdloss.analysis.cka_matrix(student, teacher, [(ids, mask)]).values, named)
 
 
 def test_cka_gives_each_model_the_inputs_that_it_names():

@@ -182,7 +182,7 @@ def llamas():
     return build("llama", depth=2).double().eval(), build("llama", depth=3, seed=1).double().eval()
 
 
-@pytest.mark.parametrize("masks", ["attention_mask", "attention_mask and mask"])
+@pytest.mark.parametrize("masks", ["attention_mask", "attention_mask by position", "attention_mask and mask"])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("positions", ["labels", "mask"])
 def test_logits_and_features_at_left_padding_are_excluded(masks, labelled, positions):
@@ -197,7 +197,9 @@ def test_logits_and_features_at_left_padding_are_excluded(masks, labelled, posit
     if labelled and positions == "labels":
         keep = keep & (labels[:, 1:] != -100)
     criterion = Logits(temperature=2.0, positions=positions) + 0.5 * Features(positions=positions, **FIRST)
-    loss = Distiller(teacher, criterion)(student, **batch, **settings).loss
+    given = dict(batch)
+    args = [given.pop(name) for name in ("input_ids", "attention_mask") if masks.endswith("by position")]
+    loss = Distiller(teacher, criterion)(student, *args, **given, **settings).loss
     with torch.no_grad():
         target = teacher(**batch).logits
     logits = kl(student(**batch).logits, target, 2.0)[:, :-1][keep].mean()

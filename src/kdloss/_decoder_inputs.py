@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from kdloss._inputs import by_name
 from kdloss.adapter import is_encoder_decoder, measuring, takes_input, without_cache
 from kdloss.layers.names import unwrap
 from kdloss.terms._outputs import find_logits
@@ -32,7 +33,7 @@ class DecoderInputs:
         text = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
         if not text or not is_encoder_decoder(model):
             return dict(inputs)
-        if not _GIVEN.isdisjoint(inputs) or not takes_input(model, "labels", by_name=True):
+        if not _GIVEN.isdisjoint(by_name(model, args, inputs)) or not takes_input(model, "labels", by_name=True):
             return dict(inputs)
         if model not in self._by_method:
             self._by_method[model] = _follows(model, args, inputs, labels)

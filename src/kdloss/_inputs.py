@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from kdloss.layers.names import unwrap
 from kdloss.reduction import on_cpu
 
+_EXPLICIT = 'kdloss.Teacher(teacher, inputs=lambda batch: {"input_ids": ...})'
+PADDED_ROWS = {
+    "student": "give it padded rows in place of packed ones",
+    "teacher": f"give it padded rows, or say what it reads: {_EXPLICIT}",
+}
 _PACKING = "position_ids"  # a model that doesn't read these sees the documents of a packed row as one
 
 
@@ -22,26 +27,45 @@ def taken_by(model: Callable[..., Any]) -> tuple[list[str], bool]:
     >>> taken_by(nn.Linear(2, 2))
     (['input'], False)
     """
+    _, names, anything = _signature(model)
+    return names, anything
+
+
+def by_name(model: Callable[..., Any], args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a call by their names in the model's forward, positional ones too as far as it names them.
+
+    >>> by_name(nn.Linear(2, 2), (1,), {"mask": 2})
+    {'input': 1, 'mask': 2}
+    """
+    return {**dict(zip(_signature(model)[0], args, strict=False)), **inputs} if args else dict(inputs)
+
+
+def _signature(model: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
+    """The inputs that can be given by position, those that can be given by name, and whether it takes others too."""
     function = unwrap(model).forward if isinstance(model, nn.Module) else model
     method: Any = getattr(function, "__func__", None)
     if isinstance(method, FunctionType):  # methods are cached by class; other functions would be kept alive
-        names, anything = _of_method(method)
-        return names[1:], anything
+        return _of_method(method)
     if isinstance(schema := getattr(function, "schema", None), torch._C.FunctionSchema):  # TorchScript's
-        return [a.name for a in schema.arguments if a.name != "self"], False
+        names = [a.name for a in schema.arguments if a.name != "self"]
+        return names, names, False
     return _parameters(function)
 
 
-def _parameters(function: Callable[..., Any]) -> tuple[list[str], bool]:
+def _parameters(function: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
     try:
         known = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C
-        return [], True
+        return [], [], True
+    places = [p.name for p in known if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     named = [p.name for p in known if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return named, any(p.kind is p.VAR_KEYWORD for p in known)
+    return places, named, any(p.kind is p.VAR_KEYWORD for p in known)
 
 
-_of_method = lru_cache(maxsize=256)(_parameters)
+@lru_cache(maxsize=256)
+def _of_method(method: FunctionType) -> tuple[list[str], list[str], bool]:
+    places, names, anything = _parameters(method)
+    return places[1:], [name for name in names if name not in places[:1]], anything  # without `self`
 
 
 def named(model: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +90,7 @@ def of_student(student: nn.Module, teachers: Iterable[Any], inputs: Mapping[str,
             f"no model reads {nobody}: {_told(models)}. Leave it out, or say what to make of it: "
             "kdloss.Teacher(teacher, inputs=lambda batch: ...)"
         )
-    _refuse_unread_packing(student, inputs, "student", "give it padded rows in place of packed ones")
+    _refuse_unread_packing(student, inputs, "student")
     return own
 
 
@@ -75,15 +99,26 @@ def of_teacher(teacher: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[s
 
     Raises: ValueError if the teacher doesn't take an input that changes the meaning of the others.
     """
-    own, line = named(teacher, inputs), 'kdloss.Teacher(teacher, inputs=lambda batch: {"input_ids": ...})'
-    _refuse_unread_packing(teacher, inputs, "teacher", f"give it padded rows, or say what it reads: {line}")
+    own = named(teacher, inputs)
+    _refuse_unread_packing(teacher, inputs, "teacher")
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and "attention_mask" not in own and not mask.is_meta and not mask.bool().all():
         raise ValueError(
             f"the teacher ({_told([teacher])}) takes no attention_mask and would read padding as if it were text. If "
-            f"that is right, say what it reads: {line}"
+            f"that is right, say what it reads: {_EXPLICIT}"
         )
     return own
+
+
+def refuse_other_order(student: nn.Module, teacher: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Raise if an input given by position is one input to the student and another to a teacher that reads both."""
+    places, names, _ = _signature(teacher)
+    for ours, theirs, _ in zip(_signature(student)[0], places, args, strict=False):
+        if ours != theirs and (ours in names or ours in ("attention_mask", _PACKING)):
+            raise TypeError(
+                f"an input given by position is {ours} to the student ({name_of(student)}) and {theirs} to the teacher "
+                f"({name_of(teacher)}); give it by name: {ours}=..."
+            )
 
 
 def of_decoder(model: Callable[..., Any], labels: Any, rename: Callable[[Tensor], Tensor]) -> Any:
@@ -99,14 +134,14 @@ def of_decoder(model: Callable[..., Any], labels: Any, rename: Callable[[Tensor]
     return own
 
 
-def _refuse_unread_packing(model: Callable[..., Any], inputs: Mapping[str, Any], whose: str, way: str) -> None:
+def _refuse_unread_packing(model: Callable[..., Any], inputs: Mapping[str, Any], whose: str) -> None:
     if inputs.get(_PACKING) is None:
         return
     names, anything = taken_by(model)
     if _PACKING not in names and (not anything or _ignores_what_it_does_not_name(model)):
         raise ValueError(
             f"the {whose} ({_told([model])}) takes no position_ids, which separate the documents of a packed row: "
-            f"it would read the others as context. Leave them out if rows aren't packed, or {way}"
+            f"it would read the others as context. Leave them out if rows aren't packed, or {PADDED_ROWS[whose]}"
         )
 
 
@@ -119,8 +154,9 @@ def _ignores_what_it_does_not_name(model: Callable[..., Any]) -> bool:
 
 
 def _told(models: Iterable[Callable[..., Any]]) -> str:
-    return ", ".join(f"{_name(model)} takes {taken_by(model)[0]}" for model in models)
+    return ", ".join(f"{name_of(model)} takes {taken_by(model)[0]}" for model in models)
 
 
-def _name(model: Callable[..., Any]) -> str:
+def name_of(model: Callable[..., Any]) -> str:
+    """The name of a model's class inside its wrappers, or of a function."""
     return type(unwrap(model)).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "a function")

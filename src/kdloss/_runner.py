@@ -1,10 +1,11 @@
 """Run a student and its teachers once each, and only as far as a plan reads them."""
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from kdloss._capture import Captured
 from kdloss._classes import Named
 from kdloss._decoder_inputs import DecoderInputs
-from kdloss._inputs import of_decoder, of_student
+from kdloss._inputs import by_name, of_decoder, of_student, refuse_other_order
 from kdloss._masks import Padding, all_masks
+from kdloss._packing import Packing
 from kdloss._passes import Passes, brought, requests
 from kdloss._towers import Towers
 from kdloss.adapter import evaluating, is_encoder_decoder, resharded
@@ -24,7 +26,9 @@ from kdloss.targets.kinds import KINDS
 from kdloss.teacher import Teacher, moved, tensors
 from kdloss.terms import Plan
 from kdloss.terms._outputs import logits_read
+from kdloss.terms._placed import refuse_misplaced
 
+_TOKENS = {"input_ids", "decoder_input_ids"}
 _OTHERS = "its criterion may want them"
 
 
@@ -44,6 +48,8 @@ class Runner:
     def __init__(self, teachers: Sequence[Teacher | None], plans: bool) -> None:
         self.teachers, self._plans = teachers, plans
         self._pass, self._towers, self._decoder_inputs, self._classes = Passes(), Towers(), DecoderInputs(), Named()
+        self._packing = Packing()
+        self._seen: set[int] = set()  # the stored teachers whose rows were compared with a mask
         self._compared: set[int] = set()
         self._student: weakref.ref[nn.Module] | None = None
 
@@ -53,6 +59,7 @@ class Runner:
     def study(self, student: nn.Module, plan: Plan, batch: Batch, own_loss: bool) -> Captured:
         """The student's pass; it gets the labels if its own loss is read."""
         own = of_student(student, self.teachers, batch.inputs)
+        self._packing.check(student, student, batch.args, own, "student")
         inputs = self._decoder_inputs.of(student, batch.args, own, batch.labels)
         if own_loss:
             given = {"labels": batch.labels, "shift_labels": batch.shift_labels}
@@ -66,6 +73,7 @@ class Runner:
         for k, teacher in enumerate(self.teachers):
             if teacher is None:
                 output = _on_students_device(student, next(rest, None))
+                self._refuse_misplaced(k, student, batch, output)
                 yield self._classes.stored(k, student, output) if self._plans else output
             elif not self._plans or plan.of_teacher(k):
                 # Popped from a list, so that only the caller holds the output.
@@ -90,16 +98,24 @@ class Runner:
     ) -> dict[str, Any]:
         """The masks for the criterion, from the user's masks and the batch's own."""
         on_features = [name for name, r in plan.reads.items() if r.pairs]
-        said = mask, feature_mask, *map(batch.inputs.get, ("attention_mask", "decoder_attention_mask"))
+        inputs = by_name(student, batch.args, batch.inputs)
+        said = mask, feature_mask, *map(inputs.get, ("attention_mask", "decoder_attention_mask"))
         if all(x is None for x in said) and not (on_features and is_encoder_decoder(student)):
             return {"mask": None}  # all features count, at the labels' positions if there are as many
-        padding = Padding.of(student, batch.inputs)
+        padding = Padding.of(student, inputs)
         again = partial(self.study, student, plan, batch, own_loss)
-        place = self._towers.of(student, requests(plan.reads, "student"), batch.inputs, self._pass.located, again)
+        place = self._towers.of(student, requests(plan.reads, "student"), inputs, self._pass.located, again)
         logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
         shape = None if logits is None else logits.shape if plan.layout is None else plan.layout.shape(logits.shape)
         labels = batch.labels if batch.shift_labels is None else batch.shift_labels
         return all_masks(padding, shape, on_features, labels, mask, feature_mask, place, causal=causal)
+
+    def _refuse_misplaced(self, k: int, student: nn.Module, batch: Batch, output: Any) -> None:
+        """Raise if a stored teacher's rows don't stand at the batch's tokens; on an accelerator only the first time."""
+        mask = None if output is None else Padding.of(student, by_name(student, batch.args, batch.inputs)).outputs
+        if mask is not None:
+            refuse_misplaced(output, mask, always=k not in self._seen)
+            self._seen.add(k)
 
     def _refuse_own_weights(self, k: int, student: nn.Module) -> AbstractContextManager[None]:
         """Raise if teacher k runs, inside the `with`, on weights that the student trains; once per student."""
@@ -118,13 +134,18 @@ class Runner:
 
     def _teach(self, k: int, teacher: Teacher, student: nn.Module, plan: Plan, batch: Batch) -> Captured:
         reads, module = {name: plan.reads[name] for name in plan.of_teacher(k)}, teacher.module
-        inputs, labels = dict(batch.inputs), batch.labels
+        args, inputs, labels = batch.args, dict(batch.inputs), batch.labels
+        if teacher.inputs is None:
+            refuse_other_order(student, module, args)
         rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
         if rename is not None and teacher.inputs is None:
-            tokens = [name for name in ("input_ids", "decoder_input_ids") if inputs.get(name) is not None]
-            inputs |= {name: rename(inputs[name]) for name in tokens}
+            inputs = {name: _renamed(rename, x, name) for name, x in inputs.items()}
+            places = zip_longest(args, by_name(student, args, {}), by_name(module, args, {}))
+            args = tuple(_renamed(rename, *place) for place in places)
             labels = of_decoder(module, labels, rename)
-        args, inputs = teacher.of(batch.args, inputs)
+        args, inputs = teacher.of(args, inputs)
+        if teacher.inputs is None:
+            self._packing.check(teacher, module, args, inputs, "teacher")
         stop = self._plans and plan.ends_early(k)
         why = plan.why_teacher_whole(k) if self._plans else _OTHERS
         with torch.no_grad():
@@ -141,6 +162,11 @@ class Runner:
         if not stop:  # a pass for features only has no classes
             seen.classes = self._classes(k, student, module)
         return seen
+
+
+def _renamed(rename: Callable[[Tensor], Tensor], x: Any, *names: str | None) -> Any:
+    """An input in the teacher's ids, if one of its names says that it holds tokens."""
+    return x if x is None or _TOKENS.isdisjoint(names) else rename(x)
 
 
 def _on_students_device(student: nn.Module, output: Any) -> Any:

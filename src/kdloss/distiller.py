@@ -44,7 +44,8 @@ class Distiller:
       `num_items_in_batch`; the logger "kdloss" warns of what such a module doesn't get.
 
     Call it as `distill(student, *args, labels=..., **inputs)` with the inputs of the models. Each model gets the
-    inputs that its forward names (all of them, if it takes `**kwargs`). An input that no model reads is refused.
+    inputs that its forward names (all of them, if it takes `**kwargs`). An input that no model reads is refused, and so
+    is one given by position that would be another input to a teacher. A mask counts whichever way it is given.
 
     - `labels`: go to the criterion; an encoder-decoder's decoder inputs are made from them. `shift_labels` are labels
       that are shifted already.
@@ -69,10 +70,10 @@ class Distiller:
     `LazyLogits`, with the same loss and gradients. Where that isn't possible, the logger "kdloss" says why.
 
     Raises: TypeError for a teacher or an input that nothing reads; ValueError for a term whose teacher is missing, for
-    labels `[B, T]` if nothing shows whether they are shifted, for packed or padded rows that a model can't recognise
-    (it takes no `position_ids` or no `attention_mask`), for a mask that fits nothing, and for a teacher that runs on
-    weights that the student trains (use `kdloss.base_of` for the base under adapters). Errors of the criterion and of
-    capture pass through.
+    labels `[B, T]` if nothing shows whether they are shifted, for padded rows if a model takes no `attention_mask`, for
+    packed rows that a model reads as one document (measured on the first batch whose `position_ids` start again), for a
+    mask that fits nothing, and for a teacher that runs on weights that the student trains (use `kdloss.base_of` for the
+    base under adapters). Errors of the criterion and of capture pass through.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> import kdloss

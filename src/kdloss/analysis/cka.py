@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from kdloss._capture import Captured, Located, Request, record
 from kdloss._decoder_inputs import DecoderInputs
-from kdloss._inputs import named, of_student, of_teacher
+from kdloss._inputs import by_name, named, of_student, of_teacher, refuse_other_order
 from kdloss._layout import Patterns
 from kdloss._masks import Padding, mask_of_features
 from kdloss._own_loss import own_loss
+from kdloss._packing import Packing
 from kdloss._towers import Towers
 from kdloss.adapter import evaluating, without_cache
 from kdloss.analysis._matplotlib import matplotlib
@@ -132,10 +133,13 @@ def cka_matrix(
     taught = layout if isinstance(teacher_layout, EllipsisType) else teacher_layout
     axes = Axes("student", layout), Axes("teacher", taught, "teacher_layout")
     causal: bool | None = None
-    towers = Towers()
+    towers, packing = Towers(), Packing()
     for number, batch in enumerate(batches):
         args, inputs, labels, mask = _split_batch(batch)
         own = of_student(student, [Teacher(teacher)], inputs)
+        refuse_other_order(student, teacher, args)
+        packing.check(student, student, args, own, "student")
+        packing.check(teacher, teacher, args, of_teacher(teacher, inputs), "teacher")
         if labels is not None and causal is None:
             causal = getattr(own_loss(student, args, own, labels), "causal", None) or False
         features, keep = _features(student, teacher, args, inputs, labels, mask, causal, blocks, towers, axes)
@@ -190,6 +194,7 @@ def _features(
     if any(h.ndim != 3 or h.shape[:2] != positions for h in everything):
         return [[h.flatten(1) for h in side] for side in features], None
     asked = {key: Request(key[1], blocks) for key in seen[0]}
+    inputs = by_name(student, args, inputs)
     place = towers.of(student, asked, inputs, Located(), lambda: _run(student, args, both[0], blocks, stop=False))
     found = mask_of_features(Padding.of(student, inputs), place, mask, positions)
     keep = torch.ones(positions, dtype=torch.bool, device=everything[0].device) if found is None else found

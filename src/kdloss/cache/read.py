@@ -50,8 +50,9 @@ class Cache:
     """A teacher's stored classes, by example id, in any order and any batches. Made by `kdloss.cache.open`.
 
     `cache[ids]` returns `TopKLogits` `[B, T, k]`, where T is the length of the longest example and shorter ones are
-    padded with empty slots. Pass it to a criterion in place of the teacher's logits. Position t holds the teacher's
-    prediction at t; a causal criterion shifts it together with the student's. For a classifier it is `[B, k]`.
+    padded with empty slots at the right; `batch(ids, attention_mask=mask)` is for batches padded at the left. Pass it
+    to a criterion in place of the teacher's logits. Position t holds the teacher's prediction at t; a causal criterion
+    shifts it together with the student's. For a classifier it is `[B, k]`.
 
     Numbers keep their on-disk types while a DataLoader pins them and `batch.to(device)` moves them; the loss converts
     them to int64 and float32. Files are mapped into memory, and only what a batch needs is read. A shard's checksum is

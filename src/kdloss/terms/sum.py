@@ -19,6 +19,7 @@ from kdloss.terms._ahead import Ahead
 from kdloss.terms._evaluation import Evaluation
 from kdloss.terms._known import Known
 from kdloss.terms._loading import told_to_prepare
+from kdloss.terms._placed import refuse_misplaced
 from kdloss.terms._shares import weighed
 from kdloss.terms._teachers import listed, refuse_unread
 from kdloss.terms._weight import Weight
@@ -239,6 +240,9 @@ class Sum(nn.Module):
         if eager and torch.is_grad_enabled() and self.scheduled:
             self._reminder.forward(_log)
         contract = self._contract(self.causal if causal is None else causal)
+        if attention_mask is not None and plan is None:  # else the code that ran the models has compared them
+            for output in teacher if isinstance(teacher, (list, tuple)) else [teacher]:
+                refuse_misplaced(output, attention_mask)
         outputs, count = listed(self, teacher)
         alike = eager and attention_mask is None and feature_mask is None and not task_terms
         known = (self, contract, student, outputs, labels, mask, num_items_in_batch, plan, ahead)
