@@ -20,13 +20,14 @@ from kdloss._capture import Captured, capture
 from kdloss._cross_entropy import cross_entropy
 from kdloss.advice import suggest
 from kdloss.bases import base_of
+from kdloss.chains import chain
 from kdloss.criteria import FeatureKD, MultiTeacherKD, VanillaKD
 from kdloss.distillation import Distillation
 from kdloss.distilled import Distilled
 from kdloss.distiller import Distiller
 from kdloss.engine import set_compile
 from kdloss.reduction import masked, reduce
-from kdloss.students import chain, keep_blocks
+from kdloss.students import keep_blocks
 from kdloss.targets import LazyLogits, Mixture, ShardedLogits, TokenMap, TopKLogits, truncate
 from kdloss.teacher import Teacher
 from kdloss.terms import CrossEntropy, Features, Logits, Sum, Task

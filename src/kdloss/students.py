@@ -1,32 +1,21 @@
-"""Smaller models made from a teacher's blocks, and chains of models that teach each other."""
+"""Smaller models made from a teacher's blocks."""
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain as joined
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kdloss._fewer_blocks import fewer_blocks
 from kdloss.layers.lists import block_lists
 from kdloss.layers.names import unwrap
 from kdloss.layers.select import Layers, select
 
 Model = TypeVar("Model", bound=nn.Module)
-Result = TypeVar("Result")
 
-# Entries of Hugging Face configurations: numbers of blocks, numbers n of "the first n blocks", and lists about blocks.
-DEPTHS = {"num_hidden_layers"} | {
-    form.format(stack)
-    for form in ("{}_layers", "num_{}_layers", "{}_num_hidden_layers")
-    for stack in ("encoder", "decoder")
-}
-FIRST_BLOCKS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")
-PER_BLOCK = re.compile(
-    r"^(?!mtp_).*(layer|block|attention_window|sliding_windows|indexer_types|num_experts|moe_topk|intermediate_size"
-    r"|num_attention_heads|num_key_value_heads|activation_sparsity_pattern|swiglu_limits)"
-)
 # A block's attributes that say where it is, and that only its training or its checkpoints need.
 NOT_COMPARED = {
     "layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx",
@@ -113,73 +102,11 @@ def keep_blocks(teacher: Model, blocks: Layers) -> Model:
     return student.train(teacher.training)
 
 
-def chain(models: Iterable[Model], train: Callable[[Model, Model], Result]) -> list[Result]:
-    r"""Train models one after the other, each with the model before it as the teacher.
-
-    $r_i = \mathrm{train}(m_i, m_{i-1})$ for i = 1, 2, ...; returns the list of $r_i$. A teacher, its assistants and the
-    student are a chain, and so are generations of one size (born-again networks).
-
-    - `models`: the models, from a trained teacher to the last student. They are read one by one, so a generator that
-      makes or loads them keeps only two in memory at a time.
-    - `train`: a function of (student, teacher) that trains the student in place, in any loop, and returns any result.
-      An exception ends the chain; the earlier stages stay trained.
-
-    Raises: ValueError for fewer than two models, and for a model that would teach itself; TypeError for one model in
-    place of several, and for a `train` that is not a function.
-
-    >>> teacher, assistant, student = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
-    >>> chain([teacher, assistant, student], lambda student, teacher: teacher is assistant)
-    [False, True]
-
-    Mirzadeh et al. 2020, "Improved Knowledge Distillation via Teacher Assistant", arXiv:1902.03393; Furlanello et al.
-    2018, "Born-Again Neural Networks", arXiv:1805.04770.
-    """
-    if not callable(train):
-        raise TypeError(f"train is a function of (student, teacher), got {train!r}; write chain(models, train)")
-    if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
-        one = type(models).__name__
-        raise TypeError(f"chain takes several models, got one {one}; write chain([teacher, ..., student], train)")
-    rest = iter(models)
-    teacher: Any = next(rest, None)
-    results: list[Result] = []
-    for student in rest:
-        if student is teacher:
-            raise ValueError(
-                f"model {len(results) + 2} of the chain is the same as the one before it and would be its own teacher; "
-                "give each stage a model of its own: [make() for _ in range(3)], not [model] * 3"
-            )
-        results.append(train(student, teacher))
-        teacher = student
-    if not results:
-        one = "none" if teacher is None else f"one {type(teacher).__name__}"
-        raise ValueError(f"a chain is a teacher and at least one student, got {one}; write [teacher, student]")
-    return results
-
-
 def _build(teacher: Model, kept: Mapping[str, list[int]], depths: Mapping[str, int]) -> Model:
     """A new model of the teacher's class with fewer blocks, from its configuration as that will be saved and loaded."""
     config: Any = teacher.config
     kind = type(teacher).__name__
-    names = getattr(config, "attribute_map", {})
-    counts = {names.get(name, name) for name in DEPTHS}
-    entries = config.to_dict()
-    for name, chosen in kept.items():
-        for entry, value in entries.items():
-            if _is_about(entry, name, only=len(kept) == 1):
-                entries[entry] = _cut(entry, value, chosen, depths[name], counts)
-    if "attention_types" in entries and "attention_layers" in entries:  # GPT-Neo's runs of [kinds, repetitions]
-        entries["attention_types"] = [[[one], 1] for one in entries["attention_layers"]]
-    if entries.pop("stage_names", None):  # a backbone's outputs: 0 is the stem, i + 1 is block i; by default the last
-        ((name, chosen),) = kept.items()
-        places = {0: 0} | {block + 1: i + 1 for i, block in enumerate(chosen)}
-        outputs = entries.pop("out_indices"), entries.pop("out_features")
-        if outputs[0] != [depths[name]]:
-            if lost := [i - 1 for i in outputs[0] if i not in places]:
-                raise ValueError(
-                    f"{kind} outputs {outputs[1]}, so blocks {lost} must be among those kept, got {chosen}"
-                )
-            entries["out_indices"] = [places[i] for i in outputs[0]]
-    entries["kept_blocks"] = dict(kept)
+    entries = fewer_blocks(kind, config, kept, depths)
     try:
         smaller = type(config).from_dict(entries)
         smaller._attn_implementation = config._attn_implementation
@@ -193,32 +120,6 @@ def _build(teacher: Model, kept: Mapping[str, list[int]], depths: Mapping[str, i
             "student yourself and copy the blocks' state_dict"
         )
     return student
-
-
-def _is_about(entry: str, stack: str, only: bool) -> bool:
-    """Whether an entry of the configuration is about this stack; one that names neither of two is about the encoder."""
-    if "decoder" in stack:
-        return "decoder" in entry or (only and "encoder" not in entry)
-    return "encoder" not in stack or "decoder" not in entry
-
-
-def _cut(entry: str, value: Any, chosen: list[int], depth: int, counts: Collection[str]) -> Any:
-    """An entry of the teacher's configuration for the chosen blocks: whatever it says about each block is cut."""
-    if entry in counts and value == depth:
-        return len(chosen)
-    if entry in FIRST_BLOCKS and value is not None:
-        return sum(i < value for i in chosen)
-    if not PER_BLOCK.search(entry):
-        return value
-    if isinstance(value, dict) and all(str(i).isdecimal() for i in value):
-        return {str(chosen.index(int(i))): x for i, x in value.items() if int(i) in chosen}
-    if not isinstance(value, list | tuple):
-        return value
-    if len(value) >= depth and list(value) != list(range(depth)):
-        return [value[i] for i in chosen]
-    if all(type(i) is int and 0 <= i < depth for i in value):  # a list of blocks
-        return [chosen.index(i) for i in value if i in chosen]
-    return value
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
