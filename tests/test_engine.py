@@ -99,21 +99,13 @@ def sides(kind, x, temperature=1.0):
     return student, teacher
 
 
-def needs_classes(function):
-    return getattr(function, "needs_classes", False)
-
-
 def skip_unsupported(name, kind):
     """Skip divergences that a mixture or top-k teacher does not support: it has no logits, or no fixed classes."""
     function = FUNCTIONS[name]
     if kind == "mixture" and getattr(function, "needs_logits", False):
         pytest.skip("needs the teacher's logits")
-    if kind.startswith("top-k"):
-        if getattr(function, "needs_logits", False):
-            pytest.skip("needs the teacher's logits")
-        by_name = {"labels", "mask"} & set(inspect.signature(function).parameters) or needs_classes(function)
-        if kind != "top-k uniform" and by_name:
-            pytest.skip("looks classes up by their index")
+    if kind.startswith("top-k") and (name in losses.NO_TOP_K or name in losses.BY_CLASS and kind != "top-k uniform"):
+        pytest.skip("refused")
 
 
 def numpy(*tensors):
@@ -394,12 +386,7 @@ def test_garbage_at_ignored_positions_changes_no_bit(name, garbage, every_block_
     criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name])
     bad = LABELS == -100
 
-    parameters = set(inspect.signature(FUNCTIONS[name]).parameters)
-    top_k = not (
-        {"labels", "mask"} & parameters
-        or getattr(FUNCTIONS[name], "needs_logits", False)
-        or needs_classes(FUNCTIONS[name])
-    )
+    top_k = name not in losses.NO_TOP_K | losses.BY_CLASS
 
     def results(fill):
         x = inputs(dtype=torch.float32)
@@ -1726,7 +1713,7 @@ def test_invalid_labels_smoothing_and_class_weights_are_refused_with_a_remedy():
 def test_hard_labels_of_a_top_k_teacher_are_refused_unless_its_tail_is_uniform():
     student, teacher = torch.randn(2, 3, 9)
     for tail in ("bucket", "renormalise"):
-        with pytest.raises(ValueError, match=r"hard_labels looks labels up.*tail='uniform'"):
+        with pytest.raises(ValueError, match=r"hard_labels looks up.*tail='uniform'"):
             kdloss.divergences.hard_labels(student, TopKLogits.of(teacher, 4, tail=tail))
     stored = kdloss.divergences.hard_labels(student, TopKLogits.of(teacher, 4, tail="uniform"))
     torch.testing.assert_close(stored, kdloss.divergences.hard_labels(student, teacher))

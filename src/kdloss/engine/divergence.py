@@ -41,7 +41,7 @@ def any_logits(
     """Let a divergence on tensors take every kind of logits, in blocks of rows.
 
     `needs_logits`: it can't be computed from probabilities. `needs_classes`: it can't be computed from some classes
-    and a bucket. `any_vocabulary`: two tensors may have different numbers of classes. `one_class`: it makes sense for
+    and a bucket, whose places say nothing. `any_vocabulary`: two tensors may have different numbers of classes. `one_class`: it makes sense for
     logits of one class.
     """
 

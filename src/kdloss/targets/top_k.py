@@ -29,7 +29,9 @@ class TopKLogits:
       gradient.
     - "uniform": their mass is spread evenly over them. This needs all of the student's logits.
 
-    With all V classes kept, each equals the dense teacher. `temperature` is the temperature of the
+    With all V classes kept, each equals the dense teacher. Divergences that need every class in its place (by labels,
+    costs or correlations) take "uniform" alone; those of logits (`logit_mse`, `bernoulli_kl`, a teacher's own
+    temperature) and `uld` take no top-k teacher. `temperature` is the temperature of the
     log-probabilities. A loss at another T softens from there, and the bucket as one class, so keep them at the
     temperature you train with. `log_rest` is the log-probability of all other classes together, where you know it
     more precisely than as 1 minus the sum. `vocabulary` is the number V of classes, against which ids are checked.
