@@ -104,7 +104,7 @@ def skip_unsupported(name, kind):
     function = FUNCTIONS[name]
     if kind == "mixture" and getattr(function, "needs_logits", False):
         pytest.skip("needs the teacher's logits")
-    if kind.startswith("top-k") and (name in losses.NO_TOP_K or name in losses.BY_CLASS and kind != "top-k uniform"):
+    if kind.startswith("top-k") and (name in losses.NO_TOP_K or (name in losses.BY_CLASS and kind != "top-k uniform")):
         pytest.skip("refused")
 
 
@@ -460,9 +460,64 @@ def test_a_second_backward_or_derivative_of_overwritten_logits_raises_an_error()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"overwritten.*write overwrite_logits=False"):
         loss.backward()
-    student = student.detach().requires_grad_()
+    student = student.detach().clone().requires_grad_()
     with pytest.raises(RuntimeError, match=r"no second derivative; write overwrite_logits=False"):
         torch.autograd.grad(criterion(student, teacher, LABELS), student, create_graph=True)
+
+
+LATER = {
+    "the same logits": lambda z, other: (z, other),
+    "a view": lambda z, other: (z[:, :-1], other[:, :-1]),
+    "the later rows": lambda z, other: (z[1:], other[1:]),
+    "detached, as a teacher": lambda z, other: (other, z.detach()),
+    "in a mixture": lambda z, other: (other, Mixture([other, z])),
+}
+
+
+@pytest.mark.parametrize("sides_of", LATER.values(), ids=LATER)
+@pytest.mark.parametrize("after_backward", [False, True])
+def test_logits_that_were_overwritten_are_refused_as_logits_until_they_are_written_again(sides_of, after_backward):
+    student, teacher = (t.detach() for t in sides("dense", inputs()))
+    logits = student.clone().requires_grad_() * 1
+    loss = VanillaKD(overwrite_logits=True)(logits, teacher, LABELS)
+    if after_backward:
+        loss.backward()
+    pair = sides_of(logits, teacher)
+    dist = kdloss.divergences.dist
+    for use in (
+        VanillaKD(alpha=0.0),
+        VanillaKD(alpha=0.0, overwrite_logits=True),
+        VanillaKD(alpha=0.0, divergence=dist),  # which is computed outside the sweep
+        kdloss.divergences.forward_kl,
+        dist,
+    ):
+        with pytest.raises(RuntimeError, match=r"(student|teacher)'s logits were overwritten.*overwrite_logits=False"):
+            use(*pair)
+    logits.detach().copy_(student)
+    fresh = sides_of(student, teacher)
+    torch.testing.assert_close(VanillaKD(alpha=0.0)(*pair), VanillaKD(alpha=0.0)(*fresh), rtol=0, atol=1e-14)
+
+
+def test_logits_of_an_output_are_refused_once_they_were_overwritten():
+    class Out:
+        logits = sides("dense", inputs())[0]
+
+    teacher, criterion = torch.randn(2, 7, 11).double(), VanillaKD(causal=True, overwrite_logits=True)
+    criterion(Out(), teacher, LABELS)
+    with pytest.raises(RuntimeError, match="student's logits were overwritten"):
+        criterion(Out(), teacher, LABELS)
+
+
+@pytest.mark.parametrize(
+    "places", [(0, 1), ((0, ..., slice(4)), (0, ..., slice(4, 8)))], ids=["one behind the other", "side by side"]
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_overwriting_the_logits_of_one_head_leaves_those_of_the_other(places, first):
+    heads = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True) * 1
+    one, other = heads[places[first]], heads[places[1 - first]]
+    teacher, before = torch.randn(one.shape).double(), other.detach().clone()
+    VanillaKD(alpha=0.0, overwrite_logits=True)(one, teacher)
+    torch.testing.assert_close(VanillaKD(alpha=0.0)(other, teacher), VanillaKD(alpha=0.0)(before, teacher))
 
 
 def test_overwriting_logits_that_another_operation_saved_raises_an_error_in_backward():
