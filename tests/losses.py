@@ -66,7 +66,7 @@ EXEMPT = {
     "total_variation": {"kink"},
     "adaptive_kl": {"frozen"},  # its weights are constants for the gradient
 }
-# Divergences that refuse a top-k teacher, and those that need every class in its place and so take tail="uniform" alone.
+# Divergences that refuse a top-k teacher, and those that need every class in its place and so take only tail="uniform".
 NO_TOP_K = {"logit_mse", "bernoulli_kl", "uld", "with_teacher_temperature"}
 BY_CLASS = {"dist", "dkd", "nkd", "hard_labels", "sinkhorn"}
 # The number of which the width must be a multiple, for each distance.

@@ -496,9 +496,18 @@ def test_padding_is_refused_only_where_it_counts(fill):
         )
         with pytest.raises(ValueError, match="class 0 twice"):
             loss(student, kept)
+    with pytest.raises(ValueError, match="class 0 twice"):
+        kdloss.divergences.forward_kl(student, kept)
     causal = VanillaKD(alpha=0.0, causal=True)
     assert causal(student[None], kept.at(lambda t: t[None])).isfinite()  # the last position predicts no label
-    assert kdloss.masked(kdloss.divergences.forward_kl, student, kept, mask).isfinite()
+    first = TopKLogits(indices[:1], log_probs[:1])
+    for divergence in (kdloss.divergences.forward_kl, kdloss.divergences.adaptive_kl):
+        z, alone = student.clone().requires_grad_(), student[:1].clone().requires_grad_()
+        value, expected = kdloss.masked(divergence, z, kept, mask), divergence(alone, first).sum()
+        torch.testing.assert_close(value, expected)
+        slope = torch.autograd.grad(value, z)[0]
+        torch.testing.assert_close(slope[:1], torch.autograd.grad(expected, alone)[0])
+        assert not slope[1].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

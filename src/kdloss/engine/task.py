@@ -156,15 +156,15 @@ class TeacherTask:
             raise ValueError(f"{self.name} compares logits, top-k logits hold probabilities; take forward_kl")
         if self._any_vocabulary:
             raise ValueError(
-                f"{self.name} sorts the probabilities of all classes, and top-k logits hold only a few, by their ids in "
-                "the student's vocabulary; give all of the teacher's logits, or take forward_kl with vocabulary="
+                f"{self.name} sorts the probabilities of all classes, and top-k logits hold only a few, by their ids "
+                "in the student's vocabulary; give all of the teacher's logits, or take forward_kl with vocabulary="
                 "kdloss.TokenMap.of(student_tokenizer, teacher_tokenizer)"
             )
         by_class = getattr(function, "needs_classes", False) or takes(self.divergence, "labels")
         if teacher.tail != "uniform" and (by_class or takes(self.divergence, "mask")):
             raise ValueError(
-                f"{self.name} looks up labels or classes by their place among all classes, and top-k logits hold only a "
-                "few, others at each position; write TopKLogits(..., tail='uniform')"
+                f"{self.name} looks up labels or classes by their place among all classes, and top-k logits hold only "
+                "a few, others at each position; write TopKLogits(..., tail='uniform')"
             )
 
     @property

@@ -47,8 +47,11 @@ class Mixture:
             if teacher.shape != self.shape or teacher.device != self.device:
                 raise ValueError(
                     f"teacher {k} has logits {tuple(teacher.shape)} on {teacher.device} and teacher 0 "
-                    f"{tuple(self.shape)} on {self.device}; teachers are averaged over one "
-                    "vocabulary, so bring them to the student's first: kdloss.truncate or kdloss.TokenMap"
+                    f"{tuple(self.shape)} on {self.device}; teachers are averaged at the same positions, over one "
+                    "vocabulary and on one device. For other vocabularies write a term for each teacher, with its own "
+                    "way to the student's: 0.5 * kdloss.Logits(teacher=0, vocabulary=kdloss.truncate) + 0.5 * "
+                    "kdloss.Logits(teacher=1, name='second', vocabulary=kdloss.truncate), or with a kdloss.TokenMap "
+                    "each"
                 )
 
     @property
