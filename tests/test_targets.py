@@ -753,6 +753,9 @@ def test_top_k_logits_of_an_unknown_vocabulary_are_not_mapped():
     ids = torch.arange(4)
     with pytest.raises(ValueError, match="vocabulary="):
         VanillaKD(alpha=0.0, vocabulary=TokenMap(ids, ids))(torch.zeros(1, 8), kept)
+    for classes in (4, 8):  # with 4, one id is beyond the student's classes
+        with pytest.raises(ValueError, match=r"TopKLogits\(\.\.\., vocabulary=number of the teacher's classes\)"):
+            VanillaKD(alpha=0.0, vocabulary=kdloss.truncate)(torch.zeros(1, classes), kept)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdloss._capture import Captured
 from kdloss._classes import Named
 from kdloss._decoder_inputs import DecoderInputs
-from kdloss._inputs import of_decoder, of_student
+from kdloss._inputs import of_decoder, of_student, of_tokens
 from kdloss._masks import Padding, all_masks
 from kdloss._passes import Passes, brought, requests
 from kdloss._towers import Towers
@@ -66,6 +66,12 @@ class Runner:
         for k, teacher in enumerate(self.teachers):
             if teacher is None:
                 output = _on_students_device(student, next(rest, None))
+                if output is None and self._plans and plan.of_teacher(k):
+                    raise TypeError(
+                        f"teacher {k} is stored (given as None), and this call has no outputs of it: pass them, "
+                        "model(**batch, teacher=logits), a list for several stored teachers, or give a model as the "
+                        "teacher, Distillation(student, teacher, criterion)"
+                    )
                 yield self._classes.stored(k, student, output) if self._plans else output
             elif not self._plans or plan.of_teacher(k):
                 # Popped from a list, so that only the caller holds the output.
@@ -121,8 +127,10 @@ class Runner:
         inputs, labels = dict(batch.inputs), batch.labels
         rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
         if rename is not None and teacher.inputs is None:
-            tokens = [name for name in ("input_ids", "decoder_input_ids") if inputs.get(name) is not None]
-            inputs |= {name: rename(inputs[name]) for name in tokens}
+            for name in ("input_ids", "decoder_input_ids"):
+                if inputs.get(name) is not None:
+                    hidden = inputs.get(name.replace("input_ids", "attention_mask"))
+                    inputs[name] = of_tokens(module, inputs[name], hidden, rename)
             labels = of_decoder(module, labels, rename)
         args, inputs = teacher.of(batch.args, inputs)
         stop = self._plans and plan.ends_early(k)

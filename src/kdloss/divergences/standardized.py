@@ -40,7 +40,7 @@ class standardized:
     divergence: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
-        if not callable(self.divergence):
+        if not callable(self.divergence) or isinstance(unwrapped(self.divergence)[0], type):
             raise TypeError(
                 f"standardized wraps a divergence, got {self.divergence!r}; write "
                 "standardized(kdloss.divergences.forward_kl)"

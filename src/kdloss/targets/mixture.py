@@ -127,13 +127,23 @@ def _dense(x: Tensor | LazyLogits) -> Tensor:
     return x.dense() if isinstance(x, LazyLogits) else x
 
 
+def weights_listed(weights: Sequence[float]) -> Sequence[float]:
+    """Check that weights are a list or a tensor of one dimension, not a number or a dict."""
+    if isinstance(weights, str) or not isinstance(weights, (Sequence, Tensor)) or getattr(weights, "ndim", 1) != 1:
+        raise TypeError(
+            f"weights is a list with one number per teacher, got {weights!r}; write weights=[0.5, 0.5], and in a "
+            "recipe alpha=0.5 for the weight of cross-entropy"
+        )
+    return weights
+
+
 def checked_weights(weights: Sequence[float] | None, teachers: int) -> list[float]:
     """One non-negative weight per teacher, of sum 1."""
     if teachers == 0:
         raise ValueError("no teacher was given; pass a list of at least one teacher's output")
     if weights is None:
         return [1 / teachers] * teachers
-    if len(weights) != teachers:
+    if len(weights_listed(weights)) != teachers:
         raise ValueError(f"{len(weights)} weights for {teachers} teachers: {list(weights)}")
     if any(not w >= 0 for w in weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise ValueError(f"weights must be non-negative and sum to 1, got {list(weights)} (sum {sum(weights)})")

@@ -200,7 +200,8 @@ class Sum(nn.Module):
         configurations. For other models `Distiller.prepare(student, **batch)` and `Distillation.prepare(**batch)`
         measure them on a batch.
         """
-        modules = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
+        alone = isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList)
+        modules: list[Any] = [teachers] if alone else list(cast(Sequence[Any], teachers))
         for term in self.terms.values():
             term.prepare(student, modules)
         return self
