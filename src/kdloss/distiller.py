@@ -55,9 +55,9 @@ class Distiller:
     The batch's own `attention_mask` and `decoder_attention_mask` take positions out too, where they apply: a speech
     model's mask is mapped to frames by the model's own length function, a text mask applies only to the tower that
     reads the text, and with `causal` the logits of padding on the left are taken out. If a term's `vocabulary` is a
-    `TokenMap`, its teacher reads the student's tokens translated to its own ids, and its own padding where the mask is 0.
-    Returns a `Distilled` with `loss`,
-    `logits`, `components` and `output`, without the virtual tokens of prompt tuning.
+    `TokenMap`, its teacher reads the student's tokens translated to its own ids, and its own padding where the mask is
+    0. Returns a `Distilled` with `loss`, `logits`, `components` and `output`, without the virtual tokens of prompt
+    tuning.
 
     If the criterion has no `causal`, the first batch shows whether logits at t learn label t+1: one pass of the student
     with labels, in eval mode and without gradient, is compared with the student's own loss. Named losses that the
