@@ -498,6 +498,21 @@ def test_logits_that_were_overwritten_are_refused_as_logits_until_they_are_writt
     torch.testing.assert_close(VanillaKD(alpha=0.0)(*pair), VanillaKD(alpha=0.0)(*fresh), rtol=0, atol=1e-14)
 
 
+def test_after_logits_were_overwritten_others_are_transformed_and_compiled_as_before():
+    student, teacher = (t.detach() for t in sides("dense", inputs()))
+    VanillaKD(overwrite_logits=True)(student.clone().requires_grad_(), teacher, LABELS)
+    criterion = VanillaKD(alpha=0.0)
+
+    def loss(z):
+        return criterion(z, teacher) + kdloss.divergences.adaptive_kl(z, teacher).sum()
+
+    z = student.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(z), z)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(student), expected)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(loss, backend="eager", fullgraph=True)(student), loss(student))
+
+
 def test_logits_of_an_output_are_refused_once_they_were_overwritten():
     class Out:
         logits = sides("dense", inputs())[0]

@@ -1,5 +1,6 @@
 """Logits that `overwrite_logits=True` replaced by their gradient: they must not be read as logits again."""
 
+import torch
 from torch import Tensor, nn
 
 from kdloss.targets import Mixture
@@ -19,8 +20,8 @@ def mark(logits: Tensor) -> None:
 
 def refuse(student: AnyLogits, *teachers: AnyLogits) -> None:
     """Raise for logits, or a view of them, that were overwritten and not written since."""
-    if not _any:
-        return
+    if not _any or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return  # traced and transformed tensors have no memory
     for whose, each in (("student", [student]), ("teacher", teachers)):
         for x in each:
             if any(map(_overwritten, x.teachers if isinstance(x, Mixture) else [x])):
