@@ -121,6 +121,16 @@ def backward(loss: Callable[..., Tensor], *given: Any) -> Step:
     return step
 
 
+def anew(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss that overwrites the student's logits, which are written again before each call."""
+
+    def over(student: Tensor, *rest: Any) -> Tensor:
+        student.detach().normal_()
+        return loss(student, *rest)
+
+    return over
+
+
 def time_row(what: str, conditions: str, ours: Step, other: Step, goal: float | None = None) -> Row:
     """A row for the time of ours against the other."""
     ratio, ms = paired(ours, other)

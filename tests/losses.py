@@ -66,6 +66,9 @@ EXEMPT = {
     "total_variation": {"kink"},
     "adaptive_kl": {"frozen"},  # its weights are constants for the gradient
 }
+# Divergences that refuse a top-k teacher, and those that need every class in its place and so take only tail="uniform".
+NO_TOP_K = {"logit_mse", "bernoulli_kl", "uld", "with_teacher_temperature"}
+BY_CLASS = {"dist", "dkd", "nkd", "hard_labels", "sinkhorn"}
 # The number of which the width must be a multiple, for each distance.
 MULTIPLE = {"attention_mse": 4, "minilm": 6, "minilm_v2": 6}
 TEMPERATURES = (0.5, 1.0, 10.0)
@@ -115,6 +118,11 @@ class Loss:
         """The function with its settings; `kdloss.masked` reads its signature."""
         labels = {"labels": labels_for(student.shape, student.device)} if self.labelled else {}
         return partial(self.function, **self.settings, **labels)
+
+    def takes_top_k(self, tail: str) -> bool:
+        """Whether a divergence takes a top-k teacher with this tail."""
+        name = self.name.split("-")[0]
+        return name not in NO_TOP_K and (tail == "uniform" or name not in BY_CLASS)
 
     @property
     def labelled(self) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from functools import partial
 from types import SimpleNamespace as Output
 
@@ -569,6 +570,43 @@ def test_the_gradient_of_the_average_is_the_average_of_the_gradients():
     single = kdloss.VanillaKD(alpha=0.0)
     parts = [grad(single(student, teacher), student)[0] for teacher in (first, second)]
     torch.testing.assert_close(slope, 0.3 * parts[0] + 0.7 * parts[1])
+
+
+def test_teachers_of_other_vocabularies_are_averaged_by_the_sum_that_the_error_says():
+    student, labels = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    outputs = [torch.randn(4, 9, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)]
+    for criterion in (kdloss.MultiTeacherKD(), kdloss.MultiTeacherKD(vocabulary=kdloss.truncate)):
+        with pytest.raises(ValueError, match=r"teacher 1 has logits \(4, 7\).*a term for each teacher") as caught:
+            criterion(student, outputs, labels)
+    written = re.search(r"0\.5 \* kdloss.*\)(?=, or)", str(caught.value)).group()
+    z = student.requires_grad_()
+    loss = eval(written, {"kdloss": kdloss})(z, outputs)
+    log_q = z.log_softmax(-1)
+    exact = sum(0.5 * (p * (p.log() - log_q)).sum(-1).mean() for p in (t[:, :6].softmax(-1) for t in outputs))
+    torch.testing.assert_close(loss, exact)
+    torch.testing.assert_close(torch.autograd.grad(loss, z), torch.autograd.grad(exact, z))
+
+
+def test_weights_of_teachers_that_are_no_list_are_refused_when_they_are_given():
+    z = torch.zeros(2, 3)
+    for weights in (0.5, {0: 0.5, 1: 0.5}, torch.tensor(0.5), "ab", np.array([0.5, 0.5])):
+        for make in (kdloss.MultiTeacherKD, lambda w: kdloss.Mixture([z, z], w)):
+            with pytest.raises(TypeError, match=r"weights is a list with one number per teacher.*alpha=0\.5"):
+                make(weights)
+    for weights in ((0.25, 0.75), torch.tensor([0.25, 0.75])):
+        assert kdloss.MultiTeacherKD(weights, alpha=0.0)(z, [z, z]).item() == 0
+
+
+def test_a_class_of_divergences_is_refused_and_an_instance_is_not():
+    wrappers = kdloss.divergences.standardized, kdloss.divergences.with_teacher_temperature
+    for wrong in (*wrappers, partial(wrappers[1], teacher_temperature=4.0)):
+        with pytest.raises(TypeError, match=r"got the class \w+; write an instance.*standardized\(kdloss\.divergences"):
+            kdloss.Logits(wrong)
+        with pytest.raises(TypeError, match=r"standardized wraps a divergence"):
+            wrappers[0](wrong)
+        with pytest.raises(TypeError, match=r"with_teacher_temperature wraps a divergence"):
+            wrappers[1](wrong, 4.0)
+    assert kdloss.Logits(wrappers[0](wrappers[1](kdloss.divergences.forward_kl, 4.0))).name == "kd"
 
 
 def test_invalid_teachers_and_weights_are_refused():

@@ -489,6 +489,17 @@ def test_stored_outputs_without_a_stored_teacher_are_refused(module, inputs):
         stored(**inputs, teacher=[torch.zeros(4, 8, 61)] * 2)
 
 
+def test_a_call_without_a_stored_teachers_outputs_says_how_to_pass_them(module, inputs):
+    stored = kdloss.Distillation(module.student, None, kdloss.VanillaKD())
+    with pytest.raises(TypeError, match=r"teacher 0 is stored.*model\(\*\*batch, teacher=logits\)"):
+        stored(**inputs)
+    second = kdloss.Distillation(module.student, [build("gpt2"), None], kdloss.MultiTeacherKD())
+    with pytest.raises(TypeError, match="teacher 1 is stored"):
+        second(**inputs)
+    alone = kdloss.Distillation(module.student, None, kdloss.VanillaKD(alpha=1.0))
+    assert alone(**inputs).loss.isfinite()  # nothing reads the teacher
+
+
 # Device and dtype of a teacher
 
 

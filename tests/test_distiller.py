@@ -466,6 +466,68 @@ def test_with_a_token_map_a_teacher_with_other_token_ids_gives_the_same_loss():
     assert abs(unmapped.loss - plain.loss) > 1e-4
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("padding", [2, None, 99], ids=["has a padding token", "has none", "has one without a row"])
+def test_padding_that_only_the_student_has_is_the_teachers_own_padding_where_the_mask_is_0(side, padding):
+    teacher, student = build("gpt2", width=24, depth=2), build("gpt2", depth=2, seed=1)
+    teacher.config.pad_token_id = padding
+    ids = torch.arange(60).flip(0)  # token 60 of the student has no counterpart
+    shared = kdloss.TokenMap(torch.arange(60), ids)
+    x, mask = torch.tensor([[5, 6, 7, 8], [9, 10, 60, 60]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    if side == "left":
+        x, mask = x.flip(1), mask.flip(1)
+    read = []
+    teacher.register_forward_pre_hook(lambda _, args, inputs: read.append(inputs["input_ids"]), with_kwargs=True)
+    distill = kdloss.Distiller(teacher, kdloss.VanillaKD(1.0, 0.0, vocabulary=shared, causal=True))
+    loss = distill(student, input_ids=x, attention_mask=mask).loss
+    assert torch.equal(read[0][mask == 1], ids[x[mask == 1]])
+    assert (read[0][mask == 0] == (2 if padding == 2 else ids[x[mask == 1][0]])).all()
+    s = student(input_ids=x, attention_mask=mask).logits[..., :60].double().log_softmax(-1)
+    t = teacher(input_ids=ids[x.where(mask == 1, 0)], attention_mask=mask).logits[..., ids].double().log_softmax(-1)
+    counted = mask[:, :-1] * mask[:, 1:] == 1
+    expected = (t.exp() * (t - s)).sum(-1)[:, :-1][counted].mean()
+    torch.testing.assert_close(loss, expected.float())
+    slopes = [torch.autograd.grad(value, list(student.parameters())) for value in (loss, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_that_is_read_and_that_the_teacher_lacks_is_refused():
+    shared = kdloss.TokenMap(torch.arange(60), torch.arange(60))
+    distill = kdloss.Distiller(build("gpt2"), kdloss.VanillaKD(alpha=0.0, vocabulary=shared, causal=True))
+    x = torch.tensor([[5, 60, 7]])
+    for more in ({}, {"attention_mask": torch.ones_like(x)}):
+        with pytest.raises(ValueError, match=r"tokens \[60\] of the student have no counterpart"):
+            distill(build("gpt2", seed=1), input_ids=x, **more)
+
+
+class Linear(nn.Linear):
+    """A model with a criterion of its own that is no distillation."""
+
+    criterion = nn.CrossEntropyLoss()
+
+
+def test_a_distillation_as_the_student_is_refused_when_it_is_given():
+    inside = kdloss.Distillation(nn.Linear(4, 3), nn.Linear(4, 3), kdloss.VanillaKD())
+    for student in (inside, nn.DataParallel(inside)):
+        with pytest.raises(TypeError, match=r"the student is a Distillation.*give the model inside, model\.student"):
+            kdloss.Distillation(student, nn.Linear(4, 3), kdloss.VanillaKD())
+    x, y = torch.randn(2, 4), torch.tensor([0, 2])
+    assert kdloss.Distillation(Linear(4, 3), inside, kdloss.VanillaKD())(x, labels=y).loss.isfinite()
+
+
+def test_a_module_list_of_teachers_is_a_list_and_a_module_without_forward_is_refused():
+    teachers, student = nn.ModuleList(nn.Linear(4, 3) for _ in range(2)), nn.Linear(4, 3)
+    criterion, x, y = kdloss.MultiTeacherKD(), torch.randn(2, 4), torch.tensor([0, 2])
+    loss = kdloss.Distiller(teachers, criterion)(student, x, labels=y).loss
+    torch.testing.assert_close(loss, kdloss.Distiller([*teachers], criterion)(student, x, labels=y).loss)
+    assert criterion.prepare(student, teachers) is criterion
+    for wrong in (nn.ModuleDict({"a": student}), nn.Module()):
+        with pytest.raises(TypeError, match=f"a {type(wrong).__name__} has no forward.*a list of models"):
+            kdloss.Distiller(wrong, kdloss.VanillaKD())
+    with pytest.raises(TypeError, match=r"a ModuleList has no forward.*a list of models"):
+        kdloss.Teacher(teachers)
+
+
 @pytest.mark.parametrize("call", ["__call__", "prepare"])
 def test_a_call_without_the_student_says_that_it_comes_first(call):
     distill = kdloss.Distiller(torch.nn.Linear(2, 3), kdloss.Logits())

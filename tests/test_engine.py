@@ -99,21 +99,13 @@ def sides(kind, x, temperature=1.0):
     return student, teacher
 
 
-def needs_classes(function):
-    return getattr(function, "needs_classes", False)
-
-
 def skip_unsupported(name, kind):
     """Skip divergences that a mixture or top-k teacher does not support: it has no logits, or no fixed classes."""
     function = FUNCTIONS[name]
     if kind == "mixture" and getattr(function, "needs_logits", False):
         pytest.skip("needs the teacher's logits")
-    if kind.startswith("top-k"):
-        if getattr(function, "needs_logits", False):
-            pytest.skip("needs the teacher's logits")
-        by_name = {"labels", "mask"} & set(inspect.signature(function).parameters) or needs_classes(function)
-        if kind != "top-k uniform" and by_name:
-            pytest.skip("looks classes up by their index")
+    if kind.startswith("top-k") and (name in losses.NO_TOP_K or (name in losses.BY_CLASS and kind != "top-k uniform")):
+        pytest.skip("refused")
 
 
 def numpy(*tensors):
@@ -394,12 +386,7 @@ def test_garbage_at_ignored_positions_changes_no_bit(name, garbage, every_block_
     criterion = VanillaKD(2.0, 0.4, divergence=FUNCTIONS[name])
     bad = LABELS == -100
 
-    parameters = set(inspect.signature(FUNCTIONS[name]).parameters)
-    top_k = not (
-        {"labels", "mask"} & parameters
-        or getattr(FUNCTIONS[name], "needs_logits", False)
-        or needs_classes(FUNCTIONS[name])
-    )
+    top_k = name not in losses.NO_TOP_K | losses.BY_CLASS
 
     def results(fill):
         x = inputs(dtype=torch.float32)
@@ -473,9 +460,79 @@ def test_a_second_backward_or_derivative_of_overwritten_logits_raises_an_error()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"overwritten.*write overwrite_logits=False"):
         loss.backward()
-    student = student.detach().requires_grad_()
+    student = student.detach().clone().requires_grad_()
     with pytest.raises(RuntimeError, match=r"no second derivative; write overwrite_logits=False"):
         torch.autograd.grad(criterion(student, teacher, LABELS), student, create_graph=True)
+
+
+LATER = {
+    "the same logits": lambda z, other: (z, other),
+    "a view": lambda z, other: (z[:, :-1], other[:, :-1]),
+    "the later rows": lambda z, other: (z[1:], other[1:]),
+    "detached, as a teacher": lambda z, other: (other, z.detach()),
+    "in a mixture": lambda z, other: (other, Mixture([other, z])),
+}
+
+
+@pytest.mark.parametrize("sides_of", LATER.values(), ids=LATER)
+@pytest.mark.parametrize("after_backward", [False, True])
+def test_logits_that_were_overwritten_are_refused_as_logits_until_they_are_written_again(sides_of, after_backward):
+    student, teacher = (t.detach() for t in sides("dense", inputs()))
+    logits = student.clone().requires_grad_() * 1
+    loss = VanillaKD(overwrite_logits=True)(logits, teacher, LABELS)
+    if after_backward:
+        loss.backward()
+    pair = sides_of(logits, teacher)
+    dist = kdloss.divergences.dist
+    for use in (
+        VanillaKD(alpha=0.0),
+        VanillaKD(alpha=0.0, overwrite_logits=True),
+        VanillaKD(alpha=0.0, divergence=dist),  # which is computed outside the sweep
+        kdloss.divergences.forward_kl,
+        dist,
+    ):
+        with pytest.raises(RuntimeError, match=r"(student|teacher)'s logits were overwritten.*overwrite_logits=False"):
+            use(*pair)
+    logits.detach().copy_(student)
+    fresh = sides_of(student, teacher)
+    torch.testing.assert_close(VanillaKD(alpha=0.0)(*pair), VanillaKD(alpha=0.0)(*fresh), rtol=0, atol=1e-14)
+
+
+def test_after_logits_were_overwritten_others_are_transformed_and_compiled_as_before():
+    student, teacher = (t.detach() for t in sides("dense", inputs()))
+    VanillaKD(overwrite_logits=True)(student.clone().requires_grad_(), teacher, LABELS)
+    criterion = VanillaKD(alpha=0.0)
+
+    def loss(z):
+        return criterion(z, teacher) + kdloss.divergences.adaptive_kl(z, teacher).sum()
+
+    z = student.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(z), z)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(student), expected)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(loss, backend="eager", fullgraph=True)(student), loss(student))
+
+
+def test_logits_of_an_output_are_refused_once_they_were_overwritten():
+    class Out:
+        logits = sides("dense", inputs())[0]
+
+    teacher, criterion = torch.randn(2, 7, 11).double(), VanillaKD(causal=True, overwrite_logits=True)
+    criterion(Out(), teacher, LABELS)
+    with pytest.raises(RuntimeError, match="student's logits were overwritten"):
+        criterion(Out(), teacher, LABELS)
+
+
+@pytest.mark.parametrize(
+    "places", [(0, 1), ((0, ..., slice(4)), (0, ..., slice(4, 8)))], ids=["one behind the other", "side by side"]
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_overwriting_the_logits_of_one_head_leaves_those_of_the_other(places, first):
+    heads = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True) * 1
+    one, other = heads[places[first]], heads[places[1 - first]]
+    teacher, before = torch.randn(one.shape).double(), other.detach().clone()
+    VanillaKD(alpha=0.0, overwrite_logits=True)(one, teacher)
+    torch.testing.assert_close(VanillaKD(alpha=0.0)(other, teacher), VanillaKD(alpha=0.0)(before, teacher))
 
 
 def test_overwriting_logits_that_another_operation_saved_raises_an_error_in_backward():
@@ -1726,7 +1783,7 @@ def test_invalid_labels_smoothing_and_class_weights_are_refused_with_a_remedy():
 def test_hard_labels_of_a_top_k_teacher_are_refused_unless_its_tail_is_uniform():
     student, teacher = torch.randn(2, 3, 9)
     for tail in ("bucket", "renormalise"):
-        with pytest.raises(ValueError, match=r"hard_labels looks labels up.*tail='uniform'"):
+        with pytest.raises(ValueError, match=r"hard_labels looks up.*tail='uniform'"):
             kdloss.divergences.hard_labels(student, TopKLogits.of(teacher, 4, tail=tail))
     stored = kdloss.divergences.hard_labels(student, TopKLogits.of(teacher, 4, tail="uniform"))
     torch.testing.assert_close(stored, kdloss.divergences.hard_labels(student, teacher))

@@ -884,3 +884,10 @@ def test_a_trainer_with_its_own_loss_gets_a_warning_that_the_criterion_replaces_
 
     make(tmp_path, *pair(), of=Both)
     assert "replaces the loss of Penalised" in caplog.text
+
+
+def test_a_distillation_in_a_distillation_trainer_is_refused(tmp_path):
+    student, teacher, criterion = pair(criterion=kdloss.VanillaKD())
+    inside = kdloss.Distillation(student, teacher, criterion)
+    with pytest.raises(TypeError, match=r"the student is a Distillation.*transformers\.Trainer\(model\)"):
+        make(tmp_path, inside, teacher, kdloss.VanillaKD())

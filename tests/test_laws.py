@@ -454,3 +454,73 @@ def test_invalid_masks_and_num_items_in_batch_are_refused():
         kdloss.masked(kdloss.distances.mse, student, teacher, reduction="sum", num_items_in_batch=3)
     with pytest.raises(ValueError, match="positive"):
         kdloss.masked(kdloss.distances.mse, student, teacher, num_items_in_batch=0)
+
+
+TAILS = pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform"])
+
+
+def all_classes(teacher, temperature, tail):
+    """A top-k teacher that keeps all classes, in an order of its own at each position."""
+    order = torch.rand(teacher.shape, generator=torch.Generator().manual_seed(2)).argsort(-1)
+    log_probs = (teacher / temperature).log_softmax(-1).gather(-1, order)
+    return kdloss.TopKLogits(order, log_probs, tail, temperature)
+
+
+@pytest.mark.parametrize("loss", DIVERGENCES, ids=str)
+@TAILS
+def test_a_top_k_teacher_of_all_classes_in_any_order_equals_the_dense_one_or_is_refused(loss, tail):
+    student, teacher = loss.sample(5, 9, dtype=torch.float64)
+    kept = all_classes(teacher, loss.settings["temperature"], tail)
+    if not loss.takes_top_k(tail):
+        with pytest.raises(ValueError, match=r"top-k logits (hold|are)"):
+            loss.call(student, kept)
+        return
+    value = loss.call(student, kept)
+    s, t = student.detach().numpy(), teacher.numpy()
+    np.testing.assert_allclose(value.detach(), loss.expected(s, t), rtol=1e-9, atol=1e-9)
+    slope = loss.slope(s, t)
+    np.testing.assert_allclose(grad(value, student)[0], slope, rtol=0, atol=1e-8 * max(1.0, abs(slope).max()))
+
+
+@TAILS
+@pytest.mark.parametrize("name", ["dist", "hard_labels", "uld", "sinkhorn"])
+def test_a_standardized_divergence_takes_the_top_k_teachers_of_the_divergence_inside(name, tail):
+    loss = next(x for x in ONE_EACH if x.name.startswith(name))
+    student, teacher = loss.sample(5, 9, dtype=torch.float64)
+    settings = dict(loss.settings)
+    at = {"temperature": settings.pop("temperature")}
+    divergence = kdloss.divergences.standardized(partial(loss.function, **settings))
+    kept = all_classes(teacher, at["temperature"], tail)
+    if not loss.takes_top_k(tail):
+        with pytest.raises(ValueError, match="top-k logits hold"):
+            divergence(student, kept, **at)
+    else:
+        torch.testing.assert_close(divergence(student, kept, **at), divergence(student, teacher, **at))
+
+
+def test_a_divergence_of_ones_own_that_compares_positions_takes_only_top_k_teachers_with_every_class_in_its_place():
+    def of_means(student, teacher, *, mask=None, temperature=1.0):
+        q, p = ((x / temperature).softmax(-1).flatten(0, -2).mean(0) for x in (student, teacher))
+        return (q - p).abs().sum().expand(student.shape[:-1])
+
+    student, teacher = sample(5, 9, dtype=torch.float64)
+    criterion = kdloss.VanillaKD(2.0, 0.0, divergence=of_means)
+    exact = of_means(student, teacher, temperature=2.0).mean()
+    torch.testing.assert_close(criterion(student, all_classes(teacher, 2.0, "uniform")), exact)
+    for tail in ("bucket", "renormalise"):
+        with pytest.raises(ValueError, match=r"of_means looks up.*tail='uniform'"):
+            criterion(student, all_classes(teacher, 2.0, tail))
+
+
+def test_a_standardized_divergence_of_any_two_vocabularies_stays_one():
+    (student, _), (_, teacher) = sample(4, 7, dtype=torch.float64), sample(4, 5, dtype=torch.float64)
+    value = kdloss.Sum(kdloss.Logits(kdloss.divergences.standardized(kdloss.divergences.uld)))(student, teacher)
+    z, t = ((x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) for x in (student, teacher))
+    torch.testing.assert_close(value, kdloss.divergences.uld(z, t).mean())
+
+
+def test_uld_refuses_top_k_teachers_whatever_their_vocabulary():
+    (student, _), (_, teacher) = sample(4, 40), sample(4, 30)
+    for kept in (all_classes(teacher, 1.0, "uniform"), kdloss.TopKLogits.of(teacher, 30)):
+        with pytest.raises(ValueError, match=r"uld sorts the probabilities of all classes.*give all of the teacher's"):
+            kdloss.VanillaKD(divergence=kdloss.divergences.uld)(student, kept, torch.zeros(4).long())

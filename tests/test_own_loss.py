@@ -356,6 +356,29 @@ def test_causal_is_required_where_the_own_loss_does_not_show_the_shift(build):
         assert found == pytest.approx(cross_entropy(x.flatten(0, 1), y.flatten()).item(), rel=1e-5)
 
 
+WRONG = {
+    "beyond the classes": (
+        lambda y: y.index_fill(1, torch.tensor([3]), VOCAB),
+        ValueError,
+        r"labels\[0, 3\] is 61, out",
+    ),
+    "negative": (lambda y: y.index_fill(1, torch.tensor([3]), -1), ValueError, r"labels\[0, 3\] is -1, outside the 61"),
+    "of 32 bits": (lambda y: y.int(), TypeError, r"labels must be int64 class indices.*labels\.long\(\)"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "error", "match"), WRONG.values(), ids=WRONG)
+def test_wrong_labels_of_the_first_batch_are_named_and_the_corrected_ones_are_measured(wrong, error, match):
+    model, x = made(llama), tokens()
+    distill = kdloss.Distiller(made(llama, seed=1), kdloss.VanillaKD(alpha=1.0))
+    for _ in range(2):
+        with pytest.raises(error, match=match):
+            distill(model, input_ids=x, labels=wrong(x))
+    y = x.masked_fill(x == x[0, 1], -100)
+    exact = cross_entropy(model(input_ids=x).logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+    torch.testing.assert_close(distill(model, input_ids=x, labels=y).loss, exact)
+
+
 def test_task_is_the_loss_function_that_a_user_gave_the_model():
     student, teacher, ids = made(smoothed), made(llama, 1), tokens()
     own = student(input_ids=ids, labels=ids)

@@ -5,7 +5,7 @@ from itertools import product
 
 import recipes
 import torch
-from measure import Row, backward, engine_as, peak_row, time_row
+from measure import Row, anew, backward, engine_as, peak_row, time_row
 from sections.given import logits, shape, short
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def against_recipes(memory: str, shapes: tuple[tuple[int, int], ...] = ((64, 32_
                         yield peak_row(name, f"{said}, against one gradient", steps[0], data[0].nbytes, 1.15)
             if memory == "fresh" and compiled:
                 spare = [data[0].detach().clone().requires_grad_(), *data[1:]]
-                over = backward(VanillaKD(T, 0.5, overwrite_logits=True), *spare)
+                over = backward(anew(VanillaKD(T, 0.5, overwrite_logits=True)), *spare)
                 yield peak_row("KL + CE, overwriting", f"{said}, against one gradient", over, data[0].nbytes, 0.1)
 
 

@@ -121,6 +121,24 @@ def refuse_other_order(student: nn.Module, teacher: Callable[..., Any], args: Se
             )
 
 
+def of_tokens(
+    model: Callable[..., Any], ids: Tensor, mask: Tensor | None, rename: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A batch's token ids, translated to a teacher's own; where its mask is 0 they become the teacher's padding.
+
+    The student's padding may have no counterpart. A teacher without a padding token gets a token of the batch there.
+    """
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape or not ids.numel():
+        return rename(ids)
+    there = mask.bool()
+    own = rename(ids.where(there, ids.take(there.flatten().int().argmax())))
+    config = getattr(unwrap(model), "config", None) if isinstance(model, nn.Module) else None
+    padding = getattr(config, "pad_token_id", None)
+    if isinstance(padding, int) and 0 <= padding < getattr(config, "vocab_size", 0):
+        own = own.masked_fill(~there, padding)
+    return own
+
+
 def of_decoder(model: Callable[..., Any], labels: Any, rename: Callable[[Tensor], Tensor]) -> Any:
     """The labels from which an encoder-decoder makes its decoder inputs, translated to its own token ids."""
     config = getattr(unwrap(model), "config", None) if isinstance(model, nn.Module) else None

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from kdloss import _checks
 from kdloss._decoder_inputs import DecoderInputs
 from kdloss._virtual import virtual_tokens
 from kdloss.adapter import measuring, takes_input, without_cache
 from kdloss.layers.names import unwrap
+from kdloss.reduction import on_cpu
 from kdloss.terms._outputs import find_logits
 
 IGNORED = -100  # the ignored label of all Hugging Face models
@@ -177,10 +179,17 @@ def _numbers(config: Any) -> Iterator[tuple[str, float]]:
             yield from _numbers(value)
 
 
-def refuse_unread(own: OwnLoss, model: nn.Module, logits: Any, labels: Any) -> None:
-    """Raise if labels `[B, T]` stand at logits `[B, T, V]` and nothing tells whether they are shifted."""
+def refuse_unread(own: OwnLoss, model: nn.Module, logits: Any, labels: Any, ignore_index: int) -> None:
+    """Raise if labels `[B, T]` stand at logits `[B, T, V]` and nothing tells whether they are shifted.
+
+    Wrong labels are named first: with them a model makes no loss.
+    """
     if logits is None or len(logits.shape) != 3 or not isinstance(labels, Tensor) or labels.shape != logits.shape[:2]:
         return
+    if not labels.is_floating_point():
+        _checks.classes(labels, logits)
+        if on_cpu(labels.device):
+            _checks.label_range(labels, labels != ignore_index, logits.shape[-1])
     name = type(unwrap(model)).__name__
     raise ValueError(
         f"{own.seen or f'{name} makes no loss of labels [B, T] by itself'}: nothing tells whether its logits at t "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdloss._capture import Captured
 from kdloss._classes import Named
 from kdloss._decoder_inputs import DecoderInputs
-from kdloss._inputs import by_name, of_decoder, of_student, refuse_other_order
+from kdloss._inputs import by_name, of_decoder, of_student, of_tokens, refuse_other_order
 from kdloss._masks import Padding, all_masks
 from kdloss._packing import Packing
 from kdloss._passes import Passes, brought, requests
@@ -73,6 +73,12 @@ class Runner:
         for k, teacher in enumerate(self.teachers):
             if teacher is None:
                 output = _on_students_device(student, next(rest, None))
+                if output is None and self._plans and plan.of_teacher(k):
+                    raise TypeError(
+                        f"teacher {k} is stored (given as None), and this call has no outputs of it: pass them, "
+                        "model(**batch, teacher=logits), a list for several stored teachers, or give a model as the "
+                        "teacher, Distillation(student, teacher, criterion)"
+                    )
                 self._refuse_misplaced(k, student, batch, output)
                 yield self._classes.stored(k, student, output) if self._plans else output
             elif not self._plans or plan.of_teacher(k):
@@ -139,9 +145,10 @@ class Runner:
             refuse_other_order(student, module, args)
         rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
         if rename is not None and teacher.inputs is None:
-            inputs = {name: _renamed(rename, x, name) for name, x in inputs.items()}
+            own = partial(_renamed, module, rename, by_name(student, args, inputs))
+            inputs = {name: own(x, name) for name, x in inputs.items()}
             places = zip_longest(args, by_name(student, args, {}), by_name(module, args, {}))
-            args = tuple(_renamed(rename, *place) for place in places)
+            args = tuple(own(*place) for place in places)
             labels = of_decoder(module, labels, rename)
         args, inputs = teacher.of(args, inputs)
         if teacher.inputs is None:
@@ -164,9 +171,18 @@ class Runner:
         return seen
 
 
-def _renamed(rename: Callable[[Tensor], Tensor], x: Any, *names: str | None) -> Any:
-    """An input in the teacher's ids, if one of its names says that it holds tokens."""
-    return x if x is None or _TOKENS.isdisjoint(names) else rename(x)
+def _renamed(
+    teacher: Callable[..., Any],
+    rename: Callable[[Tensor], Tensor],
+    given: Mapping[str, Any],
+    x: Any,
+    *names: str | None,
+) -> Any:
+    """An input in the teacher's ids, if one of its names says that it holds tokens; `given` has their masks."""
+    name = next((name for name in names if name in _TOKENS), None)
+    if x is None or name is None:
+        return x
+    return of_tokens(teacher, x, given.get(name.replace("input_ids", "attention_mask")), rename)
 
 
 def _on_students_device(student: nn.Module, output: Any) -> Any:

@@ -17,7 +17,7 @@ from kdloss._own_loss import OwnLoss, own_loss, refuse_unread
 from kdloss._runner import Batch, Runner
 from kdloss.adapter import measuring
 from kdloss.distilled import Distilled
-from kdloss.layers.names import modules_of
+from kdloss.layers.names import modules_of, unwrap
 from kdloss.teacher import Teacher, refuse_functions
 from kdloss.terms import Plan
 from kdloss.terms._ahead import Ahead
@@ -58,8 +58,9 @@ class Distiller:
     The batch's own `attention_mask` and `decoder_attention_mask` take positions out too, where they apply: a speech
     model's mask is mapped to frames by the model's own length function, a text mask applies only to the tower that
     reads the text, and with `causal` the logits of padding on the left are taken out. If a term's `vocabulary` is a
-    `TokenMap`, its teacher reads the student's tokens translated to its own ids. Returns a `Distilled` with `loss`,
-    `logits`, `components` and `output`, without the virtual tokens of prompt tuning.
+    `TokenMap`, its teacher reads the student's tokens translated to its own ids, and its own padding where the mask is
+    0. Returns a `Distilled` with `loss`, `logits`, `components` and `output`, without the virtual tokens of prompt
+    tuning.
 
     If the criterion has no `causal`, the first batch shows whether logits at t learn label t+1: one pass of the student
     with labels, in eval mode and without gradient, is compared with the student's own loss. Named losses that the
@@ -93,7 +94,7 @@ class Distiller:
         criterion: nn.Module,
     ) -> None:
         self.criterion = as_criterion(criterion)
-        self._as_list = isinstance(teachers, (list, tuple))
+        self._as_list = isinstance(teachers, (list, tuple, nn.ModuleList))
         given: Any = teachers if self._as_list else [teachers]
         self.teachers = [t if t is None or isinstance(t, Teacher) else Teacher(t) for t in given]
         self._plans = _plans(self.criterion)
@@ -162,7 +163,7 @@ class Distiller:
             return Distilled.of(None, seen.output, {})
         outputs = self._run.outputs(student, plan, batch, stored)
         settings: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
-        causal = self._plans and shift_labels is None and _causal(contract, student, own, plan, seen, labels)
+        causal = self._plans and shift_labels is None and self._causal(contract, student, own, plan, seen, labels)
         masks = self._run.masks(student, seen, plan, batch, mask, feature_mask, causal=causal, own_loss=with_labels)
         settings |= masks
         settings |= {} if index is None else {"index": index}
@@ -224,6 +225,12 @@ class Distiller:
             )
         if self._prepared_for is not None and self._prepared_for() is student:
             return
+        inside = unwrap(student)
+        if _plans(getattr(inside, "criterion", None)) and isinstance(getattr(inside, "student", None), nn.Module):
+            raise TypeError(
+                f"the student is a {type(inside).__name__}, which has a criterion and teachers of its own; give the "
+                "model inside, model.student, or train it as it is: model(**batch).loss, transformers.Trainer(model)"
+            )
         if self._plans:
             self.criterion.locate(student, self._modules)
         self._prepared_for, self._own = weakref.ref(student), None
@@ -272,6 +279,21 @@ class Distiller:
                 _log.info("causal=%s, measured: %s", self._own.causal, self._own)
         return self._own or OwnLoss()
 
+    def _causal(
+        self, contract: Contract, student: nn.Module, own: OwnLoss, plan: Plan, seen: Captured, labels: Any
+    ) -> bool:
+        """Whether logits at t are compared with label t+1: as the criterion says, else as the student's own loss."""
+        if contract.causal is not None:
+            return contract.causal
+        if own.causal is None and getattr(labels, "ndim", 0) == 2:
+            logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
+            try:
+                refuse_unread(own, student, logits, labels, contract.ignore_index)
+            except (TypeError, ValueError):
+                self._own = None  # corrected labels are measured again
+                raise
+        return bool(own.causal)
+
     def _stored(self, given: Any) -> list[Any]:
         """The outputs of the stored teachers, as a list."""
         several = given if isinstance(given, list) else [] if given is None else [given]
@@ -295,16 +317,6 @@ class Distiller:
             for name in plan.complete_with(k):
                 self.criterion.measure(name, seen.of(name), output.of(name))
         self.criterion.to(next(student.parameters()).device)
-
-
-def _causal(contract: Contract, student: nn.Module, own: OwnLoss, plan: Plan, seen: Captured, labels: Any) -> bool:
-    """Whether logits at t are compared with label t+1: as the criterion says, else as the student's own loss does."""
-    if contract.causal is not None:
-        return contract.causal
-    if own.causal is None and getattr(labels, "ndim", 0) == 2:
-        logits = logits_read(seen.output, [reads.logits_at for reads in plan.reads.values()])
-        refuse_unread(own, student, logits, labels)
-    return bool(own.causal)
 
 
 def _ahead(contract: Contract, own: OwnLoss, labels: Any, shift_labels: Any, mask: Tensor | None) -> Ahead | None:

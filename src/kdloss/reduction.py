@@ -127,11 +127,17 @@ def masked(
     if mask is None:
         return reduce(loss(student, teacher), reduction=reduction, num_items_in_batch=num_items_in_batch)
     _checks.mask(mask, student.shape[: mask.ndim], "the leading dimensions of the student")
-    student, teacher = (
-        fill(x, mask) if isinstance(x, Tensor) else x.at(lambda t: fill(t, mask)) for x in (student, teacher)
-    )
+    student, teacher = (_filled(x, mask) for x in (student, teacher))
     values = with_mask(loss, student, teacher, mask)
     return reduce(values, mask, reduction=reduction, num_items_in_batch=num_items_in_batch)
+
+
+def _filled(x: Any, mask: Tensor) -> Any:
+    """A tensor or logits of another kind, with zeros (a top-k teacher: with no class) where `mask` is False."""
+    if isinstance(x, Tensor):
+        return fill(x, mask)
+    only = getattr(x, "only", None)
+    return x.at(lambda t: fill(t, mask)) if only is None else only(mask)
 
 
 def with_mask(loss: Callable[..., Tensor], student: Any, teacher: Any, mask: Tensor | None, **more: Any) -> Tensor:

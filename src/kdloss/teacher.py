@@ -47,6 +47,11 @@ class Teacher:
         if not isinstance(self.module, nn.Module) and callable(getattr(self.module, "module", None)):
             raise TypeError(f"an {type(self.module).__name__} can't be called; write teacher.module(), which can")
         if isinstance(self.module, nn.Module):
+            if getattr(self.module.forward, "__func__", None) is nn.Module.forward:
+                raise TypeError(
+                    f"a {type(self.module).__name__} has no forward and can't be run; give several teachers as a list "
+                    "of models"
+                )
             refuse_trained(self.module)
         if self.inputs is not None and not callable(self.inputs):
             raise TypeError(f"inputs is a function of the batch, got {self.inputs!r}; write inputs=lambda batch: ...")

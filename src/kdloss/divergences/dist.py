@@ -10,7 +10,7 @@ from kdloss.engine import any_logits
 from kdloss.reduction import fill, precise, widest
 
 
-@any_logits()
+@any_logits(needs_classes=True)
 def dist(
     student: Float[Tensor, "*batch vocab"],
     teacher: Float[Tensor, "*batch vocab"],
@@ -32,7 +32,8 @@ def dist(
 
     Shapes: student and teacher logits `[..., V]`, mask `[...]` (True = counts). Returns `[...]`, in float32
     or better, 0 where the mask is False. The teacher is detached. It compares positions with each other. So
-    micro-batches don't add up to one batch, and all positions are computed at once.
+    micro-batches don't add up to one batch, and all positions are computed at once. A top-k teacher needs
+    `tail="uniform"`, since its slots are other classes at each position.
 
     Raises: ValueError for a single position with gamma > 0, a temperature that is not finite and positive,
     or shapes, vocabularies or devices that differ; TypeError for integer logits.

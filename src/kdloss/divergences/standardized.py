@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdloss.engine import in_blocks
+from kdloss.engine.task import unwrapped
 from kdloss.reduction import alike
 from kdloss.targets.kinds import AnyLogits
 from kdloss.targets.sharded import localised
@@ -39,7 +40,7 @@ class standardized:
     divergence: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
-        if not callable(self.divergence):
+        if not callable(self.divergence) or isinstance(unwrapped(self.divergence)[0], type):
             raise TypeError(
                 f"standardized wraps a divergence, got {self.divergence!r}; write "
                 "standardized(kdloss.divergences.forward_kl)"
@@ -48,6 +49,16 @@ class standardized:
     @property
     def __wrapped__(self) -> Callable[..., Tensor]:
         return self.divergence  # for its signature
+
+    @property
+    def needs_classes(self) -> bool:
+        """Whether the divergence needs every class in its place."""
+        return getattr(unwrapped(self.divergence)[0], "needs_classes", False)
+
+    @property
+    def any_vocabulary(self) -> bool:
+        """Whether two tensors may have different numbers of classes."""
+        return getattr(unwrapped(self.divergence)[0], "any_vocabulary", False)
 
     def __call__(self, student: AnyLogits, teacher: AnyLogits, *args: Any, **options: Any) -> Tensor:
         """The divergence between standardised student and teacher; `args` and `options` are its own."""

@@ -26,8 +26,8 @@ def uld(
     Shapes: student logits `[..., V]`, teacher logits `[..., W]`, both tensors. Returns `[...]`, in float32
     or better. The teacher is detached.
 
-    Raises: ValueError for a temperature that is not finite and positive, or positions or devices that
-    differ; TypeError for integer logits.
+    Raises: ValueError for a temperature that is not finite and positive, positions or devices that
+    differ, or a top-k teacher; TypeError for integer logits.
 
     >>> import torch
     >>> uld(torch.zeros(2), torch.zeros(4))

@@ -46,7 +46,7 @@ class with_teacher_temperature:
     teacher_temperature: float
 
     def __post_init__(self) -> None:
-        if not callable(self.divergence):
+        if not callable(self.divergence) or isinstance(unwrapped(self.divergence)[0], type):
             raise TypeError(
                 f"with_teacher_temperature wraps a divergence, got {self.divergence!r}; write "
                 "with_teacher_temperature(kdloss.divergences.forward_kl, 4.0)"

@@ -12,12 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from kdloss import _checks
 from kdloss.engine.closed_forms import ClosedForm
 from kdloss.engine.fused import per_position
+from kdloss.engine.overwritten import refuse
 from kdloss.engine.run import Problem
 from kdloss.engine.task import TeacherTask, unwrapped
 from kdloss.reduction import takes
 from kdloss.targets import TopKLogits
 from kdloss.targets.kinds import AnyLogits
-from kdloss.targets.looks import look_at_any
+from kdloss.targets.looks import look_again
 from kdloss.targets.sharded import localised
 
 
@@ -41,14 +42,15 @@ def any_logits(
     """Let a divergence on tensors take every kind of logits, in blocks of rows.
 
     `needs_logits`: it can't be computed from probabilities. `needs_classes`: it can't be computed from some classes
-    and a bucket. `any_vocabulary`: two tensors may have different numbers of classes. `one_class`: it makes sense for
-    logits of one class.
+    and a bucket, whose places say nothing. `any_vocabulary`: two tensors may have different numbers of classes.
+    `one_class`: it makes sense for logits of one class.
     """
 
     def decorate(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @wraps(plain)
         def divergence(student: AnyLogits, teacher: AnyLogits, *args: Any, **options: Any) -> Tensor:
             student, teacher = localised(student), localised(teacher)
+            refuse(student, teacher)
             tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
             if tensors and (closed_form is None or unblockable(student, None)):
                 return plain(student, teacher, *args, **options)
@@ -83,7 +85,7 @@ def in_blocks(
     task = TeacherTask(partial(divergence, **options), teacher.detach(), temperature, labels=labels)
     task.check(student)
     if isinstance(teacher, TopKLogits):
-        look_at_any(teacher, student.shape[-1])
+        look_again(teacher, student.shape[-1], mask)
     if unblockable(student, divergence):
         return task.values(student, mask)
     positions = student.shape[:-1]

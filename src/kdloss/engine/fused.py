@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdloss.engine.at_once import evaluate
+from kdloss.engine.overwritten import mark
 from kdloss.engine.rows import matmul_dtype
 from kdloss.engine.run import Problem, Student, without_autocast
 from kdloss.engine.scaled import scaled
@@ -85,7 +86,10 @@ class _Fused(torch.autograd.Function):
             )
         wanted = ctx.needs_input_grad[3]
         if gradients is not None and not again and not wanted:
-            return (*none, None, *scaled(gradients, upstream))
+            found = scaled(gradients, upstream)
+            if ctx.overwritten:
+                mark(gradients[0])  # again, since this wrote there
+            return (*none, None, *found)
         problem, student, weights, values = ctx.rebuild(ctx.saved_tensors)
         with ctx.autocast():
             if again:

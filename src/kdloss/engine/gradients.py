@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdloss.engine.overwritten import mark
 from kdloss.engine.rows import Rows, flat_view
 from kdloss.targets import LazyLogits
 from kdloss.targets.sharded import Shard
@@ -43,6 +44,8 @@ class OfLogits:
             ignored = torch.ones(len(self.flat), dtype=torch.bool, device=self.flat.device)
             ignored[self.index] = False
             self.flat.masked_fill_(ignored.unsqueeze(-1), 0)
+        if self.in_place:
+            mark(self.gradient)
         return (self.gradient,)
 
 

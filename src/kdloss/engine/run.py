@@ -14,6 +14,7 @@ from kdloss.engine.block_sizes import equal_blocks
 from kdloss.engine.compiled import CompiledBlock, compiled_block_of
 from kdloss.engine.gradients import Gradients, OfHead, OfLogits
 from kdloss.engine.kernel import MakeSide, RowBlock, compute
+from kdloss.engine.overwritten import refuse
 from kdloss.engine.plan import Plan, check_sharded
 from kdloss.engine.rows import Rows
 from kdloss.engine.side import Side
@@ -54,6 +55,7 @@ class Problem:
         nonzero: bool = False,
     ) -> "tuple[Problem, Student]":
         """The problem, and the student's logits in this process (its shard, where the vocabulary is sharded)."""
+        refuse(student, *(t.teacher for t in tasks if isinstance(t, TeacherTask)))
         tasks = [t if isinstance(t, LabelTask) else t.over_shared_classes(student) for t in tasks]
         for task in tasks:
             if task.labels is not None and not task.labels.is_floating_point() and task.labels.shape != (rows,):

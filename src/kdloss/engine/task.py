@@ -129,6 +129,8 @@ class TeacherTask:
         """Raise where student and teacher don't fit each other, or the divergence can't use this kind of teacher."""
         teacher = self.teacher
         function = unwrapped(self.divergence)[0]
+        if isinstance(teacher, TopKLogits):
+            self._refuse_top_k(function, teacher)
         if self._any_vocabulary and isinstance(student, Tensor) and isinstance(teacher, Tensor):
             _checks.logit_shapes(student.shape, teacher.shape, None)
             return
@@ -147,14 +149,23 @@ class TeacherTask:
             raise ValueError(
                 f"{self.name} compares logits, an average of probabilities has none; write average='logits'"
             )
-        if isinstance(teacher, TopKLogits) and teacher.tail != "uniform":
-            if getattr(function, "needs_logits", False):
-                raise ValueError(f"{self.name} compares logits, top-k logits hold probabilities; take forward_kl")
-            if takes(self.divergence, "labels") or getattr(function, "needs_classes", False):
-                raise ValueError(
-                    f"{self.name} looks labels up among all classes, and top-k logits hold only a few; write "
-                    "TopKLogits(..., tail='uniform')"
-                )
+
+    def _refuse_top_k(self, function: Any, teacher: TopKLogits) -> None:
+        """Raise for a divergence that can't be computed from a few probabilities, in an order of their own."""
+        if getattr(function, "needs_logits", False):
+            raise ValueError(f"{self.name} compares logits, top-k logits hold probabilities; take forward_kl")
+        if self._any_vocabulary:
+            raise ValueError(
+                f"{self.name} sorts the probabilities of all classes, and top-k logits hold only a few, by their ids "
+                "in the student's vocabulary; give all of the teacher's logits, or take forward_kl with vocabulary="
+                "kdloss.TokenMap.of(student_tokenizer, teacher_tokenizer)"
+            )
+        by_class = getattr(function, "needs_classes", False) or takes(self.divergence, "labels")
+        if teacher.tail != "uniform" and (by_class or takes(self.divergence, "mask")):
+            raise ValueError(
+                f"{self.name} looks up labels or classes by their place among all classes, and top-k logits hold only "
+                "a few, others at each position; write TopKLogits(..., tail='uniform')"
+            )
 
     @property
     def name(self) -> str:

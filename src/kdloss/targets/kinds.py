@@ -38,17 +38,25 @@ def classes(x: AnyLogits) -> int | None:
     return x.vocabulary if isinstance(x, TopKLogits) else x.shape[-1]
 
 
+def known_classes(x: AnyLogits) -> int:
+    """The number of classes; an error where it isn't known."""
+    found = classes(x)
+    if found is None:
+        raise ValueError(
+            "top-k logits need their number of classes here, where vocabularies differ; write "
+            "TopKLogits(..., vocabulary=number of the teacher's classes)"
+        )
+    return found
+
+
 def chosen_classes(x: AnyLogits, ids: Classes) -> AnyLogits:
     """Only some entries of the vocabulary, in this order."""
     if ids is None:
         return x
     if isinstance(x, TopKLogits):
-        if x.vocabulary is None:
-            raise ValueError(
-                "top-k logits need their number of classes here; write TopKLogits(..., vocabulary=number of classes)"
-            )
-        kept = torch.arange(x.vocabulary, device=x.device)[ids]
-        new = torch.full((x.vocabulary,), -1, device=x.device)
+        vocabulary = known_classes(x)
+        kept = torch.arange(vocabulary, device=x.device)[ids]
+        new = torch.full((vocabulary,), -1, device=x.device)
         new[kept] = torch.arange(len(kept), device=x.device)
         return x.renamed(new, len(kept))
     if isinstance(x, ShardedLogits):

@@ -45,14 +45,6 @@ def look_again(rows: "TopKLogits", classes: int | None, keep: Tensor | None = No
         look(rows.ids(), rows.log_probs, rows.log_rest, classes, keep)
 
 
-def look_at_any(rows: "TopKLogits", classes: int) -> None:
-    """Raise for ids out of range in any row but padding, where it isn't known which rows count."""
-    if _looked_at(rows, classes) or not free_to_look(rows.indices, rows.log_probs):
-        return
-    if not in_range(ids := rows.ids(), classes):
-        look_at_range(ids, classes, ~padding(ids, rows.log_probs))
-
-
 def _looked_at(rows: "TopKLogits", classes: int | None) -> bool:
     """Whether all rows were checked already, for this number of classes."""
     known = rows.vocabulary

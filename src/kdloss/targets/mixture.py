@@ -47,8 +47,11 @@ class Mixture:
             if teacher.shape != self.shape or teacher.device != self.device:
                 raise ValueError(
                     f"teacher {k} has logits {tuple(teacher.shape)} on {teacher.device} and teacher 0 "
-                    f"{tuple(self.shape)} on {self.device}; teachers are averaged over one "
-                    "vocabulary, so bring them to the student's first: kdloss.truncate or kdloss.TokenMap"
+                    f"{tuple(self.shape)} on {self.device}; teachers are averaged at the same positions, over one "
+                    "vocabulary and on one device. For other vocabularies write a term for each teacher, with its own "
+                    "way to the student's: 0.5 * kdloss.Logits(teacher=0, vocabulary=kdloss.truncate) + 0.5 * "
+                    "kdloss.Logits(teacher=1, name='second', vocabulary=kdloss.truncate), or with a kdloss.TokenMap "
+                    "each"
                 )
 
     @property
@@ -124,13 +127,23 @@ def _dense(x: Tensor | LazyLogits) -> Tensor:
     return x.dense() if isinstance(x, LazyLogits) else x
 
 
+def weights_listed(weights: Sequence[float]) -> Sequence[float]:
+    """Check that weights are a list or a tensor of one dimension, not a number or a dict."""
+    if isinstance(weights, str) or not isinstance(weights, (Sequence, Tensor)) or getattr(weights, "ndim", 1) != 1:
+        raise TypeError(
+            f"weights is a list with one number per teacher, got {weights!r}; write weights=[0.5, 0.5], and in a "
+            "recipe alpha=0.5 for the weight of cross-entropy"
+        )
+    return weights
+
+
 def checked_weights(weights: Sequence[float] | None, teachers: int) -> list[float]:
     """One non-negative weight per teacher, of sum 1."""
     if teachers == 0:
         raise ValueError("no teacher was given; pass a list of at least one teacher's output")
     if weights is None:
         return [1 / teachers] * teachers
-    if len(weights) != teachers:
+    if len(weights_listed(weights)) != teachers:
         raise ValueError(f"{len(weights)} weights for {teachers} teachers: {list(weights)}")
     if any(not w >= 0 for w in weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise ValueError(f"weights must be non-negative and sum to 1, got {list(weights)} (sum {sum(weights)})")

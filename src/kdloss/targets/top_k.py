@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Size, Tensor
 
 from kdloss import _checks
+from kdloss.reduction import fill
 from kdloss.targets import _ids, _served, few_classes, looks
 from kdloss.targets._most_probable import most_probable
 
@@ -29,7 +30,9 @@ class TopKLogits:
       gradient.
     - "uniform": their mass is spread evenly over them. This needs all of the student's logits.
 
-    With all V classes kept, each equals the dense teacher. `temperature` is the temperature of the
+    With all V classes kept, each equals the dense teacher. Divergences that need every class in its place (by labels,
+    costs or correlations) take "uniform" alone; those of logits (`logit_mse`, `bernoulli_kl`, a teacher's own
+    temperature) and `uld` take no top-k teacher. `temperature` is the temperature of the
     log-probabilities. A loss at another T softens from there, and the bucket as one class, so keep them at the
     temperature you train with. `log_rest` is the log-probability of all other classes together, where you know it
     more precisely than as 1 minus the sum. `vocabulary` is the number V of classes, against which ids are checked.
@@ -45,7 +48,8 @@ class TopKLogits:
 
     Raises: ValueError for shapes or devices that differ or an unknown tail, and for impossible numbers: a class
     twice in a row or out of range, probabilities or raw logits in place of log-probabilities. CPU tensors are checked
-    when they are given, except rows of padding (one id and one number everywhere), which a loss checks if they count.
+    when they are given, except rows of padding (one id and one number everywhere), which a loss checks if they count
+    (those that `mask` or the labels leave; without either, all).
     Tensors on an accelerator are checked under a criterion's `check_finite=True`. TypeError for indices that are no
     integers.
 
@@ -155,6 +159,11 @@ class TopKLogits:
         """The rows at chosen positions."""
         rest = None if self.log_rest is None else pick(self.log_rest)
         return self._with(indices=_ids.picked(self.indices, pick), log_probs=pick(self.log_probs), log_rest=rest)
+
+    def only(self, mask: Bool[Tensor, "..."]) -> "TopKLogits":
+        """The same rows, without any class where `mask` is False."""
+        rest = None if self.log_rest is None else fill(self.log_rest, mask)
+        return self._with(indices=fill(self.ids() + 1, mask) - 1, log_probs=fill(self.log_probs, mask), log_rest=rest)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "TopKLogits":
         """Copy to a `device`, in the same types; `non_blocking` is as for a tensor in pinned memory."""

@@ -10,13 +10,15 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from kdloss.reduction import on_cpu
-from kdloss.targets.kinds import AnyLogits, Classes, chosen_classes, classes
+from kdloss.targets.kinds import AnyLogits, Classes, chosen_classes, known_classes
 
 
 def truncate(student: AnyLogits, teacher: AnyLogits) -> tuple[AnyLogits, AnyLogits]:
     """Cut both to their common prefix, renormalised: for models that pad the same vocabulary to different sizes.
 
     Student and teacher are logits of any kind.
+
+    Raises: ValueError for top-k logits without their `vocabulary`.
 
     >>> student, teacher = truncate(torch.zeros(2, 50), torch.zeros(2, 64))
     >>> student.shape, teacher.shape
@@ -28,8 +30,8 @@ def truncate(student: AnyLogits, teacher: AnyLogits) -> tuple[AnyLogits, AnyLogi
 
 def _prefix(student: AnyLogits, teacher: AnyLogits) -> tuple[Classes, Classes]:
     """The shared classes of student and teacher, in the form that the engine reads."""
-    s, t = classes(student), classes(teacher)
-    if s is None or t is None or s == t:
+    s, t = (known_classes(x) for x in (student, teacher))
+    if s == t:
         return None, None
     return slice(t) if s > t else None, slice(s) if t > s else None
 

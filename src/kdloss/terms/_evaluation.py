@@ -10,6 +10,8 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._capture import Captured
 from kdloss._layout import classes_last
+from kdloss.engine import TeacherTask
+from kdloss.engine.overwritten import refuse
 from kdloss.reduction import on_cpu
 from kdloss.terms._ahead import Ahead
 from kdloss.terms._feature_masks import check_given
@@ -203,6 +205,7 @@ class Evaluation:
         """The checks that the sweep makes, for a term that is computed outside it."""
         task = one.term.task(one.step, one.step.where.labels)
         task.check(one.logits)
+        refuse(one.logits, *([task.teacher] if isinstance(task, TeacherTask) else []))
         look_at_stored(one, task, self.contract.check_finite)
         if self.contract.check_finite:
             check_numbers(one, task)

@@ -18,6 +18,7 @@ from kdloss.reduction import parameters, passes_on, takes
 from kdloss.schedules import Setting
 from kdloss.targets import Mixture
 from kdloss.targets.kinds import AnyLogits
+from kdloss.targets.mixture import weights_listed
 from kdloss.terms._outputs import logits_of
 from kdloss.terms.reads import Reads
 from kdloss.terms.step import Step
@@ -79,6 +80,12 @@ class Logits(Term):
     ) -> None:
         super().__init__(name=name, teacher=teacher, positions=positions)
         _checks.function("divergence", divergence, "divergences.forward_kl")
+        if isinstance(kind := unwrapped(divergence)[0], type):
+            raise TypeError(
+                f"a divergence is a function, got the class {kind.__name__}; write an instance of it, such as "
+                "kdloss.divergences.standardized(kdloss.divergences.forward_kl) or "
+                "kdloss.divergences.with_teacher_temperature(kdloss.divergences.forward_kl, 4.0)"
+            )
         if not torch.compiler.is_compiling():
             _refuse_without_temperature(divergence)
         if vocabulary is not None:
@@ -88,6 +95,8 @@ class Logits(Term):
                 f"weights is a list with one number per teacher, got {weights!r}, which multiplies terms: write "
                 f"{weights!r} * (kdloss.Logits(teacher=0) + kdloss.Logits(teacher=1, name='second'))"
             )
+        if weights is not None:
+            weights_listed(weights)
         _checks.choice("average", average, ("probabilities", "logits"))
         self.divergence = divergence
         self.temperature = temperature

@@ -53,7 +53,8 @@ class Sum(nn.Module):
       `kdloss.balancing`.
     - `check_finite`: check the numbers, which costs a device sync, and raise for NaN or +inf logits and labels out of
       range at positions that count.
-    - `overwrite_logits`: write the gradient into the memory of the student's logits, which then can't be used again.
+    - `overwrite_logits`: write the gradient into the memory of the student's logits, which then can't be used again
+      (criteria and divergences refuse them; PyTorch's own functions would read the gradient).
       The logits must be a tensor, not in float16, and `reduction` "mean" or "sum".
     - `layout` and `teacher_layout`: name the axes of logits whose classes are not last, such as "b c h w" for a
       segmentation network: b is the batch, c the classes (d if there is no c), all other letters are positions, in
@@ -200,7 +201,8 @@ class Sum(nn.Module):
         configurations. For other models `Distiller.prepare(student, **batch)` and `Distillation.prepare(**batch)`
         measure them on a batch.
         """
-        modules = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
+        alone = isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList)
+        modules: list[Any] = [teachers] if alone else list(cast(Sequence[Any], teachers))
         for term in self.terms.values():
             term.prepare(student, modules)
         return self
