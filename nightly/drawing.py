@@ -100,14 +100,14 @@ def draw(seed: int, number: int) -> Case:
 
 def _shape(d: Draw, case: Case) -> None:
     case.causal = d.chance(0.25, "causal")
-    axes = d.r.choice([0, 1, 2, 3], p=[0.05, 0.25, 0.55, 0.15])
+    axes = d.r.choice([1, 2, 3], p=[0.3, 0.55, 0.15])
     case.shape = tuple(int(n) for n in d.r.choice([0, 1, 2, 3, 4, 5], max(axes, 2) if case.causal else axes))
 
 
 def _recipe(d: Draw, case: Case, several: bool) -> None:
     """Draw a recipe: a criterion with a name."""
     alpha = d.number("alpha", [0.5, 0.3, 0.01, 0.99])
-    case.recipe = d.one("recipe", ["VanillaKD", "FeatureKD" if case.shape else "VanillaKD"])
+    case.recipe = d.one("recipe", ["VanillaKD", "FeatureKD"])
     case.recipe = "MultiTeacherKD" if several else case.recipe
     case.terms.append(Term("ce", "ce", alpha))
     if case.recipe == "FeatureKD":
@@ -129,7 +129,7 @@ def _sum(d: Draw, case: Case, several: bool) -> None:
     read = {term.teacher for term in case.kds}
     if several and read <= {0, 1} and read != {0, 1} and read:  # every teacher needs a term that reads it
         case.kds[-1].teacher = 1 if read == {0} and len(case.kds) > 1 else "all"
-    if case.shape and d.chance(0.2):
+    if d.chance(0.2):
         pairs = 1 + d.chance(0.2, "two pairs")
         case.terms.append(Term("feature", "feature", 0.7, loss=d.one("distance", DISTANCES), pairs=pairs))
 

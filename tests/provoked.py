@@ -14,6 +14,7 @@ from kdloss import CrossEntropy, Features, Logits, schedules
 
 LOGITS = torch.zeros(2, 3, 5)
 LABELS = torch.zeros(2, 3).long()
+HEADS = torch.randn(2, 5), torch.randn(2, 4, 5)
 
 
 class Net(nn.Module):
@@ -98,12 +99,6 @@ def step(student, teacher, criterion, **more):
 
 def images(student, teacher, criterion, shape=(2, 4)):
     return kdloss.Distillation(student, teacher, criterion)(torch.randn(shape), labels=torch.zeros(2).long())
-
-
-def maps(criterion):
-    """Run one step with convolutions, whose classes are on the second axis."""
-    net = nn.Conv2d(3, 4, 1)
-    return kdloss.Distillation(net, nn.Conv2d(3, 4, 1), criterion)(torch.randn(2, 3, 4, 4))
 
 
 def projections_not_in_the_optimizer():
@@ -342,7 +337,9 @@ CASES = {
     "classes and the teacher … (": lambda: kd(LOGITS, LOGITS[..., :4]),
     "they must stand at the same positions": lambda: kd(LOGITS, LOGITS[:, :2]),
     "have one class, whose probability": lambda: kd(LOGITS[..., :1], LOGITS[..., :1]),
-    "nothing tells which axis": lambda: maps(1.0 * Logits()),
+    "nothing tells which axis": lambda: (1.0 * Logits())(torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)),
+    "terms on logits share one set": lambda: (CrossEntropy(take=0) + Logits(take=1))(HEADS, HEADS, LABELS[:, 0]),
+    "no axis for the classes": lambda: (1.0 * Logits())(LOGITS[0, 0], LOGITS[0, 0]),
     "several heads": lambda: images(Pair(), Pair(), kdloss.VanillaKD()),
     "num_items_in_batch divides": lambda: kd(LOGITS, LOGITS, reduction="sum", num_items_in_batch=3),
     "rows with each other": lambda: kdloss.distances.rkd_angle(torch.zeros(2, 4), torch.zeros(2, 4)),

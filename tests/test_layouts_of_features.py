@@ -489,8 +489,102 @@ def test_time_first_is_noticed_and_correct_once_it_is_stated(kind, batch_from):
     weight = next(p for p in student.parameters() if p.requires_grad)
     torch.testing.assert_close(*(torch.autograd.grad(y, weight)[0] for y in (loss, expected)))
     if batch_from == "labels":  # a stated layout is also checked against the sizes
-        with pytest.raises(ValueError, match=r"as 'b t d' is a batch of 6, but there are 4 examples.*layout='t b d'"):
+        with pytest.raises(ValueError, match=r"'b t d'.*batch.*: write layout='t b d'"):
             Distiller(teacher, FeatureKD(**settings, layout="b t d"))(student, x, **extra)
+
+
+@pytest.mark.parametrize("kind", TIME_FIRST)
+def test_a_stated_layout_that_module_or_inputs_contradict_is_refused_without_labels(kind):
+    student, x = Encoder(TIME_FIRST[kind]).double(), torch.randn(4, 6, 3).double()
+    settings = {"distance": distances.cka, "layers": "last"}
+    with pytest.raises(ValueError, match=r"layout='b t d' reads axis 0.*batch|as 'b t d' is a batch of 6.*'t b d'"):
+        Distiller(copy.deepcopy(student), 1.0 * Features(**settings, layout="b t d"))(student, x)
+    batch_first = Encoder(lambda width: nn.GRU(width, width, batch_first=True), first=False).double()
+    with pytest.raises(ValueError, match=r"layout='t b d' reads axis 1.*as the batch.*axis 0: write layout='b t d'"):
+        Distiller(copy.deepcopy(batch_first), 1.0 * Features(**settings, layout="t b d"))(batch_first, x)
+    with pytest.raises(ValueError, match=r"teacher_layout='t b d' reads axis 1 of teacher block 1"):
+        Distiller(batch_first, 1.0 * Features(**settings, layout="t b d", teacher_layout="t b d"))(student, x)
+    other = Encoder(TIME_FIRST[kind], depth=3).double()
+    loss = Distiller(other, 1.0 * Features(**settings, layout="t b d"))(student, x).loss
+    s, t = (last_features(m, x).transpose(0, 1) for m in (student, other))
+    expected = distances.cka(s, t.detach()).mean()
+    torch.testing.assert_close(loss, expected)
+    weight = student.embed.weight
+    torch.testing.assert_close(*(torch.autograd.grad(y, weight)[0] for y in (loss, expected)))
+
+
+def test_models_that_take_time_first_keep_their_stated_layout():
+    class TimeFirst(Encoder):
+        def forward(self, x):
+            return super().forward(x.transpose(0, 1))
+
+    student, teacher = (TimeFirst(TIME_FIRST["gru"]).double() for _ in range(2))
+    x = torch.randn(6, 4, 3).double()  # [T, B, D]
+    loss = Distiller(teacher, 1.0 * Features("last", layout="t b d"))(student, x).loss
+    s, t = (last_features(m, x.transpose(0, 1)) for m in (student, teacher))
+    torch.testing.assert_close(loss, F.mse_loss(s, t))
+
+
+def test_a_stated_width_at_another_axis_than_the_modules_is_refused_where_lengths_are_equal():
+    student = WithPart(nn.Conv1d(3, 7, 1)).double()
+    with pytest.raises(ValueError, match=r"layout='b t c' reads axis 2.*as the width.*7 channels at axis 1.*'b c t'"):
+        Distiller(copy.deepcopy(student), Features(["part"], pairing="same", layout="b t c") * 1.0)(student, x1)
+    taken = Features(["part"], pairing="same", layout="b t c", take=lambda x: x.mT)  # belongs to no module
+    assert Distiller(copy.deepcopy(student), 1.0 * taken)(student, x1).loss == 0
+
+
+def test_logits_with_time_first_are_named_where_the_features_agree_with_the_inputs():
+    class CTC(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Sequential(*conv(1, 4)), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(self.conv(x).permute(2, 0, 1))  # [T, B, C]
+
+    def ctc(logits, labels):
+        sizes = [torch.full((6,), n) for n in (9, 3)]
+        return F.ctc_loss(logits.log_softmax(-1), labels, *sizes)
+
+    student, teacher = CTC().double().eval(), CTC().double().eval()
+    x, labels = torch.randn(6, 3, 9).double(), torch.randint(1, 5, (6, 3))
+    terms = lambda layout: kdloss.Task(ctc) + kdloss.Logits() + Features(["conv"], pairing="same", layout=layout)  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"logits have time first write kdloss\.Sum\(\.\.\., layout='t b c'\)"
+    ) as error:
+        Distiller(teacher, terms("b c t"))(student, x, labels=labels)
+    assert "layout='t c b'" not in str(error.value)
+    with pytest.raises(ValueError, match=r"layout='t c b' reads axis 2.*as the batch.*write layout='b c t'"):
+        Distiller(teacher, terms("t c b"))(student, x, labels=labels)
+    loss = Distiller(teacher, kdloss.Sum(terms("b c t"), layout="t b c"))(student, x, labels=labels).loss
+    s, t = student(x), teacher(x).detach()
+    kd = (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum(-1).mean()
+    expected = ctc(s, labels) + kd + F.mse_loss(student.conv(x), teacher.conv(x).detach())
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_pruned_module_is_read_anew_and_others_are_walked_once(monkeypatch):
+    from kdloss._layout import evidence
+
+    def pruned():
+        return nn.Sequential(*conv(2, 5)).double()
+
+    student, teacher = WithPart(nn.Sequential(*conv(2, 8))).double(), WithPart(pruned()).double()
+    settings = {"pairing": "same", "distance": distances.attention_transfer}
+    named = [1.0 * Features(["part"], layout=layout, **settings) for layout in ("b c h w", None)]
+    walks, walk = [], evidence._of
+    monkeypatch.setattr(evidence, "_of", lambda module: walks.append(module) or walk(module))
+    distillers = [Distiller(teacher, criterion) for criterion in named]
+    for distill in distillers:
+        distill(student, x2)
+        walked = len(walks)
+        distill(student, x2.repeat(2, 1, 1, 1))
+        assert len(walks) == walked
+    student.part[0], student.part[1] = pruned()[:2]
+    student.eval(), teacher.eval()
+    for distill in (*distillers, Distiller(teacher, 1.0 * Features(["part"], **settings))):
+        expected = distances.attention_transfer(*(m.part(x2).flatten(2).mT for m in (student, teacher))).mean()
+        torch.testing.assert_close(distill(student, x2).loss, expected)
 
 
 def last_features(model, x):

@@ -280,6 +280,178 @@ def test_an_attention_mask_applies_to_the_positions_of_a_stated_layout():
     torch.testing.assert_close(loss, values[mask.bool()].mean())
 
 
+class Heads(nn.Module):
+    """A model whose last layer is `head`; `then` follows it."""
+
+    def __init__(self, head, then=lambda x: x):
+        super().__init__()
+        self.head, self.then = head, then
+
+    def forward(self, x):
+        return self.then(self.head(x))
+
+
+def step(student, teacher, criterion, x, **batch):
+    return Distillation(student.double(), teacher.double(), criterion)(x.double(), **batch).loss
+
+
+def test_a_convolution_with_as_many_channels_as_frames_leaves_the_layout_open_until_one_is_stated():
+    x, labels = torch.randn(4, 3, 7).double(), torch.randint(0, 7, (4, 7))
+    student, teacher = (Heads(nn.Conv1d(3, 7, 1)) for _ in range(2))
+    for batch in ({"labels": labels}, {}):
+        alpha = 0.5 if batch else 0.0
+        with pytest.raises(ValueError, match=r"nothing tells.*layout='b c t' or layout='b t c'"):
+            step(student, teacher, kdloss.VanillaKD(2.0, alpha, causal=False), x, **batch)
+        loss = step(student, teacher, kdloss.VanillaKD(2.0, alpha, causal=False, layout="b c t"), x, **batch)
+        s, t = student(x), teacher(x).detach()
+        ce = F.cross_entropy(s, labels)
+        expected = alpha * ce + (1 - alpha) * kl(s.mT, t.mT, 2.0).mean()
+        torch.testing.assert_close(loss, expected)
+        weight = student.head.weight
+        torch.testing.assert_close(*(torch.autograd.grad(y, weight)[0] for y in (loss, expected)))
+    only = nn.Conv1d(3, 7, 1), nn.Conv1d(3, 7, 1)  # the convolution is the whole model
+    with pytest.raises(ValueError, match=r"the last convolution has 7 channels.*Write layout='b c t'"):
+        step(*only, kdloss.VanillaKD(alpha=0.0), x)
+    with pytest.raises(ValueError, match=r"layout='b t c' reads axis 2.*7 channels, at axis 1: write layout='b c t'"):
+        step(*only, kdloss.VanillaKD(alpha=0.0, layout="b t c"), x)
+
+
+def test_a_convolution_whose_channels_came_last_once_is_not_questioned_over_equal_lengths():
+    student, teacher = (Heads(nn.Conv1d(3, 7, 1), lambda x: x.mT).double() for _ in range(2))
+    model = Distillation(student, teacher, kdloss.VanillaKD(2.0, 0.0))
+    for frames in (5, 7):
+        x = torch.randn(4, 3, frames).double()
+        torch.testing.assert_close(model(x).loss, kl(student(x), teacher(x).detach(), 2.0).mean())
+
+
+@pytest.mark.parametrize("take", [None, "out", ("out",)])
+def test_the_last_layer_is_evidence_about_a_part_of_the_output_too(take):
+    then = (lambda x: x) if take is None else lambda x: {"out": x}
+    student, teacher = (Heads(nn.Conv1d(3, 5, 1), then) for _ in range(2))
+    x = torch.randn(2, 3, 7)
+    with pytest.raises(ValueError, match=r"5 channels: their classes are the second axis. Write layout='b c t'"):
+        step(student, teacher, 1.0 * Logits(take=take), x)
+    turned = 1.0 * Logits(take=lambda output: (output if take is None else output["out"]).mT)
+    loss = step(student, teacher, turned, x)
+    s, t = (m.head(x.double()).mT for m in (student, teacher))
+    torch.testing.assert_close(loss, kl(s, t.detach(), 1.0).mean())
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_stated_layout_of_logits_that_the_last_layer_contradicts_is_refused(side):
+    maps, last = [Heads(nn.Conv2d(3, 5, 1)) for _ in range(2)], torch.randn(2, 3, 8, 6)
+    whose = {"student": {"layout": "b h w c"}, "teacher": {"layout": "b c h w", "teacher_layout": "b h w c"}}[side]
+    argument = {"student": "layout", "teacher": "teacher_layout"}[side]
+    with pytest.raises(
+        ValueError,
+        match=rf"{argument}='b h w c' reads axis 3 of the {side}'s .*5 channels, at axis 1: write {argument}='b c h w'",
+    ):
+        step(*maps, kdloss.VanillaKD(alpha=0.0, **whose), last)
+    linear = [Heads(nn.Linear(3, 5), lambda x: x.movedim(-1, 1)) for _ in range(2)]
+    x = torch.randn(2, 8, 6, 3)
+    loss = step(*linear, kdloss.VanillaKD(2.0, 0.0, layout="b c h w"), x)  # nothing contradicts it
+    s, t = (m.head(x.double()) for m in linear)
+    torch.testing.assert_close(loss, kl(s, t.detach(), 2.0).mean())
+
+
+def test_a_teacher_whose_convolution_gives_its_classes_second_needs_a_layout_of_its_own():
+    student, teacher = nn.Linear(3, 7).double(), Heads(nn.Conv1d(3, 7, 1)).double()
+    x = torch.randn(4, 7, 3).double()
+    criterion = kdloss.VanillaKD(2.0, 0.0)
+    give = kdloss.Teacher(teacher, inputs=lambda batch: {"x": batch["input"].mT})
+    with pytest.raises(ValueError, match=r"the teacher's logits are.*teacher_layout='b c t' or teacher_layout='b t c'"):
+        Distillation(student, give, criterion)(input=x)
+    model = Distillation(student, give, kdloss.VanillaKD(2.0, 0.0, teacher_layout="b c t"))
+    torch.testing.assert_close(model(input=x).loss, kl(student(x), teacher(x.mT).mT.detach(), 2.0).mean())
+
+
+def test_squeezed_heads_have_no_axis_of_classes_and_are_right_once_it_is_put_back():
+    bce, bernoulli = F.binary_cross_entropy_with_logits, kdloss.divergences.bernoulli_kl
+    vector, image = torch.randn(4, 3), torch.randn(4, 3, 8, 6)
+    for head, x, squeezed, write, take, layout in (
+        (nn.Linear, vector, -1, r"no axis for the classes.*take=lambda output: output.unsqueeze\(-1\)", -1, None),
+        (nn.Conv2d, image, 1, r"one channel, which was squeezed.*unsqueeze\(1\) and layout='b c h w'", 1, "b c h w"),
+    ):
+        more = {"kernel_size": 1} if head is nn.Conv2d else {}
+        student, teacher = (Heads(head(3, 1, **more), lambda x, k=squeezed: x.squeeze(k)).double() for _ in range(2))
+        yes = torch.randint(0, 2, student(x.double()).shape).double()
+        for terms, batch in ((Task(bce) + Logits(bernoulli), {"labels": yes}), (1.0 * Logits(), {})):
+            with pytest.raises(ValueError, match=write):
+                step(student, teacher, terms, x, **batch)
+        back = Logits(bernoulli, take=lambda output, k=take: output.unsqueeze(k))
+        loss = step(student, teacher, Sum(Task(bce) + back, layout=layout), x, labels=yes)
+        s, t = student(x.double()), teacher(x.double()).detach()
+        p, q = t.sigmoid(), s.sigmoid()
+        expected = bce(s, yes) + (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+        torch.testing.assert_close(loss, expected)
+        weight = student.head.weight
+        torch.testing.assert_close(*(torch.autograd.grad(y, weight)[0] for y in (loss, expected)))
+    with pytest.raises(ValueError, match=r"the student's logits are \(4,\)"):
+        kdloss.VanillaKD(alpha=0.0)(torch.randn(4), torch.randn(4))
+
+
+class Two(nn.Module):
+    """A clip head [B, 5] and a frame head [B, T, 7]."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.clip, self.frame = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(4, 7)
+        self.double()
+
+    def forward(self, x):
+        h = self.stem(x).relu()
+        return {"clip": self.clip(h.mean(1)), "frame": self.frame(h)}
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_heads_at_different_positions_are_refused_and_learned_as_features_of_the_head(labelled):
+    student, teacher, x = Two(0), Two(1), torch.randn(6, 9, 3).double()
+    labels = torch.tensor([-100, -100, 0, 1, 4, 2]) if labelled else None
+    clip, frame = CrossEntropy(take="clip") if labelled else Logits(take="clip", name="clip"), Logits(take="frame")
+    for criterion in (clip + frame, frame + clip, clip + Logits(kdloss.divergences.dkd, take="frame")):
+        for reduction in ("mean", "sum", "none"):
+            with pytest.raises(ValueError, match=r"positions \(6,|labels have shape \(6,\)"):
+                Distillation(student, teacher, Sum(criterion, reduction=reduction))(x, labels=labels)
+    frames = Features(["frame"], pairing="same", distance=kdloss.divergences.forward_kl)  # what the error says
+    loss = Distillation(student, teacher, clip + frames)(x, labels=labels).loss
+    s, t, count = student(x), teacher(x), slice(2, None) if labelled else slice(None)
+    first = F.cross_entropy(s["clip"], labels) if labelled else kl(s["clip"], t["clip"].detach(), 1.0).mean()
+    expected = first + kl(s["frame"], t["frame"].detach(), 1.0)[count].mean()
+    torch.testing.assert_close(loss, expected)
+    for weight in (student.stem.weight, student.frame.weight):
+        torch.testing.assert_close(*(torch.autograd.grad(y, weight, retain_graph=True)[0] for y in (loss, expected)))
+
+
+@pytest.mark.parametrize("scale", [0.5, 2])
+def test_a_head_at_another_resolution_is_refused_and_right_once_it_is_brought_to_that_of_the_labels(scale):
+    class Aux(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.aux, self.out = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 5, 1)
+            self.double()
+
+        def forward(self, x):
+            return {"out": self.out(x), "aux": F.interpolate(self.aux(x), scale_factor=scale)}
+
+    def resized(output):
+        return F.interpolate(output["aux"], size=(8, 6))
+
+    student, teacher, x = Aux(), Aux(), torch.randn(4, 3, 8, 6).double()
+    labels = torch.randint(0, 5, (4, 8, 6))
+    labels[0], labels[1, :3] = -100, -100
+    for make in (CrossEntropy, Logits):
+        criterion = Sum(CrossEntropy(take="out") + make(take="aux", name="aux"), layout="b c h w")
+        with pytest.raises(ValueError, match=r"'aux' reads logits at positions .* stand at \(4, 8, 6\).*take="):
+            Distillation(student, teacher, criterion)(x, labels=labels)
+    criterion = Sum(CrossEntropy(take="out") + Logits(take=resized, name="aux"), layout="b c h w")
+    loss = Distillation(student, teacher, criterion)(x, labels=labels).loss
+    s, t = (resized(m(x)).movedim(1, -1) for m in (student, teacher))
+    expected = F.cross_entropy(student(x)["out"], labels) + kl(s, t.detach(), 1.0)[labels != -100].mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, student.aux.weight)[0] for y in (loss, expected)))
+
+
 # -- a segmentation net: cross-entropy, distillation of predictions, channel-wise distillation --
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from kdloss._capture import Captured, Located, Request, record
-from kdloss._layout import ends
 from kdloss._virtual import without_virtual_tokens
 from kdloss.adapter import without_cache
 from kdloss.layers.layer_map import flat_names
@@ -47,7 +46,7 @@ class Passes:
             # not nullcontext(Captured()): torch 2.4 compiles only the empty one
             seen = Captured() if recorded is None else recorded
             seen.output = model(*args, **given[1])
-        seen.head = ends(model)
+        seen.head = self.located.evident.ends(model)
         if head is None or self.heads.finish(model, head, seen.output):
 
             def module(key: Any) -> nn.Module:
@@ -87,5 +86,5 @@ def _viewed(seen: Captured) -> None:
     features: Mapping[Any, Any] = seen.features
     for (term, name), feature in features.items():
         view = seen.views.setdefault(term, Captured())
-        view.features[name], view.output = feature, seen.output
+        view.features[name], view.output, view.head = feature, seen.output, seen.head
         view.tells[name] = seen.tells[term, name]

@@ -14,6 +14,7 @@ from kdloss._capture.compiled import hooks_seen
 from kdloss._capture.located import Located, find
 from kdloss._capture.recorder import Captured, Recorder, Request, Stop, Which, known_at_the_end
 from kdloss._capture.take import Take
+from kdloss._layout import Evident
 from kdloss.layers.layer_map import Name
 from kdloss.layers.names import modules_of
 
@@ -96,7 +97,7 @@ def record(
         located.refuse_dropped(model, {(r.name, r.blocks): places[key] for key, r in requests.items()})
     for request in requests.values():
         _check(request, stop)
-    recorder = Recorder(model, asked, requests, stop)
+    recorder = Recorder(model, asked, requests, stop, Evident() if located is None else located.evident)
     seen = recorder.captured
     hook = _hook()
     handles = [m.register_forward_hook(hook(partial(recorder.record, m))) for m in asked]

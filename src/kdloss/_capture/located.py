@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from kdloss._capture.why import dropped
+from kdloss._layout import Evident
 from kdloss.layers import find_blocks
 from kdloss.layers.drop import layer_drop
 from kdloss.layers.layer_map import Name
@@ -28,12 +29,14 @@ class Located:
 
     If a list also contains other modules, it keeps the paths of the blocks instead. It returns the module that is at a
     path now, even if that was wrapped, replaced or inserted since. A path that no longer exists is looked up again.
-    Models are referenced weakly, and copies of a `Located` start empty.
+    `evident` remembers what modules show about their axes. Models are referenced weakly, and copies of a `Located`
+    start empty.
     """
 
     def __init__(self) -> None:
         self._modules: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
         self._steady: WeakKeyDictionary[nn.Module, set[tuple[Name, str | None]]] = WeakKeyDictionary()
+        self.evident = Evident()
         self._lists: WeakKeyDictionary[nn.Module, dict[str | None, tuple[list[str], bool]]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:

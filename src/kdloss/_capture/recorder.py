@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from kdloss._capture.take import Take, levels, taken
 from kdloss._capture.why import no_gradient, not_run
-from kdloss._layout import Evidence, Tells, ends, evidence_of
+from kdloss._layout import NOTHING, Evident, Tells
 from kdloss.layers.blocks import width
 from kdloss.layers.layer_map import Name
 from kdloss.layers.names import unwrap
 
 Which = Literal["once", "first", "last", "all"] | int
 _NUMBERS = {"once": 0, "first": 0, "last": -1}
-_NOTHING = Evidence()
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Captured(Mapping[Any, Any]):
         self.classes: Any = None  # names of the student's and this teacher's classes, if they have names
         self.views: dict[str, Captured] = {}
         self.tells: dict[Hashable, Tells] = {}
-        self.head = _NOTHING
+        self.head = NOTHING
 
     def of(self, term: str) -> "Captured":
         """What was captured for one term of a sum, if the terms requested different things."""
@@ -86,8 +85,10 @@ class Recorder:
         asked: Mapping[nn.Module, list[Hashable]],
         requests: Mapping[Any, Request],
         stop: bool,
+        evident: Evident,
     ) -> None:
         self.model, self.asked, self.requests, self.stop = unwrap(model), asked, requests, stop
+        self.evident = evident
         self.number = {key: _number(request.which) for key, request in requests.items()}
         self.captured = Captured()
         self.runs = dict.fromkeys(asked, 0)
@@ -125,7 +126,7 @@ class Recorder:
     def finish(self, model: nn.Module, args: object, output: Any) -> None:
         """Called after the model has run."""
         if self._ours():
-            self.captured.output, self.captured.head = output, ends(model)
+            self.captured.output, self.captured.head = output, self.evident.ends(model)
 
     def check(self) -> None:
         """Raise for errors in hooks, for modules that did not run and for outputs that were changed in place."""
@@ -161,10 +162,10 @@ class Recorder:
 
     def _tells(self, request: Request, module: nn.Module, output: Any, tensor: Tensor) -> Tells:
         """What is known about a feature's axes. If `take` computed it, only the inputs' batch is known."""
-        found = evidence_of(module, self.model)
+        found = self.evident.of(module, self.model, tensor.shape)
         if not _by_itself(request, output, tensor):
             part = request.take is None or (not callable(request.take) and levels(output))
-            found = found.of_part() if part else _NOTHING
+            found = found.of_part() if part else NOTHING
         configured = width(self.model) if isinstance(request.name, int) else None
         return Tells(found, configured, inputs=self.batch)
 

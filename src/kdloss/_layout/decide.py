@@ -38,8 +38,8 @@ def decide(
 
     `alone` is the layer's name if the fix in the error message applies to this layer only.
 
-    Raises: ValueError if the shape or the module contradicts the stated layout, and if no layout was stated and the
-    evidence does not decide.
+    Raises: ValueError if the shape or the module contradicts the stated layout, in its width or its batch, and if no
+    layout was stated and the evidence does not decide.
 
     >>> decide((2, 8, 5, 5), None, None, "layer 'stem'", "layout").pattern
     'b c h w'
@@ -58,38 +58,78 @@ def decide(
             f"{argument}={said.pattern!r} reads {layer}, which gives {shape}, as {shape[said.width]} wide, but its "
             f"module has {told.width} channels{_write(argument, OTHERS.get((len(shape), axis or 0)))}"
         )
+    if told is not None and told.sure:
+        _refuse_axes(shape, said, told, layer, argument)
     return said
+
+
+def _refuse_axes(shape: tuple[int, ...], said: Layout, told: Evidence, layer: str, argument: str) -> None:
+    """Raise for a stated layout with the width or the batch at another axis than the module that defines them."""
+    axes = len(shape)
+    width, batch = None if told.axis is None else told.axis % axes, _batch(told, axes)
+    if width not in (None, said.width):
+        raise ValueError(
+            f"{argument}={said.pattern!r} reads axis {said.width} of {layer}, which gives {shape}, as the width, but "
+            f"its module has {told.width} channels at axis {width}"
+            f"{_write(argument, OTHERS.get((axes, told.axis or 0)))}"
+        )
+    if batch not in (None, said.batch):
+        raise ValueError(
+            f"{argument}={said.pattern!r} reads axis {said.batch} of {layer}, which gives {shape}, as the batch, but "
+            f"its module has the batch at axis {batch}: write {argument}={said.swapped(batch)!r}"
+        )
+
+
+def _batch(told: Evidence, axes: int) -> int | None:
+    """The axis of the batch in the output of a module that defines it."""
+    if not told.sure:
+        return None
+    return 0 if told.axis == FIRST else told.batch if axes == 3 else None
 
 
 def check_batch(
     shape: tuple[int, ...],
     layout: Layout,
     said: bool,
+    settled: bool,
     tells: Tells | None,
     batch: int | None,
     layer: str,
     argument: str,
 ) -> None:
-    """Raise for features whose batch is at another axis or at none; `batch` is the size of labels or logits."""
+    """Raise for features whose batch is at another axis or at none.
+
+    `batch` is the size of labels, mask or logits. If it is None, the model's inputs tell it, except where a stated
+    layout agrees with the module, since inputs may have time first. `said`: the layout was stated. `settled`: it
+    passed this check before, so sizes that are equal by chance don't matter.
+    """
     here = shape[layout.batch]
-    if tells is not None and not said and len(shape) == 3:
-        second, undecided = tells.module.batch == 1, batch is None or here != batch or shape[1] == batch
-        if second and (tells.module.sure or undecided):
+    others = [i for i in range(len(shape)) if i not in (layout.batch, layout.width)]
+    told, inputs = (Evidence(), None) if tells is None else (tells.module, tells.inputs)
+    if not said and not settled and len(shape) == 3:
+        second, undecided = told.batch == 1, batch is None or here != batch or shape[1] == batch
+        if second and (told.sure or undecided):
+            instead = "" if told.sure else f", or {argument}='b t d' if it turns them around"
             raise ValueError(
                 f"{layer} gives {shape}, and in it are layers whose batch is the second axis (batch_first=False): "
-                f"write {argument}='t b d', or {argument}='b t d' if it turns them around"
+                f"write {argument}='t b d'{instead}"
             )
-        if batch is None and tells.inputs == shape[1]:
-            batch = tells.inputs
+    if batch is None and not settled and len(shape) == 3 and not (said and told.batch == layout.batch):
+        batch = inputs if inputs in [shape[i] for i in others] else None
     if batch is None or here == batch:
         return
-    others = [i for i, n in enumerate(shape) if n == batch and i not in (layout.batch, layout.width)]
-    instead = (
-        f": write {argument}={layout.swapped(others[0])!r}"
-        if others
-        else ", and no axis of it is as long. If the positions of several examples stand in one row, make a row of "
-        "each by take=..., a function of the module's output"
-    )
+    there, sure = next((i for i in others if shape[i] == batch), None), _batch(told, len(shape))
+    ways = []
+    if there is not None and sure in (None, there):
+        ways.append(f"write {argument}={layout.swapped(there)!r}")
+    if inputs == here or sure == layout.batch:
+        ways.append("where the logits have time first write kdloss.Sum(..., layout='t b c'), in FeatureKD logit_layout")
+    instead = f": {'; '.join(ways)}" if ways else ""
+    if there is None:
+        instead += (
+            ", and no axis of it is as long. If the positions of several examples stand in one row, make a row of "
+            "each by take=..., a function of the module's output"
+        )
     raise ValueError(
         f"{layer} gives {shape}, which as {layout.pattern!r} is a batch of {here}, but there are {batch} examples in "
         f"the batch{instead}"

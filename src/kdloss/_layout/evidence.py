@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Size, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
@@ -23,6 +23,7 @@ class Evidence:
       axes after these.
     - `conflicting`: its layers disagree about the axis, so `axis` isn't known.
     - `maps`: the axis of the channels of maps in its model, as timm's models state in `output_fmt`.
+    - `axes`: the number of axes of its output, where the module defines it.
     """
 
     width: int | None = None
@@ -31,45 +32,83 @@ class Evidence:
     sure: bool = False
     conflicting: bool = False
     maps: int | None = None
+    axes: int | None = None
 
     def of_part(self) -> "Evidence":
         """What also holds for one of several tensors that a module returns."""
         return replace(self, width=None, batch=None, sure=False)
 
 
+NOTHING = Evidence()
 _RMS: Any = getattr(nn, "RMSNorm", nn.LayerNorm)
-_known: WeakKeyDictionary[nn.Module, Evidence] = WeakKeyDictionary()
-_ends: WeakKeyDictionary[nn.Module, Evidence] = WeakKeyDictionary()
+
+
+class Evident:
+    """`evidence_of` and `ends` with a memory, for models that change rarely.
+
+    A module whose width is no longer in its output, as after pruning, is read anew.
+    """
+
+    def __init__(self) -> None:
+        self._ends: WeakKeyDictionary[nn.Module, Evidence] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[nn.Module, tuple[Evidence, bool]] = WeakKeyDictionary()
+
+    def of(self, module: nn.Module, model: nn.Module, shape: Size) -> Evidence:
+        """The evidence from a module of `model` whose output has this shape."""
+        known, fitted = self._known.get(module, (None, False))
+        if known is None or (fitted and not _fits(known, shape)):
+            known = evidence_of(module, model)
+            self._known[module] = known, _fits(known, shape)
+        return known
+
+    def ends(self, model: nn.Module) -> Evidence:
+        """The evidence from the last layer of `model`."""
+        known = self._ends.get(model)
+        if known is None:
+            known = self._ends[model] = ends(model)
+        return known
 
 
 def evidence_of(module: nn.Module, model: nn.Module | None = None) -> Evidence:
-    """The evidence from a module, cached. If it says nothing about its axes, its model may.
+    """The evidence from a module. If it says nothing about its axes, its model may.
 
     >>> evidence_of(nn.Conv1d(3, 8, 1)).axis, evidence_of(nn.LSTM(3, 8)).batch
     (1, 1)
     """
-    known = _known.get(module)
-    if known is None:
-        found = _of(module)
-        found = _beside(module, model) if found == Evidence() and model is not None else found
-        known = _known[module] = replace(found, maps=_format(module))
-    return known if known.axis is not None or known.maps is not None else replace(known, maps=_format(model))
+    found = _of(module)
+    found = _beside(module, model) if found == Evidence() and model is not None else found
+    found = replace(found, maps=_format(module))
+    return found if found.axis is not None or found.maps is not None else replace(found, maps=_format(model))
 
 
 def ends(model: nn.Module) -> Evidence:
-    """The evidence from the last layer of a model, which makes the logits if it is a head."""
-    known = _ends.get(model)
-    if known is None:
-        known = _ends[model] = _own(model) or next(iter([*_layers(model)][-1:]), Evidence())
-    return known
+    """The evidence from the last layer of a model, which makes the logits if it is a head; sure if nothing follows it.
+
+    >>> ends(nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU())).width
+    8
+    """
+    own = _own(model)
+    if own is not None:
+        return own
+    follows = not _in_sequence(model)
+    for child in reversed([*model.children()]):
+        found = ends(child)
+        if found != NOTHING:
+            return replace(found, sure=found.sure and not follows)
+        follows = follows or not _keeps_axes(child)
+    return NOTHING
+
+
+def _fits(evidence: Evidence, shape: Size) -> bool:
+    return evidence.width in (*shape[1:2], *shape[-1:])
 
 
 def _of(module: nn.Module) -> Evidence:
     own = _own(module)
     if own is not None:
         return own
-    if isinstance(module, nn.Sequential):  # its output is that of its last module
-        last = next((m for m in reversed(module) if not _keeps_axes(m)), None)
+    if _in_sequence(module):  # its output is that of its last module
+        last = next((m for m in reversed([*module.children()]) if not _keeps_axes(m)), None)
         if last is not None and (found := _of(last)).sure:
             return found
     layers = list(_layers(module))
@@ -109,9 +148,9 @@ def _layers(module: nn.Module) -> Iterator[Evidence]:
 def _own(module: Any) -> Evidence | None:
     """The evidence that follows from the definition of a PyTorch layer; None for other modules."""
     width: Any
-    axis, batch = LAST, None
+    axis, batch, axes = LAST, None, None
     if isinstance(module, _ConvNd):
-        width, axis = module.out_channels, FIRST
+        width, axis, axes = module.out_channels, FIRST, len(module.kernel_size) + 2
     elif isinstance(module, _NormBase):
         width, axis = module.num_features, FIRST
     elif isinstance(module, nn.GroupNorm):
@@ -134,12 +173,18 @@ def _own(module: Any) -> Evidence | None:
         width = module.embedding_dim
     else:
         width = getattr(module, "out_features", None) if isinstance(module, nn.Linear) else _of_gpt2(module)
-    return Evidence(width, axis, batch, sure=True) if isinstance(width, int) and width > 0 else None
+    known = isinstance(width, int) and width > 0
+    return Evidence(width, axis, batch, sure=True, axes=axes) if known else None
 
 
 def _of_gpt2(module: Any) -> Any:
     """The width of transformers' `Conv1D`, which is a linear layer."""
     return getattr(module, "nf", None) if type(module).__name__ == "Conv1D" else None
+
+
+def _in_sequence(module: nn.Module) -> bool:
+    """Whether a module's output is that of the last of its children."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _keeps_axes(module: nn.Module) -> bool:

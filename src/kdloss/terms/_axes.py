@@ -42,8 +42,8 @@ class Axes:
         layout = self._decided(shape, name, said, tells, layer)
         if not isinstance(batch, EllipsisType):
             key = None if tells is None else (name, len(shape), tells.module)
-            settled = said is not None or key in self._batches
-            check_batch(shape, layout, settled, tells, batch, layer, self.argument)
+            settled = key in self._batches
+            check_batch(shape, layout, said is not None, settled, tells, batch, layer, self.argument)
             if key is not None and not settled:
                 self._batches.add(key)
         return layout.width_last(features)

@@ -15,7 +15,7 @@ from kdloss.engine.overwritten import refuse
 from kdloss.reduction import on_cpu
 from kdloss.terms._ahead import Ahead
 from kdloss.terms._feature_masks import check_given
-from kdloss.terms._outputs import find_logits, logits_of, returned
+from kdloss.terms._outputs import find_logits, head_of, logits_of, returned
 from kdloss.terms._positions import Positions
 from kdloss.terms._shares import Shares
 from kdloss.terms._stands import Stands, refuse_unlabelled, refuse_unsaid, view
@@ -62,17 +62,17 @@ class Evaluation:
             refuse_unsaid(student, labels)
         if feature_mask is not None:
             check_given(feature_mask, dict(terms.items()))
-        self.stands = Stands(
-            self.terms, plan.reads, contract, student, labels, mask, attention_mask, feature_mask, self.layout, ahead
-        )
+        masks = mask, attention_mask, feature_mask
+        turned = criterion._turned
+        self.stands = Stands(self.terms, plan.reads, contract, student, labels, *masks, self.layout, ahead, turned)
 
     def taught(self, k: int, output: Any) -> None:
         """Teacher k has run: its terms keep the part that they need, and complete terms are computed."""
         for name in self.plan.of_teacher(k):
             term = self.terms[name]
             own = term.retain(view(output, name))
-            if self.teacher_layout is not None and isinstance(term, Logits):
-                own = classes_last(own, self.teacher_layout, self.stands.logits.known, "teacher", "teacher_layout")
+            if isinstance(term, Logits):
+                own = self.stands.logits.taught(term, own, self.teacher_layout, output)
             self.held.setdefault(name, {})[k] = own
         if k in self.shares.teacher.values():
             self._score(k, output)
@@ -106,7 +106,7 @@ class Evaluation:
             batch=self.stands.batch,
         )
         if isinstance(term, (CrossEntropy, Logits)):
-            one = Swept(term, weight, step, logits.checked(term))
+            one = Swept(term, weight, step, logits.checked(term, where))
             if logits.by_rows(term):
                 self.swept.append(one)
                 return
@@ -152,7 +152,8 @@ class Evaluation:
             own = logits_of(output, "teacher")
             own = own if named is None else named.in_students_order(own)
             if self.teacher_layout is not None:
-                own = classes_last(own, self.teacher_layout, self.stands.logits.known, "teacher", "teacher_layout")
+                known, head = self.stands.logits.known, head_of(output, None)
+                own = classes_last(own, self.teacher_layout, known, "teacher", "teacher_layout", head)
         where, student = self.stands.wheres.of("labels"), find_logits(returned(self.student))
         labels = None if torch.compiler.is_compiling() or (term is not None and term.take is not None) else where.labels
         if labels is not None and student is not None and on_cpu(labels.device):  # a bad label is no teacher's fault

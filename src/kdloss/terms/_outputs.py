@@ -10,6 +10,7 @@ from torch import Size, Tensor
 from kdloss import _checks
 from kdloss._capture import Captured, Take
 from kdloss._capture.take import described, follow
+from kdloss._layout import NOTHING, Evidence
 from kdloss.targets.kinds import KINDS, AnyLogits, at
 from kdloss.targets.sharded import localised
 from kdloss.terms._no_logits import no_logits
@@ -38,6 +39,11 @@ def logits_of(output: Any, whose: str, take: Take = None) -> Any:
     if logits is None:
         raise no_logits(output, whose)
     return logits
+
+
+def head_of(output: Any, take: Take) -> Evidence:
+    """What a model's last layer tells about the axes of its logits; nothing about those that a function takes."""
+    return output.head if isinstance(output, Captured) and not callable(take) else NOTHING
 
 
 def find_logits(output: Any) -> AnyLogits | None:

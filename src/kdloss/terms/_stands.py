@@ -41,6 +41,7 @@ class Stands:
         feature_mask: Any,
         layout: Layout | None,
         ahead: Ahead | None,
+        turned: set[Any],
     ) -> None:
         self.terms, self.reads, self.student, self.labels = terms, reads, student, labels
         self.feature_mask, self.layout = feature_mask, layout
@@ -51,7 +52,7 @@ class Stands:
         classes = class_indices(labels)
         tasks = self._labels_are_the_tasks()
         known = [x.shape for x in (None if tasks else classes, mask) if x is not None]
-        self.logits = StudentLogits(terms.values(), student, labels, known, layout)
+        self.logits = StudentLogits(terms.values(), student, labels, known, layout, turned)
         shape, classes = self._shape(classes, mask, tasks)
         self.by_mask = shape if mask is not None and classes is None and not self.logits.terms else None
         self.at = partial(Positions.of, causal=bool(contract.causal), ignore_index=contract.ignore_index)

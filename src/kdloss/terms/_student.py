@@ -6,12 +6,12 @@ from typing import Any
 from torch import Size, Tensor
 
 from kdloss import _checks
-from kdloss._capture import Captured
 from kdloss._layout import Layout, classes_last
 from kdloss.engine import unblockable
 from kdloss.engine.task import unwrapped
 from kdloss.reduction import precise
 from kdloss.targets.kinds import dense
+from kdloss.terms._outputs import head_of
 from kdloss.terms._positions import Positions
 from kdloss.terms.cross_entropy import CrossEntropy
 from kdloss.terms.logits import Logits
@@ -21,10 +21,16 @@ class StudentLogits:
     """The student's logits, found once for all terms with the same `take`, and checked for each term."""
 
     def __init__(
-        self, terms: Iterable[Any], student: Any, labels: Any, known: Sequence[Size], layout: Layout | None
+        self,
+        terms: Iterable[Any],
+        student: Any,
+        labels: Any,
+        known: Sequence[Size],
+        layout: Layout | None,
+        turned: set[Any],
     ) -> None:
         self.terms = [term for term in terms if isinstance(term, (CrossEntropy, Logits))]
-        self.student, self.labels, self.known, self.layout = student, labels, known, layout
+        self.student, self.labels, self.known, self.layout, self.turned = student, labels, known, layout, turned
         self._found: dict[Any, Any] = {}
         self._rows: dict[Any, bool] = {}
         self._there: dict[Any, Tensor] = {}
@@ -33,13 +39,28 @@ class StudentLogits:
         """The logits that a term reads."""
         if term.take not in self._found:
             given = term.logits(self.student)
-            head = self.student.head if isinstance(self.student, Captured) and term.take is None else None
-            self._found[term.take] = classes_last(given, self.layout, self.known, "student", "layout", head)
+            head = head_of(self.student, term.take)
+            found = classes_last(given, self.layout, self.known, "student", "layout", head, self.turned)
+            self._found[term.take] = found
         return self._found[term.take]
 
-    def checked(self, term: Any) -> Any:
-        """The logits that a term reads; raises if they have a single class and the term needs several."""
+    def taught(self, term: Logits, logits: Any, layout: Layout | None, teacher: Any) -> Any:
+        """The logits of a term's teacher, with their classes last; the student's tell the positions."""
+        where, head = [self.of(term).shape[:-1]], head_of(teacher, term.teacher_take)
+        return classes_last(logits, layout, where, "teacher", "teacher_layout", head, self.turned)
+
+    def checked(self, term: Any, where: Positions) -> Any:
+        """The logits that a term reads; raises if they don't stand at its positions, or need several classes."""
         logits = self.of(term)
+        if logits.shape[:-1] != where.shape:
+            raise ValueError(
+                f"the term {term.name!r} reads logits at positions {tuple(logits.shape[:-1])}, and labels, mask or the "
+                f"first term's logits stand at {tuple(where.shape)}: terms on logits share one set of positions. To "
+                "learn a teacher's predictions at others write kdloss.Features(['head'], pairing='same', "
+                "distance=kdloss.divergences.forward_kl), with the name of the head's module: it takes the mean over "
+                "the positions of each example. For labels at others write kdloss.Task(function). Or bring the logits "
+                "to these positions by take=..., a function of the output"
+            )
         if logits.shape[-1:] == (1,):
             if isinstance(term, CrossEntropy) and as_given(term):
                 _checks.one_class(term.name, logits, self.labels)

@@ -10,7 +10,7 @@ from kdloss._capture import Captured, Take
 from kdloss._layout import Layout, classes_last
 from kdloss.targets.kinds import AnyLogits
 from kdloss.terms._feature_masks import FeatureMask
-from kdloss.terms._outputs import logits_of, returned
+from kdloss.terms._outputs import head_of, logits_of, returned
 from kdloss.terms._positions import Positions
 from kdloss.terms.reads import Reads
 
@@ -57,7 +57,7 @@ class Step:
         """The student's logits, with the classes last if the sum has a layout; `take` finds other logits."""
         found: AnyLogits = logits_of(self.student, "student", take)
         if self.layout is not None:
-            found = classes_last(found, self.layout, (), "student", "layout")
+            found = classes_last(found, self.layout, (), "student", "layout", head_of(self.student, take))
         return found
 
     def teacher_logits(self, take: Take = None) -> AnyLogits:
@@ -72,5 +72,6 @@ class Step:
         if isinstance(self.teacher, Captured) and self.teacher.classes is not None:
             found = self.teacher.classes.in_students_order(found)
         if self.teacher_layout is not None:
-            found = classes_last(found, self.teacher_layout, (), "teacher", "teacher_layout")
+            head = head_of(self.teacher, take)
+            found = classes_last(found, self.teacher_layout, (), "teacher", "teacher_layout", head)
         return found

@@ -75,8 +75,9 @@ class Sum(nn.Module):
     It returns a scalar in float32 or better ("none": one value per position). `components` then holds each term's mean
     over the positions of this call, by the term's name, detached and without its weight.
 
-    Shapes: labels, mask and attention_mask `[...]` for logits `[..., V]`. Logits of four or more axes need a layout,
-    unless labels or mask show that their classes are last. Labels of another shape, such as CTC's transcripts, are
+    Shapes: labels, mask and attention_mask `[...]` for logits `[..., V]`, which have at least two axes and the same
+    positions for all terms. Logits of four or more axes need a layout, unless labels or mask show that their classes
+    are last. Labels of another shape, such as CTC's transcripts, are
     only passed to `Task`, if no term reads them as classes.
 
     Raises: ValueError or TypeError for inputs that don't fit. The message says what to write instead.
@@ -126,6 +127,7 @@ class Sum(nn.Module):
         self.step = max([0, *(term.step for term in terms if isinstance(term, Sum))])
         self.components: dict[str, Tensor] = {}
         self._reminder, self._known = Reminder(), Known()
+        self._turned: set[Any] = set()  # last layers with channels second whose channels came last
 
     @property
     def contract(self) -> Contract:
