@@ -17,7 +17,7 @@ from kdloss.terms._outputs import find_logits, logits_of, returned
 from kdloss.terms._positions import Positions
 from kdloss.terms._shares import Shares
 from kdloss.terms._stands import Stands, refuse_unlabelled, refuse_unsaid, view
-from kdloss.terms._sweep import Swept, by_logits, check_numbers, look_at_stored, sweep
+from kdloss.terms._sweep import Swept, by_logits, check_numbers, look_at_given, sweep
 from kdloss.terms.contract import Contract, mean
 from kdloss.terms.cross_entropy import CrossEntropy
 from kdloss.terms.logits import Logits
@@ -203,7 +203,7 @@ class Evaluation:
         """The checks that the sweep makes, for a term that is computed outside it."""
         task = one.term.task(one.step, one.step.where.labels)
         task.check(one.logits)
-        look_at_stored(one, task, self.contract.check_finite)
+        look_at_given(one, task, self.contract.check_finite)
         if self.contract.check_finite:
             check_numbers(one, task)
         if self.contract.overwrite_logits and not torch.compiler.is_compiling():

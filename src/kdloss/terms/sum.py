@@ -50,8 +50,9 @@ class Sum(nn.Module):
     - `reduction`: "mean", "sum" or "none", over the positions that count.
     - `balance`: trained or measured factors beside the weights, so that no term outweighs the others: see
       `kdloss.balancing`.
-    - `check_finite`: check the numbers, which costs a device sync, and raise for NaN or +inf logits and labels out of
-      range at positions that count.
+    - `check_finite`: check the numbers, which costs a device sync, and raise for NaN or +inf logits, labels out of
+      range, and soft labels that are no probabilities, at positions that count. (Soft labels on a CPU are always
+      checked.)
     - `overwrite_logits`: write the gradient into the memory of the student's logits, which then can't be used again.
       The logits must be a tensor, not in float16, and `reduction` "mean" or "sum".
     - `layout` and `teacher_layout`: name the axes of logits whose classes are not last, such as "b c h w" for a
