@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kdloss._capture import Captured, Take
 from kdloss._layout import Layout, classes_last
-from kdloss.targets.kinds import AnyLogits
+from kdloss.reduction import savable
+from kdloss.targets.kinds import AnyLogits, at
 from kdloss.terms._feature_masks import FeatureMask
 from kdloss.terms._outputs import logits_of, returned
 from kdloss.terms._positions import Positions
@@ -73,4 +74,4 @@ class Step:
             found = self.teacher.classes.in_students_order(found)
         if self.teacher_layout is not None:
             found = classes_last(found, self.teacher_layout, (), "teacher", "teacher_layout")
-        return found
+        return at(found, savable)
