@@ -72,6 +72,15 @@ def choice(name: str, value: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {words}{hint}")
 
 
+def no_tensor(what: str, values: object) -> TypeError:
+    """The error for a loss that is no tensor. Make it only then: `what` may be long."""
+    plain = values is None or isinstance(values, (bool, int, float))
+    return TypeError(
+        f"{what} returned {values if plain else f'a {type(values).__name__}'}; a loss is a tensor, one value per "
+        "position or one number, and the gradient goes through it: end the function with `return loss`, without .item()"
+    )
+
+
 def floating(name: str, tensor: Tensor) -> None:
     """Check that this is a floating-point tensor."""
     if not isinstance(tensor, Tensor):
@@ -285,13 +294,13 @@ def probabilities(labels: Tensor, keep: Tensor | None, shift: bool = False) -> N
     bad = ~(((labels.sum(-1) - 1).abs() <= _ROUNDED) & (labels >= -_ROUNDED).all(-1))  # True for NaN, too
     if (bad := bad if keep is None else bad & keep).any():
         index = bad.nonzero()[0].tolist()
-        row = labels[tuple(index)]
+        row, total = labels[tuple(index)].tolist(), labels[tuple(index)].sum().item()
         index[1:2] = [i + shift for i in index[1:2]]  # with causal=True the first column of the labels was cut off
         raise ValueError(
             f"soft labels are probabilities of the classes, 0 or more and 1 in sum, and labels{index} is "
-            f"{[round(x, 4) for x in row.tolist()[:5]]}{', ...' if len(row) > 5 else ''}, {row.sum().item():.4g} in sum; "
-            "write labels / labels.sum(-1, keepdim=True) for shares in percent, labels.softmax(-1) for logits, mask=... "
-            f"for positions without a label. Where each class has its own yes or no, {YES_OR_NO}"
+            f"{[round(x, 4) for x in row[:5]]}{', ...' if len(row) > 5 else ''}, {total:.4g} in sum; write labels / "
+            "labels.sum(-1, keepdim=True) for shares in percent, labels.softmax(-1) for logits, mask=... for positions "
+            f"without a label. Where each class has its own yes or no, {YES_OR_NO}"
         )
 
 

@@ -87,6 +87,8 @@ class Evaluation:
         means = self.means  # with `self` the step would be in a cycle and keep all features until garbage collection
 
         def report(name: str, values: Tensor) -> None:
+            if not isinstance(values, Tensor):
+                raise TypeError(f"a term reports tensors, one value per position or one number, got {values!r}")
             means[name] = mean(values, where)
 
         step = Step(
@@ -111,6 +113,8 @@ class Evaluation:
             self._check_plain(one)
             step = replace(step, logits=logits.there(term, where))
         values = term.loss(step)
+        if not isinstance(values, Tensor):
+            raise _checks.no_tensor(f"the term {name!r}, {term!r},", values)
         if name in self.plan.weightings:
             self.shared.append((name, values, where))
             means[name] = mean(values, where)
