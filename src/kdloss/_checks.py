@@ -289,7 +289,7 @@ def probabilities(labels: Tensor, keep: Tensor | None, shift: bool = False) -> N
     if not labels.numel():
         return
     low, high = labels.sum(-1).aminmax()  # all rows at first, since most batches are right and this is the fastest
-    if low.item() >= 1 - _ROUNDED and high.item() <= 1 + _ROUNDED and labels.amin().item() >= -_ROUNDED:
+    if low.item() >= 1 - _ROUNDED and high.item() <= 1 + _ROUNDED and labels.min().item() >= -_ROUNDED:
         return
     bad = ~(((labels.sum(-1) - 1).abs() <= _ROUNDED) & (labels >= -_ROUNDED).all(-1))  # True for NaN, too
     if (bad := bad if keep is None else bad & keep).any():

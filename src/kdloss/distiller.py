@@ -114,7 +114,7 @@ class Distiller:
         self._prepared_for: weakref.ref[nn.Module] | None = None
         self._own: OwnLoss | None = None
         self._run = Runner(self.teachers, self._plans)
-        self._told = self._told_of_labels = False
+        self._told = self._saw_labels = False
 
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
         """Pair the blocks of `student` and teachers and build the projections; call it before making the optimizer.
@@ -156,7 +156,7 @@ class Distiller:
         ahead = _ahead(contract, own, labels, shift_labels, mask) if plan.weights else None
         with_labels = plan.own_loss or own.of_labels
         seen = self._run.study(student, plan, batch, with_labels)
-        if labels is not None and not with_labels and isinstance(seen.output, Tensor):
+        if not self._saw_labels and labels is not None and not with_labels and isinstance(seen.output, Tensor):
             self._warn_of_labels(student, args)
         labels = labels if shift_labels is None else shift_labels
         asked = plan.needs_labels or (plan.own_loss and part_of(seen.output, "loss") is None)
@@ -191,9 +191,9 @@ class Distiller:
             )
 
     def _warn_of_labels(self, student: nn.Module, args: tuple[Any, ...]) -> None:
-        """Warn once of a student that returns a tensor, and so no loss, and takes labels: they change its logits."""
-        if not self._told_of_labels and "labels" in taken_by(student)[0][len(args) :]:
-            self._told_of_labels = True
+        """Warn of a student that returns a tensor, and so no loss, and takes labels: they may change its logits."""
+        self._saw_labels = True
+        if "labels" in taken_by(student)[0][len(args) :]:
             _log.warning(
                 "the forward of %s takes labels and got none, since the criterion computes the loss. If they change "
                 "its logits, as the margin of ArcFace does, pass them by position, too: model(x, y, labels=y), and "
@@ -247,7 +247,7 @@ class Distiller:
             return
         if self._plans:
             self.criterion.locate(student, self._modules)
-        self._prepared_for, self._own, self._told_of_labels = weakref.ref(student), None, False
+        self._prepared_for, self._own, self._saw_labels = weakref.ref(student), None, False
 
     def shifts(self, student: nn.Module, *args: Any, labels: Any = None, **inputs: Any) -> bool:
         """Whether the student's logits at t are compared with label t+1.
