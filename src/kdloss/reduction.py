@@ -28,7 +28,9 @@ def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def savable(x: Tensor) -> Tensor:
     """A tensor that autograd can save for a backward pass: one made in inference mode is copied."""
-    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():  # not traced
+        return x
+    return x.clone()
 
 
 def widest(device: torch.device) -> torch.dtype:
