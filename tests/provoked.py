@@ -327,6 +327,7 @@ CASES = {
     "and there is one": lambda: kdloss.Distillation(Net(), Net(), 1.0 * Logits(teacher=1)),
     "needs labels": lambda: kd(LOGITS, LOGITS, labels=None),
     "labels must be int64": lambda: kd(LOGITS, LOGITS, labels=LABELS.int()),
+    "soft labels are probabilities": lambda: kd(LOGITS, LOGITS, labels=torch.ones(2, 3, 5)),
     "labels have shape": lambda: kd(LOGITS, LOGITS, labels=LABELS[:, :2]),
     "is out of bounds": lambda: kd(LOGITS, LOGITS, labels=LABELS + 7),
     "outside the": lambda: kd(LOGITS, LOGITS, labels=LABELS + 7, check_finite=True),

@@ -9,6 +9,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -707,6 +708,36 @@ def test_captures_of_compiled_models_match_eager_ones_in_every_order(way, order,
         model(x)
     net = getattr(model, "_orig_mod", model)
     assert_all_close([seen[0], seen[1]], [by_hand(net, x, 1), by_hand(net, x, 2)])
+
+
+@since_torch(2, 6)
+def test_the_modules_of_a_cnn_that_the_warning_says_to_compile_stay_compiled_while_they_are_captured(graphs, caplog):
+    (backend, ran), x, names = graphs, torch.randn(2, 3, 8, 8), ["first", "second"]
+
+    class Cnn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    model = Cnn()
+    with pytest.raises(ValueError, match=r"no nn\.ModuleList of equal blocks"):
+        kdloss.layers.find_blocks(model)
+    with kdloss.capture(compile_with_a_wrapper(model, backend), names) as expected:
+        model(x)
+    (warning,) = (record.message for record in caplog.records if record.name == "kdloss")
+    line = re.search(r"model\.get_submodule\(name\)\.compile\(", warning)[0]
+    caplog.clear()
+    for name in names:
+        eval(f"{line}backend=backend)", {"model": model, "name": name, "backend": backend})
+    for _ in range(2):
+        with kdloss.capture(model, names) as seen:
+            model(x)
+        assert_all_close([seen[name] for name in names], [expected[name] for name in names])
+    assert len(ran) == 4
+    assert not [record for record in caplog.records if record.name == "kdloss"]
 
 
 def test_compiled_blocks_stay_compiled_and_are_not_compiled_again(graphs):

@@ -4,6 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 from losses import TOLERANCE, sample
 
 import kdloss
@@ -100,3 +101,61 @@ def test_cross_entropy_compiles_without_a_graph_break_and_runs_on_meta():
     torch.testing.assert_close(compiled(logits), plain)
     torch.testing.assert_close(grad(compiled(logits), logits), grad(plain, logits))
     assert kdloss.cross_entropy(logits.to("meta"), LABELS.to("meta")).is_meta
+
+
+# -- soft labels are probabilities --
+
+GIVEN = {
+    "several yes or no": torch.tensor([[0.0, 1, 0, 1, 0]]),
+    "percent": torch.tensor([[10.0, 20, 30, 40, 0]]),
+    "logits": torch.tensor([[2.0, -1, 0.5, 0, -0.5]]),
+    "negative": torch.tensor([[1.5, -0.5, 0, 0, 0]]),
+    "nothing": torch.zeros(1, 5),
+    "nan": torch.tensor([[torch.nan, 1, 0, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize("check_finite", [False, True])
+def test_soft_labels_that_are_no_probabilities_are_refused_by_every_way_to_the_cross_entropy(kind, check_finite):
+    class Own(kdloss.CrossEntropy):
+        def loss(self, step):
+            return super().loss(step)
+
+    soft = torch.full((4, 5), 0.2)
+    soft[2] = GIVEN[kind]
+    for term in (kdloss.CrossEntropy(), kdloss.CrossEntropy(positions="mask"), Own()):
+        criterion = kdloss.Sum(term, 1.0 * kdloss.Logits(), check_finite=check_finite)
+        for _ in range(2):  # in every step, not only in the first
+            criterion(torch.randn(4, 5), torch.randn(4, 5), torch.full((4, 5), 0.2))
+            with pytest.raises(ValueError, match=r"labels\[2\] is \[.*sum\(-1.*softmax.*mask=.*binary_cross_entropy"):
+                criterion(torch.randn(4, 5), torch.randn(4, 5), soft)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_soft_labels_at_positions_that_do_not_count_may_be_anything(causal):
+    logits, _ = sample(3, 4, 5, dtype=torch.float64)
+    soft = torch.rand(3, 4, 5, dtype=torch.float64).softmax(-1)
+    soft[~MASK] = torch.tensor([7.0, -1, torch.nan, 0, torch.inf], dtype=torch.float64)
+    if causal:
+        soft[:, 0] = -3
+    criterion = kdloss.Sum(kdloss.CrossEntropy(), causal=causal)
+    value = criterion(logits, labels=soft, mask=MASK)
+    z, y, keep = (logits[:, :-1], soft[:, 1:], MASK[:, 1:]) if causal else (logits, soft, MASK)
+    expected = F.cross_entropy(z[keep], y[keep])
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad(value, logits), grad(expected, logits))
+    soft[1, 3] = 2  # a position that counts
+    with pytest.raises(ValueError, match=r"labels\[1, 3\] is \[2.0, 2.0, 2.0, 2.0, 2.0\], 10 in sum"):
+        criterion(logits, labels=soft, mask=MASK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_soft_labels_rounded_to_16_bits_or_two_digits_are_probabilities(dtype):
+    logits, _ = sample(8, 1000, dtype=torch.float64)
+    soft = torch.randn(8, 1000, dtype=torch.float64).mul(3).softmax(-1).to(dtype)
+    value = kdloss.CrossEntropy()(logits, labels=soft)
+    expected = F.cross_entropy(logits, soft.double())
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad(value, logits), grad(expected, logits))
+    kdloss.CrossEntropy()(torch.randn(1, 3), labels=torch.tensor([[0.33, 0.33, 0.33]]))

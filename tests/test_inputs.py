@@ -432,3 +432,101 @@ def test_the_trainer_keeps_the_teachers_columns_and_evaluates_without_them(by_fu
     expected = kl(student(ids, y), net(ids, segments)).item()
     assert trainer.train().training_loss == pytest.approx(expected, rel=1e-4)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(student(ids, y)["loss"].item(), rel=1e-5)
+
+
+# -- inputs that have the name of a keyword of the loss, and labels -------------------------------------
+
+
+class Tagger(nn.Module):
+    """A tagger of frames whose own input is called like a keyword of the loss."""
+
+    def __init__(self, name, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 5)
+        forward = lambda x, given=None: self.compute(x, given)  # noqa: E731
+        self.forward = eval(f"lambda x, {name}=None: forward(x, {name})", {"forward": forward})
+
+    def compute(self, x, given):
+        h = self.body(x).relu()
+        return self.head(h if given is None else h + (h * given[..., None]).sum(1, keepdim=True))
+
+
+FRAMES, TAGS = torch.randn(6, 7, 3), torch.arange(42).reshape(6, 7) % 5
+KEPT = torch.arange(42).reshape(6, 7) % 3 > 0
+
+
+@pytest.mark.parametrize("name", ["mask", "feature_mask", "index", "teacher"])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_keyword_of_the_loss_that_a_model_names_too_is_refused(name, whose):
+    names = (name, "other") if whose == "student" else ("other", name)
+    model = kdloss.Distillation(Tagger(names[0]), Tagger(names[1], 1), kdloss.VanillaKD(causal=False))
+    with pytest.raises(TypeError, match=rf"{name}=\.\.\. is a keyword of the loss, and .* Tagger has.*by position"):
+        model(FRAMES, labels=TAGS, **{name: KEPT})
+    if name != "teacher":
+        with pytest.raises(TypeError, match=rf"{name}=\.\.\. is a keyword of the loss"):
+            model.prepare(FRAMES, **{name: KEPT})
+
+
+def test_an_input_that_has_the_name_of_a_keyword_of_the_loss_is_passed_by_position_beside_it():
+    student, teacher = Tagger("mask"), Tagger("mask", 1)
+    model = kdloss.Distillation(student, teacher, kdloss.VanillaKD(1.0, 0.5, causal=False))
+    for given in (KEPT, None):
+        for counted in (None, ~KEPT):
+            loss = model(FRAMES, given, labels=TAGS, mask=counted).loss
+            s, t = student.compute(FRAMES, given), teacher.compute(FRAMES, given).detach()
+            keep = torch.ones_like(KEPT) if counted is None else counted
+            own = (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum(-1)[keep].mean()
+            expected = 0.5 * F.cross_entropy(s[keep], TAGS[keep]) + 0.5 * own
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(*(torch.autograd.grad(x, [*student.parameters()]) for x in (loss, expected)))
+
+
+def test_a_teacher_with_inputs_of_its_own_may_name_a_keyword_of_the_loss():
+    teacher = kdloss.Teacher(Tagger("mask", 1), inputs=lambda x: (x, KEPT))
+    model = kdloss.Distillation(Tagger("other"), teacher, kdloss.VanillaKD(1.0, 0.0, causal=False))
+    loss = model(FRAMES, labels=TAGS, mask=KEPT).loss
+    s, t = model.student(FRAMES), teacher.module(FRAMES, KEPT)
+    expected = (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum(-1)[KEPT].mean()
+    torch.testing.assert_close(loss, expected)
+
+
+class Margin(nn.Module):
+    """A classifier like ArcFace, which makes the logits of the labels smaller."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x, labels=None):
+        z = self.head(x)
+        return z if labels is None else z - 2 * F.one_hot(labels, 5)
+
+
+def test_a_student_whose_logits_depend_on_labels_is_reported_once_until_it_gets_them_by_position(caplog):
+    x, y, student = FRAMES[:, 0], TAGS[:, 0], Margin()
+    teacher = kdloss.Teacher(nn.Linear(3, 5), inputs=lambda x, y: x)
+    model = kdloss.Distillation(student, teacher, kdloss.VanillaKD(1.0, 0.5))
+    loss = model(x, y, labels=y).loss
+    t = teacher.module(x).detach()
+    s = student.head(x) - 2 * F.one_hot(y, 5)
+    own = (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(loss, 0.5 * F.cross_entropy(s, y) + 0.5 * own)
+    assert not caplog.messages
+    model = kdloss.Distillation(student, nn.Linear(3, 5), kdloss.VanillaKD())
+    for _ in range(2):
+        model(x, labels=y)
+    (message,) = caplog.messages
+    assert "the forward of Margin takes labels and got none" in message
+    assert "model(x, y, labels=y)" in message
+
+
+def test_labels_of_models_that_return_their_own_loss_are_not_reported(caplog):
+    class OfLoss(Margin):
+        def forward(self, x, labels=None):
+            z = self.head(x)
+            return {"logits": z, "loss": None if labels is None else F.cross_entropy(z, labels)}
+
+    for criterion in (kdloss.VanillaKD(), kdloss.Task() + kdloss.Logits()):
+        kdloss.Distillation(OfLoss(), nn.Linear(3, 5), criterion)(FRAMES[:, 0], labels=TAGS[:, 0])
+    assert not [m for m in caplog.messages if "takes labels" in m]

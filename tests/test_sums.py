@@ -50,7 +50,7 @@ def test_cross_entropy_with_positions_mask_needs_soft_labels():
     batch, criterion = Batch(), 1.0 * CrossEntropy(positions="mask")
     with pytest.raises(ValueError, match=r"'ce' counts unlabelled positions.*positions='labels'"):
         criterion(*batch.args(), mask=batch.mask)
-    soft = torch.rand(3, 4, 7).double()
+    soft = torch.rand(3, 4, 7).double().softmax(-1)
     value = criterion(batch.student, None, soft, mask=batch.mask)
     close(value, -(soft * batch.logits.log_softmax(-1)).sum(-1)[batch.mask].mean(), batch)
 

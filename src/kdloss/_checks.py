@@ -72,6 +72,15 @@ def choice(name: str, value: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {words}{hint}")
 
 
+def no_tensor(what: str, values: object) -> TypeError:
+    """The error for a loss that is no tensor. Make it only then: `what` may be long."""
+    plain = values is None or isinstance(values, (bool, int, float))
+    return TypeError(
+        f"{what} returned {values if plain else f'a {type(values).__name__}'}; a loss is a tensor, one value per "
+        "position or one number, and the gradient goes through it: end the function with `return loss`, without .item()"
+    )
+
+
 def floating(name: str, tensor: Tensor) -> None:
     """Check that this is a floating-point tensor."""
     if not isinstance(tensor, Tensor):
@@ -219,7 +228,7 @@ def labels(labels: Tensor, logits: Placed) -> None:
     """Check integer class indices, one per position of the logits."""
     classes(labels, logits)
     if labels.shape != logits.shape[:-1]:
-        several = f". Where each class has its own yes or no, {INSTEAD}" if labels.shape == logits.shape else ""
+        several = f". Where these are no classes, {INSTEAD}" if labels.shape == logits.shape else ""
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} but logits {tuple(logits.shape)} need "
             f"{tuple(logits.shape[:-1])}{several}"
@@ -247,10 +256,15 @@ def classes(labels: Tensor, logits: Placed) -> None:
     same_place("labels", logits, labels)
 
 
+# Both lines are for a model that returns a tensor; they say what to change for one that returns an object.
+YES_OR_NO = (
+    "write kdloss.Task(lambda output, labels: torch.nn.functional.binary_cross_entropy_with_logits(output, "
+    "labels.view_as(output).float(), reduction='none').sum(-1)) + kdloss.Logits(kdloss.divergences.bernoulli_kl), with "
+    "output.logits in place of output where the model returns an object"
+)
 INSTEAD = (
-    "for numbers to regress write kdloss.Task(lambda output, labels: (output.logits.squeeze(-1) - labels).square()) + "
-    "kdloss.Logits(kdloss.divergences.logit_mse), for a yes or no, one or several, kdloss.Task(function) with "
-    "torch.nn.functional.binary_cross_entropy_with_logits + kdloss.Logits(kdloss.divergences.bernoulli_kl)"
+    "for numbers to regress write kdloss.Task(lambda output, labels: (output.squeeze(-1) - labels).square()) + "
+    f"kdloss.Logits(kdloss.divergences.logit_mse), for a yes or no, one or several, {YES_OR_NO}"
 )
 
 
@@ -264,6 +278,30 @@ def soft_labels(labels: Tensor, logits: Placed) -> None:
             f"{labels.dtype} of shape {tuple(labels.shape)}. Where these are no classes, {INSTEAD}"
         )
     same_place("labels", logits, labels)
+
+
+_ROUNDED = 0.02
+"""How far the sum of probabilities in 16 bits, or written with two digits, may be from 1."""
+
+
+def probabilities(labels: Tensor, keep: Tensor | None, shift: bool = False) -> None:
+    """Check that soft labels are probabilities in every row that counts. This reads the numbers."""
+    if not labels.numel():
+        return
+    low, high = labels.sum(-1).aminmax()  # all rows at first, since most batches are right and this is the fastest
+    if low.item() >= 1 - _ROUNDED and high.item() <= 1 + _ROUNDED and labels.min().item() >= -_ROUNDED:
+        return
+    bad = ~(((labels.sum(-1) - 1).abs() <= _ROUNDED) & (labels >= -_ROUNDED).all(-1))  # True for NaN, too
+    if (bad := bad if keep is None else bad & keep).any():
+        index = bad.nonzero()[0].tolist()
+        row, total = labels[tuple(index)].tolist(), labels[tuple(index)].sum().item()
+        index[1:2] = [i + shift for i in index[1:2]]  # with causal=True the first column of the labels was cut off
+        raise ValueError(
+            f"soft labels are probabilities of the classes, 0 or more and 1 in sum, and labels{index} is "
+            f"{[round(x, 4) for x in row[:5]]}{', ...' if len(row) > 5 else ''}, {total:.4g} in sum; write labels / "
+            "labels.sum(-1, keepdim=True) for shares in percent, labels.softmax(-1) for logits, mask=... for positions "
+            f"without a label. Where each class has its own yes or no, {YES_OR_NO}"
+        )
 
 
 def target_options(smoothing: float, weight: Tensor | None, logits: Placed) -> None:

@@ -94,6 +94,20 @@ def of_student(student: nn.Module, teachers: Iterable[Any], inputs: Mapping[str,
     return own
 
 
+def refuse_taken(models: Iterable[Callable[..., Any]], args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+    """Raise for a keyword of the loss that a model names, too, and would not get, unless `args` fill its place."""
+    given = [name for name, x in keywords.items() if x is not None]
+    for model in models if given else ():
+        names = taken_by(model)[0]
+        if lost := [name for name in given if name in names[len(args) :]]:
+            name = lost[0]
+            raise TypeError(
+                f"{name}=... is a keyword of the loss, and the forward of {name_of(model)} has an input of that name, "
+                f"too, which it would not get: it takes {names}. Pass the model's by position, model(x, {name}, "
+                f"labels=...), or None in its place, and the loss's as {name}=..."
+            )
+
+
 def of_teacher(teacher: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A teacher's inputs, taken from those of the batch.
 

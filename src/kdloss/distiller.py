@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdloss import _watch
 from kdloss._capture import Captured
-from kdloss._inputs import of_student, taken_by
+from kdloss._inputs import of_student, refuse_taken, taken_by
 from kdloss._masks import positions_ahead
 from kdloss._own_loss import OwnLoss, own_loss, refuse_unread
 from kdloss._runner import Batch, Runner
@@ -47,7 +47,8 @@ class Distiller:
     inputs that its forward names (all of them, if it takes `**kwargs`). An input that no model reads is refused, and so
     is one given by position that would be another input to a teacher. A mask counts whichever way it is given.
 
-    - `labels`: go to the criterion; an encoder-decoder's decoder inputs are made from them. `shift_labels` are labels
+    - `labels`: go to the criterion; an encoder-decoder's decoder inputs are made from them. A model whose logits depend
+      on its labels (ArcFace) gets them by position, too: `distill(student, x, y, labels=y)`. `shift_labels` are labels
       that are shifted already.
     - `mask`: boolean, True = keep; takes positions of labels and logits out of every term.
     - `feature_mask`: the same for positions of features, for all terms or as a dict by term name (None: all count).
@@ -70,11 +71,12 @@ class Distiller:
     Hugging Face language models make no full logits `[B, T, V]`: the criterion gets hidden states and head as
     `LazyLogits`, with the same loss and gradients. Where that isn't possible, the logger "kdloss" says why.
 
-    Raises: TypeError for a teacher or an input that nothing reads; ValueError for a term whose teacher is missing, for
-    labels `[B, T]` if nothing shows whether they are shifted, for padded rows if a model takes no `attention_mask`, for
-    packed rows that a model reads as one document (measured on the first batch whose `position_ids` start again), for a
-    mask that fits nothing, and for a teacher that runs on weights that the student trains (use `kdloss.base_of` for the
-    base under adapters). Errors of the criterion and of capture pass through.
+    Raises: TypeError for a teacher or an input that nothing reads, and for `mask`, `feature_mask`, `index` or `teacher`
+    where a model's forward has an input of that name (pass the model's by position); ValueError for a term whose
+    teacher is missing, for labels `[B, T]` if nothing shows whether they are shifted, for padded rows if a model takes
+    no `attention_mask`, for packed rows that a model reads as one document (measured on the first batch whose
+    `position_ids` start again), for a mask that fits nothing, and for a teacher that runs on weights that the student
+    trains (use `kdloss.base_of` for the base under adapters). Errors of the criterion and of capture pass through.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> import kdloss
@@ -116,7 +118,7 @@ class Distiller:
         self._prepared_for: weakref.ref[nn.Module] | None = None
         self._own: OwnLoss | None = None
         self._run = Runner(self.teachers, self._plans)
-        self._told = False
+        self._told = self._saw_labels = False
 
     def prepare(self, student: nn.Module, *args: Any, **batch: Any) -> "Distiller":
         """Pair the blocks of `student` and teachers and build the projections; call it before making the optimizer.
@@ -148,6 +150,7 @@ class Distiller:
     ) -> Distilled:
         """One forward pass of each model, and the loss; see the class. `teach=False` runs no teacher."""
         self._settle(student)
+        self._refuse_taken(student, args, mask=mask, feature_mask=feature_mask, index=index, teacher=teacher)
         own = self._own_loss(student, args, inputs, labels)
         stored = self._stored(teacher)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -157,6 +160,8 @@ class Distiller:
         ahead = _ahead(contract, own, labels, shift_labels, mask) if plan.weights else None
         with_labels = plan.own_loss or own.of_labels
         seen = self._run.study(student, plan, batch, with_labels)
+        if not self._saw_labels and labels is not None and not with_labels and isinstance(seen.output, Tensor):
+            self._warn_of_labels(student, args)
         labels = labels if shift_labels is None else shift_labels
         asked = plan.needs_labels or (plan.own_loss and part_of(seen.output, "loss") is None)
         if not teach and (not plan.weights or (labels is None and asked)):
@@ -188,6 +193,25 @@ class Distiller:
                 "up. Write optimizer.zero_grad() for the criterion's parameters too, or train a kdloss.Distillation, "
                 "whose zero_grad() reaches both"
             )
+
+    def _warn_of_labels(self, student: nn.Module, args: tuple[Any, ...]) -> None:
+        """Warn of a student that returns a tensor, and so no loss, and takes labels: they may change its logits."""
+        self._saw_labels = True
+        if "labels" in taken_by(student)[0][len(args) :]:
+            _log.warning(
+                "the forward of %s takes labels and got none, since the criterion computes the loss. If they change "
+                "its logits, as the margin of ArcFace does, pass them by position, too: model(x, y, labels=y), and "
+                "kdloss.Teacher(teacher, inputs=lambda x, y: x) for a teacher that takes none",
+                type(unwrap(student)).__name__,
+            )
+
+    def _refuse_taken(self, student: nn.Module, args: tuple[Any, ...], **keywords: Any) -> None:
+        """Raise for a keyword of the loss that a model names, too.
+
+        Models' own losses also take `num_items_in_batch` and `shift_labels`, with the same meaning.
+        """
+        teachers = (t.module for t in self.teachers if t is not None and t.inputs is None)
+        refuse_taken([student, *teachers], args, keywords)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_prepared_for": None}
@@ -233,7 +257,7 @@ class Distiller:
             )
         if self._plans:
             self.criterion.locate(student, self._modules)
-        self._prepared_for, self._own = weakref.ref(student), None
+        self._prepared_for, self._own, self._saw_labels = weakref.ref(student), None, False
 
     def shifts(self, student: nn.Module, *args: Any, labels: Any = None, **inputs: Any) -> bool:
         """Whether the student's logits at t are compared with label t+1.
@@ -307,6 +331,7 @@ class Distiller:
         return several
 
     def _measure(self, student: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        self._refuse_taken(student, args, **{name: inputs.get(name) for name in ("mask", "feature_mask", "index")})
         labels = inputs.pop("labels", None)
         batch = Batch(args, {name: x for name, x in inputs.items() if name not in _OF_THE_LOSS}, labels)
         own = self._own_loss(student, args, batch.inputs, labels)

@@ -26,6 +26,13 @@ def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
+def savable(x: Tensor) -> Tensor:
+    """A tensor that autograd can save for a backward pass: one made in inference mode is copied."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():  # not traced
+        return x
+    return x.clone()
+
+
 def widest(device: torch.device) -> torch.dtype:
     """The dtype with the most digits on a device: float64, or float32 on Apple's GPUs."""
     return torch.float32 if device.type == "mps" else torch.float64

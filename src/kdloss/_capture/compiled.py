@@ -45,7 +45,10 @@ def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> AbstractConte
     return eagerly()
 
 
-BLOCKS = "for block in kdloss.layers.find_blocks(model): block.compile()"
+BLOCKS = (
+    "for block in kdloss.layers.find_blocks(model): block.compile(), or, in a model without a list of blocks, "
+    "model.get_submodule(name).compile() for each module whose features are read"
+)
 
 
 def _holds(module: nn.Module, hooked: Collection[nn.Module]) -> bool:

@@ -29,8 +29,8 @@ def mixing() -> Any:
         return alpha
 
     def assign(self: Any, value: Setting) -> None:
-        self._alpha = checked_alpha(value)
-        self.weights["ce"] = Weight(value)
+        checked = checked_alpha(value)
+        self.weights["ce"], self._alpha = Weight(value), checked
         for name, share in self._shares.items():
             self.weights[name] = Weight(rest(value), share)
 

@@ -17,7 +17,7 @@ from kdloss.engine.rows import matmul_dtype
 from kdloss.engine.run import Problem, Student, without_autocast
 from kdloss.engine.scaled import scaled
 from kdloss.engine.total import blank
-from kdloss.reduction import fill, on_cpu, precise, widest
+from kdloss.reduction import fill, on_cpu, precise, savable, widest
 from kdloss.targets import LazyLogits
 from kdloss.targets.kinds import at, dense
 
@@ -211,7 +211,7 @@ def flatten(value: Any) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Any]
 def _take_tensors(x: Any, tensors: list[Tensor]) -> Any:
     """The same value with `_HOLE` in place of each tensor, which is appended to `tensors`."""
     if isinstance(x, Tensor):
-        tensors.append(x)
+        tensors.append(savable(x))
         return _HOLE
     return _map_items(_take_tensors, x, tensors)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._cross_entropy import cross_entropy
 from kdloss.engine.closed_forms import ClosedForm
-from kdloss.reduction import parameters, precise, takes
+from kdloss.reduction import parameters, precise, savable, takes
 from kdloss.targets import Mixture, ShardedLogits, TopKLogits
 from kdloss.targets.kinds import AnyLogits, Classes, against, at, check, chosen_classes, dense
 
@@ -96,7 +96,9 @@ class TeacherTask:
             raise ValueError(f"{self.name} compares by the labels, and there are none: pass labels=...")
         extra = {"labels": self.labels, "mask": mask}
         extra = {name: x for name, x in extra.items() if x is not None and takes(self.divergence, name)}
-        values = as_written(self.divergence)(student, teacher, temperature=self.temperature, **extra)
+        values = as_written(self.divergence)(student, savable(teacher), temperature=self.temperature, **extra)
+        if not isinstance(values, Tensor):
+            raise _checks.no_tensor(f"the divergence {self.name}", values)
         if values.shape != student.shape[:-1]:
             raise ValueError(
                 f"a divergence returns one value per position, {tuple(student.shape[:-1])} for logits "

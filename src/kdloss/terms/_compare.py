@@ -13,7 +13,7 @@ from kdloss._layout import standard, width_last
 from kdloss.distances._rows import needs_no_width
 from kdloss.layers.layer_map import Layer, LayerMap
 from kdloss.projections import convolves
-from kdloss.reduction import fill, per_example, precise, takes, with_mask
+from kdloss.reduction import fill, per_example, precise, savable, takes, with_mask
 from kdloss.terms._axes import Axes, Batch
 from kdloss.terms._positions import Positions
 from kdloss.terms.reads import Pairs, Reads
@@ -40,7 +40,7 @@ def feature_pairs(
         _last_against_last(pairs, depths)
     features = {}
     for i, j, _ in pairs:
-        both = _feature(student, s, i, axes[0], batch), _feature(teacher, t, j, axes[1], batch).detach()
+        both = _feature(student, s, i, axes[0], batch), savable(_feature(teacher, t, j, axes[1], batch).detach())
         features[i, j] = _resized(resize, both, label(i, j)) if resize else both
     return features, {(i, j): w for i, j, w in pairs}
 
@@ -127,9 +127,9 @@ def compare(
             keep = mask if keep is None else keep & mask
         student, teacher = fill(student, keep), fill(teacher, keep)
     student, teacher = (_project(p, x) for p, x in zip(projections, (student, teacher), strict=True))
-    _same_width(name, distance, student, teacher)
+    _same_width(name, distance, projections, student, teacher)
     known = _labels_and_index(student, where, index, elsewhere)
-    return Compared(student, teacher, _each(distance, student, teacher, keep, known), keep, elsewhere)
+    return Compared(student, teacher, _each(name, distance, student, teacher, keep, known), keep, elsewhere)
 
 
 def _turned(student: Tensor, teacher: Tensor) -> str:
@@ -165,6 +165,10 @@ def _project(projection: nn.Module, features: Tensor) -> Tensor:
 def _labels_and_index(features: Tensor, where: Positions, index: Tensor | None, elsewhere: bool) -> dict[str, Tensor]:
     """The class and the example index at each of the features' positions, as far as they are known."""
     shape = features.shape[:-1]
+    if index is not None and not isinstance(index, Tensor):
+        raise TypeError(
+            f"index is an integer tensor, one for each example, got a {type(index).__name__}; write torch.tensor(index)"
+        )
     if index is not None and (index.is_floating_point() or index.shape != shape[:1]):
         raise ValueError(
             f"index is an integer for each of the {shape[0]} examples, got {index.dtype} of shape {tuple(index.shape)}"
@@ -179,7 +183,7 @@ def _labels_and_index(features: Tensor, where: Positions, index: Tensor | None, 
 
 
 def _each(
-    distance: Distance, student: Tensor, teacher: Tensor, keep: Tensor | None, known: Mapping[str, Any]
+    name: str, distance: Distance, student: Tensor, teacher: Tensor, keep: Tensor | None, known: Mapping[str, Any]
 ) -> Tensor:
     """The distance at every position. It gets the pixels of a map as one axis, and their `grid` if it takes that."""
     shape = student.shape[:-1]
@@ -188,18 +192,41 @@ def _each(
         keep = None if keep is None else keep.flatten(1)
         known = {name: x.flatten(1) for name, x in known.items()} | {"grid": tuple(shape[1:])}
     more = {name: x for name, x in known.items() if takes(distance, name)}
-    return with_mask(distance, student, teacher, keep, **more).view(shape)
-
-
-def _same_width(name: str, distance: Distance, student: Tensor, teacher: Tensor) -> None:
-    s, t = student.shape[-1], teacher.shape[-1]
-    if s != t and not needs_no_width(distance):
+    values = with_mask(distance, student, teacher, keep, **more)
+    if not isinstance(values, Tensor):
+        raise _checks.no_tensor(f"{name}: the distance {_word(distance)}", values)
+    if values.shape != student.shape[:-1]:
         raise ValueError(
-            f"{name}: the student's features have width {s} and the teacher's {t}, and there is no "
-            "projection between them. Before building the optimizer write model.prepare(**batch) with a "
-            "kdloss.Distillation, distill.prepare(student, **batch) with a kdloss.Distiller, or "
-            f"give the term widths=({s}, {t}) and depths=(student_blocks, teacher_blocks)"
+            f"{name}: a distance returns one value per position, {tuple(student.shape[:-1])} for features "
+            f"{tuple(student.shape)}, and {_word(distance)} returned {tuple(values.shape)}: take the mean over the "
+            "last dimension only. A loss of torch.nn.functional is distance=lambda student, teacher: "
+            "torch.nn.functional.mse_loss(student, teacher, reduction='none').mean(-1)"
         )
+    return values.view(shape)
+
+
+def _word(distance: Distance) -> str:
+    return getattr(distance, "__name__", type(distance).__name__)
+
+
+def _same_width(
+    name: str, distance: Distance, projections: tuple[nn.Module, nn.Module], student: Tensor, teacher: Tensor
+) -> None:
+    s, t = student.shape[-1], teacher.shape[-1]
+    if s == t or needs_no_width(distance):
+        return
+    if made := next((p for p in projections if not isinstance(p, nn.Identity)), None):
+        raise ValueError(
+            f"{name}: after the projection {type(made).__name__} the student's features have width {s} and the "
+            f"teacher's {t}; a projection is made by a function of (width that it gets, width that it gives): write "
+            "projection=lambda width, wanted: torch.nn.Linear(width, wanted)"
+        )
+    raise ValueError(
+        f"{name}: the student's features have width {s} and the teacher's {t}, and there is no "
+        "projection between them. Before building the optimizer write model.prepare(**batch) with a "
+        "kdloss.Distillation, distill.prepare(student, **batch) with a kdloss.Distiller, or "
+        f"give the term widths=({s}, {t}) and depths=(student_blocks, teacher_blocks)"
+    )
 
 
 def _hidden(output: Any, blocks: str | None) -> Sequence[Tensor] | None:

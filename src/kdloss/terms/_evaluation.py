@@ -19,7 +19,7 @@ from kdloss.terms._outputs import find_logits, head_of, logits_of, returned
 from kdloss.terms._positions import Positions
 from kdloss.terms._shares import Shares
 from kdloss.terms._stands import Stands, refuse_unlabelled, refuse_unsaid, view
-from kdloss.terms._sweep import Swept, by_logits, check_numbers, look_at_stored, sweep
+from kdloss.terms._sweep import Swept, by_logits, check_numbers, look_at_given, sweep
 from kdloss.terms.contract import Contract, mean
 from kdloss.terms.cross_entropy import CrossEntropy
 from kdloss.terms.logits import Logits
@@ -89,6 +89,8 @@ class Evaluation:
         means = self.means  # with `self` the step would be in a cycle and keep all features until garbage collection
 
         def report(name: str, values: Tensor) -> None:
+            if not isinstance(values, Tensor):
+                raise TypeError(f"a term reports tensors, one value per position or one number, got {values!r}")
             means[name] = mean(values, where)
 
         step = Step(
@@ -113,6 +115,8 @@ class Evaluation:
             self._check_plain(one)
             step = replace(step, logits=logits.there(term, where))
         values = term.loss(step)
+        if not isinstance(values, Tensor):
+            raise _checks.no_tensor(f"the term {name!r}, {term!r},", values)
         if name in self.plan.weightings:
             self.shared.append((name, values, where))
             means[name] = mean(values, where)
@@ -207,7 +211,7 @@ class Evaluation:
         task = one.term.task(one.step, one.step.where.labels)
         task.check(one.logits)
         refuse(one.logits, *([task.teacher] if isinstance(task, TeacherTask) else []))
-        look_at_stored(one, task, self.contract.check_finite)
+        look_at_given(one, task, self.contract.check_finite)
         if self.contract.check_finite:
             check_numbers(one, task)
         if self.contract.overwrite_logits and not torch.compiler.is_compiling():

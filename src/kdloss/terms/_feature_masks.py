@@ -13,8 +13,17 @@ FeatureMask = Callable[[Layer, Size], tuple[Tensor | None, bool]]
 
 
 def given_to(name: str, given: Any) -> Any:
-    """The entry of `feature_mask` for one term."""
-    return given.get(name) if isinstance(given, Mapping) else given
+    """The entry of `feature_mask` for one term.
+
+    Raises: TypeError if it is not a tensor.
+    """
+    own = given.get(name) if isinstance(given, Mapping) else given
+    if not (own is None or isinstance(own, Tensor) or callable(own)):
+        raise TypeError(
+            f"feature_mask is a boolean tensor (True = keep), or a dict of these by the names of the terms, got a "
+            f"{type(own).__name__}; write torch.tensor(mask), or {{{name!r}: mask}}"
+        )
+    return own
 
 
 def of_term(name: str, given: Any) -> FeatureMask:
@@ -31,6 +40,8 @@ def check_given(given: Any, terms: Mapping[str, Any]) -> None:
     unknown = [name for name in given if name not in terms] if isinstance(given, Mapping) else []
     if unknown:
         raise ValueError(f"feature_mask has {unknown}, and the terms are {list(terms)}; give it by the terms' names")
+    for name in terms:
+        given_to(name, given)
     if isinstance(given, Tensor) and all(term.reads().pairs == () for term in terms.values()):
         raise ValueError(
             f"feature_mask {tuple(given.shape)} is a mask of features, and none of the terms {list(terms)} reads any; "

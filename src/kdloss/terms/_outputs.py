@@ -34,7 +34,9 @@ def logits_of(output: Any, whose: str, take: Take = None) -> Any:
         found = localised(part_of(output, take))
         if isinstance(found, KINDS):
             return found
-        raise TypeError(f"take={take!r} finds no logits in the {whose}'s output, {described(output)}")
+        raise TypeError(
+            f"take={take!r} finds no logits in the {whose}'s output, {described(output)}{otherwise(output, take)}"
+        )
     logits = find_logits(output)
     if logits is None:
         raise no_logits(output, whose)
@@ -44,6 +46,17 @@ def logits_of(output: Any, whose: str, take: Take = None) -> Any:
 def head_of(output: Any, take: Take) -> Evidence:
     """What a model's last layer tells about the axes of its logits; nothing about those that a function takes."""
     return output.head if isinstance(output, Captured) and not callable(take) else NOTHING
+
+
+def otherwise(output: Any, take: Take) -> str:
+    """For an error: what to write where `take` names a part of an output that is a tensor, which has no parts."""
+    if not isinstance(output, Tensor):
+        return ""
+    part = f"output[{take!r}]" if isinstance(take, (int, str)) else "output[0]"
+    return (
+        ". Where a model returns its logits alone in one mode (teachers run in eval mode) and with other parts in the "
+        f"other, take is a function: take=lambda output: output if isinstance(output, torch.Tensor) else {part}"
+    )
 
 
 def find_logits(output: Any) -> AnyLogits | None:

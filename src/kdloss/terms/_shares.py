@@ -74,7 +74,8 @@ def _score(weighting: Weighting, logits: Any, rename: Any, where: Positions) -> 
         )
     if where.labels is None and weighting.labels:
         raise ValueError(
-            f"{weighting} compares teachers by labels that are classes, and there are none: pass labels=..."
+            f"{weighting} compares teachers by labels that are classes, and there are none (soft labels have no single "
+            "class): pass class indices as labels=..."
         )
     if torch.compiler.is_compiling():  # numbers are unknown: score all positions at once, zeros where none counts
         z = precise(dense(where.take(logits))).detach().flatten(0, -2)

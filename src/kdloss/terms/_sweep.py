@@ -12,7 +12,7 @@ from kdloss.engine import LabelTask, Problem, TeacherTask, fused, per_position
 from kdloss.engine.run import column_of
 from kdloss.reduction import denominator, divided, widest
 from kdloss.targets import TopKLogits
-from kdloss.targets.looks import look_again
+from kdloss.targets.looks import free_to_look, look_again
 from kdloss.terms._outputs import look_at_numbers
 from kdloss.terms._positions import Positions
 from kdloss.terms.contract import Contract
@@ -67,7 +67,7 @@ def sweep(
         tasks.append(task)
         if not known:
             task.check(logits)
-            look_at_stored(one, task, contract.check_finite)
+            look_at_given(one, task, contract.check_finite)
             if contract.check_finite:
                 check_numbers(one, task)
     counts = [_rows_that_count(one.step.where, widest_where, places) for one in group]
@@ -145,10 +145,17 @@ def _size(keep: Tensor | None, rows: int) -> Count:
     return max(rows, 1) if keep is None else keep.sum().clamp_min(1)
 
 
-def look_at_stored(one: Swept, task: LabelTask | TeacherTask, always: bool) -> None:
-    """Raise for impossible entries in rows of a stored teacher that count; on an accelerator only if `always`."""
+def look_at_given(one: Swept, task: LabelTask | TeacherTask, always: bool) -> None:
+    """Raise for impossible numbers of a stored teacher or of soft labels, in rows that count.
+
+    On an accelerator only if `always`.
+    """
+    where = one.step.where
+    if isinstance(task, LabelTask) and task.soft and (always or free_to_look(task.labels, where.keep)):
+        labels = task.labels[:, :-1] if where.causal else task.labels  # they stand at the logits already
+        _checks.probabilities(labels, where.keep, where.causal)
     if isinstance(task, TeacherTask) and isinstance(task.teacher, TopKLogits):
-        where, teacher = one.step.where, task.teacher
+        teacher = task.teacher
         classes = one.logits.shape[-1] if task.vocabulary is None else teacher.vocabulary
         there = teacher.at(lambda t: t[:, :-1]) if where.causal else teacher
         look_again(there, classes, where.keep, always=always)

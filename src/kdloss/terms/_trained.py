@@ -1,10 +1,12 @@
 """The trained modules of `Features`: projections, and distances with parameters."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from kdloss import _checks
@@ -83,13 +85,14 @@ class Trained:
                 f"shared=True makes one projection for all pairs, but they have widths {dict(widths)}; "
                 "leave it out, or select layers of one width"
             )
-        for name, both in widths.items():
-            if self.widths.get(key(name)) == both:
-                continue
-            self.widths[key(name)] = both
-            arriving = self._project(self._place(name), *both)
-            if _is_class(self.distance):
-                self.distances[key(name)] = self.distance(*arriving)
+        with _trainable():
+            for name, both in widths.items():
+                if self.widths.get(key(name)) == both:
+                    continue
+                self.widths[key(name)] = both
+                arriving = self._project(self._place(name), *both)
+                if _is_class(self.distance):
+                    self.distances[key(name)] = self.distance(*arriving)
 
     def of(self, name: Layer) -> tuple[tuple[nn.Module, nn.Module], Any]:
         """The projections of the student's and the teacher's features, and the distance, for a student layer."""
@@ -123,6 +126,11 @@ class Trained:
 
     def _place(self, name: Layer) -> str:
         return "shared" if self.shared else key(name)
+
+
+def _trainable() -> AbstractContextManager[Any]:
+    """Turn inference mode off, since parameters made in it can't be trained."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def key(name: Layer) -> str:

@@ -36,8 +36,9 @@ class CrossEntropy(Term):
     Shapes: student logits `[..., C]`; labels `[...]` int64, where the sum's `ignore_index` (-100) takes a position
     out, or soft labels `[..., C]` of any floating dtype. The value is in nats.
 
-    Raises: ValueError for a step without labels, a smoothing outside 0 to 1, or shapes that don't fit; TypeError
-    for labels that are neither int64 nor floating point.
+    Raises: ValueError for a step without labels, a smoothing outside 0 to 1, shapes that don't fit, or soft labels that
+    are no probabilities at a position that counts (on an accelerator under `check_finite=True`); TypeError for labels
+    that are neither int64 nor floating point.
 
     >>> criterion = 0.5 * CrossEntropy(label_smoothing=0.1)
     >>> criterion(torch.zeros(2, 4), labels=torch.tensor([2, -100]))  # half of log 4

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdloss import _checks, schedules
 from kdloss._capture import Captured, Take
+from kdloss._capture.take import described
 from kdloss._classes import predicts_tokens
 from kdloss.divergences.forward_kl import forward_kl
 from kdloss.engine import Divergence, TeacherTask, Vocabulary
@@ -113,6 +114,11 @@ class Logits(Term):
 
     @temperature.setter
     def temperature(self, value: Setting) -> None:
+        if isinstance(value, nn.Module):
+            raise TypeError(
+                "temperature is a number or a function of the step, not a module, since it is not trained; got "
+                f"{type(value).__name__}; write temperature=2.0, or temperature=lambda step: ..."
+            )
         self._temperature = value if callable(value) else _checks.temperature(value)
 
     @property
@@ -157,6 +163,13 @@ class Logits(Term):
             raise ValueError(
                 f"the divergence of the term {self.name!r} reads labels, and positions='mask' counts positions without "
                 "a label; write positions='labels'"
+            )
+        if labels is None and step.labels is not None and takes(self.divergence, "labels"):
+            given = described(step.labels)
+            raise ValueError(
+                f"the divergence of the term {self.name!r} compares by the class of each position, and the labels, "
+                f"{given}, name none: soft labels (mixup) have no single class. Pass class indices, or write a "
+                "divergence that reads no labels, kdloss.Logits(kdloss.divergences.forward_kl)"
             )
         temperature: Any = self._temperature
         if callable(temperature):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kdloss._capture import Captured, Take
 from kdloss._layout import Layout, classes_last
-from kdloss.targets.kinds import AnyLogits
+from kdloss.reduction import savable
+from kdloss.targets.kinds import AnyLogits, at
 from kdloss.terms._feature_masks import FeatureMask
 from kdloss.terms._outputs import head_of, logits_of, returned
 from kdloss.terms._positions import Positions
@@ -74,4 +75,4 @@ class Step:
         if self.teacher_layout is not None:
             head = head_of(self.teacher, take)
             found = classes_last(found, self.teacher_layout, (), "teacher", "teacher_layout", head)
-        return found
+        return at(found, savable)

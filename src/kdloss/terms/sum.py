@@ -25,12 +25,12 @@ from kdloss.terms._teachers import listed, refuse_unread
 from kdloss.terms._weight import Weight
 from kdloss.terms.contract import Contract, agreed
 from kdloss.terms.plan import Plan
-from kdloss.terms.term import Term
+from kdloss.terms.term import Term, WithProperties
 
 _log = logging.getLogger("kdloss")
 
 
-class Sum(nn.Module):
+class Sum(WithProperties):
     r"""A criterion: a weighted sum of terms that share one set of settings.
 
     $\sum_i w_i\,\ell_i$, each term $\ell_i$ reduced over the positions that count.
@@ -51,8 +51,9 @@ class Sum(nn.Module):
     - `reduction`: "mean", "sum" or "none", over the positions that count.
     - `balance`: trained or measured factors beside the weights, so that no term outweighs the others: see
       `kdloss.balancing`.
-    - `check_finite`: check the numbers, which costs a device sync, and raise for NaN or +inf logits and labels out of
-      range at positions that count.
+    - `check_finite`: check the numbers, which costs a device sync, and raise for NaN or +inf logits, labels out of
+      range, and soft labels that are no probabilities, at positions that count. (Soft labels on a CPU are always
+      checked.)
     - `overwrite_logits`: write the gradient into the memory of the student's logits, which then can't be used again
       (criteria and divergences refuse them; PyTorch's own functions would read the gradient).
       The logits must be a tensor, not in float16, and `reduction` "mean" or "sum".
@@ -280,12 +281,6 @@ class Sum(nn.Module):
         """Hold each weighting once, however many terms it weighs, so that the sum saves what it learns."""
         every = [weight.weighting for weight in self.weights.values()]
         self.weightings = nn.ModuleList(dict.fromkeys(w for w in every if w is not None))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(getattr(type(self), name, None), property):  # nn.Module would register a module of that name
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def __mul__(self, weight: Any) -> "Sum":
         product = Sum(self)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdloss._capture import Take
 from kdloss._capture.take import described
-from kdloss.terms._outputs import part_of
+from kdloss.terms._outputs import otherwise, part_of
 from kdloss.terms.reads import Reads
 from kdloss.terms.step import Step
 from kdloss.terms.term import Term, Where
@@ -67,7 +67,8 @@ class Task(Term):
         if self.function is not None:
             part = part_of(step.output, self.take)
             if part is None:
-                raise TypeError(f"take={self.take!r} finds nothing in the student's output, {described(step.output)}")
+                there = f"{described(step.output)}{otherwise(step.output, self.take)}"
+                raise TypeError(f"take={self.take!r} finds nothing in the student's output, {there}")
             return self.function(part, step.labels)
         own = part_of(step.output, "loss" if self.take is None else self.take)
         if not isinstance(own, Tensor):

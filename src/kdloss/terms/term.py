@@ -16,7 +16,17 @@ Teachers = int | Sequence[int] | Literal["all"]
 Where = Literal["labels", "mask"]
 
 
-class Term(nn.Module):
+class WithProperties(nn.Module):
+    """A module whose properties get what is assigned to them, even if it is a module or a parameter."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):  # nn.Module would register it instead
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class Term(WithProperties):
     """One loss to be weighted and added to others: `0.3 * term + other` is a `kdloss.Sum`.
 
     To write a term of your own, inherit from this class and define `loss`. It gets one step (`kdloss.terms.Step`) and
