@@ -78,3 +78,22 @@ def run(start):
         return process.exitcode
 
     return ran
+
+
+@pytest.fixture
+def block_sizes(monkeypatch):
+    """Compute logits of 3 rows and their loss for 2 rows at a time; returns a function that sets other numbers."""
+
+    def sizes(block, scratch):
+        monkeypatch.setattr("kdloss.engine.block_sizes.block_rows", lambda *_: block)
+        monkeypatch.setattr("kdloss.engine.block_sizes.scratch_rows", lambda *_: scratch)
+
+    sizes(3, 2)
+    return sizes
+
+
+@pytest.fixture(params=["in blocks", "in one block"])
+def every_block_size(request, block_sizes):
+    """Run the test with small blocks, then with all rows in one block."""
+    if request.param == "in one block":
+        block_sizes(100, 100)

@@ -216,6 +216,7 @@ def test_a_form_without_scratch_writes_the_gradient_over_the_logits_with_little_
     switch.set_compile(True)
 
     def step():
+        student.detach().normal_()  # logits again, in place of the gradient of the step before
         criterion(student.requires_grad_(), teacher, labels).backward()
         student.grad = None
 

@@ -62,7 +62,7 @@ def _cut(entry: str, value: Any, chosen: list[int], depth: int, counts: Collecti
         return value
     if isinstance(value, dict) and all(str(i).isdecimal() for i in value):
         return {str(chosen.index(int(i))): x for i, x in value.items() if int(i) in chosen}
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, (list, tuple)):
         return value
     if len(value) >= depth and list(value) != list(range(depth)):
         return [value[i] for i in chosen]

@@ -94,10 +94,9 @@ def of_student(student: nn.Module, teachers: Iterable[Any], inputs: Mapping[str,
     return own
 
 
-def refuse_taken(models: Iterable[Callable[..., Any]], args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-    """Raise for a keyword of the loss that a model names, too, and would not get, unless `args` fill its place."""
-    given = [name for name, x in keywords.items() if x is not None]
-    for model in models if given else ():
+def refuse_taken(models: Iterable[Callable[..., Any]], args: tuple[Any, ...], given: Sequence[str]) -> None:
+    """Raise for a given keyword of the loss that a model names too and would not get, unless `args` fill its place."""
+    for model in models:
         names = taken_by(model)[0]
         if lost := [name for name in given if name in names[len(args) :]]:
             name = lost[0]

@@ -41,7 +41,7 @@ class Packing:
         On an accelerator, and in several processes, only the first batch is looked at: reading numbers makes the
         device wait, and every process has to make the same passes.
         """
-        if not inputs and not args:
+        if not args and inputs.get("position_ids") is None:
             return
         given = by_name(model, args, inputs)
         if not _is_text(given) or len(given) < len(args) + len(inputs):

@@ -210,8 +210,10 @@ class Distiller:
 
         Models' own losses also take `num_items_in_batch` and `shift_labels`, with the same meaning.
         """
-        teachers = (t.module for t in self.teachers if t is not None and t.inputs is None)
-        refuse_taken([student, *teachers], args, keywords)
+        given = [name for name, x in keywords.items() if x is not None]
+        if given:
+            teachers = (t.module for t in self.teachers if t is not None and t.inputs is None)
+            refuse_taken([student, *teachers], args, given)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_prepared_for": None}

@@ -197,6 +197,6 @@ def _facts(model: nn.Module, name: str) -> dict[tuple[str, str], Any]:
         for key, value in joined(vars(module).items(), module._parameters.items(), module._buffers.items()):
             if isinstance(value, Tensor):
                 facts[path, key] = list(value.shape)
-            elif isinstance(value, bool | int | float | str) and key[0] != "_" and key not in NOT_COMPARED:
+            elif isinstance(value, (bool, int, float, str)) and key[0] != "_" and key not in NOT_COMPARED:
                 facts[path, key] = value
     return facts

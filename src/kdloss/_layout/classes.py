@@ -28,7 +28,7 @@ def classes_last(
     axis they are; TypeError for a layout whose classes are not last, if the logits are no plain tensor.
     """
     shape = tuple(logits.shape)
-    if len(shape) < 2:
+    if len(shape) < 2 and Size(()) not in positions:  # a single label says that there is a single position
         raise ValueError(
             f"the {whose}'s logits are {shape}, and have no axis for the classes beside that of the examples. Where a "
             f"head gives one number per example write {_take(whose)}=lambda output: output.unsqueeze(-1), for a single "
