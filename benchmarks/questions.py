@@ -85,9 +85,9 @@ def _is_number(word: str) -> bool:
     return word.replace(".", "", 1).isdigit()
 
 
-def beside(axes: Axes, seeds: Seeds, label: str, colour: str = TEACHER) -> None:
+def beside(axes: Axes, seeds: Seeds, label: str, colour: str = TEACHER, key: str = "perplexity") -> None:
     """Draw a row as a line across the bars."""
-    height = mean(numbers(seeds))
+    height = mean(numbers(seeds, key))
     axes.axvline(height, color=colour, linewidth=1, linestyle="--")
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
     axes.annotate(f"{label} {height:.0f}", (height, 1), (0, 2), color=colour, **place)
@@ -213,8 +213,8 @@ def divergences() -> Figure:
     found = runs("divergences")
     rows = {"alone": found["none"]}
     for row, seeds in found.items():
-        if row.startswith("vanilla, divergence ") and row.endswith(", alpha 0.1"):
-            rows[row.removeprefix("vanilla, divergence ").removesuffix(", alpha 0.1")] = seeds
+        if row.startswith("vanilla, divergence ") and row.endswith(alone := ", alpha 0"):  # without cross-entropy
+            rows[row.removeprefix("vanilla, divergence ").removesuffix(alone)] = seeds
     asked = {
         "perplexity": "held-out perplexity (less is better)",
         "samples": "teacher's perplexity on its samples\n(less is more likely)",
@@ -222,6 +222,7 @@ def divergences() -> Figure:
     }
     for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), asked.items(), strict=True):
         bars(axes, {name: numbers(seeds, key) for name, seeds in rows.items()})
+        beside(axes, found["teacher"], "teacher", key=key)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set(xlabel=label)
         axes.margins(x=0.15)

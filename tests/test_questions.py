@@ -52,12 +52,18 @@ def test_each_bar_has_the_name_of_its_row_and_the_teacher_is_a_line(study):
 
 
 def test_divergences_are_drawn_for_one_alpha_with_perplexities_of_samples(study):
-    rows = {"none": [9], "vanilla, divergence forward_kl, alpha 0.1": [4], "vanilla, divergence jsd, alpha 0.1": [5]}
-    rows |= {"vanilla, divergence jsd, alpha 0": [7]}
+    rows = {
+        "teacher": [2],
+        "none": [9],
+        "vanilla, divergence forward_kl, alpha 0": [4],
+        "vanilla, divergence jsd, alpha 0": [5],
+    }
+    rows |= {"vanilla, divergence jsd, alpha 0.1": [7]}
     further = {row: {"samples": 10 * p[0], "own": 100 * p[0]} for row, p in rows.items()}
     study("divergences", rows, **further)
     for axes, times in zip(questions.divergences().axes, (1, 10, 100), strict=True):
         assert [bar.get_width() for bar in axes.patches] == [5 * times, 4 * times, 9 * times]  # from the bottom up
+        assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [2 * times]
     names = [text.get_text() for text in questions.divergences().axes[0].get_yticklabels()]
     assert names == ["jsd", "forward_kl", "alone"]
 
