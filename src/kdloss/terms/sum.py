@@ -76,10 +76,10 @@ class Sum(WithProperties):
     It returns a scalar in float32 or better ("none": one value per position). `components` then holds each term's mean
     over the positions of this call, by the term's name, detached and without its weight.
 
-    Shapes: labels, mask and attention_mask `[...]` for logits `[..., V]`, which have at least two axes and the same
-    positions for all terms. Logits of four or more axes need a layout, unless labels or mask show that their classes
-    are last. Labels of another shape, such as CTC's transcripts, are
-    only passed to `Task`, if no term reads them as classes.
+    Shapes: labels, mask and attention_mask `[...]` for logits `[..., V]`, at the same positions for all terms. Logits
+    `[V]` need a label of shape `[]`. Logits of four or more axes need a layout, unless labels or mask show that their
+    classes are last. Labels of another shape, such as CTC's transcripts, are only passed to `Task`, if no term reads
+    them as classes.
 
     Raises: ValueError or TypeError for inputs that don't fit. The message says what to write instead.
 
