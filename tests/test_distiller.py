@@ -529,7 +529,7 @@ def test_a_module_list_of_teachers_is_a_list_and_a_module_without_forward_is_ref
 
 
 @pytest.mark.parametrize("call", ["__call__", "prepare"])
-def test_a_call_without_the_student_says_that_it_comes_first(call):
+def test_a_call_without_the_student_is_refused_and_says_that_it_comes_first(call):
     distill = kdloss.Distiller(torch.nn.Linear(2, 3), kdloss.Logits())
     with pytest.raises(TypeError, match=r"the student first, distill\(student, \*\*batch\).*got Tensor"):
         getattr(distill, call)(torch.zeros(4, 2))
