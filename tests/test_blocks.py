@@ -19,18 +19,6 @@ KEEP = (LABELS != -100).numpy()
 WEIGHTS = [0.2, 0.3, 0.0, 0.5]
 
 
-@pytest.fixture
-def set_rows(monkeypatch):
-    """Set how many rows of logits are computed, and how many are processed, at a time."""
-
-    def sizes(block, scratch):
-        monkeypatch.setattr("kdloss.engine.block_sizes.block_rows", lambda *_: block)
-        monkeypatch.setattr("kdloss.engine.block_sizes.scratch_rows", lambda *_: scratch)
-
-    sizes(3, 2)
-    return sizes
-
-
 def lazy(seed, classes=V, dtype=torch.float64, tokens=N, bias=True, **options):
     """Return lazy logits of random hidden states and a random head."""
     g = torch.Generator().manual_seed(seed)
@@ -120,7 +108,7 @@ VOCABULARIES = {
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("how", ["probabilities", "logits"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_averages_of_lazy_teachers_equal_those_of_their_full_logits(vocabulary, how, dtype, set_rows):
+def test_averages_of_lazy_teachers_equal_those_of_their_full_logits(vocabulary, how, dtype, block_sizes):
     mapping, theirs, mine, classes = VOCABULARIES[vocabulary]
     student, teachers = lazy(0, mine, dtype), group(classes, dtype)
     leaves = [x.requires_grad_() for x in (student.hidden, student.weight, student.bias)]
@@ -143,7 +131,7 @@ def test_averages_of_lazy_teachers_equal_those_of_their_full_logits(vocabulary, 
         np.testing.assert_allclose(numbers(leaf.grad), exact, rtol=0, atol=tolerance * abs(exact).max())
 
 
-def test_a_teachers_logits_are_computed_once_for_all_terms_averages_and_temperatures(set_rows):
+def test_a_teachers_logits_are_computed_once_for_all_terms_averages_and_temperatures(block_sizes):
     student, teachers = lazy(0, bias=False), [lazy(k, bias=False) for k in (1, 2, 3, 4)]
     student = LazyLogits(student.hidden.requires_grad_(), student.weight.requires_grad_())
     divergences = kdloss.divergences
@@ -161,7 +149,7 @@ def test_a_teachers_logits_are_computed_once_for_all_terms_averages_and_temperat
     assert cost(TeacherTask(divergences.forward_kl, unread)) == 3 + 3
 
 
-def test_averages_and_single_teachers_that_share_logits_equal_the_oracle(set_rows):
+def test_averages_and_single_teachers_that_share_logits_equal_the_oracle(block_sizes):
     student, teachers = lazy(0).dense().requires_grad_(), [lazy(k) for k in (1, 2, 3, 4)]
     mixed = [Mixture(teachers), Mixture(teachers[:3], [0.5, 0.25, 0.25]), Mixture(teachers, average="logits")]
     reads = [(m, t) for m in mixed for t in (1.0, 3.0)] + [(teachers[1], 2.0)]
@@ -176,8 +164,8 @@ def test_averages_and_single_teachers_that_share_logits_equal_the_oracle(set_row
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
-def test_averaging_several_lazy_teachers_takes_the_memory_of_one(count, dtype, set_rows):
-    set_rows(256, 4)
+def test_averaging_several_lazy_teachers_takes_the_memory_of_one(count, dtype, block_sizes):
+    block_sizes(256, 4)
     tokens, classes = 256, 2_000
     teachers = [lazy(k, classes, dtype, tokens, bias=False) for k in range(1, 9)]
     student = lazy(0, classes, dtype, tokens, bias=False)
@@ -236,7 +224,7 @@ def test_16_bit_products_are_added_unrounded_by_operators_that_the_device_suppor
 
 @pytest.mark.parametrize("block", [64, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_a_heads_gradient_is_rounded_once_and_held_in_float32_only_over_several_blocks(dtype, block, set_rows):
+def test_a_heads_gradient_is_rounded_once_and_held_in_float32_only_over_several_blocks(dtype, block, block_sizes):
     tokens, classes, width = 64, 300, 100
     hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
     weight, bias = (torch.zeros(shape, dtype=dtype).requires_grad_() for shape in ((classes, width), (classes,)))

@@ -1005,11 +1005,14 @@ def test_nothing_broadcasts_between_kinds(shape):
     hidden, weight = torch.randn(*shape[:-1], 3).double(), torch.randn(shape[-1], 3).double()
     stored = TopKLogits.of(teacher, 1)
     wrong = [teacher, LazyLogits(hidden, weight), stored, Mixture([teacher, teacher])]
+    said = (
+        r"teacher's logits are \(11?,\), and have no axis" if shape == (11,) else r"nothing is broadcast|student has 11"
+    )
     for target in wrong:
         for side in (student, student.dense()):
-            with pytest.raises(ValueError, match=r"nothing is broadcast|student has 11|no axis for the classes"):
+            with pytest.raises(ValueError, match=said):
                 VanillaKD()(side, target, LABELS)
-            with pytest.raises(ValueError, match=r"nothing is broadcast|student has 11|no axis for the classes"):
+            with pytest.raises(ValueError, match=r"nothing is broadcast|student has 11"):
                 kdloss.divergences.forward_kl(side, target)
 
 
