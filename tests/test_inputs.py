@@ -198,6 +198,18 @@ def test_a_mask_or_a_cache_beside_packed_documents_is_refused(beside):
 
 
 @since_torch(2, 6)
+def test_a_function_around_a_model_with_a_cache_is_refused_and_accepted_without_it():
+    row, student, model = packed_row(5, 4), build("llama", depth=1), build("llama", depth=2, seed=1)
+
+    def teacher(**settings):
+        return lambda input_ids, position_ids: model(input_ids=input_ids, position_ids=position_ids, **settings)
+
+    with pytest.raises(ValueError, match=r"leave out use_cache=True \(of the model inside"):
+        kdloss.Distiller(teacher(use_cache=True), kdloss.VanillaKD())(student, **row)
+    assert kdloss.Distiller(teacher(use_cache=False), kdloss.VanillaKD())(student, **row).loss.isfinite()
+
+
+@since_torch(2, 6)
 def test_an_attention_pattern_of_four_axes_says_itself_which_documents_are_seen():
     row, document = packed_row(5, 4), torch.tensor([0] * 5 + [1] * 4)
     student, teacher = build("llama", depth=1).double().eval(), build("llama", depth=2, seed=1).double().eval()

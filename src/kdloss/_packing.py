@@ -101,7 +101,7 @@ def _change(model: Callable[..., Any], given: Mapping[str, Any], row: int, start
     with _measuring(model):
         for x in (tokens, changed):
             try:
-                output = model(**without_cache(model, {**given, **few, name: x}))  # type: ignore[arg-type]
+                output = model(**without_cache(model, {**given, **few, name: x}))
             except (TypeError, ValueError, RuntimeError, IndexError):  # the step itself will tell
                 return None
             rows = _rows(output, len(tokens))
@@ -145,6 +145,8 @@ def _refusal(
 ) -> str:
     mask, cache = given.get("attention_mask") is not None, bool(given.get("use_cache"))
     beside = [name for name, there in (("attention_mask", mask), ("use_cache", cache)) if there]
+    if not beside and not isinstance(model, nn.Module):
+        beside = ["use_cache=True (of the model inside, where it is the default)"]
     leave = f"leave out {' and '.join(beside)}, beside which transformers separates no documents, or " if beside else ""
     return (
         f"the {whose} ({name_of(model)}) reads the documents of a packed row as one: position_ids start again at "

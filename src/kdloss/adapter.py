@@ -1,6 +1,6 @@
 """What `Distiller` has to know about a model; duck-typed, without importing transformers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,13 +19,13 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(attribute(unwrap(model), "config"), "is_encoder_decoder", False))
 
 
-def takes_input(model: nn.Module, name: str, *, by_name: bool = False) -> bool:
+def takes_input(model: Callable[..., Any], name: str, *, by_name: bool = False) -> bool:
     """Whether a model's forward takes this keyword; with `by_name` only if it names it, not by `**kwargs`."""
     names, anything = taken_by(model)
     return name in names or (anything and not by_name)
 
 
-def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def without_cache(model: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs with `use_cache=False`, so that a causal model stores no keys and values for a generation."""
     return {"use_cache": False, **inputs} if takes_input(model, "use_cache", by_name=True) else dict(inputs)
 
