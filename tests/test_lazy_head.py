@@ -308,6 +308,50 @@ def compiled_in_place(student):
     return student
 
 
+def a_copy(student):
+    with torch.no_grad():
+        lora(student, modules_to_save=["lm_head"]).get_output_embeddings().modules_to_save["default"].weight.mul_(0.5)
+
+
+def another_adapter(student):
+    from peft import LoraConfig
+
+    student.add_adapter("second", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    student.double().set_adapter("second")
+    with torch.no_grad():
+        student.get_output_embeddings().modules_to_save["second"].weight.mul_(0.5)
+
+
+def other_linear(bias):
+    return lambda head: nn.Linear(head.in_features, head.out_features, bias).double()
+
+
+CHANGES = {  # a student, and what happens to its head after some steps
+    "peft trains a copy": (model, a_copy),
+    "another adapter": (lambda family: lora(model(family), modules_to_save=["lm_head"]), another_adapter),
+    "another head": (model, lambda student: with_head(student, other_linear(bias=False))),
+    "a head with a bias": (model, lambda student: with_head(student, other_linear(bias=True))),
+    "more tokens": (model, lambda student: student.resize_token_embeddings(70)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft warns
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_head_that_changes_between_steps_is_found_where_it_is_now(change):
+    make, then = CHANGES[change]
+    student, teacher = make("llama"), model("llama", seed=1)
+    terms = [kdloss.CrossEntropy(), *([] if change == "more tokens" else [kdloss.Logits(temperature=2.0)])]
+    criterion = kdloss.Sum(*terms, causal=True)
+    distill = kdloss.Distiller(teacher, criterion)
+    before = [distill(student, **batch("llama")).loss.item() for _ in range(2)]
+    then(student)
+    expected, grads = loss_and_gradients_of_full_logits(criterion, student.double(), teacher)
+    out = distill(student, **batch("llama"))
+    assert is_lazy(out)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10) != before[1]
+    assert_close(gradients(out.loss, student), grads, 1e-10)
+
+
 REFUSALS = {
     "masks a class": (lambda: like(MasksForCausalLM), "it does more to its head's output"),
     "cuts the classes": (lambda: like(CutsForCausalLM), r"it makes (1, 1, 59) of its head's (1, 1, 61)"),

@@ -7,21 +7,22 @@ or soft cap) runs as usual, on logits `[1, 1, V]`. The head's full input is kept
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from kdloss.layers.names import attribute, unwrap
+from kdloss._head import Paths, why_full
+from kdloss.layers.names import unwrap
 from kdloss.targets import LazyLogits
 from kdloss.terms._outputs import find_logits
 
 _log = logging.getLogger("kdloss")
-_SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 
 
 class LazyHeads:
@@ -32,6 +33,7 @@ class LazyHeads:
         self._failed: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._said: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._repeatable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        self._paths = Paths()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LazyHeads, ()
@@ -42,24 +44,13 @@ class LazyHeads:
         The `with` gives a `HeadPass` for `finish`, or None if full logits are made. `otherwise` is the caller's reason
         to make them, if it has one.
         """
-        head = _head(model)
-        reason = otherwise or self._failed.get(model) or why_full(model, head)
-        if reason is not None or not isinstance(head, nn.Linear):
-            self._say(model, str(reason))
+        reason = otherwise or self._failed.get(model)
+        path = [] if reason else self._paths.to_head(model)
+        reason = reason or why_full(path)
+        if reason is not None:
+            self._say(model, reason)
             return nullcontext()
-        return self._hooked(HeadPass(head, self._known(model)), head)
-
-    @contextmanager
-    def _hooked(self, ran: "HeadPass", head: nn.Module) -> Iterator["HeadPass"]:
-        handles = [
-            head.register_forward_pre_hook(partial(_uncompiled(HeadPass.before), ran)),
-            head.register_forward_hook(partial(_uncompiled(HeadPass.after), ran)),
-        ]
-        try:
-            yield ran
-        finally:
-            for handle in handles:
-                handle.remove()
+        return HeadPass(cast(nn.Linear, path[-1]), self._known(model))
 
     def finish(self, model: nn.Module, ran: "HeadPass", output: Any) -> bool:
         """Put lazy logits into the output; False if the pass has to be made again, with full logits."""
@@ -88,7 +79,7 @@ class LazyHeads:
 
 
 class HeadPass:
-    """One forward pass: the head's input and, if not known yet, what the model makes of a test signal."""
+    """One forward pass, inside its `with`: the head's input and, if unknown, what the model makes of a test signal."""
 
     def __init__(self, head: nn.Linear, shaping: dict[str, Any] | None = None) -> None:
         self.head, self.shaping = head, shaping
@@ -96,6 +87,17 @@ class HeadPass:
         self.signal: Tensor | None = None
         self.shown: torch.Size | None = None
         self.thread = threading.get_ident()
+        self.hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> "HeadPass":
+        self.hooks = [self.head.register_forward_pre_hook(partial(_uncompiled(HeadPass.before), self))]
+        if self.shaping is None:
+            self.hooks.append(self.head.register_forward_hook(partial(_uncompiled(HeadPass.after), self)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def before(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
         """Keep the hidden states, in the dtype that autocast gives the head, and pass on only the first position."""
@@ -103,14 +105,13 @@ class HeadPass:
             return None
         hidden = args[0]
         self.hidden.append(hidden.to(_autocast(hidden)))
-        return hidden[(slice(1),) * (hidden.ndim - 1)]
+        first: Tensor = hidden[(slice(1),) * (hidden.ndim - 1)]
+        self.shown = torch.Size((*first.shape[:-1], self.head.weight.shape[0]))
+        return first
 
     def after(self, head: nn.Module, args: object, z: Tensor) -> Tensor:
-        """The head's own output, or in the first pass a test signal in its place, in the same graph (for DDP)."""
-        if threading.get_ident() != self.thread or not self.hidden:
-            return z
-        self.shown = z.shape
-        if self.shaping is not None or not z.numel():
+        """In the first pass, a test signal in place of the head's own output, in the same graph (for DDP)."""
+        if threading.get_ident() != self.thread or not self.hidden or not z.numel():
             return z
         self.signal = signal_like(z)
         return torch.where(torch.ones_like(z, dtype=torch.bool), self.signal, z)
@@ -128,8 +129,7 @@ class HeadPass:
             self.shaping = shaping(self.signal, answer.detach())
             if self.shaping is None:
                 return "it does more to its head's output than to scale and soft-cap it"
-        aliases = _Alias.apply(self.hidden[0], head.weight, head.bias)  # type: ignore[no-untyped-call]
-        lazy = LazyLogits(*aliases, **self.shaping or {})
+        lazy = LazyLogits(*_aliases(self.hidden[0], head.weight, head.bias), **self.shaping or {})
         if isinstance(output, dict):
             output["logits"] = lazy
         else:
@@ -144,8 +144,15 @@ def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     return disable(hook)  # type: ignore[no-any-return]
 
 
-class _Alias(torch.autograd.Function):
+def _aliases(*tensors: Tensor | None) -> Any:
     """The same tensors as new results: FSDP puts hooks on what a model returns, and would leave one on the weight."""
+    if torch.is_grad_enabled():
+        return _Alias.apply(*tensors)  # type: ignore[no-untyped-call]
+    return [None if t is None else t.detach() for t in tensors]
+
+
+class _Alias(torch.autograd.Function):
+    """New results that are no views, which FSDP2 warns of."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -175,64 +182,6 @@ def shaping(signal: Tensor, answer: Tensor) -> dict[str, Any] | None:
     expected = LazyLogits(x.unsqueeze(-1), x.new_ones(1, 1), None, softcap, scale).dense().squeeze(-1)
     found = {"softcap": softcap, "scale": scale}
     return found if torch.allclose(y, expected, rtol=1e-5, atol=0.0) else None
-
-
-def why_full(model: nn.Module, head: nn.Module | None) -> str | None:
-    """The reason why a model's full logits have to be made, as far as it is known before the pass; None if none."""
-    if torch.compiler.is_compiling():
-        return "the step is being compiled"
-    if head is None:
-        return "it has no output embeddings"
-    if type(head) is not nn.Linear:
-        return f"its head is a {type(head).__name__}, no plain nn.Linear"
-    if type(head.weight) is not nn.Parameter or hasattr(head.weight, "ds_id") or head.weight.is_meta:
-        return f"its head's weight is sharded, quantised or elsewhere ({type(head.weight).__name__})"
-    hooks = head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks
-    if any(hooks) or "forward" in vars(head):
-        return "its head has hooks of somebody else's"
-    for module in _around(model, head):
-        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
-            return "it was compiled as a whole; compile its blocks instead"
-        if not _SHARDED.isdisjoint(c.__name__ for c in type(module).__mro__):
-            return "FSDP shards its head"
-        if getattr(module, "static_graph", False) is True:
-            return "DDP with static_graph=True synchronises only what its output leads to"
-    return None
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    """A model's head; if peft trains a copy of it (`modules_to_save`), that copy."""
-    inner = unwrap(model)
-    find = attribute(inner, "get_output_embeddings")
-    head: Any = find() if callable(find) else None
-    copies = getattr(head, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict):
-        head = next((copies[name] for name in head.active_adapters if name in copies), head)
-    return head if isinstance(head, nn.Module) else None
-
-
-def _around(model: nn.Module, head: nn.Module) -> list[nn.Module]:
-    """The modules around the head, and the head; searched again if the head has moved."""
-    found = _along(model, _places.get(model, ""))
-    if found[-1] is not head:
-        _places[model] = next((name for name, module in model.named_modules() if module is head), "")
-        found = _along(model, _places[model])
-    return found
-
-
-_places: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-def _along(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules along a path, as far as the path exists."""
-    found = [model]
-    for name in filter(None, path.split(".")):
-        children = found[-1]._modules
-        inner = children[name] if name in children else None  # noqa: SIM401 - TorchScript's `_modules` have no `get`
-        if inner is None:
-            break
-        found.append(inner)
-    return found
 
 
 def _autocast(x: Tensor) -> torch.dtype:
