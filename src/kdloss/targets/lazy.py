@@ -1,7 +1,7 @@
 """Logits given by hidden states and head: the full logits never have to exist."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -80,14 +80,18 @@ class LazyLogits:
 
     def at(self, pick: Callable[[Tensor], Tensor]) -> "LazyLogits":
         """The same head at chosen positions."""
-        return replace(self, hidden=pick(self.hidden))
+        return self.with_hidden(pick(self.hidden))
+
+    def with_hidden(self, hidden: Float[Tensor, "*batch width"]) -> "LazyLogits":
+        """The same head for other hidden states."""
+        return LazyLogits(hidden, self.weight, self.bias, self.softcap, self.scale)
 
     def classes(self, ids: "Tensor | slice") -> "LazyLogits":
         """The logits of some entries of the vocabulary."""
         bias = None if self.bias is None else self.bias[ids]
-        return replace(self, weight=self.weight[ids], bias=bias)
+        return LazyLogits(self.hidden, self.weight[ids], bias, self.softcap, self.scale)
 
     def detach(self) -> "LazyLogits":
         """The same logits, detached."""
         bias = None if self.bias is None else self.bias.detach()
-        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+        return LazyLogits(self.hidden.detach(), self.weight.detach(), bias, self.softcap, self.scale)
