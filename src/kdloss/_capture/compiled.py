@@ -2,15 +2,13 @@
 
 import logging
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import nn
-
-from kdloss.layers.names import modules_of
 
 _log = logging.getLogger("kdloss")
 _said: WeakSet[nn.Module] = WeakSet()
@@ -19,19 +17,21 @@ _running = 0
 _stance: Any = None
 
 
-def hooks_seen(model: nn.Module, hooked: Collection[nn.Module]) -> AbstractContextManager[None]:
+def hooks_seen(modules: Sequence[nn.Module], hooked: Collection[nn.Module]) -> AbstractContextManager[None]:
     """Run everything eagerly inside the `with` if a hooked module is inside a compiled one.
+
+    `modules` are all modules of a model, the model first.
 
     A graph compiled before the hooks were registered ignores them, and there is no way to ask whether such a graph
     exists. A hook on the compiled module itself works: it runs outside the graph.
     """
-    compiled = [m for m in modules_of(model) if m._compiled_call_impl is not None or "_orig_mod" in m._modules]
+    compiled = [m for m in modules if m._compiled_call_impl is not None or "_orig_mod" in m._modules]
     around = next((m for m in compiled if _holds(m, hooked)), None)
     if around is None:
         return nullcontext()
     if not hasattr(torch.compiler, "set_stance"):
         raise RuntimeError(
-            f"{type(model).__name__} was compiled by torch.compile together with modules to be captured, "
+            f"{type(modules[0]).__name__} was compiled by torch.compile together with modules to be captured, "
             f"whose hooks it may not see before torch 2.6; compile its blocks instead: {BLOCKS}"
         )
     if around not in _said:

@@ -89,14 +89,15 @@ def record(
         _refuse_torchscript(model)
     asked: dict[nn.Module, list[Hashable]] = {}
     for key, request in requests.items():
-        module = (find if located is None else located.find)(model, request.name, request.blocks)
+        name, blocks = request.name, request.blocks
+        module = find(model, name, blocks) if located is None else located.find(model, name, blocks)
         _refuse_torchscript(module)
+        if located is not None:
+            located.refuse_dropped(model, module, name, blocks)
+        if request.which != "once":
+            _check(request, stop)
         asked.setdefault(module, []).append(key)
-    if located is not None:
-        places = {key: m for m, keys in asked.items() for key in keys}
-        located.refuse_dropped(model, {(r.name, r.blocks): places[key] for key, r in requests.items()})
-    for request in requests.values():
-        _check(request, stop)
+    every = modules_of(model)
     recorder = Recorder(model, asked, requests, stop, Evident() if located is None else located.evident)
     seen = recorder.captured
     hook = _hook()
@@ -108,12 +109,12 @@ def record(
         handles.append(model.register_forward_hook(hook(recorder.finish)))
     try:
         try:
-            with hooks_seen(model, asked):
+            with hooks_seen(every, asked):
                 yield seen
         except Stop as signal:
             if signal.recorder is not recorder:
                 raise
-            _resharded(model)
+            _resharded(every)
         recorder.check()
         if recorder.stopped:
             _refuse_unsynchronised(model, seen)
@@ -176,9 +177,9 @@ def _per_name(
     return {name: given.get(name, default) for name in names}
 
 
-def _resharded(model: nn.Module) -> None:
+def _resharded(modules: Iterable[nn.Module]) -> None:
     """Reshard a model under FSDP2: a pass that ends early leaves its parameters gathered. Needs a torch that can."""
-    sharded: Any = next((m for m in modules_of(model) if hasattr(type(m), "reset_iter_state")), None)
+    sharded: Any = next((m for m in modules if hasattr(type(m), "reset_iter_state")), None)
     if sharded is not None:
         sharded.reset_iter_state()
 

@@ -1,6 +1,6 @@
 """Look up modules once per model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,15 +46,14 @@ class Located:
         """The module that the function `find` would return."""
         return self._named(model, name) if isinstance(name, str) else _numbered(self._blocks(model, blocks), name)
 
-    def refuse_dropped(self, model: nn.Module, asked: Mapping[tuple[Name, str | None], nn.Module]) -> None:
+    def refuse_dropped(self, model: nn.Module, module: nn.Module, name: Name, blocks: str | None) -> None:
         """Raise for a block that the model skips at random in training mode (LayerDrop); checked once for each name."""
         known = self._steady.setdefault(model, set())
-        if not model.training or known.issuperset(asked):
+        if not model.training or (name, blocks) in known:
             return
-        for (name, _), module in asked.items():
-            if (drop := layer_drop(model, module)) is not None:
-                raise ValueError(f"{name!r} can't be captured in every step: {dropped(model, *drop)}")
-        known.update(asked)
+        if (drop := layer_drop(model, module)) is not None:
+            raise ValueError(f"{name!r} can't be captured in every step: {dropped(model, *drop)}")
+        known.add((name, blocks))
 
     def _named(self, model: nn.Module, name: str) -> nn.Module:
         name, _ = split_name(name)

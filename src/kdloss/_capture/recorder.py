@@ -89,12 +89,9 @@ class Recorder:
     ) -> None:
         self.model, self.asked, self.requests, self.stop = unwrap(model), asked, requests, stop
         self.evident = evident
-        self.number = {key: _number(request.which) for key, request in requests.items()}
         self.captured = Captured()
         self.runs = dict.fromkeys(asked, 0)
-        self.kept: dict[Hashable, deque[tuple[Tensor, int]]] = {
-            key: deque(maxlen=None if number is None else max(1, -number)) for key, number in self.number.items()
-        }
+        self.kept: dict[Hashable, deque[tuple[Tensor, int]]] = {}
         self.grad = torch.is_grad_enabled()
         self.thread, self.elsewhere = threading.get_ident(), False
         self.backward = torch._C._current_graph_task_id()
@@ -119,7 +116,7 @@ class Recorder:
                 self._keep(key, module, output)
         except Exception as error:
             self.error = error
-        if self.error is not None or (self.stop and len(self.captured.features) == len(self.kept)):
+        if self.error is not None or (self.stop and len(self.captured.features) == len(self.requests)):
             self.stopped = True
             raise Stop(self)
 
@@ -135,10 +132,12 @@ class Recorder:
                 raise self.error from None
             finally:
                 self.error = None  # its traceback refers to this object: a cycle that would keep features alive
-        if len(self.captured.features) < len(self.kept):
+        if len(self.captured.features) < len(self.requests):
             self._refuse_missing()
         for key, kept in self.kept.items():
-            if any(tensor._version != version for tensor, version in kept):
+            for tensor, version in kept:
+                if tensor._version == version:
+                    continue
                 raise RuntimeError(
                     f"the output of {self.requests[key].name!r} was changed in place after it was captured, as by "
                     "ReLU(inplace=True) or +=; write take=torch.clone to keep the value before the "
@@ -180,8 +179,8 @@ class Recorder:
         return here and torch._C._current_graph_task_id() == self.backward
 
     def _keep(self, key: Hashable, module: nn.Module, output: Any) -> None:
-        request, number, run = self.requests[key], self.number[key], self.runs[module] - 1
-        name = request.name
+        request, run = self.requests[key], self.runs[module] - 1
+        name, number = request.name, _number(request.which)
         if request.which == "once" and run:
             raise RuntimeError(
                 f"{name!r} ran more than once inside the `with`. If it is used several times, kdloss.capture takes "
@@ -201,6 +200,8 @@ class Recorder:
             # Changes in place are not tracked for these tensors, and no loss can save them for backward.
             with torch.inference_mode(False):
                 tensor = tensor.clone()
+        if key not in self.kept:
+            self.kept[key] = deque(maxlen=None if number is None else max(1, -number))
         kept = self.kept[key]
         kept.append((tensor, tensor._version))
         if number is None:
