@@ -75,9 +75,10 @@ class Named:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, k: int, student: nn.Module, teacher: Any) -> Classes | None:
         """The classes of the student and of teacher k (a model or a stored output), if both name their classes."""
-        ours, theirs = _folded(class_names(student)), _folded(class_names(teacher))
+        theirs = _folded(class_names(teacher))
         if theirs is None:
             return None
+        ours = _folded(class_names(student))
         if ours is None:
             if len(theirs) == getattr(getattr(unwrap(student), "config", None), "num_labels", None):
                 self._say(

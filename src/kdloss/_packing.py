@@ -32,7 +32,6 @@ class Packing:
     def __reduce__(self) -> tuple[Any, ...]:
         return Packing, ()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(
         self, key: Any, model: Callable[..., Any], args: tuple[Any, ...], inputs: Mapping[str, Any], whose: str
     ) -> None:
@@ -41,8 +40,14 @@ class Packing:
         On an accelerator, and in several processes, only the first batch is looked at: reading numbers makes the
         device wait, and every process has to make the same passes.
         """
-        if not args and inputs.get("position_ids") is None:
+        if len(args) < 2 and inputs.get("position_ids") is None:  # tokens come first
             return
+        self._measured(key, model, args, inputs, whose)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _measured(
+        self, key: Any, model: Callable[..., Any], args: tuple[Any, ...], inputs: Mapping[str, Any], whose: str
+    ) -> None:
         given = by_name(model, args, inputs)
         if not _is_text(given) or len(given) < len(args) + len(inputs):
             return

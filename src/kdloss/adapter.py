@@ -1,7 +1,7 @@
 """What `Distiller` has to know about a model; duck-typed, without importing transformers."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,15 +30,19 @@ def without_cache(model: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[
     return {"use_cache": False, **inputs} if takes_input(model, "use_cache", by_name=True) else dict(inputs)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Eval mode for every module inside the `with`; each module's own mode is restored after it.
 
     A model from torch.export keeps the mode in which it was exported, and frozen TorchScript has no mode.
     """
     training = [module for module in modules_of(model) if getattr(module, "training", False)]
+    return _evaluating(model, training) if training else nullcontext()
+
+
+@contextmanager
+def _evaluating(model: nn.Module, training: Sequence[nn.Module]) -> Iterator[None]:
     try:
-        model.eval() if training else None
+        model.eval()
     except NotImplementedError:
         for module in training:
             module.training = False

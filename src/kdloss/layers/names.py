@@ -51,10 +51,11 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     """All modules of a model, each once, level by level: faster than `model.modules()`, since every step needs them."""
     found, seen = [model], {model}
     for module in found:
-        for inner in module._modules.values():
-            if inner is not None and inner not in seen:
-                seen.add(inner)
-                found.append(inner)
+        if inside := module._modules:
+            for inner in inside.values():
+                if inner is not None and inner not in seen:
+                    seen.add(inner)
+                    found.append(inner)
     return found
 
 

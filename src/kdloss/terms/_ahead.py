@@ -27,8 +27,10 @@ class Ahead:
         """The positions of a batch; None where the host can count them itself, or can't be told their number."""
         if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.is_floating_point():
             return None
+        if on_cpu(labels.device) or not _tells(labels.device):
+            return None
         beside = mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == labels.shape)
-        if on_cpu(labels.device) or not _tells(labels.device) or not beside or (causal and labels.ndim < 2):
+        if not beside or (causal and labels.ndim < 2):
             return None
         keep = (labels[:, 1:] if causal else labels) != ignore_index
         if mask is not None:

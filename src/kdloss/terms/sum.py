@@ -168,16 +168,18 @@ class Sum(WithProperties):
 
     def plan(self, teachers: int = 1) -> Plan:
         """The terms to compute in this step, with this number of `teachers`; terms of weight 0 are left out."""
-        weights, reads, indices = {}, {}, {}
-        every = self.weights
+        weights: dict[str, float | Tensor] = {}
+        balance: Mapping[str, Tensor] = {}
+        reads, indices, weightings, every = {}, {}, {}, self.weights
         for name, term in self.terms.items():
             weight, several = every[name].at(self.step), term.teachers(teachers)
             if isinstance(weight, Tensor) or weight > 0:
                 weights[name], reads[name], indices[name] = weight, term.reads(), several
-        weightings = {name: w for name in weights if (w := every[name].weighting) is not None}
-        reads |= {name: weighed(reads[name], weighting) for name, weighting in weightings.items()}
-        balance = {} if self.balance is None else self.balance.factors(list(weights))
-        weights = {name: weight * balance.get(name, 1.0) for name, weight in weights.items()}
+                if (weighting := every[name].weighting) is not None:
+                    reads[name], weightings[name] = weighed(reads[name], weighting), weighting
+        if self.balance is not None:
+            balance = self.balance.factors(list(weights))
+            weights = {name: weight * balance.get(name, 1.0) for name, weight in weights.items()}
         return Plan(weights, reads, indices, self.contract.layouts[0], weightings, balance)
 
     def plan_of_task(self) -> Plan:
