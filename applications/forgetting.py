@@ -46,7 +46,7 @@ class Settings(options.Evaluation, options.Training, options.Teacher, options.Te
 
     new: Annotated[str | None, Doc("file or dataset with the new text; otherwise Python's own code")] = None
     new_samples: Annotated[int, options.COUNT, Doc("new texts; the last tenth is for evaluation")] = 2000
-    student_blocks: Annotated[int | None, options.COUNT, Doc("blocks of new text; otherwise all")] = None
+    student_blocks: Annotated[int | None, options.COUNT, Doc("at most so many blocks of new text; otherwise all")] = None
     student_samples: Annotated[int | None, options.COUNT, Doc("old texts to train on; otherwise all or 320")] = None
     rank: Annotated[int, options.COUNT, Doc("rank of the adapters")] = 8
     weight: Annotated[float, Doc("weight of the loss on old text")] = 1.0
@@ -99,7 +99,7 @@ def of_new(args: Settings, old: Setup) -> Setup:
 
 def batches(args: Settings, new: Setup, old: Setup, steps: int) -> Iterator[dict[str, Tensor]]:
     """Batches of new text, each with as much old text."""
-    blocks = text.draw(new.blocks, args.student_blocks, args.seed)
+    blocks = text.draw(new.blocks, min(args.student_blocks or len(new.blocks), len(new.blocks)), args.seed)
     both = (text.batches(x, args.batch_size, steps, args.seed) for x in (blocks, old.blocks))
     return ({**batch, "old": beside["input_ids"]} for batch, beside in zip(*both, strict=True))
 

@@ -185,10 +185,10 @@ def data() -> Figure:
         line(axes, {blocks * 64: numbers(seeds) for blocks, seeds in rows.items()}, name, color=colour)
     level(axes, mean(numbers(found["teacher"])), "teacher", TEACHER)
     axes.set(xscale="log", yscale="log", xlabel="tokens of the student's text (many epochs)")
-    axes.set_xticks(ticks := [6_000, 12_000, 25_000, 50_000, 100_000, 200_000], [f"{x:,}" for x in ticks])
+    axes.set_xticks(ticks := [1_500, 3_000, 6_000, 12_000, 25_000, 50_000], [f"{x:,}" for x in ticks])
     axes.xaxis.minorticks_off()
     axes.set(ylabel="held-out perplexity (less is better)")
-    axes.set_yticks(ticks := [100, 200, 400, 800], map(str, ticks))
+    axes.set_yticks(ticks := [100, 200, 400, 800, 1600, 3200], map(str, ticks))
     axes.yaxis.minorticks_off()
     return figure
 

@@ -46,7 +46,7 @@ STUDIES = {  # name: flags of compare.py
     ),
     "weak-teacher": f"{SMALL} --methods none vanilla --teacher-samples 600 --vary alpha 0.3 0.5 0.7 0.9",
     "defaults": f"{SMALL} --methods none vanilla --temperature 2 --alpha 0.5",
-    "data": f"{SMALL} --methods none vanilla feature --steps 576 --vary student-blocks 96 192 384 1536 3072",
+    "data": f"{SMALL} --methods none vanilla feature --steps 576 --vary student-blocks 24 48 96 192 384",
     "divergences": (
         "--samples 6000 --points 2 --methods none vanilla --vary divergence forward_kl reverse_kl jsd "
         "skewed_forward_kl skewed_reverse_kl adaptive_kl total_variation --vary alpha 0.1 0"

@@ -136,6 +136,8 @@ def test_the_same_seed_draws_the_same_blocks_of_text_and_another_seed_draws_othe
     assert first == again != other
     assert len(first) == 4
     assert torch.equal(text.draw(blocks, None, 0), blocks)
+    with pytest.raises(ValueError, match="11 blocks of text are asked for, and there are 10: lower --student-blocks"):
+        text.draw(blocks, 11, 0)
 
 
 @pytest.mark.parametrize("criterion", [kdloss.VanillaKD(), kdloss.FeatureKD("last", logit_weight=1.0)])

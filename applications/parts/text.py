@@ -200,6 +200,8 @@ def pack(token_ids: Sequence[Sequence[int]], length: int) -> Tensor:
 
 def draw(blocks: Tensor, count: int | None, seed: int) -> Tensor:
     """Draw `count` blocks by the seed; None keeps all blocks."""
+    if count is not None and count > len(blocks):
+        raise ValueError(f"{count} blocks of text are asked for, and there are {len(blocks)}: lower --student-blocks")
     generator = torch.Generator().manual_seed(seed)
     return blocks if count is None else blocks[torch.randperm(len(blocks), generator=generator)[:count]]
 
