@@ -72,7 +72,7 @@ def bars(axes: Axes, rows: Mapping[str, Sequence[float]], **style: Any) -> None:
     means, deviations = zip(*(spread(rows[name]) for name in names), strict=True)
     colours = [ALONE if name.startswith("alone") else "C0" for name in names]
     drawn = axes.barh(names, means, xerr=deviations, color=colours, error_kw={"capsize": 4}, **style)
-    axes.bar_label(drawn, fmt=" %.0f", padding=4)
+    axes.bar_label(drawn, fmt="%.0f", padding=6, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
 
 
 def varied(study: Runs, flag: str, standard: float, method: str = "vanilla") -> dict[float, Seeds]:
