@@ -125,8 +125,6 @@ def of_teacher(teacher: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[s
 
 def refuse_other_order(student: nn.Module, teacher: Callable[..., Any], args: Sequence[Any]) -> None:
     """Raise if an input given by position is one input to the student and another to a teacher that reads both."""
-    if not args:
-        return
     places, names, _ = _signature(teacher)
     for ours, theirs, _ in zip(_signature(student)[0], places, args, strict=False):
         if ours != theirs and (ours in names or ours in ("attention_mask", _PACKING)):

@@ -50,11 +50,12 @@ class Runner:
         self._pass, self._towers, self._decoder_inputs, self._classes = Passes(), Towers(), DecoderInputs(), Named()
         self._packing = Packing()
         self._seen: set[int] = set()  # the stored teachers whose rows were compared with a mask
-        self._compared: set[int] = set()
+        self._compared: set[int] = set()  # the teachers whose weights were compared with the student's
+        self._ordered: set[tuple[int, int]] = set()  # teachers, and how many inputs by position both read alike
         self._student: weakref.ref[nn.Module] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_student": None, "_compared": set()}
+        return vars(self) | {"_student": None, "_compared": set(), "_ordered": set()}
 
     def study(self, student: nn.Module, plan: Plan, batch: Batch, own_loss: bool) -> Captured:
         """The student's pass; it gets the labels if its own loss is read."""
@@ -126,7 +127,7 @@ class Runner:
     def _refuse_own_weights(self, k: int, student: nn.Module) -> AbstractContextManager[None]:
         """Raise if teacher k runs, inside the `with`, on weights that the student trains; once per student."""
         if self._student is None or self._student() is not student:
-            self._student, self._compared = weakref.ref(student), set()
+            self._student, self._compared, self._ordered = weakref.ref(student), set(), set()
         teacher = self.teachers[k]
         module = None if teacher is None or k in self._compared else owner(teacher.module)
         return nullcontext() if module is None else self._watched(k, Own(student, module))
@@ -141,8 +142,9 @@ class Runner:
     def _teach(self, k: int, teacher: Teacher, student: nn.Module, plan: Plan, batch: Batch) -> Captured:
         reads, module = {name: plan.reads[name] for name in plan.of_teacher(k)}, teacher.module
         args, inputs, labels = batch.args, dict(batch.inputs), batch.labels
-        if teacher.inputs is None:
+        if teacher.inputs is None and (k, len(args)) not in self._ordered:
             refuse_other_order(student, module, args)
+            self._ordered.add((k, len(args)))
         rename = next((r.to_teacher for r in reads.values() if r.to_teacher is not None), None)
         if rename is not None and teacher.inputs is None:
             own = partial(_renamed, module, rename, by_name(student, args, inputs))

@@ -18,6 +18,7 @@ from kdloss._runner import Batch, Runner
 from kdloss.adapter import measuring
 from kdloss.distilled import Distilled
 from kdloss.layers.names import modules_of, unwrap
+from kdloss.reduction import on_cpu
 from kdloss.teacher import Teacher, refuse_functions
 from kdloss.terms import Plan
 from kdloss.terms._ahead import Ahead
@@ -348,9 +349,11 @@ class Distiller:
 
 def _ahead(contract: Contract, own: OwnLoss, labels: Any, shift_labels: Any, mask: Tensor | None) -> Ahead | None:
     """Ask the device how many positions count, before it starts on the models' passes."""
-    causal = own.causal if contract.causal is None else contract.causal
-    labels, causal = (labels, causal) if shift_labels is None else (shift_labels, False)
-    return Ahead.of(labels, mask, causal=bool(causal), ignore_index=contract.ignore_index)
+    given = labels if shift_labels is None else shift_labels
+    if not isinstance(given, Tensor) or on_cpu(given.device):
+        return None
+    causal = shift_labels is None and (own.causal if contract.causal is None else contract.causal)
+    return Ahead.of(given, mask, causal=bool(causal), ignore_index=contract.ignore_index)
 
 
 def _plans(module: Any) -> bool:

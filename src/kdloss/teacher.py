@@ -115,7 +115,10 @@ def refuse_functions(criterion: Any, teachers: Sequence[Any]) -> None:
 
 def tensors(output: Any, inputs: Any) -> Any:
     """A teacher's output with its numpy arrays as tensors, on the device of its inputs."""
-    if output is None or isinstance(output, Tensor) or not any(map(_is_numpy, tree_leaves(output))):
+    parts = output.values() if isinstance(output, Mapping) else [output]
+    if all(part is None or isinstance(part, (Tensor, LazyLogits)) for part in parts):
+        return output
+    if not any(map(_is_numpy, tree_leaves(output))):
         return output
     device = next((x.device for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
     return tree_map(lambda x: torch.tensor(x, device=device) if _is_numpy(x) else x, output)

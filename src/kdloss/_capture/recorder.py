@@ -87,7 +87,7 @@ class Recorder:
         stop: bool,
         evident: Evident,
     ) -> None:
-        self.model, self.asked, self.requests, self.stop = unwrap(model), asked, requests, stop
+        self.model, self.asked, self.requests, self.stop = model, asked, requests, stop
         self.evident = evident
         self.captured = Captured()
         self.runs = dict.fromkeys(asked, 0)
@@ -157,7 +157,7 @@ class Recorder:
                     "thread that runs the model, and use DistributedDataParallel"
                 )
         if absent := {name: m for m, keys in self.asked.items() for name in self._missing(keys)}:
-            raise RuntimeError(not_run(self.model, absent, self.begun))
+            raise RuntimeError(not_run(unwrap(self.model), absent, self.begun))
 
     def _tells(self, request: Request, module: nn.Module, output: Any, tensor: Tensor) -> Tells:
         """What is known about a feature's axes. If `take` computed it, only the inputs' batch is known."""
@@ -165,7 +165,7 @@ class Recorder:
         if not _by_itself(request, output, tensor):
             part = request.take is None or (not callable(request.take) and levels(output))
             found = found.of_part() if part else NOTHING
-        configured = width(self.model) if isinstance(request.name, int) else None
+        configured = width(unwrap(self.model)) if isinstance(request.name, int) else None
         return Tells(found, configured, inputs=self.batch)
 
     def _missing(self, keys: Iterable[Hashable]) -> list[Name]:

@@ -9,6 +9,8 @@ from torch import Size, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from kdloss.layers.names import unwrap
+
 FIRST, LAST = 1, -1  # the axis of the width: right after the batch, or the last one
 _KEEP = tuple(f"torch.nn.modules.{name}" for name in ("activation", "dropout", "pooling"))
 
@@ -57,7 +59,7 @@ class Evident:
         """The evidence from a module of `model` whose output has this shape."""
         known, fitted = self._known.get(module, (None, False))
         if known is None or (fitted and not _fits(known, shape)):
-            known = evidence_of(module, model)
+            known = evidence_of(module, unwrap(model))
             self._known[module] = known, _fits(known, shape)
         return known
 

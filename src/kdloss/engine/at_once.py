@@ -47,18 +47,20 @@ def at_once(problem: Problem, plan: Plan, x: Student) -> bool:
     """Whether all rows fit in one block on a CPU, and there are only tensors, lazy logits and closed forms."""
     if not on_cpu(x.device) or problem.overwrite or problem.shard is not None or plan.by_autograd or plan.top_k:
         return False
-    if x.shape.numel() > AT_ONCE or problem.rows > block_sizes.scratch_rows(x.device, x.shape[-1]) or wanted(x.device):
+    shape = x.shape
+    if shape.numel() > AT_ONCE or problem.rows > block_sizes.scratch_rows(x.device, shape[-1]) or wanted(x.device):
         return False
     groups = all(group.classes is None for group in plan.groups)
-    return groups and all(type(read.x) in KINDS and read.x.shape == x.shape for read in read_by_rows(problem.tasks))
+    return groups and all(type(read.x) in KINDS and read.x.shape == shape for read in read_by_rows(problem.tasks))
 
 
 def run_at_once(problem: Problem, plan: Plan, x: Student, weights: Tensor | None) -> Found:
     """The same as `run` for all rows in one block, where `at_once` says so."""
-    tasks, index, n, shape = problem.tasks, problem.index, problem.rows, (x.shape[:-1].numel(), x.shape[-1])
+    tasks, index, n, full = problem.tasks, problem.index, problem.rows, x.shape
+    shape = full[:-1].numel(), full[-1]
     read = [x, *(read.x for read in read_by_rows(tasks))]
     wide = any(map(is_double, read))
-    exact = not wide and x.shape.numel() <= FEW
+    exact = not wide and full.numel() <= FEW
     dtype = torch.float64 if wide or exact else torch.float32
     lazy = {id(y): made(y, index, n) for y in read if isinstance(y, LazyLogits)}
 
@@ -91,7 +93,7 @@ def run_at_once(problem: Problem, plan: Plan, x: Student, weights: Tensor | None
         gradient = gradient.to(x.dtype)
         if index is not None:
             gradient = gradient.new_zeros(shape).index_copy_(0, index, gradient)
-        return values, (gradient.reshape(x.shape),)
+        return values, (gradient.reshape(full),)
 
 
 def made(x: LazyLogits, index: Tensor | None, rows: int) -> Rows:
