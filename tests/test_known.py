@@ -146,7 +146,7 @@ def test_copies_and_pickles_remember_no_step():
 
 def test_a_lazy_step_like_the_last_goes_straight_to_the_sweep_and_a_step_with_another_head_does_not(monkeypatch):
     criterion, hidden, weight = VanillaKD(), torch.randn(6, 4), torch.randn(5, 4)
-    teacher, labels = LazyLogits(torch.randn(6, 4), weight), torch.tensor([0, 1, 2, 3, 4, -100])
+    teacher, labels = LazyLogits(torch.randn(6, 4), nn.Parameter(weight)), torch.tensor([0, 1, 2, 3, 4, -100])
     criterion(LazyLogits(hidden, weight), teacher, labels)
     swept, cap = [], {"softcap": 0.5}
     monkeypatch.setattr(_known, "sweep", lambda *args, **known: swept.append(args) or _sweep.sweep(*args, **known))

@@ -61,10 +61,10 @@ class Known:
         if self._taught is not None:
             output = next(outputs)
             taught = _logits(output)
+            taught = taught.detach() if type(taught) in _KINDS else None  # as it was when it was remembered
             if _form(taught) != self._taught or not _in_order(output):
                 outputs.back(output)
                 return None
-            taught = taught.detach()
             del output
         causal: Any = {"causal": bool(contract.causal), "ignore_index": contract.ignore_index, "ahead": ahead}
         where = Positions.of(logits.shape[:-1], labels, mask, **causal)
