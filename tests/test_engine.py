@@ -1254,13 +1254,12 @@ def test_a_nan_student_has_a_zero_gradient_at_positions_of_weight_0(kind, every_
     loss, _ = fused(*Problem.of(tasks, student, None, 14), weights)
     assert loss.isfinite()
     leaf = student.detach().requires_grad_() if kind == "dense" else None
-    if leaf is None:
-        slopes = torch.autograd.grad(loss, x.student)
-    else:
+    if leaf is not None:
         loss, _ = fused(*Problem.of(tasks, leaf, None, 14), weights)
-        slopes = torch.autograd.grad(loss, leaf)
-    assert not slopes[0].view(14, -1)[3].any()
-    assert all(slope.isfinite().all() for slope in slopes[:1])
+    for graph in (False, True):
+        slopes = torch.autograd.grad(loss, x.student if leaf is None else leaf, retain_graph=True, create_graph=graph)
+        assert not slopes[0].view(14, -1)[3].any()
+        assert all(slope.isfinite().all() for slope in slopes)
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
@@ -1278,6 +1277,18 @@ def test_the_gradients_of_the_weights_are_the_values_of_the_tasks(kind, shape, f
     close(slope, expected if shape[1] > 1 else expected.sum(1, keepdims=True), 1e-10)
     if not frozen:
         all_agree(loss, values, x, exact_several(x, weights), weights)
+
+
+@pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])
+@pytest.mark.parametrize("shape", [(5, 1), (5, len(COUNTED))])
+def test_the_gradients_of_weights_of_0_are_the_values_of_the_tasks(kind, shape, every_block_size):
+    x = inputs()
+    student, tasks = student_and_tasks(kind, x)
+    weights = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    loss, _ = fused(*Problem.of(tasks, student, INDEX, len(COUNTED)), weights)
+    expected = exact_several(x, weights)[0]
+    (slope,) = torch.autograd.grad(loss, weights)
+    close(slope, expected if shape[1] > 1 else expected.sum(1, keepdims=True), 1e-10)
 
 
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket"])

@@ -79,8 +79,11 @@ def run_at_once(problem: Problem, plan: Plan, x: Student, weights: Tensor | None
         return LabelTask(rows(it.labels), it.smoothing, it.class_weights) if it.soft else it
 
     by = None if weights is None else slopes(plan, weights, dtype)
+    off, nowhere = switched_off(weights, len(tasks), n, problem.nonzero)
+    if isinstance(x, LazyLogits):
+        lazy[id(x)].zero_spoilt(nowhere)
     with without_autocast("cpu"):
-        block = RowBlock(rows(x), task, by, *switched_off(weights, len(tasks), n, problem.nonzero))
+        block = RowBlock(rows(x), task, by, off, nowhere)
         values, gradient = compute(plan, block, ExactSide if exact else Side)
         values = sized(plan, values).to(torch.float64 if wide else torch.float32)
         if gradient is None:

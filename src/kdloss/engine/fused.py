@@ -167,7 +167,10 @@ def plain_values(problem: Problem, student: Student, off: Tensor) -> Tensor:
         flat = t.flatten(0, positions - 1) if positions else t.unsqueeze(0)
         return flat if problem.index is None else flat[problem.index]
 
-    z = precise(dense(at(student, pick)))  # once, so that the tasks' gradients are added before they are rounded
+    rows = at(student, pick)
+    if isinstance(rows, LazyLogits):  # the head's gradient would multiply NaN by 0
+        rows = rows.with_hidden(fill(rows.hidden, ~off.all(0)))
+    z = precise(dense(rows))  # once, so that the tasks' gradients are added before they are rounded
     values = []
     for task, out in zip(problem.tasks, off, strict=True):
         there, on = task.at(pick), ~out

@@ -26,10 +26,18 @@ class Rows:
         if isinstance(x, LazyLogits):
             self.lazy = in_matmul_dtype(x.with_hidden(self._take(x.hidden, 0, None)))
 
-    def zero_hidden(self, nowhere: Tensor) -> None:
-        """Zero the hidden states of rows `[rows, 1]` that don't count: the head's gradient would multiply NaN by 0."""
-        if isinstance(self.x, LazyLogits):
-            self.lazy = self.lazy.with_hidden(self.lazy.hidden.masked_fill(nowhere, 0))
+    def zero_spoilt(self, nowhere: Tensor | None) -> Tensor | None:
+        """Zero hidden states with NaN or infinity in rows that don't count: the head's gradient would multiply them by 0.
+
+        `nowhere` says which rows don't count, `[rows, 1]` or `[1, 1]`. Returns the rows that were zeroed, `[rows]`,
+        whose values mean nothing then; None if there is nothing to zero.
+        """
+        if nowhere is None or not isinstance(self.x, LazyLogits):
+            return None
+        hidden = self.lazy.hidden
+        spoilt = nowhere & ~hidden.isfinite().all(-1, keepdim=True)
+        self.lazy = self.lazy.with_hidden(hidden.masked_fill(spoilt, 0))
+        return spoilt.squeeze(-1)
 
     def make(self, start: int, stop: int, buffer: Tensor | None = None) -> None:
         """Compute rows start to stop of lazy logits, in the given buffer if it is large enough."""

@@ -75,8 +75,7 @@ def run(problem: Problem, plan: Plan, x: Student, weights: Tensor | None) -> Fou
     tasks, n, classes, device, shard = problem.tasks, problem.rows, x.shape[-1], x.device, problem.shard
     student, teachers = Rows(x, problem.index), Teachers(read_by_rows(tasks), problem.index)
     off, nowhere = switched_off(weights, len(tasks), n, problem.nonzero)
-    if nowhere is not None:
-        student.zero_hidden(nowhere)
+    spoilt = student.zero_spoilt(nowhere)
     gradients: Gradients | None = None
     if weights is not None:
         gradients = OfHead(x, student, shard) if isinstance(x, LazyLogits) else OfLogits(x, student, problem.overwrite)
@@ -110,6 +109,7 @@ def run(problem: Problem, plan: Plan, x: Student, weights: Tensor | None) -> Fou
             if gradients is not None:
                 gradients.block(start, stop)
     values = found[0] if len(found) == 1 else torch.cat([torch.empty(len(tasks), 0, device=device), *found], 1)
+    values = values if spoilt is None else values.masked_fill(spoilt, torch.nan)
     return sized(plan, values).to(dtype), None if gradients is None else gradients.tensors()
 
 
