@@ -51,11 +51,12 @@ class Logits:
 
 @dataclass
 class Term:
-    """A term and its weight; `loss` is a row of tests/losses.py with its settings."""
+    """A term and its weight, which may be trained; `loss` is a row of tests/losses.py with its settings."""
 
     name: str
     kind: str
     weight: float
+    learned: bool = False
     by_mask: bool = False
     loss: Any = None
     temperature: float = 1.0

@@ -132,6 +132,9 @@ def _sum(d: Draw, case: Case, several: bool) -> None:
     if d.chance(0.2):
         pairs = 1 + d.chance(0.2, "two pairs")
         case.terms.append(Term("feature", "feature", 0.7, loss=d.one("distance", DISTANCES), pairs=pairs))
+    for term in case.terms:
+        term.learned = d.chance(0.15, "learned weight")
+        term.weight = 0.0 if term.learned and d.chance(0.4, "of 0") else term.weight
 
 
 def _divergence(d: Draw, name: str, several: bool) -> Term:

@@ -76,11 +76,16 @@ def made(case: Case, term: Term) -> Any:
     )
 
 
+def weight_of(term: Term) -> Any:
+    """The weight of a term, as a parameter if it is learned."""
+    return torch.nn.Parameter(torch.tensor(term.weight, dtype=torch.float64)) if term.learned else term.weight
+
+
 def criterion_of(case: Case) -> Any:
     """Build the criterion: a recipe, or a sum of weighted terms."""
     said = {"causal": case.causal, "reduction": case.reduction, "overwrite_logits": case.overwrite}
     if case.recipe is None:
-        found = kdloss.Sum(*(term.weight * made(case, term) for term in case.terms), layout=case.layout, **said)
+        found = kdloss.Sum(*(weight_of(term) * made(case, term) for term in case.terms), layout=case.layout, **said)
     else:
         ce, *_, kd = case.terms
         said |= {"alpha": ce.weight, "temperature": kd.temperature, "divergence": function(kd)}

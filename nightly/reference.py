@@ -150,10 +150,11 @@ def _expected(case: Case) -> Expected:
     upstream[case.stands] = case.upstream
     values, value_tolerance = np.zeros(positions), np.zeros(positions)
     slope, slope_tolerance = np.zeros_like(z), np.zeros_like(z)
-    found, features = Expected(0, 0), []
+    found, features, learned = Expected(0, 0), [], []
     for term in case.terms:
         rows = case.counted(term)[0]
-        share = term.weight / ((case.items or max(len(rows), 1)) if case.reduction == "mean" else 1)
+        one = 1 / ((case.items or max(len(rows), 1)) if case.reduction == "mean" else 1)
+        share = term.weight * one
         by = share * upstream[rows]
         if term.kind == "feature":
             v, features = _on_features(case, term, rows, by)
@@ -161,7 +162,7 @@ def _expected(case: Case) -> Expected:
         elif len(rows):
             here, twice = OnLogits(case, term, FAR * warmest), OnLogits(case, term, 2 * FAR * warmest)
             own = z[rows]
-            v, g = here(own), here.slope(own, by)
+            v, g = here(own), here.slope(own, by) if term.weight else np.zeros_like(own)
             of = OfLogits(case, term, here, own, v, twice(dense(case.student, 2 * FAR * warmest)[rows]))
             found.blind, found.vague = found.blind or of.blind, found.vague or of.vague
             v, tolerance, g_tolerance = np.where(of.infinite, np.inf, v), of.values(g, by), of.slopes(g, by)
@@ -171,12 +172,16 @@ def _expected(case: Case) -> Expected:
             v, tolerance = np.zeros(0), np.zeros(0)
         n = max(len(rows), 1)
         found.components[term.name] = v.sum() / n, tolerance.sum() / n
-        values[rows] += share * v
-        value_tolerance[rows] += share * tolerance
+        if term.weight:
+            values[rows] += share * v
+            value_tolerance[rows] += share * tolerance
+        if term.learned:
+            by = one * upstream[rows]
+            learned.append(((by * v).sum(), (abs(by) * (tolerance + 1e-6 * abs(v))).sum()))
     found.blind = found.blind or rounding.overflows(case, slope)
     found.gradients, found.tolerances = _of_student(case.student, slope, slope_tolerance)
-    found.gradients += [g for g, _ in features]
-    found.tolerances += [tolerance for _, tolerance in features]
+    found.gradients += [g for g, _ in (*features, *learned)]
+    found.tolerances += [tolerance for _, tolerance in (*features, *learned)]
     none = case.reduction == "none"
     found.value = values[case.stands] if none else values.sum()
     found.value_tolerance = value_tolerance[case.stands] if none else value_tolerance.sum()

@@ -15,7 +15,18 @@ from terms import TERMS, Batch, Confidence, by_hand, close, grad, kl, made
 from torch import nn
 
 import kdloss
-from kdloss import CrossEntropy, FeatureKD, Features, Logits, MultiTeacherKD, Sum, Task, VanillaKD, divergences
+from kdloss import (
+    CrossEntropy,
+    FeatureKD,
+    Features,
+    LazyLogits,
+    Logits,
+    MultiTeacherKD,
+    Sum,
+    Task,
+    VanillaKD,
+    divergences,
+)
 from kdloss.schedules import linear, warmup
 
 every_term = pytest.mark.parametrize("name", TERMS)
@@ -322,6 +333,23 @@ def test_one_parameter_as_weight_of_a_sum_gets_gradients_from_all_its_terms():
     twin = copy.deepcopy(criterion)
     assert len(list(twin.parameters())) == 1
     assert next(twin.parameters()) is not weight
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bad", [-torch.inf, torch.nan])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_learned_weight_of_0_takes_nothing_from_a_loss_that_is_no_number_and_learns_from_the_others(
+    lazy, bad, reduction
+):
+    z, t = torch.randn(2, 3, 5, dtype=torch.float64).unbind()
+    z[0, 0] = bad
+    student, weight = z.requires_grad_(), nn.Parameter(torch.zeros(()))
+    given = LazyLogits(student, torch.eye(5, dtype=torch.float64)) if lazy else student
+    loss = Sum(weight * Logits(), reduction=reduction)(given, t)
+    slopes = torch.autograd.grad(loss.sum(), [weight, student])
+    assert not loss.any() and not slopes[1].any()
+    kept = F.kl_div(z[1:].log_softmax(-1), t[1:].softmax(-1), reduction="sum").item()
+    assert slopes[0].item() == pytest.approx(kept / 3 if reduction == "mean" else kept, rel=1e-5)
 
 
 @pytest.mark.parametrize("schedule", [warmup(10, 1.0), lambda step: min(step, 10) / 10])

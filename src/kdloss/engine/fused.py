@@ -244,6 +244,11 @@ def _countable(values: Tensor, weights: Tensor) -> Tensor:
     return values.masked_fill((weights == 0) & ~values.isfinite(), 0)
 
 
+def times(values: Tensor, weights: Tensor | float) -> Tensor:
+    """Values times weights, where 0 times infinity or NaN is 0."""
+    return (_countable(values, weights) if isinstance(weights, Tensor) else values) * weights
+
+
 def _weighted(values: Tensor, weights: Tensor, nonzero: bool = False) -> Tensor:
     counted = values if nonzero else _countable(values, weights)
     return (counted * weights).sum(1).sum().to(values.dtype)  # by task: two of half weight equal one exactly

@@ -27,7 +27,7 @@ class Rows:
             self.lazy = in_matmul_dtype(x.with_hidden(self._take(x.hidden, 0, None)))
 
     def zero_spoilt(self, nowhere: Tensor | None) -> Tensor | None:
-        """Zero hidden states with NaN or infinity in rows that don't count: the head's gradient would multiply them by 0.
+        """Zero rows with NaN or infinity that don't count: the head's gradient would multiply them by 0.
 
         `nowhere` says which rows don't count, `[rows, 1]` or `[1, 1]`. Returns the rows that were zeroed, `[rows]`,
         whose values mean nothing then; None if there is nothing to zero.

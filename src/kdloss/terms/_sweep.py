@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss.engine import LabelTask, Problem, TeacherTask, fused, per_position
+from kdloss.engine.fused import times
 from kdloss.engine.run import column_of
 from kdloss.reduction import denominator, divided, widest
 from kdloss.targets import TopKLogits
@@ -79,8 +80,9 @@ def sweep(
         values = per_position(problem, local)
         loss: Any = 0
         for one, keep, row in zip(group, counts, values.unbind(), strict=True):
-            row = row if one.share is None else row * _there(one.share, places)
-            loss = one.weight * widest_where.back(row if keep is None else row.where(keep, 0), places) + loss
+            row = row if one.share is None else times(row, _there(one.share, places))
+            row = times(row, one.weight)
+            loss = widest_where.back(row if keep is None else row.where(keep, 0), places) + loss
         return loss, _means(group, values.detach(), counts, rows)
     loss, values = fused(problem, local, _shares(group, counts, places, rows, contract, items, device))
     return loss, _means(group, values, counts, rows)
