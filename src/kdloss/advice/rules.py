@@ -137,7 +137,7 @@ def warnings(pair: Pair, goal: Goal) -> Iterator[str]:
         yield (
             f"the student is {pair.smaller:.3g} times smaller. The rule is that beyond 10 times little is to be had; "
             "measured on text, 2.5, 4.5, 11 and 26 times smaller lowered perplexity by 44, 40, 36 and 33 %, and a "
-            "chain of assistants ended behind the direct way (203 against 187, one seed)"
+            "chain of assistants ended behind the direct way (201 against 181)"
         )
     if goal != "safe" and pair.alike is False:
         yield (
