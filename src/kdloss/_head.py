@@ -4,7 +4,6 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
 from kdloss.layers.names import attribute, unwrap
@@ -19,7 +18,7 @@ class Paths:
         self._known: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
     def to_head(self, model: nn.Module) -> list[nn.Module]:
-        """The modules from the model to its head, both included; the head alone where it is hidden; [] without one."""
+        """The modules from the model to its head, with both; only both where the head is hidden; [] without one."""
         known = self._known.get(model)
         if known is not None and type((found := _along(model, known))[-1]) is nn.Linear:
             return found
@@ -28,7 +27,7 @@ class Paths:
             return []
         path = next((name for name, module in model.named_modules() if module is head), None)
         if path is None:
-            return [head]
+            return [model, head]
         if not _is_chosen(path):
             self._known[model] = path
         return _along(model, path)
@@ -36,8 +35,6 @@ class Paths:
 
 def why_full(path: list[nn.Module]) -> str | None:
     """The reason why full logits have to be made, as far as the `path` to the head shows it; None if none."""
-    if torch.compiler.is_compiling():
-        return "the step is being compiled"
     if not path:
         return "it has no output embeddings"
     head = path[-1]

@@ -44,7 +44,8 @@ class LazyHeads:
         The `with` gives a `HeadPass` for `finish`, or None if full logits are made. `otherwise` is the caller's reason
         to make them, if it has one.
         """
-        reason = otherwise or self._failed.get(model)
+        compiled = "the step is being compiled" if torch.compiler.is_compiling() else None
+        reason = otherwise or compiled or self._failed.get(model)
         path = [] if reason else self._paths.to_head(model)
         reason = reason or why_full(path)
         if reason is not None:
