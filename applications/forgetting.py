@@ -46,7 +46,7 @@ class Settings(options.Evaluation, options.Training, options.Teacher, options.Te
 
     new: Annotated[str | None, Doc("file or dataset with the new text; otherwise Python's own code")] = None
     new_samples: Annotated[int, options.COUNT, Doc("new texts; the last tenth is for evaluation")] = 2000
-    student_blocks: Annotated[int | None, options.COUNT, Doc("at most so many blocks of new text; otherwise all")] = None
+    student_blocks: Annotated[int | None, options.COUNT, Doc("at most so many new blocks; otherwise all")] = None
     student_samples: Annotated[int | None, options.COUNT, Doc("old texts to train on; otherwise all or 320")] = None
     rank: Annotated[int, options.COUNT, Doc("rank of the adapters")] = 8
     weight: Annotated[float, Doc("weight of the loss on old text")] = 1.0
