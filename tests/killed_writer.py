@@ -14,8 +14,6 @@ import traceback
 import caching
 import torch
 
-from kdloss.cache import _shard
-
 left = 0
 
 
@@ -34,8 +32,9 @@ def die_in(owner, name, part=lambda *args: None):
     setattr(owner, name, call)
 
 
-def write_half_of_a_shard(tensors, path):
-    pathlib.Path(path).write_bytes(b"half of a shard")
+def write_half_of_a_shard(path, content):
+    with path.open("wb") as file:
+        file.write(content[: len(content) // 2])
 
 
 def write_half_of_a_text(path, text, **settings):
@@ -60,7 +59,7 @@ def write_until_killed(folder, turn):
     global left
     left = turn
     die_in(caching.Teacher, "forward")
-    die_in(_shard, "save_file", write_half_of_a_shard)
+    die_in(pathlib.Path, "write_bytes", write_half_of_a_shard)
     die_in(pathlib.Path, "write_text", write_half_of_a_text)
     die_in(os, "fsync")
     die_in(os, "replace")

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 
 @contextmanager
 def replacing(path: Path, rank: int) -> Iterator[Path]:
@@ -20,7 +18,7 @@ def replacing(path: Path, rank: int) -> Iterator[Path]:
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(
             f"{path} could not be written ({error}); nothing of it is left and finished shards are complete: "
             "free some space, then the same call goes on"

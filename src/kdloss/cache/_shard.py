@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from kdloss.cache import _files
@@ -78,7 +78,7 @@ def save(folder: Path, name: str, examples: Examples, kept: Sequence[Kept], rank
     """Write the numbers, then the index."""
     index_file(folder, name).unlink(missing_ok=True)
     with _files.replacing(data_file(folder, name), rank) as partial:
-        save_file(tensors(kept), partial)
+        partial.write_bytes(serialized(tensors(kept)))  # save_file writes to a file of its own, which a kill leaves
     index = {
         "sha256": _files.sha256(data_file(folder, name)),
         "examples_sha256": examples.digest(),
