@@ -46,6 +46,11 @@ def engine(compiled: bool) -> None:
         switch(compiled)
 
 
+def multiplies_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices. Without such instructions a product takes seconds, for any loss."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @contextmanager
 def engine_as(compiled: bool) -> Iterator[str]:
     """Run the engine compiled or uncompiled; yield the word for the conditions."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import liger
 import torch
-from measure import HEADER, Row
+from measure import HEADER, Row, multiplies_bf16
 from sections import functions, heads, logits, steps
 
 Section = Callable[[str], Iterator[Row]]
@@ -50,7 +50,8 @@ def conditions() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     with_liger = f"liger-kernel {version('liger-kernel')}" if liger.here() else "without Liger"
-    return f"{(names or [platform.processor()])[0]}, one thread, torch {torch.__version__}, {with_liger}."
+    missing = "" if multiplies_bf16() else " This CPU doesn't multiply bf16, so the lazy rows in bf16 are left out."
+    return f"{(names or [platform.processor()])[0]}, one thread, torch {torch.__version__}, {with_liger}.{missing}"
 
 
 def in_a_process(section: str, memory: str) -> list[str]:

@@ -141,11 +141,26 @@ def test_every_section_gives_distinct_finite_rows(section, monkeypatch):
     monkeypatch.setattr(measure, "engine", lambda compiled: None)
     monkeypatch.setattr(liger, "here", lambda: False)  # Liger takes seconds
     monkeypatch.setattr(measure, "SECONDS", 0.0)
+    monkeypatch.setattr(measure, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(small, "seconds", partial(small.seconds, rounds=1))
     rows = list(section("fresh", **TINY[section]))
     assert rows
     assert all(math.isfinite(row.ratio) and row.ratio != 0 for row in rows)  # a measured overhead may be negative
     assert len({(row.what, row.conditions) for row in rows}) == len(rows)  # no two rows have the same label
+
+
+def test_lazy_rows_in_bf16_are_left_out_only_where_the_cpu_does_not_multiply_bf16(monkeypatch):
+    monkeypatch.setattr(measure, "engine", lambda compiled: None)
+    monkeypatch.setattr(liger, "here", lambda: False)
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
+
+    def rows(there):
+        monkeypatch.setattr(measure, "multiplies_bf16", lambda: there)
+        return [row.conditions for row in heads.against_products("kept", **TINY[heads.against_products])]
+
+    with_bf16, without = rows(True), rows(False)
+    assert [said for said in with_bf16 if "bf16" not in said] == without
+    assert len(with_bf16) == 2 * len(without)
 
 
 def test_recipes_have_the_values_of_our_losses():
