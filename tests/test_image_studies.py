@@ -84,7 +84,7 @@ def test_rows_of_weights_that_are_too_long_are_shortened():
 @pytest.fixture
 def small_mnist(synthetic_mnist, tmp_path):
     sizes = "--teacher-width 40 --width 30 --narrow 12 5 --temperatures 1 4 --batch-size 50 --lr 0.01"
-    more = f"--teacher-epochs 2 --epochs 2 --jitter 0 --seeds 0 1 --mnist {synthetic_mnist} --output {tmp_path}"
+    more = f"--teacher-epochs 2 --steps 16 --jitter 0 --seeds 0 1 --mnist {synthetic_mnist} --output {tmp_path}"
     return [*sizes.split(), *more.split()]
 
 
@@ -110,6 +110,24 @@ def test_a_digit_missing_from_the_transfer_set_is_not_trained_on(small_mnist, mo
     found = study.student("without 3s", 0, 30, temperature=4.0, alpha=0.0)
     assert sorted(shown[0].tolist()) == [i for i, y in enumerate(study.learn.y.tolist()) if y != 3]
     assert found["corrected, unseen"] <= found["errors, unseen"] <= int((study.test.y == 3).sum())
+
+
+def test_a_small_net_that_sees_fewer_images_has_as_many_steps(small_mnist, monkeypatch):
+    study = published_mnist.Study(published_mnist.options.read(published_mnist.Settings(), small_mnist, None))
+    study.teach()
+    trained, fit = [], published_mnist.Study.fit
+
+    def watched(self, net, loss, seen, *rest):
+        sizes = []
+        trained.append(sizes)
+        return fit(self, net, lambda logits, some: sizes.append(len(some)) or loss(logits, some), seen, *rest)
+
+    monkeypatch.setattr(published_mnist.Study, "fit", watched)
+    for name in ("distilled", "only 7s and 8s"):
+        study.student(name, 0, 30, temperature=4.0, alpha=0.0)
+    every, few = trained
+    assert [len(every), len(few)] == [16, 16]
+    assert sum(few) < sum(every)  # the last batch of an epoch is smaller
 
 
 def test_the_bias_is_the_smallest_with_the_fewest_errors():
