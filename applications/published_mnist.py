@@ -42,7 +42,7 @@ class Settings:
     )
     alpha: Annotated[float, Doc("weight of the labels, if the transfer set has every digit")] = 0.1
     teacher_epochs: Annotated[int, options.COUNT, Doc("epochs of the large net")] = 60
-    steps: Annotated[int, options.COUNT, Doc("steps of a small net, in whole epochs of the images that it sees")] = 6000
+    steps: Annotated[int, options.COUNT, Doc("steps of a small net, in whole epochs of the images that it sees")] = 4000
     batch_size: Annotated[int, options.COUNT, Doc("images per step")] = 250
     lr: Annotated[float, Doc("Adam's peak learning rate; the schedule is a cosine")] = 1e-3
     jitter: Annotated[int, Doc("largest shift of the large net's images, in pixels")] = 2
