@@ -60,7 +60,7 @@ def results():
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("cache", "kdloss.cache needs safetensors; write: pip install 'kdloss[hf]'"),
+        ("cache", "kdloss.cache needs numpy; write: pip install 'kdloss[hf]'"),
         ("hf", "kdloss.hf needs safetensors; write: pip install 'kdloss[hf]'"),
         ("emd", "pair_by_emd needs scipy; write: pip install 'kdloss[emd]'"),
         ("heat_map", "a heat map needs matplotlib; write: pip install 'kdloss[plot]'"),
