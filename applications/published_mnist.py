@@ -2,7 +2,7 @@
 
     python applications/published_mnist.py --seeds 0 1 2 3 4
 
-It needs all of MNIST: install it with `make mnist`, or pass --mnist. It takes about two hours on one idle core; if the
+It needs all of MNIST: install it with `make mnist`, or pass --mnist. It takes about 80 minutes on one idle core; if the
 run is killed, the same command resumes with what is missing. There is one large net, as in the paper; seeds are those
 of the small nets.
 """
