@@ -141,7 +141,7 @@ def test_every_section_gives_distinct_finite_rows(section, monkeypatch):
     monkeypatch.setattr(measure, "engine", lambda compiled: None)
     monkeypatch.setattr(liger, "here", lambda: False)  # Liger takes seconds
     monkeypatch.setattr(measure, "SECONDS", 0.0)
-    monkeypatch.setattr(measure, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(heads, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(small, "seconds", partial(small.seconds, rounds=1))
     rows = list(section("fresh", **TINY[section]))
     assert rows
@@ -155,7 +155,7 @@ def test_lazy_rows_in_bf16_are_left_out_only_where_the_cpu_does_not_multiply_bf1
     monkeypatch.setattr(measure, "SECONDS", 0.0)
 
     def rows(there):
-        monkeypatch.setattr(measure, "multiplies_bf16", lambda: there)
+        monkeypatch.setattr(heads, "multiplies_bf16", lambda: there)
         return [row.conditions for row in heads.against_products("kept", **TINY[heads.against_products])]
 
     with_bf16, without = rows(True), rows(False)

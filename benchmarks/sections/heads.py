@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import liger
-import measure
 import recipes
 import torch
-from measure import Row, Step, backward, engine_as, leaves, peak, peak_row, time_row
+from measure import Row, Step, backward, engine_as, leaves, multiplies_bf16, peak, peak_row, time_row
 from sections.given import lazy, shape, short
 from torch import Tensor
 
@@ -39,7 +38,7 @@ def against_products(
 ) -> Iterator[Row]:
     """KL + CE, fp32 and, where the CPU multiplies it, bf16, against the products alone, the plain recipe, Liger."""
     kinds = [(torch.float32, 1.15, 0.9, None), (torch.bfloat16, 1.1, 0.95, 0.9)]
-    for dtype, most, of_liger, of_peak in kinds if measure.multiplies_bf16() else kinds[:1]:
+    for dtype, most, of_liger, of_peak in kinds if multiplies_bf16() else kinds[:1]:
         data = lazy(tokens, vocab, width, teacher_width, dtype)
         for compiled in (True, False):
             with engine_as(compiled) as how:
