@@ -61,7 +61,10 @@ EXAMPLES = {  # script, or script-variant: flags
     "changing_teachers": "", "published_mnist": "", "vision_pair": "", "encoder": "",
     "offline_teacher": f"--ks 16 32 64 128 256 --points 2 {THREE}",
     "cross_tokenizer": f"--points 2 {THREE}",
-    "cross_tokenizer-smollm2": f"--samples 1000 --student-samples 320 --heldout-samples 100 --points 2 {THREE}",
+    "cross_tokenizer-smollm2": (
+        f"--batch-size 2 --steps 240 --samples 1000 --student-samples 320 --heldout-samples 40 --continuations 16 "
+        f"--points 2 {THREE}"
+    ),
     "forgetting": f"--points 2 {THREE}",
     "forgetting-smollm2": (
         f"--max-length 128 --batch-size 2 --student-blocks 120 --lr 1e-3 --points 1 --samples 1000 "
