@@ -270,6 +270,21 @@ def test_what_depends_on_a_blocks_place_without_a_word_in_the_configuration_is_r
     assert len(plain.layers) == 2
 
 
+def test_a_model_whose_weights_were_rescaled_as_it_ran_is_refused_until_it_ran_in_training_again():
+    """RWKV halves the outputs of later blocks in eval mode, by their place, and says so in a flag outside of them."""
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 32, "vocab_size": 31}
+    teacher = hf.RwkvForCausalLM(hf.RwkvConfig(**sizes, num_hidden_layers=DEPTH, rescale_every=2))
+    tokens = torch.randint(31, (2, 5))
+    fresh = kdloss.keep_blocks(teacher, [0, 3, 7]).eval()
+    teacher.eval()(tokens)
+    with pytest.raises(ValueError, match=r"rwkv\.layers_are_rescaled is True in the teacher and False in a new model"):
+        kdloss.keep_blocks(teacher, [0, 3, 7])
+    teacher.train()(tokens)
+    again = kdloss.keep_blocks(teacher, [0, 3, 7]).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, fresh(tokens).logits)
+
+
 def test_another_first_block_is_not_mixed_with_the_kept_one():
     teacher = Placed(hf.BertConfig(num_hidden_layers=4, hidden_act="first"))
     assert len(kdloss.keep_blocks(teacher, [0, 2]).layers) == 2

@@ -40,8 +40,8 @@ def keep_blocks(teacher: Model, blocks: Layers) -> Model:
     Each block of the student is compared with the block it comes from: the same modules, shapes and attributes.
 
     Raises: TypeError for a model without a Hugging Face configuration that sets its depth; ValueError for blocks that
-    don't exist, appear twice, or aren't in ascending order, and for a model that builds a block otherwise at its new
-    place, such as GPT-2 with `scale_attn_by_inverse_layer_idx`.
+    don't exist, appear twice, or aren't in ascending order, for a model that builds a block otherwise at its new place,
+    such as GPT-2 with `scale_attn_by_inverse_layer_idx`, and for one whose weights were rescaled as it ran (RWKV).
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> teacher = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=8, n_head=2, vocab_size=9))
@@ -90,6 +90,7 @@ def keep_blocks(teacher: Model, blocks: Layers) -> Model:
     if extra := [key for key in teacher.state_dict() if key not in saved and not _block(key, kept)]:
         raise ValueError(f"the student has no {extra[0]}, which the teacher has outside its blocks; {INSTEAD}")
     _check_blocks(student, teacher, origins, kept)
+    _check_around(student, teacher, kept)
     device = next(teacher.parameters()).device
     for key, tensor in joined(student.named_parameters(), student.named_buffers()):
         tensor.data = tensor.data.to(device, source.get(origins[key], tensor).dtype)
@@ -185,6 +186,21 @@ def _check_blocks(
                         f"block {i} of the student's {name} is not built like block {theirs} of the teacher's: "
                         f"{f'{path}.{what}'.lstrip('.')} is {x!r}, in the teacher {y!r}; {INSTEAD}"
                     )
+
+
+def _check_around(student: nn.Module, teacher: nn.Module, kept: Mapping[str, list[int]]) -> None:
+    """Refuse a teacher that says of itself, outside its blocks, that it is in another state than a new model."""
+    every = dict(teacher.named_modules())
+    for path, module in student.named_modules():
+        if path not in every or any(path.startswith(f"{name}.") for name in kept):
+            continue
+        for key, new in vars(module).items():
+            said = vars(every[path]).get(key, new)
+            if isinstance(new, bool) and key[0] != "_" and key not in NOT_COMPARED and said != new:
+                raise ValueError(
+                    f"{f'{path}.{key}'.lstrip('.')} is {said} in the teacher and {new} in a new model, where the same "
+                    "weights may mean something else: keep blocks of the teacher as it was loaded, before it runs"
+                )
 
 
 def _facts(model: nn.Module, name: str) -> dict[tuple[str, str], Any]:
