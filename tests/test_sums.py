@@ -353,6 +353,26 @@ def test_a_learned_weight_of_0_takes_nothing_from_a_loss_that_is_no_number_and_l
     assert slopes[0].item() == pytest.approx(kept / 3 if reduction == "mean" else kept, rel=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bad", [-torch.inf, torch.nan])
+@pytest.mark.parametrize("beside", [0, 1])
+def test_a_learned_weight_of_0_does_the_same_for_a_term_that_is_not_on_logits_alone(beside, bad, reduction):
+    z = torch.randn(3, 5, dtype=torch.float64)
+    z[0, 0] = bad
+    student, weight = z.requires_grad_(), nn.Parameter(torch.zeros(()))
+    least = Task(lambda output, labels: -output.log_softmax(-1)[:, 0], name="least")
+    other = beside * Task(lambda output, labels: output[:, 1], name="other")
+    criterion = Sum(weight * least, other, reduction=reduction)
+    loss = criterion(student, None, torch.zeros(3, dtype=torch.int64))
+    slopes = torch.autograd.grad(loss.sum(), [weight, student], allow_unused=True)
+    each = 1 / 3 if reduction == "mean" else 1.0
+    torch.testing.assert_close(loss.sum().item(), beside * z[:, 1].sum().item() * each)
+    expected = torch.zeros(3, 5, dtype=torch.float64).index_fill_(1, torch.tensor([1]), beside * each)
+    torch.testing.assert_close(torch.zeros_like(z) if slopes[1] is None else slopes[1], expected)
+    assert slopes[0].item() == pytest.approx(-z[1:].log_softmax(-1)[:, 0].sum().item() * each, rel=1e-5)
+    assert not criterion.components["least"].isfinite()
+
+
 @pytest.mark.parametrize("schedule", [warmup(10, 1.0), lambda step: min(step, 10) / 10])
 def test_schedules_multiply_terms(schedule):
     batch = Batch()

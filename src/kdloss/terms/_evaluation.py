@@ -13,6 +13,7 @@ from kdloss._layout import classes_last
 from kdloss.engine import TeacherTask
 from kdloss.engine.overwritten import refuse
 from kdloss.reduction import on_cpu
+from kdloss.targets.looks import free_to_look
 from kdloss.terms._ahead import Ahead
 from kdloss.terms._feature_masks import check_given
 from kdloss.terms._outputs import find_logits, head_of, logits_of, returned
@@ -121,9 +122,10 @@ class Evaluation:
             self.shared.append((name, values, where))
             means[name] = mean(values, where)
             return
-        total = self.contract.total(name, values, where, self.items)
+        kept = counted(values, weight)
+        total = self.contract.total(name, kept, where, self.items)
         self.losses.append(weight * total)
-        means[name] = total.detach() if self.plain else mean(values, where)
+        means[name] = total.detach() if self.plain and kept is values else mean(values, where)
 
     def finish(self, task_terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and every component in the order of the terms; the student's added losses come last."""
@@ -244,3 +246,13 @@ class Evaluation:
         logits: Any = find_logits(returned(self.student))
         logits = getattr(logits, "hidden", logits)
         return [torch.zeros(()) if logits is None else logits.flatten()[:0].sum()]
+
+
+def counted(values: Tensor, weight: float | Tensor) -> Tensor:
+    """A term's values; if its trained weight is 0, those that are infinite or NaN are 0, and none has a slope.
+
+    The slopes would be NaN, too. On an accelerator this isn't looked at, which would make the device wait.
+    """
+    if not isinstance(weight, Tensor) or not free_to_look(weight, values) or weight.any() or values.isfinite().all():
+        return values
+    return values.detach().masked_fill(~values.isfinite(), 0)
