@@ -340,7 +340,8 @@ def _contract(d: Draw, case: Case, dtype: torch.dtype) -> None:
     if case.reduction == "mean" and d.chance(0.2):
         case.items = int(d.one("items", [1, 7, 1000]))
     told = case.mask is not None or (case.labels is not None and not case.labels.is_floating_point())
-    if len(case.shape) == 3 and (not told or case.classes in case.shape or d.chance(0.5)):
+    either = bool({case.classes, case.teacher_classes} & {*case.shape})  # their axis may be another one
+    if len(case.shape) == 3 and (not told or either or d.chance(0.5)):
         case.layout = "b h w c"
     whole = not case.student.lazy and "student strides=expanded" not in d.words
     whole = whole and dtype != torch.float16 and not {term.function for term in case.kds} & WHOLE
