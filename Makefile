@@ -17,8 +17,8 @@ TYPED := tests/test_laws.py tests/test_criteria.py tests/test_models.py tests/te
 # On the oldest versions that pyproject.toml allows: every test but those of scripts and of the package, which need more,
 # of resuming, which transformers does from torch 2.6 on, and of vocabularies over processes, which may hang as they end
 # under torch 2.4; and what these versions warn of by themselves.
-NEWER := applications% benchmarks cli compare distributed hf_checkpoints image_studies interrupted memory_page offline operations \
-	package questions sweep templates vocabulary_parallel workflows
+NEWER := applications% benchmarks cli compare cross_tokenizer distributed forgetting hf_checkpoints image_studies interrupted \
+	memory_page offline operations package questions sweep templates vocabulary_parallel workflows
 OLDEST := $(filter-out $(NEWER:%=tests/test_%.py),$(wildcard tests/test_*.py))
 SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
 LAWS := $(addprefix tests/test_,laws.py extremes.py engine.py lazy_head.py targets.py criteria.py masks.py sums.py)

@@ -194,4 +194,5 @@ def of_dtype(leaf: Leaf, g: Any) -> Any:
 
 def of_head(student: Logits, slope: Any) -> Any:
     """The rounding error of gradients that are multiplied with a head, from its dtype and its soft cap."""
-    return 2 * max(torch.finfo(student.leaves[0].base.dtype).eps, 1e-6 if student.softcap else 0) * abs(slope)
+    info = torch.finfo(student.leaves[0].base.dtype)
+    return 2 * max(info.eps, 1e-6 if student.softcap else 0) * abs(slope) + info.smallest_normal * info.eps

@@ -11,7 +11,8 @@ from versions import since_torch
 
 PAGE = (readme.ROOT / "docs" / "errors.md").read_text()
 HEADINGS = re.findall(r"^### (.*)$", PAGE, re.MULTILINE)
-MARKS = {"was compiled as a whole": [since_torch(2, 6)], "has no criterion.safetensors": [since_torch(2, 6)]}
+NEWER = "was compiled as a whole", "has no criterion.safetensors", "takes no position_ids"
+MARKS = {words: [since_torch(2, 6)] for words in NEWER}
 CASES = [pytest.param(words, marks=MARKS.get(words, [])) for words in provoked.CASES]
 
 

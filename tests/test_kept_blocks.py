@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from versions import since_torch
 
 import kdloss
 from kdloss.layers.lists import block_lists
@@ -77,6 +78,8 @@ MODELS = {
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**DECODER, head_dim=8, sliding_window=3)),
     "longformer": longformer,
 }
+WINDOWED = "llama4", "gemma2", "gemma3"  # transformers can't mask a batch of them under torch before 2.5
+CASES = [pytest.param(name, marks=[since_torch(2, 5)] if name in WINDOWED else []) for name in MODELS]
 
 
 def seq2seq(model, config, encoder=DEPTH, decoder=DEPTH, **extra):
@@ -152,7 +155,7 @@ def outputs(model):
 
 
 @pytest.mark.parametrize("blocks", [[0, 3, 4, 7], [1, 2, 6]])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", CASES)
 def test_a_student_computes_what_the_teacher_with_only_the_kept_blocks_computes(model, blocks, tmp_path):
     teacher = sharpened(MODELS[model])
     student = kdloss.keep_blocks(teacher, blocks)

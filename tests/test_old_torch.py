@@ -1,6 +1,7 @@
 """Limits of older torch versions that tests on a newer torch do not show."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,21 @@ def test_isinstance_is_never_called_with_a_union_which_torch_before_2_10_does_no
 
 def _union(node):
     return isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)
+
+
+def test_tests_of_scripts_are_left_out_where_what_scripts_need_is_not_installed():
+    root = Path(__file__).parent.parent
+    scripts = {path.stem for path in (root / "applications").glob("*.py")}
+    entry = re.search(r"^NEWER := (.*?[^\\])$", (root / "Makefile").read_text(), re.MULTILINE | re.DOTALL)[1]
+    left_out = re.compile("|".join(name.replace("%", ".*") for name in entry.replace("\\\n", " ").split()))
+    found = set()
+    for path in (root / "tests").glob("test_*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        found |= {path.stem.removeprefix("test_")} if names & scripts else set()
+    assert {"cli", "cross_tokenizer", "forgetting"} <= found
+    assert [name for name in sorted(found) if not left_out.fullmatch(name)] == []
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of torch about the code that it traces
