@@ -5,6 +5,7 @@ import importlib
 import device
 import mpmath
 import numpy as np
+import oracles
 import pytest
 import torch
 from losses import DISTANCES, DIVERGENCES, ONE_EACH, TOLERANCE, labels_for
@@ -77,6 +78,17 @@ def test_a_class_with_almost_no_probability_on_one_side_gives_the_right_loss_and
     np.testing.assert_allclose(
         slope.double(), exact_slope, rtol=1e-4, atol=1e-5 * size + absolute_tolerance(loss, torch.float32)
     )
+
+
+@pytest.mark.parametrize("beta", [0.14, 0.5, 0.86])
+@pytest.mark.parametrize("behind", ["student", "teacher"])
+def test_jsd_keeps_its_digits_where_one_side_excludes_a_class(behind, beta):
+    out, other = torch.randn(2, 64, 3)
+    out[:, 1] = -INF
+    student, teacher = (out, other) if behind == "student" else (other, out)
+    value = kdloss.divergences.jsd(student, teacher, temperature=2.0, beta=beta)
+    exact = oracles.jsd(student.double().numpy(), teacher.double().numpy(), temperature=2.0, beta=beta)
+    np.testing.assert_allclose(value, exact, rtol=3e-6)  # from differences of logarithms of next to nothing: 6e-5
 
 
 @every_divergence

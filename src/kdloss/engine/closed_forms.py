@@ -61,11 +61,10 @@ def jsd(q: Side, p: Side, *, beta: float = 0.5, normalize: bool = False) -> Form
         terms = beta * mixture_terms(b, a, m, 1 - beta) + (1 - beta) * mixture_terms(a, b, m, beta)
         slope = log_ratio(a, b, m, beta).mul_(a).mul_((1 - beta) * size)
         return q.sum(terms) * size, slope, q.sum(slope)
-    gap = p.log_ratio_to(q, (p.smooth_bits(), q.smooth_bits()))
     a, b = q.smooth(), p.smooth()
-    log = a.div_(mixed(b, a, beta, out=b)).log_()
-    teacher = q.sum(gap.add_(log).mul_(p.probs)) * (beta * size)
-    slope = log.mul_(q.probs).mul_((1 - beta) * size)
+    m = mixed(b, a, beta)
+    teacher = q.sum(b.div_(m).log_().mul_(p.probs)) * (beta * size)
+    slope = a.div_(m).log_().mul_(q.probs).mul_((1 - beta) * size)
     student = q.sum(slope)
     return teacher + student, slope, student
 
@@ -121,4 +120,4 @@ def hard_labels(q: Side, p: Side) -> Form:
 
 
 WITHOUT_SCRATCH = {forward_kl, reverse_kl, symmetric_kl, skewed_forward_kl, total_variation}
-"""Forms that a compiler computes in sweeps over the logits, without scratch memory as large as the logits."""
+"""Forms that torch.compile, from torch 2.6 on, computes in sweeps over the logits, without scratch as large."""

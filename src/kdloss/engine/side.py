@@ -79,10 +79,9 @@ class Side:
         terms = (self.bits - other.bits).mul_(self.probs).nan_to_num_(0.0, posinf=torch.inf)
         return (other.log_total - self.log_total).add_(self.sum(terms), alpha=LN2)
 
-    def log_ratio_to(self, other: "Side", smooth: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """log(self / other) of the probabilities, NaN where both are 0; from the `smooth` bits of both, if given."""
-        mine, others = smooth or (self.bits, other.bits)
-        gap = mine - others
+    def log_ratio_to(self, other: "Side") -> Tensor:
+        """log(self / other) of the probabilities, NaN where both are 0."""
+        gap = self.bits - other.bits
         return gap.mul_(LN2).add_(once((other.log_total - self.log_total).to(gap.dtype)))
 
     def log_probs(self) -> Tensor:
@@ -111,10 +110,6 @@ class Side:
     def flat(self) -> bool:
         """Whether T is so high that sums of nearly equal terms lose too many digits: T² multiplies their rounding."""
         return bool(self.like > 8)
-
-    def smooth_bits(self) -> Tensor:
-        """The bits of the probabilities after they are raised to at least e^-80, so that none is 0."""
-        return torch.maximum(self.bits, once(((self.log_total + NO_MASS) / LN2).to(self.bits.dtype)))
 
     def smooth(self) -> Tensor:
         """The probabilities, at least e^-80, so that every ratio and logarithm is finite."""
