@@ -10,6 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from versions import since_torch
 
 import kdloss
 from kdloss import LazyLogits, TokenMap, TopKLogits, VanillaKD
@@ -208,6 +209,7 @@ def test_a_divergence_from_a_top_k_teacher_is_not_compiled_on_a_cpu():
 
 
 @needs_a_compiler
+@since_torch(2, 6)
 @pytest.mark.parametrize("form", sorted(closed_forms.WITHOUT_SCRATCH, key=lambda form: form.__name__))
 def test_a_form_without_scratch_writes_the_gradient_over_the_logits_with_little_extra_memory(form):
     student, teacher = torch.randn(2, 64, 8192)

@@ -5,12 +5,16 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
+import torch
+
 from kdloss.engine.closed_forms import WITHOUT_SCRATCH, ClosedForm
 from kdloss.engine.rows import identity
 from kdloss.engine.task import LabelTask, Task, TeacherTask
 from kdloss.targets import TopKLogits
 from kdloss.targets.kinds import Classes
 from kdloss.targets.sharded import Shard
+
+OLD = torch.torch_version.TorchVersion(torch.__version__) < "2.6"  # its compiler for CPUs fuses less
 
 
 class Closed(NamedTuple):
@@ -56,7 +60,7 @@ class Plan:
     @property
     def scratch(self) -> bool:
         """Whether compiled work on a block of rows needs scratch memory as large as its logits."""
-        if self.top_k or len(self.groups) != 1 or self.groups[0].classes is not None:
+        if OLD or self.top_k or len(self.groups) != 1 or self.groups[0].classes is not None:
             return True
         forms: list[Any] = [closed.form for closed in chain(*self.groups[0].closed.values())]
         return len(forms) > 1 or any(form.func not in WITHOUT_SCRATCH for form in forms)
