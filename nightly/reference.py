@@ -151,6 +151,7 @@ def _expected(case: Case) -> Expected:
     values, value_tolerance = np.zeros(positions), np.zeros(positions)
     slope, slope_tolerance = np.zeros_like(z), np.zeros_like(z)
     found, features, learned = Expected(0, 0), [], []
+    apart = any("relational" in term.loss.exempt for term in case.kds)  # gradients are rounded, then added
     for term in case.terms:
         rows = case.counted(term)[0]
         one = 1 / ((case.items or max(len(rows), 1)) if case.reduction == "mean" else 1)
@@ -167,7 +168,7 @@ def _expected(case: Case) -> Expected:
             found.blind, found.vague = found.blind or of.blind, found.vague or of.vague
             v, tolerance, g_tolerance = np.where(of.infinite, np.inf, v), of.values(g, by), of.slopes(g, by)
             slope[rows] += g
-            slope_tolerance[rows] += g_tolerance
+            slope_tolerance[rows] += g_tolerance + (rounding.of_dtype(case.student.leaves[0], g) if apart else 0)
         else:
             v, tolerance = np.zeros(0), np.zeros(0)
         n = max(len(rows), 1)

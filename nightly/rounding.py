@@ -30,8 +30,8 @@ class OfLogits:
         self.temperature = term.temperature if term.kind == "kd" else 1.0
 
     def values(self, g: Any, by: Any) -> Any:
-        """Tolerances of the values, whose gradients weighted by `by` are g."""
-        g = abs(g) / np.maximum(abs(by[:, None]), 1e-300)
+        """Tolerances of the values, whose gradients weighted by `by` are g (no numbers at a kink)."""
+        g = np.where((by[:, None] == 0) | ~np.isfinite(g), 0, abs(g) / np.maximum(abs(by[:, None]), 1e-300))
         low = abs(self.z - self.z.max(-1, keepdims=True)) * (self.digits > 1e-9)  # low classes lose digits
         found = self.digits * (self.size + self.scale / 10) + (g * (2 * EPS * low + self._capped)).sum(-1)
         found[self._nearly_infinite] = np.inf
