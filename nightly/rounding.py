@@ -177,7 +177,8 @@ def digits(case: Case, term: Term) -> float:
         capped = capped or (teacher.softcap is not None and not double(teacher))
         return 1e-9 if (own or double(teacher)) and not capped else 1e-5
     largest = max(abs(np.nan_to_num(t.leaves[0].numpy(), posinf=0, neginf=0)).max(initial=0) for t in case.teachers)
-    more = max(1, largest / 10) if term.average == "logits" else 1  # large logits lose small gaps
+    # Large logits lose small gaps; so do small probabilities, which count among the other classes than the label.
+    more = max(1, largest / 10) if term.average == "logits" or term.function in ("dkd", "nkd") else 1
     return (1e-9 if all(map(double, case.teachers)) and not capped else 1e-5) * more
 
 
