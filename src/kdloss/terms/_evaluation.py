@@ -122,7 +122,7 @@ class Evaluation:
             self.shared.append((name, values, where))
             means[name] = mean(values, where)
             return
-        kept = counted(values, weight)
+        kept = finite_if_off(values, weight)
         total = self.contract.total(name, kept, where, self.items)
         self.losses.append(weight * total)
         means[name] = total.detach() if self.plain and kept is values else mean(values, where)
@@ -248,7 +248,7 @@ class Evaluation:
         return [torch.zeros(()) if logits is None else logits.flatten()[:0].sum()]
 
 
-def counted(values: Tensor, weight: float | Tensor) -> Tensor:
+def finite_if_off(values: Tensor, weight: float | Tensor) -> Tensor:
     """A term's values; if its trained weight is 0, those that are infinite or NaN are 0, and none has a slope.
 
     The slopes would be NaN, too. On an accelerator this isn't looked at, which would make the device wait.
