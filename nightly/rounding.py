@@ -153,6 +153,8 @@ class OfFeatures:
         scale = 0.1
         if self.term.function == "layer_norm_mse":
             scale = 10 / max(features.std(-1).min(), 1e-9)
+        if self.term.function == "cka":  # slopes that cancel to 0 are as large as the features are small
+            scale /= min(max(features.std(), 1e-9), 1)
         return np.full_like(g, self.digits * (abs(g).max() + scale * abs(by).max()))
 
     def projections(self, g: Any, weight: Any) -> Any:
