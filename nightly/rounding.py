@@ -173,7 +173,10 @@ def digits(case: Case, term: Term) -> float:
     if term.kind == "ce":
         return 1e-9 if own else 1e-5
     if kept is not None:
-        return 1e-9 if own and kept.log_probs.dtype == torch.float64 else 1e-5
+        if own and kept.log_probs.dtype == torch.float64:
+            return 1e-9
+        least = kept.log_probs.nan_to_num(neginf=0).min() if kept.log_probs.numel() else 0.0
+        return 1e-5 * max(1, -float(least) / 500)  # gaps of large logarithms
     if isinstance(term.teacher, int):
         teacher = case.teachers[term.teacher]
         capped = capped or (teacher.softcap is not None and not double(teacher))
