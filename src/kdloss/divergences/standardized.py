@@ -76,8 +76,7 @@ def _standard(z: Tensor) -> Tensor:
     number = there.sum(-1, keepdim=True)
     # The largest is subtracted first: a mean of large numbers would round their small differences.
     top = z.detach().masked_fill(~there, -torch.inf).amax(-1, keepdim=True)
-    finite = z.masked_fill(~there, 0) - top.masked_fill(number == 0, 0)
-    finite = finite.masked_fill(~there, 0)
+    finite = (z - top).masked_fill(~there, 0)
     gap = (finite - finite.sum(-1, keepdim=True) / number.clamp_min(1)).masked_fill(~there, 0)
     variance = gap.square().sum(-1, keepdim=True) / (number - 1).clamp_min(1)
     return torch.where(there, gap / (variance + 1e-14).sqrt(), z)
