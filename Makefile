@@ -24,10 +24,11 @@ SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
 LAWS := $(addprefix tests/test_,laws.py extremes.py engine.py lazy_head.py targets.py criteria.py masks.py sums.py)
 ON_A_CARD := $(addprefix tests/test_,on_a_device.py laws.py extremes.py engine.py lazy_head.py)
 MATHJAX := 3.2.2
+PYTEST_COV := 7.1.0
 SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft pillow psutil pytorch-lightning
 
-.PHONY: test test-oldest check static typed package pythons demo demo-pretrained mnist results examples bench gpu nightly docs clean
+.PHONY: test test-oldest check static typed package pythons demo demo-pretrained mnist results examples bench gpu nightly mutants docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -145,6 +146,15 @@ nightly: .venv-peers/ready  ## 200 000 random cases against float64, other proje
 	PYTHONPATH=tests $(BIN)/python nightly/fuzz.py $(ARGS)
 	PYTHONPATH=src .venv-peers/bin/python -m pytest --quiet nightly
 	PYTHONPATH=nightly $(BIN)/pytest --quiet --numprocesses 2 -p nan_memory $(LAWS)
+
+runs/reached: .venv/ready  # which test reaches which line; made once, remove it after a change
+	$(BIN)/pip $(INTO) pytest-cov==$(PYTEST_COV)
+	mkdir -p runs
+	COVERAGE_FILE=$@.part $(BIN)/pytest --quiet --numprocesses 2 -k 'not compile' --cov kdloss --cov-context test --cov-report= tests
+	mv $@.part $@
+
+mutants: runs/reached  ## break the library at one place at a time, and list what no test notices; ARGS="--sample 60"
+	PYTHONPATH=tests $(BIN)/python nightly/mutate.py $(ARGS)
 
 .venv/mathjax/tex-chtml.js: .venv/ready  # it draws the formulas, and would else come from somewhere on the web
 	@command -v npm >/dev/null || { echo "make docs takes MathJax from its npm package; install npm" >&2; exit 1; }

@@ -1,8 +1,8 @@
 """Mutation testing: change the library in one place at a time, and list the changes that no test notices.
 
-`PYTHONPATH=tests python nightly/mutate.py --sample 200 --log runs/mutants.jsonl` draws places in the engine, the
-divergences, the targets and the terms. A mutant runs in a process of its own: first the fuzzer's first cases, and if it
-survives them, the tests that TESTS lists for its folder. An existing log is continued. The survivors are printed.
+`make mutants ARGS="--sample 200"` draws places in the engine, the divergences, the targets and the terms. A mutant runs
+in a process of its own: first the fuzzer's first cases, and if it survives them, some of the tests that reach its line.
+An existing log is continued. The survivors are printed.
 """
 
 import argparse
@@ -12,25 +12,24 @@ import json
 import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np  # noqa: F401 - imported once, before processes are forked
-import torch  # noqa: F401
+import mpmath  # noqa: F401 - this import and the next ones are done once, before processes are forked
+import pytest
+import scipy.stats  # noqa: F401
+import torch._dynamo  # noqa: F401
+import transformers  # noqa: F401
+from coverage import CoverageData
 
 ROOT = Path(__file__).parent.parent
-TESTS = {
-    "engine": ["engine", "extremes", "lazy_head"],
-    "divergences": ["divergences", "extremes", "powers", "sinkhorn", "teacher_temperature"],
-    "targets": ["targets", "stored_types"],
-    "terms": ["sums", "criteria", "masks", "known"],
-    "": ["laws", "cross_entropy", "criteria"],
-}
+MINUTES = 10  # a mutant that takes longer may never end
 SWAPS: dict[type, type] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -95,28 +94,51 @@ def mutant(path: Path, i: int, j: int) -> tuple[str, str]:
     return name, ast.unparse(ast.fix_missing_locations(tree))
 
 
-def survives_cases(folder: Path, cases: int) -> bool:
-    """Whether the fuzzer's first cases pass with the mutant, in a process of their own."""
+def survives(folder: Path, run: Callable[[], int]) -> bool:
+    """Whether `run` returns 0 with the mutant in `folder`, in a process of its own."""
     child = os.fork()
     if child == 0:
         sys.path[:0] = [str(folder), str(ROOT / "nightly"), str(ROOT / "tests")]
+        os.chdir(ROOT)
+        signal.alarm(60 * MINUTES)
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                import fuzz
-
-                os._exit(fuzz.main(["--cases", str(cases)]))
+                os._exit(run())
         except BaseException:
             os._exit(2)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if ended in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise SystemExit("some tests are not found; remove the file of --reached, and make mutants again")
+    return ended == 0
 
 
-def survives_tests(folder: Path, names: list[str]) -> bool:
-    """Whether the tests pass with the mutant."""
-    files = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files]
-    paths = os.pathsep.join([str(folder), str(ROOT / "tests")])
-    told = {**os.environ, "PYTHONPATH": paths}
-    return subprocess.run(command, cwd=ROOT, env=told, capture_output=True).returncode == 0
+def cases(number: int) -> int:
+    """Run the fuzzer's first cases; 0 if none differs."""
+    import fuzz
+
+    return fuzz.main(["--cases", str(number)])
+
+
+def tests(names: list[str]) -> int:
+    """Run these tests up to the first that fails; 0 if none does."""
+    seen = "ignore::pytest.PytestAssertRewriteWarning"  # plugins that the imports above brought along
+    return pytest.main(["-x", "-q", "-n", "0", "-p", "no:benchmark", "-W", seen, *names])
+
+
+def reaching(reached: CoverageData, path: Path, i: int, most: int) -> list[str]:
+    """At most so many tests that reach the line, or else the file, of a place: of each test function one, then more."""
+    node = code(ast.parse(path.read_text()))[i]
+    by_line = reached.contexts_by_lineno(str(path))
+    here = {name for line in range(node.lineno, node.end_lineno + 1) for name in by_line.get(line, ())}
+    found = here - {""} or {name for names in by_line.values() for name in names} - {""}
+    names = sorted(name.removesuffix("|run") for name in found if name.endswith("|run"))
+    random.Random(0).shuffle(names)
+    seen: dict[str, int] = {}
+    turn = {}
+    for name in names:
+        function = name.partition("[")[0]
+        turn[name] = seen[function] = seen.get(function, 0) + 1
+    return sorted(names, key=turn.__getitem__)[:most]
 
 
 def main() -> None:
@@ -125,13 +147,16 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--tests", type=int, default=60)
+    parser.add_argument("--reached", type=Path, default=Path("runs/reached"), help="which test reaches which line")
     parser.add_argument("--log", type=Path, default=Path("runs/mutants.jsonl"))
     parser.add_argument("--rooms", nargs="+", default=["engine", "divergences", "targets", "terms", "reduction.py"])
-    parser.add_argument("--no-tests", action="store_true", help="run the fuzzer only")
     args = parser.parse_args()
     rooms = [ROOT / "src" / "kdloss" / room for room in args.rooms]
     files = sorted(path for room in rooms for path in (room.rglob("*.py") if room.is_dir() else [room]))
     every = [place for path in files for place in places(path)]
+    reached = CoverageData(str(args.reached))
+    reached.read()
     drawn = random.Random(args.seed).sample(every, min(args.sample, len(every)))
     args.log.parent.mkdir(parents=True, exist_ok=True)
     done = {x["name"]: x for x in map(json.loads, args.log.read_text().splitlines())} if args.log.exists() else {}
@@ -139,14 +164,17 @@ def main() -> None:
         folder = Path(scratch)
         shutil.copytree(ROOT / "src" / "kdloss", folder / "kdloss", ignore=shutil.ignore_patterns("__pycache__"))
         sys.dont_write_bytecode = True
+        names = reaching(reached, *drawn[0][:2], args.tests)
+        if not (survives(folder, partial(cases, args.cases)) and survives(folder, partial(tests, names))):
+            raise SystemExit("the library doesn't pass without a mutant either")
         for place in drawn:
             path, (name, text) = place[0], mutant(*place)
             if name in done:
                 continue
             there = folder / path.relative_to(ROOT / "src")
             there.write_text(text)
-            tests = TESTS.get(path.parent.name, TESTS[""])
-            alive = survives_cases(folder, args.cases) and (args.no_tests or survives_tests(folder, tests))
+            names = reaching(reached, path, place[1], args.tests)
+            alive = survives(folder, partial(cases, args.cases)) and survives(folder, partial(tests, names))
             there.write_text(path.read_text())
             done[name] = {"name": name, "alive": alive}
             print(json.dumps(done[name]), file=log, flush=True)
