@@ -24,7 +24,6 @@ SAID := -W ignore::FutureWarning -W 'ignore:Graph break:UserWarning'
 LAWS := $(addprefix tests/test_,laws.py extremes.py engine.py lazy_head.py targets.py criteria.py masks.py sums.py)
 ON_A_CARD := $(addprefix tests/test_,on_a_device.py laws.py extremes.py engine.py lazy_head.py)
 MATHJAX := 3.2.2
-PYTEST_COV := 7.1.0
 SHOWN := tex-chtml.js output/chtml/fonts input/tex/extensions
 OLDEST_TOOLS := pytest pytest-xdist hypothesis mpmath peft pillow psutil pytorch-lightning
 
@@ -147,8 +146,11 @@ nightly: .venv-peers/ready  ## 200 000 random cases against float64, other proje
 	PYTHONPATH=src .venv-peers/bin/python -m pytest --quiet nightly
 	PYTHONPATH=nightly $(BIN)/pytest --quiet --numprocesses 2 -p nan_memory $(LAWS)
 
-runs/reached: .venv/ready  # which test reaches which line; made once, remove it after a change
-	$(BIN)/pip $(INTO) pytest-cov==$(PYTEST_COV)
+.venv/coverage: .venv/ready
+	$(BIN)/pip $(INTO) pytest-cov==7.1.0
+	touch $@
+
+runs/reached: .venv/coverage  # which test reaches which line; remove it after a change
 	mkdir -p runs
 	COVERAGE_FILE=$@.part $(BIN)/pytest --quiet --numprocesses 2 -k 'not compile' --cov kdloss --cov-context test --cov-report= tests
 	mv $@.part $@
