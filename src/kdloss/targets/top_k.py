@@ -1,7 +1,7 @@
 """A teacher's most probable classes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -191,7 +191,8 @@ class TopKLogits:
     def _with(self, **changes: Any) -> "TopKLogits":
         """The same rows, or some of them, without checking the numbers again."""
         other = object.__new__(type(self))
-        vars(other).update(vars(self) | changes)
+        for field in fields(self):  # torch.compile follows this before torch 2.13, and `vars(self)` not
+            object.__setattr__(other, field.name, changes.get(field.name, getattr(self, field.name)))
         return other
 
     def renamed(self, new: Int[Tensor, " old"], vocabulary: int) -> "TopKLogits":
