@@ -119,6 +119,13 @@ def test_a_small_vocabulary_at_high_temperature_agrees_with_float64(loss, temper
     np.testing.assert_allclose(slope, exact_slope, rtol=1e-4, atol=1e-4 * abs(exact_slope).max())
 
 
+@pytest.mark.parametrize("loss", [FORWARD, REVERSE], ids=str)
+def test_at_a_high_temperature_small_gaps_between_logits_keep_their_digits(loss):
+    student, teacher = torch.randn(2, 300, 9)
+    value, _, exact, _ = ours_and_oracle(loss, student, teacher, 100.0)
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
+
+
 @pytest.mark.parametrize("loss", [x for x in ONE_EACH if not x.exempt & {"shift", "relational"}], ids=str)
 def test_a_class_excluded_by_both_sides_adds_nothing(loss):
     student, teacher = torch.randn(2, 3, 6)

@@ -27,7 +27,7 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b), without cancellation between large terms."""
-    return kl_terms(log_a.exp(), log_b.exp(), log_a, log_b).sum(-1)
+    return kl_terms(log_a.exp(), log_b.exp(), log_b - log_a).sum(-1)
 
 
 def counted(student: Tensor, teacher: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:

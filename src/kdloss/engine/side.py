@@ -75,7 +75,7 @@ class Side:
     def kl(self, other: "Side") -> Tensor:
         """KL(self || other): the mean gap of the logits under self's probabilities, plus that of the log sums."""
         if self.flat or other.flat:
-            return self.sum(kl_terms(self.probs, other.probs, self.log_probs(), other.log_probs()))
+            return self.sum(kl_terms(self.probs, other.probs, other.log_ratio_to(self)))
         terms = (self.bits - other.bits).mul_(self.probs).nan_to_num_(0.0, posinf=torch.inf)
         return (other.log_total - self.log_total).add_(self.sum(terms), alpha=LN2)
 

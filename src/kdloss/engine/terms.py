@@ -6,13 +6,13 @@ from torch import Tensor
 NO_MASS = -80.0  # e^-80 beside 1 is nothing, and still a normal number in float32
 
 
-def kl_terms(a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+def kl_terms(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     """A log(a/b) + b - a: the added b - a sums to 0 and makes every summand non-negative.
 
-    With d = log(b/a) it is a (exp(d) - 1 - d), and it is computed so where d is small: at high T everywhere.
+    With the gap d = log(b/a) it is a (exp(d) - 1 - d), and it is computed so where d is small: at high T everywhere.
     """
     there = a > 0
-    gap = torch.where(there, log_b - log_a, 0)
+    gap = torch.where(there, gap, 0)
     near = gap.clamp(-0.5, 0.5)
     return torch.where(there & (gap == near), a * (near.expm1() - near), (b - a) - a * gap)
 
