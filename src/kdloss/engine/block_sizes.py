@@ -24,14 +24,14 @@ def compiled_rows(
     """The same for compiled work, where every block costs Python time.
 
     On a CPU all rows at once, or an eighth of them, within bounds, where the work needs `scratch` memory as large as
-    the logits. On an accelerator as many rows as 32-bit indices allow, or a quarter of that for top-k teachers, whose
+    the logits. On an accelerator as many rows as 32-bit indices allow, or half of that for top-k teachers, whose
     other classes are written to memory on the way.
     """
     if device.type == "cpu":
         most = (2**20 if scratch else 2**24) * torch.get_num_threads()
         few = max(most // 4, classes * rows // 8) if scratch else most
     else:
-        most = few = 2**27 if top_k else 2**29
+        most = few = 2**28 if top_k else 2**29
     return max(2, min(most, few) // max(classes, 1))
 
 
