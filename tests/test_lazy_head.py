@@ -576,11 +576,12 @@ def test_a_model_is_unchanged_after_a_step_and_after_an_exception():
 
 def test_another_thread_gets_full_logits_during_a_step():
     student, teacher = model("llama"), model("llama", seed=1)
-    expected, found = student(**without_labels("llama")).logits, []
+    given, found = without_labels("llama"), []
+    expected = student(**given).logits
 
     def call_in_another_thread(*_):
         handle.remove()
-        thread = threading.Thread(target=lambda: found.append(student(**without_labels("llama")).logits))
+        thread = threading.Thread(target=lambda: found.append(student(**given).logits))
         thread.start()
         thread.join()
 
