@@ -293,3 +293,13 @@ def test_models_changed_in_place_between_steps_give_the_results_of_a_new_distill
     else:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert modes == {module: module.training for module in teacher.modules()}
+
+
+def test_a_student_that_now_ends_in_another_kind_of_layer_is_looked_at_again():
+    student, teacher = (nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    distill, x = kdloss.Distiller(teacher, VanillaKD(alpha=0.0)), torch.randn(3, 5, 4)
+    for _ in range(2):
+        distill(student, x)
+    student[0] = nn.Conv1d(5, 5, 1)  # logits of the same shape, but their classes are the second axis now
+    with pytest.raises(ValueError, match="second axis"):
+        distill(student, x)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kdloss._capture import Captured, Located, Request, record
+from kdloss._layout import ends
 from kdloss._virtual import without_virtual_tokens
 from kdloss.adapter import without_cache
 from kdloss.layers.layer_map import flat_names
@@ -46,7 +47,8 @@ class Passes:
             # not nullcontext(Captured()): torch 2.4 compiles only the empty one
             seen = Captured() if recorded is None else recorded
             seen.output = model(*args, **given[1])
-        seen.head = self.located.evident.ends(model)
+            if recorded is None:
+                seen.head = ends(model)
         if head is None or self.heads.finish(model, head, seen.output):
 
             def module(key: Any) -> nn.Module:

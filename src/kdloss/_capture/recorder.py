@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdloss._capture.take import Take, levels, taken
 from kdloss._capture.why import no_gradient, not_run
-from kdloss._layout import NOTHING, Evident, Tells
+from kdloss._layout import NOTHING, Evident, Tells, ends
 from kdloss.layers.blocks import width
 from kdloss.layers.layer_map import Name
 from kdloss.layers.names import unwrap
@@ -123,7 +123,7 @@ class Recorder:
     def finish(self, model: nn.Module, args: object, output: Any) -> None:
         """Called after the model has run."""
         if self._ours():
-            self.captured.output, self.captured.head = output, self.evident.ends(model)
+            self.captured.output, self.captured.head = output, ends(model)
 
     def check(self) -> None:
         """Raise for errors in hooks, for modules that did not run and for outputs that were changed in place."""

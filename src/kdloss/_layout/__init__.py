@@ -2,7 +2,7 @@
 
 from kdloss._layout.classes import classes_last
 from kdloss._layout.decide import Tells, check_batch, decide, standard, width_last
-from kdloss._layout.evidence import NOTHING, Evidence, Evident
+from kdloss._layout.evidence import NOTHING, Evidence, Evident, ends
 from kdloss._layout.pattern import Layout, Patterns, read, read_each
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "check_batch",
     "classes_last",
     "decide",
+    "ends",
     "read",
     "read_each",
     "standard",

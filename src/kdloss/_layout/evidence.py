@@ -46,13 +46,12 @@ _RMS: Any = getattr(nn, "RMSNorm", nn.LayerNorm)
 
 
 class Evident:
-    """`evidence_of` and `ends` with a memory, for models that change rarely.
+    """`evidence_of` with a memory, for models that change rarely.
 
     A module whose width is no longer in its output, as after pruning, is read anew.
     """
 
     def __init__(self) -> None:
-        self._ends: WeakKeyDictionary[nn.Module, Evidence] = WeakKeyDictionary()
         self._known: WeakKeyDictionary[nn.Module, tuple[Evidence, bool]] = WeakKeyDictionary()
 
     def of(self, module: nn.Module, model: nn.Module, shape: Size) -> Evidence:
@@ -61,13 +60,6 @@ class Evident:
         if known is None or (fitted and not _fits(known, shape)):
             known = evidence_of(module, unwrap(model))
             self._known[module] = known, _fits(known, shape)
-        return known
-
-    def ends(self, model: nn.Module) -> Evidence:
-        """The evidence from the last layer of `model`."""
-        known = self._ends.get(model)
-        if known is None:
-            known = self._ends[model] = ends(model)
         return known
 
 
@@ -96,7 +88,7 @@ def ends(model: nn.Module) -> Evidence:
     for child in reversed([*model.children()]):
         found = ends(child)
         if found != NOTHING:
-            return replace(found, sure=found.sure and not follows)
+            return replace(found, sure=False) if found.sure and follows else found
         follows = follows or not _keeps_axes(child)
     return NOTHING
 
