@@ -2,7 +2,8 @@
 
 `make mutants ARGS="--sample 200"` draws places in the engine, the divergences, the targets and the terms. A mutant runs
 in a process of its own: first the fuzzer's first cases, and if it survives them, some of the tests that reach its line.
-An existing log is continued. The survivors are printed.
+An existing log is continued, and its survivors meet further tests if there are now more `--tests`. The survivors are
+printed.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -135,11 +137,12 @@ def reaching(reached: CoverageData, path: Path, i: int, most: int) -> list[str]:
     found = here - {""} or {name for names in by_line.values() for name in names} - {""}
     names = sorted(name.removesuffix("|run") for name in found if name.endswith("|run"))
     random.Random(0).shuffle(names)
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     turn = {}
     for name in names:
         function = name.partition("[")[0]
-        turn[name] = seen[function] = seen.get(function, 0) + 1
+        turn[name] = seen[function]
+        seen[function] += 1
     return sorted(names, key=turn.__getitem__)[:most]
 
 
@@ -171,14 +174,16 @@ def main() -> None:
             raise SystemExit("the library doesn't pass without a mutant either")
         for place in drawn:
             path, (name, text) = place[0], mutant(*place)
-            if name in done:
+            before = done.get(name, {"alive": True, "tests": 0})
+            if not before["alive"] or before["tests"] >= args.tests:
                 continue
             there = folder / path.relative_to(ROOT / "src")
             there.write_text(text)
-            names = reaching(reached, path, place[1], args.tests)
-            alive = survives(folder, partial(cases, args.cases)) and survives(folder, partial(tests, names))
+            names = reaching(reached, path, place[1], args.tests)[before["tests"] :]
+            alive = name in done or survives(folder, partial(cases, args.cases))
+            alive = alive and survives(folder, partial(tests, names))
             there.write_text(path.read_text())
-            done[name] = {"name": name, "alive": alive}
+            done[name] = {"name": name, "alive": alive, "tests": args.tests}
             print(json.dumps(done[name]), file=log, flush=True)
     names = [mutant(*place)[0] for place in drawn]
     alive = [name for name in names if done[name]["alive"]]
