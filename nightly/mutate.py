@@ -2,8 +2,7 @@
 
 `make mutants ARGS="--sample 200"` draws places in the engine, the divergences, the targets and the terms. A mutant runs
 in a process of its own: first the fuzzer's first cases, and if it survives them, some of the tests that reach its line.
-An existing log is continued, and its survivors meet further tests if there are now more `--tests`. The survivors are
-printed.
+An existing log is continued. The survivors are printed.
 """
 
 import argparse
@@ -174,16 +173,14 @@ def main() -> None:
             raise SystemExit("the library doesn't pass without a mutant either")
         for place in drawn:
             path, (name, text) = place[0], mutant(*place)
-            before = done.get(name, {"alive": True, "tests": 0})
-            if not before["alive"] or before["tests"] >= args.tests:
+            if name in done:
                 continue
             there = folder / path.relative_to(ROOT / "src")
             there.write_text(text)
-            names = reaching(reached, path, place[1], args.tests)[before["tests"] :]
-            alive = name in done or survives(folder, partial(cases, args.cases))
-            alive = alive and survives(folder, partial(tests, names))
+            names = reaching(reached, path, place[1], args.tests)
+            alive = survives(folder, partial(cases, args.cases)) and survives(folder, partial(tests, names))
             there.write_text(path.read_text())
-            done[name] = {"name": name, "alive": alive, "tests": args.tests}
+            done[name] = {"name": name, "alive": alive}
             print(json.dumps(done[name]), file=log, flush=True)
     names = [mutant(*place)[0] for place in drawn]
     alive = [name for name in names if done[name]["alive"]]
