@@ -10,6 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 from losses import sample
 from torch import nn
 from versions import since_torch
@@ -753,6 +754,25 @@ def test_check_finite_names_the_tensor_and_the_first_index():
     for causal in (False, True):
         with pytest.raises(ValueError, match=r"labels\[2, 1\] is 7, outside the 7 classes"):
             kdloss.VanillaKD(check_finite=True, causal=causal)(student, teacher, labels)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_check_finite_looks_at_every_position_that_counts_and_at_no_other(whose, causal):
+    student, teacher, labels, mask = batch()
+    criterion = kdloss.VanillaKD(check_finite=True, causal=causal)
+    counts = mask & (labels != -100)
+    if causal:  # a position learns the next one's label
+        counts = F.pad(counts[:, 1:], (0, 1), value=False)
+    for b, t in np.ndindex(3, 4):
+        spoilt = (student if whose == "student" else teacher).detach().clone()
+        spoilt[b, t, 2] = float("nan")
+        given = (spoilt, teacher) if whose == "student" else (student, spoilt)
+        if counts[b, t]:
+            with pytest.raises(ValueError, match=rf"{whose}\[{b}, {t}, 2\] is nan"):
+                criterion(*given, labels, mask=mask)
+        else:
+            assert criterion(*given, labels, mask=mask).isfinite()
 
 
 CRITERIA = [

@@ -286,8 +286,9 @@ def test_dist_treats_a_class_that_both_exclude_as_probability_0():
 # -- wrappers, and vocabularies of two sizes --
 
 
-def test_standardised_losses_ignore_shift_and_scale_and_use_the_sample_deviation():
-    student, teacher = sample(4, 7, dtype=torch.float64)
+@pytest.mark.parametrize("classes", [2, 7])
+def test_standardised_losses_ignore_shift_and_scale_and_use_the_sample_deviation(classes):
+    student, teacher = sample(4, classes, dtype=torch.float64)
     loss = kdloss.divergences.standardized(kdloss.divergences.forward_kl)
     value = loss(student, teacher, temperature=2.0)
     moved = loss(20 * student - 3, teacher / 7 + 100, temperature=2.0)
@@ -318,6 +319,8 @@ def test_uld_compares_vocabularies_of_any_sizes_and_ignores_the_order():
     value = kdloss.divergences.uld(student, teacher)  # .6 .3 .1 0 against .7 .2 .05 .05
     assert value.item() == pytest.approx(0.1 + 0.1 + 0.05 + 0.05)
     assert kdloss.divergences.uld(teacher, student).item() == pytest.approx(0.3)
+    several = kdloss.divergences.uld(teacher.expand(2, 5, 4), student.expand(2, 5, 3))
+    np.testing.assert_allclose(several.detach(), np.full((2, 5), 0.3))
     assert kdloss.divergences.uld(student, teacher[:, [3, 0, 1, 2]]).item() == pytest.approx(0.3)
     assert not kdloss.divergences.uld(student, student.detach().flip(1)).any()
     assert torch.autograd.gradcheck(kdloss.divergences.uld, (student, teacher))

@@ -604,6 +604,12 @@ def test_second_derivatives_are_right(name, kind, block_sizes):
     assert torch.autograd.gradgradcheck(loss, x.student)
 
 
+def test_second_derivatives_of_a_single_row_without_positions_are_right():
+    student, teacher = torch.randn(2, 5, dtype=torch.float64)
+    criterion, label = VanillaKD(2.0, 0.4), torch.tensor(3)
+    assert torch.autograd.gradgradcheck(lambda s: criterion(s, teacher, label), student.requires_grad_())
+
+
 @pytest.mark.parametrize("kind", ["dense", "lazy", "top-k bucket", "mixture"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_loss_that_is_still_referenced_frees_the_logits_after_backward(kind, reduction):

@@ -519,6 +519,15 @@ def test_a_standardized_divergence_of_any_two_vocabularies_stays_one():
     torch.testing.assert_close(value, kdloss.divergences.uld(z, t).mean())
 
 
+def test_a_standardized_divergence_of_your_own_still_needs_one_vocabulary():
+    def squares(student, teacher, *, temperature=1.0):
+        return student.square().sum(-1) - teacher.square().sum(-1)
+
+    (student, _), (_, teacher) = sample(4, 7), sample(4, 5)
+    with pytest.raises(ValueError, match=r"7.*5"):
+        kdloss.Sum(kdloss.Logits(kdloss.divergences.standardized(squares)))(student, teacher)
+
+
 def test_uld_refuses_top_k_teachers_whatever_their_vocabulary():
     (student, _), (_, teacher) = sample(4, 40), sample(4, 30)
     for kept in (all_classes(teacher, 1.0, "uniform"), kdloss.TopKLogits.of(teacher, 30)):

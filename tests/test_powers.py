@@ -174,6 +174,16 @@ def test_renyi_is_finite_where_its_sum_overflows_or_underflows(form):
 
 
 @BOTH_FORMS
+@pytest.mark.parametrize("order", [0.5, 2.0])
+def test_a_class_that_both_sides_exclude_adds_nothing_to_renyi(form, order):
+    student, teacher = torch.tensor([[0.0, 10.0, -INF]]), torch.tensor([[10.0, 0.0, -INF]])
+    value, slope = run(form, partial(renyi, order=order), student, teacher, 1.0)
+    expected, its = run(form, partial(renyi, order=order), student[:, :2], teacher[:, :2], 1.0)
+    assert value == pytest.approx(expected)
+    np.testing.assert_allclose(slope, [[*its[0], 0.0]], rtol=1e-5)
+
+
+@BOTH_FORMS
 def test_the_value_where_one_side_excludes_a_class_is_finite_or_infinite_as_defined(form):
     uniform, one_class = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -INF]])
     for loss, q_excludes, p_excludes in (

@@ -635,6 +635,12 @@ def test_served_rows_of_another_form_are_refused():
         TopKLogits.from_served([None, {1: 3.5, 2: 1.0}])
 
 
+def test_one_class_and_all_others_together_have_no_probability_above_1():
+    for only in (0, 3):
+        with pytest.raises(ValueError, match="more than 1"):
+            TopKLogits(torch.tensor([[only]]), torch.tensor([[0.9]]).log(), log_rest=torch.tensor([0.9]).log())
+
+
 def test_an_index_below_minus_1_is_refused_with_and_without_a_vocabulary():
     for vocabulary, words in ((None, "classes"), (5, "5 classes, 0 to 4")):
         with pytest.raises(ValueError, match=f"is -3, outside the {words}; an empty slot has an index of -1"):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from dataclasses import FrozenInstanceError
 from functools import partial
 
 import pytest
@@ -104,6 +105,26 @@ def test_the_wrapped_divergence_keeps_its_closed_form_and_can_be_copied_and_pick
         for twin in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
             assert twin == loss
         assert "t_squared" in inspect.signature(loss).parameters
+
+
+def test_without_a_temperature_the_student_has_that_of_the_wrapped_divergence():
+    student, teacher = sample(4, 7)
+    for inner, temperature in (
+        (kdloss.divergences.forward_kl, 1.0),
+        (partial(kdloss.divergences.jsd, temperature=3.0), 3.0),
+    ):
+        loss = with_teacher_temperature(inner, 4.0)
+        torch.testing.assert_close(loss(student, teacher), loss(student, teacher, temperature=temperature))
+
+
+@pytest.mark.parametrize(
+    "wrap", [kdloss.divergences.standardized, partial(with_teacher_temperature, teacher_temperature=4.0)]
+)
+def test_a_wrapper_cannot_be_changed_in_place(wrap):
+    loss = wrap(kdloss.divergences.forward_kl)
+    with pytest.raises(FrozenInstanceError):
+        loss.divergence = kdloss.divergences.reverse_kl
+    assert {loss: "found"}[wrap(kdloss.divergences.forward_kl)] == "found"
 
 
 def test_small_differences_of_large_logits_are_precise():
