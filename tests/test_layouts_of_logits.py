@@ -518,3 +518,15 @@ def test_a_segmentation_recipe_takes_the_step_of_a_loss_in_plain_torch(step):
         return own + (step is segmentation) * 0.5 * kd + 3.0 * (share * channels(maps[0], maps[1].detach())).sum()
 
     holds_to(steps, loss)
+
+
+def test_labels_that_only_the_task_reads_say_nothing_about_the_axes_of_logits():
+    student, teacher = torch.randn(2, 2, 7, 5)
+    transcripts = torch.randint(1, 5, (2, 5))  # as long as there are classes
+
+    def task(logits, labels):
+        return logits.square().mean() * labels.shape[1]
+
+    criterion = Sum(0.5 * Task(task), 0.5 * Logits(temperature=1.0))
+    kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+    torch.testing.assert_close(criterion(student, teacher, transcripts), 0.5 * 5 * student.square().mean() + 0.5 * kl)
