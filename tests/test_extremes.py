@@ -1,6 +1,7 @@
 """Extreme numbers, compared with mpmath and float64."""
 
 import importlib
+from dataclasses import replace
 
 import device
 import mpmath
@@ -11,11 +12,16 @@ import torch
 from losses import DISTANCES, DIVERGENCES, ONE_EACH, TOLERANCE, labels_for
 
 import kdloss
-from kdloss.engine.task import unwrapped
+from kdloss.engine.task import as_written, unwrapped
 
 at_once = importlib.import_module("kdloss.engine.at_once")
-every_divergence = pytest.mark.parametrize("loss", ONE_EACH, ids=str)
 CLOSED = [x for x in ONE_EACH if getattr(unwrapped(x.function)[0], "closed_form", None) is not None]
+AS_WRITTEN = [
+    replace(x, name=f"{x.name}-as written", function=written)
+    for x in CLOSED
+    if (written := as_written(x.function)) is not x.function
+]
+every_divergence = pytest.mark.parametrize("loss", [*ONE_EACH, *AS_WRITTEN], ids=str)
 INF = float("inf")
 FORWARD, REVERSE = (next(x for x in ONE_EACH if x.name.startswith(n)) for n in ("forward_kl", "reverse_kl"))
 

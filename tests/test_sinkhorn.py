@@ -13,6 +13,7 @@ import kdloss
 from kdloss import LazyLogits, TopKLogits
 from kdloss.divergences import sinkhorn
 from kdloss.engine import transport
+from kdloss.engine.task import as_written
 
 INF = float("inf")
 
@@ -24,7 +25,7 @@ def grad(value, *inputs, **options):
 def run(way, loss, student, teacher, temperature=1.0):
     student = student.detach().clone().requires_grad_()
     if way == "plain":
-        value = loss(student, teacher, temperature=temperature).sum()
+        value = as_written(loss)(student, teacher, temperature=temperature).sum()
     else:
         value = kdloss.VanillaKD(temperature, 0.0, divergence=loss, reduction="sum")(student, teacher)
     return value.detach(), grad(value, student)[0]

@@ -635,6 +635,15 @@ def test_served_rows_of_another_form_are_refused():
         TopKLogits.from_served([None, {1: 3.5, 2: 1.0}])
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_both_sides_over_few_classes_are_the_same_with_one_axis_of_positions_or_several(tail):
+    student, teacher = random_logits(3, 2, 2, 11, seed=3), random_logits(3, 2, 2, 11, seed=4)
+    kept = TopKLogits.of(teacher, 3, tail=tail)
+    rows = TopKLogits.of(teacher.flatten(0, 2), 3, tail=tail)
+    for many, flat in zip(kept.against(student), rows.against(student.flatten(0, 2)), strict=True):
+        torch.testing.assert_close(many.flatten(0, 2), flat)
+
+
 def test_one_class_and_all_others_together_have_no_probability_above_1():
     for only in (0, 3):
         with pytest.raises(ValueError, match="more than 1"):
