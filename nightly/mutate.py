@@ -92,7 +92,8 @@ def mutant(path: Path, i: int, j: int) -> tuple[str, str]:
     node = code(tree)[i]
     before = ast.unparse(node)
     list(changes(node))[j](node)
-    name = f"{path.relative_to(ROOT / 'src' / 'kdloss')}:{node.lineno}: {before} -> {ast.unparse(node)}"
+    where = f"{path.relative_to(ROOT / 'src' / 'kdloss')}:{node.lineno}:{node.col_offset}"
+    name = f"{where}: {before} -> {ast.unparse(node)}"
     return name, ast.unparse(ast.fix_missing_locations(tree))
 
 
