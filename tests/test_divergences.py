@@ -113,6 +113,15 @@ def test_logit_mse_and_bernoulli_kl_depend_on_a_constant_that_a_softmax_ignores(
     assert kdloss.divergences.bernoulli_kl(teacher + 3, teacher).item() == pytest.approx(odds)
 
 
+def test_a_class_that_both_sides_exclude_adds_nothing_to_logit_mse_and_bernoulli_kl():
+    student, teacher = sample(4, 7)
+    extra = torch.full((4, 2), -torch.inf)
+    for loss in (kdloss.divergences.logit_mse, kdloss.divergences.bernoulli_kl):
+        value = loss(torch.cat([student, extra], 1), torch.cat([teacher, extra], 1))
+        torch.testing.assert_close(value, loss(student, teacher))
+        assert torch.autograd.grad(value.sum(), student)[0].isfinite().all()
+
+
 def test_temperature_does_not_change_logit_mse_and_is_still_checked():
     student, teacher = sample(4, 7)
     assert torch.equal(

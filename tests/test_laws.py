@@ -1,5 +1,6 @@
 """Laws that hold for every exported loss; a new loss is included once it is exported (tests/losses.py)."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from losses import DISTANCES, DIVERGENCES, LOSSES, ONE_EACH, TOLERANCE, labels_f
 from versions import since_torch
 
 import kdloss
+from kdloss.engine.task import as_written
 
 # Numerical laws are checked at every temperature, the others at one temperature; both with every option of a loss.
 at_every_temperature = pytest.mark.parametrize("loss", LOSSES, ids=str)
@@ -156,6 +158,16 @@ def test_a_single_entry_and_an_empty_batch_are_accepted(loss):
     assert value.shape == (1,)
     assert value.isfinite().all()
     assert loss.call(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0,)
+
+
+@not_exempt("relational", of=AT_ONE_TEMPERATURE)
+def test_positions_in_several_axes_have_the_values_and_gradients_of_positions_in_one(loss):
+    student, teacher = loss.sample(2, 3, 4, dtype=torch.float64)
+    for function in (loss.function, as_written(loss.function)):
+        loss = replace(loss, function=function)
+        value, flat = loss.call(student, teacher), loss.call(student.flatten(0, 1), teacher.flatten(0, 1))
+        torch.testing.assert_close(value.flatten(), flat)
+        torch.testing.assert_close(grad(value, student), grad(flat, student))
 
 
 @at_every_temperature
