@@ -153,7 +153,7 @@ def test_invalid_sums_are_refused_with_the_code_to_write():
         with pytest.raises(ValueError, match="a weight"):
             CrossEntropy() * weight
     with pytest.raises(ValueError, match="a weight at step 0"):
-        ((lambda step: -1.0) * CrossEntropy()).plan()
+        ((lambda step: -1.0) * CrossEntropy()).plan(1)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def agrees(ours, oracle, student, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("scale", [1.0, 0.25, 2.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_lazy_logits_are_scaled_then_capped_and_gradients_go_back_through_both(softcap, scale, with_bias, monkeypatch):
     monkeypatch.setattr("kdloss.engine.block_sizes.block_rows", lambda *_: 2)

@@ -166,7 +166,7 @@ class Sum(WithProperties):
         """Given `count` teachers, raise for one that no term reads and for a term whose teacher is missing."""
         refuse_unread(self, count)
 
-    def plan(self, teachers: int = 1) -> Plan:
+    def plan(self, teachers: int) -> Plan:
         """The terms to compute in this step, with this number of `teachers`; terms of weight 0 are left out."""
         weights: dict[str, float | Tensor] = {}
         balance: Mapping[str, Tensor] = {}
