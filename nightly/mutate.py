@@ -31,7 +31,7 @@ from coverage import CoverageData
 
 ROOT = Path(__file__).parent.parent
 MINUTES = 10  # a mutant that takes longer may never end
-COMPILED = ("compiled.py", "pieces.py", "traced.py")  # what a compiler reads, no coverage sees
+COMPILED = ("compiled.py", "pieces.py", "traced.py")  # their tests run under a compiler, which coverage can't follow
 SWAPS: dict[type, type] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,

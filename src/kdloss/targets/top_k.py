@@ -191,7 +191,7 @@ class TopKLogits:
     def _with(self, **changes: Any) -> "TopKLogits":
         """The same rows, or some of them, without checking the numbers again."""
         other = object.__new__(type(self))
-        for field in fields(self):  # torch.compile follows this before torch 2.13, and `vars(self)` not
+        for field in fields(self):  # torch 2.11 compiles this, but not a copy of vars(self)
             object.__setattr__(other, field.name, changes.get(field.name, getattr(self, field.name)))
         return other
 
