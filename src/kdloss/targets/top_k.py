@@ -1,7 +1,7 @@
 """A teacher's most probable classes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -190,10 +190,7 @@ class TopKLogits:
 
     def _with(self, **changes: Any) -> "TopKLogits":
         """The same rows, or some of them, without checking the numbers again."""
-        other = object.__new__(type(self))
-        for field in fields(self):  # torch 2.11 compiles this, but not a copy of vars(self)
-            object.__setattr__(other, field.name, changes.get(field.name, getattr(self, field.name)))
-        return other
+        return _made([changes[name] if name in changes else getattr(self, name, False) for name in _NAMES])
 
     def renamed(self, new: Int[Tensor, " old"], vocabulary: int) -> "TopKLogits":
         """The same classes under other indices, `new[old]`; those with a new index of -1 are dropped."""
@@ -217,8 +214,14 @@ def right_rows(
 ) -> TopKLogits:
     """`TopKLogits` of rows that the library itself computed, without checking their numbers."""
     _checks.choice("tail", tail, TAILS)
+    return _made([indices, log_probs, tail, temperature, log_rest, vocabulary, classes, True])
+
+
+_NAMES = (*TopKLogits.__dataclass_fields__, "_right")  # the last one says that all rows were checked
+
+
+def _made(values: Sequence[Any]) -> TopKLogits:
     made = object.__new__(TopKLogits)
-    fields = (indices, log_probs, tail, temperature, log_rest, vocabulary, classes)
-    for name, value in zip((*TopKLogits.__dataclass_fields__, "_right"), (*fields, True), strict=True):
-        object.__setattr__(made, name, value)  # which older compilers trace, too
+    for name, value in zip(_NAMES, values, strict=True):
+        object.__setattr__(made, name, value)  # torch 2.11 compiles this, but not a copy of vars(self)
     return made
