@@ -98,7 +98,7 @@ test-oldest: .venv-oldest/ready  ## the library on the oldest torch and transfor
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
 	touch $@
 
-demo demo-pretrained: export OMP_NUM_THREADS ?= 1  # the same numbers with any number of cores, and CPU time of one thread
+demo demo-pretrained examples: export OMP_NUM_THREADS ?= 1  # the same numbers with any number of cores, and CPU time of one
 
 demo: .venv/text  ## a small language model distilled three ways; more by ARGS="--seeds 0 1 2"
 	$(BIN)/python applications/compare.py --samples 6000 --output runs/demo $(ARGS)
