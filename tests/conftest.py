@@ -7,6 +7,7 @@ import pytest
 import torch
 
 device.use()
+torch.manual_seed(0)  # what modules draw as they are imported is the same in every run, too
 
 
 def pytest_collection_modifyitems(items):

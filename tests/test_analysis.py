@@ -142,10 +142,10 @@ def test_the_same_positions_count_as_in_feature_kd():
     np.testing.assert_allclose(cka.values, by_hand(rows, rows), rtol=1e-6)
 
 
-@pytest.mark.parametrize("student", [ResNet((1, 2), width=6), ResNet((2, 1))])
-def test_cka_of_a_cnn_compares_flattened_examples(student):
+@pytest.mark.parametrize(("blocks", "width"), [((1, 2), 6), ((2, 1), 4)])
+def test_cka_of_a_cnn_compares_flattened_examples(blocks, width):
     teacher, images = ResNet((1, 1, 1)).eval(), torch.randn(5, 3, 8, 8)
-    student.eval()
+    student = ResNet(blocks, width).eval()
     cka = kdloss.analysis.cka_matrix(student, teacher, [{"x": images}, images + 1])
     sides = []
     for model, depth in ((student, 3), (teacher, 3)):
