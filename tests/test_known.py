@@ -303,3 +303,55 @@ def test_a_student_that_now_ends_in_another_kind_of_layer_is_looked_at_again():
     student[0] = nn.Conv1d(5, 5, 1)  # logits of the same shape, but their classes are the second axis now
     with pytest.raises(ValueError, match="second axis"):
         distill(student, x)
+
+
+def before_an_activation(model):
+    model[0] = nn.Conv1d(5, 5, 1)
+
+
+def inside_a_container(model):
+    model[0][0] = nn.Conv1d(5, 5, 1)
+
+
+def in_the_same_memory(model):
+    del model[0][0]
+    gc.collect()
+    model[0].insert(0, nn.Conv1d(5, 5, 1))
+
+
+def the_order(model):
+    model[0][0], model[0][1] = model[0][1], model[0][0]
+
+
+def one_of_two_uses(model):
+    model[0][2] = model[0][0]
+
+
+def into_the_next_container(model):
+    model[1].insert(0, model[0].pop(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "layers"),
+    [
+        (before_an_activation, "1", lambda linear, conv: [linear, nn.ReLU()]),
+        (inside_a_container, "0", lambda linear, conv: [nn.Sequential(linear, nn.ReLU())]),
+        (in_the_same_memory, "0", lambda linear, conv: [nn.Sequential(linear, nn.ReLU())]),
+        (the_order, "0", lambda linear, conv: [nn.Sequential(conv, linear)]),
+        (one_of_two_uses, "0", lambda linear, conv: [nn.Sequential(conv, linear, linear)]),
+        (into_the_next_container, "0", lambda linear, conv: [nn.Sequential(conv, linear), nn.Sequential(nn.ReLU())]),
+    ],
+)
+def test_a_replaced_or_moved_module_changes_what_is_known_of_the_axes_of_a_feature(change, name, layers):
+    student, teacher = (
+        nn.Sequential(*layers(nn.Linear(4, 4), nn.Conv1d(5, 5, 1)), nn.Flatten(), nn.Linear(20, 4)) for _ in range(2)
+    )
+    criterion, x = kdloss.Sum(kdloss.Features([name], pairing="same")), torch.randn(3, 5, 4)
+    distill = kdloss.Distiller(teacher, criterion)
+    for _ in range(2):
+        distill(student, x)
+    change(student)
+    with pytest.raises(ValueError, match="second axis"):
+        kdloss.Distiller(teacher, criterion)(student, x)
+    with pytest.raises(ValueError, match="second axis"):
+        distill(student, x)

@@ -263,6 +263,14 @@ def test_a_convolution_that_returns_the_logits_shows_their_class_axis_without_la
     kdloss.Distiller(last[0], kdloss.VanillaKD(alpha=0.0))(last[1], torch.randn(2, 7, 3))
 
 
+def test_a_last_layer_that_is_also_used_earlier_is_still_the_last():
+    conv, linear, x = nn.Conv1d(5, 5, 1), nn.Linear(7, 7), torch.randn(2, 5, 7)
+    distill = kdloss.Distiller(nn.Sequential(nn.Linear(7, 7)), kdloss.VanillaKD(alpha=0.0))
+    with pytest.raises(ValueError, match=r"5 channels: their classes are the second axis"):
+        distill(nn.Sequential(conv, linear, conv), x)
+    distill(nn.Sequential(linear, conv, linear), x)
+
+
 def test_an_attention_mask_applies_to_the_positions_of_a_stated_layout():
     class Frames(nn.Module):
         def __init__(self):

@@ -97,8 +97,9 @@ def record(
         if request.which != "once":
             _check(request, stop)
         asked.setdefault(module, []).append(key)
-    every = modules_of(model)
-    recorder = Recorder(model, asked, requests, stop, Evident() if located is None else located.evident)
+    every, evident = modules_of(model), Evident() if located is None else located.evident
+    evident.meet(model, every)
+    recorder = Recorder(model, asked, requests, stop, evident)
     seen = recorder.captured
     hook = _hook()
     handles = [m.register_forward_hook(hook(partial(recorder.record, m))) for m in asked]

@@ -1,9 +1,9 @@
 """Evidence from modules about the axes of their outputs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Size, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -43,23 +43,32 @@ class Evidence:
 
 NOTHING = Evidence()
 _RMS: Any = getattr(nn, "RMSNorm", nn.LayerNorm)
+_Structure = list[ref[nn.Module]]  # each module with others inside it, followed by these
+_Read = dict[ref[nn.Module], tuple[Evidence, bool]]
 
 
 class Evident:
-    """`evidence_of` with a memory, for models that change rarely.
+    """`evidence_of` with a memory for each model, which lasts until one of its modules is replaced, added or moved.
 
-    A module whose width is no longer in its output, as after pruning, is read anew.
+    A module whose width is no longer in its output, as after pruning, is read anew, too.
     """
 
     def __init__(self) -> None:
-        self._known: WeakKeyDictionary[nn.Module, tuple[Evidence, bool]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[nn.Module, tuple[_Structure, _Read]] = WeakKeyDictionary()
+
+    def meet(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        """Call before `of` in every step; `modules` are all modules of the model, in the same order in every step."""
+        structure = [ref(x) for m in modules if m._modules for x in (m, *m._modules.values()) if x is not None]
+        if model not in self._known or self._known[model][0] != structure:
+            self._known[model] = structure, {}
 
     def of(self, module: nn.Module, model: nn.Module, shape: Size) -> Evidence:
         """The evidence from a module of `model` whose output has this shape."""
-        known, fitted = self._known.get(module, (None, False))
+        _, read = self._known[model]
+        known, fitted = read.get(ref(module), (None, False))
         if known is None or (fitted and not _fits(known, shape)):
             known = evidence_of(module, unwrap(model))
-            self._known[module] = known, _fits(known, shape)
+            read[ref(module)] = known, _fits(known, shape)
         return known
 
 
@@ -85,12 +94,17 @@ def ends(model: nn.Module) -> Evidence:
     if own is not None:
         return own
     follows = not _in_sequence(model)
-    for child in reversed([*model.children()]):
+    for child in reversed(_inside(model)):
         found = ends(child)
         if found != NOTHING:
             return replace(found, sure=False) if found.sure and follows else found
         follows = follows or not _keeps_axes(child)
     return NOTHING
+
+
+def _inside(module: nn.Module) -> list[nn.Module]:
+    """The children of a module, in order; unlike `children()`, one that is there twice twice."""
+    return [child for child in module._modules.values() if child is not None]
 
 
 def _fits(evidence: Evidence, shape: Size) -> bool:
@@ -102,7 +116,7 @@ def _of(module: nn.Module) -> Evidence:
     if own is not None:
         return own
     if _in_sequence(module):  # its output is that of its last module
-        last = next((m for m in reversed([*module.children()]) if not _keeps_axes(m)), None)
+        last = next((m for m in reversed(_inside(module)) if not _keeps_axes(m)), None)
         if last is not None and (found := _of(last)).sure:
             return found
     layers = list(_layers(module))
@@ -120,7 +134,7 @@ def _of(module: nn.Module) -> Evidence:
 def _beside(module: nn.Module, model: nn.Module) -> Evidence:
     """For a module without weights, like an activation: the evidence from the module before it."""
     for parent in model.modules():
-        children = list(parent.children())
+        children = _inside(parent)
         if any(child is module for child in children):
             place = next(i for i, child in enumerate(children) if child is module)
             before = (_of(child) for child in reversed(children[:place]))
@@ -131,7 +145,7 @@ def _beside(module: nn.Module, model: nn.Module) -> Evidence:
 
 def _layers(module: nn.Module) -> Iterator[Evidence]:
     """The evidence from the innermost layers, in the order of the modules."""
-    for child in module.children():
+    for child in _inside(module):
         own = _own(child)
         if own is not None:
             yield own
