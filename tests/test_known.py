@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 
+import families
 import pytest
 import torch
 from hypothesis import given, settings
@@ -355,3 +356,12 @@ def test_a_replaced_or_moved_module_changes_what_is_known_of_the_axes_of_a_featu
         kdloss.Distiller(teacher, criterion)(student, x)
     with pytest.raises(ValueError, match="second axis"):
         distill(student, x)
+
+
+def test_a_replaced_block_of_an_encoder_is_still_at_the_positions_of_the_inputs():
+    student, teacher = (families.build("t5", seed=seed) for seed in (0, 1))
+    distill = kdloss.Distiller(teacher, kdloss.FeatureKD(["encoder.block.0"], pairing="same"))
+    inputs = families.batch("t5")
+    loss = distill(student, **inputs).loss
+    student.encoder.block[0] = copy.deepcopy(student.encoder.block[0])
+    torch.testing.assert_close(distill(student, **inputs).loss, loss, rtol=0, atol=0)

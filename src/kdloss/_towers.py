@@ -1,10 +1,11 @@
 """Which tower of a model a feature belongs to: the one that reads the masked text, or another."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from kdloss._capture import Captured, Request
 from kdloss._capture.located import Located
 from kdloss.adapter import is_encoder_decoder, measuring
 from kdloss.layers.layer_map import Layer, flat_names
-from kdloss.layers.names import unwrap
+from kdloss.layers.names import modules_of, unwrap
 
 Again = Callable[[], Captured]
 Side = Literal["inputs", "outputs", "elsewhere", "unknown"]
@@ -36,7 +37,6 @@ class Towers:
 
     def __init__(self) -> None:
         self._follow: WeakKeyDictionary[nn.Module, dict[Any, bool | None]] = WeakKeyDictionary()
-        self._encoders: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Towers, ()
@@ -49,9 +49,7 @@ class Towers:
         text = _text_beside_others(batch)
         if text is not None and any(key not in known for key in asked):
             known |= _measured(student, text, again)
-        if student not in self._encoders:
-            self._encoders[student] = WeakSet(encoder_side(student))
-        encoder = self._encoders[student]
+        encoder = encoder_side(student)
 
         def side(term: str, layer: Layer) -> Side:
             keys = [(term, name) for name in flat_names([layer]) if (term, name) in asked]
@@ -123,10 +121,14 @@ def encoder_side(model: nn.Module) -> set[nn.Module]:
     decoder, head = (_asked(model, name) for name in ("get_decoder", "get_output_embeddings"))
     if decoder is None or decoder is model:
         return set()
-    path = next((name for name, module in model.named_modules() if module is decoder), "").split(".")
-    around = {model.get_submodule(".".join(path[:i])) for i in range(len(path))}
-    outside = {head, *decoder.modules(), *around}
-    return set(model.modules()) - outside
+    every, holders = modules_of(model), defaultdict[nn.Module | None, list[nn.Module]](list)
+    for module in every:
+        for inner in module._modules.values():
+            holders[inner].append(module)
+    around = [decoder]
+    for module in around:
+        around += (holder for holder in holders[module] if holder not in around)
+    return {*every}.difference([head], modules_of(decoder), around)
 
 
 def _asked(model: nn.Module, name: str) -> nn.Module | None:
