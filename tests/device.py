@@ -20,6 +20,7 @@ LEFT_OUT = {
     "three_digits": "rows are compared term by term only on a CPU, where reading a number needs no synchronisation",
     "few_logits_are_compared": "few logits are one block in float64 only on a CPU",
     "never_multiplied": "on a GPU, the number of counted positions is not known before the models run",
+    "may_change_between_steps": "on a GPU no number of the logits is read to see such a change",
     "size_of_the_logits": "blocks of rows are larger on a GPU",
     "after_an_exception": "after an index out of range, a process can't use its GPU any more",
     "wrong_types_devices": "its messages name the CPU",

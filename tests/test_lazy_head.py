@@ -256,6 +256,28 @@ class CutsForCausalLM(hf.LlamaForCausalLM):
         return out
 
 
+class TrainedScaleForCausalLM(hf.LlamaForCausalLM):
+    """A model that trains the scale of its logits."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, *args, **inputs):
+        out = super().forward(*args, **inputs)
+        out.logits = out.logits * self.scale
+        return out
+
+
+class InPlaceForCausalLM(TrainedScaleForCausalLM):
+    """The same in place."""
+
+    def forward(self, *args, **inputs):
+        out = hf.LlamaForCausalLM.forward(self, *args, **inputs)
+        out.logits.mul_(self.scale)
+        return out
+
+
 class TwiceForCausalLM(hf.LlamaForCausalLM):
     """A model that applies its head to an earlier layer as well."""
 
@@ -352,9 +374,53 @@ def test_a_head_that_changes_between_steps_is_found_where_it_is_now(change):
     assert_close(gradients(out.loss, student), grads, 1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("family", "setting", "values"),
+    [
+        ("gemma2", "final_logit_softcapping", [30.0, 10.0, None, 30.0]),
+        ("granite", "logits_scaling", [6.0, 1.0, 6.1]),
+        ("cohere", "logit_scale", [0.0625, 0.06, 1.0]),
+    ],
+)
+def test_what_a_model_does_to_its_logits_may_change_between_steps(family, setting, values, dtype):
+    student, teacher = (model(family, seed, dtype=dtype) for seed in (0, 1))
+    criterion, rel = kdloss.VanillaKD(causal=True), 1e-10 if dtype == torch.float64 else 1e-4
+    distill = kdloss.Distiller(teacher, criterion)
+    for value in values:
+        for owner in (student.config, student):  # Cohere and Granite read their own attribute
+            if hasattr(owner, setting):
+                setattr(owner, setting, value)
+        expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher, family)
+        for _ in range(2):
+            out = distill(student, **batch(family))
+            assert is_lazy(out)
+            assert out.loss.item() == pytest.approx(expected.item(), rel=rel)
+            assert_close(gradients(out.loss, student), grads, rel)
+
+
+@pytest.mark.parametrize("kind", [TrainedScaleForCausalLM, InPlaceForCausalLM])
+def test_a_scale_that_changes_between_steps_and_is_trained_later_is_the_models_own(kind):
+    student, teacher, criterion = like(kind), model("llama", 1), kdloss.VanillaKD(causal=True)
+    distill = kdloss.Distiller(teacher, criterion)
+    student.scale.requires_grad_(False)
+    for trained, scale in (False, 0.5), (False, 1.0), (False, 0.7), (True, 0.7), (True, 1.0):
+        student.scale.requires_grad_(trained).data.fill_(scale)
+        with torch.no_grad():
+            distill(student, **batch("llama"))
+        expected, grads = loss_and_gradients_of_full_logits(criterion, student, teacher)
+        for _ in range(2):
+            out = distill(student, **batch("llama"))
+            assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+            assert_close(gradients(out.loss, student), grads, 1e-10)
+            assert is_lazy(out) == ("scale" not in grads) == (not trained)
+
+
 REFUSALS = {
     "masks a class": (lambda: like(MasksForCausalLM), "it does more to its head's output"),
     "cuts the classes": (lambda: like(CutsForCausalLM), r"it makes (1, 1, 59) of its head's (1, 1, 61)"),
+    "trained scale": (lambda: like(TrainedScaleForCausalLM), "a parameter of its own is trained between"),
+    "trained scale in place": (lambda: like(InPlaceForCausalLM), "a parameter of its own is trained between"),
     "head twice": (lambda: like(TwiceForCausalLM), "its head ran 2 times"),
     "other head": (lambda: with_head(model("llama"), scaled), "its head is a Scaled, no plain nn.Linear"),
     "hooks": (lambda: with_head(model("llama"), hooked), "its head has hooks of somebody else's"),

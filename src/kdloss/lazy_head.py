@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kdloss._head import Paths, why_full
 from kdloss.layers.names import unwrap
+from kdloss.reduction import on_cpu
 from kdloss.targets import LazyLogits
 from kdloss.terms._outputs import find_logits
 
@@ -54,11 +55,14 @@ class LazyHeads:
         return HeadPass(cast(nn.Linear, path[-1]), self._known(model))
 
     def finish(self, model: nn.Module, ran: "HeadPass", output: Any) -> bool:
-        """Put lazy logits into the output; False if the pass has to be made again, with full logits."""
+        """Put lazy logits into the output; False if the pass has to be made again, as measured anew or in full."""
         if not ran.hidden:
             self._say(model, "its head did not run, or where no hook sees it")
             return True
         failed = ran.finish(output)
+        if failed is not None and ran.remembers:
+            del self._shaping[model]
+            return False
         if failed is not None:
             self._failed[model] = failed
             return False
@@ -80,20 +84,23 @@ class LazyHeads:
 
 
 class HeadPass:
-    """One forward pass, inside its `with`: the head's input and, if unknown, what the model makes of a test signal."""
+    """One forward pass, inside its `with`: the head's input, and what the model makes of its output.
+
+    If that isn't known yet, the output is replaced by a test signal. If it is, it is only checked.
+    """
 
     def __init__(self, head: nn.Linear, shaping: dict[str, Any] | None = None) -> None:
-        self.head, self.shaping = head, shaping
+        self.head, self.shaping, self.remembers = head, shaping, shaping is not None
         self.hidden: list[Tensor] = []
-        self.signal: Tensor | None = None
+        self.given: Tensor | None = None
+        self.node: Any = None
         self.shown: torch.Size | None = None
         self.thread = threading.get_ident()
         self.hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> "HeadPass":
-        self.hooks = [self.head.register_forward_pre_hook(partial(_uncompiled(HeadPass.before), self))]
-        if self.shaping is None:
-            self.hooks.append(self.head.register_forward_hook(partial(_uncompiled(HeadPass.after), self)))
+        before, after = (partial(_uncompiled(hook), self) for hook in (HeadPass.before, HeadPass.after))
+        self.hooks = [self.head.register_forward_pre_hook(before), self.head.register_forward_hook(after)]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -111,11 +118,16 @@ class HeadPass:
         return first
 
     def after(self, head: nn.Module, args: object, z: Tensor) -> Tensor:
-        """In the first pass, a test signal in place of the head's own output, in the same graph (for DDP)."""
+        """Keep the head's output; in the first pass a test signal takes its place, in the same graph (for DDP)."""
         if threading.get_ident() != self.thread or not self.hidden or not z.numel():
             return z
-        self.signal = signal_like(z)
-        return torch.where(torch.ones_like(z, dtype=torch.bool), self.signal, z)
+        if self.remembers:
+            self.given = z.detach().clone() if on_cpu(z.device) else None  # the model may change its logits in place
+        else:
+            self.given = signal_like(z)
+            z = torch.where(torch.ones_like(z, dtype=torch.bool), self.given, z)
+        self.node = z.grad_fn
+        return z
 
     def finish(self, output: Any) -> str | None:
         """Put lazy logits into the output, or return the reason why that isn't possible."""
@@ -126,16 +138,28 @@ class HeadPass:
             return "its output has no logits"
         if answer.shape != self.shown:
             return f"it makes {tuple(answer.shape)} of its head's {tuple(self.shown or ())}"
-        if self.signal is not None:
-            self.shaping = shaping(self.signal, answer.detach())
-            if self.shaping is None:
-                return "it does more to its head's output than to scale and soft-cap it"
+        if answer.numel() and (reason := self._follow(answer)) is not None:
+            return reason
         lazy = LazyLogits(*_aliases(self.hidden[0], head.weight, head.bias), **self.shaping or {})
         if isinstance(output, dict):
             output["logits"] = lazy
         else:
             output.logits = lazy
         return None
+
+    def _follow(self, answer: Tensor) -> str | None:
+        """Measure or check the model's answer to what it was given; the reason if lazy logits can't give the same."""
+        if _trained_since(self.node, answer):
+            return "a parameter of its own is trained between its head and its logits"
+        if self.given is None:
+            return None
+        if not self.remembers:
+            self.shaping = shaping(self.given, answer.detach())
+            return None if self.shaping else "it does more to its head's output than to scale and soft-cap it"
+        x, y = self.given, answer.detach()
+        digits = max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps)
+        same = _shaped(x.double(), y.double(), self.shaping, rtol=8 * digits)
+        return None if same else "it does something else to its head's output than before"
 
 
 @cache
@@ -180,9 +204,32 @@ def shaping(signal: Tensor, answer: Tensor) -> dict[str, Any] | None:
     softcap = None if (y[-1] / x[-1] / scale).item() > 0.5 else y[-1].abs().item()
     if not 0 < abs(scale) < math.inf or not (softcap is None or 0 < softcap < math.inf):
         return None
-    expected = LazyLogits(x.unsqueeze(-1), x.new_ones(1, 1), None, softcap, scale).dense().squeeze(-1)
     found = {"softcap": softcap, "scale": scale}
-    return found if torch.allclose(y, expected, rtol=1e-5, atol=0.0) else None
+    return found if _shaped(x, y, found, rtol=1e-5) else None
+
+
+def _shaped(x: Tensor, y: Tensor, shaping: dict[str, Any] | None, rtol: float) -> bool:
+    """Whether `y` is `x`, scaled and soft-capped."""
+    expected = LazyLogits(x.unsqueeze(-1), x.new_ones(1, 1), **shaping or {}).shaped(x)
+    return torch.allclose(y, expected, rtol=rtol, atol=0.0, equal_nan=True)
+
+
+def _trained_since(node: Any, answer: Tensor) -> bool:
+    """Whether a trained parameter takes part in what became of a node's output."""
+    last, seen = answer.grad_fn, {node}
+    todo = [last]
+    if last is not None and last.name() == "_DDPSinkBackward":  # DDP's node for all that a model returns
+        inside = [before for before, _ in last.next_functions]
+        todo = inside[answer.output_nr : answer.output_nr + 1] or inside
+    while todo:
+        one = todo.pop()
+        if one is None or one in seen:
+            continue
+        if hasattr(one, "variable"):
+            return True
+        seen.add(one)
+        todo += [before for before, _ in one.next_functions]
+    return False
 
 
 def _autocast(x: Tensor) -> torch.dtype:
