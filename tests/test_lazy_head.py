@@ -374,6 +374,25 @@ def test_a_head_that_changes_between_steps_is_found_where_it_is_now(change):
     assert_close(gradients(out.loss, student), grads, 1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "phi", *SHAPING])
+def test_a_model_that_does_the_same_as_before_makes_one_pass(family, dtype):
+    student, passes = model(family, dtype=dtype), []
+    distill, tokens = kdloss.Distiller(None, kdloss.Sum(kdloss.CrossEntropy(), causal=True)), batch(family)
+    student.register_forward_pre_hook(lambda *_: passes.append(1))
+    distill(student, **tokens)
+    for mode in torch.no_grad, torch.enable_grad, torch.inference_mode:
+        passes.clear()
+        with mode(), torch.autocast("cpu", enabled=dtype == torch.float32):
+            for scale in 1.0, 1e-3, 1e3:
+                with torch.no_grad():
+                    student.get_output_embeddings().weight.mul_(scale)
+                assert is_lazy(distill(student, **tokens))
+                with torch.no_grad():
+                    student.get_output_embeddings().weight.div_(scale)
+        assert len(passes) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("family", "setting", "values"),
