@@ -419,7 +419,7 @@ def test_what_a_model_does_to_its_logits_may_change_between_steps(family, settin
 
 
 @pytest.mark.parametrize("kind", [TrainedScaleForCausalLM, InPlaceForCausalLM])
-def test_a_scale_that_changes_between_steps_and_is_trained_later_is_the_models_own(kind):
+def test_a_scale_may_change_between_steps_and_be_trained_later(kind):
     student, teacher, criterion = like(kind), model("llama", 1), kdloss.VanillaKD(causal=True)
     distill = kdloss.Distiller(teacher, criterion)
     student.scale.requires_grad_(False)

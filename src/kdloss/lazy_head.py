@@ -60,11 +60,11 @@ class LazyHeads:
             self._say(model, "its head did not run, or where no hook sees it")
             return True
         failed = ran.finish(output)
-        if failed is not None and ran.remembers:
-            del self._shaping[model]
-            return False
         if failed is not None:
-            self._failed[model] = failed
+            if ran.remembers:
+                del self._shaping[model]
+            else:
+                self._failed[model] = failed
             return False
         if ran.shaping is not None:
             self._shaping[model] = ran.shaping

@@ -103,7 +103,7 @@ def ends(model: nn.Module) -> Evidence:
 
 
 def _inside(module: nn.Module) -> list[nn.Module]:
-    """The children of a module, in order; unlike `children()`, one that is there twice twice."""
+    """The children of a module, in order; a child that is used twice is there twice, unlike in `children()`."""
     return [child for child in module._modules.values() if child is not None]
 
 
