@@ -54,7 +54,7 @@ SIZES = {  # size: the names of the settings that are reduced to it
     "decoder_num_hidden_layers top_k num_experts_per_tok moe_topk",
     4: "n_routed_experts num_local_experts num_experts moe_num_experts num_frames index_topk index_n_heads window_size",
     8: "head_dim d_kv attention_head_size kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim patch_size "
-    "num_mel_bins index_head_dim swa_head_dim global_head_dim",
+    "num_mel_bins index_head_dim swa_head_dim global_head_dim chunk_size mamba_chunk_size",
     12: "kv_lora_rank q_lora_rank",
     64: "max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len n_ctx",
 }
