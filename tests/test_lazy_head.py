@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from versions import since_torch
 
 import kdloss
-from kdloss.lazy_head import shaping, signal_like
+from kdloss._shaping import shaping, signal_like
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type=None.*")
 

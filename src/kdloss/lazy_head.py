@@ -5,7 +5,6 @@ or soft cap) runs as usual, on logits `[1, 1, V]`. The head's full input is kept
 """
 
 import logging
-import math
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdloss._head import Paths, why_full
+from kdloss._shaping import is_shaped, shaping, signal_like, trained_since
 from kdloss.layers.names import unwrap
 from kdloss.reduction import on_cpu
 from kdloss.targets import LazyLogits
@@ -149,19 +149,14 @@ class HeadPass:
 
     def _follow(self, answer: Tensor) -> str | None:
         """Measure or check the model's answer to what it was given; the reason if lazy logits can't give the same."""
-        if _trained_since(self.node, answer):
+        if trained_since(self.node, answer):
             return "a parameter of its own is trained between its head and its logits"
         if self.given is None:
             return None
         if not self.remembers:
             self.shaping = shaping(self.given, answer.detach())
             return None if self.shaping else "it does more to its head's output than to scale and soft-cap it"
-        x, y = self.given, answer.detach()
-        expected = _shaped(x, self.shaping)
-        if y.dtype == expected.dtype and torch.equal(y, expected):
-            return None
-        digits = max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps)
-        same = _close(y.double(), _shaped(x.double(), self.shaping), 8 * digits)
+        same = is_shaped(self.given, answer.detach(), self.shaping or {})
         return None if same else "it does something else to its head's output than before"
 
 
@@ -189,52 +184,6 @@ class _Alias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         return gradients
-
-
-def signal_like(z: Tensor) -> Tensor:
-    """A test signal in place of the logits of one position: powers of two of all sizes, exact in every dtype."""
-    exponents = torch.linspace(-20, 20, z.shape[-1], device=z.device).round()
-    signal = torch.exp2(exponents).to(torch.float32 if z.device.type == "mps" else torch.float64)
-    signal[..., 1::2] *= -1
-    return signal.expand(z.shape)
-
-
-def shaping(signal: Tensor, answer: Tensor) -> dict[str, Any] | None:
-    """The scale and soft cap that turn the signal into the answer; None if these alone don't."""
-    x, y = signal.flatten(), answer.flatten().to(signal.dtype)
-    scale = (y[0] / x[0]).item()
-    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
-    softcap = None if (y[-1] / x[-1] / scale).item() > 0.5 else y[-1].abs().item()
-    if not 0 < abs(scale) < math.inf or not (softcap is None or 0 < softcap < math.inf):
-        return None
-    found = {"softcap": softcap, "scale": scale}
-    return found if _close(y, _shaped(x, found), 1e-5) else None
-
-
-def _shaped(x: Tensor, shaping: dict[str, Any] | None) -> Tensor:
-    return LazyLogits(x.unsqueeze(-1), x.new_ones(1, 1), **shaping or {}).shaped(x)
-
-
-def _close(x: Tensor, y: Tensor, rtol: float) -> bool:
-    return torch.allclose(x, y, rtol=rtol, atol=0.0, equal_nan=True)
-
-
-def _trained_since(node: Any, answer: Tensor) -> bool:
-    """Whether a trained parameter takes part in what became of a node's output."""
-    last, seen = answer.grad_fn, {node}
-    todo = [last]
-    if last is not None and last.name() == "_DDPSinkBackward":  # DDP's node for all that a model returns
-        inside = [before for before, _ in last.next_functions]
-        todo = inside[answer.output_nr : answer.output_nr + 1] or inside
-    while todo:
-        one = todo.pop()
-        if one is None or one in seen:
-            continue
-        if hasattr(one, "variable"):
-            return True
-        seen.add(one)
-        todo += [before for before, _ in one.next_functions]
-    return False
 
 
 def _autocast(x: Tensor) -> torch.dtype:
